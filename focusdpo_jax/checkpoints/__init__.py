@@ -1,0 +1,1 @@
+"""Names and layouts of other people's weight files, to and from our parameter trees."""

@@ -1,0 +1,115 @@
+"""IP-Adapter's own file layout, which its releases have and diffusers' `load_ip_adapter` reads.
+
+A file holds the image projection under `image_proj.` and the UNet's extra projections under
+`ip_adapter.`, numbered 1, 3, 5, ... over all attention layers: the way down, the way up, then the
+middle. Both halves are translated from and to diffusers' names, which `pytorch_names` knows.
+"""
+
+import re
+
+import flax.traverse_util
+import numpy as np
+
+from focusdpo_jax.checkpoints import pytorch_names
+from focusdpo_jax.errors import UserError
+
+_STAGES = ("down_blocks", "up_blocks", "mid_block")
+# Parts of a resampler's layer: theirs in the file, theirs in diffusers.
+_RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_out": "attn.to_out.0",
+              "1.0": "ff.0", "1.1": "ff.1.net.0.proj", "1.3": "ff.1.net.2"}
+_LAYER = re.compile(r"(layers\.\d+)\.(.*)\.(weight|bias)$")
+
+
+def is_image_branch(path):
+    """Whether a path of the UNet's tree belongs to the image branch of cross-attention."""
+    return path[-2] in ("to_k_ip", "to_v_ip")
+
+
+def _projections(unet_params):
+    """Pairs of the file's name and diffusers' for the image branch of a UNet's tree."""
+    attentions = {path[:-2] for path in flax.traverse_util.flatten_dict(unet_params)
+                  if is_image_branch(path)}
+
+    def order(path):
+        numbers = [int(re.search(r"_(\d+)$", part)[1]) for part in path[:-1]
+                   if re.search(r"_\d+$", part)]
+        stage = next(i for i, name in enumerate(_STAGES) if path[0].startswith(name))
+        return stage, numbers
+
+    for i, attention in enumerate(sorted(attentions, key=order)):
+        for part in ("to_k_ip", "to_v_ip"):
+            yield (f"ip_adapter.{2 * i + 1}.{part}.weight",
+                   pytorch_names.torch_name((*attention, part, "kernel")))
+
+
+def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
+    """Splits an IP-Adapter file into tensors under diffusers' names.
+
+    Args:
+      tensors: dict from the file's names to numpy arrays.
+      unet_template: the tree of a UNet with an image branch; other leaves do not matter.
+      source: what to call the file in a message.
+
+    Returns:
+      The UNet's image projections and the subject adapter's tensors, two dicts, which
+      `pytorch_names.to_flax` takes (the first together with the UNet's other tensors).
+
+    Raises:
+      UserError: if a projection of the UNet has no tensor, or a tensor no place.
+    """
+    tensors = dict(tensors)
+    unet, adapter = {}, {}
+    missing = []
+    for theirs, name in _projections(unet_template):
+        if theirs in tensors:
+            unet[name] = tensors.pop(theirs)
+        else:
+            missing.append(theirs)
+    left = sorted(name for name in tensors if not name.startswith("image_proj."))
+    if missing or left:
+        raise UserError(f"{source} does not fit the configured UNet: missing {missing or 'none'}, "
+                        f"unexpected {left or 'none'}")
+    for theirs, value in tensors.items():
+        name = theirs.removeprefix("image_proj.")
+        layer = _LAYER.match(name)
+        if layer and layer[2] == "0.to_kv":
+            adapter[f"{layer[1]}.attn.to_k.weight"], adapter[f"{layer[1]}.attn.to_v.weight"] = (
+                np.split(value, 2))
+            continue
+        if layer and layer[2] in _RESAMPLER:
+            name = f"{layer[1]}.{_RESAMPLER[layer[2]]}.{layer[3]}"
+        elif name.startswith("proj."):
+            name = name.replace("proj.", "image_embeds.")
+        adapter[name] = value
+    return unet, adapter
+
+
+def from_flax(unet_params, adapter_params):
+    """The tensors of an IP-Adapter file from a UNet's and a subject adapter's parameters.
+
+    Args:
+      unet_params: a tree that contains the image branch, other leaves are left out.
+      adapter_params: a `Resampler`'s or `ImageProjection`'s.
+
+    Returns:
+      dict from the file's names to numpy arrays.
+    """
+    flat = flax.traverse_util.flatten_dict(unet_params)
+    branch = pytorch_names.from_flax(flax.traverse_util.unflatten_dict(
+        {path: leaf for path, leaf in flat.items() if is_image_branch(path)}))
+    tensors = {theirs: branch[name] for theirs, name in _projections(unet_params)}
+    adapter = pytorch_names.from_flax(adapter_params)
+    back = {ours: theirs for theirs, ours in _RESAMPLER.items()}
+    for name, value in adapter.items():
+        layer = _LAYER.match(name)
+        if layer and layer[2] == "attn.to_k":
+            name = f"{layer[1]}.0.to_kv.weight"
+            value = np.concatenate([value, adapter[f"{layer[1]}.attn.to_v.weight"]])
+        elif layer and layer[2] == "attn.to_v":
+            continue
+        elif layer:
+            name = f"{layer[1]}.{back[layer[2]]}.{layer[3]}"
+        elif name.startswith("image_embeds."):
+            name = name.replace("image_embeds.", "proj.")
+        tensors[f"image_proj.{name}"] = value
+    return tensors

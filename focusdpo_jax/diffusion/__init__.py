@@ -1,0 +1,1 @@
+"""Diffusion without a model: noise schedule, prediction types, samplers, guidance."""

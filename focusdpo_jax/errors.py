@@ -1,0 +1,9 @@
+"""The one exception that stands for a mistake of the user rather than of the program."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: a wrong field, a missing file, a corrupt record.
+
+    Commands print its message on one line and exit with status 2, without a traceback. The
+    message names the field or file, its value, and what would be right.
+    """

@@ -1,0 +1,46 @@
+"""Maps between grids: pixels, latent locations, and the patches of a feature extractor."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from focusdpo_jax.errors import UserError
+
+
+def average_to_grid(
+    maps: Float[Array, "*batch rows columns"], grid: tuple[int, int]
+) -> Float[Array, "*batch height width"]:
+    """Averages maps over the cells of a coarser grid: a binary mask becomes the share covered.
+
+    Args:
+      maps: [..., H, W].
+      grid: (h, w) with h dividing H and w dividing W.
+
+    Raises:
+      UserError: the grid does not divide the map.
+
+    Example: a mask [B, 64, 64] of an image whose latents are 16 x 16:
+      `prior = average_to_grid(mask, (16, 16))`.
+    """
+    rows, columns = maps.shape[-2:]
+    height, width = grid
+    if rows % height or columns % width:
+        raise UserError(
+            f"grid {height} x {width} does not divide a map of {rows} x {columns}: choose a "
+            "resolution that is a multiple of the grid")
+    cells = maps.reshape(*maps.shape[:-2], height, rows // height, width, columns // width)
+    return jnp.mean(cells, axis=(-3, -1))
+
+
+def nearest_on_grid(
+    maps: Float[Array, "*batch rows columns"], grid: tuple[int, int]
+) -> Float[Array, "*batch height width"]:
+    """Reads maps at the centres of another grid's cells, whatever the ratio of the two.
+
+    Nearest neighbour, because a match is a yes or a no: averaging would invent half matches.
+    """
+    rows, columns = maps.shape[-2:]
+    height, width = grid
+    nearest_row = ((np.arange(height) + 0.5) * rows / height).astype(int)
+    nearest_column = ((np.arange(width) + 0.5) * columns / width).astype(int)
+    return maps[..., nearest_row[:, None], nearest_column]

@@ -1,0 +1,124 @@
+"""Objectives over error maps: spatially weighted Diffusion-DPO, and supervised fine-tuning.
+
+Everything FocusDPO changes about Diffusion-DPO is the weight map W. The objective below takes it
+as an argument, so `W = 1` *is* Diffusion-DPO and every method of the comparison shares this code.
+
+Shapes: B pairs, and a latent grid of h x w locations. All maps are [B, h, w].
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Per-pair figures, each [B]; their mean over the batch is what a log shows.
+Diagnostics = dict[str, Float[Array, "batch"]]
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def error_map(
+    target: Float[Array, "batch height width channels"],
+    prediction: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch height width"]:
+    """A denoiser's squared error at each location: `d[i] = mean_c (target - prediction)[i, c]^2`.
+
+    Args:
+      target: what the denoiser should have said (`NoiseSchedule.target`).
+      prediction: what it said, of any float type.
+
+    Returns:
+      The error map, in float32 at least: bfloat16 has no digits left for the differences of
+      errors that a preference is made of.
+    """
+    difference = _at_least_float32(target) - _at_least_float32(prediction)
+    return jnp.mean(jnp.square(difference), axis=-1)
+
+
+def weighted_mean(
+    weights: Float[Array, "batch height width"],
+    values: Float[Array, "batch height width"],
+) -> Float[Array, "batch"]:
+    """`<W, d> = sum(W d) / sum(W)`, one number an example. No gradient reaches the weights.
+
+    The scale of W cancels, its shape remains. An example whose weights are all zero has nothing
+    to say and gives 0.
+    """
+    weights = jax.lax.stop_gradient(_at_least_float32(weights))
+    total = jnp.sum(weights, axis=(1, 2))
+    weighted = jnp.sum(weights * values, axis=(1, 2))
+    return weighted / jnp.where(total > 0, total, 1)
+
+
+def diffusion_dpo(
+    policy_chosen: Float[Array, "batch height width"],
+    reference_chosen: Float[Array, "batch height width"],
+    policy_rejected: Float[Array, "batch height width"],
+    reference_rejected: Float[Array, "batch height width"],
+    weights_chosen: Float[Array, "batch height width"],
+    weights_rejected: Float[Array, "batch height width"],
+    beta: Float[Array, ""] | float,
+) -> tuple[Float[Array, "batch"], Diagnostics]:
+    """Diffusion-DPO under a weight map for each image of the pair.
+
+        margin = <W^w, d_policy(z^w) - d_ref(z^w)> - <W^l, d_policy(z^l) - d_ref(z^l)>
+        loss   = -log sigmoid(-(beta / 2) margin)
+
+    With W = 1 this is Wallace et al. 2023 (arXiv 2311.12908, eq. 14, constant timestep weighting)
+    with errors averaged, not summed, over the latent: the scale on which beta = 5000 is published
+    for SDXL. That FocusDPO keeps the objective and moves the weight is [known]; that each side is
+    normalised by its own sum of weights is [ours].
+
+    Args:
+      policy_chosen, policy_rejected: error maps of the model in training (`error_map`).
+      reference_chosen, reference_rejected: error maps of the frozen reference model at the same
+        timestep and noise. No gradient flows through them.
+      weights_chosen, weights_rejected: weights >= 0; no gradient flows through them.
+      beta: strength of the pull towards the reference model, > 0; may be traced.
+
+    Returns:
+      The loss of each pair [B], and per-pair diagnostics [B]:
+        margin: negative where the policy prefers the chosen image more than the reference does.
+        implicit_accuracy: 1 where margin < 0, so that the mean is the share of pairs won.
+          Without meaning while policy and reference are one model: 0, or rounding noise.
+        winner_error_difference, loser_error_difference: the margin's two terms. A loser's that
+          grows while the winner's does not fall is DPO's known failure.
+        reference_error: the reference model's weighted error, mean of both images.
+    """
+    reference_chosen, reference_rejected = jax.lax.stop_gradient(
+        (reference_chosen, reference_rejected))
+    winner = weighted_mean(weights_chosen, policy_chosen - reference_chosen)
+    loser = weighted_mean(weights_rejected, policy_rejected - reference_rejected)
+    margin = winner - loser
+    # -log sigmoid(-x) = softplus(x), which neither overflows nor loses small losses.
+    loss = jax.nn.softplus(0.5 * beta * margin)
+    reference_error = 0.5 * (weighted_mean(weights_chosen, reference_chosen)
+                             + weighted_mean(weights_rejected, reference_rejected))
+    diagnostics = {
+        "margin": margin,
+        "implicit_accuracy": (margin < 0).astype(margin.dtype),
+        "winner_error_difference": winner,
+        "loser_error_difference": loser,
+        "reference_error": reference_error,
+    }
+    return loss, jax.lax.stop_gradient(diagnostics)
+
+
+def sft(
+    policy_chosen: Float[Array, "batch height width"],
+    weights_chosen: Float[Array, "batch height width"],
+) -> tuple[Float[Array, "batch"], Diagnostics]:
+    """Supervised fine-tuning: the weighted denoising error of the chosen image alone.
+
+        loss = <W^w, d_policy(z^w)>
+
+    Args:
+      policy_chosen: error map of the model in training on the chosen image.
+      weights_chosen: weights >= 0; `weighting.uniform_weights` gives the plain denoising loss.
+
+    Returns:
+      The loss of each example [B], and the diagnostic `policy_error`, the same without gradient.
+    """
+    loss = weighted_mean(weights_chosen, policy_chosen)
+    return loss, {"policy_error": jax.lax.stop_gradient(loss)}

@@ -1,0 +1,120 @@
+"""The spatial weight W: how much each location of the latent counts in the objective.
+
+    W = background + M_prior (f + lambda_s (1 - M') + gate lambda_d M_d)
+    f = 1 - (1 - gate) (1 - matched) M'
+
+Inside the subjects, what does not correspond to a reference yet (M_s = M_prior and not M') has
+high priority and what does (M') low priority; once structure is aligned the gate opens, M' counts
+in full again and detail M_d weighs more. The priorities, and that detail is disabled while
+structure is misaligned, are [known] (FocusDPO, arXiv 2509.01181, pipeline figure); the formula is
+[ours]. Only W's shape matters: `losses.weighted_mean` divides by its sum.
+
+Each of a pair's two images has its own map; stack them along the batch or call twice.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from focusdpo_jax.focus import correspondence
+from focusdpo_jax.focus.buckets import BucketNumbers, BucketStructure
+from focusdpo_jax.focus.correspondence import Match
+
+# Per-example figures, each [B]; which ones exist depends on the bucket's structure.
+Diagnostics = dict[str, Float[Array, "batch"]]
+
+
+def uniform_weights(
+    prior: Float[Array, "batch height width"],
+) -> Float[Array, "batch height width"]:
+    """W = 1: plain Diffusion-DPO, or the plain denoising loss. Only the prior's shape is used."""
+    return jnp.ones(prior.shape, jnp.float32)
+
+
+def prior_weights(
+    prior: Float[Array, "batch height width"], background: Float[Array, ""] | float
+) -> Float[Array, "batch height width"]:
+    """W = background + M_prior: the mask alone, what FocusDPO must beat to be worth its name."""
+    return background + prior
+
+
+def gate(
+    alignment: Float[Array, "batch"],
+    tau: Float[Array, ""] | float,
+    gate_width: Float[Array, ""] | float,
+) -> Float[Array, "batch"]:
+    """How far the detail term is switched on, in [0, 1] [ours].
+
+    Hard if gate_width is 0: 1 where alignment >= tau, else 0.
+    Soft if gate_width > 0: sigmoid((alignment - tau) / gate_width).
+    """
+    width = jnp.asarray(gate_width, alignment.dtype)
+    hard = (alignment >= tau).astype(alignment.dtype)
+    soft = jax.nn.sigmoid((alignment - tau) / jnp.where(width > 0, width, 1))
+    return jnp.where(width > 0, soft, hard)
+
+
+def focus_weights(
+    structure: BucketStructure,
+    numbers: BucketNumbers,
+    prior: Float[Array, "batch height width"],
+    matched: Match | None = None,
+    detail: Float[Array, "batch height width"] | None = None,
+) -> tuple[Float[Array, "batch height width"], Diagnostics]:
+    """The weight map W of FocusDPO for one bucket, as the module's formula states it.
+
+    Args:
+      structure: the bucket's static half. Without `spaf` there is no M' (nothing is matched, and
+        where `dpce` is on its gate stands open: no alignment is known to wait for). Without `dpce`
+        the gate stays shut. With neither this is `prior_weights`.
+      numbers: the bucket's dynamic half.
+      prior: M_prior, share of each location covered, in [0, 1].
+      matched: the match on the latent grid (`correspondence.to_grid`); needed with `spaf`.
+      detail: M_d in [0, 1] (`complexity.complexity`); needed with `dpce`.
+
+    Returns:
+      W, without gradient, and diagnostics [B]:
+        background_share: share of the weight outside the prior; always.
+        unmatched_share, matched_share: shares on M_s and on M' inside the prior; with `spaf`.
+          The three sum to 1.
+        alignment: `correspondence.alignment`; with `spaf`.
+        gate: how far detail is switched on; with `dpce`. Its mean is the gate rate.
+
+    Raises:
+      ValueError: a map that the structure asks for is missing.
+    """
+    if structure.spaf and matched is None:
+        raise ValueError(f"structure {structure} needs `matched`")
+    if structure.dpce and detail is None:
+        raise ValueError(f"structure {structure} needs `detail`")
+
+    prior = prior.astype(jnp.float32)
+    diagnostics = {}
+    opened = None  # the gate [B, 1, 1]; None is shut, and costs nothing
+    if structure.spaf:
+        diagnostics["alignment"] = correspondence.alignment(matched, prior)
+    if structure.dpce:
+        diagnostics["gate"] = (
+            gate(diagnostics["alignment"], numbers.tau, numbers.gate_width)
+            if structure.spaf else jnp.ones(prior.shape[0], jnp.float32))
+        opened = diagnostics["gate"][:, None, None]
+
+    inside = jnp.ones_like(prior)
+    if structure.spaf:
+        lowered = (1 - numbers.matched) * matched.union
+        inside -= lowered if opened is None else (1 - opened) * lowered
+        inside += numbers.lambda_s * (1 - matched.union)
+    if structure.dpce:
+        inside += opened * numbers.lambda_d * detail
+    weights = numbers.background + prior * inside
+
+    total = jnp.sum(weights, axis=(1, 2))
+
+    def share(region):
+        return jnp.sum(weights * region, axis=(1, 2)) / jnp.where(total > 0, total, 1)
+
+    diagnostics["background_share"] = share(1 - prior)
+    if structure.spaf:
+        diagnostics["unmatched_share"] = share(correspondence.unmatched(prior, matched.union))
+        diagnostics["matched_share"] = share(prior * matched.union)
+    return jax.lax.stop_gradient((weights, diagnostics))

@@ -1,0 +1,295 @@
+"""CLIP's text and image towers (arXiv 2103.00020), as transformers lays them out.
+
+SDXL reads two text towers: the penultimate hidden states of both, concatenated, and the projected
+pooled output of the second. IP-Adapter reads the image tower: the penultimate hidden states
+(Plus) or the projected pooled output.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import layers
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+# transformers' value for files written before it stored the right one: their end of text is the
+# highest id of the vocabulary, whatever the number.
+LEGACY_EOS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes of a text tower; the defaults are those of SDXL's first, CLIP ViT-L/14.
+
+    Attributes:
+      vocab_size, max_length: tokens known, tokens read.
+      hidden_size, num_layers, num_heads, intermediate_size: of the transformer.
+      activation: "quick_gelu" or "gelu".
+      projection_dim: width of the projected pooled output; None for a tower without projection.
+      eos_token_id: the token whose position is pooled; 2 means the highest id of the prompt.
+    """
+
+    vocab_size: int = 49408
+    max_length: int = 77
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    activation: str = "quick_gelu"
+    projection_dim: int | None = None
+    eos_token_id: int = LEGACY_EOS
+
+    def __post_init__(self):
+        _check_tower(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes of an image tower; the defaults are those of ViT-H/14, which IP-Adapter-Plus reads.
+
+    Attributes:
+      image_size, patch_size: side of the square image and of a patch, in pixels.
+      hidden_size, num_layers, num_heads, intermediate_size, activation: of the transformer.
+      projection_dim: width of the projected pooled output; None for a tower without projection.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1280
+    num_layers: int = 32
+    num_heads: int = 16
+    intermediate_size: int = 5120
+    activation: str = "gelu"
+    projection_dim: int | None = 1024
+
+    def __post_init__(self):
+        _check_tower(self)
+        if self.image_size % self.patch_size:
+            raise UserError(f"image_size = {self.image_size}: make it a multiple of "
+                            f"patch_size = {self.patch_size}")
+
+    @property
+    def num_patches(self):
+        """Patches of an image; the tower's sequence has one token more."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def _check_tower(config):
+    if config.activation not in ACTIVATIONS:
+        raise UserError(f"activation = {config.activation!r}: choose one of {list(ACTIVATIONS)}")
+    if config.hidden_size % config.num_heads:
+        raise UserError(f"hidden_size = {config.hidden_size}: make it a multiple of "
+                        f"num_heads = {config.num_heads}")
+
+
+class CLIPOutput(NamedTuple):
+    """What a tower gives.
+
+    Attributes:
+      last: [B, N, C], after the last layer; in the text tower normalised.
+      penultimate: [B, N, C], before the last layer, not normalised (transformers'
+        `hidden_states[-2]`).
+      pooled: [B, C], normalised state of the end-of-text or of the class token.
+      projected: [B, projection_dim], or None in a tower without projection.
+    """
+
+    last: Any
+    penultimate: Any
+    pooled: Any
+    projected: Any
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention whose projections all have a bias."""
+
+    num_heads: int
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, N, C] to the same shape."""
+        query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
+                             for name in ("q_proj", "k_proj", "v_proj"))
+        out = layers.attend(query, key, value, self.num_heads, causal=self.causal)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
+
+
+class MLP(nn.Module):
+    """The feed-forward of an encoder layer."""
+
+    intermediate_size: int
+    activation: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, N, C] to the same shape."""
+        h = nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each normalised before and added after."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, N, C] to the same shape."""
+        config = self.config
+        h = layers.LayerNorm(dtype=self.dtype, name="layer_norm1")(x)
+        x = x + SelfAttention(config.num_heads, self.causal, self.dtype, name="self_attn")(h)
+        h = layers.LayerNorm(dtype=self.dtype, name="layer_norm2")(x)
+        return x + MLP(config.intermediate_size, config.activation, self.dtype, name="mlp")(h)
+
+
+class Encoder(nn.Module):
+    """The layers of a tower."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, N, C] to the states after the last layer and before it, each [B, N, C]."""
+        before = x
+        for i in range(self.config.num_layers):
+            before = x
+            x = EncoderLayer(self.config, self.causal, self.dtype, name=f"layers_{i}")(x)
+        return x, before
+
+
+class TextEmbeddings(nn.Module):
+    """Embeddings of the tokens and of their positions."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids):
+        """Maps ids [B, L] to [B, L, C]."""
+        config = self.config
+        table = nn.initializers.normal(0.02)
+        tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype,
+                          embedding_init=table, name="token_embedding")(ids)
+        positions = nn.Embed(config.max_length, config.hidden_size, dtype=self.dtype,
+                             embedding_init=table, name="position_embedding")
+        return tokens + positions(jnp.arange(ids.shape[1]))
+
+
+class TextTransformer(nn.Module):
+    """The text tower up to its pooled output."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids):
+        """Maps ids [B, L] to last [B, L, C], penultimate [B, L, C] and pooled [B, C]."""
+        config = self.config
+        x = TextEmbeddings(config, self.dtype, name="embeddings")(ids)
+        x, penultimate = Encoder(config, True, self.dtype, name="encoder")(x)
+        x = layers.LayerNorm(dtype=self.dtype, name="final_layer_norm")(x)
+        legacy = config.eos_token_id == LEGACY_EOS
+        end = jnp.argmax(ids if legacy else ids == config.eos_token_id, axis=-1)
+        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return x, penultimate, pooled
+
+
+class CLIPText(nn.Module):
+    """A text tower, with its projection where `config.projection_dim` is given."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids):
+        """Maps token ids, int [B, L] with L <= max_length, to a `CLIPOutput`."""
+        last, penultimate, pooled = TextTransformer(self.config, self.dtype,
+                                                    name="text_model")(ids)
+        projected = None
+        if self.config.projection_dim is not None:
+            projected = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype,
+                                 name="text_projection")(pooled)
+        return CLIPOutput(last, penultimate, pooled, projected)
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches, a class token and their positions."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images):
+        """Maps [B, image_size, image_size, 3] to [B, 1 + num_patches, C]."""
+        config = self.config
+        size = config.patch_size
+        patches = layers.Conv(config.hidden_size, kernel_size=size, stride=size,
+                              padding=((0, 0), (0, 0)), use_bias=False, dtype=self.dtype,
+                              name="patch_embedding")(images)
+        patches = patches.reshape(images.shape[0], -1, config.hidden_size)
+        table = nn.initializers.normal(0.02)
+        first = self.param("class_embedding", table, (config.hidden_size,)).astype(self.dtype)
+        first = jnp.broadcast_to(first, (images.shape[0], 1, config.hidden_size))
+        positions = nn.Embed(1 + config.num_patches, config.hidden_size, dtype=self.dtype,
+                             embedding_init=table, name="position_embedding")
+        return (jnp.concatenate([first, patches], axis=1)
+                + positions(jnp.arange(1 + config.num_patches)))
+
+
+class VisionTransformer(nn.Module):
+    """The image tower up to its pooled output."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images):
+        """Maps images to last [B, 1 + N, C], penultimate [B, 1 + N, C] and pooled [B, C]."""
+        x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(images)
+        # The misspelling is that of the published files.
+        x = layers.LayerNorm(dtype=self.dtype, name="pre_layrnorm")(x)
+        x, penultimate = Encoder(self.config, False, self.dtype, name="encoder")(x)
+        pooled = layers.LayerNorm(dtype=self.dtype, name="post_layernorm")(x[:, 0])
+        return x, penultimate, pooled
+
+
+class CLIPVision(nn.Module):
+    """An image tower, with its projection where `config.projection_dim` is given."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images):
+        """Maps images to a `CLIPOutput`.
+
+        Args:
+          images: [B, image_size, image_size, 3], normalised as the tower was trained (see
+            `normalise_images`). The sequence is the class token, then the patches row by row.
+        """
+        last, penultimate, pooled = VisionTransformer(self.config, self.dtype,
+                                                      name="vision_model")(images)
+        projected = None
+        if self.config.projection_dim is not None:
+            projected = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype,
+                                 name="visual_projection")(pooled)
+        return CLIPOutput(last, penultimate, pooled, projected)
+
+
+def normalise_images(images):
+    """Images [..., 3] in [0, 1], moved and scaled by the means and deviations CLIP expects."""
+    mean = jnp.array([0.48145466, 0.4578275, 0.40821073], images.dtype)
+    deviation = jnp.array([0.26862954, 0.26130258, 0.27577711], images.dtype)
+    return (images - mean) / deviation

@@ -1,0 +1,242 @@
+"""A personalised image generator as pure functions of its parameters.
+
+Training and evaluation meet a generator only through this file. Another backbone is another class
+with these methods; this one is SDXL's: latent diffusion with a UNet, two text encoders, an image
+encoder for the subject reference images, and a subject adapter that turns its patch features
+into tokens for decoupled cross-attention.
+
+The parameters are one tree with a root per part (`PARTS`). `split_parameters` divides it into what
+is trained and what is frozen; `merge_parameters` puts it together again.
+"""
+
+import dataclasses
+import json
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from focusdpo_jax.diffusion import schedule as noise_schedule
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import clip
+from focusdpo_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from focusdpo_jax.models.subject_adapter import Resampler, SubjectAdapterConfig
+from focusdpo_jax.models.unet import UNet, UNetConfig
+from focusdpo_jax.models.vae import VAE, VAEConfig
+
+PARTS = ("unet", "adapter", "text_encoder", "text_encoder_2", "image_encoder", "vae")
+
+# What each choice of `config.trainable` optimises, as a test of a parameter's path.
+TRAINABLE = {
+    # The subject adapter: its resampler and the image keys and values inside the UNet.
+    "adapter": lambda path: path[0] == "adapter" or path[-2] in ("to_k_ip", "to_v_ip"),
+    # Low-rank updates of the UNet's attention projections.
+    "lora": lambda path: path[-1] in ("lora_a", "lora_b"),
+    # UNet and subject adapter.
+    "full": lambda path: path[0] in ("unet", "adapter"),
+    # Everything that denoising shapes: what pre-training a generator from nothing needs.
+    "generator": lambda path: path[0] in ("unet", "adapter", "text_encoder", "text_encoder_2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """Sizes of every part, and how the noise is scheduled and predicted.
+
+    Attributes:
+      prediction_type: "epsilon" (SDXL) or "v_prediction".
+      zero_terminal_snr: rescale the schedule so that the last timestep is pure noise.
+    """
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: CLIPTextConfig
+    text_encoder_2: CLIPTextConfig
+    image_encoder: CLIPVisionConfig
+    adapter: SubjectAdapterConfig
+    prediction_type: str = "epsilon"
+    zero_terminal_snr: bool = False
+
+    def to_json(self):
+        """The configuration as JSON text, which `from_json` reads back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text):
+        """Reads what `to_json` wrote."""
+        values = json.loads(text)
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.type):
+                part = {k: tuple(v) if isinstance(v, list) else v
+                        for k, v in values[field.name].items()}
+                values[field.name] = field.type(**part)
+        return cls(**values)
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """What the UNet is conditioned on, for B images and S reference slots.
+
+    Attributes:
+      text: [B, L, D] prompt embeddings of both text encoders, side by side.
+      pooled: [B, P] pooled prompt embedding.
+      time_ids: [B, 6] original height and width, crop top and left, target height and width.
+      image_tokens: [B, S, T, D] tokens of each reference.
+      image_present: bool [B, S]; absent slots contribute nothing.
+    """
+
+    text: jax.Array
+    pooled: jax.Array
+    time_ids: jax.Array
+    image_tokens: jax.Array
+    image_present: jax.Array
+
+
+class Generator:
+    """The functions of a personalised generator; it holds modules and no parameters."""
+
+    def __init__(self, config, dtype=jnp.float32):
+        self.config = config
+        self.unet = UNet(config.unet, dtype)
+        self.vae = VAE(config.vae, dtype)
+        self.text_encoder = CLIPText(config.text_encoder, dtype)
+        self.text_encoder_2 = CLIPText(config.text_encoder_2, dtype)
+        self.image_encoder = CLIPVision(config.image_encoder, dtype)
+        self.adapter = Resampler(config.adapter, dtype)
+        self.schedule = noise_schedule.scaled_linear_schedule(
+            config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+
+    @property
+    def latent_factor(self):
+        """Pixels per latent, in each direction."""
+        return self.config.vae.factor
+
+    @property
+    def patch_grid(self):
+        """Patches of the image encoder along each side."""
+        return self.config.image_encoder.image_size // self.config.image_encoder.patch_size
+
+    def latent_shape(self, resolution):
+        """(height, width, channels) of the latents of a square image."""
+        side = resolution // self.latent_factor
+        return side, side, self.config.vae.latent_channels
+
+    def init(self, key):
+        """Random parameters: {part: tree} for every part in PARTS, float32."""
+        keys = dict(zip(PARTS, jax.random.split(key, len(PARTS))))
+        config, unet = self.config, self.config.unet
+        side = self.latent_factor * 2
+        ids = jnp.zeros((1, config.text_encoder.max_length), jnp.int32)
+        tokens = jnp.zeros((1, 1, config.adapter.num_queries, config.adapter.output_dim))
+        patches = jnp.zeros((1, 1, 1 + self.patch_grid**2, config.image_encoder.hidden_size))
+        size = config.image_encoder.image_size
+        latents = jnp.zeros((1, 8, 8, unet.in_channels))
+        inputs = {
+            "unet": (latents, jnp.zeros((1,)), jnp.zeros((1, 1, unet.cross_attention_dim)),
+                     jnp.zeros((1, unet.pooled_dim)), jnp.zeros((1, 6)), tokens,
+                     jnp.ones((1, 1), bool)),
+            "vae": (jnp.zeros((1, side, side, 3)),),
+            "text_encoder": (ids,),
+            "text_encoder_2": (ids,),
+            "image_encoder": (jnp.zeros((1, size, size, 3)),),
+            "adapter": (patches,),
+        }
+        return {part: getattr(self, part).init(keys[part], *inputs[part])["params"]
+                for part in PARTS}
+
+    def encode_image(self, parameters, pixels):
+        """Posterior of the latents, scaled as the UNet takes them.
+
+        Args:
+          pixels: [B, H, W, 3] in [0, 1].
+
+        Returns:
+          mean and standard deviation, each [B, H / f, W / f, C] in float32.
+        """
+        mean, log_variance = self.vae.apply(
+            {"params": parameters["vae"]}, pixels * 2 - 1, method="encode")
+        scale = self.config.vae.scaling_factor
+        return mean * scale, jnp.exp(0.5 * log_variance) * scale
+
+    def decode_latents(self, parameters, latents):
+        """Pixels [B, H, W, 3], about [0, 1] and not clipped, from latents as the UNet gives them."""
+        pixels = self.vae.apply({"params": parameters["vae"]},
+                                latents / self.config.vae.scaling_factor, method="decode")
+        return pixels / 2 + 0.5
+
+    def encode_text(self, parameters, token_ids):
+        """Prompt embeddings and pooled embedding, as SDXL uses its two encoders.
+
+        Args:
+          token_ids: int [B, 2, L], one row for each text encoder.
+
+        Returns:
+          text [B, L, D1 + D2] (both penultimate hidden states) and pooled [B, P] (the second
+          encoder's projection).
+        """
+        first = self.text_encoder.apply({"params": parameters["text_encoder"]}, token_ids[:, 0])
+        second = self.text_encoder_2.apply(
+            {"params": parameters["text_encoder_2"]}, token_ids[:, 1])
+        text = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
+        return text, second.projected
+
+    def image_features(self, parameters, pixels):
+        """Features of the image encoder's penultimate layer.
+
+        Args:
+          pixels: [..., H, W, 3] in [0, 1], of the image encoder's own size.
+
+        Returns:
+          [..., 1 + N, D]: the class token, then the patches row by row.
+        """
+        shape = pixels.shape
+        features = self.see(parameters, pixels.reshape(-1, *shape[-3:])).penultimate
+        return features.reshape(*shape[:-3], *features.shape[-2:])
+
+    def see(self, parameters, pixels):
+        """Everything the image encoder says (`CLIPOutput`) of pixels [B, H, W, 3] in [0, 1]."""
+        return self.image_encoder.apply(
+            {"params": parameters["image_encoder"]}, clip.normalise_images(pixels))
+
+    def subject_tokens(self, parameters, features):
+        """Tokens [B, S, T, D] of the subject adapter from `image_features` [B, S, 1 + N, D]."""
+        return self.adapter.apply({"params": parameters["adapter"]}, features)
+
+    def denoise(self, parameters, latents, timesteps, conditioning, *, image_scale=1.0,
+                capture=()):
+        """The UNet's prediction [B, h, w, C] and what was captured (see `UNet.__call__`)."""
+        return self.unet.apply(
+            {"params": parameters["unet"]}, latents, timesteps, conditioning.text,
+            conditioning.pooled, conditioning.time_ids, conditioning.image_tokens,
+            conditioning.image_present, image_scale, capture=capture)
+
+
+def split_parameters(parameters, trainable):
+    """Divides a parameter tree.
+
+    Args:
+      parameters: {part: tree}.
+      trainable: a name in TRAINABLE.
+
+    Returns:
+      (trainable, frozen): two nested dicts without a common leaf.
+
+    Raises:
+      UserError: nothing in the tree answers to the name.
+    """
+    flat = traverse_util.flatten_dict(parameters)
+    chosen = {path for path in flat if TRAINABLE[trainable](path)}
+    if not chosen:
+        raise UserError(
+            f"config.trainable = {trainable!r}: the model has no such parameters"
+            + (" (set config.model.lora_rank, for example to 8)" if trainable == "lora" else ""))
+    parts = [{p: v for p, v in flat.items() if (p in chosen) == wanted} for wanted in (True, False)]
+    return tuple(traverse_util.unflatten_dict(part) for part in parts)
+
+
+def merge_parameters(trainable, frozen):
+    """Puts together what `split_parameters` divided."""
+    flat = traverse_util.flatten_dict(frozen)
+    flat.update(traverse_util.flatten_dict(trainable))
+    return traverse_util.unflatten_dict(flat)

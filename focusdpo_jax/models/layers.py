@@ -1,0 +1,283 @@
+"""Layers shared by the UNet, the autoencoder, CLIP and the subject adapter.
+
+Modules are named after the tensors of the published PyTorch checkpoints (diffusers,
+transformers), with `.N` written `_N`, so that the map between the two is a rule and not a table.
+Parameters are created in float32; `dtype` is the type of the computation.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from focusdpo_jax.models.convolution import conv2d
+from focusdpo_jax.models.lora import LoRADense
+
+ZEROS = nn.initializers.zeros
+
+
+class Conv(nn.Module):
+    """Convolution over [B, H, W, C], with a kernel [k, k, C, features].
+
+    `padding` is ((top, bottom), (left, right)); left out, it is k // 2 on every side.
+    """
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None
+    use_bias: bool = True
+    kernel_init: Any = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, H, W, C] to [B, H', W', features]."""
+        size = self.kernel_size
+        padding = self.padding or ((size // 2, size // 2),) * 2
+        shape = (size, size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype),
+                   stride=self.stride, padding=padding)
+        if self.use_bias:
+            bias = self.param("bias", ZEROS, (self.features,))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over the last axis; mean and variance are taken in float32."""
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, ..., C] to the same shape; C is a multiple of `groups`."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", ZEROS, (channels,))
+        pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        # First each channel over the positions, then the few channels of a group: reducing over
+        # both at once makes XLA walk across memory, and costs a CPU three times the whole step.
+        mean = pixels.mean(1, keepdims=True)
+        variance = jnp.square(pixels - mean).mean(1, keepdims=True)
+
+        def grouped(values):
+            return values.reshape(-1, 1, self.groups, channels // self.groups)
+
+        group_mean = grouped(mean).mean(-1, keepdims=True)
+        spread = jnp.square(grouped(mean) - group_mean)
+        group_variance = (grouped(variance) + spread).mean(-1, keepdims=True)
+        gain = jnp.broadcast_to(jax.lax.rsqrt(group_variance + self.epsilon), spread.shape)
+        gain = gain.reshape(mean.shape) * scale.astype(jnp.float32)
+        offset = jnp.broadcast_to(group_mean, spread.shape).reshape(mean.shape)
+        normed = pixels * gain + (bias.astype(jnp.float32) - offset * gain)
+        return normed.reshape(x.shape).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis; mean and variance are taken in float32."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [..., C] to the same shape."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", ZEROS, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        normed = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def sinusoidal_embedding(values, width):
+    """Cosines, then sines, of `values` at `width // 2` frequencies from 1 down towards 1/10000.
+
+    This is the embedding of SDXL's timesteps and time ids (in diffusers: flip_sin_to_cos=True,
+    downscale_freq_shift=0).
+
+    Args:
+      values: [B], any real numbers.
+      width: even number of features.
+
+    Returns:
+      [B, width] in float32.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = values.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def split_heads(x, num_heads):
+    """[B, N, heads * d] -> [B, N, heads, d]."""
+    return x.reshape(*x.shape[:2], num_heads, x.shape[-1] // num_heads)
+
+
+def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
+    """Multi-head attention on projected queries, keys and values.
+
+    Args:
+      query: [B, Q, C]; key, value: [B, K, C]. C is a multiple of `num_heads`.
+      key_mask: bool [B, K], true where a key may be attended to. Where a row has no such key its
+        output and its gradients are exactly zero.
+      causal: whether a query sees only the keys up to its own position.
+
+    Returns:
+      [B, Q, C].
+    """
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    out = jax.nn.dot_product_attention(
+        split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads),
+        mask=mask, is_causal=causal)
+    out = out.reshape(query.shape)
+    if key_mask is not None:
+        # Over no valid key the softmax is uniform over the masked ones: their mean is no answer.
+        out = jnp.where(key_mask.any(-1)[:, None, None], out, 0)
+    return out
+
+
+class Attention(nn.Module):
+    """Attention of tokens to themselves or to a context, with its four projections.
+
+    Attributes:
+      num_heads: number of heads.
+      width: width of queries, keys and values over all heads; the input's width if None.
+      input_bias: whether the query, key and value projections have a bias.
+      output_bias: whether the output projection has a bias.
+    """
+
+    num_heads: int
+    width: int | None = None
+    input_bias: bool = False
+    output_bias: bool = True
+    lora_rank: int = 0
+    lora_alpha: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        """Maps tokens [B, Q, C] and a context [B, K, D] (the tokens if None) to [B, Q, C]."""
+        context = x if context is None else context
+        width = self.width or x.shape[-1]
+
+        def dense(features, use_bias, name):
+            return LoRADense(features, use_bias, self.lora_rank, self.lora_alpha,
+                             dtype=self.dtype, name=name)
+
+        query = dense(width, self.input_bias, "to_q")(x)
+        key = dense(width, self.input_bias, "to_k")(context)
+        value = dense(width, self.input_bias, "to_v")(context)
+        out = attend(query, key, value, self.num_heads)
+        return dense(x.shape[-1], self.output_bias, "to_out_0")(out)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions around an optional timestep embedding, with a shortcut.
+
+    The second convolution starts at zero, so that a fresh block is its shortcut: a deep network
+    then trains from the first step (arXiv 2105.05233).
+    """
+
+    features: int
+    norm_groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, embedding=None):
+        """Maps [B, H, W, C] and an embedding [B, E] to [B, H, W, features]."""
+        h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, name="norm1")(x)
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(nn.silu(h))
+        if embedding is not None:
+            shift = nn.Dense(self.features, dtype=self.dtype,
+                             name="time_emb_proj")(nn.silu(embedding))
+            h = h + shift[:, None, None, :]
+        h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, name="norm2")(h)
+        h = Conv(self.features, kernel_init=ZEROS, dtype=self.dtype, name="conv2")(nn.silu(h))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halves height and width (rounding up) by a convolution of stride 2.
+
+    SDXL's UNet pads by one on every side, its autoencoder only below and on the right.
+    """
+
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, H, W, C] to [B, ~H / 2, ~W / 2, C]."""
+        return Conv(x.shape[-1], stride=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repetition, then convolves."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, size=None):
+        """Maps [B, H, W, C] to [B, 2 H, 2 W, C], cropped to `size` (height, width) if given."""
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+        x = x.reshape(batch, 2 * height, 2 * width, channels)
+        if size is not None:
+            x = x[:, :size[0], :size[1]]
+        return Conv(channels, dtype=self.dtype, name="conv")(x)
+
+
+class GEGLU(nn.Module):
+    """A dense layer whose second half gates the first (arXiv 2002.05202)."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [..., C] to [..., features]."""
+        x = nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
+        x, gate = jnp.split(x, 2, axis=-1)
+        return x * nn.gelu(gate, approximate=False)
+
+
+class GELU(nn.Module):
+    """A dense layer without bias, followed by the exact GELU."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [..., C] to [..., features]."""
+        x = nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="proj")(x)
+        return nn.gelu(x, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """Widens tokens `expansion` times, activates and returns them to their width.
+
+    `gated` takes GEGLU and biases (the UNet's transformer blocks); otherwise GELU and none (the
+    resampler's).
+    """
+
+    expansion: int = 4
+    gated: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [..., C] to the same shape."""
+        first = GEGLU if self.gated else GELU
+        h = first(self.expansion * x.shape[-1], self.dtype, name="net_0")(x)
+        return nn.Dense(x.shape[-1], use_bias=self.gated, dtype=self.dtype, name="net_2")(h)

@@ -1,0 +1,71 @@
+"""Captions to token ids for both text encoders, by CLIP's byte-pair encoding."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from focusdpo_jax.errors import UserError
+
+
+class Tokenizer:
+    """CLIP's tokenizer as SDXL uses it: once for each of its two text encoders.
+
+    The encoders differ in the token that fills up short captions: the first takes the end token,
+    the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders.
+    """
+
+    def __init__(self, folder, length):
+        """Reads `vocab.json` and `merges.txt` of `folder`; captions get `length` tokens.
+
+        Raises:
+          UserError: the files are missing.
+        """
+        import transformers  # Slow to import, so only where captions are read.
+        vocabulary, merges = epath.Path(folder) / "vocab.json", epath.Path(folder) / "merges.txt"
+        for path in (vocabulary, merges):
+            if not path.exists():
+                raise UserError(f"{path} is missing; a model folder has a tokenizer/ with "
+                                "vocab.json and merges.txt.")
+        self._clip = transformers.CLIPTokenizer(
+            vocab=str(vocabulary), merges=str(merges), pad_token="<|endoftext|>")
+        self.length = length
+
+    def __call__(self, caption):
+        """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""
+        ids = self._clip(caption, truncation=True, max_length=self.length)["input_ids"]
+        missing = self.length - len(ids)
+        return np.array([ids + [self._clip.eos_token_id] * missing, ids + [0] * missing], np.int32)
+
+
+def _byte_alphabet():
+    """CLIP's visible stand-ins for the 256 bytes, in the order of its vocabulary."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(b) for b in visible] + [chr(256 + i) for i in range(len(hidden))]
+
+
+def write_vocabulary(folder, words):
+    """Writes a small CLIP vocabulary in which every one of `words` is one token.
+
+    Every other text still has tokens, one a byte, so that any prompt can be given.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = _byte_alphabet()
+    tokens = alphabet + [letter + "</w>" for letter in alphabet]
+    merges = []
+    for word in sorted(words):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        left = pieces[0]
+        for right in pieces[1:]:
+            if (left, right) not in merges:
+                merges.append((left, right))
+                tokens.append(left + right)
+            left += right
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0))
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return len(vocabulary)

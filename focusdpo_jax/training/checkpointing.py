@@ -1,0 +1,76 @@
+"""Checkpoints of a run: state and loader position together, written by Orbax in the background.
+
+A checkpoint appears under its final name only when it is complete, so a killed process leaves
+either a whole checkpoint or none.
+"""
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from focusdpo_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`."""
+
+    def __init__(self, workdir, *, keep):
+        """Opens the folder. `keep` is the number of newest checkpoints that stay."""
+        self.folder = epath.Path(workdir) / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True,
+            cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+
+    @property
+    def latest(self):
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, state, loader_state):
+        """Starts to write a checkpoint; training goes on while the files are written.
+
+        Args:
+          step: its name.
+          state: a pytree of arrays.
+          loader_state: what the loader's `get_state` gave, JSON-serialisable.
+        """
+        try:
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(loader_state)))
+        except OSError as error:
+            raise UserError(f"cannot write checkpoint {step} in {self.folder}: {error}. "
+                            f"The last complete one is of step {self.latest}.") from error
+
+    def restore(self, example):
+        """The newest checkpoint.
+
+        Args:
+          example: a state of the same structure, whose shapes, types and shardings are taken.
+
+        Returns:
+          (state, loader_state).
+
+        Raises:
+          UserError: the files do not fit the example or cannot be read.
+        """
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, example)
+        step = self.latest
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"cannot restore checkpoint {step} of {self.folder}: {reason}. Remove the folder "
+                f"{self.folder / str(step)} to go back to an earlier one.") from error
+        return restored.state, restored.loader
+
+    def close(self):
+        """Waits for what is still being written."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise UserError(f"cannot write a checkpoint in {self.folder}: {error}. "
+                            f"The last complete one is of step {self.latest}.") from error
+        self._manager.close()

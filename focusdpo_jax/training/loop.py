@@ -1,0 +1,156 @@
+"""The training loop: from a configuration and a folder to a trained model in that folder.
+
+Reads from top to bottom: the task, its state, what was saved before, the executables, the steps,
+the end. What is trained is a `Task`; which one is made from the configuration in `tasks.py`.
+"""
+
+import collections
+import json
+import time
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from focusdpo_jax import config as config_rules
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.training import tasks
+from focusdpo_jax.training.checkpointing import Checkpoints
+from focusdpo_jax.training.metrics import MetricWriter, Progress, duration, replace_file
+from focusdpo_jax.training.state import create_state, make_optimizer
+from focusdpo_jax.training.step import compile_steps, make_step
+
+
+def run(config, workdir):
+    """Trains as `config` says, or goes on where an earlier run in `workdir` stopped.
+
+    Args:
+      config: a ConfigDict; see `configs/` for its fields.
+      workdir: folder of the run; created if missing.
+
+    Raises:
+      UserError: a mistake in the configuration, the data or the machine; also a loss that is no
+        longer finite. Checkpoints written before stay.
+    """
+    config_rules.validate(config)
+    workdir = open_workdir(workdir, config)
+    logging.info("focusdpo_jax on %d x %s, run folder %s",
+                 jax.device_count(), jax.devices()[0].device_kind, workdir)
+
+    task = tasks.make_task(config, workdir)
+    optimizer = make_optimizer(config)
+    state = create_state(task.trainable, optimizer, config.ema_decay)
+    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    if checkpoints.latest is not None:
+        # The state's initial values give the shapes; the loader goes on behind the last batch.
+        state, position = checkpoints.restore(state)
+        task.batches.set_state(position)
+        logging.info("resumed at step %d", checkpoints.latest)
+    done = checkpoints.latest or 0
+    writer = MetricWriter(workdir, start_step=done)
+    try:
+        task.start(writer)
+        if done < config.steps:
+            state = train(config, task, state, optimizer, checkpoints, writer, done)
+        checkpoints.close()
+        task.finish(config.steps, state.evaluated, writer)
+    finally:
+        writer.close()
+
+
+def train(config, task, state, optimizer, checkpoints, writer, done):
+    """Runs the steps from `done` to `config.steps`; returns the last state."""
+    step = make_step(task.loss, optimizer, seed=config.seed, ema_decay=config.ema_decay)
+    position = task.batches.get_state()
+    batch = task.prepare(next(task.batches))
+    structures, numbers = collections.defaultdict(list), {}
+    for name, (structure, values) in task.buckets.items():
+        structures[structure].append(name)
+        numbers[structure] = values
+    compiled = compile_steps(step, structures, state, task.frozen, batch, numbers)
+    task.batches.set_state(position)
+
+    progress = Progress(start=done, total=config.steps, unit=task.unit,
+                        per_step=config.batch_size * config.accumulate)
+    began, seen = time.monotonic(), {}
+    try:
+        for number in range(done + 1, config.steps + 1):
+            for micro in range((number - 1) * config.accumulate, number * config.accumulate):
+                bucket = task.bucket_at(micro)
+                structure, values = task.buckets[bucket]
+                batch = task.prepare(next(task.batches))
+                state, metrics = compiled[structure](state, task.frozen, batch, values)
+                seen[bucket] = seen[bucket].merge(metrics) if bucket in seen else metrics
+            if number % config.log_every == 0 or number == config.steps:
+                values = summarize(seen)
+                require_finite(values, number, checkpoints)
+                shown = {k: values[k] for k in ("loss", "implicit_accuracy") if k in values}
+                rate = progress.show(number, shown)
+                writer.scalars(number, {**values, f"{task.unit}_per_second": rate})
+                seen = {}
+            if number % config.checkpoint_every == 0 or number == config.steps:
+                checkpoints.save(number, state, task.batches.get_state())
+            if number % config.sample_every == 0 and number < config.steps:
+                task.sample(number, state.evaluated, writer)
+                progress.pause()
+    finally:
+        progress.close()
+    logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - began))
+    return state
+
+
+def summarize(seen):
+    """Means over all steps of a logging window and, with several buckets, over each bucket's.
+
+    Args:
+      seen: {bucket: clu collection}.
+
+    Returns:
+      {name: float, "bucket/name": float}.
+    """
+    computed = {bucket: {k: float(v) for k, v in metrics.compute().items()}
+                for bucket, metrics in sorted(seen.items())}
+    merged = None
+    for _, metrics in sorted(seen.items()):
+        merged = metrics if merged is None else merged.merge(metrics)
+    values = {k: float(v) for k, v in merged.compute().items()}
+    if len(computed) > 1:
+        for bucket, entries in computed.items():
+            values.update({f"{bucket}/{name}": value for name, value in entries.items()})
+    return values
+
+
+def require_finite(values, step, checkpoints):
+    """Stops a run whose numbers are no longer finite, before anything of it is saved."""
+    wrong = [name for name, value in values.items() if not np.isfinite(value)]
+    if wrong:
+        saved = (f"The checkpoint of step {checkpoints.latest} is intact"
+                 if checkpoints.latest else "No checkpoint had been written yet")
+        checkpoints.close()
+        raise UserError(f"{wrong[0]} = {values[wrong[0]]} at step {step}. {saved}; "
+                        "go on from it with a lower config.learning_rate or config.beta.")
+
+
+def open_workdir(workdir, config):
+    """Creates the run folder and its `config.json`, or checks that it holds the same run.
+
+    Raises:
+      UserError: the folder cannot be written, or belongs to a run with another configuration.
+    """
+    workdir = epath.Path(workdir)
+    written = config_rules.to_json(config)
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            changed = config_rules.changed_fields(json.loads(path.read_text()), json.loads(written))
+            if changed:
+                raise UserError(
+                    f"{workdir} holds a run with another {', '.join(changed)}. Give another "
+                    "--workdir, or remove the folder to start again.")
+        replace_file(path, written)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror or error}). "
+                        "Give a folder that you may write.") from error
+    return workdir

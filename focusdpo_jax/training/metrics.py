@@ -1,0 +1,119 @@
+"""Where a run's numbers and pictures go: the log, `metrics.jsonl`, TensorBoard, a progress bar."""
+
+import json
+import math
+import sys
+import time
+
+import numpy as np
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+
+def replace_file(path, text):
+    """Writes a file in one move: a reader, or a killed writer, never sees half of it."""
+    path = epath.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _open_tensorboard(workdir):
+    try:
+        from clu import metric_writers
+        return metric_writers.SummaryWriter(str(workdir))
+    except ImportError as error:
+        logging.warning(
+            "TensorBoard events are not written, because %s is missing "
+            "(pip install tensorflow-cpu tensorboard).", error.name or "TensorFlow")
+        return None
+
+
+class MetricWriter:
+    """Writes scalars and pictures of a run.
+
+    `metrics.jsonl` has one object a logged step. After a restart at step N the objects of later
+    steps are dropped, since the resumed run writes them again.
+    """
+
+    def __init__(self, workdir, *, start_step=0):
+        self.workdir = epath.Path(workdir)
+        self._path = self.workdir / "metrics.jsonl"
+        kept = []
+        if start_step and self._path.exists():
+            for line in self._path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= start_step:
+                        kept.append(line)
+                except ValueError:  # The last line of a killed process may be half written.
+                    break
+        replace_file(self._path, "".join(line + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._tensorboard = _open_tensorboard(self.workdir)
+
+    def scalars(self, step, values):
+        """Writes a dict of finite numbers for `step`."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, values)
+            self._tensorboard.flush()
+
+    def picture(self, step, name, image):
+        """Shows a uint8 picture [H, W, 3] in TensorBoard."""
+        if self._tensorboard:
+            self._tensorboard.write_images(step, {name: np.asarray(image)[None]})
+            self._tensorboard.flush()
+
+    def close(self):
+        """Closes the files."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+class Progress:
+    """Progress of a long loop: a bar on a terminal, a line in the log elsewhere."""
+
+    def __init__(self, *, start, total, unit, per_step):
+        """`per_step` units (pairs, images) are done in each of the steps from start to total."""
+        self._total, self._unit, self._per_step = total, unit, per_step
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+        self._shown, self._time = start, time.monotonic()
+
+    def show(self, step, values):
+        """Reports that `step` steps are done, with a few numbers; returns units a second."""
+        now = time.monotonic()
+        seconds = (now - self._time) / max(step - self._shown, 1)
+        rate = self._per_step / max(seconds, 1e-9)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._bar:
+            self._bar.update(step - self._shown)
+            self._bar.set_postfix_str(f"{numbers}  {rate:.1f} {self._unit}/s")
+        else:
+            logging.info("step %d/%d  %s  %.1f %s/s  %s left", step, self._total, numbers,
+                         rate, self._unit, duration((self._total - step) * seconds))
+        self._shown, self._time = step, now
+        return rate
+
+    def pause(self):
+        """Starts the clock again after work that is not part of the loop."""
+        self._time = time.monotonic()
+
+    def close(self):
+        """Leaves the bar as it is."""
+        if self._bar:
+            self._bar.close()
+
+
+def duration(seconds):
+    """Seconds as people read them: "41 s", "3 min 20 s", "2 h 05 min"."""
+    seconds = int(math.ceil(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,36 @@
+"""What the loop trains: a value with functions, not a class to inherit from."""
+
+import dataclasses
+from typing import Any, Callable, Hashable, Mapping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Parameters, a loss over batches, and what to do with the result.
+
+    Attributes:
+      trainable: initial parameters under training, a nested dict.
+      frozen: everything else that the loss reads, a pytree.
+      loss: (structure, trainable, frozen, batch, numbers, key) -> (loss, dict of scalars);
+        `structure` is static and decides what is compiled.
+      buckets: {name: (structure, numbers)}: buckets of equal structure share one executable.
+      bucket_at: batch number -> name of its bucket, the same on every host.
+      batches: iterator over batches with `get_state` and `set_state`.
+      prepare: batch of the iterator -> batch of the loss, on the device.
+      unit: what a batch is made of, for the progress bar ("pairs").
+      start: called once before the first step with a MetricWriter.
+      sample: called every `config.sample_every` steps with (step, trainable, MetricWriter).
+      finish: called at the end with (step, trainable, MetricWriter).
+    """
+
+    trainable: dict
+    frozen: Any
+    loss: Callable
+    buckets: Mapping[str, tuple[Hashable, Any]]
+    bucket_at: Callable[[int], str]
+    batches: Any
+    prepare: Callable
+    unit: str
+    start: Callable
+    sample: Callable
+    finish: Callable

@@ -1,0 +1,153 @@
+"""The objective against numpy in float64, and the properties that make it Diffusion-DPO."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from focusdpo_jax.focus import losses
+
+BETA = 50.0
+
+
+def predictions(seed=0, shape=(3, 4, 5, 2)):
+    """float64 targets and predictions of a pair; the policy is close to the reference model."""
+    rng = np.random.default_rng(seed)
+    draw = lambda: rng.normal(size=shape)
+    out = {}
+    for image in ("chosen", "rejected"):
+        target = draw()
+        reference = target + 0.3 * draw()
+        out[image] = target, reference, reference + 0.1 * draw()
+    return out
+
+
+def numpy_diffusion_dpo(pair, beta):
+    """Diffusion-DPO by hand: per-pair loss, margin, and d(mean loss) / d(policy prediction)."""
+    (tw, rw, pw), (tl, rl, pl) = pair["chosen"], pair["rejected"]
+    mse = lambda a, b: ((a - b) ** 2).mean(axis=(1, 2, 3))
+    margin = (mse(tw, pw) - mse(tw, rw)) - (mse(tl, pl) - mse(tl, rl))
+    loss = np.log1p(np.exp(beta / 2 * margin))
+    slope = beta / 2 / (1 + np.exp(-beta / 2 * margin)) / len(margin)  # d(mean loss) / d(margin)
+    slope = slope[:, None, None, None] * 2 / pw[0].size
+    return loss, margin, slope * (pw - tw), -slope * (pl - tl)
+
+
+def ours(pair, policy_chosen, policy_rejected, weights_chosen, weights_rejected, beta):
+    (tw, rw, _), (tl, rl, _) = pair["chosen"], pair["rejected"]
+    return losses.diffusion_dpo(
+        losses.error_map(tw, policy_chosen), losses.error_map(tw, rw),
+        losses.error_map(tl, policy_rejected), losses.error_map(tl, rl),
+        weights_chosen, weights_rejected, beta)
+
+
+def as_jax(pair, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), pair)
+
+
+def loss_and_gradients(pair, weights, beta):
+    def mean_loss(policy_chosen, policy_rejected):
+        loss, diagnostics = ours(pair, policy_chosen, policy_rejected, weights, weights, beta)
+        return loss.mean(), (loss, diagnostics)
+
+    (_, aux), gradients = jax.jit(jax.value_and_grad(mean_loss, (0, 1), has_aux=True))(
+        pair["chosen"][2], pair["rejected"][2])
+    return *aux, *gradients
+
+
+@pytest.mark.parametrize("constant", [1.0, 7.5])
+def test_with_constant_weight_loss_and_gradient_are_diffusion_dpo(constant):
+    pair = predictions()
+    loss, margin, gradient_chosen, gradient_rejected = numpy_diffusion_dpo(pair, BETA)
+    assert loss.min() < 0.6 and loss.max() > 0.8  # both sides of log 2
+    weights = jnp.full((3, 4, 5), constant)
+    got = loss_and_gradients(as_jax(pair, jnp.float32), weights, BETA)
+    np.testing.assert_allclose(got[0], loss, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got[1]["margin"], margin, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(got[2], gradient_chosen, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got[3], gradient_rejected, rtol=0, atol=1e-6)
+
+
+def test_in_float64_the_formula_is_exact_at_the_published_beta():
+    pair = predictions(seed=1)
+    expected = numpy_diffusion_dpo(pair, 5000.0)
+    with jax.enable_x64(True):
+        got = loss_and_gradients(as_jax(pair, jnp.float64), jnp.ones((3, 4, 5)), 5000.0)
+        assert got[0].dtype == jnp.float64
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-10)
+        np.testing.assert_allclose(got[2], expected[2], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(got[3], expected[3], rtol=1e-10, atol=1e-14)
+
+
+def test_margin_and_diagnostics_by_hand():
+    row = lambda *values: jnp.array([[values]], jnp.float32)
+    loss, diagnostics = losses.diffusion_dpo(
+        policy_chosen=row(1.0, 2.0), reference_chosen=row(2.0, 2.5),
+        policy_rejected=row(3.0, 5.0), reference_rejected=row(1.0, 4.0),
+        weights_chosen=row(3.0, 1.0), weights_rejected=row(1.0, 4.0), beta=2.0)
+    # winner: (3 * -1 + 1 * -0.5) / 4, loser: (1 * 2 + 4 * 1) / 5
+    assert diagnostics["winner_error_difference"] == pytest.approx([-0.875])
+    assert diagnostics["loser_error_difference"] == pytest.approx([1.2])
+    assert diagnostics["margin"] == pytest.approx([-2.075])
+    assert diagnostics["implicit_accuracy"] == pytest.approx([1.0])
+    # references: (3 * 2 + 2.5) / 4 = 2.125 and (1 + 16) / 5 = 3.4
+    assert diagnostics["reference_error"] == pytest.approx([2.7625])
+    assert loss == pytest.approx([np.log1p(np.exp(-2.075))], rel=1e-6)
+
+
+def test_no_gradient_through_weights_or_reference():
+    pair = as_jax(predictions(), jnp.float32)
+    maps = [losses.error_map(pair["chosen"][0], x) for x in pair["chosen"][1:]]
+    arguments = [maps[1], maps[0], maps[1] * 0.5, maps[0], maps[0] + 1, maps[1] + 1]
+    gradients = jax.grad(
+        lambda *a: losses.diffusion_dpo(*a, 10.0)[0].sum(), argnums=tuple(range(6)))(*arguments)
+    moved = [bool(jnp.any(g != 0)) for g in gradients]
+    assert moved == [True, False, True, False, False, False]
+
+
+def test_only_weighted_locations_count():
+    pair = as_jax(predictions(), jnp.float32)
+    weights = jnp.zeros((3, 4, 5)).at[:, :2].set(1.0)
+    base = loss_and_gradients(pair, weights, BETA)
+    np.testing.assert_array_equal(base[2][:, 2:], 0)
+    assert jnp.abs(base[2][:, :2]).min() > 0
+
+
+def test_equal_models_give_log_two_and_win_nothing():
+    target, prediction, _ = as_jax(predictions(), jnp.float32)["chosen"]
+    errors, ones = losses.error_map(target, prediction), jnp.ones((3, 4, 5))
+    loss, diagnostics = losses.diffusion_dpo(
+        errors, errors, errors * 2, errors * 2, ones, ones, 5000.0)
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+    np.testing.assert_array_equal(diagnostics["implicit_accuracy"], 0)
+
+
+def test_extreme_margins_stay_finite():
+    far = jnp.full((1, 2, 2), 1e4)
+    near = jnp.zeros((1, 2, 2))
+    ones = jnp.ones((1, 2, 2))
+    lost, _ = losses.diffusion_dpo(far, near, near, near, ones, ones, 5000.0)
+    won, _ = losses.diffusion_dpo(near, far, near, near, ones, ones, 5000.0)
+    assert lost == pytest.approx([2.5e7])
+    assert won == pytest.approx([0.0])
+
+
+def test_all_weights_zero_give_a_zero_margin_without_nan():
+    zeros = jnp.zeros((1, 2, 2))
+    gradient = jax.grad(lambda x: losses.weighted_mean(zeros, x).sum())(zeros + 3)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_bfloat16_predictions_are_compared_in_float32():
+    target = jnp.array([[[[1.0, 0.0]]]], jnp.bfloat16)
+    prediction = jnp.array([[[[0.0, 1 / 256]]]], jnp.bfloat16)
+    error = losses.error_map(target, prediction)
+    assert error.dtype == jnp.float32
+    assert float(error[0, 0, 0]) == (1 + 2.0**-16) / 2  # bfloat16 would round this to 1 / 2
+
+
+def test_sft_is_the_weighted_denoising_error():
+    errors = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+    loss, diagnostics = losses.sft(errors, jnp.array([[[1.0, 0.0], [0.0, 3.0]]]))
+    assert loss == pytest.approx([13 / 4])
+    assert diagnostics["policy_error"] == pytest.approx([13 / 4])

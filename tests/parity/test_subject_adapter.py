@@ -1,0 +1,153 @@
+"""Subject adapters and the UNet's image branch against diffusers' IP-Adapter."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="parity is checked against PyTorch")
+pytest.importorskip("diffusers", reason="parity is checked against diffusers")
+
+import torch  # noqa: E402
+from diffusers.models import embeddings  # noqa: E402
+
+from focusdpo_jax.checkpoints import ip_adapter, pytorch_names  # noqa: E402
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_adapter  # noqa: E402
+from focusdpo_jax.models.unet import UNet  # noqa: E402
+from tests.parity import oracles, test_unet  # noqa: E402
+
+BATCH, SLOTS = 2, 3
+FEATURES = np.random.default_rng(1).normal(size=(BATCH, SLOTS, 5, 14)).astype(np.float32)
+# Depth 4 and 64 channels a head are fixed in diffusers' loader of IP-Adapter files.
+RESAMPLER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=4,
+                                 num_heads=2, head_dim=64)
+
+
+def their_resampler():
+    return oracles.randomised(embeddings.IPAdapterPlusImageProjection(
+        embed_dims=14, output_dims=24, hidden_dims=18, depth=4, heads=2, num_queries=3))
+
+
+def parameters(config, inputs, tensors):
+    template = jax.eval_shape(subject_adapter(config).init, jax.random.key(0), inputs)["params"]
+    return oracles.load(template, tensors)
+
+
+def test_resampler():
+    model = their_resampler()
+    params = parameters(RESAMPLER, FEATURES, oracles.tensors_of(model))
+    ours = subject_adapter(RESAMPLER).apply({"params": params}, FEATURES)
+    theirs = model(torch.from_numpy(FEATURES.reshape(-1, 5, 14)))
+    assert oracles.relative_error(ours, theirs.reshape(BATCH, SLOTS, 3, 24)) < 1e-5
+
+
+def test_projection():
+    config = SubjectAdapterConfig(kind="projection", input_dim=14, output_dim=24, num_tokens=4)
+    model = oracles.randomised(embeddings.ImageProjection(14, 24, 4))
+    pooled = FEATURES[:, :, 0]
+    params = parameters(config, pooled, oracles.tensors_of(model))
+    ours = subject_adapter(config).apply({"params": params}, pooled)
+    theirs = model(torch.from_numpy(pooled.reshape(-1, 14)))
+    assert oracles.relative_error(ours, theirs.reshape(BATCH, SLOTS, 4, 24)) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """Our UNet and resampler with random weights, and diffusers' with our IP-Adapter file."""
+    config = dataclasses.replace(test_unet.CONFIG, image_context=True,
+                                 transformer_layers_per_block=(0, 1, 2), mid_transformer_layers=2)
+    batch = test_unet.inputs(config, 8, 12)
+    model = test_unet.peer(config)
+    adapter = parameters(RESAMPLER, FEATURES, oracles.tensors_of(their_resampler()))
+    tokens = subject_adapter(RESAMPLER).apply({"params": adapter}, FEATURES)
+    batch.update(image_tokens=tokens, image_present=np.ones((BATCH, SLOTS), bool))
+    template = test_unet.template(config, batch)
+    rng = np.random.default_rng(5)
+    tensors = oracles.tensors_of(model)
+    expected = pytorch_names.from_flax(
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), template))
+    for name in sorted(set(expected) - set(tensors)):
+        tensors[name] = 0.3 * rng.normal(size=expected[name].shape).astype(np.float32)
+    params = oracles.load(template, tensors)
+
+    file = ip_adapter.from_flax(params, adapter)
+    unet, projection = ip_adapter.to_diffusers(file, template)
+    assert len(unet) == 2 * (2 * 1 + 2 * 2 + 2 + 3 * 2 + 3 * 1)
+    for name, value in unet.items():
+        np.testing.assert_array_equal(value, tensors[name])
+    jax.tree.map(np.testing.assert_array_equal, adapter,
+                 pytorch_names.to_flax(projection, adapter))
+    parts = {part: {name.removeprefix(f"{part}."): torch.from_numpy(value)
+                    for name, value in file.items() if name.startswith(f"{part}.")}
+             for part in ("image_proj", "ip_adapter")}
+    model._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    model.requires_grad_(False)
+    return config, params, batch, model
+
+
+def set_scale(model, scale):
+    for processor in model.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [scale]
+
+
+def test_unet_with_a_published_adapter_file(adapted):
+    config, params, batch, model = adapted
+    set_scale(model, 0.6)
+    theirs = test_unet.peer_output(model, batch, image_embeds=[torch.from_numpy(FEATURES)])
+    apply = jax.jit(UNet(config).apply)
+    ours, _ = apply({"params": params}, **batch, image_scale=0.6)
+    assert oracles.relative_error(ours, theirs) < 1e-5
+
+    # An absent slot is one that was never given, whatever its tokens hold.
+    theirs = test_unet.peer_output(model, batch, image_embeds=[torch.from_numpy(FEATURES[:, :2])])
+    batch = dict(batch, image_present=np.array([[True, True, False]] * BATCH))
+    ours, _ = apply({"params": params}, **batch, image_scale=0.6)
+    assert oracles.relative_error(ours, theirs) < 1e-5
+
+
+def test_captures(adapted):
+    config, params, batch, model = adapted
+    set_scale(model, 1.0)
+    seen, shares = {}, []
+
+    def keep(name):
+        return lambda module, inputs, output: seen.update({name: getattr(output, "sample", output)
+                                                           if not isinstance(output, tuple)
+                                                           else output[0]})
+
+    attention = model.down_blocks[1].attentions[1].transformer_blocks[0].attn2
+    handles = [model.down_blocks[0].resnets[1].register_forward_hook(keep("down_blocks_0")),
+               model.mid_block.register_forward_hook(keep("mid_block")),
+               model.up_blocks[0].attentions[2].register_forward_hook(keep("up_blocks_0"))]
+    for block in (model.down_blocks[1], model.up_blocks[1]):
+        for transformer in block.attentions:
+            attention = transformer.transformer_blocks[0].attn2
+
+            def query(module, inputs, output):
+                shares.append([output])
+
+            def key(module, inputs, output):
+                shares[-1].append(output)
+
+            handles.append(attention.to_q.register_forward_hook(query))
+            handles.append(attention.processor.to_k_ip[0].register_forward_hook(key))
+    test_unet.peer_output(model, batch, image_embeds=[torch.from_numpy(FEATURES)])
+    for handle in handles:
+        handle.remove()
+
+    names = ("down_blocks_0", "mid_block", "up_blocks_0", "image_attention")
+    _, ours = jax.jit(UNet(config).apply, static_argnames="capture")(
+        {"params": params}, **batch, capture=names)
+    assert set(ours) == set(names)
+    for name in names[:3]:
+        assert oracles.relative_error(ours[name], oracles.nhwc(seen[name])) < 1e-5
+
+    assert len(shares) == 5
+    maps = []
+    for query, key in shares:
+        query, key = (x.reshape(BATCH, -1, 2, 16) for x in (query, key))
+        weights = torch.softmax(torch.einsum("bnhd,bkhd->bhnk", query, key) / 4, -1).mean(1)
+        maps.append(weights.reshape(BATCH, 4, 6, SLOTS, 3).sum(-1))
+    assert oracles.relative_error(ours["image_attention"], sum(maps) / 5) < 1e-5
