@@ -15,8 +15,9 @@ from focusdpo_jax.errors import UserError
 
 _STAGES = ("down_blocks", "up_blocks", "mid_block")
 # Parts of a resampler's layer: theirs in the file, theirs in diffusers.
-_RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_out": "attn.to_out.0",
-              "1.0": "ff.0", "1.1": "ff.1.net.0.proj", "1.3": "ff.1.net.2"}
+_RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q",
+              "0.to_out": "attn.to_out.0", "1.0": "ff.0", "1.1": "ff.1.net.0.proj",
+              "1.3": "ff.1.net.2"}
 _LAYER = re.compile(r"(layers\.\d+)\.(.*)\.(weight|bias)$")
 
 

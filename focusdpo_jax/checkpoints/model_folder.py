@@ -17,10 +17,10 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import GeneratorConfig
 
 
-def save_part(folder, name, tree, dtype=np.float16):
-    """Writes one part's parameter tree; half precision unless told otherwise."""
+def save_part(folder, name, tree):
+    """Writes one part's parameter tree in float32."""
     flat = traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-    tensors = {key: np.ascontiguousarray(value, dtype) for key, value in flat.items()}
+    tensors = {key: np.ascontiguousarray(value, np.float32) for key, value in flat.items()}
     path = epath.Path(folder) / f"{name}.safetensors"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(safetensors.save(tensors))

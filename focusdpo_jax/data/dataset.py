@@ -25,38 +25,38 @@ from focusdpo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ToyboxSource:
-  """The first `size` records of a split of a Toybox world, rendered when asked for."""
+    """The first `size` records of a split of a Toybox world, rendered when asked for."""
 
-  world: toybox.World
-  split: str
-  size: int
+    world: toybox.World
+    split: str
+    size: int
 
-  def __len__(self) -> int:
-    return self.size
+    def __len__(self) -> int:
+        return self.size
 
-  def __getitem__(self, index: int) -> dict:
-    if not 0 <= index < self.size:
-      raise IndexError(index)
-    return self.world.record(self.split, int(index))
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.world.record(self.split, int(index))
 
 
 def build_toybox(
     data_dir: epath.PathLike, world: toybox.World, sizes: Mapping[str, int]
 ) -> epath.Path:
-  """Builds a Toybox data set with `sizes` records a split, unless it is there; returns its path."""
-  for split, size in sizes.items():
-    if size < 1:
-      raise UserError(f'size of Toybox split {split!r} is {size}; it must be at least 1')
-  sources = {split: ToyboxSource(world, split, size) for split, size in sizes.items()}
-  settings = {**dataclasses.asdict(world), 'sizes': dict(sizes), 'world': _world_fingerprint()}
-  return build(data_dir, 'toybox', sources, settings, max_subjects=world.max_subjects)
+    """Builds a Toybox data set with `sizes` records a split, unless it is there; returns its path."""
+    for split, size in sizes.items():
+        if size < 1:
+            raise UserError(f"size of Toybox split {split!r} is {size}; it must be at least 1")
+    sources = {split: ToyboxSource(world, split, size) for split, size in sizes.items()}
+    settings = {**dataclasses.asdict(world), "sizes": dict(sizes), "world": _world_fingerprint()}
+    return build(data_dir, "toybox", sources, settings, max_subjects=world.max_subjects)
 
 
 def _world_fingerprint() -> str:
-  """Changes when the renderer does, so that stale pictures are never read."""
-  folder = epath.Path(toybox.__file__).parent
-  files = ('toybox.py', 'silhouettes.py', 'backgrounds.py')
-  return hashlib.sha256(b''.join((folder / f).read_bytes() for f in files)).hexdigest()[:12]
+    """Changes when the renderer does, so that stale pictures are never read."""
+    folder = epath.Path(toybox.__file__).parent
+    files = ("toybox.py", "silhouettes.py", "backgrounds.py")
+    return hashlib.sha256(b"".join((folder / f).read_bytes() for f in files)).hexdigest()[:12]
 
 
 def build(
@@ -67,120 +67,122 @@ def build(
     *,
     max_subjects: int,
 ) -> epath.Path:
-  """Writes records as a TFDS data set of ArrayRecord files, unless it is already complete.
+    """Writes records as a TFDS data set of ArrayRecord files, unless it is already complete.
 
-  TFDS writes under a temporary name and renames at the end: a build that was killed leaves nothing
-  that reads as a data set, and running it again starts afresh.
+    TFDS writes under a temporary name and renames at the end: a build that was killed leaves nothing
+    that reads as a data set, and running it again starts afresh.
 
-  Args:
-    data_dir: parent of all data sets; may be on any file system that `epath` knows.
-    name: a word for the directory's name.
-    sources: split name to records (`__len__` and `__getitem__`), checked as they are written.
-    settings: JSON values that determine the records; kept in the data set's metadata.
-    max_subjects: the most subjects that a record may have.
+    Args:
+      data_dir: parent of all data sets; may be on any file system that `epath` knows.
+      name: a word for the directory's name.
+      sources: split name to records (`__len__` and `__getitem__`), checked as they are written.
+      settings: JSON values that determine the records; kept in the data set's metadata.
+      max_subjects: the most subjects that a record may have.
 
-  Returns:
-    The directory, for `open_source`.
+    Returns:
+      The directory, for `open_source`.
 
-  Raises:
-    UserError: a record fails its check or the directory cannot be written.
-  """
-  from focusdpo_jax.data import preference_pairs  # TFDS takes most of a second to import.
+    Raises:
+      UserError: a record fails its check or the directory cannot be written.
+    """
+    from focusdpo_jax.data import preference_pairs  # TFDS takes most of a second to import.
 
-  fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-  config = f'{name}-{fingerprint}'
-  data_dir = epath.Path(data_dir)
-  path = data_dir / 'preference_pairs' / config / preference_pairs.VERSION
-  if (path / 'dataset_info.json').exists():
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    config = f"{name}-{fingerprint}"
+    data_dir = epath.Path(data_dir)
+    path = data_dir / "preference_pairs" / config / preference_pairs.VERSION
+    if (path / "dataset_info.json").exists():
+        return path
+    start, total = time.monotonic(), sum(map(len, sources.values()))
+    logging.info("Building %s: %d records.", path, total)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _quiet(), tempfile.TemporaryDirectory() as downloads:
+            builder = preference_pairs.PreferencePairs(
+                sources=sources,
+                settings=settings,
+                max_subjects=max_subjects,
+                data_dir=data_dir,
+                config=preference_pairs.config(config, settings),
+            )
+            builder.download_and_prepare(download_dir=downloads)  # Stays empty.
+    except OSError as error:
+        raise UserError(
+            f"cannot write the data set to {data_dir} ({error}); choose a directory that can be written"
+        ) from error
+    logging.info("Built %d records in %.1f s.", total, time.monotonic() - start)
     return path
-  start, total = time.monotonic(), sum(map(len, sources.values()))
-  logging.info('Building %s: %d records.', path, total)
-  try:
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with _quiet(), tempfile.TemporaryDirectory() as downloads:
-      builder = preference_pairs.PreferencePairs(
-          sources=sources,
-          settings=settings,
-          max_subjects=max_subjects,
-          data_dir=data_dir,
-          config=preference_pairs.config(config, settings),
-      )
-      builder.download_and_prepare(download_dir=downloads)  # Stays empty.
-  except OSError as error:
-    raise UserError(
-        f'cannot write the data set to {data_dir} ({error}); choose a directory that can be written'
-    ) from error
-  logging.info('Built %d records in %.1f s.', total, time.monotonic() - start)
-  return path
 
 
 @contextlib.contextmanager
 def _quiet():
-  """Without TFDS's banners and bars, which speak of downloads that do not happen."""
-  import tensorflow_datasets as tfds
+    """Without TFDS's banners and bars, which speak of downloads that do not happen."""
+    import tensorflow_datasets as tfds
 
-  tfds.disable_progress_bar()
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    logging.set_verbosity(verbosity)
-    tfds.enable_progress_bar()
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        tfds.enable_progress_bar()
 
 
 class StoredSource:
-  """Random access to the records of one split of a built data set, through TFDS."""
+    """Random access to the records of one split of a built data set, through TFDS."""
 
-  def __init__(self, path: epath.PathLike, split: str):
-    """Opens a directory that `build` returned; raises UserError where there is none."""
-    import tensorflow_datasets as tfds
+    def __init__(self, path: epath.PathLike, split: str):
+        """Opens a directory that `build` returned; raises UserError where there is none."""
+        import tensorflow_datasets as tfds
 
-    self._path, self._split = epath.Path(path), split
-    if not (self._path / 'dataset_info.json').exists():
-      raise UserError(f'no data set at {path}; build it first, or correct data.path')
-    with _quiet():
-      builder = tfds.builder_from_directory(self._path)
-    if split not in builder.info.splits:
-      raise UserError(f'{path} has no split {split!r}; it has {", ".join(builder.info.splits)}')
-    self._source = builder.as_data_source(split)
-    self.settings = dict(builder.info.metadata or {})
+        self._path, self._split = epath.Path(path), split
+        if not (self._path / "dataset_info.json").exists():
+            raise UserError(f"no data set at {path}; build it first, or correct data.path")
+        with _quiet():
+            builder = tfds.builder_from_directory(self._path)
+        if split not in builder.info.splits:
+            raise UserError(
+                f"{path} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+            )
+        self._source = builder.as_data_source(split)
+        self.settings = dict(builder.info.metadata or {})
 
-  def __len__(self) -> int:
-    return len(self._source)
+    def __len__(self) -> int:
+        return len(self._source)
 
-  def __getitem__(self, index: int) -> dict:
-    """Reads one record; a UserError names the file and the record where that fails."""
-    if not 0 <= index < len(self):
-      raise IndexError(index)
-    try:
-      return _record(self._source[int(index)])
-    except Exception as error:  # ArrayRecord, protobuf and OpenCV each raise their own.
-      pattern = f'{self._path}/*-{self._split}.array_record*'
-      raise UserError(
-          f'record {index} of {pattern} is corrupt ({type(error).__name__}); '
-          'delete the directory and build it again'
-      ) from error
+    def __getitem__(self, index: int) -> dict:
+        """Reads one record; a UserError names the file and the record where that fails."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            return _record(self._source[int(index)])
+        except Exception as error:  # ArrayRecord, protobuf and OpenCV each raise their own.
+            pattern = f"{self._path}/*-{self._split}.array_record*"
+            raise UserError(
+                f"record {index} of {pattern} is corrupt ({type(error).__name__}); "
+                "delete the directory and build it again"
+            ) from error
 
 
 def open_source(path: epath.PathLike, split: str) -> StoredSource:
-  """Opens a split of a built data set; see `StoredSource`."""
-  return StoredSource(path, split)
+    """Opens a split of a built data set; see `StoredSource`."""
+    return StoredSource(path, split)
 
 
 def _record(stored: dict) -> dict:
-  """From what TFDS decodes to a record as in `record`: strings, bool masks, a list of subjects."""
-  columns = stored['subjects']
-  count = len(columns['phrase'])
-  subjects = [{name: column[i] for name, column in columns.items()} for i in range(count)]
-  for subject in subjects:
-    subject['phrase'] = subject['phrase'].decode()
-    subject['reference_mask'] = subject['reference_mask'][..., 0] > 0
-    subject['mask'] = subject['mask'][..., 0] > 0
-  return {
-      **stored,
-      'caption': stored['caption'].decode(),
-      'prior_mask': stored['prior_mask'][..., 0] > 0,
-      'subjects': subjects,
-  }
+    """From what TFDS decodes to a record as in `record`: strings, bool masks, a list of subjects."""
+    columns = stored["subjects"]
+    count = len(columns["phrase"])
+    subjects = [{name: column[i] for name, column in columns.items()} for i in range(count)]
+    for subject in subjects:
+        subject["phrase"] = subject["phrase"].decode()
+        subject["reference_mask"] = subject["reference_mask"][..., 0] > 0
+        subject["mask"] = subject["mask"][..., 0] > 0
+    return {
+        **stored,
+        "caption": stored["caption"].decode(),
+        "prior_mask": stored["prior_mask"][..., 0] > 0,
+        "subjects": subjects,
+    }

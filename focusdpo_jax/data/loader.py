@@ -5,8 +5,8 @@ p, p + P, p + 2P, ... of it, so that a step's global batch holds the same pairs 
 processes.
 """
 
-from collections.abc import Iterator, Sequence
-import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -24,89 +24,95 @@ def make_loader(
     *,
     batch_size: int,
     seed: int,
-    tokenize: Tokenize,
-    num_subjects: int,
+    transform: Callable[[Any], Any],
     process_index: int = 0,
     process_count: int = 1,
     shuffle: bool = True,
     epochs: int | None = None,
     threads: int = 2,
     prefetch: int = 4,
-) -> grain.DatasetIterator[PreferenceBatch]:
-  """An iterator over training batches.
+) -> grain.DatasetIterator:
+    """An iterator over training batches.
 
-  Every epoch has an order of its own. Batches run on across the ends of epochs; only after the last
-  of a finite number of epochs are leftovers dropped. `get_state()` gives a dict that JSON can hold,
-  and after `set_state` the iterator goes on exactly where the other one was, batches already
-  prefetched included.
+    Every epoch has an order of its own. Batches run on across the ends of epochs; only after the last
+    of a finite number of epochs are leftovers dropped. `get_state()` gives a dict that JSON can hold,
+    and after `set_state` the iterator goes on exactly where the other one was, batches already
+    prefetched included.
 
-  Args:
-    source: records by position (`__len__` and `__getitem__`, called from several threads).
-    batch_size: pairs a step over all processes; this one yields its share of it.
-    seed: determines the order.
-    tokenize: from a caption to token ids, int32 [text encoders, length].
-    num_subjects: slots a batch has (S); a record with more subjects is an error.
-    process_index, process_count: which share of the stream this process reads.
-    shuffle: False keeps the order of the source.
-    epochs: passes over the source; None goes on for ever.
-    threads, prefetch: how many threads read, and how many batches they read ahead.
+    Args:
+      source: entries by position (`__len__` and `__getitem__`, called from several threads).
+      batch_size: pairs a step over all processes; this one yields its share of it.
+      seed: determines the order.
+      transform: from an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
+        preference records, `pair_transform`.
+      process_index, process_count: which share of the stream this process reads.
+      shuffle: False keeps the order of the source.
+      epochs: passes over the source; None goes on for ever.
+      threads, prefetch: how many threads read, and how many batches they read ahead.
 
-  Raises:
-    UserError: the sizes do not fit together; while iterating, a record is corrupt or unfit.
-  """
-  local_size = _local_size(batch_size, process_count)
-  if not len(source):
-    raise UserError('the data set is empty; build it with at least one record')
-  dataset = grain.MapDataset.source(source)
-  if shuffle:
-    dataset = dataset.shuffle(seed=seed)
-  dataset = dataset.repeat(epochs)
-  dataset = dataset[process_index::process_count]
-  dataset = dataset.map(functools.partial(_example, tokenize=tokenize, num_subjects=num_subjects))
-  dataset = dataset.batch(local_size, drop_remainder=True)
-  dataset = dataset.map(PreferenceBatch.from_numpy)
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-  return iter(dataset.to_iter_dataset(options))
+    Raises:
+      UserError: the sizes do not fit together; while iterating, a record is corrupt or unfit.
+    """
+    local_size = _local_size(batch_size, process_count)
+    if not len(source):
+        raise UserError("the data set is empty; build it with at least one record")
+    dataset = grain.MapDataset.source(source)
+    if shuffle:
+        dataset = dataset.shuffle(seed=seed)
+    dataset = dataset.repeat(epochs)
+    dataset = dataset[process_index::process_count]
+    dataset = dataset.map(transform)
+    dataset = dataset.batch(local_size, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def pair_transform(*, tokenize: Tokenize, num_subjects: int) -> Callable[[dict], PreferenceBatch]:
+    """From a record to one example, a `PreferenceBatch` without the batch axis.
+
+    Args:
+      tokenize: from a caption to token ids, int32 [text encoders, length].
+      num_subjects: slots a batch has (S); a record with more subjects is an error.
+    """
+
+    def transform(record: dict) -> PreferenceBatch:
+        check_record(record, max_subjects=num_subjects)
+        return PreferenceBatch(**encode(record, tokenize=tokenize, num_subjects=num_subjects))
+
+    return transform
 
 
 def evaluation_batches(
     source: Sequence[dict],
     *,
     batch_size: int,
-    tokenize: Tokenize,
-    num_subjects: int,
+    transform: Callable[[dict], PreferenceBatch],
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[PreferenceBatch]:
-  """One pass in the order of the source, in full batches of one shape.
+    """One pass in the order of the source, in full batches of one shape.
 
-  The last batch is filled up with copies of the last record, whose `index` is -1: leave those rows
-  out. All processes yield equally many batches. Arguments are as in `make_loader`.
-  """
-  local_size = _local_size(batch_size, process_count)
-  last = len(source) - 1
-  for start in range(0, len(source), batch_size):
-    examples = []
-    for position in range(start + process_index, start + batch_size, process_count):
-      example = _example(
-          source[min(position, last)], tokenize=tokenize, num_subjects=num_subjects
-      )
-      if position > last:
-        example['index'] = np.int64(-1)
-      examples.append(example)
-    assert len(examples) == local_size
-    yield PreferenceBatch.from_numpy(jax.tree.map(lambda *rows: np.stack(rows), *examples))
+    The last batch is filled up with copies of the last record, whose `index` is -1: leave those rows
+    out. All processes yield equally many batches. Arguments are as
+    in `make_loader`, and `transform` as `pair_transform` makes it.
+    """
+    local_size = _local_size(batch_size, process_count)
+    last = len(source) - 1
+    for start in range(0, len(source), batch_size):
+        examples = []
+        for position in range(start + process_index, start + batch_size, process_count):
+            example = transform(source[min(position, last)])
+            if position > last:
+                example = example.replace(index=np.int64(-1))
+            examples.append(example)
+        assert len(examples) == local_size
+        yield jax.tree.map(lambda *rows: np.stack(rows), *examples)
 
 
 def _local_size(batch_size: int, process_count: int) -> int:
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(
-        f'batch_size is {batch_size} and there are {process_count} processes; '
-        'make it a positive multiple of their number'
-    )
-  return batch_size // process_count
-
-
-def _example(record: dict, *, tokenize: Tokenize, num_subjects: int) -> dict:
-  check_record(record, max_subjects=num_subjects)
-  return encode(record, tokenize=tokenize, num_subjects=num_subjects)
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size is {batch_size} and there are {process_count} processes; "
+            "make it a positive multiple of their number"
+        )
+    return batch_size // process_count

@@ -15,99 +15,99 @@ import tensorflow_datasets as tfds
 from focusdpo_jax.data.record import check_record
 from focusdpo_jax.data.record import TRUTH
 
-VERSION = '1.0.0'  # Of the format on disk.
+VERSION = "1.0.0"  # Of the format on disk.
 
 
 def config(name: str, settings: Mapping[str, Any]) -> tfds.core.BuilderConfig:
-  """TFDS's name for a data set made with these settings; its directory is called so."""
-  return tfds.core.BuilderConfig(name=name, description=json.dumps(settings, sort_keys=True))
+    """TFDS's name for a data set made with these settings; its directory is called so."""
+    return tfds.core.BuilderConfig(name=name, description=json.dumps(settings, sort_keys=True))
 
 
 class PreferencePairs(tfds.core.GeneratorBasedBuilder):
-  """Preference pairs for personalised generation: chosen and rejected image, references, masks."""
+    """Preference pairs for personalised generation: chosen and rejected image, references, masks."""
 
-  VERSION = tfds.core.Version(VERSION)
-  # TFDS would look for download checksums beside the source; there are none, and the search needs
-  # importlib_resources, which tensorflow-datasets 4.9.10 does not ask pip for.
-  code_path = None
+    VERSION = tfds.core.Version(VERSION)
+    # TFDS would look for download checksums beside the source; there are none, and the search needs
+    # importlib_resources, which tensorflow-datasets 4.9.10 does not ask pip for.
+    code_path = None
 
-  def __init__(
-      self,
-      *,
-      sources: Mapping[str, Sequence[dict]],
-      settings: Mapping[str, Any],
-      max_subjects: int,
-      **kwargs,
-  ):
-    """Takes one source of records a split, and what identifies them, kept as metadata."""
-    self._sources = sources
-    self._settings = settings
-    self._max_subjects = max_subjects
-    super().__init__(file_format='array_record', **kwargs)
+    def __init__(
+        self,
+        *,
+        sources: Mapping[str, Sequence[dict]],
+        settings: Mapping[str, Any],
+        max_subjects: int,
+        **kwargs,
+    ):
+        """Takes one source of records a split, and what identifies them, kept as metadata."""
+        self._sources = sources
+        self._settings = settings
+        self._max_subjects = max_subjects
+        super().__init__(file_format="array_record", **kwargs)
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    example = next(iter(self._sources.values()))[0]
-    height, width = example['chosen'].shape[:2]
-    image = tfds.features.Image(shape=(height, width, 3), encoding_format='png')
-    mask = tfds.features.Image(shape=(height, width, 1), encoding_format='png')
-    subject = {
-        'phrase': tfds.features.Text(),
-        'reference': image,
-        'reference_mask': mask,
-        'mask': mask,
-        'box': tfds.features.Tensor(shape=(4,), dtype=np.float32),
-    }
-    features = {
-        'index': np.int64,
-        'caption': tfds.features.Text(),
-        'chosen': image,
-        'rejected': image,
-        'prior_mask': mask,
-    }
-    if 'background' in example:
-      features['background'] = np.int32
-      subject['disrupted'] = np.bool_
-      for name, dtype in TRUTH.items():
-        subject |= {name: dtype, f'rejected_{name}': dtype}
-    features['subjects'] = tfds.features.Sequence(subject)
-    return tfds.core.DatasetInfo(
-        builder=self,
-        description=self.__doc__,
-        features=tfds.features.FeaturesDict(features),
-        metadata=tfds.core.MetadataDict(self._settings),
-        # Records keep their order, so that `index` is the position in the file. Training shuffles.
-        disable_shuffling=True,
-    )
+    def _info(self) -> tfds.core.DatasetInfo:
+        example = next(iter(self._sources.values()))[0]
+        height, width = example["chosen"].shape[:2]
+        image = tfds.features.Image(shape=(height, width, 3), encoding_format="png")
+        mask = tfds.features.Image(shape=(height, width, 1), encoding_format="png")
+        subject = {
+            "phrase": tfds.features.Text(),
+            "reference": image,
+            "reference_mask": mask,
+            "mask": mask,
+            "box": tfds.features.Tensor(shape=(4,), dtype=np.float32),
+        }
+        features = {
+            "index": np.int64,
+            "caption": tfds.features.Text(),
+            "chosen": image,
+            "rejected": image,
+            "prior_mask": mask,
+        }
+        if "background" in example:
+            features["background"] = np.int32
+            subject["disrupted"] = np.bool_
+            for name, dtype in TRUTH.items():
+                subject |= {name: dtype, f"rejected_{name}": dtype}
+        features["subjects"] = tfds.features.Sequence(subject)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(self._settings),
+            # Records keep their order, so that `index` is the position in the file. Training shuffles.
+            disable_shuffling=True,
+        )
 
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-    del dl_manager  # Nothing is downloaded.
-    return {split: self._generate_examples(source) for split, source in self._sources.items()}
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # Nothing is downloaded.
+        return {split: self._generate_examples(source) for split, source in self._sources.items()}
 
-  def _generate_examples(self, source: Sequence[dict]) -> Iterator[tuple[int, dict]]:
-    for position in range(len(source)):
-      record = check_record(source[position], max_subjects=self._max_subjects)
-      yield position, _with_png(record, self.info.features, position)
+    def _generate_examples(self, source: Sequence[dict]) -> Iterator[tuple[int, dict]]:
+        for position in range(len(source)):
+            record = check_record(source[position], max_subjects=self._max_subjects)
+            yield position, _with_png(record, self.info.features, position)
 
 
 def _with_png(record: dict, features: tfds.features.FeaturesDict, position: int) -> dict:
-  """The fields that are stored, images as PNG streams."""
-  stored = {name: record[name] for name in features if name != 'index'}
-  stored['index'] = position
-  for name in ('chosen', 'rejected', 'prior_mask'):
-    stored[name] = _png(record[name])
-  stored['subjects'] = []
-  for subject in record['subjects']:
-    entry = {name: subject[name] for name in features['subjects'].feature}
-    for name in ('reference', 'reference_mask', 'mask'):
-      entry[name] = _png(subject[name])
-    stored['subjects'].append(entry)
-  return stored
+    """The fields that are stored, images as PNG streams."""
+    stored = {name: record[name] for name in features if name != "index"}
+    stored["index"] = position
+    for name in ("chosen", "rejected", "prior_mask"):
+        stored[name] = _png(record[name])
+    stored["subjects"] = []
+    for subject in record["subjects"]:
+        entry = {name: subject[name] for name in features["subjects"].feature}
+        for name in ("reference", "reference_mask", "mask"):
+            entry[name] = _png(subject[name])
+        stored["subjects"].append(entry)
+    return stored
 
 
 def _png(image: np.ndarray) -> io.BytesIO:
-  """Losslessly, by OpenCV, which is nearly twice as fast as PIL on small images."""
-  if image.dtype == bool:
-    image = image.astype(np.uint8) * 255
-  else:
-    image = image[..., ::-1]  # OpenCV's order of channels is BGR.
-  return io.BytesIO(cv2.imencode('.png', image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
+    """Losslessly, by OpenCV, which is nearly twice as fast as PIL on small images."""
+    if image.dtype == bool:
+        image = image.astype(np.uint8) * 255
+    else:
+        image = image[..., ::-1]  # OpenCV's order of channels is BGR.
+    return io.BytesIO(cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())

@@ -29,11 +29,11 @@ import numpy as np
 from focusdpo_jax.errors import UserError
 
 TRUTH = {
-    'class_id': np.int32,
-    'hue': np.float32,
-    'pattern': np.int32,
-    'pattern_hue': np.float32,
-    'part': np.int32,
+    "class_id": np.int32,
+    "hue": np.float32,
+    "pattern": np.int32,
+    "pattern_hue": np.float32,
+    "part": np.int32,
 }
 """The attributes of a Toybox subject and the types that hold them; see `toybox.Subject`."""
 
@@ -43,136 +43,141 @@ Tokenize = Callable[[str], np.ndarray]
 
 @struct.dataclass
 class PreferenceBatch:
-  """B pairs with S subject slots each, a pytree of arrays.
+    """B pairs with S subject slots each, a pytree of arrays.
 
-  Attributes:
-    chosen, rejected: uint8 [B, H, W, 3].
-    references: uint8 [B, S, H, W, 3], white in absent slots.
-    reference_masks: bool [B, S, H, W], the subjects' pixels in `references`; empty where absent.
-    masks: bool [B, S, H, W], the subjects' pixels in `chosen`; empty where absent.
-    present: bool [B, S], which slots hold a subject. They come first, in the order of the caption.
-    prior_mask: bool [B, H, W], where chosen and rejected may differ.
-    time_ids: float32 [B, 6], SDXL's size conditioning in pixels: original height and width, top and
-      left of the crop, target height and width.
-    token_ids: int32 [B, text encoders, length].
-    index: int64 [B], positions in the data set; -1 in rows that only fill up an evaluation batch.
-    truth: for Toybox, `class_id`, `hue`, `pattern`, `pattern_hue`, `part`, the same as
-      `rejected_<name>`, and `disrupted`, each [B, S] with -1 (or False) where absent, and
-      `background` [B]. Empty for photographs.
-  """
+    Attributes:
+      chosen, rejected: uint8 [B, H, W, 3].
+      references: uint8 [B, S, H, W, 3], white in absent slots.
+      reference_masks: bool [B, S, H, W], the subjects' pixels in `references`; empty where absent.
+      masks: bool [B, S, H, W], the subjects' pixels in `chosen`; empty where absent.
+      present: bool [B, S], which slots hold a subject. They come first, in the order of the caption.
+      prior_mask: bool [B, H, W], where chosen and rejected may differ.
+      time_ids: float32 [B, 6], SDXL's size conditioning in pixels: original height and width, top and
+        left of the crop, target height and width.
+      token_ids: int32 [B, text encoders, length].
+      index: int64 [B], positions in the data set; -1 in rows that only fill up an evaluation batch.
+      truth: for Toybox, `class_id`, `hue`, `pattern`, `pattern_hue`, `part`, the same as
+        `rejected_<name>`, and `disrupted`, each [B, S] with -1 (or False) where absent, and
+        `background` [B]. Empty for photographs.
+    """
 
-  chosen: np.ndarray
-  rejected: np.ndarray
-  references: np.ndarray
-  reference_masks: np.ndarray
-  masks: np.ndarray
-  present: np.ndarray
-  prior_mask: np.ndarray
-  time_ids: np.ndarray
-  token_ids: np.ndarray
-  index: np.ndarray
-  truth: dict[str, np.ndarray]
-
-  @classmethod
-  def from_numpy(cls, examples: dict) -> 'PreferenceBatch':
-    """Types a dict of stacked examples; a missing or unknown key raises TypeError."""
-    return cls(**examples)
+    chosen: np.ndarray
+    rejected: np.ndarray
+    references: np.ndarray
+    reference_masks: np.ndarray
+    masks: np.ndarray
+    present: np.ndarray
+    prior_mask: np.ndarray
+    time_ids: np.ndarray
+    token_ids: np.ndarray
+    index: np.ndarray
+    truth: dict[str, np.ndarray]
 
 
 def encode(record: dict, *, tokenize: Tokenize, num_subjects: int) -> dict:
-  """Makes an example of a record: fields as in `PreferenceBatch`, without the batch axis."""
-  height, width = record['chosen'].shape[:2]
-  subjects = record['subjects']
-  example = {
-      'chosen': record['chosen'],
-      'rejected': record['rejected'],
-      'references': np.full((num_subjects, height, width, 3), 255, np.uint8),
-      'reference_masks': np.zeros((num_subjects, height, width), bool),
-      'masks': np.zeros((num_subjects, height, width), bool),
-      'present': np.arange(num_subjects) < len(subjects),
-      'prior_mask': record['prior_mask'],
-      'time_ids': np.array([height, width, 0, 0, height, width], np.float32),
-      'token_ids': np.asarray(tokenize(record['caption']), np.int32),
-      'index': np.int64(record['index']),
-      'truth': _truth(record, num_subjects),
-  }
-  for slot, subject in enumerate(subjects):
-    example['references'][slot] = subject['reference']
-    example['reference_masks'][slot] = subject['reference_mask']
-    example['masks'][slot] = subject['mask']
-  return example
+    """Makes an example of a record: fields as in `PreferenceBatch`, without the batch axis."""
+    height, width = record["chosen"].shape[:2]
+    subjects = record["subjects"]
+    example = {
+        "chosen": record["chosen"],
+        "rejected": record["rejected"],
+        "references": np.full((num_subjects, height, width, 3), 255, np.uint8),
+        "reference_masks": np.zeros((num_subjects, height, width), bool),
+        "masks": np.zeros((num_subjects, height, width), bool),
+        "present": np.arange(num_subjects) < len(subjects),
+        "prior_mask": record["prior_mask"],
+        "time_ids": np.array([height, width, 0, 0, height, width], np.float32),
+        "token_ids": np.asarray(tokenize(record["caption"]), np.int32),
+        "index": np.int64(record["index"]),
+        "truth": _truth(record, num_subjects),
+    }
+    for slot, subject in enumerate(subjects):
+        example["references"][slot] = subject["reference"]
+        example["reference_masks"][slot] = subject["reference_mask"]
+        example["masks"][slot] = subject["mask"]
+    return example
 
 
 def _truth(record: dict, num_subjects: int) -> dict:
-  if 'background' not in record:
-    return {}
-  truth = {
-      'background': np.int32(record['background']),
-      'disrupted': np.zeros(num_subjects, bool),
-  }
-  for slot, subject in enumerate(record['subjects']):
-    truth['disrupted'][slot] = subject['disrupted']
-  for name, dtype in TRUTH.items():
-    for key in (name, f'rejected_{name}'):
-      truth[key] = np.full(num_subjects, -1, dtype)
-      for slot, subject in enumerate(record['subjects']):
-        truth[key][slot] = subject[key]
-  return truth
+    if "background" not in record:
+        return {}
+    truth = {
+        "background": np.int32(record["background"]),
+        "disrupted": np.zeros(num_subjects, bool),
+    }
+    for slot, subject in enumerate(record["subjects"]):
+        truth["disrupted"][slot] = subject["disrupted"]
+    for name, dtype in TRUTH.items():
+        for key in (name, f"rejected_{name}"):
+            truth[key] = np.full(num_subjects, -1, dtype)
+            for slot, subject in enumerate(record["subjects"]):
+                truth[key][slot] = subject[key]
+    return truth
 
 
 # --- Checks ---------------------------------------------------------------------------------------
 
 
 def check_record(record: dict, *, max_subjects: int) -> dict:
-  """Returns the record unchanged if training can use it.
+    """Returns the record unchanged if training can use it.
 
-  Raises:
-    UserError: names the record's index, the field, what is wrong with it and what would be right.
-  """
+    Raises:
+      UserError: names the record's index, the field, what is wrong with it and what would be right.
+    """
 
-  def fail(field: str, problem: str):
-    raise UserError(f'record {record.get("index", "?")}: {field} {problem}')
+    def fail(field: str, problem: str):
+        raise UserError(f"record {record.get('index', '?')}: {field} {problem}")
 
-  def image(field: str, value) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3:
-      kind = f'{value.dtype} {list(value.shape)}' if isinstance(value, np.ndarray) else repr(value)
-      fail(field, f'is {kind[:60]}; an RGB image, uint8 [height, width, 3], is needed')
-    if value.shape[2] != 3:
-      fail(field, f'has {value.shape[2]} channels; convert it to RGB')
-    if value.shape != record['chosen'].shape:
-      fail(field, f'is {_size(value)} pixels and chosen is {_size(record["chosen"])}; resize it')
+    def image(field: str, value) -> None:
+        if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3:
+            kind = (
+                f"{value.dtype} {list(value.shape)}"
+                if isinstance(value, np.ndarray)
+                else repr(value)
+            )
+            fail(field, f"is {kind[:60]}; an RGB image, uint8 [height, width, 3], is needed")
+        if value.shape[2] != 3:
+            fail(field, f"has {value.shape[2]} channels; convert it to RGB")
+        if value.shape != record["chosen"].shape:
+            fail(
+                field,
+                f"is {_size(value)} pixels and chosen is {_size(record['chosen'])}; resize it",
+            )
 
-  def mask(field: str, value) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype != bool or value.ndim != 2:
-      fail(field, 'is not a mask, bool [height, width]')
-    if value.shape != record['chosen'].shape[:2]:
-      fail(field, f'is {_size(value)} pixels and chosen is {_size(record["chosen"])}; resize it')
-    if not value.any():
-      fail(field, 'is empty; mark the pixels it is about, or leave the record out')
+    def mask(field: str, value) -> None:
+        if not isinstance(value, np.ndarray) or value.dtype != bool or value.ndim != 2:
+            fail(field, "is not a mask, bool [height, width]")
+        if value.shape != record["chosen"].shape[:2]:
+            fail(
+                field,
+                f"is {_size(value)} pixels and chosen is {_size(record['chosen'])}; resize it",
+            )
+        if not value.any():
+            fail(field, "is empty; mark the pixels it is about, or leave the record out")
 
-  for field in ('caption', 'chosen', 'rejected', 'prior_mask', 'subjects'):
-    if field not in record:
-      fail(field, 'is missing')
-  if not record['caption'].strip():
-    fail('caption', 'is empty; say what the picture shows')
-  image('chosen', record['chosen'])
-  image('rejected', record['rejected'])
-  if np.array_equal(record['chosen'], record['rejected']):
-    fail('rejected', 'equals chosen; a pair without a difference teaches nothing, leave it out')
-  mask('prior_mask', record['prior_mask'])
-  count = len(record['subjects'])
-  if not 1 <= count <= max_subjects:
-    fail('subjects', f'has {count} entries; 1 to {max_subjects} fit')
-  for slot, subject in enumerate(record['subjects']):
-    where = f'subjects[{slot}].'
-    for field in ('phrase', 'reference', 'reference_mask', 'mask'):
-      if field not in subject:
-        fail(where + field, 'is missing')
-    image(where + 'reference', subject['reference'])
-    mask(where + 'reference_mask', subject['reference_mask'])
-    mask(where + 'mask', subject['mask'])
-  return record
+    for field in ("caption", "chosen", "rejected", "prior_mask", "subjects"):
+        if field not in record:
+            fail(field, "is missing")
+    if not record["caption"].strip():
+        fail("caption", "is empty; say what the picture shows")
+    image("chosen", record["chosen"])
+    image("rejected", record["rejected"])
+    if np.array_equal(record["chosen"], record["rejected"]):
+        fail("rejected", "equals chosen; a pair without a difference teaches nothing, leave it out")
+    mask("prior_mask", record["prior_mask"])
+    count = len(record["subjects"])
+    if not 1 <= count <= max_subjects:
+        fail("subjects", f"has {count} entries; 1 to {max_subjects} fit")
+    for slot, subject in enumerate(record["subjects"]):
+        where = f"subjects[{slot}]."
+        for field in ("phrase", "reference", "reference_mask", "mask"):
+            if field not in subject:
+                fail(where + field, "is missing")
+        image(where + "reference", subject["reference"])
+        mask(where + "reference_mask", subject["reference_mask"])
+        mask(where + "mask", subject["mask"])
+    return record
 
 
 def _size(array: np.ndarray) -> str:
-  return f'{array.shape[0]} x {array.shape[1]}'
+    return f"{array.shape[0]} x {array.shape[1]}"

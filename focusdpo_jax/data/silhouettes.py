@@ -12,84 +12,84 @@ import numpy as np
 
 
 def length(x, y):
-  return np.sqrt(x * x + y * y)  # Several times faster than np.hypot, and nothing overflows here.
+    return np.sqrt(x * x + y * y)  # Several times faster than np.hypot, and nothing overflows here.
 
 
 def repeat(x, period):
-  """Folds a line into [-period / 2, period / 2), centred on the multiples of the period."""
-  return x - period * np.floor(x / period + 0.5)
+    """Folds a line into [-period / 2, period / 2), centred on the multiples of the period."""
+    return x - period * np.floor(x / period + 0.5)
 
 
 def circle(x, y, center_x, center_y, radius):
-  return length(x - center_x, y - center_y) - radius
+    return length(x - center_x, y - center_y) - radius
 
 
 def rectangle(x, y, center_x, center_y, half_width, half_height):
-  dx = np.abs(x - center_x) - half_width
-  dy = np.abs(y - center_y) - half_height
-  return np.maximum(dx, dy)
+    dx = np.abs(x - center_x) - half_width
+    dy = np.abs(y - center_y) - half_height
+    return np.maximum(dx, dy)
 
 
 # --- Bodies --------------------------------------------------------------------------------------
 
 
 def ball(x, y):
-  return circle(x, y, 0, 0, 0.95)
+    return circle(x, y, 0, 0, 0.95)
 
 
 def box(x, y):
-  return rectangle(x, y, 0, 0, 0.82, 0.82)
+    return rectangle(x, y, 0, 0, 0.82, 0.82)
 
 
 def star(x, y):
-  """Five points. Polar folding maps every half arm onto one, which has a single straight edge."""
-  tip, notch = 1.08, 0.52
-  y = y - 0.08
-  radius, angle = length(x, y), np.abs(repeat(np.arctan2(x, -y), 2 * math.pi / 5))
-  # The edge runs from (tip, 0) to the notch, which lies at an angle of 36 degrees.
-  normal = (notch * math.sin(math.pi / 5), tip - notch * math.cos(math.pi / 5))
-  along, across = radius * np.cos(angle), radius * np.sin(angle)
-  return ((along - tip) * normal[0] + across * normal[1]) / math.hypot(*normal)
+    """Five points. Polar folding maps every half arm onto one, which has a single straight edge."""
+    tip, notch = 1.08, 0.52
+    y = y - 0.08
+    radius, angle = length(x, y), np.abs(repeat(np.arctan2(x, -y), 2 * math.pi / 5))
+    # The edge runs from (tip, 0) to the notch, which lies at an angle of 36 degrees.
+    normal = (notch * math.sin(math.pi / 5), tip - notch * math.cos(math.pi / 5))
+    along, across = radius * np.cos(angle), radius * np.sin(angle)
+    return ((along - tip) * normal[0] + across * normal[1]) / math.hypot(*normal)
 
 
 def heart(x, y):
-  """A square on its corner with a half disc on each of its upper sides."""
-  side = 1.12
-  x, y = np.abs(x), y - 0.08
-  square = np.maximum(np.abs(x + y), np.abs(x - y)) * math.sqrt(0.5) - side / 2
-  lobe = circle(x, y, side * math.sqrt(0.125), -side * math.sqrt(0.125), side / 2)
-  return np.minimum(square, lobe)
+    """A square on its corner with a half disc on each of its upper sides."""
+    side = 1.12
+    x, y = np.abs(x), y - 0.08
+    square = np.maximum(np.abs(x + y), np.abs(x - y)) * math.sqrt(0.5) - side / 2
+    lobe = circle(x, y, side * math.sqrt(0.125), -side * math.sqrt(0.125), side / 2)
+    return np.minimum(square, lobe)
 
 
 def tent(x, y):
-  """A triangle that stands on its base."""
-  slope = math.hypot(1.7, 0.98)
-  return np.maximum((np.abs(x) * 1.7 - (y + 0.95) * 0.98) / slope, y - 0.78)
+    """A triangle that stands on its base."""
+    slope = math.hypot(1.7, 0.98)
+    return np.maximum((np.abs(x) * 1.7 - (y + 0.95) * 0.98) / slope, y - 0.78)
 
 
 def ring(x, y):
-  return np.abs(length(x, y) - 0.66) - 0.31
+    return np.abs(length(x, y) - 0.66) - 0.31
 
 
 def cross(x, y):
-  x, y = np.abs(x), np.abs(y)
-  return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.37)
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.37)
 
 
 def moon(x, y):
-  """A thick crescent, open to the upper right."""
-  return np.maximum(circle(x, y, 0, 0, 0.97), -circle(x, y, 0.47, -0.42, 0.66))
+    """A thick crescent, open to the upper right."""
+    return np.maximum(circle(x, y, 0, 0, 0.97), -circle(x, y, 0.47, -0.42, 0.66))
 
 
 BODIES = {
-    'ball': ball,
-    'box': box,
-    'star': star,
-    'heart': heart,
-    'tent': tent,
-    'ring': ring,
-    'cross': cross,
-    'moon': moon,
+    "ball": ball,
+    "box": box,
+    "star": star,
+    "heart": heart,
+    "tent": tent,
+    "ring": ring,
+    "cross": cross,
+    "moon": moon,
 }
 
 
@@ -97,21 +97,21 @@ BODIES = {
 
 
 def stripes(x, y):
-  del x
-  return np.abs(repeat(y, 0.72)) - 0.15
+    del x
+    return np.abs(repeat(y, 0.72)) - 0.15
 
 
 def dots(x, y):
-  return length(repeat(x, 0.76), repeat(y, 0.76)) - 0.26
+    return length(repeat(x, 0.76), repeat(y, 0.76)) - 0.26
 
 
 def checks(x, y):
-  u = 0.25 - np.abs(repeat(x, 1.0))
-  v = 0.25 - np.abs(repeat(y, 1.0))
-  return np.copysign(np.minimum(np.abs(u), np.abs(v)), u * v)
+    u = 0.25 - np.abs(repeat(x, 1.0))
+    v = 0.25 - np.abs(repeat(y, 1.0))
+    return np.copysign(np.minimum(np.abs(u), np.abs(v)), u * v)
 
 
-PATTERNS = {'plain': None, 'stripes': stripes, 'dots': dots, 'checks': checks}
+PATTERNS = {"plain": None, "stripes": stripes, "dots": dots, "checks": checks}
 
 
 # --- Parts ---------------------------------------------------------------------------------------
@@ -119,42 +119,42 @@ PATTERNS = {'plain': None, 'stripes': stripes, 'dots': dots, 'checks': checks}
 # Where a part sits on each body: the foot of the hat, the middle of the eyes, the middle of the
 # handle, and the height at which legs leave the body.
 ANCHORS = {
-    'ball': dict(hat=(0.0, -0.84), eyes=(0.0, -0.12), handle=(0.95, 0.0), legs=0.7),
-    'box': dict(hat=(0.0, -0.78), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.7),
-    'star': dict(hat=(0.0, -0.66), eyes=(0.0, 0.0), handle=(0.62, 0.12), legs=0.4),
-    'heart': dict(hat=(0.0, -0.56), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.3),
-    'tent': dict(hat=(0.0, -0.52), eyes=(0.0, 0.30), handle=(0.60, 0.20), legs=0.7),
-    'ring': dict(hat=(0.0, -0.84), eyes=(0.0, -0.55), handle=(0.95, 0.0), legs=0.7),
-    'cross': dict(hat=(0.0, -0.84), eyes=(0.0, -0.10), handle=(0.62, 0.50), legs=0.7),
-    'moon': dict(hat=(-0.30, -0.78), eyes=(-0.28, 0.22), handle=(-0.90, 0.10), legs=0.6),
+    "ball": dict(hat=(0.0, -0.84), eyes=(0.0, -0.12), handle=(0.95, 0.0), legs=0.7),
+    "box": dict(hat=(0.0, -0.78), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.7),
+    "star": dict(hat=(0.0, -0.66), eyes=(0.0, 0.0), handle=(0.62, 0.12), legs=0.4),
+    "heart": dict(hat=(0.0, -0.56), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.3),
+    "tent": dict(hat=(0.0, -0.52), eyes=(0.0, 0.30), handle=(0.60, 0.20), legs=0.7),
+    "ring": dict(hat=(0.0, -0.84), eyes=(0.0, -0.55), handle=(0.95, 0.0), legs=0.7),
+    "cross": dict(hat=(0.0, -0.84), eyes=(0.0, -0.10), handle=(0.62, 0.50), legs=0.7),
+    "moon": dict(hat=(-0.30, -0.78), eyes=(-0.28, 0.22), handle=(-0.90, 0.10), legs=0.6),
 }
 
 
 def hat(x, y, anchor):
-  """A top hat: brim and crown."""
-  x, y = x - anchor[0], y - anchor[1]
-  return np.minimum(rectangle(x, y, 0, 0, 0.62, 0.10), rectangle(x, y, 0, -0.28, 0.36, 0.28))
+    """A top hat: brim and crown."""
+    x, y = x - anchor[0], y - anchor[1]
+    return np.minimum(rectangle(x, y, 0, 0, 0.62, 0.10), rectangle(x, y, 0, -0.28, 0.36, 0.28))
 
 
 def handle(x, y, anchor):
-  """A mug's handle; its inner half hides behind the body."""
-  return np.abs(circle(x, y, *anchor, 0.34)) - 0.12
+    """A mug's handle; its inner half hides behind the body."""
+    return np.abs(circle(x, y, *anchor, 0.34)) - 0.12
 
 
 def legs(x, y, anchor):
-  """Two legs with feet pointing outwards."""
-  x = np.abs(x)
-  leg = rectangle(x, y, 0.34, 0.5 * (anchor + 1.3), 0.12, 0.5 * (1.3 - anchor))
-  return np.minimum(leg, rectangle(x, y, 0.44, 1.2, 0.24, 0.10))
+    """Two legs with feet pointing outwards."""
+    x = np.abs(x)
+    leg = rectangle(x, y, 0.34, 0.5 * (anchor + 1.3), 0.12, 0.5 * (1.3 - anchor))
+    return np.minimum(leg, rectangle(x, y, 0.44, 1.2, 0.24, 0.10))
 
 
 def eyes(x, y, anchor):
-  """The whites of two eyes, side by side."""
-  return circle(np.abs(x - anchor[0]), y - anchor[1], 0.29, 0, 0.27)
+    """The whites of two eyes, side by side."""
+    return circle(np.abs(x - anchor[0]), y - anchor[1], 0.29, 0, 0.27)
 
 
 def pupils(x, y, anchor):
-  return circle(np.abs(x - anchor[0]), y - anchor[1], 0.25, 0.05, 0.14)
+    return circle(np.abs(x - anchor[0]), y - anchor[1], 0.25, 0.05, 0.14)
 
 
-PARTS = ('eyes', 'hat', 'handle', 'legs')
+PARTS = ("eyes", "hat", "handle", "legs")

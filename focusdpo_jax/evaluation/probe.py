@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from focusdpo_jax.data import toybox
 from focusdpo_jax.models import layers
 
 
@@ -25,6 +26,10 @@ class AttributeSpace:
     patterns: int
     parts: int
     backgrounds: int
+
+
+TOYBOX = AttributeSpace(classes=len(toybox.CLASSES), patterns=len(toybox.PATTERNS),
+                        parts=len(toybox.PARTS), backgrounds=len(toybox.BACKGROUNDS))
 
 
 @flax.struct.dataclass

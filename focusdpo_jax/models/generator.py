@@ -65,7 +65,12 @@ class GeneratorConfig:
     @classmethod
     def from_json(cls, text):
         """Reads what `to_json` wrote."""
-        values = json.loads(text)
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, values):
+        """Builds the configuration from nested dicts of its fields."""
+        values = dict(values)
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(field.type):
                 part = {k: tuple(v) if isinstance(v, list) else v
@@ -122,28 +127,25 @@ class Generator:
         side = resolution // self.latent_factor
         return side, side, self.config.vae.latent_channels
 
-    def init(self, key):
-        """Random parameters: {part: tree} for every part in PARTS, float32."""
-        keys = dict(zip(PARTS, jax.random.split(key, len(PARTS))))
+    def init_part(self, part, key):
+        """Random float32 parameters of one of PARTS."""
         config, unet = self.config, self.config.unet
-        side = self.latent_factor * 2
-        ids = jnp.zeros((1, config.text_encoder.max_length), jnp.int32)
-        tokens = jnp.zeros((1, 1, config.adapter.num_queries, config.adapter.output_dim))
-        patches = jnp.zeros((1, 1, 1 + self.patch_grid**2, config.image_encoder.hidden_size))
-        size = config.image_encoder.image_size
-        latents = jnp.zeros((1, 8, 8, unet.in_channels))
-        inputs = {
-            "unet": (latents, jnp.zeros((1,)), jnp.zeros((1, 1, unet.cross_attention_dim)),
-                     jnp.zeros((1, unet.pooled_dim)), jnp.zeros((1, 6)), tokens,
-                     jnp.ones((1, 1), bool)),
-            "vae": (jnp.zeros((1, side, side, 3)),),
-            "text_encoder": (ids,),
-            "text_encoder_2": (ids,),
-            "image_encoder": (jnp.zeros((1, size, size, 3)),),
-            "adapter": (patches,),
-        }
-        return {part: getattr(self, part).init(keys[part], *inputs[part])["params"]
-                for part in PARTS}
+        if part == "unet":
+            tokens = jnp.zeros((1, 1, config.adapter.num_tokens, unet.cross_attention_dim))
+            inputs = (jnp.zeros((1, 8, 8, unet.in_channels)), jnp.zeros((1,)),
+                      jnp.zeros((1, 1, unet.cross_attention_dim)), jnp.zeros((1, unet.pooled_dim)),
+                      jnp.zeros((1, 6)), tokens, jnp.ones((1, 1), bool))
+        elif part == "vae":
+            side = 2 * self.latent_factor
+            inputs = (jnp.zeros((1, side, side, 3)),)
+        elif part == "image_encoder":
+            size = config.image_encoder.image_size
+            inputs = (jnp.zeros((1, size, size, 3)),)
+        elif part == "adapter":
+            inputs = (jnp.zeros((1, 1, 2, config.adapter.input_dim)),)
+        else:
+            inputs = (jnp.zeros((1, 2), jnp.int32),)
+        return getattr(self, part).init(key, *inputs)["params"]
 
     def encode_image(self, parameters, pixels):
         """Posterior of the latents, scaled as the UNet takes them.

@@ -29,7 +29,15 @@ class Tokenizer:
                                 "vocab.json and merges.txt.")
         self._clip = transformers.CLIPTokenizer(
             vocab=str(vocabulary), merges=str(merges), pad_token="<|endoftext|>")
+        self._files = vocabulary, merges
         self.length = length
+
+    def save(self, folder):
+        """Copies the vocabulary to another model folder."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self._files:
+            (folder / path.name).write_bytes(path.read_bytes())
 
     def __call__(self, caption):
         """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""

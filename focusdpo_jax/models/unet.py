@@ -30,7 +30,8 @@ class UNetConfig:
       in_channels, out_channels: of the latents and of the prediction.
       block_out_channels: width of each level.
       transformer_layers_per_block: transformer blocks after each resnet of the level, 0 for none.
-      mid_transformer_layers: transformer blocks of the middle block, 0 for none.
+      mid_transformer_layers: transformer blocks of the middle block, 0 for none; diffusers knows
+        only as many as in the last level.
       layers_per_block: resnets of a level on the way down; there is one more on the way up.
       num_heads: attention heads of each level (SDXL's file calls them `attention_head_dim`).
       cross_attention_dim: width of the text and image tokens.
@@ -315,7 +316,7 @@ class UNet(nn.Module):
             context = Context(context.text, image_tokens.astype(self.dtype),
                               image_present.astype(bool), image_scale)
 
-        captured, recorded, skips = {}, [], []
+        captured, recorded = {}, []
         last = len(config.block_out_channels) - 1
 
         def stage(kind, level, resample, name):

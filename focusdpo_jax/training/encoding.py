@@ -20,7 +20,8 @@ class EncodedPairs:
     """B pairs with S reference slots, as the loss takes them. Grids: latents h x w, patches g x g.
 
     Attributes:
-      latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected).
+      latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); where the
+        objective is "sft", [B, 1, h, w, C] of chosen alone.
       token_ids: int [B, 2, L], the caption for each text encoder.
       time_ids: [B, 6], SDXL's size conditioning.
       reference_features: [B, S, 1 + N, D], the image encoder's view of every reference.
@@ -28,7 +29,8 @@ class EncodedPairs:
       prior: [B, h, w], M_prior as the share of each location that is covered.
       target_features: [B, 2, g, g, D], the image encoder's view of (chosen, rejected).
       reference_masks: [B, S, N], share of each reference patch that the subject covers.
-      area: [B, S], size of each subject in the target, in patches.
+      area: [B, S], size of each subject inside M_prior, in patches: where nothing was disrupted
+        there is nothing to match.
       detail: [B, 2, h, w], M_d of (chosen, rejected).
       index: [B], positions in the data set.
 
@@ -59,21 +61,28 @@ def encoder(generator, config, structures):
     dpce = any(structure.dpce for structure in structures)
 
     def encode(parameters, batch):
-        pair = jnp.stack([batch.chosen, batch.rejected], axis=1).astype(jnp.float32) / 255
+        images = [batch.chosen] if config.objective == "sft" else [batch.chosen, batch.rejected]
+        pair = jnp.stack(images, axis=1).astype(jnp.float32) / 255
         flat = pair.reshape(-1, *pair.shape[2:])
-        mean, deviation = (_pairs(x) for x in generator.encode_image(parameters, flat))
+
+        def grouped(x):
+            """[B * P, ...] as [B, P, ...]."""
+            return x.reshape(-1, len(images), *x.shape[1:])
+
+        mean, deviation = map(grouped, generator.encode_image(parameters, flat))
         prior = average_to_grid(batch.prior_mask.astype(jnp.float32), mean.shape[2:4])
         references = batch.references.astype(jnp.float32) / 255
         side = generator.patch_grid
         targets = masks = area = detail = None
         if spaf:
             features = generator.image_features(parameters, flat)[:, 1:]
-            targets = _pairs(features.reshape(-1, side, side, features.shape[-1]))
+            targets = grouped(features.reshape(-1, side, side, features.shape[-1]))
             masks = average_to_grid(batch.reference_masks.astype(jnp.float32), (side, side))
             masks = masks.reshape(*masks.shape[:2], -1)
-            area = average_to_grid(batch.masks.astype(jnp.float32), (side, side)).sum((2, 3))
+            inside = batch.masks & batch.prior_mask[:, None]
+            area = average_to_grid(inside.astype(jnp.float32), (side, side)).sum((2, 3))
         if dpce:
-            detail = _pairs(complexity.complexity(
+            detail = grouped(complexity.complexity(
                 flat, jnp.repeat(prior, 2, axis=0), config.focus.detail_bins,
                 config.focus.detail_sigma))
         return EncodedPairs(
@@ -86,23 +95,18 @@ def encoder(generator, config, structures):
     return jax.jit(encode)
 
 
-def _pairs(x):
-    """[2B, ...], chosen and rejected in turn, as [B, 2, ...]."""
-    return x.reshape(-1, 2, *x.shape[1:])
-
-
 class EncodedSource:
     """A data set that was encoded once; a random-access source for the loader."""
 
     def __init__(self, encoded):
         """`encoded` is an EncodedPairs of numpy arrays over the whole data set."""
-        self._encoded = encoded
+        self.encoded = encoded
 
     def __len__(self):
-        return len(self._encoded.prior)
+        return len(self.encoded.prior)
 
     def __getitem__(self, index):
-        return jax.tree.map(lambda x: x[index], self._encoded)
+        return jax.tree.map(lambda x: x[index], self.encoded)
 
 
 def cached(encode, parameters, batches):

@@ -109,15 +109,16 @@ def summarize(seen):
     Returns:
       {name: float, "bucket/name": float}.
     """
-    computed = {bucket: {k: float(v) for k, v in metrics.compute().items()}
-                for bucket, metrics in sorted(seen.items())}
-    merged = None
+    merged = {}
     for _, metrics in sorted(seen.items()):
-        merged = metrics if merged is None else merged.merge(metrics)
-    values = {k: float(v) for k, v in merged.compute().items()}
-    if len(computed) > 1:
-        for bucket, entries in computed.items():
-            values.update({f"{bucket}/{name}": value for name, value in entries.items()})
+        # What a bucket's structure switches off is averaged over the other buckets.
+        for name in metrics.__annotations__:
+            metric = getattr(metrics, name)
+            merged[name] = merged[name].merge(metric) if name in merged else metric
+    values = {name: float(metric.compute()) for name, metric in merged.items()}
+    if len(seen) > 1:
+        for bucket, metrics in sorted(seen.items()):
+            values |= {f"{bucket}/{name}": float(v) for name, v in metrics.compute().items()}
     return values
 
 

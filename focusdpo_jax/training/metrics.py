@@ -60,6 +60,14 @@ class MetricWriter:
             self._tensorboard.write_scalars(step, values)
             self._tensorboard.flush()
 
+    def results(self, step, results):
+        """Shows the means of an evaluation in TensorBoard; they are not a logged step."""
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, {
+                f"evaluation/{name}_{side}": estimate["mean"]
+                for name, sides in results["metrics"].items() for side, estimate in sides.items()})
+            self._tensorboard.flush()
+
     def picture(self, step, name, image):
         """Shows a uint8 picture [H, W, 3] in TensorBoard."""
         if self._tensorboard:

@@ -29,12 +29,15 @@ class StepStructure:
 
 
 def draw_latents(key, encoded):
-    """Latents [2B, h, w, C] of chosen, then rejected, with one draw for both of a pair."""
-    mean = jnp.concatenate([encoded.latents_mean[:, 0], encoded.latents_mean[:, 1]])
-    deviation = jnp.concatenate(
-        [encoded.latents_deviation[:, 0], encoded.latents_deviation[:, 1]])
-    draw = jax.random.normal(key, encoded.latents_mean[:, 0].shape)
-    return mean.astype(jnp.float32) + deviation.astype(jnp.float32) * twice(draw)
+    """Latents of chosen, then rejected (if encoded), with one draw for both: [P * B, h, w, C]."""
+    draw = jax.random.normal(key, encoded.latents_mean[:, 0].shape)[:, None]
+    return by_image(encoded.latents_mean.astype(jnp.float32)
+                    + encoded.latents_deviation.astype(jnp.float32) * draw)
+
+
+def by_image(x):
+    """[B, P, ...] as [P * B, ...]: all chosen first, then all rejected."""
+    return jnp.moveaxis(x, 1, 0).reshape(-1, *x.shape[2:])
 
 
 def twice(tree):
@@ -51,15 +54,14 @@ def condition(generator, parameters, encoded):
                         image_tokens=tokens, image_present=encoded.present)
 
 
-def drop_conditions(generator, parameters, conditioning, key, probability):
+def drop_conditions(generator, parameters, conditioning, empty, key, probability):
     """Takes text, references or both away from some examples, for classifier-free guidance.
 
-    Each of the three happens with `probability`. Text is replaced by the empty prompt's.
+    Each of the three happens with `probability`. Text is replaced by that of `empty` [1, 2, L].
     """
     draw = jax.random.uniform(key, conditioning.pooled.shape[:1])
     no_text = draw < 2 * probability
     no_references = (draw >= probability) & (draw < 3 * probability)
-    empty = jnp.asarray(generator.empty_token_ids)[None]
     text, pooled = generator.encode_text(parameters, empty)
     return conditioning.replace(
         text=jnp.where(no_text[:, None, None], text, conditioning.text),
@@ -78,7 +80,7 @@ def weights(structure, numbers, encoded):
     if structure.weight.spaf:
         matched = match(numbers, encoded, prior.shape[1:])
     if structure.weight.dpce:
-        detail = jnp.concatenate([encoded.detail[:, 0], encoded.detail[:, 1]])
+        detail = by_image(encoded.detail).astype(jnp.float32)
     return weighting.focus_weights(structure.weight, numbers, prior, matched, detail)
 
 
@@ -88,25 +90,27 @@ def match(numbers, encoded, grid):
     present = present & (masks.sum(-1) > 0)
     prototypes = correspondence.prototypes(
         encoded.reference_features[:, :, 1:].astype(jnp.float32), masks, present)
-    targets = jnp.concatenate([encoded.target_features[:, 0], encoded.target_features[:, 1]])
-    similarity = correspondence.cosine_similarity(twice(prototypes), targets.astype(jnp.float32))
+    targets = by_image(encoded.target_features).astype(jnp.float32)
+    similarity = correspondence.cosine_similarity(twice(prototypes), targets)
     matched = correspondence.match(similarity, twice(present), twice(encoded.area), numbers.rho)
     return correspondence.to_grid(matched, grid)
 
 
-def make_loss(generator, config):
+def make_loss(generator, config, empty_token_ids):
     """The loss of `config.objective`, in the form that `training.step` takes.
 
     `frozen` holds `parameters` (what is not trained) and, for the preference objectives,
-    `reference` (the trainable parameters as they were at the start).
+    `reference` (the trainable parameters as they were at the start). `empty_token_ids` [2, L] is
+    the prompt that stands for a dropped caption.
     """
+    empty = jnp.asarray(empty_token_ids)[None]
 
     def policy_error(trainable, frozen, encoded, noisy, timesteps, target, key):
         parameters = merge_parameters(trainable, frozen["parameters"])
         conditioning = condition(generator, parameters, encoded)
         if config.condition_dropout:
             conditioning = drop_conditions(
-                generator, parameters, conditioning, key, config.condition_dropout)
+                generator, parameters, conditioning, empty, key, config.condition_dropout)
         if len(noisy) > len(conditioning.pooled):
             conditioning = twice(conditioning)
         prediction, _ = generator.denoise(parameters, noisy, timesteps, conditioning)
@@ -115,7 +119,7 @@ def make_loss(generator, config):
     def denoising(structure, trainable, frozen, encoded, numbers, key):
         keys = jax.random.split(key, 4)
         batch = len(encoded.prior)
-        latents = draw_latents(keys[0], encoded)[:batch]
+        latents = draw_latents(keys[0], encoded)
         timesteps = sample_timesteps(keys[1], numbers, batch)
         noise = jax.random.normal(keys[2], latents.shape)
         error = policy_error(

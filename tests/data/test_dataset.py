@@ -10,57 +10,60 @@ from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 
 WORLD = toybox.World(seed=1, resolution=32)
-SIZES = {'train': 6, 'validation': 2, 'test': 3}
+SIZES = {"train": 6, "validation": 2, "test": 3}
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def path(tmp_path_factory):
-  return dataset.build_toybox(tmp_path_factory.mktemp('data'), WORLD, SIZES)
+    return dataset.build_toybox(tmp_path_factory.mktemp("data"), WORLD, SIZES)
 
 
-@pytest.mark.parametrize('split', toybox.SPLITS)
+@pytest.mark.parametrize("split", toybox.SPLITS)
 def test_stored_records_equal_rendered_ones(path, split):
-  stored = dataset.open_source(path, split)
-  rendered = dataset.ToyboxSource(WORLD, split, SIZES[split])
-  assert len(stored) == len(rendered) == SIZES[split]
-  for index in range(len(stored)):
-    a, b = stored[index], rendered[index]
-    subjects = zip(a.pop('subjects'), b.pop('subjects'), strict=True)
-    for x, y in [(a, b), *subjects]:
-      assert x.keys() == y.keys()
-      for key, value in y.items():
-        if isinstance(value, np.ndarray):
-          assert x[key].dtype == value.dtype
-          np.testing.assert_array_equal(x[key], value)
-        else:
-          assert x[key] == (pytest.approx(value) if isinstance(value, float) else value)
+    stored = dataset.open_source(path, split)
+    rendered = dataset.ToyboxSource(WORLD, split, SIZES[split])
+    assert len(stored) == len(rendered) == SIZES[split]
+    for index in range(len(stored)):
+        a, b = stored[index], rendered[index]
+        subjects = zip(a.pop("subjects"), b.pop("subjects"), strict=True)
+        for x, y in [(a, b), *subjects]:
+            assert x.keys() == y.keys()
+            for key, value in y.items():
+                if isinstance(value, np.ndarray):
+                    assert x[key].dtype == value.dtype
+                    np.testing.assert_array_equal(x[key], value)
+                else:
+                    assert x[key] == (pytest.approx(value) if isinstance(value, float) else value)
 
 
 def test_second_build_reuses_the_first(path):
-  before = path.stat().mtime
-  assert dataset.build_toybox(path.parent.parent.parent, WORLD, SIZES) == path
-  assert path.stat().mtime == before
+    before = path.stat().mtime
+    assert dataset.build_toybox(path.parent.parent.parent, WORLD, SIZES) == path
+    assert path.stat().mtime == before
 
 
 def test_other_settings_go_to_another_directory(path):
-  data_dir = path.parent.parent.parent
-  other = dataset.build_toybox(data_dir, toybox.World(seed=2, resolution=32), {'train': 1})
-  assert other != path
-  assert len(dataset.open_source(other, 'train')) == 1
-  assert dataset.open_source(path, 'train').settings['seed'] == 1
-  assert dataset.open_source(other, 'train').settings['seed'] == 2
+    data_dir = path.parent.parent.parent
+    other = dataset.build_toybox(data_dir, toybox.World(seed=2, resolution=32), {"train": 1})
+    assert other != path
+    assert len(dataset.open_source(other, "train")) == 1
+    assert dataset.open_source(path, "train").settings["seed"] == 1
+    assert dataset.open_source(other, "train").settings["seed"] == 2
 
 
 def run(code, *arguments):
-  return subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)],
-      capture_output=True, text=True, timeout=120, check=False,
-  )
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_build_and_read_without_tensorflow(tmp_path):
-  result = run(
-      """
+    result = run(
+        """
       import importlib.util, sys
       from importlib.machinery import PathFinder
 
@@ -77,15 +80,15 @@ def test_build_and_read_without_tensorflow(tmp_path):
       path = dataset.build_toybox(sys.argv[1], toybox.World(resolution=32), {'train': 2})
       print(dataset.open_source(path, 'train')[1]['caption'])
       """,
-      tmp_path,
-  )
-  assert result.returncode == 0, result.stderr
-  assert result.stdout.strip() == toybox.World(resolution=32).record('train', 1)['caption']
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == toybox.World(resolution=32).record("train", 1)["caption"]
 
 
 def test_killed_build_leaves_nothing_that_reads_as_a_data_set(tmp_path):
-  result = run(
-      """
+    result = run(
+        """
       import os, sys
       from focusdpo_jax.data import dataset, toybox
 
@@ -98,54 +101,55 @@ def test_killed_build_leaves_nothing_that_reads_as_a_data_set(tmp_path):
       dataset.ToyboxSource = Killed
       dataset.build_toybox(sys.argv[1], toybox.World(seed=1, resolution=32), {'train': 5})
       """,
-      tmp_path,
-  )
-  assert result.returncode == 9, result.stderr
-  assert list(tmp_path.rglob('incomplete*'))  # It was in the middle of writing.
-  assert not list(tmp_path.rglob('1.0.0'))
-  path = dataset.build_toybox(tmp_path, WORLD, {'train': 5})
-  assert len(dataset.open_source(path, 'train')) == 5
-  assert dataset.open_source(path, 'train')[4]['index'] == 4
+        tmp_path,
+    )
+    assert result.returncode == 9, result.stderr
+    assert list(tmp_path.rglob("incomplete*"))  # It was in the middle of writing.
+    assert not list(tmp_path.rglob("1.0.0"))
+    path = dataset.build_toybox(tmp_path, WORLD, {"train": 5})
+    assert len(dataset.open_source(path, "train")) == 5
+    assert dataset.open_source(path, "train")[4]["index"] == 4
 
 
 def test_corrupt_file_is_named(path, tmp_path):
-  broken = tmp_path / '1.0.0'
-  broken.mkdir()
-  for file in path.iterdir():
-    content = bytearray(file.read_bytes())
-    if '-test.array_record' in file.name:
-      middle = len(content) // 2
-      content[middle : middle + 2000] = b'\x5a' * 2000
-    (broken / file.name).write_bytes(content)
-  source = dataset.open_source(broken, 'test')
-  with pytest.raises(UserError, match=r'record \d of .*1\.0\.0/.*-test\.array_record.* is corrupt'):
-    for index in range(len(source)):
-      source[index]
-  assert dataset.open_source(broken, 'train')[0]['caption']  # The other files are sound.
+    broken = tmp_path / "1.0.0"
+    broken.mkdir()
+    for file in path.iterdir():
+        content = bytearray(file.read_bytes())
+        if "-test.array_record" in file.name:
+            middle = len(content) // 2
+            content[middle : middle + 2000] = b"\x5a" * 2000
+        (broken / file.name).write_bytes(content)
+    source = dataset.open_source(broken, "test")
+    with pytest.raises(
+        UserError, match=r"record \d of .*1\.0\.0/.*-test\.array_record.* is corrupt"
+    ):
+        for index in range(len(source)):
+            source[index]
+    assert dataset.open_source(broken, "train")[0]["caption"]  # The other files are sound.
 
 
 def test_unfit_record_stops_the_build(tmp_path):
-  class Unfit(dataset.ToyboxSource):
+    class Unfit(dataset.ToyboxSource):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            if index == 2:
+                record["rejected"] = record["chosen"]
+            return record
 
-    def __getitem__(self, index):
-      record = super().__getitem__(index)
-      if index == 2:
-        record['rejected'] = record['chosen']
-      return record
-
-  with pytest.raises(UserError, match='record 2: rejected equals chosen'):
-    dataset.build(tmp_path, 'unfit', {'train': Unfit(WORLD, 'train', 4)}, {}, max_subjects=3)
-  assert not list(tmp_path.rglob('dataset_info.json'))
+    with pytest.raises(UserError, match="record 2: rejected equals chosen"):
+        dataset.build(tmp_path, "unfit", {"train": Unfit(WORLD, "train", 4)}, {}, max_subjects=3)
+    assert not list(tmp_path.rglob("dataset_info.json"))
 
 
 def test_user_mistakes_are_named(path, tmp_path):
-  with pytest.raises(UserError, match='no data set at'):
-    dataset.open_source(tmp_path / 'nowhere', 'train')
-  with pytest.raises(UserError, match="no split 'dev'; it has"):
-    dataset.open_source(path, 'dev')
-  with pytest.raises(UserError, match="'train' is 0"):
-    dataset.build_toybox(tmp_path, WORLD, {'train': 0})
-  file = tmp_path / 'file'
-  file.write_text('')
-  with pytest.raises(UserError, match='cannot write the data set'):
-    dataset.build_toybox(file / 'below', WORLD, {'train': 1})
+    with pytest.raises(UserError, match="no data set at"):
+        dataset.open_source(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="no split 'dev'; it has"):
+        dataset.open_source(path, "dev")
+    with pytest.raises(UserError, match="'train' is 0"):
+        dataset.build_toybox(tmp_path, WORLD, {"train": 0})
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="cannot write the data set"):
+        dataset.build_toybox(file / "below", WORLD, {"train": 1})

@@ -55,13 +55,13 @@ def test_text(activation, projection_dim, eos, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, pytorch_names.to_flax(tensors, template))
     out = jax.jit(ours.apply)({"params": params}, ids)
     theirs = model(torch.from_numpy(ids.astype(np.int64)), output_hidden_states=True)
-    assert oracles.relative_error(out.last, theirs.last_hidden_state) < 1e-5
-    assert oracles.relative_error(out.penultimate, theirs.hidden_states[-2]) < 1e-5
+    assert oracles.relative_error(out.last, theirs.last_hidden_state) < oracles.TOLERANCE
+    assert oracles.relative_error(out.penultimate, theirs.hidden_states[-2]) < oracles.TOLERANCE
     if projection_dim:
-        assert oracles.relative_error(out.projected, theirs.text_embeds) < 1e-5
+        assert oracles.relative_error(out.projected, theirs.text_embeds) < oracles.TOLERANCE
     else:
         assert out.projected is None
-        assert oracles.relative_error(out.pooled, theirs.pooler_output) < 1e-5
+        assert oracles.relative_error(out.pooled, theirs.pooler_output) < oracles.TOLERANCE
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -77,6 +77,6 @@ def test_vision(activation, tmp_path):
     out = jax.jit(ours.apply)({"params": params}, images)
     theirs = model(oracles.nchw(images), output_hidden_states=True)
     assert out.penultimate.shape == (2, 17, 24)
-    assert oracles.relative_error(out.last, theirs.last_hidden_state) < 1e-5
-    assert oracles.relative_error(out.penultimate, theirs.hidden_states[-2]) < 1e-5
-    assert oracles.relative_error(out.projected, theirs.image_embeds) < 1e-5
+    assert oracles.relative_error(out.last, theirs.last_hidden_state) < oracles.TOLERANCE
+    assert oracles.relative_error(out.penultimate, theirs.hidden_states[-2]) < oracles.TOLERANCE
+    assert oracles.relative_error(out.projected, theirs.image_embeds) < oracles.TOLERANCE

@@ -1,0 +1,122 @@
+"""Makes the small generator that ships with the package, in four stages; see docs/toybox.md.
+
+    python -m focusdpo_jax.main --config=configs/toybox_base.py:autoencoder
+    python -m focusdpo_jax.main --config=configs/toybox_base.py:image_encoder
+    python -m focusdpo_jax.main --config=configs/toybox_base.py:probe
+    python -m focusdpo_jax.main --config=configs/toybox_base.py:generator
+
+Each stage starts from the model folder that the one before it left in `runs/`.
+"""
+
+import ml_collections
+
+STAGES = ("autoencoder", "image_encoder", "probe", "generator")
+
+
+def get_config(stage="generator"):
+    """The configuration of one stage."""
+    if stage not in STAGES:
+        raise ValueError(f"toybox_base has the stages {', '.join(STAGES)}, not {stage!r}")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    # Side of the pictures in pixels.
+    config.resolution = 64
+
+    # What is learnt: "autoencode", "attributes" (image encoder), "probe", or "sft", the plain
+    # denoising error of the chosen pictures.
+    config.objective = {"autoencoder": "autoencode", "image_encoder": "attributes",
+                        "probe": "probe", "generator": "sft"}[stage]
+    # For "sft": UNet, subject adapter and both text encoders.
+    config.trainable = "generator"
+    # Chance to drop the caption, the references, or both, for classifier-free guidance.
+    config.condition_dropout = 0.07 if stage == "generator" else 0.0
+    # Not used here; only preference objectives have a reference model to stay close to.
+    config.beta = 1.0
+
+    # Optimiser steps and scenes a step.
+    config.steps = {"autoencoder": 1300, "image_encoder": 2000, "probe": 1200,
+                    "generator": 4400}[stage]
+    config.batch_size = {"autoencoder": 8, "image_encoder": 16, "probe": 16,
+                         "generator": 32}[stage]
+    # Batches whose gradients are averaged into one step.
+    config.accumulate = 1
+    # AdamW: peak learning rate after the warm-up, then a cosine decay to zero.
+    config.learning_rate = {"autoencoder": 4e-3, "image_encoder": 2e-3, "probe": 3e-3,
+                            "generator": 1.2e-3}[stage]
+    config.warmup_steps = 100
+    config.decay = "cosine"
+    config.weight_decay = 1e-4
+    config.adam_b2 = 0.99
+    # Largest norm of the gradient.
+    config.gradient_clip = 1.0
+    # Moving average of the parameters, which is what is kept.
+    config.ema_decay = 0.999 if stage == "generator" else 0.995
+
+    # How often (in steps) to log, to save, to draw; how many checkpoints to keep.
+    config.log_every = 50
+    config.checkpoint_every = 200
+    config.keep_checkpoints = 2
+    config.sample_every = 500
+
+    # Devices that share a batch; -1 takes all.
+    config.mesh = ml_collections.ConfigDict({"data": -1})
+
+    config.model = ml_collections.ConfigDict()
+    # Folder of the model to start from; empty makes one of `sizes` at random.
+    config.model.pretrained = {
+        "autoencoder": "",
+        "image_encoder": "runs/toybox_base_autoencoder/model",
+        "probe": "runs/toybox_base_image_encoder/model",
+        "generator": "runs/toybox_base_probe/model"}[stage]
+    config.model.lora_rank = 0
+    if stage == "autoencoder":
+        config.model.sizes = sizes()
+
+    config.data = ml_collections.ConfigDict()
+    # Folder under which the data set is built.
+    config.data.path = "data"
+    config.data.seed = 7
+    config.data.train_size = 16000
+    config.data.validation_size = 64
+    config.data.test_size = 256
+    # Chance of a scene with one, two, three subjects.
+    config.data.subject_counts = (0.2, 0.4, 0.4)
+    # Whether frozen encoders see every picture once, before training, and not in every step.
+    config.data.cache = True
+
+    # FocusDPO's weight, which these stages do not use; see configs/toybox_dpo.py.
+    config.focus = ml_collections.ConfigDict({
+        "buckets": 1, "spaf": False, "dpce": False, "rho_noisy": 0.3, "rho_clean": 0.9,
+        "lambda_s": 1.0, "lambda_d": 1.0, "tau": 0.5, "gate_width": 0.0, "background": 0.1,
+        "matched": 0.5, "detail_fraction": 0.5, "detail_bins": 16, "detail_sigma": 3.0})
+
+    # Pictures drawn on the way: DDIM steps and guidance scale.
+    config.sampling = ml_collections.ConfigDict({"steps": 16, "guidance": 2.0})
+    # Test scenes measured at the end, scenes drawn at once, scenes shown in pictures.
+    config.evaluation = ml_collections.ConfigDict(
+        {"scenes": 256, "batch_size": 32, "pictures": 8})
+    return config
+
+
+def sizes():
+    """SDXL's anatomy at a thousandth of its size: pictures of 64 x 64, latents of 16 x 16 x 8."""
+    text = {"vocab_size": 573, "max_length": 16, "hidden_size": 64, "num_layers": 2,
+            "num_heads": 4, "intermediate_size": 128, "eos_token_id": 572}
+    return ml_collections.ConfigDict({
+        "vae": {"block_out_channels": (16, 16, 32), "layers_per_block": 1, "latent_channels": 8,
+                "norm_groups": 8, "scaling_factor": 1.0},
+        "text_encoder": {**text, "activation": "quick_gelu", "projection_dim": None},
+        "text_encoder_2": {**text, "activation": "gelu", "projection_dim": 64},
+        "image_encoder": {"image_size": 64, "patch_size": 8, "hidden_size": 64, "num_layers": 4,
+                          "num_heads": 4, "intermediate_size": 256, "activation": "gelu",
+                          "projection_dim": 64},
+        "adapter": {"kind": "resampler", "input_dim": 64, "output_dim": 128, "num_tokens": 8,
+                    "width": 64, "depth": 2, "num_heads": 4, "head_dim": 16, "expansion": 4},
+        "unet": {"in_channels": 8, "out_channels": 8, "block_out_channels": (32, 64),
+                 "transformer_layers_per_block": (0, 2), "mid_transformer_layers": 2,
+                 "layers_per_block": 1, "num_heads": (2, 4), "cross_attention_dim": 128,
+                 "addition_time_embed_dim": 16, "pooled_dim": 64, "norm_groups": 8,
+                 "image_context": True},
+        "prediction_type": "v_prediction",
+        "zero_terminal_snr": True,
+    })

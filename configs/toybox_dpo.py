@@ -1,0 +1,108 @@
+"""FocusDPO on Toybox, the embedded default: a few minutes on a laptop, nothing to download.
+
+    python -m focusdpo_jax.main --config=configs/toybox_dpo.py
+    python -m focusdpo_jax.main --config=configs/toybox_dpo.py --config.objective=dpo --workdir=runs/dpo
+"""
+
+import ml_collections
+
+
+def get_config():
+    """The configuration; every field can be set on the command line as --config.FIELD=VALUE."""
+    config = ml_collections.ConfigDict()
+    # Every random draw of a run derives from it.
+    config.seed = 0
+    # Side of the pictures in pixels.
+    config.resolution = 64
+
+    # "focus_dpo", or one of its rivals over the same step: "dpo" (Diffusion-DPO: every location
+    # counts the same), "prior_dpo" (the mask of where the pair differs alone), "sft" (the
+    # denoising error of the chosen picture; no reference model).
+    config.objective = "focus_dpo"
+    # What is trained: "adapter" (subject adapter and the image keys and values of the UNet),
+    # "lora" (low-rank updates of the UNet's attention; set model.lora_rank) or "full" (UNet and
+    # adapter).
+    config.trainable = "full"
+    # Pull towards the reference model: the smaller, the further the policy may go.
+    config.beta = 200.0
+    # Chance to drop caption or references; for "sft" alone.
+    config.condition_dropout = 0.0
+
+    # Optimiser steps, and pairs a step over all devices.
+    config.steps = 150
+    config.batch_size = 16
+    # Batches whose gradients are averaged into one step; with as many as there are buckets, every
+    # step sees every bucket once.
+    config.accumulate = 1
+    # AdamW: learning rate after a linear warm-up, then "constant" or a "cosine" decay to zero.
+    config.learning_rate = 3e-4
+    config.warmup_steps = 10
+    config.decay = "cosine"
+    config.weight_decay = 0.0
+    config.adam_b2 = 0.99
+    # Largest norm of the gradient.
+    config.gradient_clip = 1.0
+    # Moving average of the trained parameters, kept in their place; 0 keeps none.
+    config.ema_decay = 0.0
+
+    # How often (in steps) to log, to save, to draw; how many checkpoints to keep.
+    config.log_every = 10
+    config.checkpoint_every = 50
+    config.keep_checkpoints = 2
+    config.sample_every = 75
+
+    # Devices that share a batch; -1 takes all.
+    config.mesh = ml_collections.ConfigDict({"data": -1})
+
+    config.model = ml_collections.ConfigDict()
+    # The model to start from: "toybox", which ships with the package, or a folder such as
+    # runs/toybox_base_generator/model.
+    config.model.pretrained = "toybox"
+    # Rank of the low-rank updates; 0 leaves them out.
+    config.model.lora_rank = 0
+
+    config.data = ml_collections.ConfigDict()
+    # Folder under which the data set is built, once for each seed and size.
+    config.data.path = "data"
+    config.data.seed = 0
+    config.data.train_size = 1536
+    # Validation scenes are drawn in the pictures; test scenes are measured.
+    config.data.validation_size = 16
+    config.data.test_size = 256
+    # Chance of a scene with one, two, three subjects.
+    config.data.subject_counts = (0.2, 0.4, 0.4)
+    # Whether the frozen encoders see every picture once, before training (the result is kept in
+    # memory), and not in every step.
+    config.data.cache = True
+
+    # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.
+    config.focus = ml_collections.ConfigDict()
+    config.focus.buckets = 4
+    # SPAF: match the picture's patches with the references. DPCE: let detailed patches weigh more.
+    config.focus.spaf = True
+    config.focus.dpce = True
+    # Share of a subject's area that may match, at the noisy and at the clean end.
+    config.focus.rho_noisy = 0.3
+    config.focus.rho_clean = 0.9
+    # Extra weight of what does not match its reference yet, and of detail.
+    config.focus.lambda_s = 1.0
+    config.focus.lambda_d = 1.0
+    # Alignment score from which detail counts; width of the gate (0: open or shut).
+    config.focus.tau = 0.5
+    config.focus.gate_width = 0.0
+    # Weight outside the mask, where it holds the policy to the reference model.
+    config.focus.background = 0.5
+    # Weight of what matches already, while the gate is shut.
+    config.focus.matched = 0.5
+    # Share of the denoising path, from the clean end, in which detail exists at all.
+    config.focus.detail_fraction = 0.5
+    # DPCE's entropy: bins of luminance, and width of its Gaussian window in pixels.
+    config.focus.detail_bins = 16
+    config.focus.detail_sigma = 3.0
+
+    # How pictures are drawn: DDIM steps and guidance scale.
+    config.sampling = ml_collections.ConfigDict({"steps": 16, "guidance": 2.0})
+    # Test scenes measured before and after, scenes drawn at once, scenes shown in pictures.
+    config.evaluation = ml_collections.ConfigDict(
+        {"scenes": 256, "batch_size": 32, "pictures": 8})
+    return config

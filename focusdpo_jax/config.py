@@ -1,0 +1,184 @@
+"""The rules of a run's configuration, checked in one place before anything is built or compiled.
+
+A configuration is a ConfigDict made by a file of `configs/`. `RULES` lists every field there is;
+what a field means stands beside it in those files.
+"""
+
+import difflib
+import json
+import numbers
+
+from focusdpo_jax.errors import UserError
+
+GENERATOR_OBJECTIVES = ("sft", "dpo", "prior_dpo", "focus_dpo")
+ENCODER_OBJECTIVES = ("autoencode", "attributes", "probe")
+
+# Fields that may change between two runs in one folder: they say how long to train and how
+# often to look, not what is trained.
+_MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
+               "data.path", "data.cache"}
+
+
+def _one_of(*choices):
+    return (lambda v: v in choices), "choose one of " + ", ".join(map(repr, choices))
+
+
+def _number(low, high=float("inf"), *, above=False):
+    def check(value):
+        return (isinstance(value, numbers.Real) and not isinstance(value, bool)
+                and (low < value if above else low <= value) and value <= high)
+    bound = f"a number {'>' if above else '>='} {low}"
+    return check, "give " + bound + (f" and <= {high}" if high < float("inf") else "")
+
+
+def _integer(low):
+    return ((lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low),
+            f"give a whole number >= {low}")
+
+
+def _flag():
+    return (lambda v: isinstance(v, bool)), "give True or False"
+
+
+def _text():
+    return (lambda v: isinstance(v, str)), "give a text"
+
+
+def _shares():
+    return ((lambda v: len(v) >= 1 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6),
+            "give probabilities that add up to 1")
+
+
+def _anything():
+    return (lambda v: True), ""
+
+
+RULES = {
+    "seed": _integer(0),
+    "steps": _integer(1),
+    "batch_size": _integer(1),
+    "accumulate": _integer(1),
+    "resolution": _integer(8),
+    "objective": _one_of(*GENERATOR_OBJECTIVES, *ENCODER_OBJECTIVES),
+    "trainable": _one_of("adapter", "lora", "full", "generator"),
+    "beta": _number(0, above=True),
+    "condition_dropout": _number(0, 0.3),
+    "learning_rate": _number(0, above=True),
+    "warmup_steps": _integer(0),
+    "decay": _one_of("constant", "cosine"),
+    "weight_decay": _number(0),
+    "adam_b2": _number(0, 1),
+    "gradient_clip": _number(0, above=True),
+    "ema_decay": _number(0, 1),
+    "log_every": _integer(1),
+    "checkpoint_every": _integer(1),
+    "keep_checkpoints": _integer(1),
+    "sample_every": _integer(1),
+    "model.pretrained": _text(),
+    "model.lora_rank": _integer(0),
+    "model.sizes": _anything(),
+    "mesh.data": _integer(-1),
+    "data.path": _text(),
+    "data.cache": _flag(),
+    "data.seed": _integer(0),
+    "data.train_size": _integer(1),
+    "data.validation_size": _integer(1),
+    "data.test_size": _integer(1),
+    "data.subject_counts": _shares(),
+    "focus.buckets": _integer(1),
+    "focus.spaf": _flag(),
+    "focus.dpce": _flag(),
+    "focus.rho_noisy": _number(0),
+    "focus.rho_clean": _number(0),
+    "focus.lambda_s": _number(0),
+    "focus.lambda_d": _number(0),
+    "focus.tau": _number(0, 1),
+    "focus.gate_width": _number(0),
+    "focus.background": _number(0),
+    "focus.matched": _number(0, 1),
+    "focus.detail_fraction": _number(0, 1),
+    "focus.detail_bins": _integer(2),
+    "focus.detail_sigma": _number(0, above=True),
+    "sampling.steps": _integer(1),
+    "sampling.guidance": _number(0),
+    "evaluation.scenes": _integer(0),
+    "evaluation.batch_size": _integer(1),
+    "evaluation.pictures": _integer(1),
+}
+_OPTIONAL = {"model.sizes"}
+
+
+def validate(config):
+    """Checks every field on its own, then the fields together.
+
+    Raises:
+      UserError: names the field, its value and what would be right.
+    """
+    fields = dict(_flatten(config.to_dict()))
+    for name in fields:
+        if name not in RULES:
+            close = difflib.get_close_matches(name, RULES, 1)
+            raise UserError(f"config.{name} is not a field"
+                            + (f"; did you mean config.{close[0]}?" if close else ""))
+    for name, (check, cure) in RULES.items():
+        if name not in fields:
+            if name in _OPTIONAL:
+                continue
+            raise UserError(f"config.{name} is missing; {cure}")
+        try:
+            good = check(fields[name])
+        except TypeError:
+            good = False
+        if not good:
+            raise UserError(f"config.{name} = {fields[name]!r}: {cure}")
+    _validate_together(config)
+
+
+def _validate_together(config):
+    if config.checkpoint_every % config.log_every:
+        raise UserError(
+            f"config.checkpoint_every = {config.checkpoint_every}: give a multiple of "
+            f"config.log_every = {config.log_every}, so that a resumed run logs the same means")
+    if config.mesh.data == 0:
+        raise UserError("config.mesh.data = 0: give a number of devices, or -1 for all of them")
+    if config.objective not in ("sft", *ENCODER_OBJECTIVES):
+        if config.condition_dropout:
+            raise UserError(f"config.condition_dropout = {config.condition_dropout}: "
+                            f"{config.objective} compares images under their captions; give 0")
+        if config.trainable == "generator":
+            raise UserError("config.trainable = 'generator': text encoders are trained with "
+                            "config.objective = 'sft' only; choose adapter, lora or full")
+    if config.trainable == "lora" and not config.model.lora_rank:
+        raise UserError("config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, "
+                        "for example 8")
+    if config.evaluation.scenes > config.data.test_size:
+        raise UserError(f"config.evaluation.scenes = {config.evaluation.scenes}: there are only "
+                        f"config.data.test_size = {config.data.test_size} of them")
+    if config.evaluation.pictures > config.data.validation_size:
+        raise UserError(f"config.evaluation.pictures = {config.evaluation.pictures}: there are "
+                        f"only config.data.validation_size = {config.data.validation_size}")
+    if config.batch_size * config.accumulate > config.data.train_size:
+        raise UserError(f"config.data.train_size = {config.data.train_size}: give at least a "
+                        f"step's pairs, {config.batch_size * config.accumulate}")
+
+
+def _flatten(values, prefix=""):
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in _OPTIONAL:
+            yield from _flatten(value, name + ".")
+        else:
+            yield name, value
+
+
+def to_json(config):
+    """The configuration as the text of `config.json`."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def changed_fields(old, new):
+    """Fields whose change makes another run of it: ["config.beta = 2.0 (now 3.0)", ...]."""
+    old, new = dict(_flatten(old)), dict(_flatten(new))
+    return [f"config.{name} = {old.get(name)!r} (now {new.get(name)!r})"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name) and name not in _MAY_CHANGE]

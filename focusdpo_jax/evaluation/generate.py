@@ -1,0 +1,79 @@
+"""Pictures from a generator: one compiled program for all prompts and all parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from focusdpo_jax.diffusion import samplers
+from focusdpo_jax.models.generator import Conditioning
+
+
+def make_generate(generator, *, steps, guidance, empty_token_ids):
+    """Builds the jitted sampler.
+
+    Args:
+      steps: denoiser calls of DDIM.
+      guidance: classifier-free guidance scale; 1 is none, and costs half.
+      empty_token_ids: int [2, L], the empty prompt; with no references, what guidance leads away
+        from.
+
+    Returns:
+      generate(parameters, token_ids [B, 2, L], time_ids [B, 6], features [B, S, 1 + N, D],
+      present [B, S], noise [B, h, w, C]) -> uint8 [B, H, W, 3]. The features are
+      `Generator.image_features` of the references.
+    """
+    spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
+    empty = jnp.asarray(empty_token_ids)[None]
+
+    @jax.jit
+    def generate(parameters, token_ids, time_ids, features, present, noise):
+        text, pooled = generator.encode_text(parameters, token_ids)
+        conditioning = Conditioning(
+            text=text, pooled=pooled, time_ids=time_ids, image_present=present,
+            image_tokens=generator.subject_tokens(parameters, features.astype(jnp.float32)))
+        if guidance != 1:
+            empty_text, empty_pooled = generator.encode_text(parameters, empty)
+            without = conditioning.replace(
+                text=jnp.broadcast_to(empty_text, text.shape),
+                pooled=jnp.broadcast_to(empty_pooled, pooled.shape),
+                image_present=jnp.zeros_like(present))
+            conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
+
+        def denoise(latents, timesteps):
+            return generator.denoise(parameters, latents, timesteps, conditioning)[0]
+
+        if guidance != 1:
+            denoise = samplers.classifier_free_guidance(denoise, guidance)
+        latents = samplers.sample(denoise, generator.schedule, noise, steps, spacing)
+        pixels = jnp.clip(generator.decode_latents(parameters, latents), 0, 1)
+        return jnp.round(pixels * 255).astype(jnp.uint8)
+
+    return generate
+
+
+def scene_noise(seed, indices, shape):
+    """Starting noise [B, h, w, C] that depends on the seed and each scene's index alone."""
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(indices))
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size):
+    """Generates a picture for each of `scenes`.
+
+    Args:
+      generate: from `make_generate`.
+      scenes: EncodedPairs of numpy arrays; the references and captions are used.
+      batch_size: pictures at once; the last batch is filled up.
+
+    Returns:
+      uint8 [len(scenes), H, W, 3], on the host.
+    """
+    count, pictures = len(scenes.present), []
+    for start in range(0, count, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        noise = scene_noise(seed, scenes.index[rows], latent_shape)
+        pictures.append(generate(
+            parameters, scenes.token_ids[rows], scenes.time_ids[rows],
+            scenes.reference_features[rows], scenes.present[rows], noise))
+    return np.concatenate([np.asarray(p) for p in pictures])[:count]

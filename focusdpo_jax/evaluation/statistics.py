@@ -1,0 +1,126 @@
+"""Means with bootstrap intervals, and the table that compares the policy with its base."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from focusdpo_jax.evaluation.toybox_measures import LOWER_IS_BETTER
+
+
+class Estimate(NamedTuple):
+    """A mean and its interval. All but `n` are None where no value was defined.
+
+    Attributes:
+      mean, low, high: the mean of the defined values, and the ends of the interval around it.
+      n: number of scenes that have a defined value: what was resampled.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+def bootstrap_mean(values, *, seed, resamples=2000, confidence=0.95):
+    """The mean of values that come in scenes, with a percentile bootstrap interval.
+
+    Whole scenes are drawn with replacement, since what happens to the subjects of one scene goes
+    together (Efron, 1979). Each resample's mean is its sum of values over its number of values.
+    Where all values are equal the interval has no width, however few they are.
+
+    Args:
+      values: [scenes] or [scenes, subjects], NaN where not defined.
+      seed: the same seed gives the same interval.
+      resamples: number of draws.
+      confidence: share of the resampled means that lie in the interval.
+
+    Returns:
+      An Estimate.
+    """
+    values = np.asarray(values, np.float64).reshape(len(values), -1)
+    defined = ~np.isnan(values)
+    values, defined = values[defined.any(1)], defined[defined.any(1)]
+    scenes = len(values)
+    if scenes == 0:
+        return Estimate(None, None, None, 0)
+    sums = np.stack([np.where(defined, values, 0).sum(1), defined.sum(1)], axis=1)
+    # How often each scene is drawn, [resamples, scenes]; as floats the product is a fast one.
+    drawn = np.random.default_rng(seed).multinomial(
+        scenes, np.full(scenes, 1 / scenes), size=resamples).astype(np.float64)
+    total, count = (drawn @ sums).T
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(total / count, [tail, 1 - tail])
+    mean = sums[:, 0].sum() / sums[:, 1].sum()
+    return Estimate(float(mean), float(low), float(high), scenes)
+
+
+def summarize(base, policy=None, *, seed):
+    """Estimates every measure of the base and, if there is one, of the policy.
+
+    Args:
+      base, policy: what `toybox_measures.measure` returned, batches joined along the scenes.
+      seed: of the bootstrap.
+
+    Returns:
+      {"metrics": {name: {"base": {"mean", "low", "high", "n"}, "policy": the same}}}, plain
+      numbers, ready for JSON. Measures that neither side defines are left out.
+    """
+    sides = {"base": base} | ({"policy": policy} if policy is not None else {})
+    metrics = {}
+    for name in base:
+        estimates = {side: bootstrap_mean(measures[name], seed=seed)
+                     for side, measures in sides.items()}
+        if any(estimate.n for estimate in estimates.values()):
+            metrics[name] = {side: estimate._asdict() for side, estimate in estimates.items()}
+    return {"metrics": metrics}
+
+
+def verdict(name, base, policy):
+    """Compares two estimates (dicts): "better", "worse", or "" where their intervals overlap."""
+    if not base["n"] or not policy["n"]:
+        return ""
+    if policy["low"] > base["high"]:
+        return "worse" if name in LOWER_IS_BETTER else "better"
+    if policy["high"] < base["low"]:
+        return "better" if name in LOWER_IS_BETTER else "worse"
+    return ""
+
+
+def format_table(results):
+    """The results as aligned plain text, in per cent, with the intervals in brackets.
+
+    An arrow behind a measure's name points to where better is. The last column says how the policy
+    differs from the base, where their intervals do not overlap.
+
+    Args:
+      results: what `summarize` returned.
+
+    Returns:
+      Lines joined by newlines, none behind the last.
+    """
+    metrics = results["metrics"]
+    sides = [side for side in ("base", "policy")
+             if any(side in estimates for estimates in metrics.values())]
+    compared = len(sides) == 2
+    lines = [["measure", *sides, *["policy is"] * compared, "scenes"]]
+    for name, estimates in metrics.items():
+        arrow = "↓" if name in LOWER_IS_BETTER else "↑"
+        line = [f"{name.replace('_', ' ')} {arrow}"]
+        line += [_percent(estimates[side]) for side in sides]
+        if compared:
+            line.append(verdict(name, estimates["base"], estimates["policy"]))
+        # Leakage counts found subjects only, so the two sides may differ.
+        counts = dict.fromkeys(str(estimates[side]["n"]) for side in sides)
+        lines.append([*line, "/".join(counts)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+            for line in lines]
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def _percent(estimate):
+    if not estimate["n"]:
+        return "-"
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return f"{mean:5.1f} % [{low:5.1f}, {high:5.1f}]"

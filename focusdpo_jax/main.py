@@ -1,0 +1,57 @@
+"""Trains a generator: `python -m focusdpo_jax.main --config=configs/toybox_dpo.py`.
+
+Run the same line again to go on where a run stopped. Any field of the configuration can be changed
+on the command line, for example `--config.beta=2000 --config.objective=dpo`.
+"""
+
+import logging as python_logging
+import os
+import sys
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from focusdpo_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, such as configs/toybox_dpo.py. Some take an argument "
+    "after a colon: configs/toybox_base.py:probe. Override fields by --config.FIELD=VALUE.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics.jsonl, TensorBoard events, samples, "
+    "the trained model. Default: runs/<config name>. May be gs://.")
+
+
+def default_workdir(config_argument):
+    """runs/toybox_dpo for configs/toybox_dpo.py; an argument after the colon is added."""
+    path, _, argument = config_argument.partition(":")
+    name = epath.Path(path).stem
+    return epath.Path("runs") / (f"{name}_{argument}" if argument else name)
+
+
+def quiet(record):
+    """Keeps what this program logs, and of the libraries' only warnings."""
+    return record.levelno >= python_logging.WARNING or "focusdpo_jax" in record.pathname
+
+
+def main(argv):
+    """Flags, then `training.loop.run`."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    from focusdpo_jax.training import loop  # After the flags, so that --help is quick.
+    workdir = _WORKDIR.value or default_workdir(
+        config_flags.get_config_filename(FLAGS["config"]))
+    try:
+        loop.run(_CONFIG.value, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(quiet)
+    flags.mark_flag_as_required("config")
+    app.run(main)

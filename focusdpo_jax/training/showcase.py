@@ -1,0 +1,127 @@
+"""What a run shows of itself: pictures on the way, and a table with pictures at the end.
+
+Base and policy draw the same scenes from the same noise. The base's pictures are made once, before
+the first step, and kept in the run folder, so that a resumed run does not make them again.
+"""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from focusdpo_jax.data import loader
+from focusdpo_jax.evaluation import pictures, statistics, toybox_measures
+from focusdpo_jax.evaluation.generate import generate_all
+from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
+from focusdpo_jax.training import encoding, objectives
+from focusdpo_jax.training.metrics import replace_file
+
+
+class Showcase:
+    """Draws, measures and shows scenes during a run."""
+
+    def __init__(self, config, workdir, model, sources, encode, transform, generate, buckets):
+        """Encodes the scenes to show (validation) and to measure (test)."""
+        self._config, self._workdir, self._model = config, workdir, model
+        self._generate, self._encode, self._transform = generate, encode, transform
+        self._structure, self._numbers = list(buckets.values())[-1]
+        self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
+        self._shown = self._scenes(sources["validation"], config.evaluation.pictures)
+        self._measured = None
+        if model.probe is not None and config.evaluation.scenes:
+            self._measured = self._scenes(sources["test"], config.evaluation.scenes)
+        self._base = None
+
+    def _scenes(self, source, count):
+        """The first `count` records, as loaded and as encoded, on the host."""
+        size = min(count, self._config.evaluation.batch_size)
+        batches = list(loader.evaluation_batches(
+            [source[i] for i in range(count)], batch_size=size, transform=self._transform))
+        encoded = encoding.cached(self._encode, self._model.parameters, batches).encoded
+        raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *batches)
+        captions = [source[i]["caption"] for i in range(count)]
+        return raw, encoded, captions
+
+    def _draw(self, parameters, scenes):
+        return generate_all(
+            self._generate, parameters, scenes, seed=self._config.seed,
+            latent_shape=self._model.generator.latent_shape(self._config.resolution),
+            batch_size=self._config.evaluation.batch_size)
+
+    def start(self, parameters):
+        """Draws and measures with the base, unless an earlier start of this run did."""
+        path = self._workdir / "base.npz"
+        if path.exists():
+            with np.load(io.BytesIO(path.read_bytes())) as saved:
+                self._base = dict(saved)
+            return
+        logging.info("drawing with the base model")
+        self._base = {"shown": self._draw(parameters, self._shown[1])}
+        if self._measured:
+            self._base["measured"] = self._draw(parameters, self._measured[1])
+        content = io.BytesIO()
+        np.savez(content, **self._base)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(content.getvalue())
+        temporary.replace(path)
+
+    def sample(self, step, parameters, writer):
+        """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
+        raw, encoded, captions = self._shown
+        drawn = self._draw(parameters, encoded)
+        focus = self._focus_maps(encoded)
+        rows = [pictures.PreferenceRow(
+            caption=captions[i],
+            references=raw.references[i][raw.present[i]],
+            chosen=raw.chosen[i], rejected=raw.rejected[i], base=self._base["shown"][i],
+            policy=drawn[i], focus=focus[i])
+            for i in range(len(captions))]
+        image = pictures.preference_grid(rows)
+        path = self._workdir / "samples" / f"step_{step:06d}.png"
+        pictures.save_png(path, image)
+        writer.picture(step, "samples", image)
+        return path
+
+    def _focus_maps(self, encoded):
+        """W of the chosen pictures in the cleanest bucket: [N, h, w]."""
+        weights, _ = objectives.weights(
+            self._structure, self._numbers, jax.tree.map(jnp.asarray, encoded))
+        return np.asarray(weights)[:len(encoded.prior)]
+
+    def finish(self, step, parameters, writer):
+        """Draws and measures with the trained model; leaves `results.json` and pictures."""
+        path = self.sample(step, parameters, writer)
+        logging.info("pictures: %s", path)
+        if not self._measured:
+            return
+        raw, encoded, _ = self._measured
+        seed = self._config.seed
+        policy = self._measure(self._draw(parameters, encoded), raw)
+        base = self._measure(self._base["measured"], raw)
+        results = statistics.summarize(base, policy, seed=seed)
+        ceiling = statistics.summarize(self._measure(raw.chosen, raw), seed=seed)
+        results["settings"] = {
+            "scenes": len(encoded.prior), "split": "test", "step": step,
+            "sampling": self._config.sampling.to_dict(), "seed": seed,
+            "probe_on_renders": {k: v["base"] for k, v in ceiling["metrics"].items()}}
+        replace_file(self._workdir / "results.json",
+                     json.dumps(results, indent=2, sort_keys=True) + "\n")
+        writer.results(step, results)
+        renders = ceiling["metrics"]
+        print(f"\nToybox, {len(encoded.prior)} test scenes with subjects never trained on; "
+              "mean and 95 % interval")
+        print(statistics.format_table(results))
+        print("The probe that reads the pictures, on renders of the same scenes: " + ", ".join(
+            f"{name.replace('_', ' ')} {100 * renders[name]['base']['mean']:.1f} %"
+            for name in ("fidelity", "leakage", "missing", "class_accuracy", "background_accuracy")))
+        print(f"Pictures: {path}\n")
+
+    def _measure(self, images, raw):
+        size = self._config.evaluation.batch_size
+        readings = [self._probe(self._model.probe, jnp.asarray(images[i:i + size]) / 255.0)
+                    for i in range(0, len(images), size)]
+        readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
+        return toybox_measures.measure(readings, raw.truth, raw.present)

@@ -1,0 +1,45 @@
+"""Shared by all tests: where compiled programs are kept, and a tiny model and data set."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+# The runs of this session, in this process and in others, share their compiled programs.
+_CACHE = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"focusdpo_jax-tests-{os.getpid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_sessionfinish():
+    """Removes the compiled programs."""
+    import shutil
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder with `data`, a small data set, and `model`, a small random generator."""
+    import tiny
+    from focusdpo_jax.training import models, tasks
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny.tiny_config(folder, model__pretrained="")
+    tasks.open_data(config)
+    model = models.load_model(config, folder)
+    models.save_model(folder / "model", model, model.parameters)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_folder):
+    """tiny_config(**overrides): a configuration of the tiny run, `a__b=1` for config.a.b."""
+    import tiny
+
+    def make(**overrides):
+        return tiny.tiny_config(tiny_folder, **overrides)
+
+    return make

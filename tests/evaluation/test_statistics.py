@@ -1,0 +1,101 @@
+"""Intervals against theory and by hand, and the table's words."""
+
+import json
+
+import numpy as np
+import pytest
+
+from focusdpo_jax.evaluation import statistics
+
+NAN = np.nan
+
+
+def test_the_mean_is_a_ratio_of_sums_over_defined_values():
+    # Four values in two scenes; the third scene has none. Not the mean of the scenes' means.
+    estimate = statistics.bootstrap_mean([[1, 1, 1], [0, NAN, NAN], [NAN, NAN, NAN]], seed=0)
+    assert estimate.mean == 0.75 and estimate.n == 2
+    # Resamples: both scenes, or twice the first (1), or twice the second (0).
+    assert (estimate.low, estimate.high) == (0, 1)
+
+
+def test_the_interval_of_a_share_is_the_binomial_one():
+    values = np.arange(400) < 120
+    estimate = statistics.bootstrap_mean(values, seed=1)
+    deviation = np.sqrt(0.3 * 0.7 / 400)
+    assert estimate.mean == pytest.approx(0.3) and estimate.n == 400
+    assert estimate.low == pytest.approx(0.3 - 1.96 * deviation, abs=0.005)
+    assert estimate.high == pytest.approx(0.3 + 1.96 * deviation, abs=0.005)
+    narrow = statistics.bootstrap_mean(values, seed=1, confidence=0.6827)
+    assert narrow.high - narrow.low == pytest.approx(2 * deviation, abs=0.006)
+
+
+def test_scenes_are_resampled_whole():
+    # Subjects of a scene agree: 100 scenes of three say no more than 100 scenes of one.
+    one = (np.arange(100) < 50)[:, None].astype(float)
+    estimates = [statistics.bootstrap_mean(v, seed=2) for v in (one, np.tile(one, 3))]
+    assert estimates[0] == estimates[1]
+    assert estimates[0].high - estimates[0].low > 0.15  # 300 values alone: 0.113.
+
+
+def test_the_seed_decides():
+    values = np.random.default_rng(0).random(50)
+    first, again, other = (statistics.bootstrap_mean(values, seed=s) for s in (5, 5, 6))
+    assert first == again
+    assert first.mean == other.mean and first.low != other.low
+
+
+def measures(share, n=200):
+    """Half of the scenes have leakage defined; `share` of the subjects are right."""
+    right = (np.arange(n) < share * n).astype(float)
+    leaks = np.where(np.arange(n) % 2, 1 - right, NAN)
+    return {"fidelity": right[:, None], "leakage": leaks[:, None], "pattern": np.full(n, NAN)}
+
+
+def test_summary_is_json_and_leaves_out_what_nobody_defines():
+    results = statistics.summarize(measures(0.5), measures(0.8), seed=0)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert list(results["metrics"]) == ["fidelity", "leakage"]
+    policy = results["metrics"]["leakage"]["policy"]
+    assert policy["n"] == 100 and policy["mean"] == pytest.approx(0.2)
+    assert 0.1 < policy["low"] < 0.2 < policy["high"] < 0.3
+
+
+def test_a_side_without_values():
+    policy = measures(0.8) | {"leakage": np.full(200, NAN)}
+    results = statistics.summarize(measures(0.5), policy, seed=0)
+    assert results["metrics"]["leakage"]["policy"] == dict(mean=None, low=None, high=None, n=0)
+    assert statistics.format_table(results).splitlines()[3].split()[-2:] == ["-", "100/0"]
+
+
+def test_verdict_needs_intervals_apart_and_knows_the_direction():
+    def estimate(low, high):
+        return {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
+
+    assert statistics.verdict("fidelity", estimate(0.1, 0.2), estimate(0.3, 0.4)) == "better"
+    assert statistics.verdict("leakage", estimate(0.1, 0.2), estimate(0.3, 0.4)) == "worse"
+    assert statistics.verdict("missing", estimate(0.3, 0.4), estimate(0.1, 0.2)) == "better"
+    assert statistics.verdict("hue", estimate(0.3, 0.4), estimate(0.1, 0.2)) == "worse"
+    assert statistics.verdict("fidelity", estimate(0.1, 0.3), estimate(0.2, 0.4)) == ""
+
+
+def test_table():
+    def estimate(mean, low, high, n=200):
+        return {"mean": mean, "low": low, "high": high, "n": n}
+
+    table = statistics.format_table({"metrics": {
+        "fidelity": {"base": estimate(0.5, 0.43, 0.57), "policy": estimate(1, 1, 1)},
+        "hue_leakage": {"base": estimate(0.25, 0.2, 0.3, 90),
+                        "policy": estimate(0.2, 0.1, 0.25, 88)},
+    }})
+    assert table.splitlines() == [
+        "measure        base                    policy                  policy is  scenes",
+        "-" * 80,
+        "fidelity ↑      50.0 % [ 43.0,  57.0]  100.0 % [100.0, 100.0]  better     200",
+        "hue leakage ↓   25.0 % [ 20.0,  30.0]   20.0 % [ 10.0,  25.0]             90/88",
+    ]
+
+
+def test_table_of_the_base_alone():
+    table = statistics.format_table(statistics.summarize(measures(1.0), seed=0))
+    assert table.splitlines()[0].split() == ["measure", "base", "scenes"]
+    assert "fidelity ↑" in table and "policy" not in table

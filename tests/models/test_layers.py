@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from focusdpo_jax.models import layers
+from focusdpo_jax.models.lora import LoRADense
+
+
+def test_group_norm_by_hand():
+    # Groups (1, 3 | 3, 5) and (0, 0 | 8, 0): means 3 and 2, variances 2 and 12.
+    x = jnp.array([[1.0, 3.0, 0.0, 0.0], [3.0, 5.0, 8.0, 0.0]])[None]
+    params = {"scale": jnp.array([1.0, 2.0, 1.0, 1.0]), "bias": jnp.array([0.0, 0.0, 0.0, 5.0])}
+    out = layers.GroupNorm(2, 0.0).apply({"params": params}, x)
+    first, second = 1 / np.sqrt(2), 1 / np.sqrt(12)
+    np.testing.assert_allclose(out[0], [
+        [-2 * first, 0.0, -2 * second, 5 - 2 * second],
+        [0.0, 4 * first, 6 * second, 5 - 2 * second]], rtol=1e-6, atol=1e-6)
+
+
+def test_group_norm_takes_its_statistics_in_float32():
+    # bfloat16 has 8 bits: around 64 the values below differ by two units in the last place.
+    x = jnp.array([64.0, 65.0, 64.0, 65.0], jnp.bfloat16).reshape(1, 2, 2)
+    norm = layers.GroupNorm(1, 0.0, jnp.bfloat16)
+    out = norm.apply(norm.init(jax.random.key(0), x), x)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.astype(np.float32).ravel(), [-1, 1, -1, 1])
+
+
+def test_sinusoidal_embedding_by_hand():
+    out = layers.sinusoidal_embedding(jnp.array([0.0, 100.0]), 4)
+    np.testing.assert_allclose(
+        out, [[1, 1, 0, 0], [np.cos(100), np.cos(1), np.sin(100), np.sin(1)]], atol=1e-5)
+
+
+def test_attention_over_no_key_is_zero_and_has_zero_gradients():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
+    mask = jnp.array([[True, False, True, False], [False] * 4])
+
+    def total(query, key, value):
+        out = layers.attend(query, key, value, 2, key_mask=mask)
+        return out.sum(), out
+
+    gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    assert np.all(out[1] == 0) and np.all(np.abs(out[0]).sum(-1) > 0)
+    for gradient in gradients:
+        assert np.all(np.isfinite(gradient)) and np.all(gradient[1] == 0)
+        assert np.any(gradient[0] != 0)
+    # A masked key is one that is not there.
+    kept = layers.attend(query[:1], key[:1, ::2], value[:1, ::2], 2)
+    np.testing.assert_allclose(out[:1], kept, atol=1e-6)
+
+
+def test_causal_attention_sees_no_later_key():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 3, 4))
+    out = layers.attend(query, key, value, 1, causal=True)
+    np.testing.assert_allclose(out[0, 0], value[0, 0], atol=1e-6)
+
+
+def test_downsample_pads_where_asked():
+    x = jnp.ones((1, 4, 4, 1))
+    params = {"conv": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}
+    both = layers.Downsample().apply({"params": params}, x)[0, :, :, 0]
+    np.testing.assert_array_equal(both, [[4, 6], [6, 9]])
+    below = layers.Downsample(((0, 1), (0, 1))).apply({"params": params}, x)[0, :, :, 0]
+    np.testing.assert_array_equal(below, [[9, 6], [6, 4]])
+
+
+def test_upsample_repeats_and_crops():
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])[None, :, :, None]
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    params = {"params": {"conv": {"kernel": kernel, "bias": jnp.zeros(1)}}}
+    out = layers.Upsample().apply(params, x)[0, :, :, 0]
+    np.testing.assert_array_equal(out, np.kron([[1, 2], [3, 4]], np.ones((2, 2))))
+    cropped = layers.Upsample().apply(params, x, (3, 4))[0, :, :, 0]
+    np.testing.assert_array_equal(cropped, out[:3])
+
+
+def test_fresh_resnet_is_its_shortcut():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
+    block = layers.ResnetBlock(8, 4, 1e-5)
+    params = jax.jit(block.init)(jax.random.key(1), x)
+    np.testing.assert_array_equal(block.apply(params, x), x)
+    assert "conv_shortcut" not in params["params"]
+    assert np.any(params["params"]["conv1"]["kernel"] != 0)
+
+
+def test_lora_by_hand():
+    x = jnp.array([[1.0, 2.0]])
+    layer = LoRADense(2, rank=1, alpha=3.0)
+    params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 1.0]]), "bias": jnp.array([0.5, 0.0]),
+              "lora_a": jnp.array([[1.0], [1.0]]), "lora_b": jnp.array([[2.0, -1.0]])}
+    # x A = 3; times B = (6, -3); times alpha / rank = (18, -9).
+    np.testing.assert_allclose(layer.apply({"params": params}, x), [[19.5, -7.0]])
+    fresh = layer.init(jax.random.key(0), x)["params"]
+    assert np.all(fresh["lora_b"] == 0) and np.any(fresh["lora_a"] != 0)
+    assert set(LoRADense(2).init(jax.random.key(0), x)["params"]) == {"kernel", "bias"}

@@ -1,0 +1,230 @@
+"""The real loop on a tiny run: what it leaves, and that it can be stopped and trusted."""
+
+import json
+import logging as python_logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.training import loop
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """An uninterrupted run of four steps, and its log."""
+    workdir = tmp_path_factory.mktemp("finished")
+    records = []
+    handler = python_logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = python_logging.getLogger("absl")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(python_logging.INFO)
+    try:
+        loop.run(tiny.tiny_config(tiny_folder), workdir)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return workdir, records
+
+
+def command(folder, workdir, *overrides):
+    """The command line of the tiny run, from a configuration file in `folder`."""
+    path = folder / "tiny_dpo.py"
+    if not path.exists():
+        path.write_text(
+            f"import pathlib, sys\nsys.path.insert(0, {str(pathlib.Path(tiny.__file__).parent)!r})\n"
+            "import tiny\n"
+            f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}))\n")
+    return [sys.executable, "-m", "focusdpo_jax.main", f"--config={path}",
+            f"--workdir={workdir}", *overrides]
+
+
+def final_parameters(workdir):
+    from safetensors.numpy import load_file
+    return load_file(workdir / "model" / "unet.safetensors")
+
+
+def test_run_leaves_what_the_contract_says(finished):
+    workdir, _ = finished
+    assert sorted(tiny.losses(workdir)) == [1, 2, 3, 4]
+    line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss", "implicit_accuracy", "margin", "winner_error_difference",
+                 "loser_error_difference", "reference_error", "gradient_norm", "pairs_per_second"):
+        assert np.isfinite(line[name]), name
+    assert json.loads((workdir / "config.json").read_text())["beta"] == 100.0
+    assert (workdir / "checkpoints" / "4").is_dir()
+    assert list((workdir / "samples").glob("*.png"))
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert (workdir / "model" / "model.json").exists()
+
+
+def test_first_loss_is_that_of_equal_models(finished):
+    # Policy and reference are one model, so the margin is zero but for rounding.
+    assert abs(tiny.losses(finished[0])[1] - np.log(2)) < 1e-4
+
+
+def test_buckets_of_one_structure_share_an_executable(finished):
+    log = finished[1]
+    assert "compiled 2 training executables for 4 buckets" in log
+    lines = [line for line in log if line.startswith("  focus_dpo")]
+    assert len(lines) == 2
+    assert any("(spaf): t750-999, t500-749 (" in line for line in lines)
+    assert any("(spaf+dpce): t250-499, t000-249 (" in line for line in lines)
+
+
+def test_resumed_run_equals_uninterrupted_one(finished, tiny_config, tmp_path):
+    loop.run(tiny_config(steps=2), tmp_path)
+    assert sorted(tiny.losses(tmp_path)) == [1, 2]
+    loop.run(tiny_config(), tmp_path)
+    assert tiny.losses(tmp_path) == tiny.losses(finished[0])
+    expected = final_parameters(finished[0])
+    for name, value in final_parameters(tmp_path).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_seed_decides_the_losses(finished, tiny_config, tmp_path):
+    loop.run(tiny_config(), tmp_path / "same")
+    loop.run(tiny_config(seed=1), tmp_path / "other")
+    expected = tiny.losses(finished[0])
+    assert tiny.losses(tmp_path / "same") == expected
+    other = tiny.losses(tmp_path / "other")
+    assert all(other[step] != expected[step] for step in (2, 3, 4))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "prior_dpo", "sft"])
+def test_other_objectives_run_by_one_switch(objective, tiny_config, tmp_path):
+    loop.run(tiny_config(objective=objective, steps=2), tmp_path)
+    values = tiny.losses(tmp_path)
+    if objective != "sft":
+        assert abs(values[1] - np.log(2)) < 1e-4
+    assert values[2] != values[1]
+
+
+@pytest.mark.parametrize("trainable, changed, kept", [
+    ("adapter", "to_k_ip", "to_q/kernel"), ("lora", "lora_b", "to_q/kernel")])
+def test_only_the_trainable_set_changes(trainable, changed, kept, tiny_config, tiny_folder,
+                                        tmp_path):
+    rank = 2 if trainable == "lora" else 0
+    loop.run(tiny_config(trainable=trainable, model__lora_rank=rank, steps=2), tmp_path)
+    before, after = final_parameters(tiny_folder), final_parameters(tmp_path)
+    assert not any(np.any(after[name] != before[name]) for name in before if kept in name)
+    moved = [name for name in after if changed in name
+             and np.any(after[name] != before.get(name, 0))]
+    assert moved
+
+
+def test_accumulation_averages_over_buckets(tiny_config, tmp_path):
+    loop.run(tiny_config(accumulate=2, batch_size=2, steps=2), tmp_path)
+    assert sorted(tiny.losses(tmp_path)) == [1, 2]
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(tiny_config, tmp_path):
+    loop.run(tiny_config(steps=2), tmp_path)
+    config = tiny_config()
+    (tmp_path / "config.json").unlink()  # Another learning rate is another run.
+    config.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"at step 4\. The checkpoint of step 2 is intact"):
+        loop.run(config, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
+
+
+def test_another_configuration_is_refused(finished, tiny_config):
+    with pytest.raises(UserError, match=r"another config.beta = 100.0 \(now 7.0\)"):
+        loop.run(tiny_config(beta=7.0), finished[0])
+
+
+def test_unwritable_workdir_is_one_clear_error(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir=.*file/run: cannot write there"):
+        loop.run(tiny_config(), tmp_path / "file" / "run")
+
+
+def test_killed_run_goes_on_exactly(finished, tiny_folder, tmp_path):
+    line = command(tiny_folder, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(line, check=True, capture_output=True)
+    assert tiny.losses(tmp_path / "run") == tiny.losses(finished[0])
+
+
+def test_mistakes_on_the_command_line_are_one_line(tiny_folder, tmp_path):
+    for override, message in [
+            ("--config.beta=-1.0", "error: config.beta = -1.0: give a number > 0"),
+            ("--config.model.pretrained=nowhere", "error: config.model.pretrained = 'nowhere'")]:
+        result = subprocess.run(command(tiny_folder, tmp_path, override), capture_output=True,
+                                text=True)
+        assert result.returncode == 2
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1 and errors[0].startswith(message)
+        assert "Traceback" not in result.stderr
+
+
+def test_eight_devices_give_the_losses_of_one(finished, tiny_folder, tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run(command(tiny_folder, tmp_path), check=True, env=environment,
+                   capture_output=True)
+    expected = tiny.losses(finished[0])
+    for step, loss in tiny.losses(tmp_path).items():
+        assert abs(loss - expected[step]) < 1e-5 * abs(expected[step])
+
+
+NO_TENSORFLOW = """
+import importlib.machinery, sys
+find = importlib.machinery.PathFinder.find_spec
+def blocked(name, path=None, target=None):
+    if name.split(".")[0] in ("tensorflow", "tensorboard"):
+        return None
+    return find(name, path, target)
+importlib.machinery.PathFinder.find_spec = blocked
+"""
+
+
+def test_trains_without_tensorflow(finished, tiny_folder, tmp_path):
+    program = NO_TENSORFLOW + (
+        "import runpy\nsys.argv = sys.argv[1:]\n"
+        "runpy.run_module('focusdpo_jax.main', run_name='__main__')\n")
+    line = command(tiny_folder, tmp_path)
+    result = subprocess.run([line[0], "-c", program, "main", *line[3:]], capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr.count("TensorBoard events are not written") == 1
+    assert not list(tmp_path.glob("events*"))
+    assert tiny.losses(tmp_path) == tiny.losses(finished[0])
+
+
+def test_imports_without_tensorflow():
+    rooms = ("main", "focus.losses", "diffusion.samplers", "models.generator", "training.loop",
+             "data.loader", "evaluation.probe")
+    program = NO_TENSORFLOW + "".join(f"import focusdpo_jax.{room}\n" for room in rooms) + (
+        "assert not any(name.split('.')[0] == 'tensorflow' for name in sys.modules)\n")
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_state_keeps_no_frozen_parameters(tiny_folder):
+    from focusdpo_jax.models.generator import merge_parameters, split_parameters
+    from focusdpo_jax.training import models
+    config = tiny.tiny_config(tiny_folder)
+    parameters = models.load_model(config, tiny_folder).parameters
+    trainable, frozen = split_parameters(parameters, "adapter")
+    assert set(trainable) == {"adapter", "unet"} and "vae" in frozen
+    merged = merge_parameters(trainable, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(parameters)
