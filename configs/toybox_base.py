@@ -35,7 +35,7 @@ def get_config(stage="generator"):
 
     # Optimiser steps and scenes a step.
     config.steps = {"autoencoder": 1300, "image_encoder": 2000, "probe": 1200,
-                    "generator": 4400}[stage]
+                    "generator": 3000}[stage]
     config.batch_size = {"autoencoder": 8, "image_encoder": 16, "probe": 16,
                          "generator": 32}[stage]
     # Batches whose gradients are averaged into one step.

@@ -13,6 +13,9 @@ _CACHE = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"focusdpo_jax-tests-{
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile far longer than they compute.
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
+                           + " --xla_backend_optimization_level=0").strip()
 
 
 def pytest_sessionfinish():
@@ -24,13 +27,21 @@ def pytest_sessionfinish():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder with `data`, a small data set, and `model`, a small random generator."""
+    import jax
+    import numpy as np
     import tiny
+
     from focusdpo_jax.training import models, tasks
     folder = tmp_path_factory.mktemp("tiny")
     config = tiny.tiny_config(folder, model__pretrained="")
     tasks.open_data(config)
     model = models.load_model(config, folder)
-    models.save_model(folder / "model", model, model.parameters)
+    # A fresh generator has layers of zeros, through which no gradient reaches what lies before.
+    draw = np.random.default_rng(0)
+    parameters = jax.tree.map(
+        lambda x: np.asarray(x) + draw.normal(0, 0.05, x.shape).astype(np.float32),
+        model.parameters)
+    models.save_model(folder / "model", model, parameters)
     return folder
 
 

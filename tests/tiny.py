@@ -20,7 +20,7 @@ def load_config(name, *arguments):
 OVERRIDES = {
     "resolution": 32,
     "steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "sample_every": 100,
-    "warmup_steps": 1, "learning_rate": 1e-3, "beta": 100.0,
+    "warmup_steps": 1, "decay": "constant", "learning_rate": 1e-3, "beta": 100.0,
     "data.train_size": 12, "data.validation_size": 2, "data.test_size": 4,
     "evaluation.scenes": 0, "evaluation.batch_size": 2, "evaluation.pictures": 2,
     "sampling.steps": 2,

@@ -6,7 +6,6 @@ and ArrayRecord. A built data set is a directory
 that made it, so that another seed or size never reads the wrong files.
 """
 
-from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -14,6 +13,7 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -85,7 +85,9 @@ def build(
     Raises:
       UserError: a record fails its check or the directory cannot be written.
     """
-    from focusdpo_jax.data import preference_pairs  # TFDS takes most of a second to import.
+    from focusdpo_jax.data import (
+        preference_pairs,  # TFDS takes most of a second to import.
+    )
 
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     config = f"{name}-{fingerprint}"

@@ -12,10 +12,7 @@ import grain
 import jax
 import numpy as np
 
-from focusdpo_jax.data.record import check_record
-from focusdpo_jax.data.record import encode
-from focusdpo_jax.data.record import PreferenceBatch
-from focusdpo_jax.data.record import Tokenize
+from focusdpo_jax.data.record import PreferenceBatch, Tokenize, check_record, encode
 from focusdpo_jax.errors import UserError
 
 

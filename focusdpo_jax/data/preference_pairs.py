@@ -3,17 +3,16 @@
 Reading needs no code of ours: `tfds.builder_from_directory(path).as_data_source('train')`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
 import io
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from focusdpo_jax.data.record import check_record
-from focusdpo_jax.data.record import TRUTH
+from focusdpo_jax.data.record import TRUTH, check_record
 
 VERSION = "1.0.0"  # Of the format on disk.
 

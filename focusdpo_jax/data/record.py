@@ -23,8 +23,8 @@ slots. Stacked examples make a `PreferenceBatch`.
 
 from collections.abc import Callable
 
-from flax import struct
 import numpy as np
+from flax import struct
 
 from focusdpo_jax.errors import UserError
 

@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from focusdpo_jax.data import backgrounds
-from focusdpo_jax.data import silhouettes
+from focusdpo_jax.data import backgrounds, silhouettes
 from focusdpo_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")

@@ -20,7 +20,12 @@ from flax import traverse_util
 from focusdpo_jax.diffusion import schedule as noise_schedule
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import clip
-from focusdpo_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from focusdpo_jax.models.clip import (
+    CLIPText,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+)
 from focusdpo_jax.models.subject_adapter import Resampler, SubjectAdapterConfig
 from focusdpo_jax.models.unet import UNet, UNetConfig
 from focusdpo_jax.models.vae import VAE, VAEConfig

@@ -4,7 +4,6 @@ Reads from top to bottom: the task, its state, what was saved before, the execut
 the end. What is trained is a `Task`; which one is made from the configuration in `tasks.py`.
 """
 
-import collections
 import json
 import time
 
@@ -19,7 +18,7 @@ from focusdpo_jax.training import tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration, replace_file
 from focusdpo_jax.training.state import create_state, make_optimizer
-from focusdpo_jax.training.step import compile_steps, make_step
+from focusdpo_jax.training.step import compile_step
 
 
 def run(config, workdir):
@@ -61,15 +60,11 @@ def run(config, workdir):
 
 def train(config, task, state, optimizer, checkpoints, writer, done):
     """Runs the steps from `done` to `config.steps`; returns the last state."""
-    step = make_step(task.loss, optimizer, seed=config.seed, ema_decay=config.ema_decay)
     position = task.batches.get_state()
     batch = task.prepare(next(task.batches))
-    structures, numbers = collections.defaultdict(list), {}
-    for name, (structure, values) in task.buckets.items():
-        structures[structure].append(name)
-        numbers[structure] = values
-    compiled = compile_steps(step, structures, state, task.frozen, batch, numbers)
     task.batches.set_state(position)
+    step = compile_step(task, optimizer, task.buckets, state, batch, seed=config.seed,
+                        ema_decay=config.ema_decay)
 
     progress = Progress(start=done, total=config.steps, unit=task.unit,
                         per_step=config.batch_size * config.accumulate)
@@ -78,10 +73,10 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
         for number in range(done + 1, config.steps + 1):
             for micro in range((number - 1) * config.accumulate, number * config.accumulate):
                 bucket = task.bucket_at(micro)
-                structure, values = task.buckets[bucket]
+                structure, numbers = task.buckets[bucket]
                 batch = task.prepare(next(task.batches))
-                state, metrics = compiled[structure](state, task.frozen, batch, values)
-                seen[bucket] = seen[bucket].merge(metrics) if bucket in seen else metrics
+                state, metrics = step(structure, state, task.frozen, batch, numbers, micro)
+                merge_into(seen.setdefault(bucket, {}), metrics)
             if number % config.log_every == 0 or number == config.steps:
                 values = summarize(seen)
                 require_finite(values, number, checkpoints)
@@ -100,26 +95,28 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
     return state
 
 
+def merge_into(total, metrics):
+    """Merges {name: clu metric} into `total`, which may lack some of them."""
+    for name, metric in metrics.items():
+        total[name] = total[name].merge(metric) if name in total else metric
+
+
 def summarize(seen):
     """Means over all steps of a logging window and, with several buckets, over each bucket's.
 
     Args:
-      seen: {bucket: clu collection}.
+      seen: {bucket: {name: clu metric}}. What a bucket's structure switches off is averaged over
+        the other buckets.
 
     Returns:
       {name: float, "bucket/name": float}.
     """
-    merged = {}
-    for _, metrics in sorted(seen.items()):
-        # What a bucket's structure switches off is averaged over the other buckets.
-        for name in metrics.__annotations__:
-            metric = getattr(metrics, name)
-            merged[name] = merged[name].merge(metric) if name in merged else metric
-    values = {name: float(metric.compute()) for name, metric in merged.items()}
-    if len(seen) > 1:
-        for bucket, metrics in sorted(seen.items()):
-            values |= {f"{bucket}/{name}": float(v) for name, v in metrics.compute().items()}
-    return values
+    total, values = {}, {}
+    for bucket, metrics in sorted(seen.items()):
+        merge_into(total, metrics)
+        if len(seen) > 1:
+            values |= {f"{bucket}/{name}": float(m.compute()) for name, m in metrics.items()}
+    return {name: float(metric.compute()) for name, metric in total.items()} | values
 
 
 def require_finite(values, step, checkpoints):

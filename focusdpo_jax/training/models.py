@@ -15,7 +15,6 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary
 
-
 _FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 

@@ -5,6 +5,7 @@ the weight maps. Which of them an objective needs is decided before anything is 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,53 +97,105 @@ def match(numbers, encoded, grid):
     return correspondence.to_grid(matched, grid)
 
 
-def make_loss(generator, config, empty_token_ids):
-    """The loss of `config.objective`, in the form that `training.step` takes.
+class Noisy(NamedTuple):
+    """What the denoisers are asked about, the same for policy and reference model.
+
+    Attributes:
+      latents: [P * B, h, w, C] noisy latents, all chosen first.
+      timesteps: [P * B]; both images of a pair share theirs, and their noise.
+      target: [P * B, h, w, C], what a perfect denoiser would say.
+    """
+
+    latents: jax.Array
+    timesteps: jax.Array
+    target: jax.Array
+
+
+class Guidance(NamedTuple):
+    """The part of a loss that carries no gradient.
+
+    Attributes:
+      weights: [P * B, h, w], W of chosen, then rejected.
+      reference_error: [2B, h, w], error map of the reference model; None for "sft".
+    """
+
+    weights: jax.Array
+    reference_error: jax.Array | None
+
+
+class Objective:
+    """The loss of `config.objective`, in the two halves that `training.step` compiles.
+
+    `guide` needs no gradient and depends on the bucket's structure; `loss` needs one and does not.
+    So the expensive program, the policy's backward pass, is compiled once for all structures.
 
     `frozen` holds `parameters` (what is not trained) and, for the preference objectives,
-    `reference` (the trainable parameters as they were at the start). `empty_token_ids` [2, L] is
-    the prompt that stands for a dropped caption.
+    `reference` (the trainable parameters as they were at the start).
     """
-    empty = jnp.asarray(empty_token_ids)[None]
 
-    def policy_error(trainable, frozen, encoded, noisy, timesteps, target, key):
-        parameters = merge_parameters(trainable, frozen["parameters"])
-        conditioning = condition(generator, parameters, encoded)
-        if config.condition_dropout:
-            conditioning = drop_conditions(
-                generator, parameters, conditioning, empty, key, config.condition_dropout)
-        if len(noisy) > len(conditioning.pooled):
-            conditioning = twice(conditioning)
-        prediction, _ = generator.denoise(parameters, noisy, timesteps, conditioning)
-        return losses.error_map(target, prediction)
+    def __init__(self, generator, config, empty_token_ids):
+        """`empty_token_ids` [2, L] is the prompt that stands for a dropped caption."""
+        self._generator, self._config = generator, config
+        self._empty = jnp.asarray(empty_token_ids)[None]
+        self._pairs = config.objective != "sft"
 
-    def denoising(structure, trainable, frozen, encoded, numbers, key):
-        keys = jax.random.split(key, 4)
-        batch = len(encoded.prior)
-        latents = draw_latents(keys[0], encoded)
-        timesteps = sample_timesteps(keys[1], numbers, batch)
-        noise = jax.random.normal(keys[2], latents.shape)
-        error = policy_error(
-            trainable, frozen, encoded, generator.schedule.add_noise(latents, noise, timesteps),
-            timesteps, generator.schedule.target(latents, noise, timesteps), keys[3])
-        loss, diagnostics = losses.sft(error, weights(structure, numbers, encoded)[0][:batch])
+    def guide(self, structure, frozen, encoded, numbers, key):
+        """Weights and reference errors of a batch.
+
+        Args:
+          structure: StepStructure, static.
+          numbers: BucketNumbers of the bucket.
+          key: of the step; `loss` draws the same noise from it.
+
+        Returns:
+          Guidance, and a dict of scalar diagnostics.
+        """
+        weight, diagnostics = weights(structure, numbers, encoded)
+        reference = None
+        if self._pairs:
+            noisy = self._noisy(encoded, numbers, key)
+            reference = self._error(frozen["reference"], frozen, encoded, noisy, key)
+        else:
+            weight = weight[:len(encoded.prior)]
+        return Guidance(weight, reference), jax.tree.map(jnp.mean, diagnostics)
+
+    def loss(self, trainable, frozen, encoded, guidance, numbers, key):
+        """The scalar loss of a batch, and a dict of scalar diagnostics; see `focus.losses`."""
+        noisy = self._noisy(encoded, numbers, key)
+        policy = self._error(trainable, frozen, encoded, noisy, key)
+        if self._pairs:
+            chosen, rejected = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i],
+                                             (policy, guidance)) for i in range(2))
+            loss, diagnostics = losses.diffusion_dpo(
+                chosen[0], chosen[1].reference_error, rejected[0], rejected[1].reference_error,
+                chosen[1].weights, rejected[1].weights, self._config.beta)
+        else:
+            loss, diagnostics = losses.sft(policy, guidance.weights)
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
 
-    def preference(structure, trainable, frozen, encoded, numbers, key):
-        keys = jax.random.split(key, 4)
-        batch = len(encoded.prior)
-        latents = draw_latents(keys[0], encoded)
-        timesteps = twice(sample_timesteps(keys[1], numbers, batch))
-        noise = twice(jax.random.normal(keys[2], latents[:batch].shape))
-        noisy = generator.schedule.add_noise(latents, noise, timesteps)
-        target = generator.schedule.target(latents, noise, timesteps)
-        policy = policy_error(trainable, frozen, encoded, noisy, timesteps, target, keys[3])
-        reference = jax.lax.stop_gradient(policy_error(
-            frozen["reference"], frozen, encoded, noisy, timesteps, target, keys[3]))
-        weight, weight_diagnostics = weights(structure, numbers, encoded)
-        loss, diagnostics = losses.diffusion_dpo(
-            policy[:batch], reference[:batch], policy[batch:], reference[batch:],
-            weight[:batch], weight[batch:], config.beta)
-        return loss.mean(), jax.tree.map(jnp.mean, diagnostics | weight_diagnostics)
+    def _noisy(self, encoded, numbers, key):
+        draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
+        latents = draw_latents(draw, encoded)
+        if not self._pairs:
+            latents = latents[:len(encoded.prior)]
+        timesteps = sample_timesteps(time, numbers, len(encoded.prior))
+        noise = jax.random.normal(noise, latents[:len(encoded.prior)].shape)
+        if self._pairs:
+            timesteps, noise = twice((timesteps, noise))
+        schedule = self._generator.schedule
+        return Noisy(schedule.add_noise(latents, noise, timesteps), timesteps,
+                     schedule.target(latents, noise, timesteps))
 
-    return denoising if config.objective == "sft" else preference
+    def _error(self, trainable, frozen, encoded, noisy, key):
+        """The error map [P * B, h, w] of the model with these trainable parameters."""
+        parameters = merge_parameters(trainable, frozen["parameters"])
+        conditioning = condition(self._generator, parameters, encoded)
+        if self._config.condition_dropout:
+            conditioning = drop_conditions(
+                self._generator, parameters, conditioning, self._empty,
+                jax.random.fold_in(key, 1), self._config.condition_dropout)
+        if self._pairs:
+            conditioning = twice(conditioning)
+        prediction, _ = self._generator.denoise(
+            parameters, noisy.latents, noisy.timesteps, conditioning)
+        return losses.error_map(noisy.target, prediction)

@@ -13,8 +13,7 @@ import numpy as np
 from absl import logging
 
 from focusdpo_jax.data import toybox
-from focusdpo_jax.evaluation.probe import (
-    TOYBOX, AttributeHeads, Probe, attribute_loss)
+from focusdpo_jax.evaluation.probe import TOYBOX, AttributeHeads, Probe, attribute_loss
 from focusdpo_jax.models.generator import Generator
 
 # Weight of the divergence from a unit normal, small as in latent diffusion (arXiv 2112.10752).
@@ -75,8 +74,8 @@ def autoencoder_loss(generator):
     the group normalisations true.
     """
 
-    def loss(structure, trainable, frozen, batch, numbers, key):
-        del structure, frozen, numbers
+    def loss(trainable, frozen, batch, guidance, numbers, key):
+        del frozen, guidance, numbers
         keys = jax.random.split(key, 5)
         count, slots, size = *batch.present.shape, batch.chosen.shape[1] // 2
         slot = jax.random.randint(keys[0], (count,), 0, slots) % batch.present.sum(1)
@@ -114,8 +113,8 @@ def image_encoder_loss(generator):
     """
     heads, side = AttributeHeads(TOYBOX), generator.patch_grid
 
-    def loss(structure, trainable, frozen, batch, numbers, key):
-        del structure, frozen, numbers, key
+    def loss(trainable, frozen, batch, guidance, numbers, key):
+        del frozen, guidance, numbers, key
         def encode(images):
             return generator.see(trainable, pixels(images))
 
@@ -166,8 +165,8 @@ def probe_loss(generator):
     """
     probe = Probe(TOYBOX)
 
-    def loss(structure, trainable, frozen, batch, numbers, key):
-        del structure, numbers
+    def loss(trainable, frozen, batch, guidance, numbers, key):
+        del guidance, numbers
         keys = jax.random.split(key, 4)
         clean = pixels(batch.chosen)
         mean, _ = generator.encode_image(frozen, clean)

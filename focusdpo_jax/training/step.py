@@ -1,9 +1,19 @@
-"""The jitted training step, compiled once for each distinct structure."""
+"""The training step as two jitted programs, compiled ahead of time.
+
+`guide` is what a step needs and does not differentiate: the reference model's pass and the spatial
+weights. It is compiled once for each distinct structure, and what a structure switches off is not in
+its program. `update` is the policy's pass, its gradient and the optimiser; it takes the guidance as
+data, so all structures share it.
+"""
 
 import concurrent.futures
+import dataclasses
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, Hashable
 
 import jax
+import numpy as np
 import optax
 from absl import logging
 from clu import metrics as clu_metrics
@@ -11,26 +21,57 @@ from clu import metrics as clu_metrics
 from focusdpo_jax.training.state import TrainState
 
 
-def make_step(loss_function, optimizer, *, seed, ema_decay=0.0):
-    """Builds the function that `compile_steps` compiles.
+def averages(values):
+    """{name: scalar} as {name: clu Average}, which merge over steps without leaving the device."""
+    return {name: clu_metrics.Average.from_model_output(value) for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The compiled programs of a run.
+
+    Attributes:
+      guides: {structure: (frozen, batch, numbers, key, number) -> (guidance, metrics)}.
+      update: (state, frozen, batch, guidance, numbers, key) -> (state, metrics); `state` is donated.
+      key: every random draw of a step derives from it and the number of the batch.
+    """
+
+    guides: Mapping[Hashable, Callable[..., Any]]
+    update: Callable[..., Any]
+    key: jax.Array
+
+    def __call__(self, structure, state, frozen, batch, numbers, number):
+        """One batch: the new state, and {name: clu Average} still on the device."""
+        guidance, metrics = self.guides[structure](
+            frozen, batch, numbers, self.key, np.int32(number))
+        state, more = self.update(state, frozen, batch, guidance, numbers, self.key)
+        return state, {**more, **metrics}
+
+
+def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
+    """Compiles a task's step, its programs side by side.
 
     Args:
-      loss_function: (structure, trainable, frozen, batch, numbers, key) -> (loss, metrics), with
-        `structure` static and metrics a dict of scalars.
+      task: see `training.task.Task`.
       optimizer: an optax transformation.
-      seed: every random draw of a step derives from (seed, step).
+      buckets: {name: (structure, numbers)}.
+      state, batch: examples of what the step will be given.
+      seed: every random draw of a step derives from (seed, number of the batch).
       ema_decay: of the moving average of the parameters, if the state has one.
 
     Returns:
-      step(structure, state, frozen, batch, numbers) -> (state, metrics), jitted; `state` is
-      donated. The metrics are a clu collection of averages, left on the device.
+      A Step.
     """
 
-    def step(structure, state, frozen, batch, numbers):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, metrics), gradient = jax.value_and_grad(
-            lambda trainable: loss_function(structure, trainable, frozen, batch, numbers, key),
-            has_aux=True)(state.trainable)
+    def guide(structure, frozen, batch, numbers, key, number):
+        guidance, metrics = task.guide(
+            structure, frozen, batch, numbers, jax.random.fold_in(key, number))
+        return guidance, averages(metrics)
+
+    def update(state, frozen, batch, guidance, numbers, key):
+        key = jax.random.fold_in(key, state.step)
+        (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(
+            state.trainable, frozen, batch, guidance, numbers, key)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = state.average
@@ -39,36 +80,36 @@ def make_step(loss_function, optimizer, *, seed, ema_decay=0.0):
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient), **metrics}
         return TrainState(state.step + 1, trainable, optimizer_state, average), averages(metrics)
 
-    return jax.jit(step, static_argnums=0, donate_argnums=1)
+    structures = {}
+    for name, (structure, numbers) in buckets.items():
+        structures.setdefault(structure, ([], numbers))[0].append(name)
+    guide = jax.jit(guide, static_argnums=0)
+    key, number = jax.random.key(seed), np.int32(0)
+    first, (_, numbers) = next(iter(structures.items()))
+    guidance, _ = jax.eval_shape(
+        lambda *arguments: guide(first, *arguments), task.frozen, batch, numbers, key, number)
 
+    def compile_update():
+        return jax.jit(update, donate_argnums=0).lower(
+            state, task.frozen, batch, guidance, numbers, key).compile()
 
-def averages(metrics):
-    """A clu collection that averages every scalar of `metrics` over the steps it is merged with."""
-    fields = {name: clu_metrics.Average.from_output(name) for name in metrics}
-    return clu_metrics.Collection.create(**fields).single_from_model_output(**metrics)
+    def compile_guide(structure):
+        return guide.lower(structure, task.frozen, batch, structures[structure][1], key,
+                           number).compile()
 
-
-def compile_steps(step, structures, state, frozen, batch, numbers):
-    """Compiles `step` ahead of time for every distinct structure, side by side.
-
-    Args:
-      structures: {structure: name of the buckets that share it}.
-      numbers: {structure: an example of its dynamic numbers}.
-
-    Returns:
-      {structure: compiled step(state, frozen, batch, numbers)}.
-    """
-
-    def compile_one(structure):
-        start = time.monotonic()
-        compiled = step.lower(structure, state, frozen, batch, numbers[structure]).compile()
-        return compiled, time.monotonic() - start
-
+    start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        results = dict(zip(structures, pool.map(compile_one, structures)))
-    logging.info("compiled %d training executable%s for %d bucket%s", len(results),
-                 "s"[:len(results) != 1], sum(map(len, structures.values())),
-                 "s"[:sum(map(len, structures.values())) != 1])
-    for structure, names in structures.items():
-        logging.info("  %s: %s (%.1f s)", structure, ", ".join(names), results[structure][1])
-    return {structure: compiled for structure, (compiled, _) in results.items()}
+        # The policy's backward pass takes longest, so it goes first.
+        compiled_update = pool.submit(compile_update)
+        guides = dict(zip(structures, pool.map(compile_guide, structures), strict=True))
+        step = Step(guides, compiled_update.result(), key)
+    logging.info("compiled %s for %s in %.1f s, and the policy's update that they share",
+                 _count(len(structures), "executable"), _count(len(buckets), "bucket"),
+                 time.monotonic() - start)
+    for structure, (names, _) in structures.items():
+        logging.info("  %s: %s", structure, ", ".join(names))
+    return step
+
+
+def _count(number, noun):
+    return f"{number} {noun}" + "s" * (number != 1)

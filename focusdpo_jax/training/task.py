@@ -11,8 +11,9 @@ class Task:
     Attributes:
       trainable: initial parameters under training, a nested dict.
       frozen: everything else that the loss reads, a pytree.
-      loss: (structure, trainable, frozen, batch, numbers, key) -> (loss, dict of scalars);
-        `structure` is static and decides what is compiled.
+      guide: (structure, frozen, batch, numbers, key) -> (guidance, dict of scalars), all that the
+        loss needs and that carries no gradient; `structure` is static and decides what is compiled.
+      loss: (trainable, frozen, batch, guidance, numbers, key) -> (loss, dict of scalars).
       buckets: {name: (structure, numbers)}: buckets of equal structure share one executable.
       bucket_at: batch number -> name of its bucket, the same on every host.
       batches: iterator over batches with `get_state` and `set_state`.
@@ -25,6 +26,7 @@ class Task:
 
     trainable: dict
     frozen: Any
+    guide: Callable
     loss: Callable
     buckets: Mapping[str, tuple[Hashable, Any]]
     bucket_at: Callable[[int], str]

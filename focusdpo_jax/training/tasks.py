@@ -84,6 +84,7 @@ def generator_task(config, workdir, mesh, sources, model):
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
         empty_token_ids=empty)
     showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets)
+    objective = objectives.Objective(generator, config, empty)
     fixed = {"parameters": frozen}
     if config.objective != "sft":
         # A copy: the loop gives the trainable parameters' own memory away.
@@ -98,7 +99,7 @@ def generator_task(config, workdir, mesh, sources, model):
 
     return Task(
         trainable=trainable, frozen=fixed, buckets=buckets, batches=batches, prepare=prepare,
-        loss=objectives.make_loss(generator, config, empty), unit="pairs",
+        guide=objective.guide, loss=objective.loss, unit="pairs",
         bucket_at=lambda number: names[bucket_for_step(config.seed, number, len(names))],
         start=lambda writer: showcase.start(model.parameters),
         sample=lambda step, tree, writer: showcase.sample(step, merged(tree), writer),
@@ -132,9 +133,9 @@ def encoder_task(config, workdir, mesh, sources, model):
             finished = pretraining.with_latent_scale(model, parameters, images)
         models.save_model(workdir / "model", finished, parameters, tree.get("probe"))
 
-    structure = config.objective
     return Task(
-        trainable=trainable, frozen=frozen, loss=loss, buckets={"all": (structure, None)},
+        trainable=trainable, frozen=frozen, guide=_unguided, loss=loss,
+        buckets={"all": (config.objective, None)},
         bucket_at=lambda number: "all", unit="scenes",
         batches=loader.make_loader(sources["train"], batch_size=config.batch_size,
                                    seed=config.seed, transform=transform),
@@ -144,6 +145,11 @@ def encoder_task(config, workdir, mesh, sources, model):
 
 def _identity(entry):
     return entry
+
+
+def _unguided(*_):
+    """An encoder's loss needs nothing beforehand."""
+    return (), {}
 
 
 def _nothing(*_):

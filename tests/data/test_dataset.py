@@ -5,8 +5,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from focusdpo_jax.data import dataset
-from focusdpo_jax.data import toybox
+from focusdpo_jax.data import dataset, toybox
 from focusdpo_jax.errors import UserError
 
 WORLD = toybox.World(seed=1, resolution=32)

@@ -4,9 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from focusdpo_jax.data import dataset
-from focusdpo_jax.data import loader
-from focusdpo_jax.data import toybox
+from focusdpo_jax.data import dataset, loader, toybox
 from focusdpo_jax.errors import UserError
 
 SIZE = 12

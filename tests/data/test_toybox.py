@@ -3,9 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from focusdpo_jax.data import backgrounds
-from focusdpo_jax.data import silhouettes
-from focusdpo_jax.data import toybox
+from focusdpo_jax.data import backgrounds, silhouettes, toybox
 from focusdpo_jax.errors import UserError
 
 WORLD = toybox.World(seed=3)

@@ -9,7 +9,6 @@ import pytest
 
 from focusdpo_jax.focus import complexity
 
-
 local_entropy = functools.partial(
     jax.jit(complexity.local_entropy, static_argnames=("bins", "sigma")), bins=16)
 

@@ -7,7 +7,6 @@ import pytest
 
 from focusdpo_jax.focus import correspondence as spaf
 
-
 match_fn = jax.jit(spaf.match)
 correspondence_fn = jax.jit(spaf.correspondence)
 

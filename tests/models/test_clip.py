@@ -5,7 +5,12 @@ import pytest
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import clip
-from focusdpo_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from focusdpo_jax.models.clip import (
+    CLIPText,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+)
 from tests.models.weights import random_params
 
 SIZES = dict(hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12)

@@ -13,7 +13,11 @@ import transformers  # noqa: E402
 
 from focusdpo_jax.checkpoints import pytorch_names  # noqa: E402
 from focusdpo_jax.models.clip import (  # noqa: E402
-    CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig)
+    CLIPText,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+)
 from tests.parity import oracles  # noqa: E402
 
 SIZES = dict(hidden_size=24, num_layers=3, num_heads=3, intermediate_size=40)
