@@ -34,9 +34,9 @@ def get_config(stage="generator"):
     config.beta = 1.0
 
     # Optimiser steps and scenes a step.
-    config.steps = {"autoencoder": 1300, "image_encoder": 2000, "probe": 1200,
-                    "generator": 3000}[stage]
-    config.batch_size = {"autoencoder": 8, "image_encoder": 16, "probe": 16,
+    config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 1200,
+                    "generator": 15000}[stage]
+    config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16,
                          "generator": 32}[stage]
     # Batches whose gradients are averaged into one step.
     config.accumulate = 1

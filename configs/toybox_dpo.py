@@ -1,7 +1,8 @@
-"""FocusDPO on Toybox, the embedded default: a few minutes on a laptop, nothing to download.
+r"""FocusDPO on Toybox, the embedded default: a few minutes on a laptop, nothing to download.
 
     python -m focusdpo_jax.main --config=configs/toybox_dpo.py
-    python -m focusdpo_jax.main --config=configs/toybox_dpo.py --config.objective=dpo --workdir=runs/dpo
+    python -m focusdpo_jax.main --config=configs/toybox_dpo.py --workdir=runs/dpo \
+        --config.objective=dpo
 """
 
 import ml_collections
@@ -29,7 +30,7 @@ def get_config():
     config.condition_dropout = 0.0
 
     # Optimiser steps, and pairs a step over all devices.
-    config.steps = 150
+    config.steps = 100
     config.batch_size = 16
     # Batches whose gradients are averaged into one step; with as many as there are buckets, every
     # step sees every bucket once.
@@ -49,7 +50,7 @@ def get_config():
     config.log_every = 10
     config.checkpoint_every = 50
     config.keep_checkpoints = 2
-    config.sample_every = 75
+    config.sample_every = 50
 
     # Devices that share a batch; -1 takes all.
     config.mesh = ml_collections.ConfigDict({"data": -1})
@@ -65,7 +66,7 @@ def get_config():
     # Folder under which the data set is built, once for each seed and size.
     config.data.path = "data"
     config.data.seed = 0
-    config.data.train_size = 1536
+    config.data.train_size = 1024
     # Validation scenes are drawn in the pictures; test scenes are measured.
     config.data.validation_size = 16
     config.data.test_size = 256
@@ -101,7 +102,7 @@ def get_config():
     config.focus.detail_sigma = 3.0
 
     # How pictures are drawn: DDIM steps and guidance scale.
-    config.sampling = ml_collections.ConfigDict({"steps": 16, "guidance": 2.0})
+    config.sampling = ml_collections.ConfigDict({"steps": 12, "guidance": 2.0})
     # Test scenes measured before and after, scenes drawn at once, scenes shown in pictures.
     config.evaluation = ml_collections.ConfigDict(
         {"scenes": 256, "batch_size": 32, "pictures": 8})

@@ -35,18 +35,41 @@ def quiet(record):
     return record.levelno >= python_logging.WARNING or "focusdpo_jax" in record.pathname
 
 
+def parse_flags(argv):
+    """Parses the command line; whatever is wrong with it is one line.
+
+    A configuration is Python, so that a mistake in it or in --config.FIELD can raise anything.
+    """
+    try:
+        rest = FLAGS(argv)
+        _CONFIG.value.get("seed")  # A file that cannot be read fails at its first use.
+        return rest
+    except Exception as error:  # Raised by absl, ml_collections or the configuration file.
+        lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()]
+        lines = [line for line in lines if line]
+        if isinstance(error, AttributeError):  # Of --config.FIELD: the name, then a suggestion.
+            name, *suggestion = (line.strip("\\'") for line in lines)
+            fail(f"config.{name} is not a field. {' '.join(suggestion)}")
+        fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error))
+
+
+def fail(message):
+    """Ends the program with one line that says what was wrong."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv):
     """Flags, then `training.loop.run`."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        fail(f"unexpected arguments: {' '.join(argv[1:])}; flags are written --name=value")
     from focusdpo_jax.training import loop  # After the flags, so that --help is quick.
     workdir = _WORKDIR.value or default_workdir(
         config_flags.get_config_filename(FLAGS["config"]))
     try:
         loop.run(_CONFIG.value, workdir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":
@@ -54,4 +77,4 @@ if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(quiet)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -168,7 +168,10 @@ def test_killed_run_goes_on_exactly(finished, tiny_folder, tmp_path):
 def test_mistakes_on_the_command_line_are_one_line(tiny_folder, tmp_path):
     for override, message in [
             ("--config.beta=-1.0", "error: config.beta = -1.0: give a number > 0"),
-            ("--config.model.pretrained=nowhere", "error: config.model.pretrained = 'nowhere'")]:
+            ("--config.model.pretrained=nowhere", "error: config.model.pretrained = 'nowhere'"),
+            ("--config.betta=3", "error: config.betta is not a field. Did you mean"),
+            ("--config=nowhere.py", "error: [Errno 2] No such file or directory: 'nowhere.py'"),
+            ("--config.beta=abc", "error: flag --config.beta=abc: could not convert")]:
         result = subprocess.run(command(tiny_folder, tmp_path, override), capture_output=True,
                                 text=True)
         assert result.returncode == 2
