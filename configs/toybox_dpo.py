@@ -30,7 +30,7 @@ def get_config():
     config.condition_dropout = 0.0
 
     # Optimiser steps, and pairs a step over all devices.
-    config.steps = 100
+    config.steps = 80
     config.batch_size = 16
     # Batches whose gradients are averaged into one step; with as many as there are buckets, every
     # step sees every bucket once.
@@ -48,9 +48,9 @@ def get_config():
 
     # How often (in steps) to log, to save, to draw; how many checkpoints to keep.
     config.log_every = 10
-    config.checkpoint_every = 50
+    config.checkpoint_every = 20
     config.keep_checkpoints = 2
-    config.sample_every = 50
+    config.sample_every = 40
 
     # Devices that share a batch; -1 takes all.
     config.mesh = ml_collections.ConfigDict({"data": -1})
@@ -66,10 +66,10 @@ def get_config():
     # Folder under which the data set is built, once for each seed and size.
     config.data.path = "data"
     config.data.seed = 0
-    config.data.train_size = 1024
+    config.data.train_size = 768
     # Validation scenes are drawn in the pictures; test scenes are measured.
     config.data.validation_size = 16
-    config.data.test_size = 256
+    config.data.test_size = 192
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
     # Whether the frozen encoders see every picture once, before training (the result is kept in
@@ -105,5 +105,5 @@ def get_config():
     config.sampling = ml_collections.ConfigDict({"steps": 12, "guidance": 2.0})
     # Test scenes measured before and after, scenes drawn at once, scenes shown in pictures.
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 256, "batch_size": 32, "pictures": 8})
+        {"scenes": 192, "batch_size": 32, "pictures": 8})
     return config

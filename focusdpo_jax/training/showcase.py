@@ -4,6 +4,7 @@ Base and policy draw the same scenes from the same noise. The base's pictures ar
 the first step, and kept in the run folder, so that a resumed run does not make them again.
 """
 
+import functools
 import io
 import json
 
@@ -27,7 +28,8 @@ class Showcase:
         """Encodes the scenes to show (validation) and to measure (test)."""
         self._config, self._workdir, self._model = config, workdir, model
         self._generate, self._encode, self._transform = generate, encode, transform
-        self._structure, self._numbers = list(buckets.values())[-1]
+        structure, self._numbers = list(buckets.values())[-1]
+        self._weights = jax.jit(functools.partial(objectives.weights, structure))
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
         self._shown = self._scenes(sources["validation"], config.evaluation.pictures)
         self._measured = None
@@ -87,8 +89,7 @@ class Showcase:
 
     def _focus_maps(self, encoded):
         """W of the chosen pictures in the cleanest bucket: [N, h, w]."""
-        weights, _ = objectives.weights(
-            self._structure, self._numbers, jax.tree.map(jnp.asarray, encoded))
+        weights, _ = self._weights(self._numbers, encoded)
         return np.asarray(weights)[:len(encoded.prior)]
 
     def finish(self, step, parameters, writer):
