@@ -34,7 +34,7 @@ def get_config(stage="generator"):
     config.beta = 1.0
 
     # Optimiser steps and scenes a step.
-    config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 1200,
+    config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 6000,
                     "generator": 15000}[stage]
     config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16,
                          "generator": 32}[stage]
