@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from focusdpo_jax.data import toybox
 from focusdpo_jax.evaluation.probe import TOYBOX, AttributeHeads, Probe, attribute_loss
 from focusdpo_jax.models.generator import Generator
 
