@@ -22,11 +22,11 @@ def get_config(stage="generator"):
     # Side of the pictures in pixels.
     config.resolution = 64
 
-    # What is learnt: "autoencode", "attributes" (image encoder), "probe", or "sft", the plain
-    # denoising error of the chosen pictures.
+    # What is learnt: "autoencode", "attributes" (image encoder), "probe", or "subject_sft",
+    # the denoising error of the chosen pictures, where subjects count more than background.
     config.objective = {"autoencoder": "autoencode", "image_encoder": "attributes",
-                        "probe": "probe", "generator": "sft"}[stage]
-    # For "sft": UNet, subject adapter and both text encoders.
+                        "probe": "probe", "generator": "subject_sft"}[stage]
+    # For "subject_sft": UNet, subject adapter and both text encoders.
     config.trainable = "generator"
     # Chance to drop the caption, the references, or both, for classifier-free guidance.
     config.condition_dropout = 0.07 if stage == "generator" else 0.0
@@ -35,7 +35,7 @@ def get_config(stage="generator"):
 
     # Optimiser steps and scenes a step.
     config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 6000,
-                    "generator": 15000}[stage]
+                    "generator": 4200}[stage]
     config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16,
                          "generator": 32}[stage]
     # Batches whose gradients are averaged into one step.
@@ -76,7 +76,7 @@ def get_config(stage="generator"):
     # Folder under which the data set is built.
     config.data.path = "data"
     config.data.seed = 7
-    config.data.train_size = 16000
+    config.data.train_size = 12000
     config.data.validation_size = 64
     config.data.test_size = 256
     # Chance of a scene with one, two, three subjects.
@@ -84,10 +84,11 @@ def get_config(stage="generator"):
     # Whether frozen encoders see every picture once, before training, and not in every step.
     config.data.cache = True
 
-    # FocusDPO's weight, which these stages do not use; see configs/toybox_dpo.py.
+    # The weight of the background for "subject_sft"; FocusDPO's other numbers are not used here,
+    # see configs/toybox_dpo.py.
     config.focus = ml_collections.ConfigDict({
         "buckets": 1, "spaf": False, "dpce": False, "rho_noisy": 0.3, "rho_clean": 0.9,
-        "lambda_s": 1.0, "lambda_d": 1.0, "tau": 0.5, "gate_width": 0.0, "background": 0.1,
+        "lambda_s": 1.0, "lambda_d": 1.0, "tau": 0.5, "gate_width": 0.0, "background": 0.25,
         "matched": 0.5, "detail_fraction": 0.5, "detail_bins": 16, "detail_sigma": 3.0})
 
     # Pictures drawn on the way: DDIM steps and guidance scale.

@@ -10,7 +10,8 @@ import numbers
 
 from focusdpo_jax.errors import UserError
 
-GENERATOR_OBJECTIVES = ("sft", "dpo", "prior_dpo", "focus_dpo")
+SUPERVISED_OBJECTIVES = ("sft", "subject_sft")
+GENERATOR_OBJECTIVES = (*SUPERVISED_OBJECTIVES, "dpo", "prior_dpo", "focus_dpo")
 ENCODER_OBJECTIVES = ("autoencode", "attributes", "probe")
 
 # Fields that may change between two runs in one folder: they say how long to train and how
@@ -141,13 +142,13 @@ def _validate_together(config):
             f"config.log_every = {config.log_every}, so that a resumed run logs the same means")
     if config.mesh.data == 0:
         raise UserError("config.mesh.data = 0: give a number of devices, or -1 for all of them")
-    if config.objective not in ("sft", *ENCODER_OBJECTIVES):
+    if config.objective not in (*SUPERVISED_OBJECTIVES, *ENCODER_OBJECTIVES):
         if config.condition_dropout:
             raise UserError(f"config.condition_dropout = {config.condition_dropout}: "
                             f"{config.objective} compares images under their captions; give 0")
         if config.trainable == "generator":
             raise UserError("config.trainable = 'generator': text encoders are trained with "
-                            "config.objective = 'sft' only; choose adapter, lora or full")
+                            "config.objective = 'sft' or 'subject_sft'; choose adapter, lora or full")
     if config.trainable == "lora" and not config.model.lora_rank:
         raise UserError("config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, "
                         "for example 8")

@@ -12,6 +12,7 @@ import numpy as np
 
 
 def length(x, y):
+    """Distance from the origin."""
     return np.sqrt(x * x + y * y)  # Several times faster than np.hypot, and nothing overflows here.
 
 
@@ -21,10 +22,12 @@ def repeat(x, period):
 
 
 def circle(x, y, center_x, center_y, radius):
+    """A disc."""
     return length(x - center_x, y - center_y) - radius
 
 
 def rectangle(x, y, center_x, center_y, half_width, half_height):
+    """A rectangle with sides along the axes."""
     dx = np.abs(x - center_x) - half_width
     dy = np.abs(y - center_y) - half_height
     return np.maximum(dx, dy)
@@ -34,10 +37,12 @@ def rectangle(x, y, center_x, center_y, half_width, half_height):
 
 
 def ball(x, y):
+    """A disc."""
     return circle(x, y, 0, 0, 0.95)
 
 
 def box(x, y):
+    """A square."""
     return rectangle(x, y, 0, 0, 0.82, 0.82)
 
 
@@ -68,10 +73,12 @@ def tent(x, y):
 
 
 def ring(x, y):
+    """A thick ring."""
     return np.abs(length(x, y) - 0.66) - 0.31
 
 
 def cross(x, y):
+    """Two broad bars at right angles."""
     x, y = np.abs(x), np.abs(y)
     return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.37)
 
@@ -97,15 +104,18 @@ BODIES = {
 
 
 def stripes(x, y):
+    """Horizontal stripes."""
     del x
     return np.abs(repeat(y, 0.72)) - 0.15
 
 
 def dots(x, y):
+    """Discs on a square lattice."""
     return length(repeat(x, 0.76), repeat(y, 0.76)) - 0.26
 
 
 def checks(x, y):
+    """A chessboard."""
     u = 0.25 - np.abs(repeat(x, 1.0))
     v = 0.25 - np.abs(repeat(y, 1.0))
     return np.copysign(np.minimum(np.abs(u), np.abs(v)), u * v)
@@ -154,6 +164,7 @@ def eyes(x, y, anchor):
 
 
 def pupils(x, y, anchor):
+    """What is dark in the eyes."""
     return circle(np.abs(x - anchor[0]), y - anchor[1], 0.25, 0.05, 0.14)
 
 

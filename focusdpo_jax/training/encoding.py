@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.focus import complexity
 from focusdpo_jax.focus.grids import average_to_grid
 
@@ -21,12 +22,13 @@ class EncodedPairs:
 
     Attributes:
       latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); where the
-        objective is "sft", [B, 1, h, w, C] of chosen alone.
+        objective is supervised, [B, 1, h, w, C] of chosen alone.
       token_ids: int [B, 2, L], the caption for each text encoder.
       time_ids: [B, 6], SDXL's size conditioning.
       reference_features: [B, S, 1 + N, D], the image encoder's view of every reference.
       present: bool [B, S].
-      prior: [B, h, w], M_prior as the share of each location that is covered.
+      prior: [B, h, w], M_prior as the share of each location that is covered; where the objective
+        is supervised, and nothing is compared, all subjects.
       target_features: [B, 2, g, g, D], the image encoder's view of (chosen, rejected).
       reference_masks: [B, S, N], share of each reference patch that the subject covers.
       area: [B, S], size of each subject inside M_prior, in patches: where nothing was disrupted
@@ -59,9 +61,10 @@ def encoder(generator, config, structures):
     """
     spaf = any(structure.spaf for structure in structures)
     dpce = any(structure.dpce for structure in structures)
+    supervised = config.objective in SUPERVISED_OBJECTIVES
 
     def encode(parameters, batch):
-        images = [batch.chosen] if config.objective == "sft" else [batch.chosen, batch.rejected]
+        images = [batch.chosen] if supervised else [batch.chosen, batch.rejected]
         pair = jnp.stack(images, axis=1).astype(jnp.float32) / 255
         flat = pair.reshape(-1, *pair.shape[2:])
 
@@ -70,7 +73,8 @@ def encoder(generator, config, structures):
             return x.reshape(-1, len(images), *x.shape[1:])
 
         mean, deviation = map(grouped, generator.encode_image(parameters, flat))
-        prior = average_to_grid(batch.prior_mask.astype(jnp.float32), mean.shape[2:4])
+        marked = batch.masks.any(1) if supervised else batch.prior_mask
+        prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
         references = batch.references.astype(jnp.float32) / 255
         side = generator.patch_grid
         targets = masks = area = detail = None

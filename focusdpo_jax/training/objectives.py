@@ -10,11 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.focus import correspondence, losses, weighting
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps
 from focusdpo_jax.models.generator import Conditioning, merge_parameters
-
-OBJECTIVES = ("sft", "dpo", "prior_dpo", "focus_dpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def weights(structure, numbers, encoded):
     prior = twice(encoded.prior.astype(jnp.float32))
     if structure.objective in ("sft", "dpo"):
         return weighting.uniform_weights(prior), {}
-    if structure.objective == "prior_dpo":
+    if structure.objective in ("prior_dpo", "subject_sft"):
         return weighting.prior_weights(prior, numbers.background), {}
     matched = detail = None
     if structure.weight.spaf:
@@ -116,7 +115,7 @@ class Guidance(NamedTuple):
 
     Attributes:
       weights: [P * B, h, w], W of chosen, then rejected.
-      reference_error: [2B, h, w], error map of the reference model; None for "sft".
+      reference_error: [2B, h, w], error map of the reference model; None for supervised objectives.
     """
 
     weights: jax.Array
@@ -137,7 +136,7 @@ class Objective:
         """`empty_token_ids` [2, L] is the prompt that stands for a dropped caption."""
         self._generator, self._config = generator, config
         self._empty = jnp.asarray(empty_token_ids)[None]
-        self._pairs = config.objective != "sft"
+        self._pairs = config.objective not in SUPERVISED_OBJECTIVES
 
     def guide(self, structure, frozen, encoded, numbers, key):
         """Weights and reference errors of a batch.

@@ -157,7 +157,7 @@ def init_heads(generator, key):
 
 
 def probe_loss(generator):
-    """Trains the probe on scenes as they are, through the autoencoder, blurred and noisy.
+    """Trains the probe on scenes as they are and, one half, through the autoencoder with noise.
 
     Generated pictures carry the autoencoder's traces and the sampler's small errors; a probe that
     has seen only clean renders would read those as attributes.
@@ -166,16 +166,15 @@ def probe_loss(generator):
 
     def loss(trainable, frozen, batch, guidance, numbers, key):
         del guidance, numbers
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 3)
         clean = pixels(batch.chosen)
-        mean, _ = generator.encode_image(frozen, clean)
-        count = len(clean)
-        strength = 0.25 * jax.random.uniform(keys[0], (count, 1, 1, 1))
+        half = len(clean) // 2
+        mean, _ = generator.encode_image(frozen, clean[:half])
+        strength = 0.25 * jax.random.uniform(keys[0], (half, 1, 1, 1))
         mean = mean + strength * jax.random.normal(keys[1], mean.shape)
         decoded = generator.decode_latents(frozen, mean)
-        raw = clean + 0.05 * jax.random.normal(keys[2], clean.shape)
-        through = jax.random.bernoulli(keys[3], 0.75, (count, 1, 1, 1))
-        maps = probe.apply({"params": trainable["probe"]}, jnp.where(through, decoded, raw))
+        raw = clean[half:] + 0.05 * jax.random.normal(keys[2], clean[half:].shape)
+        maps = probe.apply({"params": trainable["probe"]}, jnp.concatenate([decoded, raw]))
 
         return attribute_loss(
             maps, batch.truth, batch.masks, batch.present, batch.truth["background"])

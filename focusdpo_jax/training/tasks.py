@@ -42,7 +42,7 @@ def open_data(config):
 def focus_buckets(config):
     """{name: (StepStructure, BucketNumbers)} of the configured objective, noisiest first."""
     focus = config.focus
-    single = config.objective in ("sft", "dpo", "prior_dpo")
+    single = config.objective != "focus_dpo"
     buckets = make_buckets(
         1 if single else focus.buckets, spaf=focus.spaf and not single,
         dpce=focus.dpce and not single, detail_fraction=focus.detail_fraction,
@@ -86,7 +86,7 @@ def generator_task(config, workdir, mesh, sources, model):
     showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets)
     objective = objectives.Objective(generator, config, empty)
     fixed = {"parameters": frozen}
-    if config.objective != "sft":
+    if config.objective not in config_rules.SUPERVISED_OBJECTIVES:
         # A copy: the loop gives the trainable parameters' own memory away.
         fixed["reference"] = jax.tree.map(jnp.copy, trainable)
 
