@@ -102,11 +102,11 @@ def test_seed_decides_the_losses(finished, tiny_config, tmp_path):
     assert all(other[step] != expected[step] for step in (2, 3, 4))
 
 
-@pytest.mark.parametrize("objective", ["dpo", "prior_dpo", "sft"])
+@pytest.mark.parametrize("objective", ["dpo", "prior_dpo", "subject_sft"])
 def test_other_objectives_run_by_one_switch(objective, tiny_config, tmp_path):
     loop.run(tiny_config(objective=objective, steps=2), tmp_path)
     values = tiny.losses(tmp_path)
-    if objective != "sft":
+    if objective != "subject_sft":
         assert abs(values[1] - np.log(2)) < 1e-4
     assert values[2] != values[1]
 
