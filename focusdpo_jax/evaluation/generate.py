@@ -8,14 +8,15 @@ from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.models.generator import Conditioning
 
 
-def make_generate(generator, *, steps, guidance, empty_token_ids):
+def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale=1.0):
     """Builds the jitted sampler.
 
     Args:
       steps: denoiser calls of DDIM.
       guidance: classifier-free guidance scale; 1 is none, and costs half.
-      empty_token_ids: int [2, L], the empty prompt; with no references, what guidance leads away
-        from.
+      negative_token_ids: int [2, L], what guidance leads away from, without references: the empty
+        prompt, or one that says what not to show.
+      image_scale: weight of the references' part of cross-attention.
 
     Returns:
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], features [B, S, 1 + N, D],
@@ -23,7 +24,7 @@ def make_generate(generator, *, steps, guidance, empty_token_ids):
       `Generator.image_features` of the references.
     """
     spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
-    empty = jnp.asarray(empty_token_ids)[None]
+    negative = jnp.asarray(negative_token_ids)[None]
 
     @jax.jit
     def generate(parameters, token_ids, time_ids, features, present, noise):
@@ -32,15 +33,16 @@ def make_generate(generator, *, steps, guidance, empty_token_ids):
             text=text, pooled=pooled, time_ids=time_ids, image_present=present,
             image_tokens=generator.subject_tokens(parameters, features.astype(jnp.float32)))
         if guidance != 1:
-            empty_text, empty_pooled = generator.encode_text(parameters, empty)
+            other_text, other_pooled = generator.encode_text(parameters, negative)
             without = conditioning.replace(
-                text=jnp.broadcast_to(empty_text, text.shape),
-                pooled=jnp.broadcast_to(empty_pooled, pooled.shape),
+                text=jnp.broadcast_to(other_text, text.shape),
+                pooled=jnp.broadcast_to(other_pooled, pooled.shape),
                 image_present=jnp.zeros_like(present))
             conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
 
         def denoise(latents, timesteps):
-            return generator.denoise(parameters, latents, timesteps, conditioning)[0]
+            return generator.denoise(parameters, latents, timesteps, conditioning,
+                                     image_scale=image_scale)[0]
 
         if guidance != 1:
             denoise = samplers.classifier_free_guidance(denoise, guidance)
