@@ -1,17 +1,39 @@
-"""From noise to latents: deterministic DDIM as one `lax.scan`, and classifier-free guidance.
+"""From noise to latents: four samplers as one `lax.scan`, and classifier-free guidance.
 
     def denoise(z, t):                                # z [2B, h, w, c], t [2B]
         return unet(params, z, t, both_conditionings)  # conditional half first
 
-    z = sample(classifier_free_guidance(denoise, 5.0), schedule, noise, steps=30)
+    denoise = classifier_free_guidance(denoise, 5.0)
+    z = sample(denoise, schedule, noise, steps=25, sampler="dpmpp_2m")
+
+A sampler is a table of coefficients. With x0 and e, which the prediction for z_t implies, and fresh
+normal noise n, a step goes from timestep t to the next one, s:
+
+    z_s = alpha_s x0 + kept e + fresh n + correction (x0 - x0')
+
+    sampler      kept          fresh                     correction
+    ddim, euler  sigma_s       0                         0
+    euler_a      sigma_s rho   sigma_s sqrt(1 - rho^2)   0
+    dpmpp_2m     sigma_s       0                         alpha_s (1 - rho) h / (2 h')
+
+    rho = exp(-h) = (sigma_s / alpha_s) / (sigma_t / alpha_t)
+
+(h is the step in log(alpha / sigma); x0' and h' are those of the step before.) The last step goes
+all the way to the clean latents, x0.
+
+The Euler samplers are usually written for x = z / alpha, of noise level sigma / alpha. There a
+denoiser's input has to be scaled, the noise begins at `init_noise_sigma`, and zero terminal SNR is
+an infinite level. In z every input has its scale already, and that level is alpha = 0.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from focusdpo_jax.diffusion.schedule import NoiseSchedule
 from focusdpo_jax.errors import UserError
@@ -19,31 +41,116 @@ from focusdpo_jax.errors import UserError
 Latents = Float[Array, "batch height width channels"]
 DenoiseFn = Callable[[Latents, Int[Array, "batch"]], Latents]
 
+SPACINGS = ("leading", "trailing", "linspace")
+
 # SDXL's scheduler config counts "leading" timesteps from 1.
 _STEPS_OFFSET = 1
 
 
-def sampling_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> np.ndarray:
+class _Coefficients(NamedTuple):
+    """The columns of the module's table, one entry a step; None where the term is absent."""
+
+    kept: Float[Array, "steps"]
+    fresh: Float[Array, "steps"] | None = None
+    correction: Float[Array, "steps"] | None = None
+
+
+# Each of these takes alpha and sigma, [steps + 1], at the timesteps visited and at the clean end.
+
+
+def _noise_ratio(alpha, sigma):
+    """rho of each step, [steps]; 0 on the last, and on one that begins without any signal."""
+    return (sigma[1:] * alpha[:-1]) / (alpha[1:] * sigma[:-1])
+
+
+def _first_order(alpha, sigma):
+    """DDIM with eta = 0 (Song et al. 2020, arXiv 2010.02502): Euler's method in x = z / alpha."""
+    del alpha
+    return _Coefficients(kept=sigma[1:])
+
+
+def _ancestral(alpha, sigma):
+    """Part of the noise is replaced by as much fresh noise (Song et al. 2020, eta = 1)."""
+    rho = _noise_ratio(alpha, sigma)
+    return _Coefficients(kept=sigma[1:] * rho, fresh=sigma[1:] * jnp.sqrt(1 - jnp.square(rho)))
+
+
+def _second_order(alpha, sigma):
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+
+    The first step has no predecessor and the last is infinitely long: both are of first order.
+    """
+    steps = len(sigma) - 1
+    h = jnp.diff(jnp.log(alpha / sigma))
+    full = alpha[1:] * (1 - _noise_ratio(alpha, sigma)) / 2
+    inner = full[1:-1] * h[1:-1] / h[:-2]
+    return _Coefficients(kept=sigma[1:], correction=jnp.zeros(steps).at[1:-1].set(inner))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """What tells a sampler from another.
+
+    Attributes:
+      coefficients: (alpha, sigma) [steps + 1] -> its columns of the table.
+      starts_without_signal: begins at z = sigma n rather than z = n where the spacing begins at the
+        noisiest timestep, which is what diffusers' `init_noise_sigma` comes to.
+      lays_the_end: spreads steps + 1 timesteps, of which the last stands for the clean end.
+    """
+
+    coefficients: Callable[[Float[Array, "ends"], Float[Array, "ends"]], _Coefficients]
+    starts_without_signal: bool = False
+    lays_the_end: bool = False
+
+
+# Start and timesteps are those of diffusers' scheduler for each, so that pictures can be compared.
+_SAMPLERS = {
+    "ddim": _Sampler(_first_order),
+    "euler": _Sampler(_first_order, starts_without_signal=True),
+    "euler_a": _Sampler(_ancestral, starts_without_signal=True),
+    "dpmpp_2m": _Sampler(_second_order, lays_the_end=True),
+}
+SAMPLERS = tuple(_SAMPLERS)
+
+
+def _sampler_named(name: str) -> _Sampler:
+    if name not in _SAMPLERS:
+        raise UserError(f"sampler is {name!r}; choose one of {', '.join(SAMPLERS)}")
+    return _SAMPLERS[name]
+
+
+def sampling_timesteps(
+    timesteps: int, steps: int, spacing: str = "leading", sampler: str = "ddim"
+) -> np.ndarray:
     """The timesteps that a sampler visits, from noise to image, int32 [steps].
 
     Args:
       timesteps: number of training timesteps T.
-      steps: number of denoiser calls, 1 to T - 1.
-      spacing: `leading`: multiples of T // steps, plus 1 (SDXL); the noisiest lies below T - 1.
-        `trailing`: begins at T - 1, as few steps and zero terminal SNR need (arXiv 2305.08891).
+      steps: number of denoiser calls, 1 to T - 1 (T - 2 with `dpmpp_2m`).
+      spacing: one of `SPACINGS` (arXiv 2305.08891, table 2).
+        `leading`: multiples of T // steps, plus 1 (SDXL); the noisiest lies below T - 1.
+        `trailing`: begins at T - 1, as few steps and zero terminal SNR need.
+        `linspace`: from T - 1 to 0, rounded.
+        `dpmpp_2m` reads `leading` and `linspace` with steps + 1 for steps and visits all but the
+        last.
+      sampler: one of `SAMPLERS`.
 
     Raises:
-      UserError: steps out of range, or unknown spacing.
+      UserError: steps out of range, unknown spacing or sampler.
     """
-    if not 1 <= steps < timesteps:
-        raise UserError(f"sampling steps is {steps}; choose 1 to {timesteps - 1}")
+    laid = steps + _sampler_named(sampler).lays_the_end
+    if steps < 1 or laid >= timesteps:
+        raise UserError(
+            f"sampling steps is {steps}; choose 1 to {timesteps - 1 - (laid - steps)}")
     if spacing == "leading":
-        visited = np.arange(steps)[::-1] * (timesteps // steps) + _STEPS_OFFSET
+        visited = np.arange(laid)[::-1] * (timesteps // laid) + _STEPS_OFFSET
     elif spacing == "trailing":
         visited = np.rint(timesteps - np.arange(steps) * (timesteps / steps)) - 1
+    elif spacing == "linspace":
+        visited = np.rint(np.linspace(timesteps - 1, 0, laid))
     else:
-        raise UserError(f"timestep spacing is {spacing!r}; choose leading or trailing")
-    return visited.astype(np.int32)
+        raise UserError(f"timestep spacing is {spacing!r}; choose one of {', '.join(SPACINGS)}")
+    return visited[:steps].astype(np.int32)
 
 
 def classifier_free_guidance(
@@ -69,44 +176,71 @@ def classifier_free_guidance(
     return guided
 
 
+def step_noise(
+    keys: Key[Array, "batch"], step: Int[Array, ""] | int, shape: tuple[int, ...]
+) -> Latents:
+    """The fresh noise of one ancestral step, [B, *shape]; a row depends on its own key alone."""
+    def draw(key):
+        return jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32)
+
+    return jax.vmap(draw)(keys)
+
+
 def sample(
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
     noise: Latents,
     steps: int,
     spacing: str = "leading",
+    *,
+    sampler: str = "ddim",
+    keys: Key[Array, "batch"] | None = None,
 ) -> Latents:
-    """Deterministic DDIM (Song et al. 2020, arXiv 2010.02502, eta = 0).
-
-        z_s = alpha_s x0(z_t) + sigma_s e(z_t)          from each timestep t to the next one, s
-
-    The last step goes all the way to the clean latents, x0.
+    """Clean latents from noise; the module's docstring has the update.
 
     Args:
       denoise_fn: (z_t [B, h, w, c] float32, t [B] int32) -> prediction of the schedule's type.
-      schedule: the one the denoiser was trained with.
-      noise: standard normal, z at the first timestep.
+      schedule: the one the denoiser was trained with. Zero terminal SNR is met only where the
+        spacing begins at the last timestep: `trailing` or `linspace`.
+      noise: standard normal, whatever the sampler and spacing.
       steps: number of denoiser calls; static.
       spacing: see `sampling_timesteps`; static.
+      sampler: one of `SAMPLERS`; static.
+      keys: for `euler_a`, which draws noise at every step: a key for each of the latents, so that a
+        picture does not depend on its batch. The others draw nothing and look at no key.
 
     Returns:
       Clean latents, float32.
 
     Raises:
       UserError: see `sampling_timesteps`.
+      ValueError: `euler_a` without keys.
     """
-    visited = sampling_timesteps(schedule.timesteps, steps, spacing)
-    abar = jnp.asarray(schedule.alphas_cumprod)
-    next_abar = jnp.append(abar[visited[1:]], 1.0)
-    batch = noise.shape[0]
+    chosen = _sampler_named(sampler)
+    visited = sampling_timesteps(schedule.timesteps, steps, spacing, sampler)
+    abar = jnp.append(jnp.asarray(schedule.alphas_cumprod)[visited], 1.0)
+    alpha, sigma = jnp.sqrt(abar), jnp.sqrt(1 - abar)
+    coefficients = chosen.coefficients(alpha, sigma)
+    if coefficients.fresh is not None and keys is None:
+        raise ValueError(f"sampler {sampler!r} draws noise at every step; pass keys, one for each "
+                         "of the latents: jax.random.split(key, len(noise))")
 
-    def step(latents, now):
-        timestep, abar_next = now
-        t = jnp.full((batch,), timestep, jnp.int32)
+    def step(carry, now):
+        latents, x0_before = carry
+        number, timestep, alpha_next, (kept, fresh, correction) = now
+        t = jnp.full((latents.shape[0],), timestep, jnp.int32)
         prediction = denoise_fn(latents, t)
         x0 = schedule.to_x0(prediction, latents, t)
-        epsilon = schedule.to_epsilon(prediction, latents, t)
-        return jnp.sqrt(abar_next) * x0 + jnp.sqrt(1 - abar_next) * epsilon, None
+        latents = alpha_next * x0 + kept * schedule.to_epsilon(prediction, latents, t)
+        if correction is not None:
+            latents += correction * (x0 - x0_before)
+        if fresh is not None:
+            latents += fresh * step_noise(keys, number, latents.shape[1:])
+        return (latents, x0), None
 
-    latents, _ = jax.lax.scan(step, noise.astype(jnp.float32), (jnp.asarray(visited), next_abar))
+    start = noise.astype(jnp.float32)
+    if chosen.starts_without_signal and spacing != "leading":
+        start = sigma[0] * start
+    table = jnp.arange(steps), jnp.asarray(visited), alpha[1:], coefficients
+    (latents, _), _ = jax.lax.scan(step, (start, jnp.zeros_like(start)), table)
     return latents

@@ -1,4 +1,4 @@
-"""The sampler against cases with a known answer."""
+"""The samplers against cases with a known answer."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,22 @@ def test_timesteps_by_hand():
     assert samplers.sampling_timesteps(1000, 4).tolist() == [751, 501, 251, 1]
     assert samplers.sampling_timesteps(1000, 4, "trailing").tolist() == [999, 749, 499, 249]
     assert samplers.sampling_timesteps(1000, 3, "trailing").tolist() == [999, 666, 332]
-    for spacing in ("leading", "trailing"):
-        every = samplers.sampling_timesteps(1000, 999, spacing)
-        assert every.max() <= 999 and np.all(np.diff(every) < 0)
+    assert samplers.sampling_timesteps(1000, 4, "linspace").tolist() == [999, 666, 333, 0]
+    # DPM-Solver++ lays a fifth timestep, for the clean end.
+    assert samplers.sampling_timesteps(
+        1000, 4, "leading", "dpmpp_2m").tolist() == [801, 601, 401, 201]
+    assert samplers.sampling_timesteps(
+        1000, 4, "linspace", "dpmpp_2m").tolist() == [999, 749, 500, 250]
+
+
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("sampler, most", [
+    ("ddim", 999), ("euler", 999), ("euler_a", 999), ("dpmpp_2m", 998)])
+def test_as_many_steps_as_there_are(sampler, most, spacing):
+    every = samplers.sampling_timesteps(1000, most, spacing, sampler)
+    assert every.max() <= 999 and every.min() >= 0 and np.all(np.diff(every) < 0)
+    with pytest.raises(UserError, match=f"steps is {most + 1}; choose 1 to {most}"):
+        samplers.sampling_timesteps(1000, most + 1, spacing, sampler)
 
 
 @pytest.mark.parametrize("steps, spacing, message", [
@@ -24,6 +37,18 @@ def test_timesteps_by_hand():
 def test_mistakes_are_named(steps, spacing, message):
     with pytest.raises(UserError, match=message):
         samplers.sampling_timesteps(1000, steps, spacing)
+
+
+def test_an_unknown_sampler_is_told_the_known_ones():
+    with pytest.raises(UserError, match="'heun'; choose one of ddim, euler, euler_a, dpmpp_2m"):
+        samplers.sample(None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4,
+                        sampler="heun")
+
+
+def test_an_ancestral_sampler_asks_for_keys():
+    with pytest.raises(ValueError, match="'euler_a' draws noise at every step; pass keys"):
+        samplers.sample(None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4,
+                        sampler="euler_a")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -40,17 +65,90 @@ def test_an_oracle_for_one_image_leads_to_that_image(prediction_type, spacing):
     np.testing.assert_allclose(out, image, atol=1e-4)
 
 
-def test_a_gaussian_comes_out_with_its_own_spread():
-    """For data N(0, s^2) the best denoiser is linear, and DDIM must return variance s^2."""
-    schedule, spread = scaled_linear_schedule(), 0.5
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_zero_terminal_snr_leads_to_the_image_too(sampler, steps):
+    schedule = scaled_linear_schedule("v_prediction", zero_terminal_snr=True)
+    image, noise = jax.random.normal(jax.random.key(0), (2, 2, 3, 3, 4))
 
-    def best(noisy, t):
+    def oracle(noisy, t):
         alpha, sigma = schedule.signal_and_noise(t)
-        return noisy * sigma / (alpha**2 * spread**2 + sigma**2)
+        return schedule.target(image, (noisy - alpha * image) / sigma, t)
 
-    out = samplers.sample(best, schedule, jnp.ones((1, 1, 1, 1)), 500)
+    out = samplers.sample(oracle, schedule, noise, steps, "trailing", sampler=sampler,
+                          keys=jax.random.split(jax.random.key(1), 2))
+    np.testing.assert_allclose(out, image, atol=1e-4)
+
+
+SPREAD = 0.5
+
+
+def best_for_a_gaussian(noisy, t):
+    """The best denoiser for data N(0, SPREAD^2): it is linear."""
+    alpha, sigma = scaled_linear_schedule().signal_and_noise(t)
+    return noisy * sigma / (alpha**2 * SPREAD**2 + sigma**2)
+
+
+def test_a_gaussian_comes_out_with_its_own_spread():
+    out = samplers.sample(
+        best_for_a_gaussian, scaled_linear_schedule(), jnp.ones((1, 1, 1, 1)), 500)
     # Noise of size 1 at abar = 0.0047 stands for 0.996 of a standard deviation there.
-    assert float(out[0, 0, 0, 0]) == pytest.approx(spread, rel=0.01)
+    assert float(out[0, 0, 0, 0]) == pytest.approx(SPREAD, rel=0.01)
+
+
+def test_the_second_order_is_worth_its_name():
+    """For a Gaussian the flow is known: it keeps each sample's number of standard deviations."""
+    schedule, steps, error = scaled_linear_schedule(), 20, {}
+    for sampler in ("ddim", "dpmpp_2m"):
+        out = samplers.sample(
+            best_for_a_gaussian, schedule, jnp.ones((1, 1, 1, 1)), steps, sampler=sampler)
+        visited = samplers.sampling_timesteps(1000, steps, sampler=sampler)
+        abar = schedule.alphas_cumprod[visited[[0, -1]]].astype(np.float64)
+        first, last = np.sqrt(abar * SPREAD**2 + 1 - abar)
+        # The flow takes 1 to last / first; the last step goes to the mean of what that may be.
+        exact = np.sqrt(abar[1]) * SPREAD**2 / (first * last)
+        error[sampler] = abs(float(out[0, 0, 0, 0]) / exact - 1)
+    assert error["dpmpp_2m"] < 0.01 < 0.1 < error["ddim"]
+
+
+def test_ancestral_samples_of_a_gaussian_have_its_spread():
+    keys = jax.random.split(jax.random.key(0), 64)
+    noise = jax.random.normal(jax.random.key(1), (64, 8, 8, 1))
+    out = samplers.sample(best_for_a_gaussian, scaled_linear_schedule(), noise, 200,
+                          sampler="euler_a", keys=keys)
+    assert float(out.std()) == pytest.approx(SPREAD, rel=0.05)
+    # The noise drawn on the way has made them forget where they began.
+    assert abs(np.corrcoef(out.ravel(), noise.ravel())[0, 1]) < 0.2
+
+
+def test_ancestral_noise_is_each_picture_s_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def run(keys):
+        return samplers.sample(best_for_a_gaussian, scaled_linear_schedule(),
+                               jnp.ones((len(keys), 2, 2, 1)), 4, sampler="euler_a", keys=keys)
+
+    together = run(keys)
+    assert len(np.unique(together)) == together.size
+    np.testing.assert_allclose(together[1:2], run(keys[1:2]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_one_program_serves_every_step_schedule_and_noise(sampler):
+    traced = []
+
+    def denoise(z, t):
+        traced.append(z.shape)
+        return 0.5 * z
+
+    @jax.jit
+    def run(schedule, noise, keys):
+        return samplers.sample(denoise, schedule, noise, 6, sampler=sampler, keys=keys)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    for beta_end in (0.012, 0.02):
+        run(scaled_linear_schedule(beta_end=beta_end), jnp.ones((2, 2, 2, 1)), keys)
+    assert len(traced) == 1
 
 
 def test_two_steps_by_hand():
