@@ -33,6 +33,8 @@ _COMPARE = flags.DEFINE_boolean(
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Pictures of each prompt.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; each further one has one more.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Denoiser calls.", lower_bound=1)
+_SAMPLER = flags.DEFINE_string(
+    "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer steps).")
 _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Classifier-free guidance; 1 is none. Default: the run's; 2 for base, 5 for other models.")
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
@@ -47,7 +49,8 @@ def main():
     from focusdpo_jax.evaluation.sampling import Sampler
     wanted = read_wanted(prompts)
     model, base, settings = open_models()
-    settings |= {"steps": _STEPS.value, "image_scale": _IMAGE_SCALE.value}
+    settings |= {"steps": _STEPS.value, "sampler": _SAMPLER.value,
+                 "image_scale": _IMAGE_SCALE.value}
     for flag in (_GUIDANCE, _RESOLUTION):
         if flag.value is not None:
             settings[flag.name] = flag.value

@@ -93,6 +93,7 @@ def test_unfinished_run_gives_its_newest_checkpoint(run_folder, tmp_path):
     ({"workdir": "nowhere"}, "nowhere"),
     ({"compare": True}, "nothing to compare"),
     ({"resolution": 63}, "multiple of 4"),
+    ({"sampler": "plms", "resolution": 64}, "choose one of ddim"),
 ])
 def test_mistakes_are_named(values, reason, tmp_path):
     with pytest.raises(UserError, match=reason):

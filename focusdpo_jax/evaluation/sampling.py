@@ -13,14 +13,14 @@ class Sampler:
     """Draws pictures from prompts; models of one architecture share its compiled program."""
 
     def __init__(self, model, *, resolution, slots, steps, guidance, negative="",
-                 image_scale=1.0, batch_size=8):
+                 image_scale=1.0, sampler="ddim", batch_size=8):
         """Builds the program.
 
         Args:
           model: a `training.models.Model`.
           resolution: side of the pictures in pixels.
           slots: the largest number of references of a prompt.
-          steps, guidance, image_scale: see `make_generate`.
+          steps, guidance, image_scale, sampler: see `make_generate`.
           negative: the negative prompt.
           batch_size: pictures drawn at once.
         """
@@ -32,6 +32,7 @@ class Sampler:
         self._features = jax.jit(model.generator.image_features)
         self._generate = make_generate(
             model.generator, steps=steps, guidance=guidance, image_scale=image_scale,
+            sampler=sampler,
             negative_token_ids=model.tokenizer(negative))
 
     def draw(self, prompts, parameters=None):
@@ -67,4 +68,7 @@ class Sampler:
         time_ids = np.tile(np.float32([side, side, 0, 0, side, side]), (len(prompts), 1))
         noise = jnp.concatenate([
             scene_noise(prompt.seed, [0], generator.latent_shape(side)) for prompt in prompts])
-        return self._generate(parameters, token_ids, time_ids, features, present, noise)
+        # The noise on the way must not repeat that of the start, which folds in 0.
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
+            jnp.asarray([prompt.seed for prompt in prompts]))
+        return self._generate(parameters, token_ids, time_ids, features, present, noise, keys)
