@@ -4,15 +4,11 @@ Run the same line again to go on where a run stopped. Any field of the configura
 on the command line, for example `--config.beta=2000 --config.objective=dpo`.
 """
 
-import logging as python_logging
-import os
-import sys
-
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from focusdpo_jax.errors import UserError
+from focusdpo_jax import command
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,11 +26,6 @@ def default_workdir(config_argument):
     return epath.Path("runs") / (f"{name}_{argument}" if argument else name)
 
 
-def quiet(record):
-    """Keeps what this program logs, and of the libraries' only warnings."""
-    return record.levelno >= python_logging.WARNING or "focusdpo_jax" in record.pathname
-
-
 def parse_flags(argv):
     """Parses the command line; whatever is wrong with it is one line.
 
@@ -49,32 +40,18 @@ def parse_flags(argv):
         lines = [line for line in lines if line]
         if isinstance(error, AttributeError):  # Of --config.FIELD: the name, then a suggestion.
             name, *suggestion = (line.strip("\\'") for line in lines)
-            fail(f"config.{name} is not a field. {' '.join(suggestion)}")
-        fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error))
+            command.fail(f"config.{name} is not a field. {' '.join(suggestion)}")
+        command.fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error))
 
 
-def fail(message):
-    """Ends the program with one line that says what was wrong."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main(argv):
+def main():
     """Flags, then `training.loop.run`."""
-    if len(argv) > 1:
-        fail(f"unexpected arguments: {' '.join(argv[1:])}; flags are written --name=value")
     from focusdpo_jax.training import loop  # After the flags, so that --help is quick.
     workdir = _WORKDIR.value or default_workdir(
         config_flags.get_config_filename(FLAGS["config"]))
-    try:
-        loop.run(_CONFIG.value, workdir)
-    except UserError as error:
-        fail(error)
+    loop.run(_CONFIG.value, workdir)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(quiet)
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    command.run(main, parse_flags)

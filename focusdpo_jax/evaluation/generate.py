@@ -8,43 +8,49 @@ from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.models.generator import Conditioning
 
 
-def make_generate(generator, *, steps, guidance, empty_token_ids):
+def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale=1.0,
+                  sampler="ddim"):
     """Builds the jitted sampler.
 
     Args:
-      steps: denoiser calls of DDIM.
+      steps: denoiser calls.
       guidance: classifier-free guidance scale; 1 is none, and costs half.
-      empty_token_ids: int [2, L], the empty prompt; with no references, what guidance leads away
-        from.
+      negative_token_ids: int [2, L], what guidance leads away from, without references: the empty
+        prompt, or one that says what not to show.
+      image_scale: weight of the references' part of cross-attention.
+      sampler: one of `samplers.SAMPLERS`.
 
     Returns:
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], features [B, S, 1 + N, D],
-      present [B, S], noise [B, h, w, C]) -> uint8 [B, H, W, 3]. The features are
-      `Generator.image_features` of the references.
+      present [B, S], noise [B, h, w, C], keys [B]) -> uint8 [B, H, W, 3]. The features are
+      `Generator.image_features` of the references; the keys, one a picture, are for samplers that
+      draw noise on the way, and may be left out for others.
     """
     spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
-    empty = jnp.asarray(empty_token_ids)[None]
+    negative = jnp.asarray(negative_token_ids)[None]
 
     @jax.jit
-    def generate(parameters, token_ids, time_ids, features, present, noise):
+    def generate(parameters, token_ids, time_ids, features, present, noise, keys=None):
         text, pooled = generator.encode_text(parameters, token_ids)
         conditioning = Conditioning(
             text=text, pooled=pooled, time_ids=time_ids, image_present=present,
             image_tokens=generator.subject_tokens(parameters, features.astype(jnp.float32)))
         if guidance != 1:
-            empty_text, empty_pooled = generator.encode_text(parameters, empty)
+            other_text, other_pooled = generator.encode_text(parameters, negative)
             without = conditioning.replace(
-                text=jnp.broadcast_to(empty_text, text.shape),
-                pooled=jnp.broadcast_to(empty_pooled, pooled.shape),
+                text=jnp.broadcast_to(other_text, text.shape),
+                pooled=jnp.broadcast_to(other_pooled, pooled.shape),
                 image_present=jnp.zeros_like(present))
             conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
 
         def denoise(latents, timesteps):
-            return generator.denoise(parameters, latents, timesteps, conditioning)[0]
+            return generator.denoise(parameters, latents, timesteps, conditioning,
+                                     image_scale=image_scale)[0]
 
         if guidance != 1:
             denoise = samplers.classifier_free_guidance(denoise, guidance)
-        latents = samplers.sample(denoise, generator.schedule, noise, steps, spacing)
+        latents = samplers.sample(denoise, generator.schedule, noise, steps, spacing,
+                                  sampler=sampler, keys=keys)
         pixels = jnp.clip(generator.decode_latents(parameters, latents), 0, 1)
         return jnp.round(pixels * 255).astype(jnp.uint8)
 

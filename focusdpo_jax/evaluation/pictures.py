@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from focusdpo_jax.errors import UserError
 
@@ -50,11 +51,12 @@ class PreferenceRow:
 
 @dataclasses.dataclass(frozen=True)
 class SampleRow:
-    """References and what one model makes of them; fields as in `PreferenceRow`."""
+    """References and what a model makes of them, and what another did, its base, if wanted."""
 
     caption: str
     references: Sequence[np.ndarray]
     generated: np.ndarray
+    base: np.ndarray | None = None
 
 
 def preference_grid(rows, *, scale=2):
@@ -81,16 +83,20 @@ def preference_grid(rows, *, scale=2):
 
 
 def sample_grid(rows, *, columns=2, scale=2):
-    """A page of samples: references | generated, many scenes in several columns.
+    """A page of samples: references | (base |) generated, many scenes in several columns.
 
     Args:
-      rows: a non-empty list of SampleRow, shown from left to right and then down.
+      rows: a non-empty list of SampleRow, shown from left to right and then down; all have a base,
+        or none.
       columns: scenes beside each other.
       scale: each pixel of a picture becomes scale x scale pixels.
 
     Returns:
       uint8 [height, width, 3].
     """
+    if rows[0].base is not None:
+        return _page([(row.caption, row.references, [row.base, row.generated]) for row in rows],
+                     ["base", "policy"], columns=columns, scale=scale)
     return _page([(row.caption, row.references, [row.generated]) for row in rows],
                  ["generated"], columns=columns, scale=scale)
 
@@ -119,19 +125,23 @@ def heat(weights, image):
     return np.rint(0.7 * color + 0.3 * grey[..., None]).astype(np.uint8)
 
 
-def save_png(path, image):
+def save_png(path, image, text=None):
     """Writes a uint8 picture [H, W, 3] as PNG; a reader never sees half of it.
 
     Args:
       path: anything that `epath.Path` takes, `gs://` as well. Missing folders are made.
       image: the picture.
+      text: {key: value} to write into the file beside the picture.
 
     Raises:
       UserError: the file cannot be written.
     """
     path = epath.Path(path)
     content = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(content, format="PNG")
+    information = PngInfo()
+    for key, value in (text or {}).items():
+        information.add_text(key, value)
+    Image.fromarray(np.asarray(image)).save(content, format="PNG", pnginfo=information)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,18 @@ from focusdpo_jax.errors import UserError
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints`."""
 
-    def __init__(self, workdir, *, keep):
-        """Opens the folder. `keep` is the number of newest checkpoints that stay."""
+    def __init__(self, workdir, *, keep=None, read_only=False):
+        """Opens the folder.
+
+        Args:
+          workdir: folder of the run.
+          keep: number of newest checkpoints that stay; None keeps all.
+          read_only: changes nothing, so that a run can be looked at while it goes on.
+        """
         self.folder = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True,
-            cleanup_tmp_directories=True)
+            max_to_keep=keep, create=not read_only, enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only, read_only=read_only)
         self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
 
     @property

@@ -34,6 +34,10 @@ class Model:
     tokenizer: Tokenizer
     probe: dict | None
 
+    def with_parameters(self, parameters):
+        """The same model with other parameters."""
+        return dataclasses.replace(self, parameters=parameters)
+
 
 def shipped(name):
     """The folder of a model that comes with the package."""

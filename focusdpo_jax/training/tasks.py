@@ -82,7 +82,7 @@ def generator_task(config, workdir, mesh, sources, model):
     empty = model.tokenizer("")
     generate = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
-        empty_token_ids=empty)
+        negative_token_ids=empty)
     showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets)
     objective = objectives.Objective(generator, config, empty)
     fixed = {"parameters": frozen}

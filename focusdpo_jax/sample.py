@@ -1,0 +1,126 @@
+"""Draws pictures of your subjects: a prompt, and one to three pictures of what it names.
+
+    python -m focusdpo_jax.sample --workdir=base --prompt="a star and a ball on grass" \\
+        --reference=star.png:"a star" --reference=ball.png:"a ball" --output=out.png
+
+Several prompts: --prompts=FILE, one JSON object a line, {"prompt": ..., "references": [...]}.
+"""
+
+import dataclasses
+import json
+
+from absl import flags, logging
+from etils import epath
+
+from focusdpo_jax import command
+from focusdpo_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "base", "Folder of a run, or a model folder (with a model.json), or base, the small "
+    "Toybox generator that ships with the package.")
+_PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject.")
+_REFERENCES = flags.DEFINE_multi_string(
+    "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
+    "subject, in the order of the prompt.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "File of JSON lines, many prompts at once: prompt, references, seed.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "sample.png", "The picture; for several, a folder for 0000.png and so on, and all.png.")
+_COMPARE = flags.DEFINE_boolean(
+    "compare", False, "Also draw with the model the run started from, from the same noise; the "
+    "page shows references, base and policy side by side.")
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Pictures of each prompt.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; each further one has one more.")
+_STEPS = flags.DEFINE_integer("steps", 30, "Denoiser calls.", lower_bound=1)
+_SAMPLER = flags.DEFINE_string(
+    "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer steps).")
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Classifier-free guidance; 1 is none. Default: the run's; 2 for base, 5 for other models.")
+_IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
+_RESOLUTION = flags.DEFINE_integer(
+    "resolution", None, "Side of the pictures in pixels. Default: the run's.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", lower_bound=1)
+
+
+def main():
+    """Flags, then `evaluation.sampling.Sampler`."""
+    from focusdpo_jax.evaluation import prompts  # After the flags, so that --help is quick.
+    from focusdpo_jax.evaluation.sampling import Sampler
+    wanted = read_wanted(prompts)
+    model, base, settings = open_models()
+    settings |= {"steps": _STEPS.value, "sampler": _SAMPLER.value,
+                 "image_scale": _IMAGE_SCALE.value}
+    for flag in (_GUIDANCE, _RESOLUTION):
+        if flag.value is not None:
+            settings[flag.name] = flag.value
+    if "resolution" not in settings:
+        raise UserError(f"--workdir={_WORKDIR.value} does not say how large its pictures are; give "
+                        "--resolution.")
+    sampler = Sampler(
+        model, slots=max(1, *(len(p.references) for p in wanted)), negative=_NEGATIVE.value,
+        batch_size=min(_BATCH_SIZE.value, len(wanted)), **settings)
+    policy = list(sampler.draw(wanted))
+    settings |= {"workdir": _WORKDIR.value, "negative_prompt": _NEGATIVE.value}
+    write(wanted, policy, list(sampler.draw(wanted, base.parameters)) if base else None, settings)
+
+
+def read_wanted(prompts):
+    """Every picture to draw, as a list of `evaluation.prompts.Prompt`."""
+    if (_PROMPT.value is None) == (_PROMPTS.value is None):
+        raise UserError("give --prompt, or --prompts with a file of several.")
+    references = tuple(prompts.parse_reference(text) for text in _REFERENCES.value)
+    if _PROMPTS.value is not None:
+        listed = prompts.read_prompts(_PROMPTS.value, references, _SEED.value)
+    else:
+        listed = [prompts.Prompt(_PROMPT.value, references, _SEED.value)]
+    return [dataclasses.replace(prompt, seed=prompt.seed + i)
+            for prompt in listed for i in range(_SAMPLES.value)]
+
+
+def open_models():
+    """The model to draw with, the base to compare it with or None, and default settings."""
+    from focusdpo_jax.training import runs
+    name = _WORKDIR.value
+    if name != "base" and not (epath.Path(name) / "model.json").exists():
+        run = runs.Run(name)
+        base = run.base() if _COMPARE.value else None
+        return run.policy(), base, {"guidance": run.config.sampling.guidance,
+                                    "resolution": run.config.resolution}
+    if _COMPARE.value:
+        raise UserError(f"--workdir={name} is a model and not a run: --compare has nothing to "
+                        "compare it with.")
+    if name == "base":
+        return runs.load_folder("toybox"), None, {"guidance": 2.0, "resolution": 64}
+    return runs.load_folder(name), None, {"guidance": 5.0}
+
+
+def write(wanted, policy, base, settings):
+    """Writes the pictures, their settings inside, and for several or a comparison a page."""
+    from focusdpo_jax.evaluation import pictures, prompts
+    output = epath.Path(_OUTPUT.value)
+    rows = [pictures.SampleRow(
+        caption=f"{prompt.text} (seed {prompt.seed})",
+        references=[prompts.load_reference(r.path, len(picture)) for r in prompt.references],
+        generated=picture, base=None if base is None else base[i])
+        for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True))]
+
+    def text(prompt):
+        return {"focusdpo_jax": json.dumps({**dataclasses.asdict(prompt), **settings})}
+
+    scale = max(1, 128 // len(policy[0]))
+    if len(wanted) == 1:
+        image = policy[0] if base is None else pictures.sample_grid(rows, scale=scale)
+        pictures.save_png(output, image, text(wanted[0]))
+        logging.info("%s", output)
+        return
+    for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True)):
+        pictures.save_png(output / f"{i:04d}.png", picture, text(prompt))
+        if base is not None:
+            pictures.save_png(output / f"{i:04d}_base.png", base[i], text(prompt))
+    pictures.save_png(output / "all.png", pictures.sample_grid(rows, scale=scale))
+    logging.info("%d pictures and all.png in %s", len(wanted), output)
+
+
+if __name__ == "__main__":
+    command.run(main)

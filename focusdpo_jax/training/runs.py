@@ -1,0 +1,77 @@
+"""What a finished or unfinished run has to show: the model it made and the one it started from."""
+
+import json
+
+import ml_collections
+from etils import epath
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.generator import merge_parameters, split_parameters
+from focusdpo_jax.training import models
+from focusdpo_jax.training.checkpointing import Checkpoints
+from focusdpo_jax.training.state import create_state, make_optimizer
+
+
+def load_folder(name):
+    """The `Model` of a folder with a model.json, or of one that ships with the package."""
+    return models.load_model(ml_collections.ConfigDict(
+        {"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}}), name)
+
+
+class Run:
+    """A run folder, read and never changed.
+
+    Attributes:
+      config: the ConfigDict that the run was started with.
+    """
+
+    def __init__(self, workdir):
+        """Opens the folder.
+
+        Raises:
+          UserError: it is not the folder of a run.
+        """
+        self._workdir = epath.Path(workdir)
+        path = self._workdir / "config.json"
+        try:
+            self.config = ml_collections.ConfigDict(json.loads(path.read_text()))
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir}: {path} cannot be read ({error.strerror or error}). Give the "
+                "folder of a run, a folder with a model.json, or base.") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}.") from error
+
+    def base(self):
+        """The `Model` that the run started from."""
+        return models.load_model(self.config, self._workdir)
+
+    def policy(self):
+        """The `Model` that the run has made so far.
+
+        A finished run has it in a folder of its own; of an unfinished one, the newest checkpoint is
+        taken (its moving average, where the run keeps one).
+
+        Raises:
+          UserError: the run has no checkpoint yet.
+        """
+        finished = self._workdir / "model"
+        if (finished / "unet.safetensors").exists():
+            config = ml_collections.ConfigDict(self.config.to_dict())
+            config.model.pretrained = str(finished)
+            return models.load_model(config, self._workdir)
+        if not (self._workdir / "checkpoints").exists():
+            raise self._nothing_yet()
+        checkpoints = Checkpoints(self._workdir, read_only=True)
+        if checkpoints.latest is None:
+            raise self._nothing_yet()
+        model = self.base()
+        trainable, frozen = split_parameters(model.parameters, self.config.trainable)
+        state, _ = checkpoints.restore(
+            create_state(trainable, make_optimizer(self.config), self.config.ema_decay))
+        checkpoints.close()
+        return model.with_parameters(merge_parameters(state.evaluated, frozen))
+
+    def _nothing_yet(self):
+        return UserError(f"--workdir={self._workdir}: the run has no checkpoint yet; it writes its "
+                         f"first at step {self.config.checkpoint_every}.")

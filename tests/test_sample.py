@@ -1,0 +1,100 @@
+"""The sample command, on the small model that ships and on a run."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from focusdpo_jax import sample
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.training import loop, runs
+
+if not sample.flags.FLAGS.is_parsed():
+    sample.flags.FLAGS(sys.argv[:1])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A picture of a red disc on nothing."""
+    rows, columns = np.mgrid[-20:20, -20:20]
+    pixels = np.zeros((40, 40, 4), np.uint8)
+    pixels[rows**2 + columns**2 < 300] = (255, 0, 0, 255)
+    path = tmp_path_factory.mktemp("references") / "disc.png"
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def draw(**values):
+    """Runs the command with these flags."""
+    with flagsaver.flagsaver(**{"steps": 2, **values}):
+        sample.main()
+
+
+def test_base_draws_one_picture_with_its_settings(reference, tmp_path):
+    draw(prompt="a ball on grass", reference=[f"{reference}:a ball"], guidance=3.0,
+         output=str(tmp_path / "out.png"))
+    picture = Image.open(tmp_path / "out.png")
+    assert picture.size == (64, 64) and np.asarray(picture).std() > 10
+    settings = json.loads(picture.text["focusdpo_jax"])
+    assert settings["text"] == "a ball on grass" and settings["guidance"] == 3.0
+    assert settings["references"] == [{"path": reference, "phrase": "a ball"}]
+
+
+def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):
+    draw(prompt="a ball on grass", reference=[reference], samples=3, seed=5,
+         output=str(tmp_path / "three"))
+    draw(prompt="a ball on grass", reference=[reference], seed=6,
+         output=str(tmp_path / "one.png"))
+    three = [np.asarray(Image.open(tmp_path / "three" / f"{i:04d}.png"), np.int32)
+             for i in range(3)]
+    one = np.asarray(Image.open(tmp_path / "one.png"), np.int32)
+    assert np.abs(one - three[1]).max() <= 1
+    assert np.abs(three[0] - three[1]).mean() > 5
+    assert Image.open(tmp_path / "three" / "all.png").size[0] > 256
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder, tmp_path_factory):
+    import tiny
+    folder = tmp_path_factory.mktemp("run")
+    loop.run(tiny.tiny_config(tiny_folder, steps=2, warmup_steps=0), folder)
+    return folder
+
+
+def test_compare_draws_base_and_policy_from_one_noise(reference, run_folder, tmp_path):
+    draw(workdir=str(run_folder), prompt="a ball on grass", reference=[reference], samples=2,
+         compare=True, output=str(tmp_path))
+    first = [np.asarray(Image.open(tmp_path / f"0000{name}.png")) for name in ("", "_base")]
+    assert first[0].shape == (32, 32, 3)
+    # Two steps of training move a picture, and not far.
+    difference = np.abs(first[0].astype(int) - first[1])
+    assert 0 < difference.mean() < 40
+
+
+def test_unfinished_run_gives_its_newest_checkpoint(run_folder, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text((run_folder / "config.json").read_text())
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        runs.Run(unfinished).policy()
+    (unfinished / "checkpoints").symlink_to(run_folder / "checkpoints")
+    found, expected = runs.Run(unfinished).policy(), runs.Run(run_folder).policy()
+    jax.tree.map(np.testing.assert_array_equal, found.parameters, expected.parameters)
+
+
+@pytest.mark.parametrize(("values", "reason"), [
+    ({"prompt": None}, "give --prompt"),
+    ({"prompts": "some.jsonl"}, "give --prompt"),
+    ({"reference": ["none.png:a ball"]}, "none.png: no such file"),
+    ({"workdir": "nowhere"}, "nowhere"),
+    ({"compare": True}, "nothing to compare"),
+    ({"resolution": 63}, "multiple of 4"),
+    ({"sampler": "plms", "resolution": 64}, "choose one of ddim"),
+])
+def test_mistakes_are_named(values, reason, tmp_path):
+    with pytest.raises(UserError, match=reason):
+        draw(**{"prompt": "a ball", "output": str(tmp_path / "out.png")} | values)
