@@ -117,7 +117,8 @@ class Showcase:
         print(statistics.format_table(results))
         print("The probe that reads the pictures, on renders of the same scenes: " + ", ".join(
             f"{name.replace('_', ' ')} {100 * renders[name]['base']['mean']:.1f} %"
-            for name in ("fidelity", "leakage", "missing", "class_accuracy", "background_accuracy")))
+            for name in ("fidelity", "leakage", "missing", "class_accuracy", "background_accuracy")
+            if name in renders))  # Where no subject is found, leakage is not defined.
         print(f"Pictures: {path}\n")
 
     def _measure(self, images, raw):
