@@ -75,7 +75,8 @@ quote() {
   for word in "$@"; do
     printf '%s' "$separator"
     case $word in
-      '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")" ;;
+      *\'*) printf "'%s'" "$(sed "s/'/'\\\\''/g" <<<"$word")" ;;
+      '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "$word" ;;
       *) printf '%s' "$word" ;;
     esac
     separator=' '
