@@ -57,7 +57,7 @@ quote() {
   for word in "$@"; do
     printf '%s' "$separator"
     case $word in
-      *\'*) printf "'%s'" "$(sed "s/'/'\\\\''/g" <<<"$word")" ;;
+      *\'*) printf "'%s'" "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")" ;;
       '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "$word" ;;
       *) printf '%s' "$word" ;;
     esac
@@ -79,15 +79,15 @@ export PATH=$(quote "$VENV/bin"):"\$PATH" JAX_PLATFORMS=cuda,cpu
 echo "start \$((\${SLURM_RESTART_COUNT:-0} + 1)) on \$SLURM_JOB_NODELIST"
 again=''
 told=''
-trap 'again=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
-trap 'told=yes' TERM
+trap 'again=yes; signalled=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
+trap 'told=yes; signalled=yes' TERM
 srun --kill-on-bad-exit=0 --wait=600 --cpus-per-task=$CPUS_PER_GPU \\
   $(quote "${job[@]}") &
 step=\$!
-status=0
-wait "\$step" || status=\$?
 # A signal ends wait early, not the step.
-while kill -0 "\$step" 2>/dev/null; do
+signalled=yes
+while [ -n "\$signalled" ]; do
+  signalled=''
   status=0
   wait "\$step" || status=\$?
 done

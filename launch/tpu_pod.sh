@@ -75,7 +75,7 @@ quote() {
   for word in "$@"; do
     printf '%s' "$separator"
     case $word in
-      *\'*) printf "'%s'" "$(sed "s/'/'\\\\''/g" <<<"$word")" ;;
+      *\'*) printf "'%s'" "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")" ;;
       '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "$word" ;;
       *) printf '%s' "$word" ;;
     esac

@@ -1,6 +1,6 @@
 """The scripts of launch/: what they print, and what they do to machines that are folders.
 
-gcloud, git, sbatch, srun and so on are small stand-ins on the PATH, which note how they were called.
+gcloud, git, sbatch, srun and others are small stand-ins on the PATH, which note their words.
 """
 
 import math
@@ -23,8 +23,10 @@ VARIABLES = {name for script in SCRIPTS
 
 # Notes its words: parted by \0, a call ended by \1.
 NOTE = '{ printf "%s\\0" "${0##*/}" "$@"; printf "\\1"; } >> "$FAKE/calls"\n'
+# In the replay of a dry run that is all they do.
+ACT = NOTE + '[ -z "${REPLAY:-}" ] || exit 0\n'
 
-GCLOUD = NOTE + r"""
+GCLOUD = ACT + r"""
 case "$*" in
   *"queued-resources describe"*)
     cat "$FAKE/request" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
@@ -42,7 +44,7 @@ case "$*" in
     done ;;
 esac
 """
-GIT = NOTE + """
+GIT = ACT + """
 for word in "$@"; do
   case $word in --output=*) tar -czf "${word#--output=}" -T /dev/null ;; esac
 done
@@ -66,9 +68,9 @@ case $plan in
 esac
 """
 SRUN = NOTE + r"""
-trap 'exit 75' TERM
+/bin/sleep 60 > /dev/null 2>&1 &
+trap 'kill "$!"; exit 75' TERM
 echo "$$" > "$FAKE/srun.pid"
-/bin/sleep 60 &
 wait "$!"
 """
 
@@ -112,8 +114,8 @@ def printed_calls(fake, result):
     """A dry run has called nothing; what the commands are that it printed."""
     assert (result.returncode, result.stderr) == (0, "")
     assert calls(fake) == []
-    subprocess.run(["bash", "-euc", result.stdout], check=True, env=environment(fake, {}),
-                   capture_output=True, cwd=fake)
+    subprocess.run(["bash", "-euc", result.stdout], check=True, cwd=fake, timeout=600,
+                   env=environment(fake, {"REPLAY": "1"}), capture_output=True)
     return calls(fake)
 
 
@@ -199,7 +201,6 @@ def test_tpu_delete(fake):
 def test_tpu_install(fake):
     tar = str(fake / "cache dir/focusdpo_jax/focusdpo/focusdpo_jax.tar.gz")
     result = launch(fake, "tpu_pod.sh", "install", "--dry-run", **TPU)
-    (fake / "host0").mkdir()
     archive, scp, ssh = printed_calls(fake, result)
     assert archive == ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={tar}",
                        "HEAD"]
@@ -249,10 +250,12 @@ def test_tpu_mistakes(fake, subcommand, changes, parts):
 
 
 def test_tpu_needs_gcloud(fake):
-    (fake / "bin/gcloud").unlink()
-    if shutil.which("gcloud"):
-        pytest.skip("gcloud is installed")
-    assert_fails(launch(fake, "tpu_pod.sh", "create", **TPU), "gcloud is not installed")
+    tools = fake / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    result = launch(fake, "tpu_pod.sh", "create", **TPU, PATH=str(tools))
+    assert_fails(result, "gcloud is not installed", "https://cloud.google.com/sdk")
 
 
 def plan(fake, *host0):
@@ -460,13 +463,17 @@ def test_single_gpu_run(fake):
     line = ["python", "-m", "focusdpo_jax.main", "--config=configs/toybox_dpo.py",
             f"--workdir={fake}/my run", FLAG]
     assert printed_calls(fake, printed) == [line]
-    for run in (None, launch(fake, "single_gpu.sh", "run", FLAG, **variables)):
-        if run:
-            assert (run.returncode, calls(fake)) == (0, [line, line])
-        environ = (fake / "env").read_text().splitlines()
-        assert {"CUDA_VISIBLE_DEVICES=1", "JAX_PLATFORMS=cuda,cpu"} <= set(environ)
-        assert environ[-1] == str(ROOT)
-        (fake / "env").unlink()
+    assert_uses_gpu_1(fake)
+    assert launch(fake, "single_gpu.sh", "run", FLAG, **variables).returncode == 0
+    assert calls(fake) == [line, line]
+    assert_uses_gpu_1(fake)
+
+
+def assert_uses_gpu_1(fake):
+    environ = (fake / "env").read_text().splitlines()
+    assert {"CUDA_VISIBLE_DEVICES=1", "JAX_PLATFORMS=cuda,cpu"} <= set(environ)
+    assert environ[-1] == str(ROOT)  # The working folder.
+    (fake / "env").unlink()
 
 
 @pytest.mark.parametrize("arguments, variables, parts", [
