@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Trains on one GPU of this machine; --help explains.
+set -euo pipefail
+
+# Variables; the environment overrides them.
+GPU=${GPU:-0}                                 # Number or UUID of the GPU, as nvidia-smi -L says.
+VENV=${VENV:-}                                # Default: .venv of the repository.
+PYTHON=${PYTHON:-python3}                     # Python >= 3.11 that makes VENV.
+JAX_EXTRA=${JAX_EXTRA:-cuda12}                # The CUDA that install brings: cuda12 or cuda13.
+CONFIG=${CONFIG:-configs/toybox_dpo.py}       # From the root of the repository.
+WORKDIR=${WORKDIR:-}                          # Folder of the run; default: main's.
+
+usage() {
+  cat <<'EOF'
+Usage: [VARIABLE=value ...] launch/single_gpu.sh [--dry-run] SUBCOMMAND [flags for main]
+
+  install   makes the virtual environment VENV with this package, JAX and CUDA
+  run       trains in the foreground; run again, it resumes
+
+  --dry-run prints what would be done, and does nothing
+  --help    prints this
+
+Flags for main (run), such as --config.beta=500, are added to
+    python -m focusdpo_jax.main --config=CONFIG --workdir=WORKDIR
+
+Variables (default):
+  GPU (0)                          number or UUID of the GPU, as nvidia-smi -L says
+  VENV (.venv of the repository)   virtual environment
+  PYTHON (python3)                 Python >= 3.11 that makes VENV
+  JAX_EXTRA (cuda12)               cuda12, or cuda13 with a recent driver
+  CONFIG (configs/toybox_dpo.py)   configuration file in the repository
+  WORKDIR (runs/<config name>)     folder of the run
+
+Example:
+  launch/single_gpu.sh install && WORKDIR=runs/dpo launch/single_gpu.sh run --config.steps=200
+EOF
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# The words as a shell would read them back.
+quote() {
+  local word separator=
+  for word in "$@"; do
+    printf '%s' "$separator"
+    case $word in
+      *\'*) printf "'%s'" "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")" ;;
+      '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "$word" ;;
+      *) printf '%s' "$word" ;;
+    esac
+    separator=' '
+  done
+}
+
+# Runs a command, or prints it.
+execute() {
+  if ((dry_run)); then
+    quote "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+install() {
+  if ! ((dry_run)) &&
+    ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    fail "PYTHON = $PYTHON: give a Python >= 3.11, such as PYTHON=python3.12"
+  fi
+  execute "$PYTHON" -m venv "$VENV"
+  execute "$VENV/bin/python" -m pip install -e "$root" "jax[$JAX_EXTRA]"
+}
+
+run() {
+  if ! ((dry_run)) && ! [[ -x $VENV/bin/python ]]; then
+    fail "VENV = $VENV: there is no virtual environment; make it by VENV=$VENV" \
+      "launch/single_gpu.sh install"
+  fi
+  # With cuda among the platforms, JAX stops where it finds no GPU instead of using the CPU.
+  if ((dry_run)); then
+    echo "cd $(quote "$root")"
+    echo "export CUDA_VISIBLE_DEVICES=$(quote "$GPU") JAX_PLATFORMS=cuda,cpu"
+    echo "export PATH=$(quote "$VENV/bin"):\"\$PATH\""
+    echo "exec $(quote "${job[@]}")"
+  else
+    cd "$root"
+    export CUDA_VISIBLE_DEVICES="$GPU" JAX_PLATFORMS=cuda,cpu PATH="$VENV/bin:$PATH"
+    exec "${job[@]}" # In place of this shell, so that signals reach it.
+  fi
+}
+
+dry_run=0
+subcommand=
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    --dry-run) dry_run=1 ;;
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    *)
+      if [[ -z $subcommand ]]; then
+        subcommand=$argument
+      else
+        arguments+=("$argument")
+      fi
+      ;;
+  esac
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$root/.venv}
+case $VENV in
+  /*) ;;
+  *) VENV=$PWD/$VENV ;;
+esac
+case $subcommand in
+  install | run) ;;
+  '') fail "no subcommand: give install or run (--help)" ;;
+  *) fail "$subcommand is no subcommand: give install or run (--help)" ;;
+esac
+if ((${#arguments[@]})) && [[ $subcommand != run ]]; then
+  fail "$subcommand takes no flags: ${arguments[*]}"
+fi
+if [[ $GPU == *,* ]]; then
+  fail "GPU = $GPU: give one GPU; several are for launch/slurm.sh"
+fi
+case $JAX_EXTRA in
+  cuda12 | cuda13) ;;
+  *) fail "JAX_EXTRA = $JAX_EXTRA: give cuda12 or cuda13" ;;
+esac
+if ! [[ -f $root/${CONFIG%%:*} ]]; then
+  fail "CONFIG = $CONFIG: there is no such file in the repository; give one such as" \
+    "CONFIG=configs/toybox_dpo.py"
+fi
+job=(python -m focusdpo_jax.main --config="$CONFIG")
+if [[ -n $WORKDIR ]]; then
+  if [[ $WORKDIR != /* && $WORKDIR != *://* ]]; then
+    WORKDIR=$PWD/$WORKDIR
+  fi
+  job+=(--workdir="$WORKDIR")
+fi
+job+=(${arguments[@]+"${arguments[@]}"})
+"$subcommand"
