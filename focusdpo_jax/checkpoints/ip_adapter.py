@@ -12,7 +12,11 @@ import numpy as np
 
 from focusdpo_jax.checkpoints import pytorch_names
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
+_PROJECTION = "image_proj."
+# Channels of a head in IP-Adapter-Plus's published resamplers; no shape in a file tells it.
+_HEAD_DIM = 64
 _STAGES = ("down_blocks", "up_blocks", "mid_block")
 # Parts of a resampler's layer: theirs in the file, theirs in diffusers.
 _RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q",
@@ -58,31 +62,102 @@ def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
     Raises:
       UserError: if a projection of the UNet has no tensor, or a tensor no place.
     """
-    tensors = dict(tensors)
-    unet, adapter = {}, {}
-    missing = []
+    unet, missing, known = {}, [], set()
     for theirs, name in _projections(unet_template):
+        known.add(theirs)
         if theirs in tensors:
-            unet[name] = tensors.pop(theirs)
+            unet[name] = tensors[theirs]
         else:
             missing.append(theirs)
-    left = sorted(name for name in tensors if not name.startswith("image_proj."))
-    if missing or left:
-        raise UserError(f"{source} does not fit the configured UNet: missing {missing or 'none'}, "
-                        f"unexpected {left or 'none'}")
+    left = sorted(name for name in tensors
+                  if name not in known and not name.startswith(_PROJECTION))
+    pytorch_names.require_fit(source, {"missing": missing, "unexpected": left})
+    return unet, image_projection(tensors)
+
+
+def image_projection(tensors):
+    """The subject adapter's tensors of a file, under diffusers' names."""
+    adapter = {}
     for theirs, value in tensors.items():
-        name = theirs.removeprefix("image_proj.")
+        if not theirs.startswith(_PROJECTION):
+            continue
+        name = theirs.removeprefix(_PROJECTION)
         layer = _LAYER.match(name)
         if layer and layer[2] == "0.to_kv":
             adapter[f"{layer[1]}.attn.to_k.weight"], adapter[f"{layer[1]}.attn.to_v.weight"] = (
-                np.split(value, 2))
+                np.split(np.asarray(value), 2))
             continue
         if layer and layer[2] in _RESAMPLER:
             name = f"{layer[1]}.{_RESAMPLER[layer[2]]}.{layer[3]}"
         elif name.startswith("proj."):
             name = name.replace("proj.", "image_embeds.")
         adapter[name] = value
-    return unet, adapter
+    return adapter
+
+
+def fresh_branch(tensors, unet_template):
+    """An image branch that starts as a copy of the text's projections.
+
+    Args:
+      tensors: a UNet's, under diffusers' names.
+
+    Returns:
+      The branch's tensors under diffusers' names, as far as `tensors` has the text's.
+    """
+    copies = {}
+    for _, name in _projections(unet_template):
+        of_text = re.sub(r"processor\.(to_[kv])_ip\.0", r"\1", name)
+        if of_text in tensors:
+            copies[name] = tensors[of_text]
+    return copies
+
+
+def read_config(tensors, metadata, source="IP-Adapter file"):
+    """The `SubjectAdapterConfig` that a file's tensors and metadata tell.
+
+    Args:
+      tensors: dict from the file's names to what has a shape.
+      metadata: dict of texts. Without "head_dim" an attention head has 64 channels, which is so
+        in every published file.
+
+    Raises:
+      UserError: it is neither IP-Adapter nor IP-Adapter-Plus.
+    """
+    shapes = {name.removeprefix(_PROJECTION): value.shape for name, value in tensors.items()}
+    try:
+        if "proj.weight" in shapes:
+            (output_dim,), (rows, input_dim) = shapes["norm.weight"], shapes["proj.weight"]
+            return SubjectAdapterConfig(kind="projection", input_dim=input_dim,
+                                        output_dim=output_dim, num_tokens=rows // output_dim)
+        head_dim = int(metadata.get("head_dim", _HEAD_DIM))
+        width, input_dim = shapes["proj_in.weight"]
+        layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
+        return SubjectAdapterConfig(
+            input_dim=input_dim, output_dim=shapes["proj_out.weight"][0],
+            num_tokens=shapes["latents"][1], width=width, depth=len(layers),
+            num_heads=shapes["layers.0.0.to_q.weight"][0] // head_dim, head_dim=head_dim,
+            expansion=shapes["layers.0.1.1.weight"][0] // width)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{source} is neither of IP-Adapter's nor of IP-Adapter-Plus's layout "
+                        f"({error}).") from error
+
+
+def write_config(config):
+    """The metadata from which `read_config` knows what shapes do not tell."""
+    return {"head_dim": str(config.head_dim)} if config.kind == "resampler" else {}
+
+
+def unreadable(config):
+    """Why diffusers' `load_ip_adapter` misreads an adapter of this configuration, or None.
+
+    It takes four layers, heads of 64 channels and a fourfold feed-forward for granted.
+    """
+    if config.kind != "resampler":
+        return None
+    fixed = {"depth": 4, "head_dim": _HEAD_DIM, "expansion": 4}
+    wrong = [f"{name} = {getattr(config, name)} (not {value})" for name, value in fixed.items()
+             if getattr(config, name) != value]
+    return f"the subject adapter has {', '.join(wrong)}" if wrong else None
 
 
 def from_flax(unet_params, adapter_params):
@@ -112,5 +187,5 @@ def from_flax(unet_params, adapter_params):
             name = f"{layer[1]}.{back[layer[2]]}.{layer[3]}"
         elif name.startswith("image_embeds."):
             name = name.replace("image_embeds.", "proj.")
-        tensors[f"image_proj.{name}"] = value
+        tensors[_PROJECTION + name] = value
     return tensors

@@ -47,6 +47,12 @@ def _axes(path, rank):
     return tuple(range(rank))
 
 
+def lay_out(params):
+    """Names a parameter tree as PyTorch does; the arrays are views in PyTorch's order of axes."""
+    return {torch_name(path): np.transpose(np.asarray(leaf), _axes(path, np.ndim(leaf)))
+            for path, leaf in flax.traverse_util.flatten_dict(params).items()}
+
+
 def from_flax(params):
     """Names and lays out a parameter tree as PyTorch does.
 
@@ -56,23 +62,22 @@ def from_flax(params):
     Returns:
       dict from PyTorch name to a contiguous numpy array of the same type.
     """
-    flat = flax.traverse_util.flatten_dict(params)
-    return {torch_name(path): np.ascontiguousarray(
-        np.transpose(np.asarray(leaf), _axes(path, np.ndim(leaf))))
-        for path, leaf in flat.items()}
+    return {name: np.ascontiguousarray(value) for name, value in lay_out(params).items()}
 
 
-def to_flax(tensors, template, source="checkpoint"):
+def to_flax(tensors, template, source="checkpoint", place=None):
     """Names and lays out PyTorch tensors as our parameter tree.
 
     Args:
-      tensors: dict from PyTorch name to numpy array.
+      tensors: dict from PyTorch name to numpy array or `tensor_file.LazyTensor`, which is read
+        only when everything fits, one after the other.
       template: the tree expected, of arrays or `jax.ShapeDtypeStruct`s (see `jax.eval_shape`),
         without the outer "params".
       source: what to call the file in a message.
+      place: function of a path and a numpy array in our layout; the leaf is what it returns.
 
     Returns:
-      A tree like `template` of numpy arrays in the types of `tensors`.
+      A tree like `template`; without `place` of numpy arrays in the types of `tensors`.
 
     Raises:
       UserError: naming every tensor that is missing, unexpected or of another shape.
@@ -82,7 +87,7 @@ def to_flax(tensors, template, source="checkpoint"):
     if len(template) == 1 and not any(name.startswith(root) for name in tensors):
         # transformers 5 writes a tower that has no projection without its outermost module.
         tensors = {root + name: value for name, value in tensors.items()}
-    flat, missing, misshaped = {}, [], []
+    found, missing, misshaped = {}, [], []
     expected = flax.traverse_util.flatten_dict(template)
     for path, leaf in expected.items():
         name, axes = torch_name(path), _axes(path, len(leaf.shape))
@@ -93,13 +98,22 @@ def to_flax(tensors, template, source="checkpoint"):
         if tensors[name].shape != shape:
             misshaped.append(f"{name} is {tensors[name].shape}, not {shape}")
             continue
-        flat[path] = np.transpose(tensors[name], np.argsort(axes))
+        found[path] = tensors[name], np.argsort(axes)
     unexpected = sorted(set(tensors) - {torch_name(path) for path in expected})
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    problems = [_listing(kind, names) for kind, names in kinds.items() if names]
-    if problems:
-        raise UserError(f"{source} does not fit the configured model: " + "; ".join(problems))
+    require_fit(source, {"missing": missing, "unexpected": unexpected,
+                         "of another shape": misshaped})
+    flat = {}
+    for path, (tensor, axes) in found.items():
+        value = np.transpose(np.asarray(tensor), axes)
+        flat[path] = value if place is None else place(path, value)
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def require_fit(source, problems):
+    """Raises one UserError over `problems`, {kind: names of tensors}, unless all are empty."""
+    listed = [_listing(kind, names) for kind, names in problems.items() if names]
+    if listed:
+        raise UserError(f"{source} does not fit the configured model: " + "; ".join(listed))
 
 
 def _listing(kind, names):

@@ -21,6 +21,9 @@ ACTIVATIONS = {
 # transformers' value for files written before it stored the right one: their end of text is the
 # highest id of the vocabulary, whatever the number.
 LEGACY_EOS = 2
+# Of the pixels in [0, 1] that CLIP was trained on, per channel.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +293,4 @@ class CLIPVision(nn.Module):
 
 def normalise_images(images):
     """Images [..., 3] in [0, 1], moved and scaled by the means and deviations CLIP expects."""
-    mean = jnp.array([0.48145466, 0.4578275, 0.40821073], images.dtype)
-    deviation = jnp.array([0.26862954, 0.26130258, 0.27577711], images.dtype)
-    return (images - mean) / deviation
+    return (images - jnp.array(MEAN, images.dtype)) / jnp.array(DEVIATION, images.dtype)

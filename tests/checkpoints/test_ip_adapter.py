@@ -3,6 +3,7 @@ import pytest
 
 from focusdpo_jax.checkpoints import ip_adapter
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
 
 def attention(value):
@@ -61,6 +62,13 @@ def test_plain_ip_adapter():
 def test_misfits_are_named():
     tensors = ip_adapter.from_flax(UNET, RESAMPLER)
     tensors["ip_adapter.9.to_k_ip.weight"] = tensors.pop("ip_adapter.7.to_k_ip.weight")
-    with pytest.raises(UserError, match=r"missing \['ip_adapter.7.to_k_ip.weight'\], "
-                                        r"unexpected \['ip_adapter.9.to_k_ip.weight'\]"):
+    with pytest.raises(UserError, match="1 missing: ip_adapter.7.to_k_ip.weight; "
+                                        "1 unexpected: ip_adapter.9.to_k_ip.weight"):
         ip_adapter.to_diffusers(tensors, UNET)
+
+
+def test_what_diffusers_would_misread():
+    assert ip_adapter.unreadable(SubjectAdapterConfig()) is None
+    assert ip_adapter.unreadable(SubjectAdapterConfig(kind="projection", head_dim=3)) is None
+    assert ip_adapter.unreadable(SubjectAdapterConfig(depth=2, head_dim=16)) == (
+        "the subject adapter has depth = 2 (not 4), head_dim = 16 (not 64)")

@@ -7,5 +7,10 @@ import numpy as np
 def random_params(module, *inputs, **named):
     """float32 weights of deviation 0.3 for a module, zero-initialised ones included."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)["params"]
-    rng = np.random.default_rng(0)
+    return random_tree(shapes)
+
+
+def random_tree(shapes, seed=0):
+    """float32 leaves of deviation 0.3 in the place of a tree of shapes."""
+    rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)

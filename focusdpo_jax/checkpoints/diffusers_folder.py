@@ -1,0 +1,303 @@
+"""An SDXL pipeline in the folder layout of diffusers, both ways.
+
+    model_index.json            what the parts are
+    unet/, vae/                 config.json, diffusion_pytorch_model[.fp16].safetensors
+    text_encoder/, text_encoder_2/, image_encoder/
+                                config.json, model[.fp16].safetensors (transformers' layout)
+    tokenizer/, tokenizer_2/    vocab.json and merges.txt of CLIP's byte-pair encoding
+    scheduler/                  scheduler_config.json
+    ip_adapter.safetensors      subject adapter and image branch, IP-Adapter's layout (our addition)
+
+Weights may be cut into shards, listed by an index.json. Reading holds one tensor besides those
+that it has placed. Where `ip_adapter.safetensors` is missing a new adapter is made for the UNet.
+"""
+
+import dataclasses
+import json
+import re
+
+import jax
+from etils import epath
+from flax import traverse_util
+
+from focusdpo_jax.checkpoints import diffusers_configs, ip_adapter, pytorch_names, tensor_file
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import clip
+from focusdpo_jax.models.generator import GeneratorConfig
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
+
+ADAPTER = "ip_adapter.safetensors"
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+          "text_encoder": "model", "text_encoder_2": "model", "image_encoder": "model"}
+_READERS = {"unet": diffusers_configs.read_unet, "vae": diffusers_configs.read_vae,
+            "text_encoder": diffusers_configs.read_clip_text,
+            "text_encoder_2": diffusers_configs.read_clip_text,
+            "image_encoder": diffusers_configs.read_clip_vision}
+_VARIANTS = ("", "fp16")
+_FETCH = (
+    "Such a folder is normally fetched by `hf download stabilityai/stable-diffusion-xl-base-1.0 "
+    "--local-dir DIR`, its image_encoder/ is models/image_encoder/ of h94/IP-Adapter, and "
+    f"{ADAPTER}, which may be left out, is sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors of "
+    "the same. Give the path of a folder that has them.")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
+
+
+def is_one(folder):
+    """Whether a folder is a diffusers pipeline."""
+    return (epath.Path(folder) / "model_index.json").exists()
+
+
+def locate(name):
+    """The folder that `name` stands for: a path, or a hub id that was fetched before.
+
+    Nothing is downloaded.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    if epath.Path(name).exists():
+        return epath.Path(name)
+    if _HUB_ID.match(str(name)):
+        import huggingface_hub  # Needed for this alone.
+        try:
+            return epath.Path(huggingface_hub.snapshot_download(str(name), local_files_only=True))
+        except (OSError, ValueError):
+            pass  # Not in the cache of the hub's client.
+    raise UserError(f"{name}: no such folder, nor a model in the hub's cache of this machine. "
+                    + _FETCH)
+
+
+def weight_files(folder, part, variant=None):
+    """The safetensors files of a part, or an empty list.
+
+    Args:
+      variant: such as "fp16"; None takes the plain files, and fp16 where there are no others.
+
+    Raises:
+      UserError: an index is damaged.
+    """
+    folder, stem = epath.Path(folder) / part, _STEMS[part]
+    for kind in _VARIANTS if variant is None else (variant,):
+        dot = f".{kind}" if kind else ""
+        single = folder / f"{stem}{dot}.safetensors"
+        if single.exists():
+            return [single]
+        for index in (folder / f"{stem}.safetensors.index{dot}.json",
+                      folder / f"{stem}{dot}.safetensors.index.json"):
+            if index.exists():
+                names = _read_json(index).get("weight_map", {}).values()
+                return [folder / name for name in sorted({*names})]
+    return []
+
+
+def require_complete(folder, variant=None):
+    """Checks that every file is there which a generator needs.
+
+    Raises:
+      UserError: it lists those that are missing, and where they are normally fetched.
+    """
+    folder = epath.Path(folder)
+    missing = [f"{part}/config.json" for part in _STEMS
+               if not (folder / part / "config.json").exists()]
+    for part, stem in _STEMS.items():
+        files = weight_files(folder, part, variant)
+        dot = f".{variant}" if variant else ""
+        missing += [f"{part}/{path.name}" for path in files if not path.exists()]
+        if not files:
+            pickled = list((folder / part).glob("*.bin"))
+            missing.append(f"{part}/{stem}{dot}.safetensors"
+                           + (" (a .bin is a pickle, which is not read)" if pickled else ""))
+    missing += [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")
+                if not (folder / "tokenizer" / name).exists()]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}. {_FETCH}")
+
+
+def load_config(folder, variant=None):
+    """The `GeneratorConfig` of a folder.
+
+    Raises:
+      UserError: files are missing or damaged, or it is no SDXL.
+    """
+    folder = epath.Path(folder)
+    require_complete(folder, variant)
+    parts = {part: _read_config(folder / part / "config.json", read)
+             for part, read in _READERS.items()}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    noise = (_read_config(scheduler, diffusers_configs.read_scheduler)
+             if scheduler.exists() else {})
+    file = folder / ADAPTER
+    if file.exists():
+        adapter = ip_adapter.read_config(*tensor_file.read(file), str(file))
+    else:
+        adapter = SubjectAdapterConfig(input_dim=parts["image_encoder"].hidden_size,
+                                       output_dim=parts["unet"].cross_attention_dim)
+    parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
+    return GeneratorConfig(**parts, adapter=adapter, **noise)
+
+
+def load_part(folder, part, example, *, variant=None, dtype=None, sharding=None):
+    """Reads one part, tensor by tensor.
+
+    The image branch of the UNet comes from `ip_adapter.safetensors`. Without that file it starts
+    as a copy of the projections of the text, as IP-Adapter's own training does.
+
+    Args:
+      part: one of `generator.PARTS`.
+      example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s, without "params".
+      variant: see `weight_files`.
+      dtype: of the result; None leaves the file's.
+      sharding: of every leaf, or a tree of shardings like `example`. Each process reads all of a
+        tensor and keeps its own shards.
+
+    Returns:
+      A tree like `example` of numpy arrays or, where a sharding is given, of jax arrays; None for
+      "adapter" where there is no such file.
+
+    Raises:
+      UserError: naming every tensor that is missing, unexpected or of another shape.
+    """
+    folder = epath.Path(folder)
+    file = folder / ADAPTER
+    source = f"{folder / part}"
+    tensors = {}
+    for path in weight_files(folder, part, variant) if part in _STEMS else ():
+        tensors |= tensor_file.read(path)[0]
+    if part == "adapter":
+        if not file.exists():
+            return None
+        source = str(file)
+        tensors = ip_adapter.image_projection(tensor_file.read(file)[0])
+    elif part == "unet" and file.exists():
+        tensors |= ip_adapter.to_diffusers(tensor_file.read(file)[0], example, str(file))[0]
+    elif part == "unet":
+        tensors |= ip_adapter.fresh_branch(tensors, example)
+    return pytorch_names.to_flax(tensors, example, source, placement(dtype, sharding))
+
+
+def placement(dtype=None, sharding=None):
+    """The `place` of `pytorch_names.to_flax` that converts and distributes each leaf at once."""
+    single = sharding is None or isinstance(sharding, jax.sharding.Sharding)
+    flat = None if single else traverse_util.flatten_dict(sharding)
+
+    def place(path, value):
+        value = value if dtype is None else value.astype(dtype)
+        target = sharding if single else flat[path]
+        if target is None:
+            return value
+        array = jax.make_array_from_callback(value.shape, target, lambda index: value[index])
+        # Copies that run behind would keep their sources in host memory.
+        return array.block_until_ready()
+
+    return place
+
+
+def save_part(folder, part, parameters, config, resolution):
+    """Writes one part as diffusers (or transformers) reads it.
+
+    Of the UNet neither the image branch nor low-rank updates are written: they have files of
+    their own (`save_adapter`, `lora.save`).
+
+    Args:
+      part: one of `generator.PARTS`, but not "adapter".
+      parameters: the part's tree.
+      config: the `GeneratorConfig`.
+      resolution: side in pixels of the pictures that pipelines draw unless told otherwise.
+
+    Raises:
+      UserError: diffusers has no such model.
+    """
+    part_config = getattr(config, part)
+    if part == "unet":
+        written = diffusers_configs.write_unet(part_config, resolution // config.vae.factor)
+        parameters = traverse_util.unflatten_dict({
+            path: leaf for path, leaf in traverse_util.flatten_dict(parameters).items()
+            if path[-1] not in ("lora_a", "lora_b") and not ip_adapter.is_image_branch(path)})
+    elif part == "vae":
+        written = diffusers_configs.write_vae(part_config, resolution)
+    elif part == "image_encoder":
+        written = diffusers_configs.write_clip_vision(part_config)
+    else:
+        written = diffusers_configs.write_clip_text(part_config)
+    folder = epath.Path(folder) / part
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", written)
+    tensor_file.write(folder / f"{_STEMS[part]}.safetensors", pytorch_names.lay_out(parameters))
+
+
+def save_adapter(folder, parameters, config):
+    """Writes the subject adapter and the UNet's image branch as `pipe.load_ip_adapter` reads them.
+
+    Args:
+      parameters: {part: tree} with "unet" and "adapter".
+      config: the `GeneratorConfig`.
+    """
+    tensors = ip_adapter.from_flax(parameters["unet"], parameters["adapter"])
+    tensor_file.write(epath.Path(folder) / ADAPTER, tensors,
+                      ip_adapter.write_config(config.adapter))
+
+
+def save_surroundings(folder, config, tokenizer):
+    """Writes what a pipeline is besides its weights: index, scheduler, tokenizers, preprocessor.
+
+    Args:
+      config: the `GeneratorConfig`.
+      tokenizer: the generator's `Tokenizer`.
+    """
+    folder = epath.Path(folder)
+    for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        tokenizer.save(folder / name)
+        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+                   "unk_token": "<|endoftext|>", "pad_token": padding}
+        _write_json(folder / name / "tokenizer_config.json", {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, **special})
+        _write_json(folder / name / "special_tokens_map.json", special)
+    size = config.image_encoder.image_size
+    for name, file, values in (
+            ("scheduler", "scheduler_config.json", diffusers_configs.write_scheduler(
+                config.prediction_type, config.zero_terminal_snr)),
+            ("feature_extractor", "preprocessor_config.json", {
+                "image_processor_type": "CLIPImageProcessor", "do_resize": True,
+                "size": {"shortest_edge": size}, "do_center_crop": True,
+                "crop_size": {"height": size, "width": size}, "do_convert_rgb": True,
+                "do_rescale": True, "do_normalize": True, "resample": 3,
+                "image_mean": clip.MEAN, "image_std": clip.DEVIATION})):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        _write_json(folder / name / file, values)
+    projected = {part: "WithProjection" if getattr(config, part).projection_dim else ""
+                 for part in ("text_encoder", "text_encoder_2", "image_encoder")}
+    _write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False,
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel" + projected["text_encoder"]],
+        "text_encoder_2": ["transformers", "CLIPTextModel" + projected["text_encoder_2"]],
+        "image_encoder": ["transformers", "CLIPVisionModel" + projected["image_encoder"]],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"]})
+
+
+def _read_config(path, read):
+    """What `read` makes of a JSON file."""
+    values = _read_json(path)
+    try:
+        return read(values, str(path))
+    except KeyError as error:
+        raise UserError(f"{path} lacks the field {error}.") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+
+
+def _read_json(path):
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object.")
+    return values
+
+
+def _write_json(path, values):
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,213 @@
+"""Low-rank updates (LoRA) in the files of diffusers, PEFT and kohya, to and from our parameters.
+
+A file has for each updated layer a matrix down [rank, in] and a matrix up [out, rank], and perhaps
+a strength alpha: W + (alpha / rank) up down. Names of one layer, in the order of frequency:
+
+    unet.mid_block.attentions.0...attn1.to_q.lora_A.weight         diffusers, PEFT
+    lora_unet_middle_block_1_...attn1_to_q.lora_down.weight        kohya, with the original names
+    lora_unet_mid_block_attentions_0_...attn1_to_q.lora_down.weight     kohya, diffusers' names
+    unet.mid_block.attentions.0...attn1.processor.to_q_lora.down.weight     diffusers before 0.22
+
+Without an alpha it is the rank. Files that we write have none: readers differ in where they look
+for it, so the strength is multiplied into the up matrix.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from focusdpo_jax.checkpoints import ip_adapter, original_names, pytorch_names, tensor_file
+from focusdpo_jax.errors import UserError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+_KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te1_", "lora_te_"),
+          "text_encoder_2": ("lora_te2_",)}
+_ENDS = {".lora_A.weight": "down", ".lora_B.weight": "up", ".lora.down.weight": "down",
+         ".lora.up.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
+         "_lora.down.weight": "down", "_lora.up.weight": "up", ".alpha": "alpha"}
+
+
+class LowRank(NamedTuple):
+    """The update of one layer.
+
+    Attributes:
+      down: [rank, in], or [rank, in, h, w] of a convolution.
+      up: [out, rank], or [out, rank, 1, 1].
+      scale: alpha / rank; the layer's weight is W + scale up down.
+    """
+
+    down: Any
+    up: Any
+    scale: float
+
+
+def _modules(parameters, unet_config):
+    """{name in a file: path} of every layer with a kernel, under all the names it can have."""
+    modules = {}
+    for path in traverse_util.flatten_dict(parameters):
+        if path[-1] != "kernel":
+            continue
+        part = path[0]
+        name = pytorch_names.torch_name(path[1:]).removesuffix(".weight")
+        names = [name]
+        if part == "unet":
+            if ip_adapter.is_image_branch(path):
+                continue
+            names.append(original_names.unet_module(name, unet_config))
+        else:
+            names.append(name.removeprefix("text_model."))  # transformers 5 in memory.
+        for each in names:
+            modules[f"{part}.{each}"] = path
+            for prefix in _KOHYA[part]:
+                modules[prefix + each.replace(".", "_")] = path
+    return modules
+
+
+def _split(name):
+    """The layer's name and "down", "up" or "alpha"; the latter is None for what is no LoRA."""
+    end = next((end for end in _ENDS if name.endswith(end)), None)
+    if end is None:
+        return name, None
+    layer = name.removesuffix(end).removeprefix("base_model.model.")
+    if end.startswith("_"):
+        layer = re.sub(r"to_out$", "to_out.0", layer.replace(".processor.", "."))
+    return layer, _ENDS[end]
+
+
+def read(tensors, parameters, unet_config, source="LoRA file"):
+    """The updates in a file.
+
+    Args:
+      tensors: dict from name to array (see `tensor_file.read`).
+      parameters: {part: tree}, arrays or shapes, of the parts that may be updated: "unet" and
+        the text encoders.
+      unet_config: the `UNetConfig`.
+      source: what to call the file in a message.
+
+    Returns:
+      {path of a kernel in `parameters`: LowRank}.
+
+    Raises:
+      UserError: naming every tensor without a place, without its other half or of another shape.
+    """
+    modules = _modules({part: tree for part, tree in parameters.items() if part in _KOHYA},
+                       unet_config)
+    shapes = traverse_util.flatten_dict(parameters)
+    pieces, unexpected = {}, []
+    for name in sorted(tensors):
+        layer, kind = _split(name)
+        path = modules.get(layer, modules.get(f"unet.{layer}"))
+        if kind is None or path is None:
+            unexpected.append(name)
+        else:
+            pieces.setdefault(path, {})[kind] = name
+    updates, missing, misshaped = {}, [], []
+    for path, names in pieces.items():
+        if not {"down", "up"} <= names.keys():
+            missing.append(f"the other half of {next(iter(names.values()))}")
+            continue
+        down, up = (np.asarray(tensors[names[kind]]) for kind in ("down", "up"))
+        rank, kernel = down.shape[0], shapes[path].shape
+        wanted = ((rank, kernel[-2], *kernel[:-2]), (kernel[-1], rank, *(1 for _ in kernel[:-2])))
+        if (down.shape, up.shape) != wanted:
+            misshaped.append(f"{names['down']} and {names['up']} are {down.shape} and {up.shape}, "
+                             f"not {wanted[0]} and {wanted[1]}")
+            continue
+        alpha = np.asarray(tensors[names["alpha"]]).item() if "alpha" in names else rank
+        updates[path] = LowRank(down, up, alpha / rank)
+    pytorch_names.require_fit(source, {"missing": missing, "unexpected": unexpected,
+                                       "of another shape": misshaped})
+    return updates
+
+
+def to_flax(updates, template, config, source="LoRA file"):
+    """Trainable leaves of the UNet from the updates of a file.
+
+    A smaller rank is filled up with zeros, and so are layers that the file leaves alone.
+
+    Args:
+      updates: of `read`.
+      template: the UNet's tree, of arrays or shapes, with its `lora_a` and `lora_b`.
+      config: its `UNetConfig`.
+
+    Returns:
+      A tree of the `lora_a` and `lora_b` of `template`, float32.
+
+    Raises:
+      UserError: the UNet has no place for an update, or too small a rank.
+    """
+    shapes = traverse_util.flatten_dict(template)
+    places = {path[:-1]: leaf.shape for path, leaf in shapes.items() if path[-1] == "lora_a"}
+    ours = {path[1:-1]: update for path, update in updates.items() if path[0] == "unet"}
+    lost = [".".join(path[:-1]) for path in updates
+            if path[0] != "unet" or path[1:-1] not in places]
+    if lost:
+        raise UserError(f"{source} updates {len(lost)} layers that have no trainable update here, "
+                        f"such as {lost[0]}; merge it into the base instead (lora.merge)")
+    rank = max((update.down.shape[0] for update in ours.values()), default=0)
+    if rank > config.lora_rank:
+        raise UserError(f"{source} has rank {rank}; set config.model.lora_rank = {rank}, "
+                        f"which is {config.lora_rank}")
+    flat = {}
+    for path, (width, rank) in places.items():
+        update, features = ours.get(path), shapes[*path, "lora_b"].shape[1]
+        down, up = np.zeros((width, rank), np.float32), np.zeros((rank, features), np.float32)
+        if update is not None:
+            size = update.down.shape[0]
+            down[:, :size] = np.asarray(update.down, np.float32).T
+            up[:size] = np.asarray(update.up, np.float32).T
+            up *= np.float32(update.scale / (config.lora_alpha / config.lora_rank))
+        flat[*path, "lora_a"], flat[*path, "lora_b"] = down, up
+    return traverse_util.unflatten_dict(flat)
+
+
+def merge(updates, parameters, strength=1.0):
+    """Adds updates to the kernels that they are of.
+
+    Args:
+      updates: of `read`.
+      parameters: {part: tree} of arrays.
+      strength: multiplies every update.
+
+    Returns:
+      `parameters` with new kernels, in their types.
+    """
+    flat = dict(traverse_util.flatten_dict(parameters))
+    for path, (down, up, scale) in updates.items():
+        down, up = np.asarray(down, np.float32), np.asarray(up, np.float32)
+        product = np.tensordot(up.reshape(up.shape[:2]), down, axes=1)
+        kernel = np.asarray(flat[path])
+        # [out, in(, h, w)] in our order of axes.
+        product = np.moveaxis(product, (0, 1), (-1, -2))
+        flat[path] = (kernel + strength * scale * product).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+def from_flax(unet_parameters, config):
+    """The tensors that `pipe.load_lora_weights` takes.
+
+    Args:
+      unet_parameters: the UNet's tree; leaves other than `lora_a` and `lora_b` are left out.
+      config: its `UNetConfig`.
+
+    Returns:
+      dict from name to float32 array. The factor alpha / rank is in `lora_B`: exact both ways
+      where it is a power of two.
+    """
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf
+            in traverse_util.flatten_dict(unet_parameters).items()
+            if path[-1] in ("lora_a", "lora_b")}
+    if not flat:
+        raise UserError("the model has no low-rank updates to write")
+    scale = np.float32(config.lora_alpha / config.lora_rank)
+    flat = {path: leaf * scale if path[-1] == "lora_b" else leaf for path, leaf in flat.items()}
+    tensors = pytorch_names.from_flax(traverse_util.unflatten_dict(flat))
+    return {f"unet.{name}": value for name, value in tensors.items()}
+
+
+def save(folder, unet_parameters, config):
+    """Writes `pytorch_lora_weights.safetensors`; see `from_flax`."""
+    tensor_file.write(epath.Path(folder) / WEIGHTS, from_flax(unet_parameters, config))

@@ -1,0 +1,117 @@
+"""The result of a run, as files that diffusers and tools built on its layouts load.
+
+    README.md                               model card
+    ip_adapter.safetensors                  of pipe.load_ip_adapter
+    pytorch_lora_weights.safetensors        of pipe.load_lora_weights
+    unet/                                   of UNet2DConditionModel.from_pretrained
+    ...                                     the other parts (see diffusers_folder), where asked for
+"""
+
+import json
+
+from absl import logging
+from etils import epath
+
+from focusdpo_jax.checkpoints import diffusers_folder, ip_adapter, lora, model_card, model_folder
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.generator import PARTS
+from focusdpo_jax.models.tokenizer import Tokenizer
+
+LORA = "lora"
+# What each value of config.trainable changes.
+_TRAINED = {"adapter": ("adapter",), "lora": (LORA,), "full": ("unet", "adapter"),
+            "generator": ("unet", "adapter", "text_encoder", "text_encoder_2")}
+# Objectives that train something else, whatever config.trainable says.
+_ENCODERS = {"autoencode": ("vae",), "attributes": ("image_encoder",), "probe": ()}
+
+
+def export_run(workdir, output, *, whole=False):
+    """Writes what a finished run has trained.
+
+    Args:
+      workdir: folder of the run.
+      output: folder to write to; created if missing, files of the same names are replaced.
+      whole: whether to write the other parts, too, which makes a pipeline of the folder.
+
+    Returns:
+      The names that were written, without the model card: parts, and "lora".
+
+    Raises:
+      UserError: the run is not finished or trained nothing to export, `output` cannot be written,
+        or diffusers has no model of these sizes.
+    """
+    workdir, output = epath.Path(workdir), epath.Path(output)
+    run = _read_run(workdir)
+    folder = workdir / "model"
+    config = model_folder.load_config(folder)
+    names = _ENCODERS.get(run["objective"], _TRAINED[run["trainable"]])
+    if config.unet.lora_rank and ("unet" in names or whole):
+        names = (*names, LORA)
+    if whole:
+        names = tuple(dict.fromkeys((*PARTS, *names)))
+    if not names:
+        raise UserError(f"--workdir={workdir}: a run of config.objective = {run['objective']!r} "
+                        "trains nothing that diffusers knows; add --whole for the generator")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _write(folder, output, names, config, run["resolution"])
+        if whole:
+            tokenizer = Tokenizer(folder / "tokenizer", config.text_encoder.max_length)
+            diffusers_folder.save_surroundings(output, config, tokenizer)
+        caveat = ip_adapter.unreadable(config.adapter) if "adapter" in names else None
+        if caveat:
+            logging.warning("%s of %s: diffusers loads it as something else",
+                            caveat, output / diffusers_folder.ADAPTER)
+        card = model_card.render(run, last_metrics(workdir), names, whole, caveat)
+        (output / "README.md").write_text(card)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot write there ({error.strerror or error}). "
+                        "Give a folder that you may write.") from error
+    logging.info("%s written to %s", ", ".join(names), output)
+    return names
+
+
+def _write(folder, output, names, config, resolution):
+    """Writes each of `names`, reading no more than two parts at once."""
+    for name in names:
+        if name == LORA:
+            lora.save(output, _part(folder, "unet"), config.unet)
+        elif name == "adapter":
+            parameters = {part: _part(folder, part) for part in ("unet", "adapter")}
+            diffusers_folder.save_adapter(output, parameters, config)
+        else:
+            diffusers_folder.save_part(output, name, _part(folder, name), config, resolution)
+
+
+def _part(folder, name):
+    tree = model_folder.load_part(folder, name)
+    if tree is None:
+        raise UserError(f"{folder / name}.safetensors is missing; run the training's command "
+                        "again to write it.")
+    return tree
+
+
+def _read_run(workdir):
+    """The configuration of a finished run."""
+    if not (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir}: no run there (it has no config.json). Give the "
+                        "folder of a run of focusdpo_jax.main.")
+    if not (workdir / "model" / "model.json").exists():
+        raise UserError(f"--workdir={workdir}: the run is not finished (it has no model/ yet). "
+                        "Run the training's command again, which goes on where it stopped.")
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{workdir / 'config.json'} is damaged: {error}.") from error
+
+
+def last_metrics(workdir):
+    """The last value of each metric of a run: {name: value}, empty where nothing was logged."""
+    path, values = epath.Path(workdir) / "metrics.jsonl", {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                values |= json.loads(line)
+            except ValueError:
+                continue  # A line that was being written when the run was stopped.
+    return values

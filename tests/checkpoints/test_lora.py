@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from focusdpo_jax.checkpoints import lora, tensor_file
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.unet import UNetConfig
+
+# Of two levels, as UNetConfig's `transformer_layers_per_block` and `layers_per_block` number them.
+CONFIG = UNetConfig(block_out_channels=(8, 8), transformer_layers_per_block=(0, 1),
+                    num_heads=(1, 1), mid_transformer_layers=1, layers_per_block=1, norm_groups=4,
+                    lora_rank=4, lora_alpha=8.0)
+RNG = np.random.default_rng(0)
+QUERY = ("up_blocks_0", "attentions_1", "transformer_blocks_0", "attn1", "to_q")
+OUT = ("mid_block", "attentions_0", "transformer_blocks_0", "attn2", "to_out_0")
+CONV = ("down_blocks_0", "resnets_0", "conv1")
+FC1 = ("text_model", "encoder", "layers_0", "mlp", "fc1")
+SHAPES = {("unet", *QUERY): (6, 8), ("unet", *OUT): (8, 5), ("unet", *CONV): (3, 3, 2, 8),
+          ("text_encoder_2", *FC1): (4, 7)}
+
+
+def parameters():
+    """Kernels of the layers above, and low-rank leaves of the first two."""
+    flat = {(*path, "kernel"): RNG.normal(size=shape).astype(np.float32)
+            for path, shape in SHAPES.items()}
+    for path in (QUERY, OUT):
+        width, features = SHAPES["unet", *path]
+        flat["unet", *path, "lora_a"] = RNG.normal(size=(width, 4)).astype(np.float32)
+        flat["unet", *path, "lora_b"] = RNG.normal(size=(4, features)).astype(np.float32)
+    return traverse_util.unflatten_dict(flat)
+
+
+PARAMETERS = parameters()
+DOWN, UP = RNG.normal(size=(2, 6)).astype(np.float32), RNG.normal(size=(8, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize("down, up", [
+    ("unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora_A.weight",
+     "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora_B.weight"),
+    ("base_model.model.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora_A.weight",
+     "base_model.model.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora_B.weight"),
+    ("unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora.down.weight",
+     "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora.up.weight"),
+    ("unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+     "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.processor.to_q_lora.up.weight"),
+    ("lora_unet_up_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
+     "lora_unet_up_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q.lora_up.weight"),
+    ("lora_unet_output_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
+     "lora_unet_output_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_up.weight")])
+def test_every_naming(down, up):
+    (path, update), = lora.read({down: DOWN, up: UP}, PARAMETERS, CONFIG).items()
+    assert path == ("unet", *QUERY, "kernel") and update.scale == 1.0
+    np.testing.assert_array_equal(update.down, DOWN)
+    np.testing.assert_array_equal(update.up, UP)
+
+
+def test_other_layers_and_strengths():
+    updates = lora.read({
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": np.ones((2, 4)),
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": np.ones((7, 2)),
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": np.float16(1.0),
+        "lora_unet_input_blocks_1_0_in_layers_2.lora_down.weight":
+            np.arange(36.0).reshape(2, 2, 3, 3),
+        "lora_unet_input_blocks_1_0_in_layers_2.lora_up.weight":
+            np.arange(16.0).reshape(8, 2, 1, 1),
+        "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0.lora_down.weight":
+            np.ones((3, 8)),
+        "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0.lora_up.weight":
+            np.ones((5, 3))}, PARAMETERS, CONFIG)
+    assert {path: update.scale for path, update in updates.items()} == {
+        ("text_encoder_2", *FC1, "kernel"): 0.5, ("unet", *CONV, "kernel"): 1.0,
+        ("unet", *OUT, "kernel"): 1.0}
+    merged = lora.merge(updates, PARAMETERS, strength=0.5)
+    flat, before = (traverse_util.flatten_dict(tree) for tree in (merged, PARAMETERS))
+    change = {path: flat[path] - before[path] for path in flat}
+    # 0.5 of strength times 0.5 of alpha / rank times two ones.
+    np.testing.assert_allclose(change["text_encoder_2", *FC1, "kernel"], 0.5, atol=1e-6)
+    np.testing.assert_allclose(change["unet", *OUT, "kernel"], 1.5, atol=1e-6)
+    assert not change["unet", *QUERY, "kernel"].any()
+    # Row 2, column 0, input 1, output 3: up[3] . down[:, 1, 2, 0].
+    np.testing.assert_allclose(change["unet", *CONV, "kernel"][2, 0, 1, 3],
+                               0.5 * (6 * 15 + 7 * 33), rtol=1e-6)
+
+
+def test_trainable_leaves():
+    name = "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+    updates = lora.read({f"{name}.lora_A.weight": DOWN, f"{name}.lora_B.weight": UP},
+                        PARAMETERS, CONFIG)
+    flat = traverse_util.flatten_dict(lora.to_flax(updates, PARAMETERS["unet"], CONFIG))
+    assert set(flat) == {(*path, leaf) for path in (QUERY, OUT) for leaf in ("lora_a", "lora_b")}
+    ours = CONFIG.lora_alpha / CONFIG.lora_rank * flat[*QUERY, "lora_a"] @ flat[*QUERY, "lora_b"]
+    np.testing.assert_allclose(ours, (UP @ DOWN).T, rtol=1e-6)
+    assert not flat[*OUT, "lora_a"].any() and not flat[*OUT, "lora_b"].any()
+
+
+def test_out_and_in_again_bit_for_bit(tmp_path):
+    lora.save(tmp_path, PARAMETERS["unet"], CONFIG)
+    tensors, _ = tensor_file.read(tmp_path / "pytorch_lora_weights.safetensors")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    ours = traverse_util.flatten_dict(PARAMETERS["unet"])
+    np.testing.assert_array_equal(tensors[f"{name}.lora_A.weight"], ours[*OUT, "lora_a"].T)
+    np.testing.assert_array_equal(tensors[f"{name}.lora_B.weight"], 2 * ours[*OUT, "lora_b"].T)
+    assert len(tensors) == 4
+    back = lora.to_flax(lora.read(tensors, PARAMETERS, CONFIG), PARAMETERS["unet"], CONFIG)
+    for path, leaf in traverse_util.flatten_dict(back).items():
+        np.testing.assert_array_equal(leaf, ours[path])
+
+
+def test_misfits_are_named():
+    name = "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+    other = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0"
+    with pytest.raises(UserError) as error:
+        lora.read({f"{name}.lora_A.weight": DOWN[:, :5], f"{name}.lora_B.weight": UP,
+                   f"{other}.lora_up.weight": UP, "unet.conv_in.lora_A.weight": DOWN,
+                   f"{other}.dora_scale": UP}, PARAMETERS, CONFIG, "x.safetensors")
+    assert str(error.value) == (
+        "x.safetensors does not fit the configured model: "
+        f"1 missing: the other half of {other}.lora_up.weight; "
+        f"2 unexpected: {other}.dora_scale, unet.conv_in.lora_A.weight; "
+        f"1 of another shape: {name}.lora_A.weight and {name}.lora_B.weight are (2, 5) and "
+        "(8, 2), not (2, 6) and (8, 2)")
+
+
+def test_updates_without_a_trainable_place():
+    updates = {("unet", *CONV, "kernel"): lora.LowRank(np.ones((2, 2, 3, 3)), np.ones((8, 2)), 1.0)}
+    with pytest.raises(UserError, match="updates 1 layers .* unet.down_blocks_0.resnets_0.conv1; "
+                                        "merge it"):
+        lora.to_flax(updates, PARAMETERS["unet"], CONFIG)
+    updates = {("unet", *QUERY, "kernel"): lora.LowRank(np.ones((5, 6)), np.ones((8, 5)), 1.0)}
+    with pytest.raises(UserError, match="rank 5; set config.model.lora_rank = 5, which is 4"):
+        lora.to_flax(updates, PARAMETERS["unet"], CONFIG)
+    with pytest.raises(UserError, match="no low-rank updates to write"):
+        lora.from_flax({"conv_in": {"kernel": np.ones(2)}}, CONFIG)

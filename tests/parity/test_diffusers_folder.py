@@ -1,0 +1,222 @@
+"""Pipelines that diffusers and transformers write, read by us."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the files are PyTorch's")
+pytest.importorskip("diffusers", reason="the files are diffusers'")
+
+import safetensors.numpy  # noqa: E402
+
+from focusdpo_jax.checkpoints import (  # noqa: E402
+    diffusers_folder,
+    ip_adapter,
+    pytorch_names,
+    tensor_file,
+)
+from focusdpo_jax.errors import UserError  # noqa: E402
+from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
+from focusdpo_jax.models.generator import PARTS, Generator  # noqa: E402
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
+from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
+from tests.models.weights import random_tree  # noqa: E402
+from tests.parity import oracles, pipeline, test_unet  # noqa: E402
+
+ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=2,
+                               num_heads=2, head_dim=8, expansion=3)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return pipeline.parts()
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    pipeline.save(tmp_path, models)
+    return tmp_path
+
+
+def examples(config):
+    """{part: tree of shapes} of a generator."""
+    generator = Generator(config)
+    return {part: jax.eval_shape(lambda key, part=part: generator.init_part(part, key),
+                                 jax.random.key(0)) for part in PARTS}
+
+
+def check_exact(params, model):
+    """Compares with the model in memory, whose names transformers changes on the way to a file."""
+    theirs = oracles.tensors_of(model)
+    ours = {name: value for name, value in pytorch_names.from_flax(params).items()
+            if "_ip." not in name}
+    short = {name.removeprefix("text_model."): value for name, value in ours.items()}
+    ours = ours if set(ours) == set(theirs) else short
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        np.testing.assert_array_equal(np.asarray(value, np.float32), theirs[name])
+
+
+def test_configuration(folder):
+    tower = dict(num_layers=2, num_heads=2, intermediate_size=24)
+    text = dict(vocab_size=1000, max_length=16, eos_token_id=999, **tower)
+    config = diffusers_folder.load_config(folder)
+    assert config.unet == dataclasses.replace(test_unet.SMALL, image_context=True)
+    assert config.vae == VAEConfig(block_out_channels=(8, 12), layers_per_block=1, norm_groups=4)
+    assert config.text_encoder == CLIPTextConfig(hidden_size=8, **text)
+    assert config.text_encoder_2 == CLIPTextConfig(hidden_size=16, activation="gelu",
+                                                   projection_dim=20, **text)
+    assert config.image_encoder == CLIPVisionConfig(
+        image_size=20, patch_size=5, hidden_size=14, projection_dim=12, **tower)
+    assert config.adapter == SubjectAdapterConfig(input_dim=14, output_dim=24)
+    assert (config.prediction_type, config.zero_terminal_snr) == ("epsilon", False)
+
+
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}, {"variant": "fp16"},
+                                 {"max_shard_size": "20KB", "variant": "fp16"}])
+def test_every_part_bit_for_bit(models, how, tmp_path):
+    pipeline.save(tmp_path, models, **how)
+    shards = len(list((tmp_path / "unet").glob("*.safetensors")))
+    assert shards > 1 if "max_shard_size" in how else shards == 1
+    expected = examples(diffusers_folder.load_config(tmp_path))
+    for part, model in models.items():
+        check_exact(diffusers_folder.load_part(tmp_path, part, expected[part]), model)
+    assert diffusers_folder.load_part(tmp_path, "adapter", expected["adapter"]) is None
+    if "variant" in how:
+        with pytest.raises(UserError, match="lacks unet/diffusion_pytorch_model.fp32.safetensors"):
+            diffusers_folder.load_config(tmp_path, variant="fp32")
+
+
+def test_a_new_image_branch_reads_as_the_text_does(folder):
+    expected = examples(diffusers_folder.load_config(folder))["unet"]
+    params = diffusers_folder.load_part(folder, "unet", expected)
+    attention = params["down_blocks_1"]["attentions_0"]["transformer_blocks_0"]["attn2"]
+    assert attention["to_k_ip"]["kernel"].shape == (24, 24)
+    for name in ("to_k", "to_v"):
+        np.testing.assert_array_equal(attention[f"{name}_ip"]["kernel"],
+                                      attention[name]["kernel"])
+
+
+def test_adapter_file(folder):
+    config = dataclasses.replace(diffusers_folder.load_config(folder), adapter=ADAPTER)
+    expected = examples(config)
+    parameters = {"unet": random_tree(expected["unet"]),
+                  "adapter": random_tree(expected["adapter"])}
+    diffusers_folder.save_adapter(folder, parameters, config)
+    assert diffusers_folder.load_config(folder) == config
+    adapter = diffusers_folder.load_part(folder, "adapter", expected["adapter"])
+    jax.tree.map(np.testing.assert_array_equal, adapter, parameters["adapter"])
+    unet = diffusers_folder.load_part(folder, "unet", expected["unet"])
+    branch = unet["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_v_ip"]
+    theirs = parameters["unet"]["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn2"]
+    np.testing.assert_array_equal(branch["kernel"], theirs["to_v_ip"]["kernel"])
+
+
+def test_plain_adapter_files_tell_their_sizes():
+    shapes = {"image_proj.proj.weight": np.zeros((4 * 24, 12)), "image_proj.norm.weight":
+              np.zeros(24), "ip_adapter.1.to_k_ip.weight": np.zeros((8, 24))}
+    assert ip_adapter.read_config(shapes, {}) == SubjectAdapterConfig(
+        kind="projection", input_dim=12, output_dim=24, num_tokens=4)
+    with pytest.raises(UserError, match="x.safetensors is neither of IP-Adapter's"):
+        ip_adapter.read_config({"unet.weight": np.zeros(2)}, {}, "x.safetensors")
+
+
+def test_types_and_shards(folder, models):
+    expected = examples(diffusers_folder.load_config(folder))["vae"]
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    each = jax.tree.map(lambda leaf: sharding, expected)
+    plain = diffusers_folder.load_part(folder, "vae", expected)
+    for target in (sharding, each):
+        params = diffusers_folder.load_part(folder, "vae", expected, dtype=jnp.bfloat16,
+                                            sharding=target)
+        for leaf, exact in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
+            assert isinstance(leaf, jax.Array) and leaf.sharding == sharding
+            np.testing.assert_array_equal(leaf, exact.astype(ml_dtypes.bfloat16))
+
+
+def test_half_precision_files(folder, models):
+    """What a real fp16 variant holds."""
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: value.astype(np.float16) for name, value
+               in oracles.tensors_of(models["unet"]).items()}
+    path.unlink()
+    safetensors.numpy.save_file(tensors, path.with_suffix(".fp16.safetensors"))
+    expected = examples(diffusers_folder.load_config(folder))["unet"]
+    params = diffusers_folder.load_part(folder, "unet", expected, dtype=np.float32)
+    assert params["conv_in"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(params["conv_in"]["bias"], tensors["conv_in.bias"])
+
+
+def test_misfits_are_named(folder):
+    expected = examples(diffusers_folder.load_config(folder))["unet"]
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, _ = tensor_file.read(path)
+    del tensors["conv_in.bias"]
+    tensors["conv_out.bias"] = np.zeros(5, np.float32)
+    tensors["class_embedding.weight"] = np.zeros(3, np.float32)
+    tensor_file.write(path, tensors)
+    with pytest.raises(UserError) as error:
+        diffusers_folder.load_part(folder, "unet", expected)
+    assert str(error.value) == (
+        f"{folder}/unet does not fit the configured model: 1 missing: conv_in.bias; "
+        "1 unexpected: class_embedding.weight; "
+        "1 of another shape: conv_out.bias is (5,), not (4,)")
+
+
+def test_missing_files_are_listed(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.bin")
+    shutil.rmtree(folder / "image_encoder")
+    (folder / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(UserError) as error:
+        diffusers_folder.load_config(folder)
+    assert str(error.value).startswith(
+        f"{folder} lacks image_encoder/config.json, unet/diffusion_pytorch_model.safetensors "
+        "(a .bin is a pickle, which is not read), image_encoder/model.safetensors, "
+        "tokenizer/merges.txt. Such a folder is normally fetched by `hf download "
+        "stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`")
+
+
+def test_missing_shards_are_listed(models, tmp_path):
+    pipeline.save(tmp_path, models, max_shard_size="20KB")
+    shard = sorted((tmp_path / "vae").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"lacks vae/{shard.name}\\. Such a folder"):
+        diffusers_folder.load_config(tmp_path)
+
+
+def test_no_folder_at_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("nowhere", str(tmp_path / "nowhere"), "someone/no-such-model"):
+        with pytest.raises(UserError, match=f"{name}: no such folder, nor .*`hf download"):
+            diffusers_folder.locate(name)
+    assert diffusers_folder.locate(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("part, field, value", [
+    ("unet", "use_linear_projection", False), ("unet", "addition_embed_type", "text"),
+    ("unet", "time_cond_proj_dim", 256), ("vae", "shift_factor", 0.1),
+    ("text_encoder", "layer_norm_eps", 1e-6), ("scheduler", "beta_end", 0.02)])
+def test_another_kind_of_model_is_refused(folder, part, field, value):
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=rf"{part}/.*json describes a model of another kind than "
+                                        rf"SDXL's: {field} = {value!r} \(not"):
+        diffusers_folder.load_config(folder)
+
+
+def test_damaged_configurations_are_named(folder):
+    path = folder / "vae" / "config.json"
+    values = json.loads(path.read_text())
+    del values["scaling_factor"]
+    for text, reason in (("{", "is damaged"), ("[]", "is no JSON object"),
+                         (json.dumps(values), "lacks the field 'scaling_factor'")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"vae/config.json .*{reason}"):
+            diffusers_folder.load_config(folder)

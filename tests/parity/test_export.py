@@ -1,0 +1,203 @@
+"""What a run exports, loaded by diffusers and read again by us."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+pytest.importorskip("torch", reason="the files are for PyTorch's diffusers")
+diffusers = pytest.importorskip("diffusers", reason="the files are for diffusers")
+
+from focusdpo_jax.checkpoints import (  # noqa: E402
+    diffusers_folder,
+    lora,
+    model_folder,
+    pytorch_names,
+    run_export,
+    tensor_file,
+)
+from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
+from focusdpo_jax.models.generator import PARTS, GeneratorConfig  # noqa: E402
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
+from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402
+from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
+from tests.models.weights import random_tree  # noqa: E402
+from tests.parity import oracles, test_unet  # noqa: E402
+from tests.parity.test_diffusers_folder import check_exact, examples  # noqa: E402
+
+TEXT = dict(max_length=16, num_layers=2, num_heads=2, intermediate_size=24)
+VISION = CLIPVisionConfig(image_size=20, patch_size=5, hidden_size=14, num_layers=2, num_heads=2,
+                          intermediate_size=24, projection_dim=12)
+# Depth 4 and heads of 64 channels are what diffusers' loader takes for granted.
+ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=4,
+                               num_heads=2, head_dim=64)
+RUN = {"objective": "focus_dpo", "trainable": "full", "resolution": 32, "steps": 4,
+       "model": {"pretrained": "toybox"}, "data": {"path": "data", "seed": 7, "train_size": 12}}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A finished run of random weights with low-rank updates, and its whole export."""
+    folder = tmp_path_factory.mktemp("run")
+    size = write_vocabulary(folder / "model" / "tokenizer", ["a", "red", "boat"])
+    text = dict(vocab_size=size, eos_token_id=size - 1, **TEXT)
+    config = GeneratorConfig(
+        unet=dataclasses.replace(test_unet.SMALL, image_context=True, lora_rank=4, lora_alpha=8.0),
+        vae=VAEConfig(block_out_channels=(8, 12), layers_per_block=1, norm_groups=4),
+        text_encoder=CLIPTextConfig(hidden_size=8, **text),
+        text_encoder_2=CLIPTextConfig(hidden_size=16, activation="gelu", projection_dim=20, **text),
+        image_encoder=VISION, adapter=ADAPTER, prediction_type="v_prediction",
+        zero_terminal_snr=True)
+    shapes = examples(config)
+    parameters = {part: random_tree(shapes[part], seed) for seed, part in enumerate(PARTS)}
+    for part, tree in parameters.items():
+        model_folder.save_part(folder / "model", part, tree)
+    model_folder.save_config(folder / "model", config)
+    (folder / "config.json").write_text(json.dumps(RUN))
+    (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n')
+    names = run_export.export_run(folder, folder / "out", whole=True)
+    assert names == (*PARTS, "lora")
+    return folder / "out", config, parameters
+
+
+@pytest.fixture(scope="module")
+def pipe(exported):
+    """The pipeline that diffusers makes of the folder alone."""
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(exported[0])
+    pipe.load_ip_adapter(exported[0], subfolder="", weight_name=diffusers_folder.ADAPTER,
+                         image_encoder_folder=None)
+    return pipe
+
+
+def test_diffusers_has_every_tensor(exported, pipe):
+    out, config, parameters = exported
+    flat = traverse_util.flatten_dict(parameters["unet"])
+    theirs = oracles.tensors_of(pipe.unet)
+    for path, leaf in flat.items():
+        if path[-1] not in ("lora_a", "lora_b"):
+            (name, value), = pytorch_names.from_flax(
+                traverse_util.unflatten_dict({path: leaf})).items()
+            np.testing.assert_array_equal(theirs.pop(name), value)
+    prefix = "encoder_hid_proj.image_projection_layers.0."
+    adapter = pytorch_names.from_flax(parameters["adapter"])
+    assert set(theirs) == {prefix + name for name in adapter}
+    for name, value in adapter.items():
+        np.testing.assert_array_equal(theirs[prefix + name], value)
+    for part in ("vae", "text_encoder", "text_encoder_2", "image_encoder"):
+        check_exact(parameters[part], getattr(pipe, part))
+
+
+def test_diffusers_reads_the_surroundings(exported, pipe):
+    out, _, _ = exported
+    scheduler = pipe.scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.config.rescale_betas_zero_snr
+    assert pipe.feature_extractor.crop_size["height"] == 20
+    assert (pipe.default_sample_size, pipe.vae_scale_factor) == (16, 2)
+    ours = Tokenizer(out / "tokenizer", 16)
+    for caption in ("a red boat", "", "Two zebras, in a VERY long sentence; 12 words? or more!"):
+        ids = [tokenizer(caption, padding="max_length", max_length=tokenizer.model_max_length,
+                         truncation=True).input_ids
+               for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
+        np.testing.assert_array_equal(ours(caption), ids)
+
+
+def test_in_again_bit_for_bit(exported):
+    out, config, parameters = exported
+    plain = dataclasses.replace(config, unet=dataclasses.replace(
+        config.unet, lora_rank=0, lora_alpha=16.0))
+    assert diffusers_folder.load_config(out) == plain
+    for part in PARTS:
+        flat = traverse_util.flatten_dict(parameters[part])
+        expected = {path: leaf for path, leaf in flat.items()
+                    if path[-1] not in ("lora_a", "lora_b")}
+        read = diffusers_folder.load_part(
+            out, part, traverse_util.unflatten_dict(expected), dtype=np.float32)
+        read = traverse_util.flatten_dict(read)
+        assert set(read) == set(expected)
+        for path, leaf in expected.items():
+            np.testing.assert_array_equal(read[path], leaf)
+    tensors, _ = tensor_file.read(out / lora.WEIGHTS)
+    updates = lora.read(tensors, {"unet": parameters["unet"]}, config.unet)
+    for path, leaf in traverse_util.flatten_dict(
+            lora.to_flax(updates, parameters["unet"], config.unet)).items():
+        np.testing.assert_array_equal(
+            leaf, traverse_util.flatten_dict(parameters["unet"])[path])
+
+
+def fused(pipe, original):
+    """The UNet's weights with the loaded updates in them."""
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    return {name: value for name, value in oracles.tensors_of(pipe.unet).items()
+            if name in original}
+
+
+def test_low_rank_updates_in_diffusers(exported):
+    """Of our file, and of one in kohya's naming with strengths of its own."""
+    pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+    out, config, parameters = exported
+    unet = {"unet": parameters["unet"]}
+    ours, _ = tensor_file.read(out / lora.WEIGHTS)
+    rng = np.random.default_rng(3)
+    kohya = {}
+    for layer, (rows, columns) in {
+            "output_blocks_1_1_transformer_blocks_0_attn1_to_q": (24, 24),
+            "middle_block_1_transformer_blocks_0_ff_net_0_proj": (192, 24),
+            "input_blocks_3_1_proj_in": (24, 24)}.items():
+        kohya[f"lora_unet_{layer}.lora_down.weight"] = rng.normal(size=(2, columns))
+        kohya[f"lora_unet_{layer}.lora_up.weight"] = rng.normal(size=(rows, 2))
+        kohya[f"lora_unet_{layer}.alpha"] = np.float32(0.5 * len(layer))
+    kohya = {name: np.float32(value) for name, value in kohya.items()}
+    tensor_file.write(out / "kohya.safetensors", kohya)
+    for name, tensors in ((lora.WEIGHTS, ours), ("kohya.safetensors", kohya)):
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out)
+        before = oracles.tensors_of(pipe.unet)
+        before = {name: value.copy() for name, value in before.items()}
+        pipe.load_lora_weights(out, weight_name=name)
+        theirs = fused(pipe, before)
+        updates = lora.read(tensors, unet, config.unet)
+        merged = pytorch_names.from_flax(lora.merge(updates, unet)["unet"])
+        changed = 0
+        for key, value in before.items():
+            # Of a product of four terms at most, summed in another order.
+            np.testing.assert_allclose(theirs[key], merged[key], rtol=1e-5, atol=1e-4)
+            changed += bool(np.abs(theirs[key] - value).max() > 1e-3)
+        assert changed == len(updates) == (3 if "kohya" in name else 32)
+
+
+@pytest.mark.parametrize("trainable, files", [
+    ("adapter", {"ip_adapter.safetensors"}), ("lora", {"pytorch_lora_weights.safetensors"}),
+    ("full", {"unet", "ip_adapter.safetensors", "pytorch_lora_weights.safetensors"})])
+def test_what_was_trained(exported, trainable, files, tmp_path):
+    run = exported[0].parent
+    (run / "config.json").write_text(json.dumps(RUN | {"trainable": trainable}))
+    run_export.export_run(run, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == files | {"README.md"}
+
+
+def test_the_command(exported, tmp_path):
+    run = exported[0].parent
+    (run / "config.json").write_text(json.dumps(RUN | {"trainable": "adapter"}))
+    result = subprocess.run([sys.executable, "-m", "focusdpo_jax.export", f"--workdir={run}",
+                             f"--output={tmp_path}"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"adapter written to {tmp_path}" in result.stderr
+    np.testing.assert_equal((tmp_path / diffusers_folder.ADAPTER).read_bytes(),
+                            (exported[0] / diffusers_folder.ADAPTER).read_bytes())
+
+
+def test_model_card(exported):
+    card = (exported[0] / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    for text in ("4 of 4 steps from `toybox`", "| loss | 0.25 |", "12 pairs of `data`, seed 7",
+                 "StableDiffusionXLPipeline.from_pretrained(FOLDER)", '"objective": "focus_dpo"',
+                 'pipe.load_ip_adapter(FOLDER, subfolder="",'):
+        assert text in card
+    assert "not for diffusers" not in card
