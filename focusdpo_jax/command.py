@@ -4,18 +4,26 @@ import logging as python_logging
 import os
 import sys
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from focusdpo_jax.errors import UserError
 
 
-def run(main, parse_flags=None):
+def parse_flags(argv):
+    """Parses the command line; whatever is wrong with it is one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(" ".join(str(error).split()))
+
+
+def run(main, parser=parse_flags):
     """Runs a command as the main program.
 
     Args:
-      main: takes the arguments that are left after the flags. A `UserError` that it raises becomes
-        one line on stderr and exit status 2.
-      parse_flags: takes all arguments, defines how flags are read; default: absl's way.
+      main: the command, a function without arguments. A `UserError` that it raises becomes one line
+        on stderr and exit status 2.
+      parser: takes all arguments and returns those that are not flags.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.INFO)
@@ -29,7 +37,7 @@ def run(main, parse_flags=None):
         except UserError as error:
             fail(error)
 
-    app.run(guarded, flags_parser=parse_flags) if parse_flags else app.run(guarded)
+    app.run(guarded, flags_parser=parser)
 
 
 def fail(message):

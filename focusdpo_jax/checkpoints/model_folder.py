@@ -27,11 +27,12 @@ def save_part(folder, name, tree):
     temporary.replace(path)
 
 
-def load_part(folder, name, example=None):
-    """Reads one part as float32, or returns None where the folder has no such file.
+def load_part(folder, name, example=None, dtype=np.float32):
+    """Reads one part, or returns None where the folder has no such file.
 
     Args:
       example: a tree of the shapes that are expected; what lies in the file must match it.
+      dtype: of the result.
 
     Raises:
       UserError: the file cannot be read, or tensors are missing, unexpected or of another shape.
@@ -43,7 +44,7 @@ def load_part(folder, name, example=None):
         tensors = safetensors.load(path.read_bytes())
     except Exception as error:  # safetensors raises its own, undocumented types.
         raise UserError(f"{path} is not a readable safetensors file ({error}).") from error
-    tree = {key: np.asarray(value, np.float32) for key, value in tensors.items()}
+    tree = {key: np.asarray(value, dtype) for key, value in tensors.items()}
     if example is not None:
         expected = {k: v.shape for k, v in traverse_util.flatten_dict(example, sep="/").items()}
         wrong = [f"missing {k}" for k in sorted(expected.keys() - tree.keys())]

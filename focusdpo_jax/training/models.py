@@ -5,11 +5,12 @@ import functools
 import importlib.resources
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from focusdpo_jax.checkpoints import model_folder
+from focusdpo_jax.checkpoints import diffusers_folder, model_folder
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig
@@ -44,9 +45,22 @@ def shipped(name):
     return epath.Path(importlib.resources.files("focusdpo_jax") / "assets" / name)
 
 
+def _locate(name):
+    """The folder that `config.model.pretrained` stands for, and the module that reads it."""
+    folder = shipped(name)
+    if "/" in name or not folder.exists():
+        try:
+            folder = diffusers_folder.locate(name)
+        except UserError as error:
+            raise UserError(f"config.model.pretrained = {error} (Or give 'toybox', which ships "
+                            "with this package.)") from error
+    return folder, diffusers_folder if diffusers_folder.is_one(folder) else model_folder
+
+
 def load_model(config, workdir):
     """Reads `config.model.pretrained`, or makes a model of `config.model.sizes` at random.
 
+    What is read is a model folder, as runs leave it, or an SDXL pipeline in diffusers' layout.
     Parts that the folder lacks, and the low-rank updates of LoRA, are drawn from `config.seed`.
 
     Raises:
@@ -54,13 +68,10 @@ def load_model(config, workdir):
     """
     name = config.model.pretrained
     if name:
-        folder = shipped(name) if "/" not in name and shipped(name).exists() else epath.Path(name)
-        if not folder.exists():
-            raise UserError(f"config.model.pretrained = {name!r}: no such folder. Give 'toybox', "
-                            "which ships with this package, or a folder with a model.json.")
-        sizes = model_folder.load_config(folder)
+        folder, layout = _locate(name)
+        sizes = layout.load_config(folder)
     else:
-        folder = epath.Path(workdir) / "model"
+        folder, layout = epath.Path(workdir) / "model", model_folder
         sizes = GeneratorConfig.from_dict(config.model.sizes.to_dict())
         write_vocabulary(folder / "tokenizer", toybox.vocabulary())
     sizes = dataclasses.replace(
@@ -73,7 +84,8 @@ def load_model(config, workdir):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         paths = traverse_util.flatten_dict(jax.eval_shape(init, key))
         published = {p: v for p, v in paths.items() if p[-1] not in ("lora_a", "lora_b")}
-        tree = model_folder.load_part(folder, part, traverse_util.unflatten_dict(published))
+        tree = layout.load_part(
+            folder, part, traverse_util.unflatten_dict(published), dtype=np.float32)
         if tree is None or len(published) < len(paths):
             # It runs once: compiling it well would take longer than running it badly.
             fresh = jax.jit(init, compiler_options=_FAST_TO_COMPILE)(key)

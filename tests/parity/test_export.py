@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import ml_collections
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -25,6 +26,7 @@ from focusdpo_jax.models.generator import PARTS, GeneratorConfig  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402
 from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
+from focusdpo_jax.training import models  # noqa: E402
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, test_unet  # noqa: E402
 from tests.parity.test_diffusers_folder import check_exact, examples  # noqa: E402
@@ -129,6 +131,19 @@ def test_in_again_bit_for_bit(exported):
             lora.to_flax(updates, parameters["unet"], config.unet)).items():
         np.testing.assert_array_equal(
             leaf, traverse_util.flatten_dict(parameters["unet"])[path])
+
+
+def test_a_run_starts_from_it(exported, tmp_path):
+    out, _, parameters = exported
+    model = models.load_model(ml_collections.ConfigDict(
+        {"seed": 0, "model": {"pretrained": str(out), "lora_rank": 0}}), tmp_path)
+    assert model.generator.config.prediction_type == "v_prediction"
+    assert model.tokenizer("a red boat").shape == (2, 16)
+    for part in PARTS:
+        read = traverse_util.flatten_dict(model.parameters[part])
+        for path, leaf in traverse_util.flatten_dict(parameters[part]).items():
+            if path[-1] not in ("lora_a", "lora_b"):
+                np.testing.assert_array_equal(read[path], leaf)
 
 
 def fused(pipe, original):
