@@ -25,7 +25,7 @@ def get_config():
     # adapter).
     config.trainable = "full"
     # Pull towards the reference model: the smaller, the further the policy may go.
-    config.beta = 200.0
+    config.beta = 1000.0
     # Chance to drop caption or references; for "sft" alone.
     config.condition_dropout = 0.0
 
