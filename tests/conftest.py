@@ -19,7 +19,9 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
 
 
 def pytest_sessionfinish():
-    """Removes the compiled programs."""
+    """Removes the compiled programs, once the last worker has done its tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     import shutil
     shutil.rmtree(_CACHE, ignore_errors=True)
 

@@ -52,8 +52,9 @@ def _locate(name):
         try:
             folder = diffusers_folder.locate(name)
         except UserError as error:
-            raise UserError(f"config.model.pretrained = {error} (Or give 'toybox', which ships "
-                            "with this package.)") from error
+            reason = str(error).removeprefix(f"{name}: ")
+            raise UserError(f"config.model.pretrained = {name!r}: {reason} (Or give 'toybox', "
+                            "which ships with this package.)") from error
     return folder, diffusers_folder if diffusers_folder.is_one(folder) else model_folder
 
 
