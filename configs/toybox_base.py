@@ -34,8 +34,8 @@ def get_config(stage="generator"):
     config.beta = 1.0
 
     # Optimiser steps and scenes a step.
-    config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 6000,
-                    "generator": 4200}[stage]
+    config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 5000,
+                    "generator": 9000}[stage]
     config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16,
                          "generator": 32}[stage]
     # Batches whose gradients are averaged into one step.
