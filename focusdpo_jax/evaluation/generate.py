@@ -21,20 +21,20 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
       sampler: one of `samplers.SAMPLERS`.
 
     Returns:
-      generate(parameters, token_ids [B, 2, L], time_ids [B, 6], features [B, S, 1 + N, D],
-      present [B, S], noise [B, h, w, C], keys [B]) -> uint8 [B, H, W, 3]. The features are
-      `Generator.image_features` of the references; the keys, one a picture, are for samplers that
-      draw noise on the way, and may be left out for others.
+      generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
+      present [B, S], noise [B, h, w, C], keys [B]) -> uint8 [B, H, W, 3]. The references are what
+      `Generator.view` says of them; the keys, one a picture, are for samplers that draw noise on
+      the way, and may be left out for others.
     """
     spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
     negative = jnp.asarray(negative_token_ids)[None]
 
     @jax.jit
-    def generate(parameters, token_ids, time_ids, features, present, noise, keys=None):
+    def generate(parameters, token_ids, time_ids, references, present, noise, keys=None):
         text, pooled = generator.encode_text(parameters, token_ids)
         conditioning = Conditioning(
             text=text, pooled=pooled, time_ids=time_ids, image_present=present,
-            image_tokens=generator.subject_tokens(parameters, features.astype(jnp.float32)))
+            image_tokens=generator.subject_tokens(parameters, references))
         if guidance != 1:
             other_text, other_pooled = generator.encode_text(parameters, negative)
             without = conditioning.replace(
@@ -81,5 +81,6 @@ def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size
         noise = scene_noise(seed, scenes.index[rows], latent_shape)
         pictures.append(generate(
             parameters, scenes.token_ids[rows], scenes.time_ids[rows],
-            scenes.reference_features[rows], scenes.present[rows], noise))
+            jax.tree.map(lambda x, rows=rows: x[rows], scenes.references), scenes.present[rows],
+            noise))
     return np.concatenate([np.asarray(p) for p in pictures])[:count]

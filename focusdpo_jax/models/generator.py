@@ -2,7 +2,7 @@
 
 Training and evaluation meet a generator only through this file. Another backbone is another class
 with these methods; this one is SDXL's: latent diffusion with a UNet, two text encoders, an image
-encoder for the subject reference images, and a subject adapter that turns its patch features
+encoder for the subject reference images, and a subject adapter that turns what it says of them
 into tokens for decoupled cross-attention.
 
 The parameters are one tree with a root per part (`PARTS`). `split_parameters` divides it into what
@@ -26,7 +26,7 @@ from focusdpo_jax.models.clip import (
     CLIPVision,
     CLIPVisionConfig,
 )
-from focusdpo_jax.models.subject_adapter import Resampler, SubjectAdapterConfig
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_adapter
 from focusdpo_jax.models.unet import UNet, UNetConfig
 from focusdpo_jax.models.vae import VAE, VAEConfig
 
@@ -63,6 +63,22 @@ class GeneratorConfig:
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
 
+    def __post_init__(self):
+        encoder, adapter = self.image_encoder, self.adapter
+        pooled = adapter.kind == "projection"
+        given = encoder.projection_dim if pooled else encoder.hidden_size
+        if adapter.input_dim != given:
+            raise UserError(
+                f"adapter.input_dim = {adapter.input_dim}, but what a subject adapter of kind = "
+                f"{adapter.kind!r} reads is image_encoder."
+                f"{'projection_dim' if pooled else 'hidden_size'} = {given} wide: take the image "
+                "encoder that it was trained with")
+        if adapter.output_dim != self.unet.cross_attention_dim:
+            raise UserError(
+                f"adapter.output_dim = {adapter.output_dim}, but the UNet reads tokens of width "
+                f"unet.cross_attention_dim = {self.unet.cross_attention_dim}: take an adapter made "
+                "for it")
+
     def to_json(self):
         """The configuration as JSON text, which `from_json` reads back."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
@@ -82,6 +98,21 @@ class GeneratorConfig:
                         for k, v in values[field.name].items()}
                 values[field.name] = field.type(**part)
         return cls(**values)
+
+
+@flax.struct.dataclass
+class ImageView:
+    """What the image encoder says of pictures [...].
+
+    Attributes:
+      features: [..., 1 + N, D] of the penultimate layer: the class token, then the patches row by
+        row. The resampler reads all, SPAF the patches.
+      embedding: [..., P], pooled and projected, if the subject adapter is one that reads it (plain
+        IP-Adapter); otherwise None.
+    """
+
+    features: jax.Array
+    embedding: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -113,7 +144,7 @@ class Generator:
         self.text_encoder = CLIPText(config.text_encoder, dtype)
         self.text_encoder_2 = CLIPText(config.text_encoder_2, dtype)
         self.image_encoder = CLIPVision(config.image_encoder, dtype)
-        self.adapter = Resampler(config.adapter, dtype)
+        self.adapter = subject_adapter(config.adapter, dtype)
         self.schedule = noise_schedule.scaled_linear_schedule(
             config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
 
@@ -147,7 +178,8 @@ class Generator:
             size = config.image_encoder.image_size
             inputs = (jnp.zeros((1, size, size, 3)),)
         elif part == "adapter":
-            inputs = (jnp.zeros((1, 1, 2, config.adapter.input_dim)),)
+            patches = () if config.adapter.kind == "projection" else (2,)
+            inputs = (jnp.zeros((1, 1, *patches, config.adapter.input_dim)),)
         else:
             inputs = (jnp.zeros((1, 2), jnp.int32),)
         return getattr(self, part).init(key, *inputs)["params"]
@@ -188,27 +220,27 @@ class Generator:
         text = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
         return text, second.projected
 
-    def image_features(self, parameters, pixels):
-        """Features of the image encoder's penultimate layer.
+    def view(self, parameters, pixels):
+        """The `ImageView` of pictures: all that subject adapter and SPAF need to know of them.
 
         Args:
           pixels: [..., H, W, 3] in [0, 1], of the image encoder's own size.
-
-        Returns:
-          [..., 1 + N, D]: the class token, then the patches row by row.
         """
         shape = pixels.shape
-        features = self.see(parameters, pixels.reshape(-1, *shape[-3:])).penultimate
-        return features.reshape(*shape[:-3], *features.shape[-2:])
+        seen = self.see(parameters, pixels.reshape(-1, *shape[-3:]))
+        pooled = seen.projected if self.config.adapter.kind == "projection" else None
+        return jax.tree.map(lambda x: x.reshape(*shape[:-3], *x.shape[1:]),
+                            ImageView(seen.penultimate, pooled))
 
     def see(self, parameters, pixels):
         """Everything the image encoder says (`CLIPOutput`) of pixels [B, H, W, 3] in [0, 1]."""
         return self.image_encoder.apply(
             {"params": parameters["image_encoder"]}, clip.normalise_images(pixels))
 
-    def subject_tokens(self, parameters, features):
-        """Tokens [B, S, T, D] of the subject adapter from `image_features` [B, S, 1 + N, D]."""
-        return self.adapter.apply({"params": parameters["adapter"]}, features)
+    def subject_tokens(self, parameters, view):
+        """Tokens [B, S, T, D] of the subject adapter from the `ImageView` [B, S] of references."""
+        read = view.embedding if self.config.adapter.kind == "projection" else view.features
+        return self.adapter.apply({"params": parameters["adapter"]}, read.astype(jnp.float32))
 
     def denoise(self, parameters, latents, timesteps, conditioning, *, image_scale=1.0,
                 capture=()):

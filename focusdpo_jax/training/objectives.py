@@ -49,8 +49,7 @@ def twice(tree):
 def condition(generator, parameters, encoded):
     """The conditioning [B] of a batch: text encoders and subject adapter of `parameters`."""
     text, pooled = generator.encode_text(parameters, encoded.token_ids)
-    tokens = generator.subject_tokens(
-        parameters, encoded.reference_features.astype(jnp.float32))
+    tokens = generator.subject_tokens(parameters, encoded.references)
     return Conditioning(text=text, pooled=pooled, time_ids=encoded.time_ids,
                         image_tokens=tokens, image_present=encoded.present)
 
@@ -90,7 +89,7 @@ def match(numbers, encoded, grid):
     present, masks = encoded.present, encoded.reference_masks.astype(jnp.float32)
     present = present & (masks.sum(-1) > 0)
     prototypes = correspondence.prototypes(
-        encoded.reference_features[:, :, 1:].astype(jnp.float32), masks, present)
+        encoded.references.features[:, :, 1:].astype(jnp.float32), masks, present)
     targets = by_image(encoded.target_features).astype(jnp.float32)
     similarity = correspondence.cosine_similarity(twice(prototypes), targets)
     matched = correspondence.match(similarity, twice(present), twice(encoded.area), numbers.rho)

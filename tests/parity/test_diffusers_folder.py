@@ -31,6 +31,7 @@ from tests.parity import oracles, pipeline, test_unet  # noqa: E402
 
 ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=2,
                                num_heads=2, head_dim=8, expansion=3)
+PLAIN = SubjectAdapterConfig(kind="projection", input_dim=12, output_dim=24, num_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +104,9 @@ def test_a_new_image_branch_reads_as_the_text_does(folder):
                                       attention[name]["kernel"])
 
 
-def test_adapter_file(folder):
-    config = dataclasses.replace(diffusers_folder.load_config(folder), adapter=ADAPTER)
+@pytest.mark.parametrize("adapter", [ADAPTER, PLAIN], ids=lambda config: config.kind)
+def test_adapter_file(folder, adapter):
+    config = dataclasses.replace(diffusers_folder.load_config(folder), adapter=adapter)
     expected = examples(config)
     parameters = {"unet": random_tree(expected["unet"]),
                   "adapter": random_tree(expected["adapter"])}
