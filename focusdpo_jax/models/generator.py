@@ -125,6 +125,9 @@ class Conditioning:
       time_ids: [B, 6] original height and width, crop top and left, target height and width.
       image_tokens: [B, S, T, D] tokens of each reference.
       image_present: bool [B, S]; absent slots contribute nothing.
+      image_scales: [B, S], weight of each reference, or None for 1.
+      image_masks: [B, S, H, W] in [0, 1], where in the picture each reference may show itself, or
+        None for everywhere (see `UNet.__call__`).
     """
 
     text: jax.Array
@@ -132,6 +135,8 @@ class Conditioning:
     time_ids: jax.Array
     image_tokens: jax.Array
     image_present: jax.Array
+    image_scales: jax.Array | None = None
+    image_masks: jax.Array | None = None
 
 
 class Generator:
@@ -248,7 +253,8 @@ class Generator:
         return self.unet.apply(
             {"params": parameters["unet"]}, latents, timesteps, conditioning.text,
             conditioning.pooled, conditioning.time_ids, conditioning.image_tokens,
-            conditioning.image_present, image_scale, capture=capture)
+            conditioning.image_present, image_scale, image_scales=conditioning.image_scales,
+            image_masks=conditioning.image_masks, capture=capture)
 
 
 def split_parameters(parameters, trainable):

@@ -95,6 +95,8 @@ class Context(NamedTuple):
     image_tokens: Any = None
     image_present: Any = None
     image_scale: Any = None
+    image_scales: Any = None
+    image_masks: Any = None
 
 
 class CrossAttention(nn.Module):
@@ -125,11 +127,53 @@ class CrossAttention(nn.Module):
             mask = jnp.repeat(context.image_present, tokens, axis=1)
             key = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_k_ip")(image)
             value = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_v_ip")(image)
-            seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
+            if context.image_scales is not None:
+                scales = jnp.repeat(context.image_scales, tokens, axis=1)
+                value = value * scales[:, :, None].astype(value.dtype)
+            if context.image_masks is None:
+                seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
+            else:
+                seen = attend_within_masks(query, key, value, mask, context.image_masks,
+                                           self.num_heads)
             out = out + jnp.asarray(context.image_scale, out.dtype) * seen
             if self.record:
                 shares = slot_shares(query, key, mask, self.num_heads, slots)
         return dense(True, "to_out_0")(out), shares
+
+
+def attend_within_masks(query, key, value, key_mask, slot_masks, num_heads):
+    """Attention to the tokens of each slot by themselves, weighted by its mask and summed.
+
+    Args:
+      query: [B, N, C]; key, value: [B, slots * T, C].
+      key_mask: bool [B, slots * T].
+      slot_masks: [B, slots, N], weight of each slot at each position.
+
+    Returns:
+      [B, N, C].
+    """
+    batch, slots, positions = slot_masks.shape
+
+    def by_slot(x):
+        return x.reshape(batch * slots, -1, *x.shape[2:])
+
+    seen = layers.attend(jnp.repeat(query, slots, axis=0), by_slot(key), by_slot(value), num_heads,
+                         key_mask=by_slot(key_mask))
+    seen = seen.reshape(batch, slots, positions, -1)
+    return (seen * slot_masks[..., None].astype(seen.dtype)).sum(1)
+
+
+def masks_on_grid(masks, grid):
+    """Masks [B, S, H, W] on a grid (height, width) of positions: [B, S, height * width].
+
+    Interpolated as diffusers' `IPAdapterMaskProcessor` does, so that values may leave [0, 1] at an
+    edge. It guesses the grid from the masks' aspect and moves rows where that is not the picture's;
+    here such masks are stretched over the picture.
+    """
+    down, across = (layers.bicubic_weights(old, new) for old, new in zip(masks.shape[2:], grid))
+    small = jnp.einsum("bsyx,hy,wx->bshw", masks.astype(jnp.float32), down, across,
+                       precision=jax.lax.Precision.HIGHEST)
+    return small.reshape(*small.shape[:2], -1)
 
 
 def slot_shares(query, key, key_mask, num_heads, slots):
@@ -190,6 +234,9 @@ class SpatialTransformer(nn.Module):
         h = layers.GroupNorm(self.config.norm_groups, 1e-6, self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, channels)
         h = nn.Dense(channels, dtype=self.dtype, name="proj_in")(h)
+        if context.image_masks is not None:
+            context = context._replace(
+                image_masks=masks_on_grid(context.image_masks, (height, width)))
         block = nn.remat(TransformerBlock) if self.config.remat else TransformerBlock
         recorded = []
         for i in range(self.depth):
@@ -278,7 +325,8 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, sample, timesteps, text, pooled, time_ids, image_tokens=None,
-                 image_present=None, image_scale=1.0, *, capture=()):
+                 image_present=None, image_scale=1.0, *, image_scales=None, image_masks=None,
+                 capture=()):
         """Runs the network.
 
         Args:
@@ -292,10 +340,15 @@ class UNet(nn.Module):
             needed if and only if `config.image_context`.
           image_present: bool [B, S]; a slot that is absent contributes nothing.
           image_scale: weight of the image branch.
+          image_scales: [B, S], a further weight of each slot; None is 1.
+          image_masks: [B, S, H', W'] in [0, 1], where each slot may show itself, in any size and
+            the aspect of the picture. With masks every slot is attended to by itself, and the
+            results are added (see `attend_within_masks`); without, all share one softmax.
           capture: names from `config.capture_names`. A block's name gives the output
             [B, h, w, C] of its last resnet or transformer, before any resampling;
             "image_attention" the share of attention on each slot [B, h, w, S] in float32, averaged
-            over heads and over the cross-attention layers of the finest level that has any.
+            over heads and over the cross-attention layers of the finest level that has any; it is
+            that of one softmax over all slots, with masks and scales or without.
 
         Returns:
           The prediction [B, H, W, out_channels] in float32, and a dict of what was captured.
@@ -314,7 +367,8 @@ class UNet(nn.Module):
         context = Context(text.astype(self.dtype))
         if config.image_context:
             context = Context(context.text, image_tokens.astype(self.dtype),
-                              image_present.astype(bool), image_scale)
+                              image_present.astype(bool), image_scale, image_scales,
+                              image_masks)
 
         captured, recorded = {}, []
         last = len(config.block_out_channels) - 1
