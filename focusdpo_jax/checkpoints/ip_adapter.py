@@ -117,18 +117,20 @@ def read_config(tensors, metadata, source="IP-Adapter file"):
 
     Args:
       tensors: dict from the file's names to what has a shape.
-      metadata: dict of texts. Without "head_dim" an attention head has 64 channels, which is so
-        in every published file.
+      metadata: dict of texts. Published files have none: then an attention head has 64 channels,
+        and dropped references are "blank".
 
     Raises:
       UserError: it is neither IP-Adapter nor IP-Adapter-Plus.
     """
     shapes = {name.removeprefix(_PROJECTION): value.shape for name, value in tensors.items()}
+    dropped = metadata.get("dropped", "blank")
     try:
         if "proj.weight" in shapes:
             (output_dim,), (rows, input_dim) = shapes["norm.weight"], shapes["proj.weight"]
             return SubjectAdapterConfig(kind="projection", input_dim=input_dim,
-                                        output_dim=output_dim, num_tokens=rows // output_dim)
+                                        output_dim=output_dim, num_tokens=rows // output_dim,
+                                        dropped=dropped)
         head_dim = int(metadata.get("head_dim", _HEAD_DIM))
         width, input_dim = shapes["proj_in.weight"]
         layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
@@ -136,7 +138,7 @@ def read_config(tensors, metadata, source="IP-Adapter file"):
             input_dim=input_dim, output_dim=shapes["proj_out.weight"][0],
             num_tokens=shapes["latents"][1], width=width, depth=len(layers),
             num_heads=shapes["layers.0.0.to_q.weight"][0] // head_dim, head_dim=head_dim,
-            expansion=shapes["layers.0.1.1.weight"][0] // width)
+            expansion=shapes["layers.0.1.1.weight"][0] // width, dropped=dropped)
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{source} is neither of IP-Adapter's nor of IP-Adapter-Plus's layout "
                         f"({error}).") from error
@@ -144,17 +146,18 @@ def read_config(tensors, metadata, source="IP-Adapter file"):
 
 def write_config(config):
     """The metadata from which `read_config` knows what shapes do not tell."""
-    return {"head_dim": str(config.head_dim)} if config.kind == "resampler" else {}
+    known = {"dropped": config.dropped}
+    return known | ({"head_dim": str(config.head_dim)} if config.kind == "resampler" else {})
 
 
 def unreadable(config):
     """Why diffusers' `load_ip_adapter` misreads an adapter of this configuration, or None.
 
-    It takes four layers, heads of 64 channels and a fourfold feed-forward for granted.
+    It takes four layers, heads of 64 channels and a fourfold feed-forward for granted, and four
+    tokens of a pooled embedding.
     """
-    if config.kind != "resampler":
-        return None
-    fixed = {"depth": 4, "head_dim": _HEAD_DIM, "expansion": 4}
+    fixed = ({"depth": 4, "head_dim": _HEAD_DIM, "expansion": 4} if config.kind == "resampler"
+             else {"num_tokens": 4})
     wrong = [f"{name} = {getattr(config, name)} (not {value})" for name, value in fixed.items()
              if getattr(config, name) != value]
     return f"the subject adapter has {', '.join(wrong)}" if wrong else None

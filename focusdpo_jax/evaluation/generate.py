@@ -15,8 +15,8 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
     Args:
       steps: denoiser calls.
       guidance: classifier-free guidance scale; 1 is none, and costs half.
-      negative_token_ids: int [2, L], what guidance leads away from, without references: the empty
-        prompt, or one that says what not to show.
+      negative_token_ids: int [2, L], what guidance leads away from: the empty prompt, or one that
+        says what not to show. The references are dropped there (see `SubjectAdapterConfig`).
       image_scale: weight of the references' part of cross-attention.
       sampler: one of `samplers.SAMPLERS`.
 
@@ -36,11 +36,10 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
             text=text, pooled=pooled, time_ids=time_ids, image_present=present,
             image_tokens=generator.subject_tokens(parameters, references))
         if guidance != 1:
-            other_text, other_pooled = generator.encode_text(parameters, negative)
-            without = conditioning.replace(
+            other_text, other_pooled = generator.encode_negative(parameters, negative)
+            without = generator.drop_references(parameters, conditioning.replace(
                 text=jnp.broadcast_to(other_text, text.shape),
-                pooled=jnp.broadcast_to(other_pooled, pooled.shape),
-                image_present=jnp.zeros_like(present))
+                pooled=jnp.broadcast_to(other_pooled, pooled.shape)), jnp.ones(len(present), bool))
             conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
 
         def denoise(latents, timesteps):

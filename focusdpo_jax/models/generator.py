@@ -52,6 +52,8 @@ class GeneratorConfig:
     Attributes:
       prediction_type: "epsilon" (SDXL) or "v_prediction".
       zero_terminal_snr: rescale the schedule so that the last timestep is pure noise.
+      zero_empty_prompt: guidance leads away from embeddings of zeros where there is no negative
+        prompt (SDXL base, `force_zeros_for_empty_prompt`), and not from those of the empty prompt.
     """
 
     unet: UNetConfig
@@ -62,6 +64,7 @@ class GeneratorConfig:
     adapter: SubjectAdapterConfig
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
+    zero_empty_prompt: bool = False
 
     def __post_init__(self):
         encoder, adapter = self.image_encoder, self.adapter
@@ -225,6 +228,21 @@ class Generator:
         text = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
         return text, second.projected
 
+    def encode_negative(self, parameters, token_ids):
+        """As `encode_text`, of what guidance leads away from and what dropped captions become.
+
+        An empty prompt gives zeros where `config.zero_empty_prompt`.
+        """
+        embeddings = self.encode_text(parameters, token_ids)
+        if not self.config.zero_empty_prompt:
+            return embeddings
+        config = self.config.text_encoder
+        # The end of a text is the last word of CLIP's vocabulary, also where the id is a legacy.
+        end = (config.vocab_size - 1 if config.eos_token_id == clip.LEGACY_EOS
+               else config.eos_token_id)
+        empty = token_ids[:, 0, 1] == end
+        return tuple(jnp.where(empty.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in embeddings)
+
     def view(self, parameters, pixels):
         """The `ImageView` of pictures: all that subject adapter and SPAF need to know of them.
 
@@ -246,6 +264,19 @@ class Generator:
         """Tokens [B, S, T, D] of the subject adapter from the `ImageView` [B, S] of references."""
         read = view.embedding if self.config.adapter.kind == "projection" else view.features
         return self.adapter.apply({"params": parameters["adapter"]}, read.astype(jnp.float32))
+
+    def drop_references(self, parameters, conditioning, dropped):
+        """Takes the references away where `dropped`, bool [B], as `config.adapter.dropped` says."""
+        if self.config.adapter.dropped == "absent":
+            return conditioning.replace(
+                image_present=conditioning.image_present & ~dropped[:, None])
+        size = self.config.image_encoder.image_size
+        blank = self.view(parameters, jnp.broadcast_to(jnp.array(clip.MEAN), (1, 1, size, size, 3)))
+        if blank.embedding is not None:
+            blank = blank.replace(embedding=jnp.zeros_like(blank.embedding))
+        tokens = self.subject_tokens(parameters, blank)
+        return conditioning.replace(image_tokens=jnp.where(
+            dropped[:, None, None, None], tokens, conditioning.image_tokens))
 
     def denoise(self, parameters, latents, timesteps, conditioning, *, image_scale=1.0,
                 capture=()):

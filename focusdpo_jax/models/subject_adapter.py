@@ -14,6 +14,7 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
 
 KINDS = ("resampler", "projection")
+DROPPED = ("absent", "blank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,12 @@ class SubjectAdapterConfig:
 
     Attributes:
       kind: "resampler" reads patch features (IP-Adapter-Plus), "projection" the pooled image
-        embedding (plain IP-Adapter, 4 tokens). The fields from `width` on are the resampler's.
+        embedding (plain IP-Adapter, 4 tokens). Width, depth and so on are the resampler's.
+      dropped: what takes the place of references where there shall be none: in the unconditional
+        half of guidance, and where training drops them. "absent" is no token at all, which is
+        what Toybox's adapter was trained with. "blank" is the tokens of an image that says
+        nothing, one of CLIP's mean colour or an embedding of zeros, which is what IP-Adapter's
+        and diffusers' own code takes: adapters that are read from their files have it.
       input_dim: width of the features.
       output_dim: width of the tokens, the UNet's cross_attention_dim.
       num_tokens: tokens a reference.
@@ -38,10 +44,13 @@ class SubjectAdapterConfig:
     num_heads: int = 20
     head_dim: int = 64
     expansion: int = 4
+    dropped: str = "absent"
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"kind = {self.kind!r}: choose one of {list(KINDS)}")
+        if self.dropped not in DROPPED:
+            raise UserError(f"dropped = {self.dropped!r}: choose one of {list(DROPPED)}")
 
 
 def subject_adapter(config, dtype=jnp.float32):

@@ -57,16 +57,17 @@ def condition(generator, parameters, encoded):
 def drop_conditions(generator, parameters, conditioning, empty, key, probability):
     """Takes text, references or both away from some examples, for classifier-free guidance.
 
-    Each of the three happens with `probability`. Text is replaced by that of `empty` [1, 2, L].
+    Each of the three happens with `probability`. Text is replaced by that of `empty` [1, 2, L],
+    references as the adapter's configuration says.
     """
     draw = jax.random.uniform(key, conditioning.pooled.shape[:1])
     no_text = draw < 2 * probability
     no_references = (draw >= probability) & (draw < 3 * probability)
-    text, pooled = generator.encode_text(parameters, empty)
-    return conditioning.replace(
+    text, pooled = generator.encode_negative(parameters, empty)
+    conditioning = conditioning.replace(
         text=jnp.where(no_text[:, None, None], text, conditioning.text),
-        pooled=jnp.where(no_text[:, None], pooled, conditioning.pooled),
-        image_present=conditioning.image_present & ~no_references[:, None])
+        pooled=jnp.where(no_text[:, None], pooled, conditioning.pooled))
+    return generator.drop_references(parameters, conditioning, no_references)
 
 
 def weights(structure, numbers, encoded):

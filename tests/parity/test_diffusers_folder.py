@@ -75,8 +75,9 @@ def test_configuration(folder):
                                                    projection_dim=20, **text)
     assert config.image_encoder == CLIPVisionConfig(
         image_size=20, patch_size=5, hidden_size=14, projection_dim=12, **tower)
-    assert config.adapter == SubjectAdapterConfig(input_dim=14, output_dim=24)
+    assert config.adapter == SubjectAdapterConfig(input_dim=14, output_dim=24, dropped="blank")
     assert (config.prediction_type, config.zero_terminal_snr) == ("epsilon", False)
+    assert config.zero_empty_prompt
 
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}, {"variant": "fp16"},
@@ -124,7 +125,7 @@ def test_plain_adapter_files_tell_their_sizes():
     shapes = {"image_proj.proj.weight": np.zeros((4 * 24, 12)), "image_proj.norm.weight":
               np.zeros(24), "ip_adapter.1.to_k_ip.weight": np.zeros((8, 24))}
     assert ip_adapter.read_config(shapes, {}) == SubjectAdapterConfig(
-        kind="projection", input_dim=12, output_dim=24, num_tokens=4)
+        kind="projection", input_dim=12, output_dim=24, num_tokens=4, dropped="blank")
     with pytest.raises(UserError, match="x.safetensors is neither of IP-Adapter's"):
         ip_adapter.read_config({"unet.weight": np.zeros(2)}, {}, "x.safetensors")
 
