@@ -81,6 +81,10 @@ class GeneratorConfig:
                 f"adapter.output_dim = {adapter.output_dim}, but the UNet reads tokens of width "
                 f"unet.cross_attention_dim = {self.unet.cross_attention_dim}: take an adapter made "
                 "for it")
+        if adapter.kind == "grounding" and adapter.phrase_dim != self.text_encoder.hidden_size:
+            raise UserError(
+                f"adapter.phrase_dim = {adapter.phrase_dim}, but a phrase's embedding is "
+                f"text_encoder.hidden_size = {self.text_encoder.hidden_size} wide")
 
     def to_json(self):
         """The configuration as JSON text, which `from_json` reads back."""
@@ -112,10 +116,15 @@ class ImageView:
         row. The resampler reads all, SPAF the patches.
       embedding: [..., P], pooled and projected, if the subject adapter is one that reads it (plain
         IP-Adapter); otherwise None.
+      phrases: [..., Q], embedding of what each picture shows, and
+      boxes: [..., 4], where it shall stand in the picture to draw (see `Generator.ground`); both
+        are None unless they are given to an adapter of kind "grounding", which alone reads them.
     """
 
     features: jax.Array
     embedding: jax.Array | None = None
+    phrases: jax.Array | None = None
+    boxes: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -262,8 +271,23 @@ class Generator:
 
     def subject_tokens(self, parameters, view):
         """Tokens [B, S, T, D] of the subject adapter from the `ImageView` [B, S] of references."""
-        read = view.embedding if self.config.adapter.kind == "projection" else view.features
-        return self.adapter.apply({"params": parameters["adapter"]}, read.astype(jnp.float32))
+        kind = self.config.adapter.kind
+        read = (view.embedding if kind == "projection" else view.features).astype(jnp.float32)
+        ground = (view.phrases, view.boxes) if kind == "grounding" else ()
+        return self.adapter.apply({"params": parameters["adapter"]}, read, *ground)
+
+    def ground(self, parameters, view, phrase_ids, boxes):
+        """Adds to a view of references what they are called and where they shall stand.
+
+        Args:
+          view: `ImageView` [B, S].
+          phrase_ids: int [B, S, L], tokens of a phrase each, for the first text encoder.
+          boxes: [B, S, 4], x0, y0, x1, y1 in [0, 1] of the picture to draw.
+        """
+        encoded = self.text_encoder.apply(
+            {"params": parameters["text_encoder"]}, phrase_ids.reshape(-1, phrase_ids.shape[-1]))
+        phrases = encoded.pooled.reshape(*phrase_ids.shape[:-1], -1)
+        return view.replace(phrases=phrases, boxes=boxes)
 
     def drop_references(self, parameters, conditioning, dropped):
         """Takes the references away where `dropped`, bool [B], as `config.adapter.dropped` says."""

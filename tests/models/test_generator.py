@@ -17,6 +17,8 @@ from tests.models.weights import random_tree
 RESAMPLER = GeneratorConfig.from_dict(tiny.SIZES)
 PROJECTION = dataclasses.replace(RESAMPLER, adapter=SubjectAdapterConfig(
     kind="projection", input_dim=8, output_dim=16, num_tokens=4))
+GROUNDING = dataclasses.replace(RESAMPLER, adapter=dataclasses.replace(
+    RESAMPLER.adapter, kind="grounding", phrase_dim=8, frequencies=2))
 PIXELS = np.random.default_rng(0).uniform(size=(2, 3, 32, 32, 3)).astype(np.float32)
 
 
@@ -46,6 +48,26 @@ def test_each_adapter_reads_its_part_of_the_view():
         assert np.abs(subjects(values, other) - found).max() > 0.1
 
 
+def test_phrases_and_boxes_ground_each_reference_by_itself():
+    generator = Generator(GROUNDING)
+    values = parameters(generator, ("adapter", "image_encoder", "text_encoder"))
+    view = jax.jit(generator.view)(values, PIXELS)
+    ids = np.random.default_rng(1).integers(0, 500, (2, 3, 16))
+    boxes = np.float32([[[0, 0, 0.5, 1]] * 3] * 2)
+
+    @jax.jit
+    def tokens(ids, boxes):
+        return generator.subject_tokens(values, generator.ground(values, view, ids, boxes))
+
+    def changed(ids, boxes):
+        return np.abs(tokens(ids, boxes) - found).max((2, 3)) > 1e-3
+
+    found, slot = tokens(ids, boxes), np.array([[False, False, False], [False, True, False]])
+    np.testing.assert_array_equal(changed(np.where(slot[:, :, None], ids + 1, ids), boxes), slot)
+    np.testing.assert_array_equal(changed(ids, boxes + 0.25 * slot[:, :, None]), slot)
+    assert np.abs(jax.jit(generator.subject_tokens)(values, view) - found).max() > 0.1
+
+
 def test_pictures_by_the_plain_adapter():
     generator = Generator(PROJECTION)
     values = parameters(generator)
@@ -63,5 +85,8 @@ def test_parts_that_do_not_fit_are_named():
         dataclasses.replace(RESAMPLER, image_encoder=encoder)
     with pytest.raises(UserError, match="'projection' .*image_encoder.projection_dim = 1024 wide"):
         dataclasses.replace(PROJECTION, image_encoder=encoder)
+    with pytest.raises(UserError, match="phrase_dim = 768, .*text_encoder.hidden_size = 8 wide"):
+        dataclasses.replace(GROUNDING, adapter=dataclasses.replace(
+            GROUNDING.adapter, phrase_dim=768))
     with pytest.raises(UserError, match="adapter.output_dim = 2048, .*cross_attention_dim = 16"):
         dataclasses.replace(RESAMPLER, adapter=SubjectAdapterConfig(input_dim=8))

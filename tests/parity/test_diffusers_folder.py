@@ -126,7 +126,7 @@ def test_plain_adapter_files_tell_their_sizes():
               np.zeros(24), "ip_adapter.1.to_k_ip.weight": np.zeros((8, 24))}
     assert ip_adapter.read_config(shapes, {}) == SubjectAdapterConfig(
         kind="projection", input_dim=12, output_dim=24, num_tokens=4, dropped="blank")
-    with pytest.raises(UserError, match="x.safetensors is neither of IP-Adapter's"):
+    with pytest.raises(UserError, match="x.safetensors is neither of IP-Adapter's layout"):
         ip_adapter.read_config({"unet.weight": np.zeros(2)}, {}, "x.safetensors")
 
 
