@@ -22,19 +22,22 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
 
     Returns:
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
-      present [B, S], noise [B, h, w, C], keys [B]) -> uint8 [B, H, W, 3]. The references are what
-      `Generator.view` says of them; the keys, one a picture, are for samplers that draw noise on
-      the way, and may be left out for others.
+      present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
+      uint8 [B, H, W, 3]. The references are what `Generator.view` says of them. The last three may
+      be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
+      and masks are those of `Conditioning`.
     """
     spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
     negative = jnp.asarray(negative_token_ids)[None]
 
     @jax.jit
-    def generate(parameters, token_ids, time_ids, references, present, noise, keys=None):
+    def generate(parameters, token_ids, time_ids, references, present, noise, keys=None,
+                 scales=None, masks=None):
         text, pooled = generator.encode_text(parameters, token_ids)
         conditioning = Conditioning(
             text=text, pooled=pooled, time_ids=time_ids, image_present=present,
-            image_tokens=generator.subject_tokens(parameters, references))
+            image_tokens=generator.subject_tokens(parameters, references), image_scales=scales,
+            image_masks=masks)
         if guidance != 1:
             other_text, other_pooled = generator.encode_negative(parameters, negative)
             without = generator.drop_references(parameters, conditioning.replace(

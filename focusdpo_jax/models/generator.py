@@ -246,7 +246,8 @@ class Generator:
         if not self.config.zero_empty_prompt:
             return embeddings
         config = self.config.text_encoder
-        # The end of a text is the last word of CLIP's vocabulary, also where the id is a legacy.
+        # The end of a text is the last word of CLIP's vocabulary, also where a configuration has a
+        # legacy id.
         end = (config.vocab_size - 1 if config.eos_token_id == clip.LEGACY_EOS
                else config.eos_token_id)
         empty = token_ids[:, 0, 1] == end

@@ -31,7 +31,9 @@ ADAPTERS = {
                                   dropped="blank")}
 HEIGHT, WIDTH, STEPS, GUIDANCE, PROMPT = 24, 40, 4, 3.0, "a red boat"
 NOISE = np.random.default_rng(0).normal(size=(1, HEIGHT // 2, WIDTH // 2, 4)).astype(np.float32)
-REFERENCES = np.random.default_rng(1).integers(0, 256, (2, 20, 20, 3), np.uint8)
+# A dark one and a bright one.
+REFERENCES = np.random.default_rng(1).integers(
+    [[[[0]]], [[[128]]]], [[[[64]]], [[[256]]]], (2, 20, 20, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_pictures(both, sampler):
     with torch.no_grad():
         expected = [255 * draw_theirs(theirs, sampler, REFERENCES[:count]) for count in (1, 2)]
     # The pictures show something, and each reference changes them.
-    assert np.std(expected[0]) > 10 and np.abs(expected[0] - expected[1]).mean() > 2
+    assert np.std(expected[0]) > 10 and np.abs(expected[0] - expected[1]).mean() > 1
     for mine, peer in zip(found, expected, strict=True):
         # Ours is rounded; a few values fall on the other side of a half.
         assert np.abs(mine - np.round(peer)).mean() < 0.02

@@ -15,7 +15,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor  # noqa: E402
 from diffusers.models import embeddings  # noqa: E402
 
 from focusdpo_jax.checkpoints import ip_adapter, pytorch_names  # noqa: E402
-from focusdpo_jax.models import unet  # noqa: E402
+from focusdpo_jax.models import image_attention  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_adapter  # noqa: E402
 from focusdpo_jax.models.unet import UNet  # noqa: E402
 from tests.parity import oracles, test_unet  # noqa: E402
@@ -145,7 +145,7 @@ def test_masks_and_scales_of_each_reference(adapted):
 def test_masks_on_a_grid(grid):
     """Of the same aspect, as near as whole positions come."""
     masks = np.random.default_rng(7).uniform(size=(1, 2, 10 * grid[0], 10 * grid[1]))
-    found = unet.masks_on_grid(masks.astype(np.float32), grid)
+    found = image_attention.masks_on_grid(masks.astype(np.float32), grid)
     for slot in range(2):
         expected = IPAdapterMaskProcessor.downsample(
             torch.from_numpy(masks[:, slot]), 1, grid[0] * grid[1], 1)
