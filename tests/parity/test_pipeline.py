@@ -79,7 +79,8 @@ def draw(ours, sampler):
 
 def draw_theirs(theirs, sampler, references):
     """The same of a pipeline, float32 [H, W, 3] in [0, 1]."""
-    theirs.scheduler = test_samplers.scheduler(sampler)
+    # Of SDXL's scheduler_config.json; Euler and DPM-Solver have another default.
+    theirs.scheduler = test_samplers.scheduler(sampler, timestep_spacing="leading")
     images = [Image.fromarray(image) for image in references]
     return theirs(PROMPT, ip_adapter_image=[images], latents=oracles.nchw(NOISE), height=HEIGHT,
                   width=WIDTH, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
