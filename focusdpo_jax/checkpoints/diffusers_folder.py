@@ -131,9 +131,13 @@ def load_config(folder, variant=None):
         adapter = ip_adapter.read_config(*tensor_file.read(file), str(file))
     else:
         adapter = SubjectAdapterConfig(input_dim=parts["image_encoder"].hidden_size,
-                                       output_dim=parts["unet"].cross_attention_dim)
+                                       output_dim=parts["unet"].cross_attention_dim,
+                                       dropped="blank")
     parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
-    return GeneratorConfig(**parts, adapter=adapter, **noise)
+    index = folder / "model_index.json"
+    # What diffusers takes for granted where the file is silent.
+    zeros = not index.exists() or _read_json(index).get("force_zeros_for_empty_prompt", True)
+    return GeneratorConfig(**parts, adapter=adapter, zero_empty_prompt=zeros, **noise)
 
 
 def load_part(folder, part, example, *, variant=None, dtype=None, sharding=None):
@@ -267,7 +271,8 @@ def save_surroundings(folder, config, tokenizer):
     projected = {part: "WithProjection" if getattr(config, part).projection_dim else ""
                  for part in ("text_encoder", "text_encoder_2", "image_encoder")}
     _write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False,
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": config.zero_empty_prompt,
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel" + projected["text_encoder"]],

@@ -3,6 +3,10 @@
 A file holds the image projection under `image_proj.` and the UNet's extra projections under
 `ip_adapter.`, numbered 1, 3, 5, ... over all attention layers: the way down, the way up, then the
 middle. Both halves are translated from and to diffusers' names, which `pytorch_names` knows.
+
+MS-Diffusion's `ms_adapter.bin`, saved as safetensors with the keys of its dicts joined by a dot, is
+the same but for a name: `ms_adapter.` for `ip_adapter.`. Its `dummy_image_tokens` are left out: its
+own code attends to them outside every box, and then weighs them with zero.
 """
 
 import re
@@ -17,6 +21,8 @@ from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 _PROJECTION = "image_proj."
 # Channels of a head in IP-Adapter-Plus's published resamplers; no shape in a file tells it.
 _HEAD_DIM = 64
+# Of a box in MS-Diffusion.
+_FREQUENCIES = 8
 _STAGES = ("down_blocks", "up_blocks", "mid_block")
 # Parts of a resampler's layer: theirs in the file, theirs in diffusers.
 _RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q",
@@ -62,6 +68,8 @@ def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
     Raises:
       UserError: if a projection of the UNet has no tensor, or a tensor no place.
     """
+    tensors = {re.sub(r"^ms_adapter\.", "ip_adapter.", name): value
+               for name, value in tensors.items() if name != "dummy_image_tokens"}
     unet, missing, known = {}, [], set()
     for theirs, name in _projections(unet_template):
         known.add(theirs)
@@ -117,44 +125,58 @@ def read_config(tensors, metadata, source="IP-Adapter file"):
 
     Args:
       tensors: dict from the file's names to what has a shape.
-      metadata: dict of texts. Without "head_dim" an attention head has 64 channels, which is so
-        in every published file.
+      metadata: dict of texts. Published files have none: then an attention head has 64 channels,
+        and dropped references are "blank", or in MS-Diffusion's "absent".
 
     Raises:
-      UserError: it is neither IP-Adapter nor IP-Adapter-Plus.
+      UserError: it is none of these.
     """
     shapes = {name.removeprefix(_PROJECTION): value.shape for name, value in tensors.items()}
+    dropped = metadata.get("dropped", "blank")
     try:
         if "proj.weight" in shapes:
             (output_dim,), (rows, input_dim) = shapes["norm.weight"], shapes["proj.weight"]
             return SubjectAdapterConfig(kind="projection", input_dim=input_dim,
-                                        output_dim=output_dim, num_tokens=rows // output_dim)
+                                        output_dim=output_dim, num_tokens=rows // output_dim,
+                                        dropped=dropped)
         head_dim = int(metadata.get("head_dim", _HEAD_DIM))
+        latents, own = shapes.get("latents"), {"dropped": dropped}
+        if "grounding_latents" in shapes:
+            latents = shapes["grounding_latents"]
+            frequencies = int(metadata.get("frequencies", _FREQUENCIES))
+            own = {"kind": "grounding", "dropped": metadata.get("dropped", "absent"),
+                   "frequencies": frequencies,
+                   "phrase_dim": shapes["latent_proj.0.weight"][1] - 8 * frequencies}
+        elif latents is None:
+            raise KeyError("latents")
         width, input_dim = shapes["proj_in.weight"]
         layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
         return SubjectAdapterConfig(
             input_dim=input_dim, output_dim=shapes["proj_out.weight"][0],
-            num_tokens=shapes["latents"][1], width=width, depth=len(layers),
+            num_tokens=latents[1], width=width, depth=len(layers),
             num_heads=shapes["layers.0.0.to_q.weight"][0] // head_dim, head_dim=head_dim,
-            expansion=shapes["layers.0.1.1.weight"][0] // width)
+            expansion=shapes["layers.0.1.1.weight"][0] // width, **own)
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{source} is neither of IP-Adapter's nor of IP-Adapter-Plus's layout "
-                        f"({error}).") from error
+        raise UserError(f"{source} is neither of IP-Adapter's layout nor of IP-Adapter-Plus's or "
+                        f"MS-Diffusion's ({error}).") from error
 
 
 def write_config(config):
     """The metadata from which `read_config` knows what shapes do not tell."""
-    return {"head_dim": str(config.head_dim)} if config.kind == "resampler" else {}
+    names = {"projection": (), "resampler": ("head_dim",), "grounding": ("head_dim", "frequencies")}
+    return {name: str(getattr(config, name)) for name in ("dropped", *names[config.kind])}
 
 
 def unreadable(config):
     """Why diffusers' `load_ip_adapter` misreads an adapter of this configuration, or None.
 
-    It takes four layers, heads of 64 channels and a fourfold feed-forward for granted.
+    It takes four layers, heads of 64 channels and a fourfold feed-forward for granted, and four
+    tokens of a pooled embedding.
     """
-    if config.kind != "resampler":
-        return None
-    fixed = {"depth": 4, "head_dim": _HEAD_DIM, "expansion": 4}
+    if config.kind == "grounding":
+        return "the subject adapter is MS-Diffusion's"
+    fixed = ({"depth": 4, "head_dim": _HEAD_DIM, "expansion": 4} if config.kind == "resampler"
+             else {"num_tokens": 4})
     wrong = [f"{name} = {getattr(config, name)} (not {value})" for name, value in fixed.items()
              if getattr(config, name) != value]
     return f"the subject adapter has {', '.join(wrong)}" if wrong else None

@@ -15,32 +15,34 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
     Args:
       steps: denoiser calls.
       guidance: classifier-free guidance scale; 1 is none, and costs half.
-      negative_token_ids: int [2, L], what guidance leads away from, without references: the empty
-        prompt, or one that says what not to show.
+      negative_token_ids: int [2, L], what guidance leads away from: the empty prompt, or one that
+        says what not to show. The references are dropped there (see `SubjectAdapterConfig`).
       image_scale: weight of the references' part of cross-attention.
       sampler: one of `samplers.SAMPLERS`.
 
     Returns:
-      generate(parameters, token_ids [B, 2, L], time_ids [B, 6], features [B, S, 1 + N, D],
-      present [B, S], noise [B, h, w, C], keys [B]) -> uint8 [B, H, W, 3]. The features are
-      `Generator.image_features` of the references; the keys, one a picture, are for samplers that
-      draw noise on the way, and may be left out for others.
+      generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
+      present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
+      uint8 [B, H, W, 3]. The references are what `Generator.view` says of them. The last three may
+      be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
+      and masks are those of `Conditioning`.
     """
     spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
     negative = jnp.asarray(negative_token_ids)[None]
 
     @jax.jit
-    def generate(parameters, token_ids, time_ids, features, present, noise, keys=None):
+    def generate(parameters, token_ids, time_ids, references, present, noise, keys=None,
+                 scales=None, masks=None):
         text, pooled = generator.encode_text(parameters, token_ids)
         conditioning = Conditioning(
             text=text, pooled=pooled, time_ids=time_ids, image_present=present,
-            image_tokens=generator.subject_tokens(parameters, features.astype(jnp.float32)))
+            image_tokens=generator.subject_tokens(parameters, references), image_scales=scales,
+            image_masks=masks)
         if guidance != 1:
-            other_text, other_pooled = generator.encode_text(parameters, negative)
-            without = conditioning.replace(
+            other_text, other_pooled = generator.encode_negative(parameters, negative)
+            without = generator.drop_references(parameters, conditioning.replace(
                 text=jnp.broadcast_to(other_text, text.shape),
-                pooled=jnp.broadcast_to(other_pooled, pooled.shape),
-                image_present=jnp.zeros_like(present))
+                pooled=jnp.broadcast_to(other_pooled, pooled.shape)), jnp.ones(len(present), bool))
             conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
 
         def denoise(latents, timesteps):
@@ -81,5 +83,6 @@ def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size
         noise = scene_noise(seed, scenes.index[rows], latent_shape)
         pictures.append(generate(
             parameters, scenes.token_ids[rows], scenes.time_ids[rows],
-            scenes.reference_features[rows], scenes.present[rows], noise))
+            jax.tree.map(lambda x, rows=rows: x[rows], scenes.references), scenes.present[rows],
+            noise))
     return np.concatenate([np.asarray(p) for p in pictures])[:count]

@@ -29,7 +29,7 @@ class Sampler:
             raise UserError(f"--resolution={resolution}: give a positive multiple of {factor}.")
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
-        self._features = jax.jit(model.generator.image_features)
+        self._view = jax.jit(model.generator.view)
         self._generate = make_generate(
             model.generator, steps=steps, guidance=guidance, image_scale=image_scale,
             sampler=sampler,
@@ -63,7 +63,7 @@ class Sampler:
             for slot, reference in enumerate(prompt.references):
                 references[row, slot] = pictures[reference.path]
                 present[row, slot] = True
-        features = self._features(parameters, jnp.asarray(references, jnp.float32) / 255)
+        views = self._view(parameters, jnp.asarray(references, jnp.float32) / 255)
         token_ids = np.stack([self._model.tokenizer(prompt.text) for prompt in prompts])
         time_ids = np.tile(np.float32([side, side, 0, 0, side, side]), (len(prompts), 1))
         noise = jnp.concatenate([
@@ -71,4 +71,4 @@ class Sampler:
         # The noise on the way must not repeat that of the start, which folds in 0.
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
             jnp.asarray([prompt.seed for prompt in prompts]))
-        return self._generate(parameters, token_ids, time_ids, features, present, noise, keys)
+        return self._generate(parameters, token_ids, time_ids, views, present, noise, keys)

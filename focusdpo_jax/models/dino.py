@@ -11,13 +11,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
-
-# The parameter of PyTorch's cubic kernel.
-CUBIC = -0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,28 +67,6 @@ class DINOOutput(NamedTuple):
     captured: Any
 
 
-def bicubic_weights(size, new_size):
-    """Weights that interpolate `size` samples at `new_size` places, as PyTorch's bicubic mode does.
-
-    Cubic convolution (Keys 1981) with the parameter -0.75 over half-pixel centres, samples outside
-    repeating the border, and no antialiasing: `torch.nn.functional.interpolate(mode="bicubic",
-    align_corners=False)`. (`jax.image.resize` takes -0.5, and renormalises at the border.)
-
-    Returns:
-      float32 numpy [new_size, size], whose rows sum to 1.
-    """
-    rows = np.arange(new_size)
-    centres = (rows + 0.5) * size / new_size - 0.5
-    before = np.floor(centres).astype(int)
-    weights = np.zeros((new_size, size))
-    for tap in (-1, 0, 1, 2):
-        distance = np.abs(before + tap - centres)
-        near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
-        far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
-        weights[rows, np.clip(before + tap, 0, size - 1)] += np.where(distance <= 1, near, far)
-    return weights.astype(np.float32)
-
-
 def interpolate_positions(positions, grid):
     """Position embeddings for another grid of patches, as transformers interpolates them.
 
@@ -108,7 +82,7 @@ def interpolate_positions(positions, grid):
     if grid == (side, side):
         return positions
     square = positions[0, 1:].reshape(side, side, -1)
-    down, across = (bicubic_weights(side, new) for new in grid)
+    down, across = (layers.bicubic_weights(side, new) for new in grid)
     patches = jnp.einsum("ri,cj,ijd->rcd", down, across, square,
                          precision=jax.lax.Precision.HIGHEST)
     return jnp.concatenate([positions[:, :1], patches.reshape(1, -1, square.shape[-1])], axis=1)

@@ -2,7 +2,7 @@
 
 Training and evaluation meet a generator only through this file. Another backbone is another class
 with these methods; this one is SDXL's: latent diffusion with a UNet, two text encoders, an image
-encoder for the subject reference images, and a subject adapter that turns its patch features
+encoder for the subject reference images, and a subject adapter that turns what it says of them
 into tokens for decoupled cross-attention.
 
 The parameters are one tree with a root per part (`PARTS`). `split_parameters` divides it into what
@@ -26,7 +26,7 @@ from focusdpo_jax.models.clip import (
     CLIPVision,
     CLIPVisionConfig,
 )
-from focusdpo_jax.models.subject_adapter import Resampler, SubjectAdapterConfig
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_adapter
 from focusdpo_jax.models.unet import UNet, UNetConfig
 from focusdpo_jax.models.vae import VAE, VAEConfig
 
@@ -52,6 +52,8 @@ class GeneratorConfig:
     Attributes:
       prediction_type: "epsilon" (SDXL) or "v_prediction".
       zero_terminal_snr: rescale the schedule so that the last timestep is pure noise.
+      zero_empty_prompt: guidance leads away from embeddings of zeros where there is no negative
+        prompt (SDXL base, `force_zeros_for_empty_prompt`), and not from those of the empty prompt.
     """
 
     unet: UNetConfig
@@ -62,6 +64,27 @@ class GeneratorConfig:
     adapter: SubjectAdapterConfig
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
+    zero_empty_prompt: bool = False
+
+    def __post_init__(self):
+        encoder, adapter = self.image_encoder, self.adapter
+        pooled = adapter.kind == "projection"
+        given = encoder.projection_dim if pooled else encoder.hidden_size
+        if adapter.input_dim != given:
+            raise UserError(
+                f"adapter.input_dim = {adapter.input_dim}, but what a subject adapter of kind = "
+                f"{adapter.kind!r} reads is image_encoder."
+                f"{'projection_dim' if pooled else 'hidden_size'} = {given} wide: take the image "
+                "encoder that it was trained with")
+        if adapter.output_dim != self.unet.cross_attention_dim:
+            raise UserError(
+                f"adapter.output_dim = {adapter.output_dim}, but the UNet reads tokens of width "
+                f"unet.cross_attention_dim = {self.unet.cross_attention_dim}: take an adapter made "
+                "for it")
+        if adapter.kind == "grounding" and adapter.phrase_dim != self.text_encoder.hidden_size:
+            raise UserError(
+                f"adapter.phrase_dim = {adapter.phrase_dim}, but a phrase's embedding is "
+                f"text_encoder.hidden_size = {self.text_encoder.hidden_size} wide")
 
     def to_json(self):
         """The configuration as JSON text, which `from_json` reads back."""
@@ -85,6 +108,26 @@ class GeneratorConfig:
 
 
 @flax.struct.dataclass
+class ImageView:
+    """What the image encoder says of pictures [...].
+
+    Attributes:
+      features: [..., 1 + N, D] of the penultimate layer: the class token, then the patches row by
+        row. The resampler reads all, SPAF the patches.
+      embedding: [..., P], pooled and projected, if the subject adapter is one that reads it (plain
+        IP-Adapter); otherwise None.
+      phrases: [..., Q], embedding of what each picture shows, and
+      boxes: [..., 4], where it shall stand in the picture to draw (see `Generator.ground`); both
+        are None unless they are given to an adapter of kind "grounding", which alone reads them.
+    """
+
+    features: jax.Array
+    embedding: jax.Array | None = None
+    phrases: jax.Array | None = None
+    boxes: jax.Array | None = None
+
+
+@flax.struct.dataclass
 class Conditioning:
     """What the UNet is conditioned on, for B images and S reference slots.
 
@@ -94,6 +137,9 @@ class Conditioning:
       time_ids: [B, 6] original height and width, crop top and left, target height and width.
       image_tokens: [B, S, T, D] tokens of each reference.
       image_present: bool [B, S]; absent slots contribute nothing.
+      image_scales: [B, S], weight of each reference, or None for 1.
+      image_masks: [B, S, H, W] in [0, 1], where in the picture each reference may show itself, or
+        None for everywhere (see `UNet.__call__`).
     """
 
     text: jax.Array
@@ -101,6 +147,8 @@ class Conditioning:
     time_ids: jax.Array
     image_tokens: jax.Array
     image_present: jax.Array
+    image_scales: jax.Array | None = None
+    image_masks: jax.Array | None = None
 
 
 class Generator:
@@ -113,7 +161,7 @@ class Generator:
         self.text_encoder = CLIPText(config.text_encoder, dtype)
         self.text_encoder_2 = CLIPText(config.text_encoder_2, dtype)
         self.image_encoder = CLIPVision(config.image_encoder, dtype)
-        self.adapter = Resampler(config.adapter, dtype)
+        self.adapter = subject_adapter(config.adapter, dtype)
         self.schedule = noise_schedule.scaled_linear_schedule(
             config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
 
@@ -147,7 +195,8 @@ class Generator:
             size = config.image_encoder.image_size
             inputs = (jnp.zeros((1, size, size, 3)),)
         elif part == "adapter":
-            inputs = (jnp.zeros((1, 1, 2, config.adapter.input_dim)),)
+            patches = () if config.adapter.kind == "projection" else (2,)
+            inputs = (jnp.zeros((1, 1, *patches, config.adapter.input_dim)),)
         else:
             inputs = (jnp.zeros((1, 2), jnp.int32),)
         return getattr(self, part).init(key, *inputs)["params"]
@@ -188,27 +237,71 @@ class Generator:
         text = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
         return text, second.projected
 
-    def image_features(self, parameters, pixels):
-        """Features of the image encoder's penultimate layer.
+    def encode_negative(self, parameters, token_ids):
+        """As `encode_text`, of what guidance leads away from and what dropped captions become.
+
+        An empty prompt gives zeros where `config.zero_empty_prompt`.
+        """
+        embeddings = self.encode_text(parameters, token_ids)
+        if not self.config.zero_empty_prompt:
+            return embeddings
+        config = self.config.text_encoder
+        # The end of a text is the last word of CLIP's vocabulary, also where a configuration has a
+        # legacy id.
+        end = (config.vocab_size - 1 if config.eos_token_id == clip.LEGACY_EOS
+               else config.eos_token_id)
+        empty = token_ids[:, 0, 1] == end
+        return tuple(jnp.where(empty.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in embeddings)
+
+    def view(self, parameters, pixels):
+        """The `ImageView` of pictures: all that subject adapter and SPAF need to know of them.
 
         Args:
           pixels: [..., H, W, 3] in [0, 1], of the image encoder's own size.
-
-        Returns:
-          [..., 1 + N, D]: the class token, then the patches row by row.
         """
         shape = pixels.shape
-        features = self.see(parameters, pixels.reshape(-1, *shape[-3:])).penultimate
-        return features.reshape(*shape[:-3], *features.shape[-2:])
+        seen = self.see(parameters, pixels.reshape(-1, *shape[-3:]))
+        pooled = seen.projected if self.config.adapter.kind == "projection" else None
+        return jax.tree.map(lambda x: x.reshape(*shape[:-3], *x.shape[1:]),
+                            ImageView(seen.penultimate, pooled))
 
     def see(self, parameters, pixels):
         """Everything the image encoder says (`CLIPOutput`) of pixels [B, H, W, 3] in [0, 1]."""
         return self.image_encoder.apply(
             {"params": parameters["image_encoder"]}, clip.normalise_images(pixels))
 
-    def subject_tokens(self, parameters, features):
-        """Tokens [B, S, T, D] of the subject adapter from `image_features` [B, S, 1 + N, D]."""
-        return self.adapter.apply({"params": parameters["adapter"]}, features)
+    def subject_tokens(self, parameters, view):
+        """Tokens [B, S, T, D] of the subject adapter from the `ImageView` [B, S] of references."""
+        kind = self.config.adapter.kind
+        read = (view.embedding if kind == "projection" else view.features).astype(jnp.float32)
+        ground = (view.phrases, view.boxes) if kind == "grounding" else ()
+        return self.adapter.apply({"params": parameters["adapter"]}, read, *ground)
+
+    def ground(self, parameters, view, phrase_ids, boxes):
+        """Adds to a view of references what they are called and where they shall stand.
+
+        Args:
+          view: `ImageView` [B, S].
+          phrase_ids: int [B, S, L], tokens of a phrase each, for the first text encoder.
+          boxes: [B, S, 4], x0, y0, x1, y1 in [0, 1] of the picture to draw.
+        """
+        encoded = self.text_encoder.apply(
+            {"params": parameters["text_encoder"]}, phrase_ids.reshape(-1, phrase_ids.shape[-1]))
+        phrases = encoded.pooled.reshape(*phrase_ids.shape[:-1], -1)
+        return view.replace(phrases=phrases, boxes=boxes)
+
+    def drop_references(self, parameters, conditioning, dropped):
+        """Takes the references away where `dropped`, bool [B], as `config.adapter.dropped` says."""
+        if self.config.adapter.dropped == "absent":
+            return conditioning.replace(
+                image_present=conditioning.image_present & ~dropped[:, None])
+        size = self.config.image_encoder.image_size
+        blank = self.view(parameters, jnp.broadcast_to(jnp.array(clip.MEAN), (1, 1, size, size, 3)))
+        if blank.embedding is not None:
+            blank = blank.replace(embedding=jnp.zeros_like(blank.embedding))
+        tokens = self.subject_tokens(parameters, blank)
+        return conditioning.replace(image_tokens=jnp.where(
+            dropped[:, None, None, None], tokens, conditioning.image_tokens))
 
     def denoise(self, parameters, latents, timesteps, conditioning, *, image_scale=1.0,
                 capture=()):
@@ -216,7 +309,8 @@ class Generator:
         return self.unet.apply(
             {"params": parameters["unet"]}, latents, timesteps, conditioning.text,
             conditioning.pooled, conditioning.time_ids, conditioning.image_tokens,
-            conditioning.image_present, image_scale, capture=capture)
+            conditioning.image_present, image_scale, image_scales=conditioning.image_scales,
+            image_masks=conditioning.image_masks, capture=capture)
 
 
 def split_parameters(parameters, trainable):

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
@@ -19,6 +20,8 @@ ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
 }
 ZEROS = nn.initializers.zeros
+# The parameter of PyTorch's cubic kernel.
+CUBIC = -0.75
 
 
 class Conv(nn.Module):
@@ -117,6 +120,28 @@ def sinusoidal_embedding(values, width):
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = values.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def bicubic_weights(size, new_size):
+    """Weights that interpolate `size` samples at `new_size` places, as PyTorch's bicubic mode does.
+
+    Cubic convolution (Keys 1981) with the parameter -0.75 over half-pixel centres, samples outside
+    repeating the border, and no antialiasing: `torch.nn.functional.interpolate(mode="bicubic",
+    align_corners=False)`. (`jax.image.resize` takes -0.5, and renormalises at the border.)
+
+    Returns:
+      float32 numpy [new_size, size], whose rows sum to 1.
+    """
+    rows = np.arange(new_size)
+    centres = (rows + 0.5) * size / new_size - 0.5
+    before = np.floor(centres).astype(int)
+    weights = np.zeros((new_size, size))
+    for tap in (-1, 0, 1, 2):
+        distance = np.abs(before + tap - centres)
+        near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
+        far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
+        weights[rows, np.clip(before + tap, 0, size - 1)] += np.where(distance <= 1, near, far)
+    return weights.astype(np.float32)
 
 
 def split_heads(x, num_heads):

@@ -13,7 +13,9 @@ class Tokenizer:
     """CLIP's tokenizer as SDXL uses it: once for each of its two text encoders.
 
     The encoders differ in the token that fills up short captions: the first takes the end token,
-    the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders.
+    the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. As what fills
+    up is a token apart, a "!" of the caption is that one, too, for the second encoder (id 0, and
+    not 256, the end of a word); diffusers' pipelines do it so.
     """
 
     def __init__(self, folder, length):
@@ -28,8 +30,9 @@ class Tokenizer:
             if not path.exists():
                 raise UserError(f"{path} is missing; a model folder has a tokenizer/ with "
                                 "vocab.json and merges.txt.")
-        self._clip = transformers.CLIPTokenizer(
-            vocab=str(vocabulary), merges=str(merges), pad_token="<|endoftext|>")
+        self._encoders = [
+            transformers.CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), pad_token=filler)
+            for filler in ("<|endoftext|>", "!")]
         self._files = {path.name: path.read_bytes() for path in (vocabulary, merges)}
         self.length = length
 
@@ -49,9 +52,9 @@ class Tokenizer:
 
     def __call__(self, caption):
         """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""
-        ids = self._clip(caption, truncation=True, max_length=self.length)["input_ids"]
-        missing = self.length - len(ids)
-        return np.array([ids + [self._clip.eos_token_id] * missing, ids + [0] * missing], np.int32)
+        return np.array([encoder(caption, truncation=True, max_length=self.length,
+                                 padding="max_length")["input_ids"]
+                         for encoder in self._encoders], np.int32)
 
 
 def _byte_alphabet():

@@ -9,11 +9,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.models import layers
+from focusdpo_jax.models import image_attention, layers
 from focusdpo_jax.models.lora import LoRADense
 
 IMAGE_ATTENTION = "image_attention"
@@ -95,6 +94,8 @@ class Context(NamedTuple):
     image_tokens: Any = None
     image_present: Any = None
     image_scale: Any = None
+    image_scales: Any = None
+    image_masks: Any = None
 
 
 class CrossAttention(nn.Module):
@@ -125,30 +126,18 @@ class CrossAttention(nn.Module):
             mask = jnp.repeat(context.image_present, tokens, axis=1)
             key = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_k_ip")(image)
             value = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_v_ip")(image)
-            seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
+            if context.image_scales is not None:
+                scales = jnp.repeat(context.image_scales, tokens, axis=1)
+                value = value * scales[:, :, None].astype(value.dtype)
+            if context.image_masks is None:
+                seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
+            else:
+                seen = image_attention.attend_within_masks(
+                    query, key, value, mask, context.image_masks, self.num_heads)
             out = out + jnp.asarray(context.image_scale, out.dtype) * seen
             if self.record:
-                shares = slot_shares(query, key, mask, self.num_heads, slots)
+                shares = image_attention.slot_shares(query, key, mask, self.num_heads, slots)
         return dense(True, "to_out_0")(out), shares
-
-
-def slot_shares(query, key, key_mask, num_heads, slots):
-    """Share of the attention that falls on each slot's tokens, averaged over heads.
-
-    Args:
-      query: [B, N, C]; key: [B, slots * T, C].
-      key_mask: bool [B, slots * T].
-
-    Returns:
-      [B, N, slots] in float32; rows sum to 1, or are zero where no key is valid.
-    """
-    query, key = layers.split_heads(query, num_heads), layers.split_heads(key, num_heads)
-    logits = jnp.einsum("bnhd,bkhd->bhnk", query, key, preferred_element_type=jnp.float32)
-    logits = logits * query.shape[-1] ** -0.5
-    mask = key_mask[:, None, None, :]
-    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1) * mask
-    weights = weights.mean(1)
-    return weights.reshape(*weights.shape[:2], slots, -1).sum(-1)
 
 
 class TransformerBlock(nn.Module):
@@ -190,6 +179,10 @@ class SpatialTransformer(nn.Module):
         h = layers.GroupNorm(self.config.norm_groups, 1e-6, self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, channels)
         h = nn.Dense(channels, dtype=self.dtype, name="proj_in")(h)
+        if context.image_masks is not None:
+            context = context._replace(
+                image_masks=image_attention.masks_on_grid(
+                    context.image_masks, (height, width)))
         block = nn.remat(TransformerBlock) if self.config.remat else TransformerBlock
         recorded = []
         for i in range(self.depth):
@@ -278,7 +271,8 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, sample, timesteps, text, pooled, time_ids, image_tokens=None,
-                 image_present=None, image_scale=1.0, *, capture=()):
+                 image_present=None, image_scale=1.0, *, image_scales=None, image_masks=None,
+                 capture=()):
         """Runs the network.
 
         Args:
@@ -292,10 +286,15 @@ class UNet(nn.Module):
             needed if and only if `config.image_context`.
           image_present: bool [B, S]; a slot that is absent contributes nothing.
           image_scale: weight of the image branch.
+          image_scales: [B, S], a further weight of each slot; None is 1.
+          image_masks: [B, S, H', W'] in [0, 1], where each slot may show itself, in any size and
+            the aspect of the picture. With masks every slot is attended to by itself, and the
+            results are added (see `image_attention`); without, all share one softmax.
           capture: names from `config.capture_names`. A block's name gives the output
             [B, h, w, C] of its last resnet or transformer, before any resampling;
             "image_attention" the share of attention on each slot [B, h, w, S] in float32, averaged
-            over heads and over the cross-attention layers of the finest level that has any.
+            over heads and over the cross-attention layers of the finest level that has any; it is
+            that of one softmax over all slots, with masks and scales or without.
 
         Returns:
           The prediction [B, H, W, out_channels] in float32, and a dict of what was captured.
@@ -314,7 +313,8 @@ class UNet(nn.Module):
         context = Context(text.astype(self.dtype))
         if config.image_context:
             context = Context(context.text, image_tokens.astype(self.dtype),
-                              image_present.astype(bool), image_scale)
+                              image_present.astype(bool), image_scale, image_scales,
+                              image_masks)
 
         captured, recorded = {}, []
         last = len(config.block_out_channels) - 1

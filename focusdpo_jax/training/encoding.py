@@ -14,6 +14,7 @@ from absl import logging
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.focus import complexity
 from focusdpo_jax.focus.grids import average_to_grid
+from focusdpo_jax.models.generator import ImageView
 
 
 @flax.struct.dataclass
@@ -25,7 +26,7 @@ class EncodedPairs:
         objective is supervised, [B, 1, h, w, C] of chosen alone.
       token_ids: int [B, 2, L], the caption for each text encoder.
       time_ids: [B, 6], SDXL's size conditioning.
-      reference_features: [B, S, 1 + N, D], the image encoder's view of every reference.
+      references: the image encoder's view [B, S] of every reference.
       present: bool [B, S].
       prior: [B, h, w], M_prior as the share of each location that is covered; where the objective
         is supervised, and nothing is compared, all subjects.
@@ -43,7 +44,7 @@ class EncodedPairs:
     latents_deviation: jax.Array
     token_ids: jax.Array
     time_ids: jax.Array
-    reference_features: jax.Array
+    references: ImageView
     present: jax.Array
     prior: jax.Array
     target_features: jax.Array | None
@@ -79,7 +80,7 @@ def encoder(generator, config, structures):
         side = generator.patch_grid
         targets = masks = area = detail = None
         if spaf:
-            features = generator.image_features(parameters, flat)[:, 1:]
+            features = generator.view(parameters, flat).features[:, 1:]
             targets = grouped(features.reshape(-1, side, side, features.shape[-1]))
             masks = average_to_grid(batch.reference_masks.astype(jnp.float32), (side, side))
             masks = masks.reshape(*masks.shape[:2], -1)
@@ -92,9 +93,9 @@ def encoder(generator, config, structures):
         return EncodedPairs(
             latents_mean=mean, latents_deviation=deviation, token_ids=batch.token_ids,
             time_ids=batch.time_ids,
-            reference_features=generator.image_features(parameters, references),
-            present=batch.present, prior=prior, target_features=targets, reference_masks=masks,
-            area=area, detail=detail, index=batch.index)
+            references=generator.view(parameters, references), present=batch.present, prior=prior,
+            target_features=targets, reference_masks=masks, area=area, detail=detail,
+            index=batch.index)
 
     return jax.jit(encode)
 

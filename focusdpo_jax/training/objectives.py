@@ -49,8 +49,7 @@ def twice(tree):
 def condition(generator, parameters, encoded):
     """The conditioning [B] of a batch: text encoders and subject adapter of `parameters`."""
     text, pooled = generator.encode_text(parameters, encoded.token_ids)
-    tokens = generator.subject_tokens(
-        parameters, encoded.reference_features.astype(jnp.float32))
+    tokens = generator.subject_tokens(parameters, encoded.references)
     return Conditioning(text=text, pooled=pooled, time_ids=encoded.time_ids,
                         image_tokens=tokens, image_present=encoded.present)
 
@@ -58,16 +57,17 @@ def condition(generator, parameters, encoded):
 def drop_conditions(generator, parameters, conditioning, empty, key, probability):
     """Takes text, references or both away from some examples, for classifier-free guidance.
 
-    Each of the three happens with `probability`. Text is replaced by that of `empty` [1, 2, L].
+    Each of the three happens with `probability`. Text is replaced by that of `empty` [1, 2, L],
+    references as the adapter's configuration says.
     """
     draw = jax.random.uniform(key, conditioning.pooled.shape[:1])
     no_text = draw < 2 * probability
     no_references = (draw >= probability) & (draw < 3 * probability)
-    text, pooled = generator.encode_text(parameters, empty)
-    return conditioning.replace(
+    text, pooled = generator.encode_negative(parameters, empty)
+    conditioning = conditioning.replace(
         text=jnp.where(no_text[:, None, None], text, conditioning.text),
-        pooled=jnp.where(no_text[:, None], pooled, conditioning.pooled),
-        image_present=conditioning.image_present & ~no_references[:, None])
+        pooled=jnp.where(no_text[:, None], pooled, conditioning.pooled))
+    return generator.drop_references(parameters, conditioning, no_references)
 
 
 def weights(structure, numbers, encoded):
@@ -90,7 +90,7 @@ def match(numbers, encoded, grid):
     present, masks = encoded.present, encoded.reference_masks.astype(jnp.float32)
     present = present & (masks.sum(-1) > 0)
     prototypes = correspondence.prototypes(
-        encoded.reference_features[:, :, 1:].astype(jnp.float32), masks, present)
+        encoded.references.features[:, :, 1:].astype(jnp.float32), masks, present)
     targets = by_image(encoded.target_features).astype(jnp.float32)
     similarity = correspondence.cosine_similarity(twice(prototypes), targets)
     matched = correspondence.match(similarity, twice(present), twice(encoded.area), numbers.rho)

@@ -25,16 +25,6 @@ def test_the_published_networks():
     assert count(DINOV2_SMALL) == 22_056_192
 
 
-def test_bicubic_weights_by_hand():
-    # Half-way between two samples the kernel is (-3, 19, 19, -3) / 32; the border is repeated.
-    np.testing.assert_allclose(32 * dino.bicubic_weights(4, 2),
-                               [[16, 19, -3, 0], [0, -3, 19, 16]], atol=1e-5)
-    np.testing.assert_array_equal(dino.bicubic_weights(5, 5), np.eye(5))
-    for size, new_size in ((37, 32), (14, 31), (3, 7)):
-        weights = dino.bicubic_weights(size, new_size)
-        np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
-
-
 def test_tokens_follow_the_patches():
     image = jnp.zeros((1, 5, 8, 3))
     embeddings = dino.Embeddings(TINY)

@@ -94,3 +94,13 @@ def test_lora_by_hand():
     fresh = layer.init(jax.random.key(0), x)["params"]
     assert np.all(fresh["lora_b"] == 0) and np.any(fresh["lora_a"] != 0)
     assert set(LoRADense(2).init(jax.random.key(0), x)["params"]) == {"kernel", "bias"}
+
+
+def test_bicubic_weights_by_hand():
+    # Half-way between two samples the kernel is (-3, 19, 19, -3) / 32; the border is repeated.
+    np.testing.assert_allclose(32 * layers.bicubic_weights(4, 2),
+                               [[16, 19, -3, 0], [0, -3, 19, 16]], atol=1e-5)
+    np.testing.assert_array_equal(layers.bicubic_weights(5, 5), np.eye(5))
+    for size, new_size in ((37, 32), (14, 31), (3, 7)):
+        weights = layers.bicubic_weights(size, new_size)
+        np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)

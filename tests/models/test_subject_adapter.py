@@ -41,3 +41,5 @@ def test_the_defaults_are_ip_adapter_plus():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="kind = 'mlp'"):
         SubjectAdapterConfig(kind="mlp")
+    with pytest.raises(UserError, match="dropped = 'zeros': choose one of .*absent"):
+        SubjectAdapterConfig(dropped="zeros")

@@ -31,6 +31,7 @@ from tests.parity import oracles, pipeline, test_unet  # noqa: E402
 
 ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=2,
                                num_heads=2, head_dim=8, expansion=3)
+PLAIN = SubjectAdapterConfig(kind="projection", input_dim=12, output_dim=24, num_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,9 @@ def test_configuration(folder):
                                                    projection_dim=20, **text)
     assert config.image_encoder == CLIPVisionConfig(
         image_size=20, patch_size=5, hidden_size=14, projection_dim=12, **tower)
-    assert config.adapter == SubjectAdapterConfig(input_dim=14, output_dim=24)
+    assert config.adapter == SubjectAdapterConfig(input_dim=14, output_dim=24, dropped="blank")
     assert (config.prediction_type, config.zero_terminal_snr) == ("epsilon", False)
+    assert config.zero_empty_prompt
 
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}, {"variant": "fp16"},
@@ -103,8 +105,9 @@ def test_a_new_image_branch_reads_as_the_text_does(folder):
                                       attention[name]["kernel"])
 
 
-def test_adapter_file(folder):
-    config = dataclasses.replace(diffusers_folder.load_config(folder), adapter=ADAPTER)
+@pytest.mark.parametrize("adapter", [ADAPTER, PLAIN], ids=lambda config: config.kind)
+def test_adapter_file(folder, adapter):
+    config = dataclasses.replace(diffusers_folder.load_config(folder), adapter=adapter)
     expected = examples(config)
     parameters = {"unet": random_tree(expected["unet"]),
                   "adapter": random_tree(expected["adapter"])}
@@ -122,8 +125,8 @@ def test_plain_adapter_files_tell_their_sizes():
     shapes = {"image_proj.proj.weight": np.zeros((4 * 24, 12)), "image_proj.norm.weight":
               np.zeros(24), "ip_adapter.1.to_k_ip.weight": np.zeros((8, 24))}
     assert ip_adapter.read_config(shapes, {}) == SubjectAdapterConfig(
-        kind="projection", input_dim=12, output_dim=24, num_tokens=4)
-    with pytest.raises(UserError, match="x.safetensors is neither of IP-Adapter's"):
+        kind="projection", input_dim=12, output_dim=24, num_tokens=4, dropped="blank")
+    with pytest.raises(UserError, match="x.safetensors is neither of IP-Adapter's layout"):
         ip_adapter.read_config({"unet.weight": np.zeros(2)}, {}, "x.safetensors")
 
 

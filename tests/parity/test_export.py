@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from flax import traverse_util
 
 pytest.importorskip("torch", reason="the files are for PyTorch's diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the files are for diffusers")
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from focusdpo_jax.checkpoints import (  # noqa: E402
     diffusers_folder,
@@ -21,8 +25,9 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
     run_export,
     tensor_file,
 )
+from focusdpo_jax.evaluation.generate import make_generate  # noqa: E402
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
-from focusdpo_jax.models.generator import PARTS, GeneratorConfig  # noqa: E402
+from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402
 from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
@@ -36,7 +41,7 @@ VISION = CLIPVisionConfig(image_size=20, patch_size=5, hidden_size=14, num_layer
                           intermediate_size=24, projection_dim=12)
 # Depth 4 and heads of 64 channels are what diffusers' loader takes for granted.
 ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=4,
-                               num_heads=2, head_dim=64)
+                               num_heads=2, head_dim=64, dropped="blank")
 RUN = {"objective": "focus_dpo", "trainable": "full", "resolution": 32, "steps": 4,
        "model": {"pretrained": "toybox"}, "data": {"path": "data", "seed": 7, "train_size": 12}}
 
@@ -185,6 +190,31 @@ def test_low_rank_updates_in_diffusers(exported):
             np.testing.assert_allclose(theirs[key], merged[key], rtol=1e-5, atol=1e-4)
             changed += bool(np.abs(theirs[key] - value).max() > 1e-3)
         assert changed == len(updates) == (3 if "kohya" in name else 32)
+
+
+def test_the_same_picture(exported):
+    """Everything at once: adapter, LoRA and all parts, from a noise of zero terminal SNR."""
+    pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+    out, config, parameters = exported
+    rng = np.random.default_rng(4)
+    noise = rng.normal(size=(1, 16, 16, 4)).astype(np.float32)
+    reference = rng.integers(0, 256, (20, 20, 3), np.uint8)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out)
+    pipe.load_ip_adapter(out, subfolder="", weight_name=diffusers_folder.ADAPTER,
+                         image_encoder_folder=None)
+    pipe.load_lora_weights(out)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        expected = pipe("a red boat", ip_adapter_image=Image.fromarray(reference),
+                        latents=oracles.nchw(noise), num_inference_steps=2, guidance_scale=2.0,
+                        output_type="np").images[0]
+    generator, tokenizer = Generator(config), Tokenizer(out / "tokenizer", 16)
+    view = jax.jit(generator.view)(parameters, reference[None, None] / np.float32(255))
+    generate = make_generate(generator, steps=2, guidance=2.0, negative_token_ids=tokenizer(""))
+    found = generate(parameters, tokenizer("a red boat")[None],
+                     np.float32([[32, 32, 0, 0, 32, 32]]), view, np.ones((1, 1), bool), noise)
+    assert np.std(expected) > 0.05
+    assert np.abs(np.float32(found[0]) - np.round(255 * expected)).mean() < 0.02
 
 
 @pytest.mark.parametrize("trainable, files", [

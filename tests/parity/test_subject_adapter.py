@@ -11,9 +11,11 @@ pytest.importorskip("torch", reason="parity is checked against PyTorch")
 pytest.importorskip("diffusers", reason="parity is checked against diffusers")
 
 import torch  # noqa: E402
+from diffusers.image_processor import IPAdapterMaskProcessor  # noqa: E402
 from diffusers.models import embeddings  # noqa: E402
 
 from focusdpo_jax.checkpoints import ip_adapter, pytorch_names  # noqa: E402
+from focusdpo_jax.models import image_attention  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_adapter  # noqa: E402
 from focusdpo_jax.models.unet import UNet  # noqa: E402
 from tests.parity import oracles, test_unet  # noqa: E402
@@ -96,11 +98,12 @@ def ours(config, params, batch, scale):
     return UNet(config).apply({"params": params}, **batch, image_scale=scale, capture=NAMES)
 
 
-def theirs(model, batch, features, scale):
+def theirs(model, batch, features, scale, **how):
     for processor in model.attn_processors.values():
         if hasattr(processor, "scale"):
             processor.scale = [scale]
-    return test_unet.peer_output(model, batch, image_embeds=[torch.from_numpy(features)])
+    return test_unet.peer_output(
+        model, batch, how, image_embeds=[torch.from_numpy(features)])
 
 
 def test_unet_with_an_adapter_file(adapted):
@@ -116,6 +119,37 @@ def test_an_absent_slot_is_one_never_given(adapted):
     prediction, _ = ours(config, params, batch, 1.0)
     expected = theirs(model, batch, FEATURES[:, :2], 1.0)
     assert oracles.relative_error(prediction, expected) < oracles.TOLERANCE
+
+
+def test_masks_and_scales_of_each_reference(adapted):
+    """Masks of the picture's aspect, which neither level's grid divides evenly."""
+    config, params, batch, model = adapted
+    masks = np.random.default_rng(6).uniform(size=(1, SLOTS, 20, 30)).astype(np.float32)
+    masks[0, 1, :, 12:] = 0
+    scales = [0.5, 1.5, 0.8]
+    batch = dict(batch, image_masks=np.repeat(masks, BATCH, 0),
+                 image_scales=np.float32([scales] * BATCH))
+    prediction, _ = ours(config, params, batch, 1.0)
+    expected = theirs(model, batch, FEATURES, scales, cross_attention_kwargs={
+        "ip_adapter_masks": [torch.from_numpy(masks)]})
+    assert oracles.relative_error(prediction, expected) < oracles.TOLERANCE
+
+    batch["image_present"] = np.array([[True, True, False]] * BATCH)
+    prediction, _ = ours(config, params, batch, 1.0)
+    expected = theirs(model, batch, FEATURES[:, :2], scales[:2], cross_attention_kwargs={
+        "ip_adapter_masks": [torch.from_numpy(masks[:, :2])]})
+    assert oracles.relative_error(prediction, expected) < oracles.TOLERANCE
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (2, 3), (3, 5), (7, 4)])
+def test_masks_on_a_grid(grid):
+    """Of the same aspect, as near as whole positions come."""
+    masks = np.random.default_rng(7).uniform(size=(1, 2, 10 * grid[0], 10 * grid[1]))
+    found = image_attention.masks_on_grid(masks.astype(np.float32), grid)
+    for slot in range(2):
+        expected = IPAdapterMaskProcessor.downsample(
+            torch.from_numpy(masks[:, slot]), 1, grid[0] * grid[1], 1)
+        np.testing.assert_allclose(found[0, slot], expected[0, :, 0], atol=1e-6)
 
 
 def test_captures(adapted):

@@ -54,12 +54,14 @@ def template(config, batch):
     return jax.eval_shape(UNet(config).init, jax.random.key(0), **batch)["params"]
 
 
-def peer_output(model, batch, **conditions):
+def peer_output(model, batch, how=None, **conditions):
+    """The peer's prediction; `how` goes to its forward, `conditions` beside the pooled text."""
     return oracles.nhwc(model(
         oracles.nchw(batch["sample"]), torch.from_numpy(batch["timesteps"]),
         torch.from_numpy(batch["text"]),
         added_cond_kwargs={"text_embeds": torch.from_numpy(batch["pooled"]),
-                           "time_ids": torch.from_numpy(batch["time_ids"]), **conditions}).sample)
+                           "time_ids": torch.from_numpy(batch["time_ids"]), **conditions},
+        **(how or {})).sample)
 
 
 @pytest.mark.parametrize("config, height, width", [(CONFIG, 9, 14), (SMALL, 8, 6)])

@@ -213,11 +213,14 @@ def test_mistakes_on_the_command_line_are_one_line(tiny_folder, tmp_path):
         assert "Traceback" not in result.stderr
 
 
-def test_four_devices_give_the_losses_of_one(finished, tiny_folder, tmp_path):
+def test_four_devices_go_on_with_the_losses_of_one(finished, trained, tiny_folder, tmp_path):
+    shutil.copytree(trained("full"), tmp_path, dirs_exist_ok=True)
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
-    subprocess.run(command(tiny_folder, tmp_path), check=True, env=environment,
-                   capture_output=True)
+    result = subprocess.run(command(tiny_folder, tmp_path), env=environment, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "resumed at step 2" in result.stderr
     expected = tiny.losses(finished[0])
     for step, loss in tiny.losses(tmp_path).items():
         assert abs(loss - expected[step]) < 1e-5 * abs(expected[step])

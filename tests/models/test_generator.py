@@ -1,0 +1,92 @@
+"""What a generator does with subject reference images, by either kind of adapter."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.evaluation.generate import make_generate
+from focusdpo_jax.models import clip
+from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
+from tests.models.weights import random_tree
+
+RESAMPLER = GeneratorConfig.from_dict(tiny.SIZES)
+PROJECTION = dataclasses.replace(RESAMPLER, adapter=SubjectAdapterConfig(
+    kind="projection", input_dim=8, output_dim=16, num_tokens=4))
+GROUNDING = dataclasses.replace(RESAMPLER, adapter=dataclasses.replace(
+    RESAMPLER.adapter, kind="grounding", phrase_dim=8, frequencies=2))
+PIXELS = np.random.default_rng(0).uniform(size=(2, 3, 32, 32, 3)).astype(np.float32)
+
+
+def parameters(generator, parts=PARTS):
+    shapes = {part: jax.eval_shape(lambda key, part=part: generator.init_part(part, key),
+                                   jax.random.key(0)) for part in parts}
+    return {part: random_tree(tree, seed) for seed, (part, tree) in enumerate(shapes.items())}
+
+
+def test_each_adapter_reads_its_part_of_the_view():
+    for config, tokens in ((RESAMPLER, 2), (PROJECTION, 4)):
+        generator = Generator(config)
+        values = parameters(generator, ("adapter", "image_encoder"))
+        view = jax.jit(generator.view)(values, PIXELS)
+        seen = jax.jit(generator.see)(values, PIXELS[1])
+        np.testing.assert_allclose(view.features[1], seen.penultimate, rtol=1e-4, atol=1e-5)
+        subjects = jax.jit(generator.subject_tokens)
+        found = subjects(values, view)
+        assert found.shape == (2, 3, tokens, 16)
+        other = view.replace(features=view.features + 1)
+        if config is PROJECTION:
+            np.testing.assert_allclose(view.embedding[1], seen.projected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(subjects(values, other), found)
+            other = view.replace(embedding=view.embedding[..., ::-1])
+        else:
+            assert view.embedding is None
+        assert np.abs(subjects(values, other) - found).max() > 0.1
+
+
+def test_phrases_and_boxes_ground_each_reference_by_itself():
+    generator = Generator(GROUNDING)
+    values = parameters(generator, ("adapter", "image_encoder", "text_encoder"))
+    view = jax.jit(generator.view)(values, PIXELS)
+    ids = np.random.default_rng(1).integers(0, 500, (2, 3, 16))
+    boxes = np.float32([[[0, 0, 0.5, 1]] * 3] * 2)
+
+    @jax.jit
+    def tokens(ids, boxes):
+        return generator.subject_tokens(values, generator.ground(values, view, ids, boxes))
+
+    def changed(ids, boxes):
+        return np.abs(tokens(ids, boxes) - found).max((2, 3)) > 1e-3
+
+    found, slot = tokens(ids, boxes), np.array([[False, False, False], [False, True, False]])
+    np.testing.assert_array_equal(changed(np.where(slot[:, :, None], ids + 1, ids), boxes), slot)
+    np.testing.assert_array_equal(changed(ids, boxes + 0.25 * slot[:, :, None]), slot)
+    assert np.abs(jax.jit(generator.subject_tokens)(values, view) - found).max() > 0.1
+
+
+def test_pictures_by_the_plain_adapter():
+    generator = Generator(PROJECTION)
+    values = parameters(generator)
+    view = jax.eval_shape(generator.view, values, PIXELS)
+    ids = np.zeros((2, 2, 16), np.int32)
+    pictures = jax.eval_shape(
+        make_generate(generator, steps=2, guidance=3.0, negative_token_ids=ids[0]), values, ids,
+        np.zeros((2, 6)), view, np.ones((2, 3), bool), np.zeros((2, 8, 8, 4)))
+    assert pictures.shape == (2, 32, 32, 3)
+
+
+def test_parts_that_do_not_fit_are_named():
+    encoder = clip.CLIPVisionConfig()
+    with pytest.raises(UserError, match="input_dim = 8, .*image_encoder.hidden_size = 1280"):
+        dataclasses.replace(RESAMPLER, image_encoder=encoder)
+    with pytest.raises(UserError, match="'projection' .*image_encoder.projection_dim = 1024 wide"):
+        dataclasses.replace(PROJECTION, image_encoder=encoder)
+    with pytest.raises(UserError, match="phrase_dim = 768, .*text_encoder.hidden_size = 8 wide"):
+        dataclasses.replace(GROUNDING, adapter=dataclasses.replace(
+            GROUNDING.adapter, phrase_dim=768))
+    with pytest.raises(UserError, match="adapter.output_dim = 2048, .*cross_attention_dim = 16"):
+        dataclasses.replace(RESAMPLER, adapter=SubjectAdapterConfig(input_dim=8))
