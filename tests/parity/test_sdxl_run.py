@@ -41,6 +41,7 @@ ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=
 OVERRIDES = {
     "resolution": 32, "steps": 2, "batch_size": 2, "accumulate": 1, "log_every": 1,
     "checkpoint_every": 1, "sample_every": 100, "warmup_steps": 0, "learning_rate": 1e-2,
+    "beta": 10.0,
     "data.train_size": 4, "data.validation_size": 1, "data.test_size": 1, "sampling.steps": 1,
     "evaluation.batch_size": 1, "evaluation.pictures": 1}
 
@@ -86,8 +87,8 @@ def finished(files, tmp_path_factory):
 def test_trains_and_goes_on(finished):
     losses = tiny.losses(finished)
     assert sorted(losses) == [1, 2, 3] and np.all(np.isfinite(list(losses.values())))
-    # Policy and reference are one model in two programs, which round a bfloat16 differently.
-    assert abs(losses[1] - np.log(2)) < 0.3 and losses[2] != losses[1]
+    # Policy and reference are one model in two programs, which may round differently.
+    assert abs(losses[1] - np.log(2)) < 0.01 and losses[2] != losses[1]
     assert (finished / "samples/step_000003.png").exists()
 
 
@@ -103,7 +104,7 @@ def test_the_adapter_alone_changes_and_is_float32(files, finished):
             kept = "float32" if trained or leaf.ndim < 2 else "bfloat16"
             assert {str(leaf.dtype), str(flat[path].dtype)} == {kept}, (part, path)
             moved += changed
-        assert moved > 10 or part not in ("unet", "adapter")
+        assert moved > 4 or part not in ("unet", "adapter")
 
 
 def test_draws(finished, tmp_path):
@@ -189,6 +190,6 @@ def test_the_command_of_the_debugging_run(tmp_path):
         cwd=tiny.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     losses = tiny.losses(tmp_path / "run")
-    assert abs(losses[1] - np.log(2)) < 0.3 and sorted(losses) == [1, 2]
+    assert abs(losses[1] - np.log(2)) < 0.01 and sorted(losses) == [1, 2]
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["model"]["remat"]
