@@ -5,7 +5,7 @@ r"""FocusDPO on SDXL with an IP-Adapter; docs/sdxl.md goes through it from downl
     python -m focusdpo_jax.main --config=configs/sdxl_dpo.py:debug
 
 Without an argument it trains the adapter, with `:lora` low-rank updates, with `:full` UNet and
-adapter. `:debug` needs no files: SDXL's anatomy with small random weights, two minutes on a laptop.
+adapter. `:debug` needs no files: SDXL's anatomy with small random weights, minutes on a laptop.
 
 The numbers of training are starting points from the literature, not measured here at this size.
 """
