@@ -18,7 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from focusdpo_jax.checkpoints import diffusers_folder, pytorch_names, tensor_file  # noqa: E402
+from focusdpo_jax.checkpoints import pytorch_names, tensor_file  # noqa: E402
 
 SHAPES = [(1280, 10240), (5120, 1280), (3, 3, 1280, 1280), (3, 3, 2560, 1280), (1280, 1280)]
 
@@ -39,7 +39,7 @@ def main(gigabytes=5.0):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.safetensors")
         write_sparse(path, example)
-        place = diffusers_folder.placement(
+        place = tensor_file.placement(
             jnp.bfloat16, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
         before = peak()
         tensors, _ = tensor_file.read(path)

@@ -21,6 +21,8 @@ def get_config(stage="generator"):
     config.seed = 0
     # Side of the pictures in pixels.
     config.resolution = 64
+    # Type of the computation, and of what is not trained: "float32" or "bfloat16".
+    config.dtype = "float32"
 
     # What is learnt: "autoencode", "attributes" (image encoder), "probe", or "subject_sft",
     # the denoising error of the chosen pictures, where subjects count more than background.
@@ -71,11 +73,18 @@ def get_config(stage="generator"):
         "image_encoder": "runs/toybox_base_autoencoder/model",
         "probe": "runs/toybox_base_image_encoder/model",
         "generator": "runs/toybox_base_probe/model"}[stage]
+    # Of published models alone; see configs/sdxl_dpo.py.
+    config.model.adapter = ""
+    config.model.image_encoder = ""
+    config.model.tokenizer = ""
     config.model.lora_rank = 0
+    config.model.remat = False
     if stage == "autoencoder":
         config.model.sizes = sizes()
 
     config.data = ml_collections.ConfigDict()
+    # These objectives learn what Toybox knows of its pictures; "generator" may take "prepared" too.
+    config.data.source = "toybox"
     # Folder under which the data set is built.
     config.data.path = "data"
     config.data.seed = 7

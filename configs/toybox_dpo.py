@@ -15,6 +15,8 @@ def get_config():
     config.seed = 0
     # Side of the pictures in pixels.
     config.resolution = 64
+    # Type of the computation, and of what is not trained: "float32" or "bfloat16".
+    config.dtype = "float32"
 
     # "focus_dpo", or one of its rivals over the same step: "dpo" (Diffusion-DPO: every location
     # counts the same), "prior_dpo" (the mask of where the pair differs alone), "sft" (the
@@ -59,14 +61,23 @@ def get_config():
     config.mesh = ml_collections.ConfigDict({"data": -1})
 
     config.model = ml_collections.ConfigDict()
-    # The model to start from: "toybox", which ships with the package, or a folder such as
-    # runs/toybox_base_generator/model.
+    # The model to start from: "toybox", which ships with the package, a folder such as
+    # runs/toybox_base_generator/model, or SDXL in the layouts of configs/sdxl_dpo.py.
     config.model.pretrained = "toybox"
+    # Files of SDXL that lie elsewhere; see there.
+    config.model.adapter = ""
+    config.model.image_encoder = ""
+    config.model.tokenizer = ""
     # Rank of the low-rank updates to add; 0 adds none. Those that the model above has stay.
     config.model.lora_rank = 0
+    # Whether to compute parts of the UNet again in the backward pass instead of keeping them.
+    config.model.remat = False
 
     config.data = ml_collections.ConfigDict()
-    # Folder under which the data set is built, once for each seed and size.
+    # "toybox", rendered and built once, or "prepared": your own pictures, from the folder that
+    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are Toybox's.
+    config.data.source = "toybox"
+    # Folder under which Toybox is built, once for each seed and size; or the prepared folder.
     config.data.path = "data"
     config.data.seed = 0
     config.data.train_size = 768

@@ -5,8 +5,11 @@ what a field means stands beside it in those files.
 """
 
 import difflib
+import functools
 import json
 import numbers
+
+import ml_collections
 
 from focusdpo_jax.errors import UserError
 
@@ -18,6 +21,10 @@ ENCODER_OBJECTIVES = ("autoencode", "attributes", "probe")
 # often to look, not what is trained.
 _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
                "data.path", "data.cache"}
+
+# Fields that older runs' config.json lacks, with what those runs did.
+_ADDED = {"dtype": "float32", "model.remat": False, "model.adapter": "",
+          "model.image_encoder": "", "model.tokenizer": "", "data.source": "toybox"}
 
 
 def _one_of(*choices):
@@ -67,6 +74,7 @@ RULES = {
     "batch_size": _integer(1),
     "accumulate": _integer(1),
     "resolution": _integer(8),
+    "dtype": _one_of("float32", "bfloat16"),
     "objective": _one_of(*GENERATOR_OBJECTIVES, *ENCODER_OBJECTIVES),
     "trainable": _one_of("adapter", "lora", "full", "generator"),
     "beta": _number(0, above=True),
@@ -84,9 +92,14 @@ RULES = {
     "keep_checkpoints": _integer(1),
     "sample_every": _integer(1),
     "model.pretrained": _text(),
+    "model.adapter": _text(),
+    "model.image_encoder": _text(),
+    "model.tokenizer": _text(),
     "model.lora_rank": _integer(0),
+    "model.remat": _flag(),
     "model.sizes": _anything(),
     "mesh.data": _integer(-1),
+    "data.source": _one_of("toybox", "prepared"),
     "data.path": _text(),
     "data.cache": _flag(),
     "data.seed": _integer(0),
@@ -148,6 +161,9 @@ def _validate_together(config):
         raise UserError(
             f"config.checkpoint_every = {config.checkpoint_every}: give a multiple of "
             f"config.log_every = {config.log_every}, so that a resumed run logs the same means")
+    if config.dtype != "float32" and config.objective in ENCODER_OBJECTIVES:
+        raise UserError(f"config.dtype = {config.dtype!r}: config.objective = "
+                        f"{config.objective!r} trains an encoder; give 'float32'")
     if config.mesh.data == 0:
         raise UserError("config.mesh.data = 0: give a number of devices, or -1 for all of them")
     if config.objective not in (*SUPERVISED_OBJECTIVES, *ENCODER_OBJECTIVES):
@@ -164,6 +180,15 @@ def _validate_together(config):
     if config.trainable == "lora" and not config.model.lora_rank:
         raise UserError("config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, "
                         "for example 8")
+    if config.data.source == "toybox":
+        _validate_toybox(config)
+    elif config.objective in ENCODER_OBJECTIVES:
+        raise UserError(f"config.data.source = {config.data.source!r}: {config.objective} learns "
+                        "what Toybox knows of its pictures; give 'toybox'")
+
+
+def _validate_toybox(config):
+    """The sizes of a data set that is yet to be made."""
     if config.evaluation.scenes > config.data.test_size:
         raise UserError(f"config.evaluation.scenes = {config.evaluation.scenes}: there are only "
                         f"config.data.test_size = {config.data.test_size} of them")
@@ -173,6 +198,16 @@ def _validate_together(config):
     if config.batch_size * config.accumulate > config.data.train_size:
         raise UserError(f"config.data.train_size = {config.data.train_size}: give at least a "
                         f"step's pairs, {config.batch_size * config.accumulate}")
+
+
+def complete(config):
+    """A copy of a ConfigDict, with the fields that an older run's lacks."""
+    values = config.to_dict()
+    for name, value in _ADDED.items():
+        *groups, field = name.split(".")
+        group = functools.reduce(lambda parent, key: parent.setdefault(key, {}), groups, values)
+        group.setdefault(field, value)
+    return ml_collections.ConfigDict(values)
 
 
 def _flatten(values, prefix=""):
@@ -191,7 +226,7 @@ def to_json(config):
 
 def changed_fields(old, new):
     """Fields whose change makes another run of it: ["config.beta = 2.0 (now 3.0)", ...]."""
-    old, new = dict(_flatten(old)), dict(_flatten(new))
+    old, new = (_ADDED | dict(_flatten(values)) for values in (old, new))
     return [f"config.{name} = {old.get(name)!r} (now {new.get(name)!r})"
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name) and name not in _MAY_CHANGE]

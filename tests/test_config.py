@@ -2,6 +2,7 @@
 
 import pathlib
 
+import ml_collections
 import pytest
 import tiny
 
@@ -34,3 +35,21 @@ def test_preference_objectives_take_no_timestep_logits(objective):
     with pytest.raises(UserError, match=r"config.timestep_logits = \(0.6, 1.0\): "
                                         rf"{objective} draws uniformly .*; give \(\)"):
         check(objective=objective, timestep_logits=(0.6, 1.0))
+
+
+def test_a_run_from_before_a_field_was_there_goes_on():
+    config = tiny.tiny_config(pathlib.Path("nowhere"))
+    new = config.to_dict()
+    old = config.to_dict()
+    del old["dtype"], old["model"]["remat"], old["data"]["source"]
+    assert config_rules.changed_fields(old, new) == []
+    new["dtype"] = "bfloat16"
+    assert config_rules.changed_fields(old, new) == [
+        "config.dtype = 'float32' (now 'bfloat16')"]
+    completed = config_rules.complete(ml_collections.ConfigDict(old))
+    assert completed.to_dict() == config.to_dict() and "dtype" not in old
+
+
+def test_encoders_are_trained_in_float32():
+    with pytest.raises(UserError, match="config.dtype = 'bfloat16': config.objective = 'autoenc"):
+        check(objective="autoencode", dtype="bfloat16")

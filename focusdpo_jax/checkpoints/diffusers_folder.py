@@ -16,7 +16,6 @@ import dataclasses
 import json
 import re
 
-import jax
 from etils import epath
 from flax import traverse_util
 
@@ -34,12 +33,15 @@ _READERS = {"unet": diffusers_configs.read_unet, "vae": diffusers_configs.read_v
             "text_encoder_2": diffusers_configs.read_clip_text,
             "image_encoder": diffusers_configs.read_clip_vision}
 _VARIANTS = ("", "fp16")
-_FETCH = (
+FETCH = (
     "Such a folder is normally fetched by `hf download stabilityai/stable-diffusion-xl-base-1.0 "
     "--local-dir DIR`, its image_encoder/ is models/image_encoder/ of h94/IP-Adapter, and "
     f"{ADAPTER}, which may be left out, is sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors of "
-    "the same. Give the path of a folder that has them.")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
+    "the same. Give config.model.pretrained=DIR of a folder that has them, or "
+    "config.model.image_encoder, config.model.adapter and config.model.tokenizer where they lie "
+    "elsewhere.")
+# A repository, and perhaps a path in it.
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?$")
 
 
 def is_one(folder):
@@ -47,36 +49,39 @@ def is_one(folder):
     return (epath.Path(folder) / "model_index.json").exists()
 
 
-def locate(name):
-    """The folder that `name` stands for: a path, or a hub id that was fetched before.
+def find(name):
+    """The file or folder that `name` stands for, or None.
 
-    Nothing is downloaded.
-
-    Raises:
-      UserError: there is no such folder.
+    Args:
+      name: a path, or a hub id with or without a path in it (h94/IP-Adapter/models/image_encoder)
+        of what was fetched before. Nothing is downloaded.
     """
     if epath.Path(name).exists():
         return epath.Path(name)
-    if _HUB_ID.match(str(name)):
+    match = _HUB_NAME.match(str(name))
+    if match:
         import huggingface_hub  # Needed for this alone.
         try:
-            return epath.Path(huggingface_hub.snapshot_download(str(name), local_files_only=True))
+            cached = epath.Path(huggingface_hub.snapshot_download(match[1], local_files_only=True))
         except (OSError, ValueError):
-            pass  # Not in the cache of the hub's client.
-    raise UserError(f"{name}: no such folder, nor a model in the hub's cache of this machine. "
-                    + _FETCH)
+            return None  # Not in the cache of the hub's client.
+        path = cached / match[2] if match[2] else cached
+        if path.exists():
+            return path
+    return None
 
 
 def weight_files(folder, part, variant=None):
     """The safetensors files of a part, or an empty list.
 
     Args:
+      folder: of the part.
       variant: such as "fp16"; None takes the plain files, and fp16 where there are no others.
 
     Raises:
       UserError: an index is damaged.
     """
-    folder, stem = epath.Path(folder) / part, _STEMS[part]
+    folder, stem = epath.Path(folder), _STEMS[part]
     for kind in _VARIANTS if variant is None else (variant,):
         dot = f".{kind}" if kind else ""
         single = folder / f"{stem}{dot}.safetensors"
@@ -90,67 +95,94 @@ def weight_files(folder, part, variant=None):
     return []
 
 
-def require_complete(folder, variant=None):
-    """Checks that every file is there which a generator needs.
+def missing_files(folders, tokenizer, base="", variant=None):
+    """Paths of the files that a generator needs and that are not there.
 
-    Raises:
-      UserError: it lists those that are missing, and where they are normally fetched.
+    Args:
+      folders: {part: its folder}.
+      tokenizer: folder of the vocabulary.
+      base: folder that paths below it are given without.
+      variant: see `weight_files`.
     """
-    folder = epath.Path(folder)
-    missing = [f"{part}/config.json" for part in _STEMS
-               if not (folder / part / "config.json").exists()]
-    for part, stem in _STEMS.items():
-        files = weight_files(folder, part, variant)
+    missing = [folder / "config.json" for folder in folders.values()]
+    for part, folder in folders.items():
         dot = f".{variant}" if variant else ""
-        missing += [f"{part}/{path.name}" for path in files if not path.exists()]
-        if not files:
-            pickled = list((folder / part).glob("*.bin"))
-            missing.append(f"{part}/{stem}{dot}.safetensors"
-                           + (" (a .bin is a pickle, which is not read)" if pickled else ""))
-    missing += [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")
-                if not (folder / "tokenizer" / name).exists()]
-    if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}. {_FETCH}")
+        missing += (weight_files(folder, part, variant)
+                    or [folder / f"{_STEMS[part]}{dot}.safetensors"])
+    missing += [tokenizer / name for name in ("vocab.json", "merges.txt")]
+    return [str(path).removeprefix(f"{base}/")
+            + (" (a .bin is a pickle, which is not read)"
+               if path.suffix == ".safetensors" and list(path.parent.glob("*.bin")) else "")
+            for path in missing if not path.exists()]
 
 
-def load_config(folder, variant=None):
+def part_folders(folder, image_encoder=None):
+    """{part: folder} of a pipeline whose image encoder may lie elsewhere."""
+    folders = {part: epath.Path(folder) / part for part in _STEMS}
+    return folders | ({"image_encoder": epath.Path(image_encoder)} if image_encoder else {})
+
+
+def load_config(folder, variant=None, *, adapter=None, image_encoder=None, tokenizer=None):
     """The `GeneratorConfig` of a folder.
+
+    Args:
+      variant: see `weight_files`.
+      adapter: an IP-Adapter file in the place of the folder's own.
+      image_encoder, tokenizer: folders in the place of the folder's own.
 
     Raises:
       UserError: files are missing or damaged, or it is no SDXL.
     """
     folder = epath.Path(folder)
-    require_complete(folder, variant)
-    parts = {part: _read_config(folder / part / "config.json", read)
-             for part, read in _READERS.items()}
+    folders = part_folders(folder, image_encoder)
+    missing = missing_files(folders, epath.Path(tokenizer or folder / "tokenizer"), folder,
+                            variant)
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}. {FETCH}")
+    parts = {part: read_part_config(folders[part], part) for part in _READERS}
     scheduler = folder / "scheduler" / "scheduler_config.json"
     noise = (_read_config(scheduler, diffusers_configs.read_scheduler)
              if scheduler.exists() else {})
-    file = folder / ADAPTER
-    if file.exists():
-        adapter = ip_adapter.read_config(*tensor_file.read(file), str(file))
-    else:
-        adapter = SubjectAdapterConfig(input_dim=parts["image_encoder"].hidden_size,
-                                       output_dim=parts["unet"].cross_attention_dim,
-                                       dropped="blank")
     parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
     index = folder / "model_index.json"
     # What diffusers takes for granted where the file is silent.
     zeros = not index.exists() or _read_json(index).get("force_zeros_for_empty_prompt", True)
-    return GeneratorConfig(**parts, adapter=adapter, zero_empty_prompt=zeros, **noise)
+    return GeneratorConfig(
+        **parts, adapter=adapter_config(adapter or folder / ADAPTER, parts),
+        zero_empty_prompt=zeros, **noise)
 
 
-def load_part(folder, part, example, *, variant=None, dtype=None, sharding=None):
+def read_part_config(folder, part):
+    """The configuration of a part from its folder."""
+    return _read_config(folder / "config.json", _READERS[part])
+
+
+def adapter_config(file, parts):
+    """The configuration of an IP-Adapter file or, where there is none, of a new adapter.
+
+    Args:
+      file: path of the file, or None.
+      parts: {part: configuration} of image encoder and UNet.
+    """
+    if file is not None and file.exists():
+        return ip_adapter.read_config(*tensor_file.read(file), str(file))
+    return SubjectAdapterConfig(input_dim=parts["image_encoder"].hidden_size,
+                                output_dim=parts["unet"].cross_attention_dim, dropped="blank")
+
+
+def load_part(folder, part, example, *, adapter=None, image_encoder=None, variant=None,
+              dtype=None, sharding=None):
     """Reads one part, tensor by tensor.
 
-    The image branch of the UNet comes from `ip_adapter.safetensors`. Without that file it starts
-    as a copy of the projections of the text, as IP-Adapter's own training does.
+    The image branch of the UNet comes from the IP-Adapter file. Without one it starts as a copy
+    of the projections of the text, as IP-Adapter's own training does.
 
     Args:
       part: one of `generator.PARTS`.
       example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s, without "params".
+      adapter, image_encoder: see `load_config`.
       variant: see `weight_files`.
-      dtype: of the result; None leaves the file's.
+      dtype: of every leaf, or a tree of types like `example`; None leaves the file's.
       sharding: of every leaf, or a tree of shardings like `example`. Each process reads all of a
         tensor and keeps its own shards.
 
@@ -161,39 +193,31 @@ def load_part(folder, part, example, *, variant=None, dtype=None, sharding=None)
     Raises:
       UserError: naming every tensor that is missing, unexpected or of another shape.
     """
-    folder = epath.Path(folder)
-    file = folder / ADAPTER
-    source = f"{folder / part}"
-    tensors = {}
-    for path in weight_files(folder, part, variant) if part in _STEMS else ():
-        tensors |= tensor_file.read(path)[0]
+    file = epath.Path(adapter or epath.Path(folder) / ADAPTER)
+    place = tensor_file.placement(dtype, sharding)
     if part == "adapter":
-        if not file.exists():
-            return None
-        source = str(file)
-        tensors = ip_adapter.image_projection(tensor_file.read(file)[0])
-    elif part == "unet" and file.exists():
+        return load_adapter(file, example, place) if file.exists() else None
+    folder = part_folders(folder, image_encoder)[part]
+    tensors = read_tensors(folder, part, variant)
+    if part == "unet" and file.exists():
         tensors |= ip_adapter.to_diffusers(tensor_file.read(file)[0], example, str(file))[0]
     elif part == "unet":
         tensors |= ip_adapter.fresh_branch(tensors, example)
-    return pytorch_names.to_flax(tensors, example, source, placement(dtype, sharding))
+    return pytorch_names.to_flax(tensors, example, str(folder), place)
 
 
-def placement(dtype=None, sharding=None):
-    """The `place` of `pytorch_names.to_flax` that converts and distributes each leaf at once."""
-    single = sharding is None or isinstance(sharding, jax.sharding.Sharding)
-    flat = None if single else traverse_util.flatten_dict(sharding)
+def read_tensors(folder, part, variant=None):
+    """{name: LazyTensor} of a part; see `weight_files`."""
+    tensors = {}
+    for path in weight_files(folder, part, variant):
+        tensors |= tensor_file.read(path)[0]
+    return tensors
 
-    def place(path, value):
-        value = value if dtype is None else value.astype(dtype)
-        target = sharding if single else flat[path]
-        if target is None:
-            return value
-        array = jax.make_array_from_callback(value.shape, target, lambda index: value[index])
-        # Copies that run behind would keep their sources in host memory.
-        return array.block_until_ready()
 
-    return place
+def load_adapter(file, example, place):
+    """The subject adapter of an IP-Adapter file; see `pytorch_names.to_flax`."""
+    tensors = ip_adapter.image_projection(tensor_file.read(file)[0])
+    return pytorch_names.to_flax(tensors, example, str(file), place)
 
 
 def save_part(folder, part, parameters, config, resolution):

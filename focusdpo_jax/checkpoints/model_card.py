@@ -45,8 +45,10 @@ def render(run, metrics, names, whole, caveat=None):
         lines += ["", f"**`ip_adapter.safetensors` is not for diffusers:** {caveat}, which "
                   "`load_ip_adapter` cannot know. focusdpo_jax reads it."]
     data = run["data"]
+    rendered = data.get("source", "toybox") == "toybox"
     lines += ["", "## Data", "",
-              f"{data['train_size']} pairs of `{data['path']}`, seed {data['seed']}.",
+              f"{data['train_size']} pairs of `{data['path']}`, seed {data['seed']}." if rendered
+              else f"Pairs of `{data['path']}`.",
               "", "## Last metrics", "", "| metric | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items())
               if isinstance(value, (int, float)) and name != "step" and "/" not in name]

@@ -7,32 +7,27 @@
 A part whose file is missing is made anew at random by whoever loads the folder.
 """
 
-import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from safetensors import numpy as safetensors
 
+from focusdpo_jax.checkpoints import tensor_file
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import GeneratorConfig
 
 
 def save_part(folder, name, tree):
-    """Writes one part's parameter tree in float32."""
-    flat = traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-    tensors = {key: np.ascontiguousarray(value, np.float32) for key, value in flat.items()}
-    path = epath.Path(folder) / f"{name}.safetensors"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(safetensors.save(tensors))
-    temporary.replace(path)
+    """Writes one part's parameter tree in the types that it has, tensor by tensor."""
+    tensor_file.write(epath.Path(folder) / f"{name}.safetensors",
+                      traverse_util.flatten_dict(tree, sep="/"))
 
 
-def load_part(folder, name, example=None, dtype=np.float32):
-    """Reads one part, or returns None where the folder has no such file.
+def load_part(folder, name, example=None, *, dtype=None, sharding=None):
+    """Reads one part, tensor by tensor, or returns None where the folder has no such file.
 
     Args:
       example: a tree of the shapes that are expected; what lies in the file must match it.
-      dtype: of the result.
+      dtype, sharding: see `tensor_file.placement`.
 
     Raises:
       UserError: the file cannot be read, or tensors are missing, unexpected or of another shape.
@@ -40,20 +35,19 @@ def load_part(folder, name, example=None, dtype=np.float32):
     path = epath.Path(folder) / f"{name}.safetensors"
     if not path.exists():
         return None
-    try:
-        tensors = safetensors.load(path.read_bytes())
-    except Exception as error:  # safetensors raises its own, undocumented types.
-        raise UserError(f"{path} is not a readable safetensors file ({error}).") from error
-    tree = {key: np.asarray(value, dtype) for key, value in tensors.items()}
+    tensors, _ = tensor_file.read(path)
     if example is not None:
         expected = {k: v.shape for k, v in traverse_util.flatten_dict(example, sep="/").items()}
-        wrong = [f"missing {k}" for k in sorted(expected.keys() - tree.keys())]
-        wrong += [f"unexpected {k}" for k in sorted(tree.keys() - expected.keys())]
-        wrong += [f"{k} is {tree[k].shape}, not {expected[k]}" for k in sorted(expected)
-                  if k in tree and tree[k].shape != expected[k]]
+        wrong = [f"missing {k}" for k in sorted(expected.keys() - tensors.keys())]
+        wrong += [f"unexpected {k}" for k in sorted(tensors.keys() - expected.keys())]
+        wrong += [f"{k} is {tensors[k].shape}, not {expected[k]}" for k in sorted(expected)
+                  if k in tensors and tensors[k].shape != expected[k]]
         if wrong:
             raise UserError(f"{path} does not fit model.json: {'; '.join(wrong)}.")
-    return traverse_util.unflatten_dict(tree, sep="/")
+    place = tensor_file.placement(dtype, sharding)
+    paths = {tuple(key.split("/")): tensor for key, tensor in tensors.items()}
+    return traverse_util.unflatten_dict(
+        {path: place(path, np.asarray(tensor)) for path, tensor in paths.items()})
 
 
 def save_config(folder, config):

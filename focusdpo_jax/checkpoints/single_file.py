@@ -1,9 +1,11 @@
 """An SDXL model in one safetensors file of the original layout (see original_names).
 
 Such a file says nothing about sizes: they are those of SDXL base 1.0, and a file of other sizes
-is refused by the tensors that do not fit.
+is refused by the tensors that do not fit. Image encoder and vocabulary, which it lacks, lie in
+folders as a diffusers pipeline has them.
 """
 
+from etils import epath
 from flax import traverse_util
 
 from focusdpo_jax.checkpoints import (
@@ -13,7 +15,9 @@ from focusdpo_jax.checkpoints import (
     pytorch_names,
     tensor_file,
 )
+from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.clip import CLIPTextConfig
+from focusdpo_jax.models.generator import GeneratorConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
 
@@ -25,25 +29,60 @@ SDXL = {
                                      projection_dim=1280)}
 
 
-def load_part(path, part, example, config, *, adapter=None, dtype=None, sharding=None):
+def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None):
+    """The `GeneratorConfig` of a file with what completes it.
+
+    Args:
+      image_encoder: folder of transformers' image encoder.
+      tokenizer: folder of vocab.json and merges.txt.
+      adapter: an IP-Adapter file; None is a new adapter.
+
+    Raises:
+      UserError: something is missing or damaged.
+    """
+    path = epath.Path(path)
+    missing = [f"config.model.{field}" for field, folder
+               in (("image_encoder", image_encoder), ("tokenizer", tokenizer)) if folder is None]
+    if missing:
+        raise UserError(f"{path} is a single file, which has neither image encoder nor tokenizer: "
+                        f"give {' and '.join(missing)}. {diffusers_folder.FETCH}")
+    missing = diffusers_folder.missing_files({"image_encoder": epath.Path(image_encoder)},
+                                             epath.Path(tokenizer))
+    if missing:
+        raise UserError(f"{path} needs {', '.join(missing)}. {diffusers_folder.FETCH}")
+    parts = SDXL | {"image_encoder": diffusers_folder.read_part_config(
+        epath.Path(image_encoder), "image_encoder")}
+    return GeneratorConfig(**parts, adapter=diffusers_folder.adapter_config(adapter, parts),
+                           zero_empty_prompt=True)
+
+
+def load_part(path, part, example, config, *, adapter=None, image_encoder=None, dtype=None,
+              sharding=None):
     """Reads one part, tensor by tensor.
 
     Args:
       path: the file.
-      part: a key of SDXL.
+      part: one of `generator.PARTS`.
       example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s, without "params".
       config: the part's configuration, SDXL[part] for a published file.
       adapter: path of an IP-Adapter file for the UNet's image branch, which otherwise starts as a
         copy of the text's projections.
-      dtype, sharding: see `diffusers_folder.load_part`.
+      image_encoder: folder of the image encoder.
+      dtype, sharding: see `tensor_file.placement`.
 
     Returns:
-      A tree like `example`.
+      A tree like `example`; None for "adapter" without such a file.
 
     Raises:
       UserError: naming every tensor that is missing, unexpected or of another shape. Missing ones
         are called by diffusers' names.
     """
+    place = tensor_file.placement(dtype, sharding)
+    if part == "adapter":
+        return None if adapter is None else diffusers_folder.load_adapter(adapter, example, place)
+    if part == "image_encoder":
+        tensors = diffusers_folder.read_tensors(image_encoder, part)
+        return pytorch_names.to_flax(tensors, example, str(image_encoder), place)
     tensors, _ = tensor_file.read(path)
     pytorch_names.require_fit(str(path), {"unexpected": original_names.foreign(tensors)})
     names = [pytorch_names.torch_name(leaf) for leaf in traverse_util.flatten_dict(example)]
@@ -53,5 +92,4 @@ def load_part(path, part, example, config, *, adapter=None, dtype=None, sharding
         found |= ip_adapter.to_diffusers(projections, example, str(adapter))[0]
     elif part == "unet":
         found |= ip_adapter.fresh_branch(found, example)
-    return pytorch_names.to_flax(found, example, f"{path}, {part},",
-                                 diffusers_folder.placement(dtype, sharding))
+    return pytorch_names.to_flax(found, example, f"{path}, {part},", place)

@@ -9,9 +9,11 @@ one tensor besides what it has given, and works on every path that `epath` opens
 import json
 import math
 
+import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from focusdpo_jax.errors import UserError
 
@@ -90,6 +92,33 @@ def _entry(path, name, entry, start):
             return np.frombuffer(file.read(end - begin), dtype).reshape(shape)
 
     return LazyTensor(shape, dtype, load)
+
+
+def placement(dtype=None, sharding=None):
+    """How leaves are kept as they are read: a function of a path and a numpy array.
+
+    Args:
+      dtype: of every leaf, or a tree of types; None leaves the file's.
+      sharding: of every leaf, or a tree of shardings, where jax arrays are wanted. Each process
+        reads all of a tensor and keeps its own shards.
+
+    Returns:
+      The `place` of `pytorch_names.to_flax`; it converts and distributes each leaf at once.
+    """
+    of_type, of_sharding = (
+        (lambda path, value=value: value) if not isinstance(value, dict)
+        else traverse_util.flatten_dict(value).get for value in (dtype, sharding))
+
+    def place(path, value):
+        value = value if of_type(path) is None else value.astype(of_type(path))
+        target = of_sharding(path)
+        if target is None:
+            return value
+        array = jax.make_array_from_callback(value.shape, target, lambda index: value[index])
+        # Copies that run behind would keep their sources in host memory.
+        return array.block_until_ready()
+
+    return place
 
 
 def write(path, tensors, metadata=None):

@@ -42,7 +42,8 @@ class Sampler:
           prompts: a list of `evaluation.prompts.Prompt`.
           parameters: other than the model's own, such as those of the base.
         """
-        parameters = self._model.parameters if parameters is None else parameters
+        # Once: parameters that lie on the host would go to the device with every batch.
+        parameters = jax.device_put(self._model.parameters if parameters is None else parameters)
         pictures = {path: self._load(path)
                     for path in {r.path for prompt in prompts for r in prompt.references}}
         for start in range(0, len(prompts), self._batch_size):

@@ -266,7 +266,14 @@ class Generator:
                             ImageView(seen.penultimate, pooled))
 
     def see(self, parameters, pixels):
-        """Everything the image encoder says (`CLIPOutput`) of pixels [B, H, W, 3] in [0, 1]."""
+        """Everything the image encoder says (`CLIPOutput`) of pixels [B, H, W, 3] in [0, 1].
+
+        Pictures of another size than the encoder's are brought to it as CLIP's preprocessing does.
+        """
+        size = self.config.image_encoder.image_size
+        if pixels.shape[1:3] != (size, size):
+            shape = (len(pixels), size, size, 3)
+            pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic", antialias=True), 0, 1)
         return self.image_encoder.apply(
             {"params": parameters["image_encoder"]}, clip.normalise_images(pixels))
 

@@ -22,6 +22,8 @@ ACTIVATIONS = {
 ZEROS = nn.initializers.zeros
 # The parameter of PyTorch's cubic kernel.
 CUBIC = -0.75
+# Keys from which fused attention is taken: text and image tokens are fewer, their logits small.
+LONG = 512
 
 
 class Conv(nn.Module):
@@ -149,6 +151,21 @@ def split_heads(x, num_heads):
     return x.reshape(*x.shape[:2], num_heads, x.shape[-1] // num_heads)
 
 
+def has_fused_attention(dtype, head_dim):
+    """Whether this machine has cuDNN's flash attention for such heads.
+
+    It never holds the logits, which at 1024 pixels are 671 MB for one picture and layer of SDXL.
+    cuDNN asks for half precision, heads of 8, 16, ... 128 channels and a GPU from Ampere on.
+    On a TPU XLA's attention stays: Pallas's kernels are opaque to the partitioner, so that they
+    need the mesh, which models do not know.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
+        return False
+    device = jax.devices()[0]
+    return (device.platform == "gpu" and "cuda" in device.client.platform_version
+            and float(device.compute_capability) >= 8)
+
+
 def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     """Multi-head attention on projected queries, keys and values.
 
@@ -162,9 +179,11 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
       [B, Q, C].
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]
+    fused = mask is None and not causal and key.shape[1] >= LONG and has_fused_attention(
+        query.dtype, query.shape[-1] // num_heads)
     out = jax.nn.dot_product_attention(
         split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads),
-        mask=mask, is_causal=causal)
+        mask=mask, is_causal=causal, implementation="cudnn" if fused else "xla")
     out = out.reshape(query.shape)
     if key_mask is not None:
         # Over no valid key the softmax is uniform over the masked ones: their mean is no answer.

@@ -39,7 +39,8 @@ class UNetConfig:
       norm_groups: groups of every group normalisation.
       image_context: whether cross-attention also reads image tokens.
       lora_rank, lora_alpha: low-rank update of the attention projections; rank 0 for none.
-      remat: recompute the transformer blocks in the backward pass instead of keeping them.
+      remat: recompute resnets and transformer blocks in the backward pass, and keep only what
+        goes into each.
     """
 
     in_channels: int = 4
@@ -230,11 +231,12 @@ class Stage(nn.Module):
             depth = config.mid_transformer_layers
             resnets, attentions = 2, 1
         made, recorded = [], []
+        resnet = nn.remat(layers.ResnetBlock) if config.remat else layers.ResnetBlock
         for i in range(resnets):
             if skips:
                 x = jnp.concatenate([x, skips[i]], axis=-1)
-            x = layers.ResnetBlock(config.block_out_channels[self.level], config.norm_groups,
-                                   1e-5, self.dtype, name=f"resnets_{i}")(x, embedding)
+            x = resnet(config.block_out_channels[self.level], config.norm_groups, 1e-5,
+                       self.dtype, name=f"resnets_{i}")(x, embedding)
             if depth and i < attentions:
                 x, shares = SpatialTransformer(
                     config, config.num_heads[self.level], depth, self.record, self.dtype,

@@ -29,9 +29,14 @@ def make_mesh(data, batch_size):
     return Mesh(np.asarray(devices[:count]), ("data",))
 
 
+def replicated(mesh):
+    """The sharding of an array that lies on each device as a whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def replicate(tree, mesh):
     """Places a whole copy of every array on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, replicated(mesh))
 
 
 def shard_batch(batch, mesh):

@@ -48,11 +48,12 @@ class Checkpoints:
             raise UserError(f"cannot write checkpoint {step} in {self.folder}: {error}. "
                             f"The last complete one is of step {self.latest}.") from error
 
-    def restore(self, example):
+    def restore(self, example, *, release=False):
         """The newest checkpoint.
 
         Args:
           example: a state of the same structure, whose shapes, types and shardings are taken.
+          release: whether to delete the example's arrays first, so that both need not fit.
 
         Returns:
           (state, loader_state).
@@ -61,6 +62,9 @@ class Checkpoints:
           UserError: the files do not fit the example or cannot be read.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, example)
+        if release:
+            for array in jax.tree.leaves(example):
+                array.delete()
         step = self.latest
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(

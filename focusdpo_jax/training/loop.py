@@ -42,15 +42,16 @@ def run(config, workdir):
     optimizer = make_optimizer(config)
     state = create_state(task.trainable, optimizer, config.ema_decay)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    if checkpoints.latest is not None:
-        # The state's initial values give the shapes; the loader goes on behind the last batch.
-        state, position = checkpoints.restore(state)
-        task.batches.set_state(position)
-        logging.info("resumed at step %d", checkpoints.latest)
     done = checkpoints.latest or 0
     writer = MetricWriter(workdir, start_step=done)
     try:
         task.start(writer)
+        if done:
+            # The state's initial values give the shapes, and then their memory away; the loader
+            # goes on behind the last batch.
+            state, position = checkpoints.restore(state, release=True)
+            task.batches.set_state(position)
+            logging.info("resumed at step %d", done)
         if done < config.steps:
             state = train(config, task, state, optimizer, checkpoints, writer, done)
         checkpoints.close()

@@ -5,15 +5,16 @@ import functools
 import importlib.resources
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from focusdpo_jax.checkpoints import diffusers_folder, model_folder
+from focusdpo_jax import config as config_rules
+from focusdpo_jax.checkpoints import model_folder, pretrained
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig
+from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
 from focusdpo_jax.models.tokenizer import Tokenizer
 
 _FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
@@ -25,7 +26,7 @@ class Model:
 
     Attributes:
       generator: the functions.
-      parameters: {part: tree} of every part, float32 arrays.
+      parameters: {part: tree} of every part, in the types of `stored_type`.
       tokenizer: captions to token ids.
       probe: parameters of Toybox's probe, or None where the folder has none.
     """
@@ -45,68 +46,87 @@ def shipped(name):
     return epath.Path(importlib.resources.files("focusdpo_jax") / "assets" / name)
 
 
-def _locate(name):
-    """The folder that `config.model.pretrained` stands for, and the module that reads it."""
-    folder = shipped(name)
-    if "/" in name or not folder.exists():
-        try:
-            folder = diffusers_folder.locate(name)
-        except UserError as error:
-            reason = str(error).removeprefix(f"{name}: ")
-            raise UserError(f"config.model.pretrained = {name!r}: {reason} (Or give 'toybox', "
-                            "which ships with this package.)") from error
-    return folder, diffusers_folder if diffusers_folder.is_one(folder) else model_folder
+def stored_type(config, path, shape):
+    """The type in which a parameter is kept.
+
+    What is trained is float32, and so is all of a float32 model. In a bfloat16 model the rest is
+    bfloat16, but for vectors: norms use theirs in float32, and they take no room.
+
+    Args:
+      config: the run's; `dtype` and `trainable` matter.
+      path: of the parameter, from its part on.
+    """
+    if config.dtype == "float32" or len(shape) < 2 or TRAINABLE[config.trainable](path):
+        return jnp.float32
+    return jnp.bfloat16
 
 
-def load_model(config):
+def load_model(config, sharding=None):
     """Reads `config.model.pretrained`, or makes a model of `config.model.sizes` at random.
 
-    What is read is a model folder, as runs leave it, or an SDXL pipeline in diffusers' layout.
-    Parts that the folder lacks are drawn from `config.seed`, and so are the low-rank updates of
-    LoRA that `config.model.lora_rank` asks for where it has none. Updates that lie in the folder
+    What is read is a model folder, as runs leave it, or SDXL in the layouts of `pretrained`.
+    Parts that the files lack are drawn from `config.seed`, and so are the low-rank updates of
+    LoRA that `config.model.lora_rank` asks for where there are none. Updates that lie in the folder
     are read, whether the configuration speaks of them or not.
+
+    Args:
+      sharding: of every parameter; None keeps on the host what is read.
 
     Raises:
       UserError: the folder or one of its files is missing, damaged or of other sizes.
     """
-    name = config.model.pretrained
-    if name:
-        folder, layout = _locate(name)
-        sizes = layout.load_config(folder)
+    config = config_rules.complete(config)
+    source = None
+    if config.model.pretrained:
+        source = pretrained.locate({field: config.model[field] for field in
+                                    ("pretrained", "adapter", "image_encoder", "tokenizer")},
+                                   shipped)
+        sizes = source.config()
     else:
-        folder, sizes = None, GeneratorConfig.from_dict(config.model.sizes.to_dict())
+        sizes = GeneratorConfig.from_dict(config.model.sizes.to_dict())
     stored, wanted = sizes.unet.lora_rank, config.model.lora_rank
     if wanted and stored and wanted != stored:
-        raise UserError(f"config.model.lora_rank = {wanted}: {name or 'config.model.sizes'} has "
-                        f"low-rank updates of rank {stored}; give {stored}, or start from a model "
-                        "without updates.")
-    sizes = dataclasses.replace(
-        sizes, unet=dataclasses.replace(sizes.unet, lora_rank=wanted or stored))
-    generator = Generator(sizes)
+        raise UserError(f"config.model.lora_rank = {wanted}: "
+                        f"{source.path if source else 'config.model.sizes'} has low-rank updates "
+                        f"of rank {stored}; give {stored}, or start from a model without updates.")
+    sizes = dataclasses.replace(sizes, unet=dataclasses.replace(
+        sizes.unet, lora_rank=wanted or stored, remat=config.model.remat))
+    generator = Generator(sizes, jnp.dtype(config.dtype))
 
     parameters = {}
     for number, part in enumerate(PARTS):
         init = functools.partial(generator.init_part, part)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        paths = traverse_util.flatten_dict(jax.eval_shape(init, key))
-        published = {p: v for p, v in paths.items()
+        shapes = traverse_util.flatten_dict(jax.eval_shape(init, key))
+        types = {path: stored_type(config, (part, *path), leaf.shape)
+                 for path, leaf in shapes.items()}
+        published = {p: v for p, v in shapes.items()
                      if stored or p[-1] not in ("lora_a", "lora_b")}
-        tree = folder and layout.load_part(
-            folder, part, traverse_util.unflatten_dict(published), dtype=np.float32)
-        if tree is None or len(published) < len(paths):
-            # It runs once: compiling it well would take longer than running it badly.
-            fresh = jax.jit(init, compiler_options=_FAST_TO_COMPILE)(key)
+        tree = source and source.load_part(
+            part, traverse_util.unflatten_dict(published), config=sizes,
+            dtype=traverse_util.unflatten_dict(types), sharding=sharding)
+        flat = {} if tree is None else traverse_util.flatten_dict(tree)
+        missing = sorted(shapes.keys() - flat.keys())
+        if missing:
             logging.info("%s: %s at random", part, "made" if tree is None else "LoRA made")
-            if tree is not None:
-                fresh = traverse_util.unflatten_dict(
-                    traverse_util.flatten_dict(fresh) | traverse_util.flatten_dict(tree))
-            tree = fresh
-        parameters[part] = tree
+            flat |= _draw(init, key, missing, types, sharding)
+        parameters[part] = traverse_util.unflatten_dict({path: flat[path] for path in shapes})
     length = sizes.text_encoder.max_length
-    if folder is None:
+    if source is None:
         return Model(generator, parameters, Tokenizer.of_words(toybox.vocabulary(), length), None)
-    return Model(generator, parameters, Tokenizer(folder / "tokenizer", length),
-                 model_folder.load_part(folder, "probe"))
+    return Model(generator, parameters, Tokenizer(source.tokenizer, length),
+                 model_folder.load_part(source.path, "probe"))
+
+
+def _draw(init, key, paths, types, sharding):
+    """The parameters {path: array} of `paths` that `init` draws."""
+    def draw(key):
+        # Of what is not returned nothing is computed.
+        flat = traverse_util.flatten_dict(init(key))
+        return {path: flat[path].astype(types[path]) for path in paths}
+
+    # It runs once: compiling it well would take longer than running it badly.
+    return jax.jit(draw, out_shardings=sharding, compiler_options=_FAST_TO_COMPILE)(key)
 
 
 def save_model(folder, model, parameters, probe=None):

@@ -3,6 +3,7 @@
 import ml_collections
 from etils import epath
 
+from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import merge_parameters, split_parameters
@@ -48,8 +49,9 @@ class Run:
         """
         finished = self._workdir / "model"
         if (finished / "unet.safetensors").exists():
-            config = ml_collections.ConfigDict(self.config.to_dict())
-            config.model.pretrained = str(finished)
+            config = config_rules.complete(self.config)
+            config.model.update(
+                pretrained=str(finished), adapter="", image_encoder="", tokenizer="")
             return models.load_model(config)
         if not (self._workdir / "checkpoints").exists():
             raise self._nothing_yet()

@@ -81,7 +81,7 @@ class Showcase:
             chosen=raw.chosen[i], rejected=raw.rejected[i], base=self._base["shown"][i],
             policy=drawn[i], focus=focus[i])
             for i in range(len(captions))]
-        image = pictures.preference_grid(rows)
+        image = pictures.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
         path = self._workdir / "samples" / f"step_{step:06d}.png"
         pictures.save_png(path, image)
         writer.picture(step, "samples", image)

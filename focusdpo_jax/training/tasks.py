@@ -23,7 +23,7 @@ def make_task(config, workdir):
     """The task of `config.objective`, with its data built and its model loaded."""
     mesh = meshes.make_mesh(config.mesh.data, config.batch_size)
     sources = open_data(config)
-    model = models.load_model(config)
+    model = models.load_model(config, meshes.replicated(mesh))
     logging.info("%s", models.describe(model.parameters))
     make = (generator_task if config.objective in config_rules.GENERATOR_OBJECTIVES
             else encoder_task)
@@ -59,7 +59,8 @@ def generator_task(config, workdir, mesh, sources, model):
     generator, slots = model.generator, len(config.data.subject_counts)
     transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=slots)
     trainable, frozen = split_parameters(model.parameters, config.trainable)
-    trainable, frozen = meshes.replicate((trainable, frozen), mesh)
+    # The loop gives the trainable parameters' memory away; the encoders are among the others.
+    model = model.with_parameters(frozen)
     buckets = focus_buckets(config)
     names = list(buckets)
     encode = encoding.encoder(generator, config, [s.weight for s, _ in buckets.values()])
@@ -67,14 +68,15 @@ def generator_task(config, workdir, mesh, sources, model):
 
     if config.data.cache:
         in_order = loader.evaluation_batches(
-            sources["train"], batch_size=min(config.data.train_size, 32), transform=transform)
-        source, change = encoding.cached(encode, model.parameters, in_order), _identity
+            sources["train"], transform=transform,
+            batch_size=min(len(sources["train"]), config.evaluation.batch_size))
+        source, change = encoding.cached(encode, frozen, in_order), _identity
         prepare = place
     else:
         source, change = sources["train"], transform
 
         def prepare(batch):
-            return encode(model.parameters, place(batch))
+            return encode(frozen, place(batch))
 
     batches = loader.make_loader(
         source, batch_size=config.batch_size, seed=config.seed, transform=change)
@@ -87,8 +89,7 @@ def generator_task(config, workdir, mesh, sources, model):
     objective = objectives.Objective(generator, config, empty)
     fixed = {"parameters": frozen}
     if config.objective not in config_rules.SUPERVISED_OBJECTIVES:
-        # A copy: the loop gives the trainable parameters' own memory away.
-        fixed["reference"] = jax.tree.map(jnp.copy, trainable)
+        fixed["reference"] = as_computed(trainable, config.dtype)
 
     def merged(tree):
         return merge_parameters(tree, frozen)
@@ -101,9 +102,17 @@ def generator_task(config, workdir, mesh, sources, model):
         trainable=trainable, frozen=fixed, buckets=buckets, batches=batches, prepare=prepare,
         guide=objective.guide, loss=objective.loss, unit="pairs",
         bucket_at=lambda number: names[bucket_for_step(config.seed, number, len(names))],
-        start=lambda writer: showcase.start(model.parameters),
+        start=lambda writer: showcase.start(merged(trainable)),
         sample=lambda step, tree, writer: showcase.sample(step, merged(tree), writer),
         finish=finish)
+
+
+def as_computed(parameters, dtype):
+    """A copy of parameters in the types that the model computes with, which is all it needs.
+
+    Layers use matrices in `dtype`, and the vectors of norms in float32.
+    """
+    return jax.tree.map(lambda x: jnp.array(x, dtype if x.ndim > 1 else x.dtype), parameters)
 
 
 def encoder_task(config, workdir, mesh, sources, model):

@@ -197,9 +197,20 @@ def test_missing_shards_are_listed(models, tmp_path):
 def test_no_folder_at_all(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("nowhere", str(tmp_path / "nowhere"), "someone/no-such-model"):
-        with pytest.raises(UserError, match=f"{name}: no such folder, nor .*`hf download"):
-            diffusers_folder.locate(name)
-    assert diffusers_folder.locate(tmp_path) == tmp_path
+        assert diffusers_folder.find(name) is None
+    assert diffusers_folder.find(tmp_path) == tmp_path
+
+
+def test_names_of_the_hub(monkeypatch, tmp_path):
+    """With a path in a repository, of what the hub's client has in its cache."""
+    commit = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    (commit / "models" / "enc").mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert diffusers_folder.find("some/model/models/enc") == commit / "models" / "enc"
+    assert diffusers_folder.find("some/model") == commit
+    assert diffusers_folder.find("some/model/models/none") is None
 
 
 @pytest.mark.parametrize("part, field, value", [

@@ -84,7 +84,7 @@ def test_supervised_objectives_draw_timesteps_as_configured(logits, below_881):
     latents, grid = jnp.zeros((batch, 1, 1, 1, 1)), jnp.ones((batch, 1, 1))
     encoded = types.SimpleNamespace(
         latents_mean=latents, latents_deviation=latents, prior=grid, token_ids=None, time_ids=None,
-        present=None, reference_features=jnp.zeros((batch, 1)))
+        present=None, references=jnp.zeros((batch, 1)))
     ((_, numbers),) = tasks.focus_buckets(config).values()
     objective.loss({}, {"parameters": {}}, encoded, objectives.Guidance(grid, None), numbers,
                    jax.random.key(0))

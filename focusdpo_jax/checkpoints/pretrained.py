@@ -1,0 +1,102 @@
+"""The model that a run starts from, in whichever layout its files are.
+
+    a folder of ours            model_folder
+    a diffusers SDXL folder     diffusers_folder
+    one SDXL file               single_file
+
+A subject adapter, an image encoder and a tokenizer may lie elsewhere than the rest: they are what
+SDXL's own releases lack.
+"""
+
+import dataclasses
+
+from etils import epath
+
+from focusdpo_jax.checkpoints import diffusers_folder, model_folder, single_file
+from focusdpo_jax.errors import UserError
+
+_OWN = "toybox"  # Ships with this package.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Where a model lies.
+
+    Attributes:
+      path: folder or file.
+      adapter: IP-Adapter file, or None for the folder's own or a new one.
+      image_encoder: folder of it, or None for the folder's own.
+      tokenizer: folder of it.
+    """
+
+    path: epath.Path
+    adapter: epath.Path | None
+    image_encoder: epath.Path | None
+    tokenizer: epath.Path | None
+
+    @property
+    def _pieces(self):
+        return {"adapter": self.adapter, "image_encoder": self.image_encoder}
+
+    @property
+    def layout(self):
+        """The module that reads it."""
+        if self.path.is_file():
+            return single_file
+        return diffusers_folder if diffusers_folder.is_one(self.path) else model_folder
+
+    def config(self):
+        """The `GeneratorConfig`.
+
+        Raises:
+          UserError: files are missing or damaged, or it is no SDXL.
+        """
+        if self.layout is model_folder:
+            return model_folder.load_config(self.path)
+        return self.layout.load_config(self.path, tokenizer=self.tokenizer, **self._pieces)
+
+    def load_part(self, part, example, *, config, dtype=None, sharding=None):
+        """Reads one part, or returns None where it has to be made; `config` is that of `config()`.
+
+        See `diffusers_folder.load_part` for the other arguments and errors.
+        """
+        how = {"dtype": dtype, "sharding": sharding}
+        if self.layout is model_folder:
+            return model_folder.load_part(self.path, part, example, **how)
+        if self.layout is single_file:
+            return single_file.load_part(self.path, part, example, getattr(config, part),
+                                         **self._pieces, **how)
+        return diffusers_folder.load_part(self.path, part, example, **self._pieces, **how)
+
+
+def locate(fields, shipped):
+    """Finds the files of a configuration.
+
+    Args:
+      fields: {"pretrained", "adapter", "image_encoder", "tokenizer": what config.model says}: a
+        path, or a hub id (with a path in it, if need be) of what was fetched before. Nothing is
+        downloaded; an empty text takes the model's own.
+      shipped: function of a name to the folder of a model that comes with the package.
+
+    Raises:
+      UserError: it lists everything that is not there, and where it is normally fetched.
+    """
+    found, problems = {}, []
+    for field, name in fields.items():
+        found[field] = diffusers_folder.find(name) if name else None
+        if field == "pretrained" and "/" not in name and shipped(name).exists():
+            found[field] = shipped(name)
+        if name and found[field] is None:
+            problems.append(f"config.model.{field} = {name!r}: no such file or folder, nor in the "
+                            "hub's cache of this machine")
+    if problems:
+        raise UserError(f"{'; '.join(problems)}. {diffusers_folder.FETCH} (Or give {_OWN!r}, "
+                        "which ships with this package.)")
+    pretrained = Pretrained(found.pop("pretrained"), **found)
+    path, given = pretrained.path, [field for field in found if found[field] is not None]
+    if pretrained.layout is model_folder and given:
+        raise UserError(f"config.model.{given[0]} = {fields[given[0]]!r}: {path} is a model "
+                        "folder, which has everything; give ''")
+    if pretrained.tokenizer is None and path.is_dir():
+        pretrained = dataclasses.replace(pretrained, tokenizer=path / "tokenizer")
+    return pretrained

@@ -1,0 +1,195 @@
+"""configs/sdxl_dpo.py on files of diffusers and transformers: train, go on, draw, export."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from flax import traverse_util
+from PIL import Image
+
+pytest.importorskip("torch", reason="the files are PyTorch's")
+diffusers = pytest.importorskip("diffusers", reason="the files are diffusers'")
+
+import tiny  # noqa: E402
+
+from focusdpo_jax import sample  # noqa: E402
+from focusdpo_jax.checkpoints import (  # noqa: E402
+    diffusers_folder,
+    ip_adapter,
+    pytorch_names,
+    run_export,
+    single_file,
+    tensor_file,
+)
+from focusdpo_jax.errors import UserError  # noqa: E402
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
+from focusdpo_jax.models.tokenizer import write_vocabulary  # noqa: E402
+from focusdpo_jax.training import loop, models, runs  # noqa: E402
+from tests.models.weights import random_tree  # noqa: E402
+from tests.parity import oracles, pipeline  # noqa: E402
+from tests.parity.test_diffusers_folder import examples  # noqa: E402
+from tests.parity.test_single_file import original_tensors  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+# Depth 4 and heads of 64 channels are what diffusers' loader takes for granted.
+ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=4,
+                               num_heads=1, head_dim=64)
+OVERRIDES = {
+    "resolution": 32, "steps": 2, "batch_size": 2, "accumulate": 1, "log_every": 1,
+    "checkpoint_every": 1, "sample_every": 100, "warmup_steps": 0, "learning_rate": 1e-2,
+    "beta": 10.0,
+    "data.train_size": 4, "data.validation_size": 1, "data.test_size": 1, "sampling.steps": 1,
+    "evaluation.batch_size": 1, "evaluation.pictures": 1}
+
+
+def config_of(files, **overrides):
+    """The configuration for an adapter, for files as their owners publish them."""
+    config = tiny.load_config("sdxl_dpo", "")
+    changes = OVERRIDES | {
+        "data.path": str(files / "data"), "model.pretrained": str(files / "sdxl"),
+        "model.image_encoder": str(files / "ip/models/image_encoder"),
+        "model.adapter": str(files / "ip/plus.safetensors")}
+    changes |= {name.replace("__", "."): value for name, value in overrides.items()}
+    for name, value in changes.items():
+        config.update_from_flattened_dict({name: value})
+    return config
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """sdxl/ without an image encoder; ip/ with one and an IP-Adapter file; one.safetensors."""
+    folder = tmp_path_factory.mktemp("published")
+    parts = pipeline.parts(write_vocabulary(folder / "scratch", pipeline.WORDS))
+    pipeline.save(folder / "sdxl", parts)
+    config = dataclasses.replace(diffusers_folder.load_config(folder / "sdxl"), adapter=ADAPTER)
+    shapes = examples(config)
+    (folder / "ip/models").mkdir(parents=True)
+    (folder / "sdxl/image_encoder").rename(folder / "ip/models/image_encoder")
+    tensor_file.write(folder / "ip/plus.safetensors", ip_adapter.from_flax(
+        random_tree(shapes["unet"]), random_tree(shapes["adapter"])))
+    tensor_file.write(folder / "one.safetensors", original_tensors(parts, config))
+    return folder, config
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """A run of an adapter in bfloat16: two steps, then one more."""
+    workdir = tmp_path_factory.mktemp("run")
+    loop.run(config_of(files[0]), workdir)
+    loop.run(config_of(files[0], steps=3), workdir)
+    return workdir
+
+
+def test_trains_and_goes_on(finished):
+    losses = tiny.losses(finished)
+    assert sorted(losses) == [1, 2, 3] and np.all(np.isfinite(list(losses.values())))
+    # Policy and reference are one model in two programs, which may round differently.
+    assert abs(losses[1] - np.log(2)) < 0.01 and losses[2] != losses[1]
+    assert (finished / "samples/step_000003.png").exists()
+
+
+def test_the_adapter_alone_changes_and_is_float32(files, finished):
+    before = models.load_model(config_of(files[0])).parameters
+    after = runs.Run(finished).policy().parameters
+    for part, tree in before.items():
+        flat, moved = traverse_util.flatten_dict(after[part]), 0
+        for path, leaf in traverse_util.flatten_dict(tree).items():
+            trained = part == "adapter" or path[-2] in ("to_k_ip", "to_v_ip")
+            changed = np.any(np.asarray(leaf) != np.asarray(flat[path]))
+            assert trained or not changed, (part, path)
+            kept = "float32" if trained or leaf.ndim < 2 else "bfloat16"
+            assert {str(leaf.dtype), str(flat[path].dtype)} == {kept}, (part, path)
+            moved += changed
+        assert moved > 4 or part not in ("unet", "adapter")
+
+
+def test_draws(finished, tmp_path):
+    if not sample.flags.FLAGS.is_parsed():
+        sample.flags.FLAGS(sys.argv[:1])
+    reference = tmp_path / "disc.png"
+    Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(reference)
+    with flagsaver.flagsaver(
+            workdir=str(finished), prompt="a red boat", reference=[f"{reference}:a boat"],
+            compare=True, samples=2, steps=2, output=str(tmp_path / "out")):
+        sample.main()
+    pictures = [np.asarray(Image.open(tmp_path / f"out/0000{end}.png"), np.int32)
+                for end in ("", "_base")]
+    assert pictures[0].shape == (32, 32, 3) and pictures[0].std() > 1
+    assert np.any(pictures[0] != pictures[1])
+
+
+def test_diffusers_loads_what_was_trained(files, finished, tmp_path):
+    assert run_export.export_run(finished, tmp_path) == ("adapter",)
+    unet = oracles.tensors_of(diffusers.UNet2DConditionModel.from_pretrained(
+        files[0] / "sdxl/unet"))
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=diffusers.UNet2DConditionModel.from_pretrained(files[0] / "sdxl/unet"),
+        scheduler=diffusers.DDIMScheduler())
+    pipe.load_ip_adapter(tmp_path, subfolder="", weight_name=diffusers_folder.ADAPTER,
+                         image_encoder_folder=None)
+    theirs = oracles.tensors_of(pipe.unet)
+    trained = runs.Run(finished).policy().parameters
+    prefix = "encoder_hid_proj.image_projection_layers.0."
+    ours = {name: value for name, value in pytorch_names.lay_out(trained["unet"]).items()
+            if "_ip." in name}
+    ours |= {prefix + name: value for name, value
+             in pytorch_names.lay_out(trained["adapter"]).items()}
+    assert theirs.keys() == unet.keys() | ours.keys()
+    for name, value in (unet | ours).items():
+        np.testing.assert_array_equal(theirs[name], value, err_msg=name)
+
+
+def test_one_file_is_the_same_model(files, monkeypatch, tmp_path):
+    folder, small = files
+    monkeypatch.setattr(single_file, "SDXL", {
+        part: getattr(small, part) for part in single_file.SDXL})
+    config = config_of(folder, model__pretrained=str(folder / "one.safetensors"),
+                       dtype="float32")
+    with pytest.raises(UserError, match="one.safetensors is a single file, .* give "
+                                        "config.model.tokenizer"):
+        models.load_model(config)
+    config.model.tokenizer = str(folder / "sdxl/tokenizer")
+    found = models.load_model(config)
+    expected = models.load_model(config_of(folder, dtype="float32"))
+    assert found.tokenizer("a boat").tolist() == expected.tokenizer("a boat").tolist()
+    for part, tree in expected.parameters.items():
+        flat = traverse_util.flatten_dict(found.parameters[part])
+        for path, leaf in traverse_util.flatten_dict(tree).items():
+            np.testing.assert_array_equal(flat[path], leaf, err_msg=f"{part} {path}")
+
+
+def test_what_is_missing_is_listed_at_once(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = config_of(files[0], model__pretrained="someone/no-such-model",
+                       model__adapter="nowhere.safetensors")
+    with pytest.raises(UserError) as error:
+        models.load_model(config)
+    assert str(error.value).startswith(
+        "config.model.pretrained = 'someone/no-such-model': no such file or folder, nor in the "
+        "hub's cache of this machine; config.model.adapter = 'nowhere.safetensors': no such file "
+        "or folder, nor in the hub's cache of this machine. Such a folder is normally fetched by "
+        "`hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`, its "
+        "image_encoder/ is")
+    config = config_of(files[0], model__image_encoder="")
+    with pytest.raises(UserError, match="sdxl lacks image_encoder/config.json, image_encoder/"
+                                        "model.safetensors. Such a folder .*config.model.image"):
+        models.load_model(config)
+
+
+def test_the_command_of_the_debugging_run(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "focusdpo_jax.main", "--config=configs/sdxl_dpo.py:debug",
+         f"--workdir={tmp_path / 'run'}", f"--config.data.path={tmp_path / 'data'}",
+         *(f"--config.{name}={value}" for name, value in (OVERRIDES | {
+             "resolution": 64, "learning_rate": 1e-3}).items())],
+        cwd=tiny.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    losses = tiny.losses(tmp_path / "run")
+    assert abs(losses[1] - np.log(2)) < 0.01 and sorted(losses) == [1, 2]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["model"]["remat"]
