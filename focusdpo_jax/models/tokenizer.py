@@ -39,6 +39,10 @@ class Tokenizer:
         for path in self._files:
             (folder / path.name).write_bytes(path.read_bytes())
 
+    def count(self, caption):
+        """How many tokens a caption has, start and end among them, however many are read."""
+        return len(self._clip(caption)["input_ids"])
+
     def __call__(self, caption):
         """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""
         ids = self._clip(caption, truncation=True, max_length=self.length)["input_ids"]
