@@ -76,6 +76,8 @@ def get_config(stage="generator"):
         config.model.sizes = sizes()
 
     config.data = ml_collections.ConfigDict()
+    # These objectives learn what Toybox knows of its pictures; "generator" may take "prepared" too.
+    config.data.source = "toybox"
     # Folder under which the data set is built.
     config.data.path = "data"
     config.data.seed = 7

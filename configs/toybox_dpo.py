@@ -66,7 +66,10 @@ def get_config():
     config.model.lora_rank = 0
 
     config.data = ml_collections.ConfigDict()
-    # Folder under which the data set is built, once for each seed and size.
+    # "toybox", rendered and built once, or "prepared": your own pictures, from the folder that
+    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are Toybox's.
+    config.data.source = "toybox"
+    # Folder under which Toybox is built, once for each seed and size; or the prepared folder.
     config.data.path = "data"
     config.data.seed = 0
     config.data.train_size = 768

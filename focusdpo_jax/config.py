@@ -85,6 +85,7 @@ RULES = {
     "model.lora_rank": _integer(0),
     "model.sizes": _anything(),
     "mesh.data": _integer(-1),
+    "data.source": _one_of("toybox", "prepared"),
     "data.path": _text(),
     "data.cache": _flag(),
     "data.seed": _integer(0),
@@ -161,6 +162,15 @@ def _validate_together(config):
     if config.trainable == "lora" and not config.model.lora_rank:
         raise UserError("config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, "
                         "for example 8")
+    if config.data.source == "toybox":
+        _validate_toybox(config)
+    elif config.objective in ENCODER_OBJECTIVES:
+        raise UserError(f"config.data.source = {config.data.source!r}: {config.objective} learns "
+                        "what Toybox knows of its pictures; give 'toybox'")
+
+
+def _validate_toybox(config):
+    """The sizes of a data set that is yet to be made."""
     if config.evaluation.scenes > config.data.test_size:
         raise UserError(f"config.evaluation.scenes = {config.evaluation.scenes}: there are only "
                         f"config.data.test_size = {config.data.test_size} of them")
