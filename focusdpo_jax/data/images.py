@@ -16,7 +16,7 @@ MAX_PIXELS = 64_000_000
 """Most pixels of a picture; 192 MB as RGB."""
 
 # What cameras, editors and networks write. Pillow knows more, some of it by calling other programs.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 _PLAIN = ("RGB", "L", "1")
 
 
@@ -88,7 +88,7 @@ def _open(content: bytes) -> tuple[Image.Image, list[str]]:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 _check_size(image)
                 frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # A photograph with its own preview.
+                if frames > 1 and image.format != "MPO":  # A JPEG that brings its own preview.
                     raise UnreadableImage(f"has {frames} frames; save one of them")
                 orientation = image.getexif().get(0x0112, 1)
                 image.load()

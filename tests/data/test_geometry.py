@@ -30,9 +30,9 @@ def test_mask_follows_the_picture(height, width, size):
 
 
 def test_window_is_the_largest_square_around_what_matters():
-    _, mask = scene(60, 200, 10, 150, 20, 160)
+    _, mask = scene(60, 200, 10, 151, 20, 161)
     view = geometry.window(60, 200, 30, mask)
-    assert (view.top, view.left) == (0, 63)  # Centre 155, less half a side, at half the scale: 62.5.
+    assert (view.top, view.left) == (0, 63)  # The middle, 156, less half a side, halved.
     assert view.scale == 2 and view.box == (126, 0, 186, 60)
     _, mask = scene(60, 200, 10, 190, 20, 200)
     assert geometry.window(60, 200, 30, mask).left == 70  # The border.

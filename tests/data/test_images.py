@@ -3,7 +3,7 @@
 import example_pairs
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from focusdpo_jax.data import images
 from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture, encode_png
@@ -86,10 +86,11 @@ def test_a_cut_out_is_its_own_mask():
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
+    content = example_pairs.encoded(PIXELS)
     monkeypatch.setattr(images, "MAX_PIXELS", 47)
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(UnreadableImage, match="is 6 x 8 pixels, more than"):
-        decode_picture(example_pairs.encoded(PIXELS))
+        decode_picture(content)
 
 
 def test_programs_are_not_pictures():

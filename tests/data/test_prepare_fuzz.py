@@ -219,7 +219,7 @@ def union_misses(case):
     for subject in case.line["subjects"]:
         subject["box"] = [0.8, 0.8, 1, 1]
         subject.pop("mask", None)
-    return "prior_mask", "misses .* the union of the subjects' masks"
+    return "prior_mask", r"misses .* \(the union of the subjects' masks\)"
 
 
 def long_caption(case):
