@@ -1,5 +1,6 @@
 """Captions to token ids for both text encoders, by CLIP's byte-pair encoding."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -38,6 +39,11 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for path in self._files:
             (folder / path.name).write_bytes(path.read_bytes())
+
+    def digest(self):
+        """Changes when a caption's tokens may."""
+        content = b"".join(path.read_bytes() for path in self._files)
+        return hashlib.sha256(content + str(self.length).encode()).hexdigest()
 
     def count(self, caption):
         """How many tokens a caption has, start and end among them, however many are read."""

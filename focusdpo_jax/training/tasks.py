@@ -15,7 +15,13 @@ from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
 from focusdpo_jax.models.generator import merge_parameters, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import encoding, models, objectives, pretraining
+from focusdpo_jax.training import (
+    encoding,
+    encoding_cache,
+    models,
+    objectives,
+    pretraining,
+)
 from focusdpo_jax.training.showcase import Showcase
 from focusdpo_jax.training.task import Task
 
@@ -102,7 +108,7 @@ def generator_task(config, workdir, mesh, sources, model):
     if config.data.cache:
         in_order = loader.evaluation_batches(
             sources["train"], batch_size=min(len(sources["train"]), 32), transform=transform)
-        source, change = encoding.cached(encode, model.parameters, in_order), _identity
+        source, change = _cached(config, sources["train"], model, encode, in_order), _identity
         prepare = place
     else:
         source, change = sources["train"], transform
@@ -138,6 +144,16 @@ def generator_task(config, workdir, mesh, sources, model):
         start=lambda writer: showcase.start(model.parameters),
         sample=lambda step, tree, writer: showcase.sample(step, merged(tree), writer),
         finish=finish)
+
+
+def _cached(config, source, model, encode, batches):
+    """What the encoders say of every pair: of Toybox in memory, of a prepared set beside it."""
+    if config.data.source == "toybox":
+        return encoding.cached(encode, model.parameters, batches)
+    key = encoding_cache.make_key(model, config, source.settings["content"])
+    encode = encoding.encoder(model.generator, config, encoding_cache.structures(config))
+    folder = epath.Path(config.data.path) / encoding_cache.folder_name(config)
+    return encoding_cache.cached(folder, key, encode, model.parameters, batches, len(source))
 
 
 def encoder_task(config, workdir, mesh, sources, model):

@@ -83,9 +83,13 @@ def test_batches_have_the_encoder_s_references_and_true_time_ids(good):
     assert batch.references.shape == (2, 2, 10, 10, 3) and batch.truth == {}
     assert batch.reference_masks.shape == (2, 2, 10, 10)
     assert batch.time_ids[0].tolist() == [24, 32, 0, source[0]["crop"][1], 16, 16]
-    # 20 x 16 pixels, 4 to 16 and 3 to 13 of them marked, white at both sides.
-    assert (batch.references[0, 0, :, 0] == 255).all()
-    assert 0.2 < batch.reference_masks[0, 0].mean() < 0.4
+    # 20 x 16 pixels, of which 12 x 10 are marked, in a square of 20 x 20 with white at both sides.
+    stored = source[0]["subjects"][0]
+    assert stored["reference"].shape == (16, 16, 3)
+    assert (stored["reference"][:, [0, -1]] == 255).all()
+    assert (stored["reference"][:, 1:-2] < 255).any(-1).mean() > 0.9
+    for mask in (stored["reference_mask"], batch.reference_masks[0, 0]):
+        assert mask.mean() == pytest.approx(12 * 10 / 20**2, abs=0.08)
 
 
 def test_report_tells_what_is_in_it(good, tmp_path):
@@ -149,7 +153,7 @@ def test_interrupted_and_repeated_is_the_same_to_the_byte(where, good, tmp_path,
             run(manifest, tmp_path / "output", draw_sheet=stop if where == "sheet" else sheet)
     if where != "clean":
         assert not (tmp_path / "output" / "report.json").exists()
-        (tmp_path / "output" / ".work" / "lines" / "half.zip.tmp").write_bytes(b"half")
+        (tmp_path / "output" / ".work" / "half.zip.tmp").write_bytes(b"half")
     with monkeypatch.context() as patch:
         again = []
         patch.setattr(line_store, "make_record", lambda *a: again.append(1) or make_record(*a))
@@ -232,6 +236,10 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
     assert losses[1] == pytest.approx(np.log(2), abs=1e-4) and np.isfinite(losses[2])
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     assert not (tmp_path / "run" / "results.json").exists()  # Nobody knows the truth.
+    assert len(list((output / "encoded_pairs").rglob("*.npz"))) == len(sources["train"])
+    config.data.cache = False
+    loop.run(config, tmp_path / "uncached")
+    assert tiny.losses(tmp_path / "uncached")[2] == pytest.approx(losses[2], rel=1e-3)
 
     for changes, reason in [
             ({"resolution": 64}, "config.resolution = 64: the pictures of .* have 32"),
@@ -251,7 +259,7 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
     ({"dreambench": "nowhere"}, "--dreambench=nowhere is no folder"),
     ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
     ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5}, "nothing is left to train on"),
-    ({"manifest": str(EXAMPLE), "max_subjects": 1}, r"2 entries; give 1 to 1"),
+    ({"manifest": str(EXAMPLE), "max_subjects": 1, "resolution": 64}, r"2 entries; give 1 to 1"),
 ])
 def test_mistakes_are_named(flags, reason, tmp_path):
     flags = {"output": str(tmp_path / "data"), "workers": 1} | flags
