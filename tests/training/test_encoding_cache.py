@@ -31,6 +31,7 @@ def encode(parameters, batch):
     fields = dict.fromkeys(encoding.EncodedPairs.__dataclass_fields__)
     return encoding.EncodedPairs(**fields | {
         "latents_mean": np.broadcast_to(value, (SIZE, 2, 4, 4)),
+        "prior": np.ones((SIZE, 4, 4), np.float32),
         "time_ids": np.tile(np.float32([1000.5, 2, 3]), (SIZE, 1)), "index": batch.index})
 
 
