@@ -87,9 +87,9 @@ def _open(content: bytes) -> tuple[Image.Image, list[str]]:
             warnings.simplefilter("ignore")  # Pillow's own limit is in `_check_size`.
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 _check_size(image)
-                frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # A JPEG that brings its own preview.
-                    raise UnreadableImage(f"has {frames} frames; save one of them")
+                # An MPO is a JPEG that brings its own preview.
+                if image.format != "MPO" and _has_second_frame(image):
+                    raise UnreadableImage("has several frames; save one of them")
                 orientation = image.getexif().get(0x0112, 1)
                 image.load()
                 if orientation in range(2, 9):
@@ -117,6 +117,15 @@ def _describe(content: bytes, error: Exception) -> str:
         return "is truncated; copy it again"
     reason = " ".join(str(error).split())[:80] or type(error).__name__
     return f"is damaged ({reason}); copy it again"
+
+
+def _has_second_frame(image: Image.Image) -> bool:
+    """Without counting all of them, of which there may be millions."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
 def _check_size(image: Image.Image) -> None:

@@ -73,6 +73,9 @@ def work(task: Task) -> dict:
         return outcome | {"facts": facts}
     except Refused as error:
         return outcome | {"refused": [error.field, error.reason]}
+    except MemoryError:
+        return outcome | {"refused": ["", "has pictures that do not fit into memory; scale them "
+                                      "down, or give fewer --workers"]}
 
 
 def start_worker() -> None:
