@@ -12,6 +12,7 @@ import io
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -124,9 +125,15 @@ def _file(folder, index):
     return folder / f"{index // 1000:04d}" / f"{index:07d}.npz"
 
 
+def _plain(x):
+    """bfloat16, which numpy's files cannot name, as float32; all else as it is."""
+    return x.astype(np.float32) if x.dtype == jnp.bfloat16 else x
+
+
 def _write(path, row):
     content = io.BytesIO()
-    np.savez(content, **{field.name: getattr(row, field.name) for field in dataclasses.fields(row)
+    np.savez(content, **{field.name: _plain(getattr(row, field.name))
+                         for field in dataclasses.fields(row)
                          if getattr(row, field.name) is not None})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

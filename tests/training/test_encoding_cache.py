@@ -4,6 +4,7 @@ import hashlib
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -51,6 +52,15 @@ def test_files_hold_what_memory_would(tmp_path):
         assert stored[i].latents_mean[0, 0, 0] == i + 0.25
         assert stored[i].latents_mean.dtype == np.float16 and stored[i].detail is None
         jax.tree.map(np.testing.assert_array_equal, stored[i], kept[i])
+
+
+def test_bfloat16_is_kept_to_the_bit(tmp_path):
+    def precise(parameters, batch):
+        encoded = encode(parameters, batch)
+        return encoded.replace(reference_features=jnp.full((SIZE, 3), 1 / 3, jnp.bfloat16))
+
+    stored = cached(tmp_path / "e", encode=precise)[3].reference_features
+    np.testing.assert_array_equal(stored, np.float32(jnp.bfloat16(1 / 3)))
 
 
 def test_second_time_asks_nobody(tmp_path):
