@@ -65,6 +65,7 @@ class Settings:
 
     @property
     def sizes(self) -> Sizes:
+        """Sides of the pictures that are stored."""
         return Sizes(self.resolution, min(self.resolution, REFERENCE_SIZE))
 
 
