@@ -86,8 +86,8 @@ def get_config():
     config.data.test_size = 192
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
-    # Whether the frozen encoders see every picture once, before training (the result is kept in
-    # memory), and not in every step.
+    # Whether the frozen encoders see every picture once, before training, and not in every step. The
+    # result is kept in memory; of a prepared data set on disk, in its folder.
     config.data.cache = True
 
     # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.

@@ -1,5 +1,6 @@
 """Data sets of preference records: rendered on the fly, or built once with TFDS and read back.
 
+What `prepare` makes of people's own pictures lies where they want it, in the same form.
 Neither building nor reading imports TensorFlow: TFDS has its own protocol buffers, numpy decoding
 and ArrayRecord. A built data set is a directory
 `<data_dir>/preference_pairs/<name>-<fingerprint>/<version>/`, whose fingerprint covers the settings
@@ -21,6 +22,9 @@ from etils import epath
 
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
+
+PAIRS = "pairs"
+"""Folder of the data set in a folder that `prepare` left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +152,7 @@ class StoredSource:
             raise UserError(
                 f"{path} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             )
+        self.splits = tuple(builder.info.splits)
         self._source = builder.as_data_source(split)
         self.settings = dict(builder.info.metadata or {})
 
@@ -171,6 +176,21 @@ class StoredSource:
 def open_source(path: epath.PathLike, split: str) -> StoredSource:
     """Opens a split of a built data set; see `StoredSource`."""
     return StoredSource(path, split)
+
+
+def open_prepared(path: epath.PathLike) -> dict[str, StoredSource]:
+    """Opens every split of what `prepare` left in a folder: "train", often others.
+
+    Raises:
+      UserError: there is no finished data set.
+    """
+    pairs = epath.Path(path) / PAIRS
+    if not (pairs / "dataset_info.json").exists():
+        raise UserError(f"config.data.path = {str(path)!r} holds no prepared data set; make one "
+                        f"with python -m focusdpo_jax.prepare --manifest=... --output={path}")
+    train = open_source(pairs, "train")
+    return {split: train if split == "train" else open_source(pairs, split)
+            for split in train.splits}
 
 
 def _record(stored: dict) -> dict:

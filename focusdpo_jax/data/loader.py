@@ -64,17 +64,21 @@ def make_loader(
     return iter(dataset.to_iter_dataset(options))
 
 
-def pair_transform(*, tokenize: Tokenize, num_subjects: int) -> Callable[[dict], PreferenceBatch]:
+def pair_transform(
+    *, tokenize: Tokenize, num_subjects: int, reference_size: int | None = None
+) -> Callable[[dict], PreferenceBatch]:
     """From a record to one example, a `PreferenceBatch` without the batch axis.
 
     Args:
       tokenize: from a caption to token ids, int32 [text encoders, length].
       num_subjects: slots a batch has (S); a record with more subjects is an error.
+      reference_size: side of the references in a batch (R), the image encoder's; None keeps theirs.
     """
 
     def transform(record: dict) -> PreferenceBatch:
         check_record(record, max_subjects=num_subjects)
-        return PreferenceBatch(**encode(record, tokenize=tokenize, num_subjects=num_subjects))
+        return PreferenceBatch(**encode(record, tokenize=tokenize, num_subjects=num_subjects,
+                                        reference_size=reference_size))
 
     return transform
 

@@ -7,11 +7,13 @@ A *record* is a plain dict, as every source gives it:
     chosen      uint8 [H, W, 3], shows the reference subjects
     rejected    uint8 [H, W, 3], the same picture with other individuals
     prior_mask  bool [H, W], where the two may differ
+    original_size  int32 [2], optional: height and width before the picture was resized and cropped
+    crop        int32 [2], optional: top and left of the crop, in the resized picture
     background  int, optional: Toybox's truth
     subjects    a list of 1 to S dicts:
       phrase          str, a noun phrase: "a star"
-      reference       uint8 [H, W, 3], the subject alone
-      reference_mask  bool [H, W], the subject's pixels in it
+      reference       uint8 [R, R, 3], the subject, on white where the picture was not square
+      reference_mask  bool [R, R], the subject's pixels in it
       mask            bool [H, W], the subject's pixels in `chosen`
       box             float32 [4], x0, y0, x1, y1 in [0, 1], bounds of `mask`
       class_id, hue, pattern, pattern_hue, part, rejected_<each of these>, disrupted: optional,
@@ -26,6 +28,7 @@ from collections.abc import Callable
 import numpy as np
 from flax import struct
 
+from focusdpo_jax.data import geometry
 from focusdpo_jax.errors import UserError
 
 TRUTH = {
@@ -47,8 +50,8 @@ class PreferenceBatch:
 
     Attributes:
       chosen, rejected: uint8 [B, H, W, 3].
-      references: uint8 [B, S, H, W, 3], white in absent slots.
-      reference_masks: bool [B, S, H, W], the subjects' pixels in `references`; empty where absent.
+      references: uint8 [B, S, R, R, 3], white in absent slots.
+      reference_masks: bool [B, S, R, R], the subjects' pixels in `references`; empty where absent.
       masks: bool [B, S, H, W], the subjects' pixels in `chosen`; empty where absent.
       present: bool [B, S], which slots hold a subject. They come first, in the order of the caption.
       prior_mask: bool [B, H, W], where chosen and rejected may differ.
@@ -74,26 +77,37 @@ class PreferenceBatch:
     truth: dict[str, np.ndarray]
 
 
-def encode(record: dict, *, tokenize: Tokenize, num_subjects: int) -> dict:
-    """Makes an example of a record: fields as in `PreferenceBatch`, without the batch axis."""
+def encode(
+    record: dict, *, tokenize: Tokenize, num_subjects: int, reference_size: int | None = None
+) -> dict:
+    """Makes an example of a record: fields as in `PreferenceBatch`, without the batch axis.
+
+    Args:
+      record: as `check_record` accepts it.
+      tokenize: from a caption to token ids.
+      num_subjects: slots (S).
+      reference_size: side of the references (R), the image encoder's; None keeps the record's.
+    """
     height, width = record["chosen"].shape[:2]
     subjects = record["subjects"]
+    side = reference_size or len(subjects[0]["reference"])
+    original = record.get("original_size", (height, width))
     example = {
         "chosen": record["chosen"],
         "rejected": record["rejected"],
-        "references": np.full((num_subjects, height, width, 3), 255, np.uint8),
-        "reference_masks": np.zeros((num_subjects, height, width), bool),
+        "references": np.full((num_subjects, side, side, 3), 255, np.uint8),
+        "reference_masks": np.zeros((num_subjects, side, side), bool),
         "masks": np.zeros((num_subjects, height, width), bool),
         "present": np.arange(num_subjects) < len(subjects),
         "prior_mask": record["prior_mask"],
-        "time_ids": np.array([height, width, 0, 0, height, width], np.float32),
+        "time_ids": np.array([*original, *record.get("crop", (0, 0)), height, width], np.float32),
         "token_ids": np.asarray(tokenize(record["caption"]), np.int32),
         "index": np.int64(record["index"]),
         "truth": _truth(record, num_subjects),
     }
     for slot, subject in enumerate(subjects):
-        example["references"][slot] = subject["reference"]
-        example["reference_masks"][slot] = subject["reference_mask"]
+        for name in ("reference", "reference_mask"):
+            example[name + "s"][slot] = geometry.pad_to_square(subject[name], side)
         example["masks"][slot] = subject["mask"]
     return example
 
@@ -125,10 +139,12 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
       UserError: names the record's index, the field, what is wrong with it and what would be right.
     """
 
+    sizes = {}  # Of each kind of picture, the one that the others of the kind are compared with.
+
     def fail(field: str, problem: str):
         raise UserError(f"record {record.get('index', '?')}: {field} {problem}")
 
-    def image(field: str, value) -> None:
+    def image(field: str, value, like: str = "chosen") -> None:
         if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3:
             kind = (
                 f"{value.dtype} {list(value.shape)}"
@@ -138,20 +154,17 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
             fail(field, f"is {kind[:60]}; an RGB image, uint8 [height, width, 3], is needed")
         if value.shape[2] != 3:
             fail(field, f"has {value.shape[2]} channels; convert it to RGB")
-        if value.shape != record["chosen"].shape:
-            fail(
-                field,
-                f"is {_size(value)} pixels and chosen is {_size(record['chosen'])}; resize it",
-            )
+        sizes.setdefault(like, value)
+        same_size(field, value, like)
 
-    def mask(field: str, value) -> None:
+    def same_size(field: str, value, like: str) -> None:
+        if value.shape[:2] != sizes[like].shape[:2]:
+            fail(field, f"is {_size(value)} pixels and {like} is {_size(sizes[like])}; resize it")
+
+    def mask(field: str, value, like: str = "chosen") -> None:
         if not isinstance(value, np.ndarray) or value.dtype != bool or value.ndim != 2:
             fail(field, "is not a mask, bool [height, width]")
-        if value.shape != record["chosen"].shape[:2]:
-            fail(
-                field,
-                f"is {_size(value)} pixels and chosen is {_size(record['chosen'])}; resize it",
-            )
+        same_size(field, value, like)
         if not value.any():
             fail(field, "is empty; mark the pixels it is about, or leave the record out")
 
@@ -173,8 +186,11 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
         for field in ("phrase", "reference", "reference_mask", "mask"):
             if field not in subject:
                 fail(where + field, "is missing")
-        image(where + "reference", subject["reference"])
-        mask(where + "reference_mask", subject["reference_mask"])
+        image(where + "reference", subject["reference"], "subjects[0].reference")
+        height, width = subject["reference"].shape[:2]
+        if height != width:
+            fail(where + "reference", f"is {height} x {width} pixels; pad it to a square")
+        mask(where + "reference_mask", subject["reference_mask"], "subjects[0].reference")
         mask(where + "mask", subject["mask"])
     return record
 

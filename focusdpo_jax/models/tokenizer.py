@@ -1,5 +1,6 @@
 """Captions to token ids for both text encoders, by CLIP's byte-pair encoding."""
 
+import hashlib
 import json
 import tempfile
 
@@ -49,6 +50,15 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
+
+    def digest(self):
+        """Changes when a caption's tokens may."""
+        content = b"".join(self._files.values())
+        return hashlib.sha256(content + str(self.length).encode()).hexdigest()
+
+    def count(self, caption):
+        """How many tokens a caption has, start and end among them, however many are read."""
+        return len(self._encoders[0](caption)["input_ids"])
 
     def __call__(self, caption):
         """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""

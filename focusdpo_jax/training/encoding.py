@@ -126,12 +126,13 @@ def cached(encode, parameters, batches):
         keep = np.asarray(batch.index) >= 0
         encoded = jax.device_get(encode(parameters, batch))
         # Features take most of the room, and half precision is what the encoders are kept in.
-        parts.append(jax.tree.map(lambda x, keep=keep: _half(x)[keep], encoded))
+        parts.append(jax.tree.map(lambda x, keep=keep: half(x)[keep], encoded))
     whole = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
     size = sum(x.nbytes for x in jax.tree.leaves(whole)) / 2**20
     logging.info("encoded %d pairs once, %.0f MiB in memory", len(whole.prior), size)
     return EncodedSource(whole)
 
 
-def _half(x):
+def half(x):
+    """An array as it is kept: features and grids in half precision, all else as it is."""
     return x.astype(np.float16) if x.dtype == np.float32 and x.ndim > 2 else x

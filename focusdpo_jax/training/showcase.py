@@ -33,12 +33,15 @@ class Showcase:
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
         self._shown = self._scenes(sources["validation"], config.evaluation.pictures)
         self._measured = None
-        if model.probe is not None and config.evaluation.scenes:
+        # The probe reads Toybox's attributes; of photographs nobody knows the truth.
+        known = config.data.source == "toybox" and model.probe is not None
+        if known and config.evaluation.scenes:
             self._measured = self._scenes(sources["test"], config.evaluation.scenes)
         self._base = None
 
     def _scenes(self, source, count):
-        """The first `count` records, as loaded and as encoded, on the host."""
+        """The first `count` records or all, as loaded and as encoded, on the host."""
+        count = min(count, len(source))
         size = min(count, self._config.evaluation.batch_size)
         batches = list(loader.evaluation_batches(
             [source[i] for i in range(count)], batch_size=size, transform=self._transform))

@@ -10,11 +10,18 @@ from etils import epath
 
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.data import dataset, loader, toybox
+from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
 from focusdpo_jax.models.generator import merge_parameters, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import encoding, models, objectives, pretraining
+from focusdpo_jax.training import (
+    encoding,
+    encoding_cache,
+    models,
+    objectives,
+    pretraining,
+)
 from focusdpo_jax.training.showcase import Showcase
 from focusdpo_jax.training.task import Task
 
@@ -31,12 +38,43 @@ def make_task(config, workdir):
 
 
 def open_data(config):
-    """Builds the embedded data set unless it is there; returns {split: source}."""
+    """The data set of `config.data.source`; Toybox is built unless it is there.
+
+    Returns:
+      {split: source}: "train", "validation" and, for Toybox or where `prepare` kept one, "test".
+
+    Raises:
+      UserError: there is no prepared data set, or it does not fit the configuration.
+    """
+    if config.data.source == "prepared":
+        return _open_prepared(config)
     world = toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts))
     sizes = {"train": config.data.train_size, "validation": config.data.validation_size,
              "test": config.data.test_size}
     path = dataset.build_toybox(config.data.path, world, sizes)
     return {split: dataset.open_source(path, split) for split in sizes}
+
+
+def _open_prepared(config):
+    sources = dataset.open_prepared(config.data.path)
+    side, count = sources["train"].settings["resolution"], len(sources["train"])
+    if side != config.resolution:
+        raise UserError(f"config.resolution = {config.resolution}: the pictures of "
+                        f"{config.data.path} have {side}; give that, or prepare them again")
+    if config.batch_size * config.accumulate > count:
+        raise UserError(f"config.batch_size = {config.batch_size}: {config.data.path} has {count} "
+                        "pairs to train on; give less than a step's pairs, or prepare more")
+    if "validation" not in sources:
+        logging.info("%s keeps no pairs for validation; pictures show training pairs",
+                     config.data.path)
+    return {"validation": sources["train"]} | sources
+
+
+def subject_slots(config, sources):
+    """Subject slots of a batch: the most subjects that a record of the data set may have."""
+    if config.data.source == "prepared":
+        return sources["train"].settings["subjects"]
+    return len(config.data.subject_counts)
 
 
 def focus_buckets(config):
@@ -56,8 +94,10 @@ def focus_buckets(config):
 
 def generator_task(config, workdir, mesh, sources, model):
     """Trains the generator on pairs that the frozen encoders have seen once."""
-    generator, slots = model.generator, len(config.data.subject_counts)
-    transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=slots)
+    generator = model.generator
+    transform = loader.pair_transform(
+        tokenize=model.tokenizer, num_subjects=subject_slots(config, sources),
+        reference_size=generator.config.image_encoder.image_size)
     trainable, frozen = split_parameters(model.parameters, config.trainable)
     # The loop gives the trainable parameters' memory away; the encoders are among the others.
     model = model.with_parameters(frozen)
@@ -70,7 +110,7 @@ def generator_task(config, workdir, mesh, sources, model):
         in_order = loader.evaluation_batches(
             sources["train"], transform=transform,
             batch_size=min(len(sources["train"]), config.evaluation.batch_size))
-        source, change = encoding.cached(encode, frozen, in_order), _identity
+        source, change = _cached(config, sources["train"], model, encode, in_order), _identity
         prepare = place
     else:
         source, change = sources["train"], transform
@@ -115,11 +155,21 @@ def as_computed(parameters, dtype):
     return jax.tree.map(lambda x: jnp.array(x, dtype if x.ndim > 1 else x.dtype), parameters)
 
 
+def _cached(config, source, model, encode, batches):
+    """What the encoders say of every pair: of Toybox in memory, of a prepared set beside it."""
+    if config.data.source == "toybox":
+        return encoding.cached(encode, model.parameters, batches)
+    key = encoding_cache.make_key(model, config, source.settings["content"])
+    encode = encoding.encoder(model.generator, config, encoding_cache.structures(config))
+    folder = epath.Path(config.data.path) / encoding_cache.folder_name(config)
+    return encoding_cache.cached(folder, key, encode, model.parameters, batches, len(source))
+
+
 def encoder_task(config, workdir, mesh, sources, model):
     """Trains the autoencoder, the image encoder or the probe on pictures of Toybox."""
     generator, key = model.generator, jax.random.key(config.seed)
     transform = loader.pair_transform(
-        tokenize=model.tokenizer, num_subjects=len(config.data.subject_counts))
+        tokenize=model.tokenizer, num_subjects=subject_slots(config, sources))
     frozen = {"vae": model.parameters["vae"]}
     if config.objective == "autoencode":
         loss = pretraining.autoencoder_loss(generator)

@@ -86,7 +86,7 @@ def test_good_record_passes_unchanged():
         ),
         (
             lambda r: r["subjects"][0].update(reference=np.zeros((8, 8, 3), np.uint8)),
-            r"subjects\[0\].reference is 8 x 8",
+            r"subjects\[0\].reference_mask is 64 x 64 pixels and subjects\[0\].reference is 8 x 8",
         ),
     ],
 )

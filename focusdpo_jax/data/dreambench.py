@@ -1,0 +1,192 @@
+"""Preference pairs from photographs in DreamBench's layout, as a manifest with its pictures.
+
+    <subject>/00.jpg, 00_mask.png, 01.jpg, ...    prompts_and_classes.txt ("subject_name,class")
+
+Every photograph of a subject is chosen twice, with another photograph of the same subject as its
+reference. It is preferred to:
+
+- a *photograph* of another subject of the class, where there is one: everything differs;
+- a *composite*: the photograph itself with its subject replaced, by another subject of the class
+  that is pasted over a filled hole, or, where the class has no other, by itself in another colour.
+
+The layout is that of github.com/google/dreambooth's data set, with a mask beside every photograph.
+"""
+
+import json
+import re
+
+import cv2
+import numpy as np
+from absl import logging
+from etils import epath
+
+from focusdpo_jax.data import geometry
+from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture, encode_png
+from focusdpo_jax.errors import UserError
+
+_PHOTO = re.compile(r"(?!.*_mask\.).*\.(jpe?g|png|webp)$", re.IGNORECASE)
+_SEAM = 9  # Pixels over which a pasted subject fades into its background.
+
+
+def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path:
+    """Writes `target`/manifest.jsonl and the pictures that it names; returns the manifest's path.
+
+    Raises:
+      UserError: the folder is not laid out so, or a photograph cannot be used.
+    """
+    folder, target = epath.Path(folder), epath.Path(target)
+    photos = _find(folder)
+    classes = _classes(folder, photos)
+    logging.info("DreamBench: %d photographs of %d subjects", sum(map(len, photos.values())),
+                 len(photos))
+    lines = []
+    try:
+        for subject, paths in photos.items():
+            for path in paths:
+                for file in (path, _mask_path(path)):
+                    _write(target / subject / file.name, file.read_bytes())
+            others = [s for s in photos if classes[s] == classes[subject] and s != subject]
+            for i, path in enumerate(paths):
+                other = photos[others[i % len(others)]] if others else None
+                other = other[i % len(other)] if other else None
+                reference = paths[(i + 1) % len(paths)]
+                lines += _pairs(path, reference, other, classes[subject], target)
+        manifest = target / "manifest.jsonl"
+        _write(manifest, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    except OSError as error:
+        raise UserError(f"--output: {target} cannot be written ({error.strerror or error}); give "
+                        "a folder with room that you may write") from error
+    return manifest
+
+
+def _find(folder):
+    """Subject to its photographs that have a mask, of all subjects with at least two."""
+    if not folder.is_dir():
+        raise UserError(f"--dreambench={folder} is no folder; give one with a folder a subject")
+    photos = {}
+    for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = sorted(path for path in subject.iterdir()
+                       if _PHOTO.match(path.name) and _mask_path(path).exists())
+        if len(found) > 1:
+            photos[subject.name] = found
+    if not photos:
+        raise UserError(f"--dreambench={folder} has no folder with two photographs and their "
+                        "masks; a subject's folder holds 00.jpg, 00_mask.png, 01.jpg and so on")
+    return photos
+
+
+def _classes(folder, subjects):
+    """Subject to class: of prompts_and_classes.txt, otherwise the folder's name without numbers."""
+    listed = folder / "prompts_and_classes.txt"
+    rows = listed.read_text().splitlines() if listed.exists() else []
+    table = dict(row.strip().split(",") for row in rows if re.fullmatch(r"\w+,[\w ]+", row.strip()))
+    return {s: table.get(s) or s.rstrip("0123456789").replace("_", " ") for s in subjects}
+
+
+def _mask_path(photo):
+    return photo.with_name(f"{photo.stem}_mask.png")
+
+
+def _pairs(path, reference, other, kind, target):
+    """The two lines in which the photograph `path` is chosen; writes what they need besides."""
+    subject = path.parent.name
+    chosen, mask = _load(path)
+    name = f"{subject}/{path.stem}"
+    article = "" if re.search(r"[^s]s$", kind) else "an " if kind[0] in "aeiou" else "a "
+    line = {
+        "caption": f"a photo of {article}{kind}", "group": subject,
+        "chosen": f"{subject}/{path.name}",
+        "subjects": [{
+            "phrase": article + kind, "mask": f"{subject}/{_mask_path(path).name}",
+            "reference": f"{subject}/{reference.name}",
+            "reference_mask": f"{subject}/{_mask_path(reference).name}"}]}
+    if other is None:
+        lines, (composite, prior) = [], _tinted(chosen, mask)
+    else:
+        picture, other_mask = _load(other)
+        everywhere = np.ones(mask.shape, bool)
+        _write(target / f"{name}_rejected.png", encode_png(_covering(picture, mask.shape)))
+        _write(target / f"{name}_everywhere.png", encode_png(everywhere))
+        lines = [line | {"rejected": f"{name}_rejected.png", "info": {"kind": "photograph"},
+                         "prior_mask": f"{name}_everywhere.png"}]
+        composite, prior = _replaced(chosen, mask, picture, other_mask)
+    _write(target / f"{name}_composite.png", encode_png(composite))
+    _write(target / f"{name}_prior.png", encode_png(prior))
+    return [*lines, line | {"rejected": f"{name}_composite.png", "info": {"kind": "composite"},
+                            "prior_mask": f"{name}_prior.png"}]
+
+
+def _load(path):
+    """A photograph and its mask."""
+    file = path
+    try:
+        picture = decode_picture(path.read_bytes())[0]
+        file = _mask_path(path)
+        mask = decode_mask(file.read_bytes())
+    except UnreadableImage as error:
+        raise UserError(f"{file} {error}") from error
+    if mask.shape != picture.shape[:2] or not mask.any():
+        raise UserError(f"{file} is empty or of another size than {path.name}; mend it")
+    return picture, mask
+
+
+def _covering(picture, shape):
+    """The middle of a picture, as large as fits, in another shape (height, width)."""
+    height, width = picture.shape[:2]
+    scale = min(height / shape[0], width / shape[1])
+    inner = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    part = picture[top:top + inner[0], left:left + inner[1]]
+    return cv2.resize(part, shape[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _replaced(picture, mask, other, other_mask):
+    """The picture with the other's subject in the place of its own, and where that changed it."""
+    hole = cv2.dilate(mask.astype(np.uint8), np.ones((_SEAM, _SEAM), np.uint8))
+    background = _filled(picture, hole)
+    (y0, y1), (x0, x1) = geometry.bounds(mask)
+    (v0, v1), (u0, u1) = geometry.bounds(other_mask)
+    # As large as what it replaces; its middle where that had its own.
+    scale = (mask.sum() / other_mask[v0:v1, u0:u1].sum()) ** 0.5
+    move = np.array([[scale, 0, (x0 + x1 - scale * (u0 + u1)) / 2],
+                     [0, scale, (y0 + y1 - scale * (v0 + v1)) / 2]])
+    size = mask.shape[::-1]
+    pasted = cv2.warpAffine(other, move, size, flags=cv2.INTER_LINEAR,
+                            borderMode=cv2.BORDER_REPLICATE)
+    place = cv2.warpAffine(other_mask.astype(np.uint8) * 255, move, size)
+    soft = cv2.GaussianBlur(place, (_SEAM, _SEAM), 0)[..., None] / 255
+    result = np.rint(background * (1 - soft) + pasted * soft).astype(np.uint8)
+    return result, (hole > 0) | (soft[..., 0] > 0)
+
+
+def _tinted(picture, mask):
+    """The picture with its subject in the opposite colour, and where that changed it."""
+    soft = cv2.GaussianBlur(mask.astype(np.uint8) * 255, (_SEAM, _SEAM), 0)[..., None] / 255
+    mean = picture[mask].mean(0)
+    tint = mean.max() + mean.min() - mean  # The opposite hue of the same strength.
+    if np.ptp(tint) < 40:
+        tint = np.array([200.0, 60.0, 60.0])  # What is grey has none.
+    light = picture.astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
+    light = (40 + 0.85 * light)[..., None] / 128
+    colored = np.clip(light * tint, 0, 255)
+    result = np.rint(picture * (1 - soft) + colored * soft).astype(np.uint8)
+    return result, soft[..., 0] > 0
+
+
+def _filled(picture, hole):
+    """The picture with the hole closed smoothly from its border, at a quarter of the size."""
+    size = picture.shape[1::-1]
+    small = tuple(max(1, side // 4) for side in size)
+    rough = cv2.inpaint(
+        cv2.resize(picture, small, interpolation=cv2.INTER_AREA),
+        (cv2.resize(hole * 255, small, interpolation=cv2.INTER_AREA) > 0).astype(np.uint8),
+        5, cv2.INPAINT_TELEA)
+    smooth = cv2.resize(rough, size, interpolation=cv2.INTER_CUBIC)
+    return np.where(hole[..., None] > 0, smooth, picture)
+
+
+def _write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,195 @@
+"""From a line of a manifest to a preference record: its files, checked against each other.
+
+What cannot be used is refused here, with the field and the cure; what can be used leaves as a
+record of square pictures (`record`), whose masks went through the same window as the pictures did.
+"""
+
+import dataclasses
+import hashlib
+
+import cv2
+import numpy as np
+
+from focusdpo_jax.data import geometry
+from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture
+from focusdpo_jax.data.manifest import Line, Refused
+
+VISIBLE = 16
+"""A pixel counts as different from this difference of a channel on: JPEG's noise stays below."""
+
+MISSED = 0.05
+"""Largest share of the visible difference that may lie outside `prior_mask`."""
+
+KEPT = 0.5
+"""Smallest share of a subject's mask that must be inside the square window."""
+
+MAGNIFIED = 4
+"""How many times a picture may be enlarged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the pictures of a data set have in common, in pixels.
+
+    Attributes:
+      resolution: side of chosen, rejected and the masks in them.
+      reference: side of the references.
+    """
+
+    resolution: int
+    reference: int
+
+
+def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[dict, dict]:
+    """The record of a line.
+
+    Args:
+      line: what the manifest says.
+      contents: field to content of every file of `line.files()`.
+      sizes: of the result.
+
+    Returns:
+      The record, as in `record` but for `index`, with original_size int32 [2] (height, width) and
+      crop int32 [2] (top, left), as SDXL's time ids take them; and facts about it for the report.
+
+    Raises:
+      Refused: names the field, what is wrong and what would be right.
+    """
+    changes, pictures, masks = [], {}, {}
+    for field, content in contents.items():
+        try:
+            if field.endswith("mask"):
+                masks[field] = decode_mask(content)
+            else:
+                pictures[field], changed = decode_picture(content)
+                changes.extend(changed)
+        except UnreadableImage as error:
+            raise Refused(field, f"= {line.files()[field][:80]!r} {error}") from error
+    chosen, rejected = pictures["chosen"], pictures["rejected"]
+    shape = chosen.shape[:2]
+    _same_size("rejected", rejected, shape, "chosen")
+    if min(shape) * MAGNIFIED < sizes.resolution:
+        raise Refused("chosen", f"is {_size(shape)} pixels, too small for {sizes.resolution}; give "
+                      f"at least {-(-sizes.resolution // MAGNIFIED)} on the shorter side")
+    for field, mask in masks.items():
+        if field.endswith("reference_mask"):
+            reference = field.removesuffix("_mask")
+            _same_size(field, mask, pictures[reference].shape[:2], reference)
+        else:
+            _same_size(field, mask, shape, "chosen")
+        if not mask.any():
+            raise Refused(field, "is empty; make the subject's pixels white")
+    difference = _difference(chosen, rejected)
+    prior, subject_masks = _masks(line, masks, difference)
+
+    view = geometry.window(*shape, sizes.resolution, _region(prior, subject_masks))
+    record = {
+        "caption": line.caption,
+        "chosen": view.picture(chosen),
+        "rejected": view.picture(rejected),
+        "prior_mask": _seen("prior_mask", prior, view),
+        "original_size": np.array(shape, np.int32),
+        "crop": np.array([view.top, view.left], np.int32),
+        "subjects": [],
+    }
+    for i, (subject, mask) in enumerate(zip(line.subjects, subject_masks, strict=True)):
+        where = f"subjects[{i}]."
+        reference_mask = geometry.pad_to_square(masks[where + "reference_mask"], sizes.reference)
+        if not reference_mask.any():
+            raise Refused(where + "reference_mask", "is too small; mark the subject's pixels")
+        mask = _seen(where + "mask", mask, view)
+        record["subjects"].append({
+            "phrase": subject.phrase,
+            "reference": geometry.pad_to_square(pictures[where + "reference"], sizes.reference),
+            "reference_mask": reference_mask,
+            "mask": mask,
+            "box": geometry.mask_box(mask),
+        })
+    return record, _facts(line, record, contents, changes)
+
+
+def _facts(line, record, contents, changes):
+    """What the report counts, as JSON values."""
+    pair = hashlib.sha256(line.caption.encode())
+    for field in ("chosen", "rejected"):
+        pair.update(hashlib.sha256(contents[field]).digest())
+    return {
+        "group": line.group or hashlib.sha256(contents["chosen"]).hexdigest(),
+        "pair": pair.hexdigest(),
+        "size": record["original_size"].tolist(),
+        "subjects": len(record["subjects"]),
+        "changes": sorted(set(changes)),
+        "prior_area": round(float(record["prior_mask"].mean()), 6),
+        "subject_areas": [round(float(s["mask"].mean()), 6) for s in record["subjects"]],
+    }
+
+
+def _difference(chosen, rejected):
+    """bool [H, W], where the two differ visibly."""
+    if np.array_equal(chosen, rejected):
+        raise Refused("rejected", "equals chosen; a pair without a difference teaches nothing")
+    difference = np.abs(chosen.astype(np.int16) - rejected).max(-1) >= VISIBLE
+    if not difference.any():
+        raise Refused("rejected", f"differs from chosen nowhere by {VISIBLE} of 255 or more; "
+                      "nobody can see why it is rejected")
+    return difference
+
+
+def _masks(line, masks, difference):
+    """M_prior and every subject's mask in the whole picture; fall-backs as in docs/data.md."""
+    own = []
+    for i, subject in enumerate(line.subjects):
+        field = f"subjects[{i}].mask"
+        mask = masks.get(field)
+        if subject.box is not None:
+            boxed = geometry.box_mask(subject.box, *difference.shape)
+            inside = 1.0 if mask is None else (mask & boxed).sum() / mask.sum()
+            if inside < KEPT:
+                raise Refused(f"subjects[{i}].box", f"holds {inside:.0%} of the mask; mend one of "
+                              "the two")
+            mask = boxed if mask is None else mask
+        own.append(mask)
+    prior, told = masks.get("prior_mask"), "prior_mask"
+    if prior is None and all(mask is not None for mask in own):
+        prior, told = np.any(own, axis=0), "the union of the subjects' masks"
+    if prior is None:
+        prior = _grown(difference)
+        return prior, [prior if mask is None else mask for mask in own]
+    missed = (difference & ~_grown(prior)).sum() / difference.sum()
+    if missed > MISSED:
+        raise Refused("prior_mask", f"misses {missed:.0%} of where chosen and rejected differ "
+                      f"({told}); mark all of it, or leave all masks in the target out")
+    return prior, [prior if mask is None else mask for mask in own]
+
+
+def _region(prior, subject_masks):
+    """What the square window is centred on."""
+    return np.any([prior, *subject_masks], axis=0)
+
+
+def _grown(mask):
+    """The mask and two pixels around it: pictures that were blended differ on the seam too."""
+    return cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+
+
+def _seen(field, mask, view):
+    """The mask in the window, of which enough must be left."""
+    left, top, right, bottom = np.rint(view.box).astype(int)
+    kept = mask[top:bottom, left:right].sum() / mask.sum()
+    if kept < KEPT:
+        raise Refused(field, f"has only {kept:.0%} of its pixels inside the square that is kept of "
+                      "chosen; crop the pictures around the subjects yourself")
+    seen = view.mask(mask)
+    if not seen.any():
+        raise Refused(field, f"is too small: nothing of it is left at {view.size} pixels")
+    return seen
+
+
+def _same_size(field, array, shape, other):
+    if array.shape[:2] != shape:
+        raise Refused(field, f"is {_size(array.shape)} pixels and {other} is {_size(shape)}; give "
+                      "both one size")
+
+
+def _size(shape):
+    return f"{shape[0]} x {shape[1]}"

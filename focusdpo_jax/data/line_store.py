@@ -1,0 +1,143 @@
+"""A manifest's line, made into a record by a worker process and kept until the data set is built.
+
+A line that is ready lies in a zip file named after all that went into it, the contents of its
+pictures included. So a second start finds what the first one did, and nothing that has changed
+since. Imports neither jax nor TFDS: every worker starts with it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import zipfile
+
+import cv2
+import numpy as np
+from etils import epath
+
+from focusdpo_jax.data import manifest
+from focusdpo_jax.data.images import encode_png
+from focusdpo_jax.data.line_record import Sizes, make_record
+from focusdpo_jax.data.manifest import Refused
+
+_FORMAT = 1  # Changes when the same line would make another record.
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A line to work on.
+
+    Attributes:
+      number: of the line, from 1.
+      text: its bytes.
+      tokens: of its caption, or None.
+      root: the folder that its paths are relative to.
+      store: folder of the lines that are ready; None asks for the digest alone.
+      sizes, max_subjects: as `make_record` and `parse_line` take them.
+    """
+
+    number: int
+    text: bytes
+    tokens: int | None
+    root: str
+    store: str | None
+    sizes: Sizes
+    max_subjects: int
+
+
+def work(task: Task) -> dict:
+    """Makes a line's record, unless it is ready.
+
+    Returns:
+      line (number), digest (of all that went in), and either refused ([field, reason]) or facts
+      (see `line_record`), as JSON values.
+    """
+    outcome = {"line": task.number, "digest": hashlib.sha256(task.text).hexdigest()}
+    try:
+        line = manifest.parse_line(task.text, max_subjects=task.max_subjects)
+        manifest.check_tokens(line.caption, task.tokens)
+        contents = {field: manifest.read_file(task.root, path, field)
+                    for field, path in line.files().items()}
+        settings = [_FORMAT, *dataclasses.astuple(task.sizes)]
+        parts = [hashlib.sha256(content).hexdigest() for content in contents.values()]
+        outcome["digest"] = hashlib.sha256(
+            json.dumps([settings, outcome["digest"], parts]).encode()).hexdigest()
+        if task.store is None:
+            return outcome
+        path = location(task.store, outcome["digest"])
+        facts = _facts(path)
+        if facts is None:
+            record, facts = make_record(line, contents, task.sizes)
+            _write(path, record, facts)
+        return outcome | {"facts": facts}
+    except Refused as error:
+        return outcome | {"refused": [error.field, error.reason]}
+    except MemoryError:
+        return outcome | {"refused": ["", "has pictures that do not fit into memory; scale them "
+                                      "down, or give fewer --workers"]}
+
+
+def start_worker() -> None:
+    """Leaves Ctrl-C to the process that started this one, and the cores to the other workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+
+
+def location(store: epath.PathLike, digest: str) -> epath.Path:
+    """Where a line that is ready lies."""
+    return epath.Path(store) / digest[:2] / f"{digest}.zip"
+
+
+def _facts(path: epath.Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return json.loads(archive.read("facts.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None  # Cut off by a machine that went down: made again.
+
+
+def _write(path: epath.Path, record: dict, facts: dict) -> None:
+    pictures, values = {}, {"subjects": [{} for _ in record["subjects"]]}
+    for entry, target, prefix in [(record, values, ""), *(
+            (subject, values["subjects"][i], f"{i}.")
+            for i, subject in enumerate(record["subjects"]))]:
+        for name, value in entry.items():
+            if isinstance(value, np.ndarray) and value.ndim > 1:
+                pictures[prefix + name] = encode_png(value)
+            elif name != "subjects":
+                target[name] = value.tolist() if isinstance(value, np.ndarray) else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("facts.json", json.dumps(facts))
+        archive.writestr("record.json", json.dumps(values))
+        for name, content in pictures.items():
+            archive.writestr(f"{name}.png", content)
+    temporary.replace(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadySource:
+    """Records of lines that are ready, their pictures as contents of PNG files."""
+
+    paths: list[epath.Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        with self.paths[index].open("rb") as file, zipfile.ZipFile(file) as archive:
+            record = json.loads(archive.read("record.json"))
+            for name in archive.namelist():
+                if name.endswith(".png"):
+                    slot, _, field = name.removesuffix(".png").rpartition(".")
+                    entry = record["subjects"][int(slot)] if slot else record
+                    entry[field] = archive.read(name)
+        for subject in record["subjects"]:
+            subject["box"] = np.array(subject["box"], np.float32)
+        for name in ("original_size", "crop"):
+            record[name] = np.array(record[name], np.int32)
+        return record

@@ -1,0 +1,267 @@
+"""The manifest: one JSON object a line that describes a preference pair in files (docs/data.md).
+
+This file reads text: which fields there are, what they may hold, and which files they name. What is
+in those files is looked at in `line_record`.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+
+from etils import epath
+
+from focusdpo_jax.errors import UserError
+
+MAX_LINE = 1 << 20
+"""Longest line in bytes: what is longer is no manifest."""
+
+MAX_FILE = 256 << 20
+"""Largest file of a picture in bytes."""
+
+MAX_TOKENS = 77
+"""Tokens of a caption that CLIP's text encoders read, start and end among them."""
+
+_FIELDS = ("caption", "chosen", "rejected", "subjects", "prior_mask", "group", "info")
+_SUBJECT_FIELDS = ("reference", "reference_mask", "phrase", "mask", "box", "info")
+# Where CLIP's tokenizer cuts at least: contractions, words, digits, runs of other signs.
+_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+
+
+class Refused(Exception):
+    """A line that cannot be used.
+
+    Attributes:
+      field: which part of it, such as "subjects[0].mask"; empty for the line as a whole.
+      reason: what is wrong and what would be right.
+    """
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(f"{field}: {reason}" if field else reason)
+        self.field, self.reason = field, reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A subject of a line; `box` is (x0, y0, x1, y1) in shares of width and height."""
+
+    reference: str
+    reference_mask: str
+    phrase: str
+    mask: str | None
+    box: tuple[float, float, float, float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line whose text is in order; paths are relative to the manifest's folder."""
+
+    caption: str
+    chosen: str
+    rejected: str
+    subjects: tuple[Subject, ...]
+    prior_mask: str | None
+    group: str | None
+
+    def files(self) -> dict[str, str]:
+        """Field to path, of every file that the line names."""
+        named = {"chosen": self.chosen, "rejected": self.rejected}
+        if self.prior_mask is not None:
+            named["prior_mask"] = self.prior_mask
+        for i, subject in enumerate(self.subjects):
+            for field in ("reference", "reference_mask", "mask"):
+                if getattr(subject, field) is not None:
+                    named[f"subjects[{i}].{field}"] = getattr(subject, field)
+        return named
+
+
+def read_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number from 1, its bytes) of every line that is not blank.
+
+    Of a line that is longer than MAX_LINE, one byte more than that is given, so that
+    `parse_line` refuses it.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    number = 0
+    try:
+        with epath.Path(path).open("rb") as file:
+            while chunk := file.readline(MAX_LINE + 1):
+                number += 1
+                line = chunk
+                while len(chunk) > MAX_LINE and not chunk.endswith(b"\n"):
+                    chunk = file.readline(MAX_LINE + 1)
+                if line.strip():
+                    yield number, line
+    except (OSError, ValueError) as error:
+        raise UserError(f"--manifest={path} cannot be read ({_why(error)}); give a file of JSON "
+                        "lines") from error
+
+
+def parse_line(text: bytes, *, max_subjects: int) -> Line:
+    """The line's content, every field checked on its own.
+
+    Raises:
+      Refused: names the field and what would be right.
+    """
+    if len(text) > MAX_LINE:
+        raise Refused("", f"is longer than {MAX_LINE >> 20} MiB; every line is one JSON object")
+    try:
+        decoded = text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused("", f"is not UTF-8 text (byte {error.start + 1}); save the manifest as "
+                      "UTF-8") from error
+    try:
+        values = json.loads(decoded, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise Refused("", "is nested too deeply; write one flat object") from error
+    except ValueError as error:
+        reason = (f"{error.msg} at column {error.colno}"
+                  if isinstance(error, json.JSONDecodeError) else str(error))
+        raise Refused("", f"is not JSON ({reason}); write one object a line") from error
+    if not isinstance(values, dict):
+        raise Refused("", "is not a JSON object; write {...}")
+    _known(values, _FIELDS, "")
+    subjects = values.get("subjects")
+    if not isinstance(subjects, list):
+        raise Refused("subjects", f"{_given(values, 'subjects')}; give a list of 1 to "
+                      f"{max_subjects} objects")
+    if not 1 <= len(subjects) <= max_subjects:
+        raise Refused("subjects", f"has {len(subjects)} entries; give 1 to {max_subjects}")
+    return Line(
+        caption=_text(values, "caption", "say what the picture shows"),
+        chosen=_path(values, "chosen"), rejected=_path(values, "rejected"),
+        subjects=tuple(_subject(s, f"subjects[{i}]") for i, s in enumerate(subjects)),
+        prior_mask=_path(values, "prior_mask", optional=True),
+        group=_text(values, "group", "name what belongs together") if "group" in values else None)
+
+
+def _subject(values, where: str) -> Subject:
+    if not isinstance(values, dict):
+        raise Refused(where, "is not a JSON object; write {...}")
+    _known(values, _SUBJECT_FIELDS, where + ".")
+    return Subject(
+        reference=_path(values, "reference", where + "."),
+        reference_mask=_path(values, "reference_mask", where + "."),
+        phrase=_text(values, "phrase", "name the subject, as in 'a dog'", where + "."),
+        mask=_path(values, "mask", where + ".", optional=True),
+        box=_box(values["box"], where + ".box") if values.get("box") is not None else None)
+
+
+def _unique(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Refused(twice[:60], "is given twice; keep one")
+    return values
+
+
+def _known(values: dict, fields, where: str) -> None:
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            raise Refused(where + name[:60], "is not a field; " + (
+                f"did you mean {close[0]}?" if close else "what is your own belongs in info"))
+
+
+def _given(values: dict, name: str) -> str:
+    return f"is {json.dumps(values[name])[:60]}" if name in values else "is missing"
+
+
+def _text(values: dict, name: str, cure: str, where: str = "") -> str:
+    text = values.get(name)
+    if not isinstance(text, str):
+        raise Refused(where + name, f"{_given(values, name)}; give a text")
+    if not text.strip():
+        raise Refused(where + name, f"is empty; {cure}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(where + name, "holds half a surrogate pair, which is no character; write "
+                      "it as UTF-8") from error
+    return text
+
+
+def _path(values: dict, name: str, where: str = "", optional: bool = False) -> str | None:
+    if optional and values.get(name) is None:
+        return None
+    path = _text(values, name, "give a file's path", where)
+    if "\0" in path:
+        raise Refused(where + name, "holds a zero character; give a file's path")
+    return path
+
+
+def _box(value, field: str):
+    form = "give [x0, y0, x1, y1] as shares of width and height, 0 <= x0 < x1 <= 1"
+    numbers = isinstance(value, list) and len(value) == 4 and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    if not numbers:
+        raise Refused(field, f"is {json.dumps(value)[:60]}; {form}")
+    x0, y0, x1, y1 = value
+    if not (0 <= x0 <= 1 and 0 <= y0 <= 1 and 0 <= x1 <= 1 and 0 <= y1 <= 1):
+        raise Refused(field, f"= {value} reaches outside the picture; {form}, not pixels")
+    if not (x0 < x1 and y0 < y1):
+        raise Refused(field, f"= {value} is empty; {form}")
+    return tuple(map(float, value))
+
+
+def check_tokens(caption: str, tokens: int | None) -> None:
+    """Refuses a caption that CLIP would cut off.
+
+    Args:
+      tokens: how many CLIP's tokenizer makes of it, start and end among them. None where there
+        is no tokenizer: then only captions are refused that are too long in any vocabulary.
+    """
+    at_least = "" if tokens is not None else "at least "
+    tokens = len(_PIECES.findall(caption)) + 2 if tokens is None else tokens
+    if tokens > MAX_TOKENS:
+        raise Refused("caption", f"has {at_least}{tokens} tokens and CLIP reads {MAX_TOKENS}; "
+                      "shorten it")
+
+
+def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
+    """The content of the file `name` below the folder `root`.
+
+    Raises:
+      Refused: there is no such ordinary file, it lies outside the folder, or it is too large.
+    """
+    root = os.fspath(root)
+    parts = name.replace("\\", "/").split("/")
+    outside = name.startswith(("/", "~")) or "://" in name or _climbs(parts)
+    path = epath.Path(root) / name
+    if not outside and "://" not in root:
+        real = os.path.realpath(root)  # Links may lead anywhere.
+        outside = not os.path.realpath(path).startswith(real.rstrip("/") + "/")
+    if outside:
+        raise Refused(field, f"= {name[:80]!r} leads out of the manifest's folder; give a path "
+                      "below it")
+    try:
+        if "://" not in root and not stat.S_ISREG(os.stat(path).st_mode):
+            raise Refused(field, f"= {name[:80]!r} is no ordinary file; give a picture")
+        if path.stat().length > MAX_FILE:
+            raise Refused(field, f"= {name[:80]!r} is larger than {MAX_FILE >> 20} MiB; save it "
+                          "smaller")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise Refused(field, f"= {name[:80]!r}: no such file in the manifest's folder") from error
+    except (OSError, ValueError) as error:
+        raise Refused(field, f"= {name[:80]!r} cannot be read ({_why(error)})") from error
+
+
+def _climbs(parts: list[str]) -> bool:
+    """Whether a path is above its start anywhere on its way."""
+    depth = 0
+    for part in parts:
+        depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
+        if depth < 0:
+            return True
+    return False
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,81 @@
+"""What `prepare` tells about a data set: what is in it, and what was refused and why."""
+
+import collections
+import statistics
+
+
+def summarize(outcomes: list[dict], identity: dict) -> dict:
+    """The report of all lines.
+
+    Args:
+      outcomes: of `line_store.work`, in the order of the manifest.
+      identity: what else the report holds.
+
+    Returns:
+      JSON values: `identity` and
+        lines, accepted: counts.
+        refused: a list of {line, field, reason}.
+        duplicates: a list of {line, same_as}: caption, chosen and rejected are those of an earlier
+          line; both are kept.
+        subjects_per_scene: {number of subjects: lines}.
+        sizes: {"height x width" of the originals: lines}.
+        enlarged: lines whose originals are smaller than the resolution.
+        changes: {what was done to a picture's colours or orientation: lines}.
+        prior_area, subject_area: {least, median, most}, shares of the square picture.
+    """
+    accepted = [(o["line"], o["facts"]) for o in outcomes if "facts" in o]
+    first, duplicates = {}, []
+    for line, facts in accepted:
+        if first.setdefault(facts["pair"], line) != line:
+            duplicates.append({"line": line, "same_as": first[facts["pair"]]})
+    facts = [f for _, f in accepted]
+    resolution = identity["settings"]["resolution"]
+    return identity | {
+        "lines": len(outcomes),
+        "accepted": len(accepted),
+        "refused": [{"line": o["line"], "field": o["refused"][0], "reason": o["refused"][1]}
+                    for o in outcomes if "refused" in o],
+        "duplicates": duplicates,
+        "subjects_per_scene": _count(str(f["subjects"]) for f in facts),
+        "sizes": _count(f"{f['size'][0]} x {f['size'][1]}" for f in facts),
+        "enlarged": sum(min(f["size"]) < resolution for f in facts),
+        "changes": _count(change for f in facts for change in f["changes"]),
+        "prior_area": _spread([f["prior_area"] for f in facts]),
+        "subject_area": _spread([area for f in facts for area in f["subject_areas"]]),
+    }
+
+
+def _count(values):
+    return dict(sorted(collections.Counter(values).items()))
+
+
+def _spread(values):
+    if not values:
+        return {}
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+
+
+def describe(report: dict) -> str:
+    """The report in a few lines for a terminal."""
+    def listed(counts, unit=""):
+        return ", ".join(f"{n} with {name}{unit}" for name, n in counts.items()) or "none"
+
+    splits = ", ".join(f"{name} {count}" for name, count in report["splits"].items())
+    lines = [f"{report['accepted']} of {report['lines']} lines accepted ({splits})",
+             f"subjects: {listed(report['subjects_per_scene'])}",
+             "subject area: {least:.1%} to {most:.1%} of the picture, median {median:.1%}".format(
+                 **report["subject_area"])]
+    if report["changes"]:
+        lines.append(f"converted: {listed(report['changes'])}")
+    if report["enlarged"]:
+        lines.append(f"smaller than the resolution, and enlarged: {report['enlarged']}")
+    if report["duplicates"]:
+        lines.append("duplicates: " + ", ".join(
+            f"line {d['line']} repeats {d['same_as']}" for d in report["duplicates"][:5])
+            + (" and more" if len(report["duplicates"]) > 5 else ""))
+    for entry in report["refused"][:10]:
+        field = f" {entry['field']}" if entry["field"] else ""
+        lines.append(f"refused line {entry['line']}:{field} {entry['reason']}")
+    if len(report["refused"]) > 10:
+        lines.append(f"and {len(report['refused']) - 10} more, see report.json")
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""Encoded records on disk: what the encoders said, whole or interrupted, and never stale."""
+
+import hashlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from focusdpo_jax.data.record import PreferenceBatch
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.generator import ImageView
+from focusdpo_jax.training import encoding, encoding_cache, models
+
+COUNT, SIZE = 5, 2
+KEY = {"encoders": "a", "pictures": "b", "resolution": 8, "detail": [16, 3.0]}
+
+
+def batches():
+    """Five records in batches of two; the last row is padding."""
+    for start in range(0, COUNT, SIZE):
+        index = np.arange(start, start + SIZE)
+        empty = dict.fromkeys(PreferenceBatch.__dataclass_fields__)
+        yield PreferenceBatch(**empty | {"index": np.where(index < COUNT, index, -1)})
+
+
+def encode(parameters, batch):
+    """An encoder whose answers tell which record they are of."""
+    value = np.float32(batch.index)[:, None, None, None] + parameters
+    fields = dict.fromkeys(encoding.EncodedPairs.__dataclass_fields__)
+    return encoding.EncodedPairs(**fields | {
+        "latents_mean": np.broadcast_to(value, (SIZE, 2, 4, 4)),
+        "references": ImageView(np.zeros((SIZE, 1, 3), np.float32)),
+        "prior": np.ones((SIZE, 4, 4), np.float32),
+        "time_ids": np.tile(np.float32([1000.5, 2, 3]), (SIZE, 1)), "index": batch.index})
+
+
+def cached(folder, key=KEY, encode=encode):
+    return encoding_cache.cached(epath.Path(folder), key, encode, 0.25, batches(), COUNT)
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_files_hold_what_memory_would(tmp_path):
+    stored, kept = cached(tmp_path / "e"), encoding.cached(encode, 0.25, batches())
+    assert len(stored) == len(kept) == COUNT
+    for i in range(COUNT):
+        assert stored[i].latents_mean[0, 0, 0] == i + 0.25
+        assert stored[i].latents_mean.dtype == np.float16 and stored[i].detail is None
+        jax.tree.map(np.testing.assert_array_equal, stored[i], kept[i])
+
+
+def test_bfloat16_is_kept_to_the_bit(tmp_path):
+    def precise(parameters, batch):
+        encoded = encode(parameters, batch)
+        return encoded.replace(references=ImageView(jnp.full((SIZE, 3), 1 / 3, jnp.bfloat16)))
+
+    stored = cached(tmp_path / "e", encode=precise)[3].references.features
+    np.testing.assert_array_equal(stored, np.float32(jnp.bfloat16(1 / 3)))
+
+
+def test_second_time_asks_nobody(tmp_path):
+    cached(tmp_path / "e")
+    before = tree(tmp_path)
+    stored = cached(tmp_path / "e", encode=None)
+    assert stored[4].latents_mean[0, 0, 0] == 4.25 and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_interrupted_and_repeated_is_the_same_to_the_byte(at, tmp_path):
+    cached(tmp_path / "whole")
+    asked = []
+
+    def some(parameters, batch):
+        if len(asked) == at:
+            raise KeyboardInterrupt
+        asked.append(batch)
+        return encode(parameters, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "parts", encode=some)
+    again = []
+    cached(tmp_path / "parts", encode=lambda p, b: again.append(b) or encode(p, b))
+    assert len(again) == 3 - at
+    assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["encoders", "resolution", "detail", "pictures"])
+def test_stale_files_are_refused(name, tmp_path):
+    cached(tmp_path / "e")
+    with pytest.raises(UserError, match=f"was made with other {name}; remove it"):
+        cached(tmp_path / "e", KEY | {name: "other"})
+
+
+def test_key_follows_the_encoders():
+    config = ConfigDict({"resolution": 8, "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
+    generator = ConfigDict({"config": {"vae": 1, "image_encoder": 2}})
+    tokenizer = mock.Mock(digest=lambda: "t")
+    parameters = {"vae": {"a": np.ones(3), "b": np.zeros(2)}, "image_encoder": {"c": np.ones(2)},
+                  "unet": {"d": np.ones(1)}}
+
+    def key(parameters, content="x"):
+        model = models.Model(generator, parameters, tokenizer, None)
+        return encoding_cache.make_key(model, config, content)
+
+    assert key(parameters) == key({**parameters, "unet": {"d": np.zeros(1)}})
+    moved = {"a": np.zeros(2), "b": np.ones(3)}
+    assert key(parameters)["encoders"] != key({**parameters, "vae": moved})["encoders"]
+    assert key(parameters) != key(parameters, "y")
