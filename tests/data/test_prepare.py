@@ -3,21 +3,18 @@
 import hashlib
 import json
 import pathlib
+import re
 import shutil
+import subprocess
 import sys
 
 import example_pairs
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from PIL import Image
 
-from focusdpo_jax import prepare as command
 from focusdpo_jax.data import dataset, line_store, loader, prepare, report
 from focusdpo_jax.errors import UserError
-
-if not command.flags.FLAGS.is_parsed():
-    command.flags.FLAGS(sys.argv[:1])
 
 SETTINGS = prepare.Settings(resolution=16)
 EXAMPLE = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "pairs" / "manifest.jsonl"
@@ -222,9 +219,9 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
 
     from focusdpo_jax.training import loop
     output = tmp_path / "data"
-    with flagsaver.flagsaver(**{"manifest": str(EXAMPLE), "output": str(output), "resolution": 32,
-                                "workers": 1}):
-        command.main()
+    subprocess.run([sys.executable, "-m", "focusdpo_jax.prepare", f"--manifest={EXAMPLE}",
+                    f"--output={output}", "--resolution=32", "--workers=1"], check=True,
+                   capture_output=True)
     assert Image.open(output / "contact_sheet.png").size[0] > 4 * 160
     sources = dataset.open_prepared(output)
     assert sources["train"].settings["subjects"] == 2
@@ -252,16 +249,36 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
             loop.run(config, tmp_path / "refused")
 
 
-@pytest.mark.parametrize(("flags", "reason"), [
-    ({}, "give --manifest, or --dreambench"),
-    ({"manifest": "a", "dreambench": "b"}, "give --manifest, or --dreambench"),
-    ({"manifest": "nowhere/a.jsonl"}, "--manifest=nowhere/a.jsonl cannot be read"),
-    ({"dreambench": "nowhere"}, "--dreambench=nowhere is no folder"),
-    ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
-    ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5}, "nothing is left to train on"),
-    ({"manifest": str(EXAMPLE), "max_subjects": 1, "resolution": 64}, r"2 entries; give 1 to 1"),
-])
-def test_mistakes_are_named(flags, reason, tmp_path):
-    flags = {"output": str(tmp_path / "data"), "workers": 1} | flags
-    with flagsaver.flagsaver(**flags), pytest.raises(UserError, match=reason):
-        command.main()
+# Calls the command once for each set of flags, and prints what it says of each.
+CALLS = """
+import json, sys
+from absl import flags
+from absl.testing import flagsaver
+from focusdpo_jax import prepare
+from focusdpo_jax.errors import UserError
+flags.FLAGS(sys.argv[:1])
+for values in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver(**values):
+        try:
+            prepare.main()
+        except UserError as error:
+            print(error)
+"""
+
+
+def test_mistakes_are_named(tmp_path):
+    calls = [
+        ({}, "give --manifest, or --dreambench"),
+        ({"manifest": "a", "dreambench": "b"}, "give --manifest, or --dreambench"),
+        ({"manifest": "nowhere/a.jsonl"}, "--manifest=nowhere/a.jsonl cannot be read"),
+        ({"dreambench": "nowhere"}, "--dreambench=nowhere is no folder"),
+        ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
+        ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5},
+         "nothing is left to train on"),
+        ({"manifest": str(EXAMPLE), "max_subjects": 1, "resolution": 64}, "2 entries; give 1 to 1")]
+    flags = [{"output": str(tmp_path / "data"), "workers": 1} | given for given, _ in calls]
+    result = subprocess.run([sys.executable, "-c", CALLS, json.dumps(flags)], check=True,
+                            capture_output=True, text=True)
+    said = iter(result.stdout.splitlines())
+    for _, reason in calls:
+        assert any(re.search(reason, line) for line in said), reason

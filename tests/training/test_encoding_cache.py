@@ -100,7 +100,8 @@ def test_stale_files_are_refused(name, tmp_path):
 
 def test_key_follows_the_encoders():
     config = ConfigDict({"resolution": 8, "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
-    generator = ConfigDict({"config": {"vae": 1, "image_encoder": 2}})
+    generator = ConfigDict(
+        {"config": {"vae": 1, "image_encoder": 2, "adapter": {"kind": "resampler"}}})
     tokenizer = mock.Mock(digest=lambda: "t")
     parameters = {"vae": {"a": np.ones(3), "b": np.zeros(2)}, "image_encoder": {"c": np.ones(2)},
                   "unet": {"d": np.ones(1)}}
