@@ -1,5 +1,6 @@
 """What a finished or unfinished run has to show: the model it made and the one it started from."""
 
+import jax
 import ml_collections
 from etils import epath
 
@@ -60,8 +61,10 @@ class Run:
             raise self._nothing_yet()
         model = self.base()
         trainable, frozen = split_parameters(model.parameters, self.config.trainable)
-        state, _ = checkpoints.restore(
-            create_state(trainable, make_optimizer(self.config), self.config.ema_decay))
+        # On a device, so that it is read there, wherever the run had it.
+        state, _ = checkpoints.restore(create_state(
+            jax.device_put(trainable, jax.devices()[0]), make_optimizer(self.config),
+            self.config.ema_decay))
         checkpoints.close()
         return model.with_parameters(merge_parameters(state.evaluated, frozen))
 

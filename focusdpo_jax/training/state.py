@@ -56,7 +56,8 @@ def create_state(trainable, optimizer, ema_decay):
     average = jax.tree.map(jnp.copy, trainable) if ema_decay else None
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
     # Counters are born on the first device; what a checkpoint restores lies where its example does.
-    mesh = getattr(jax.tree.leaves(trainable)[0].sharding, "mesh", None)
+    sharding = getattr(jax.tree.leaves(trainable)[0], "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
     if mesh is None:
         return state
     everywhere = NamedSharding(mesh, PartitionSpec())
