@@ -28,7 +28,7 @@ def get_config():
     # adapter).
     config.trainable = "full"
     # Pull towards the reference model: the smaller, the further the policy may go.
-    config.beta = 1000.0
+    config.beta = 5000.0
     # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; mean
     # and deviation of a logit-normal draw of timesteps, where () draws them uniformly.
     config.condition_dropout = 0.0
@@ -41,7 +41,7 @@ def get_config():
     # step sees every bucket once.
     config.accumulate = 1
     # AdamW: learning rate after a linear warm-up, then "constant" or a "cosine" decay to zero.
-    config.learning_rate = 3e-4
+    config.learning_rate = 3e-5
     config.warmup_steps = 10
     config.decay = "cosine"
     config.weight_decay = 0.0
