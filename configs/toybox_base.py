@@ -32,8 +32,9 @@ def get_config(stage="generator"):
     config.trainable = "generator"
     # Chance to drop the caption, the references, or both, for classifier-free guidance.
     config.condition_dropout = 0.07 if stage == "generator" else 0.0
-    # Mean and deviation of a logit-normal draw of timesteps; () draws them uniformly. What a
-    # subject is is decided somewhat above the middle, where whole subjects outweigh the noise.
+    # Mean and deviation of a logit-normal draw of timesteps; () draws them uniformly. Shape
+    # and look of a subject are decided somewhat above the middle, where it as a whole outweighs
+    # the noise.
     config.timestep_logits = (0.6, 1.0) if stage == "generator" else ()
     # Not used here; only preference objectives have a reference model to stay close to.
     config.beta = 1.0
