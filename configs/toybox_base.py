@@ -32,6 +32,10 @@ def get_config(stage="generator"):
     config.trainable = "generator"
     # Chance to drop the caption, the references, or both, for classifier-free guidance.
     config.condition_dropout = 0.07 if stage == "generator" else 0.0
+    # Chance that a scene is learnt from its rejected picture, in which some subjects are not those
+    # of the references. Preference optimisation starts from a model that finds both pictures of a
+    # pair likely; this base has seen both alike, as one does that learns from unfiltered data.
+    config.rejected_share = 0.5 if stage == "generator" else 0.0
     # Mean and deviation of a logit-normal draw of timesteps; () draws them uniformly. Shape
     # and look of a subject are decided somewhat above the middle, where it as a whole outweighs
     # the noise.

@@ -29,9 +29,11 @@ def get_config():
     config.trainable = "full"
     # Pull towards the reference model: the smaller, the further the policy may go.
     config.beta = 5000.0
-    # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; mean
-    # and deviation of a logit-normal draw of timesteps, where () draws them uniformly.
+    # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; chance
+    # to learn from the rejected picture of a pair and not from the chosen one; mean and deviation
+    # of a logit-normal draw of timesteps, where () draws them uniformly.
     config.condition_dropout = 0.0
+    config.rejected_share = 0.0
     config.timestep_logits = ()
 
     # Optimiser steps, and pairs a step over all devices.

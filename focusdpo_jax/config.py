@@ -79,6 +79,7 @@ RULES = {
     "trainable": _one_of("adapter", "lora", "full", "generator"),
     "beta": _number(0, above=True),
     "condition_dropout": _number(0, 0.3),
+    "rejected_share": _number(0, 1),
     "timestep_logits": _mean_and_deviation(),
     "learning_rate": _number(0, above=True),
     "warmup_steps": _integer(0),
@@ -170,6 +171,9 @@ def _validate_together(config):
         if config.condition_dropout:
             raise UserError(f"config.condition_dropout = {config.condition_dropout}: "
                             f"{config.objective} compares images under their captions; give 0")
+        if config.rejected_share:
+            raise UserError(f"config.rejected_share = {config.rejected_share}: "
+                            f"{config.objective} compares both images of a pair; give 0")
         if config.timestep_logits:
             raise UserError(f"config.timestep_logits = {config.timestep_logits}: "
                             f"{config.objective} draws uniformly within its buckets; give ()")

@@ -23,7 +23,7 @@ class EncodedPairs:
 
     Attributes:
       latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); where the
-        objective is supervised, [B, 1, h, w, C] of chosen alone.
+        objective is supervised, and learns nothing from rejected, [B, 1, h, w, C] of chosen alone.
       token_ids: int [B, 2, L], the caption for each text encoder.
       time_ids: [B, 6], SDXL's size conditioning.
       references: the image encoder's view [B, S] of every reference.
@@ -63,9 +63,10 @@ def encoder(generator, config, structures):
     spaf = any(structure.spaf for structure in structures)
     dpce = any(structure.dpce for structure in structures)
     supervised = config.objective in SUPERVISED_OBJECTIVES
+    chosen_alone = supervised and not config.rejected_share
 
     def encode(parameters, batch):
-        images = [batch.chosen] if supervised else [batch.chosen, batch.rejected]
+        images = [batch.chosen] if chosen_alone else [batch.chosen, batch.rejected]
         pair = jnp.stack(images, axis=1).astype(jnp.float32) / 255
         flat = pair.reshape(-1, *pair.shape[2:])
 

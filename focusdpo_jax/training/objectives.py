@@ -175,10 +175,15 @@ class Objective:
 
     def _noisy(self, encoded, numbers, key):
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
+        share = self._config.rejected_share
         schedule, batch = self._generator.schedule, len(encoded.prior)
         latents = draw_latents(draw, encoded)
         if not self._pairs:
-            latents = latents[:batch]
+            learnt = latents[:batch]
+            if share:
+                bad = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (batch,))
+                learnt = jnp.where(bad[:, None, None, None], latents[batch:], learnt)
+            latents = learnt
         if self._config.timestep_logits:
             timesteps = logit_normal_timesteps(
                 time, batch, schedule.timesteps, *self._config.timestep_logits)
