@@ -42,9 +42,11 @@ def get_config(argument=""):
     config.trainable = {"": "adapter", "debug": "full"}.get(argument, argument)
     # Pull towards the reference model. Diffusion-DPO's value for SDXL.
     config.beta = 5000.0
-    # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; mean
-    # and deviation of a logit-normal draw of timesteps, where () draws them uniformly.
+    # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; chance
+    # to learn from the rejected picture of a pair and not from the chosen one; mean and deviation
+    # of a logit-normal draw of timesteps, where () draws them uniformly.
     config.condition_dropout = 0.0
+    config.rejected_share = 0.0
     config.timestep_logits = ()
 
     # Optimiser steps, and pairs a batch over all devices. A pair is two pictures at the policy and

@@ -23,7 +23,7 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
                "data.path", "data.cache"}
 
 # Fields that older runs' config.json lacks, with what those runs did.
-_ADDED = {"dtype": "float32", "model.remat": False, "model.adapter": "",
+_ADDED = {"dtype": "float32", "rejected_share": 0.0, "model.remat": False, "model.adapter": "",
           "model.image_encoder": "", "model.tokenizer": "", "data.source": "toybox"}
 
 

@@ -37,11 +37,18 @@ def test_preference_objectives_take_no_timestep_logits(objective):
         check(objective=objective, timestep_logits=(0.6, 1.0))
 
 
+def test_preference_objectives_learn_from_both_pictures_as_they_are():
+    check(objective="sft", rejected_share=0.5)
+    with pytest.raises(UserError, match=r"config.rejected_share = 0.5: focus_dpo compares both "
+                                        r"images of a pair; give 0"):
+        check(objective="focus_dpo", rejected_share=0.5)
+
+
 def test_a_run_from_before_a_field_was_there_goes_on():
     config = tiny.tiny_config(pathlib.Path("nowhere"))
     new = config.to_dict()
     old = config.to_dict()
-    del old["dtype"], old["model"]["remat"], old["data"]["source"]
+    del old["dtype"], old["rejected_share"], old["model"]["remat"], old["data"]["source"]
     assert config_rules.changed_fields(old, new) == []
     new["dtype"] = "bfloat16"
     assert config_rules.changed_fields(old, new) == [

@@ -61,7 +61,7 @@ def test_prior_dpo_counts_only_where_the_pair_differs(encoded):
 
 
 class Listener:
-    """Stands for a generator, and keeps the timesteps that it is asked about."""
+    """Stands for a generator, and keeps what it is asked about."""
 
     schedule = scaled_linear_schedule()
 
@@ -72,23 +72,42 @@ class Listener:
         return features
 
     def denoise(self, parameters, latents, timesteps, conditioning):
-        self.timesteps = np.asarray(timesteps)
+        self.latents, self.timesteps = np.asarray(latents), np.asarray(timesteps)
         return latents, {}
+
+
+def listen(latents, **overrides):
+    """What a generator is asked when `sft` learns from latents [B, P, h, w, C]."""
+    config = tiny.tiny_config(pathlib.Path("nowhere"), objective="sft", **overrides)
+    generator, batch = Listener(), len(latents)
+    objective = objectives.Objective(generator, config, np.zeros((2, 4), np.int32))
+    grid = jnp.ones((batch, 1, 1))
+    encoded = types.SimpleNamespace(
+        latents_mean=latents, latents_deviation=jnp.zeros_like(latents), prior=grid,
+        token_ids=None, time_ids=None, present=None, references=jnp.zeros((batch, 1)))
+    ((_, numbers),) = tasks.focus_buckets(config).values()
+    objective.loss({}, {"parameters": {}}, encoded, objectives.Guidance(grid, None), numbers,
+                   jax.random.key(0))
+    return generator
+
+
+def within_chance(share, expected, count):
+    """Whether an observed share of `count` draws lies within four deviations of its law."""
+    return abs(share - expected) < 4 * (expected * (1 - expected) / count)**0.5
 
 
 @pytest.mark.parametrize("logits, below_881", [((), 0.881), ((2.0, 0.5), 0.5)])
 def test_supervised_objectives_draw_timesteps_as_configured(logits, below_881):
-    config = tiny.tiny_config(pathlib.Path("nowhere"), objective="sft", timestep_logits=logits)
-    generator, batch = Listener(), 2000
-    objective = objectives.Objective(generator, config, np.zeros((2, 4), np.int32))
-    latents, grid = jnp.zeros((batch, 1, 1, 1, 1)), jnp.ones((batch, 1, 1))
-    encoded = types.SimpleNamespace(
-        latents_mean=latents, latents_deviation=latents, prior=grid, token_ids=None, time_ids=None,
-        present=None, references=jnp.zeros((batch, 1)))
-    ((_, numbers),) = tasks.focus_buckets(config).values()
-    objective.loss({}, {"parameters": {}}, encoded, objectives.Guidance(grid, None), numbers,
-                   jax.random.key(0))
-    # T sigmoid(2) = 881 halves the logit-normal law; four deviations of the share are allowed.
-    drawn = generator.timesteps
-    assert drawn.shape == (batch,) and 0 <= drawn.min() and drawn.max() < 1000
-    assert abs(np.mean(drawn < 881) - below_881) < 4 * (below_881 * (1 - below_881) / batch)**0.5
+    drawn = listen(jnp.zeros((2000, 1, 1, 1, 1)), timestep_logits=logits).timesteps
+    assert drawn.shape == (2000,) and 0 <= drawn.min() and drawn.max() < 1000
+    # T sigmoid(2) = 881 halves the logit-normal law.
+    assert within_chance(np.mean(drawn < 881), below_881, 2000)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_share_of_the_pictures_learnt_are_rejected_ones(share):
+    # A latent of 1000 shows through any noise; the chosen ones are zero.
+    latents = jnp.broadcast_to(jnp.array([0.0, 1000.0]).reshape(1, 2, 1, 1, 1), (2000, 2, 1, 1, 1))
+    rejected = np.abs(listen(latents, rejected_share=share).latents) > 20
+    assert rejected.shape == (2000, 1, 1, 1)
+    assert rejected.mean() == 0 if share == 0 else within_chance(rejected.mean(), share, 2000)
