@@ -144,7 +144,8 @@ def open_workdir(workdir, config):
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        # A start that failed before it had data and model leaves nothing that depends on them.
+        if path.exists() and (workdir / "checkpoints").exists():
             changed = config_rules.changed_fields(
                 run_folder.read_config(workdir), json.loads(written))
             if changed:
