@@ -44,6 +44,7 @@ def get_config(stage="generator"):
     config.timestep_logits = (0.6, 1.0) if generates else ()
     # Not used here; only preference objectives have a reference model to stay close to.
     config.beta = 1.0
+    config.anchor = 0.0
 
     # Optimiser steps and scenes a step.
     config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 5000,

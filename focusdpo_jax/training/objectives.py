@@ -169,6 +169,10 @@ class Objective:
             loss, diagnostics = losses.diffusion_dpo(
                 chosen[0], chosen[1].reference_error, rejected[0], rejected[1].reference_error,
                 chosen[1].weights, rejected[1].weights, self._config.beta)
+            if self._config.anchor:
+                term, more = losses.anchor(
+                    chosen[0], chosen[1].reference_error, self._config.beta)
+                loss, diagnostics = loss + self._config.anchor * term, diagnostics | more
         else:
             loss, diagnostics = losses.sft(policy, guidance.weights)
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
