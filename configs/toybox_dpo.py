@@ -88,7 +88,7 @@ def get_config():
     config.data.train_size = 768
     # Validation scenes are drawn in the pictures; test scenes are measured.
     config.data.validation_size = 16
-    config.data.test_size = 512
+    config.data.test_size = 448
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
     # Whether the frozen encoders see every picture once, before training, and not in every step. The
@@ -124,5 +124,5 @@ def get_config():
     config.sampling = ml_collections.ConfigDict({"steps": 12, "guidance": 1.0})
     # Test scenes measured before and after, scenes drawn at once, scenes shown in pictures.
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 512, "batch_size": 32, "pictures": 8})
+        {"scenes": 448, "batch_size": 32, "pictures": 8})
     return config
