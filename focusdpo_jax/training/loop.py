@@ -15,9 +15,10 @@ from etils import epath
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
-from focusdpo_jax.training.metrics import MetricWriter, Progress, duration, replace_file
+from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
