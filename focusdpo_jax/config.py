@@ -23,8 +23,9 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
                "data.path", "data.cache"}
 
 # Fields that older runs' config.json lacks, with what those runs did.
-_ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False, "model.adapter": "",
-          "model.image_encoder": "", "model.tokenizer": "", "data.source": "toybox"}
+_ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
+          "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
+          "data.source": "toybox"}
 
 
 def _one_of(*choices):
