@@ -81,6 +81,30 @@ def cosine_similarity(
     return jnp.einsum("bsd,bhwd->bshw", prototype, target, precision=jax.lax.Precision.HIGHEST)
 
 
+def patch_quality(
+    reference_features: Float[Array, "batch subjects patches features"],
+    reference_masks: Float[Array, "batch subjects patches"],
+    target_features: Float[Array, "batch height width features"],
+    present: Bool[Array, "batch subjects"],
+) -> Float[Array, "batch height width"]:
+    """How well each target patch is found on some subject's reference: PatchDPO's quality.
+
+        q[i] = max over subjects s and their patches n of cosine(f_sn, f_i), at least 0
+
+    Every reference patch stands for itself, unlike in SPAF; a patch counts where its subject covers
+    most of it. PatchDPO (arXiv 2412.03177) estimates quality by features of a frozen vision model.
+
+    Returns:
+      Quality in [0, 1]; 0 without a subject.
+    """
+    usable = present[..., None] & (reference_masks > 0.5)
+    references = jnp.where(usable[..., None], reference_features.astype(jnp.float32), 0)
+    cosine = jnp.einsum("bsnd,bhwd->bsnhw", _unit(references),
+                        _unit(target_features.astype(jnp.float32)))
+    # Unusable patches have a cosine of 0, which is the least that counts.
+    return jnp.clip(jnp.max(cosine, axis=(1, 2)), 0, 1)
+
+
 def budget(
     area: Float[Array, "batch subjects"],
     present: Bool[Array, "batch subjects"],

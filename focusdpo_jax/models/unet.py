@@ -17,6 +17,7 @@ from focusdpo_jax.models import layers
 from focusdpo_jax.models.lora import LoRADense
 
 IMAGE_ATTENTION = "image_attention"
+IMAGE_ATTENTION_MASS = "image_attention_mass"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ class UNetConfig:
         names = [f"down_blocks_{i}" for i in levels] + ["mid_block"]
         names += [f"up_blocks_{i}" for i in levels]
         has_attention = any(self.transformer_layers_per_block) or self.mid_transformer_layers
-        return tuple(names) + ((IMAGE_ATTENTION,) if self.image_context and has_attention else ())
+        attention = (IMAGE_ATTENTION, IMAGE_ATTENTION_MASS)
+        return tuple(names) + (attention if self.image_context and has_attention else ())
 
 
 class Context(NamedTuple):
@@ -107,7 +109,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, slot shares [B, N, S]."""
+        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, `slot_attention` [B, N, 2, S]."""
         width = x.shape[-1]
 
         def dense(use_bias, name):
@@ -128,27 +130,37 @@ class CrossAttention(nn.Module):
             seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
             out = out + jnp.asarray(context.image_scale, out.dtype) * seen
             if self.record:
-                shares = slot_shares(query, key, mask, self.num_heads, slots)
+                with jax.named_scope("slot_attention"):
+                    shares = slot_attention(query, key, mask, self.num_heads, slots)
         return dense(True, "to_out_0")(out), shares
 
 
-def slot_shares(query, key, key_mask, num_heads, slots):
-    """Share of the attention that falls on each slot's tokens, averaged over heads.
+def slot_attention(query, key, key_mask, num_heads, slots):
+    """How much attention falls on each slot's tokens: as a share, and before normalisation.
+
+    The share of a picture's only slot is 1 everywhere. Its mass still tells which positions look
+    at it most: `log mean_t exp(query . key_t / sqrt(d))` over the slot's T tokens.
 
     Args:
       query: [B, N, C]; key: [B, slots * T, C].
-      key_mask: bool [B, slots * T].
+      key_mask: bool [B, slots * T]; the tokens of a slot are valid together.
 
     Returns:
-      [B, N, slots] in float32; rows sum to 1, or are zero where no key is valid.
+      [B, N, 2, slots] in float32, averaged over heads: the shares, which sum to 1, or are zero
+      where no key is valid; and the masses, zero for a slot whose keys are not.
     """
     query, key = layers.split_heads(query, num_heads), layers.split_heads(key, num_heads)
     logits = jnp.einsum("bnhd,bkhd->bhnk", query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5
     mask = key_mask[:, None, None, :]
     weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1) * mask
-    weights = weights.mean(1)
-    return weights.reshape(*weights.shape[:2], slots, -1).sum(-1)
+
+    def by_slot(x):
+        return x.reshape(*x.shape[:-1], slots, -1)
+
+    mass = jax.nn.logsumexp(by_slot(logits), axis=-1) - jnp.log(logits.shape[-1] // slots)
+    mass = jnp.where(by_slot(mask).any(-1), mass, 0)
+    return jnp.stack([by_slot(weights).sum(-1).mean(1), mass.mean(1)], axis=2)
 
 
 class TransformerBlock(nn.Module):
@@ -161,7 +173,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, slot shares [B, N, S]."""
+        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, `slot_attention` [B, N, 2, S]."""
         config = self.config
         attention = layers.Attention(
             self.num_heads, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
@@ -185,7 +197,7 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        """Maps [B, H, W, C] to the same shape and a list of recorded shares [B, H, W, S]."""
+        """Maps [B, H, W, C] to the same shape and what was recorded, a list of [B, H, W, 2, S]."""
         batch, height, width, channels = x.shape
         h = layers.GroupNorm(self.config.norm_groups, 1e-6, self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, channels)
@@ -196,7 +208,7 @@ class SpatialTransformer(nn.Module):
             h, shares = block(self.config, self.num_heads, self.record, self.dtype,
                               name=f"transformer_blocks_{i}")(h, context)
             if shares is not None:
-                recorded.append(shares.reshape(batch, height, width, -1))
+                recorded.append(shares.reshape(batch, height, width, *shares.shape[2:]))
         h = nn.Dense(channels, kernel_init=layers.ZEROS, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape), recorded
 
@@ -226,7 +238,7 @@ class Stage(nn.Module):
 
         Returns:
           The output; the features of the last resnet or transformer; for "down", what the way up
-          will take, in the order made; the recorded slot shares.
+          will take, in the order made; the recorded slot attention.
         """
         config = self.config
         depth = config.transformer_layers_per_block[self.level]
@@ -295,7 +307,8 @@ class UNet(nn.Module):
           capture: names from `config.capture_names`. A block's name gives the output
             [B, h, w, C] of its last resnet or transformer, before any resampling;
             "image_attention" the share of attention on each slot [B, h, w, S] in float32, averaged
-            over heads and over the cross-attention layers of the finest level that has any.
+            over heads and over the cross-attention layers of the finest level that has any;
+            "image_attention_mass" what the shares are made of (see `slot_attention`).
 
         Returns:
           The prediction [B, H, W, out_channels] in float32, and a dict of what was captured.
@@ -320,7 +333,8 @@ class UNet(nn.Module):
         last = len(config.block_out_channels) - 1
 
         def stage(kind, level, resample, name):
-            record = IMAGE_ATTENTION in capture and level == config.image_attention_level
+            wanted = IMAGE_ATTENTION in capture or IMAGE_ATTENTION_MASS in capture
+            record = wanted and level == config.image_attention_level
             return Stage(config, kind, level, resample, record, self.dtype, name=name)
 
         x = layers.Conv(config.block_out_channels[0], dtype=self.dtype, name="conv_in")(sample)
@@ -345,7 +359,9 @@ class UNet(nn.Module):
         x = layers.GroupNorm(config.norm_groups, 1e-5, self.dtype, name="conv_norm_out")(x)
         x = layers.Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
         if recorded:
-            captured[IMAGE_ATTENTION] = sum(recorded) / len(recorded)
+            mean = sum(recorded) / len(recorded)
+            captured[IMAGE_ATTENTION] = mean[..., 0, :]
+            captured[IMAGE_ATTENTION_MASS] = mean[..., 1, :]
         return x.astype(jnp.float32), {name: captured[name] for name in capture}
 
     def _embedding(self, timesteps, pooled, time_ids):

@@ -16,7 +16,8 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary
 
-_FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+# For programs that run seldom: compiling them well would take longer than running them badly.
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +89,7 @@ def load_model(config, workdir):
         tree = layout.load_part(
             folder, part, traverse_util.unflatten_dict(published), dtype=np.float32)
         if tree is None or len(published) < len(paths):
-            # It runs once: compiling it well would take longer than running it badly.
-            fresh = jax.jit(init, compiler_options=_FAST_TO_COMPILE)(key)
+            fresh = jax.jit(init, compiler_options=FAST_TO_COMPILE)(key)
             logging.info("%s: %s at random", part, "made" if tree is None else "LoRA made")
             if tree is not None:
                 fresh = traverse_util.unflatten_dict(

@@ -62,7 +62,7 @@ def generator_task(config, workdir, mesh, sources, model):
     trainable, frozen = meshes.replicate((trainable, frozen), mesh)
     buckets = focus_buckets(config)
     names = list(buckets)
-    encode = encoding.encoder(generator, config, [s.weight for s, _ in buckets.values()])
+    encode = encoding.encoder(generator, config, buckets)
     place = functools.partial(meshes.shard_batch, mesh=mesh)
 
     if config.data.cache:
@@ -83,12 +83,15 @@ def generator_task(config, workdir, mesh, sources, model):
     generate = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
         negative_token_ids=empty)
-    showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets)
-    objective = objectives.Objective(generator, config, empty)
+    objective = objectives.Objective(generator, config, buckets, empty)
     fixed = {"parameters": frozen}
-    if config.objective not in config_rules.SUPERVISED_OBJECTIVES:
+    if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         # A copy: the loop gives the trainable parameters' own memory away.
         fixed["reference"] = jax.tree.map(jnp.copy, trainable)
+    focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
+                         compiler_options=models.FAST_TO_COMPILE)
+    showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets,
+                        lambda structure, *arguments: focus_maps(structure, fixed, *arguments))
 
     def merged(tree):
         return merge_parameters(tree, frozen)

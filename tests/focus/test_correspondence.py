@@ -187,3 +187,16 @@ def test_matching_is_not_differentiated():
     union = lambda x: spaf.correspondence(**case, target_features=x).union.sum()
     gradient = jax.jit(jax.grad(union))(target)
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_patch_quality_is_the_best_match_among_the_patches_of_all_subjects():
+    references = jnp.array([[[[1.0, 0.0], [0.0, 3.0]], [[0.6, 0.8], [-5.0, 0.0]]]])
+    masks = jnp.array([[[1.0, 0.4], [0.9, 0.0]]])  # The second patches are background.
+    targets = jnp.array([[[[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]]])
+    present = jnp.array([[True, True]])
+    np.testing.assert_allclose(
+        spaf.patch_quality(references, masks, targets, present), [[[1.0, 0.8, 0.0]]], atol=1e-6)
+    absent = references.at[:, 1].set(jnp.nan)
+    np.testing.assert_allclose(
+        spaf.patch_quality(absent, masks, targets, jnp.array([[True, False]])), [[[1.0, 0, 0]]],
+        atol=1e-6)

@@ -1,0 +1,190 @@
+"""Where SPAF's similarity of subject and place comes from: three sources behind one interface.
+
+`config.focus.features` names one of
+
+    vit        the frozen image encoder's features of clean pictures. Both sides are made with the
+               data, and the timestep moves rho alone.
+    unet       features of a block of the reference model. The references are denoised once with the
+               data, at the noise of each bucket, and pooled to prototypes; the pictures' features
+               are those of the reference model's pass over the pair.
+    attention  how strongly the image branch of cross-attention looks at a subject's tokens, in the
+               same pass. The references are in it already, as tokens.
+
+That pass runs in every step of a preference objective; a source only asks it to keep what it
+computes anyway. The paper takes the attention of its generator [known]; these readings for a UNet
+are [ours].
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from focusdpo_jax.focus import correspondence
+from focusdpo_jax.focus.grids import average_to_grid
+from focusdpo_jax.models.generator import Conditioning
+
+# Keeps the noise on reference images apart from whatever else is drawn from the same seed.
+_ROLE = int.from_bytes(b"refs", "big")
+
+
+class Scene(NamedTuple):
+    """What there is to know of B pairs with S reference slots when they are encoded.
+
+    Attributes:
+      pair: [B * P, H, W, 3] in [0, 1], chosen and rejected of a pair one after the other.
+      references: [B, S, H, W, 3] in [0, 1].
+      reference_masks: bool [B, S, H, W].
+      features: [B, S, 1 + N, D], the image encoder's view of the references.
+      present: bool [B, S].
+      token_ids: int [B, 2, L].
+      time_ids: [B, 6].
+      index: int [B], positions in the data set.
+    """
+
+    pair: jax.Array
+    references: jax.Array
+    reference_masks: jax.Array
+    features: jax.Array
+    present: jax.Array
+    token_ids: jax.Array
+    time_ids: jax.Array
+    index: jax.Array
+
+
+def make_source(generator, config, buckets):
+    """The source that `config.focus.features` names.
+
+    Args:
+      buckets: the run's, values (StepStructure, BucketNumbers), in the order of their index.
+
+    Returns:
+      An object with `capture`, the names that the reference model's pass must keep
+      (`Generator.denoise`), and two methods:
+        encode(parameters, Scene) -> (prototypes, target features), or None where there are none:
+          [B, K, S, ...] for K buckets (or one for all) and [B * P, g, g, D].
+        similarity(encoded, captured, index) -> (similarity [P * B, S, h, w], claims [B, S]): all
+          chosen first, and which subjects there is anything to match for.
+    """
+    if config.focus.features == "vit":
+        return EncoderSource(generator)
+    if config.focus.features == "attention":
+        return AttentionSource(generator)
+    middles = [(int(n.t_low) + int(n.t_high) - 1) // 2 for _, n in buckets]
+    return UNetSource(generator, middles, config.seed)
+
+
+class EncoderSource:
+    """Features of the frozen image encoder on clean pictures."""
+
+    capture = ()
+
+    def __init__(self, generator):
+        self._generator = generator
+
+    def encode(self, parameters, scene):
+        side = self._generator.patch_grid
+        features = self._generator.image_features(parameters, scene.pair)[:, 1:]
+        prototypes = correspondence.prototypes(
+            scene.features[:, :, 1:], masks_on_grid(scene, (side, side)), scene.present)
+        return prototypes[:, None], features.reshape(-1, side, side, features.shape[-1])
+
+    def similarity(self, encoded, captured, index):
+        del captured, index  # They know no timestep.
+        targets = jnp.moveaxis(encoded.target_features, 1, 0)
+        return _similarity(encoded.prototypes[:, 0], targets.reshape(-1, *targets.shape[2:]))
+
+
+class UNetSource:
+    """Features of a block of the reference model, both sides at like noise."""
+
+    def __init__(self, generator, timesteps, seed):
+        """`timesteps` has one timestep for each bucket."""
+        self._generator, self._seed = generator, seed
+        self._timesteps = jnp.asarray(timesteps)
+        self._block = generator.match_captures["unet"]
+        self.capture = (self._block,)
+
+    def encode(self, parameters, scene):
+        """Denoises every reference once in each bucket; memory is that of one bucket.
+
+        A reference is shown under its pair's caption, with itself as the only subject. All slots of
+        a pair share one noise, so that their order does not matter.
+        """
+        generator = self._generator
+        batch, slots = scene.present.shape
+        size = scene.pair.shape[1:3]
+        pixels = jax.image.resize(
+            scene.references, (batch, slots, *size, 3), "linear", antialias=True)
+        mean, _ = generator.encode_image(parameters, pixels.reshape(-1, *size, 3))
+        text, pooled = generator.encode_text(parameters, scene.token_ids)
+        tokens = generator.subject_tokens(parameters, scene.features)
+
+        def each(x):
+            """[B, ...] for every slot: [B * S, ...]."""
+            return jnp.repeat(x, slots, axis=0)
+
+        conditioning = Conditioning(
+            text=each(text), pooled=each(pooled), time_ids=each(scene.time_ids),
+            image_tokens=tokens.reshape(-1, 1, *tokens.shape[2:]),
+            image_present=scene.present.reshape(-1, 1))
+        key = jax.random.fold_in(jax.random.key(self._seed), _ROLE)
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(scene.index)
+
+        def at(timestep):
+            noise = jax.vmap(lambda k: jax.random.normal(
+                jax.random.fold_in(k, timestep), mean.shape[1:]))(keys)
+            timesteps = jnp.full(batch * slots, timestep)
+            _, captured = generator.denoise(
+                parameters, generator.schedule.add_noise(mean, each(noise), timesteps), timesteps,
+                conditioning, capture=self.capture)
+            features = captured[self._block]
+            grid = features.shape[1:3]
+            return correspondence.prototypes(
+                features.reshape(batch, slots, -1, features.shape[-1]),
+                masks_on_grid(scene, grid), scene.present)
+
+        return jnp.moveaxis(jax.lax.map(at, self._timesteps), 0, 1), None
+
+    def similarity(self, encoded, captured, index):
+        prototypes = jax.lax.dynamic_index_in_dim(encoded.prototypes, index, 1, keepdims=False)
+        return _similarity(prototypes, captured[self._block])
+
+
+class AttentionSource:
+    """The image branch of the UNet's cross-attention, at the finest level that has one.
+
+    The mass before normalisation: shares of the attention tell two subjects apart, but are 1
+    everywhere for a picture's only subject.
+    """
+
+    def __init__(self, generator):
+        self._name = generator.match_captures["attention"]
+        self.capture = (self._name,)
+
+    def encode(self, parameters, scene):
+        del parameters, scene
+        return None, None
+
+    def similarity(self, encoded, captured, index):
+        del index
+        return jnp.moveaxis(captured[self._name], -1, 1), encoded.present
+
+
+def masks_on_grid(scene, grid):
+    """The share of each cell that each reference's subject covers: [B, S, h * w]."""
+    masks = scene.reference_masks.astype(jnp.float32)
+    rows, columns = masks.shape[2:]
+    if rows % grid[0] or columns % grid[1]:
+        masks = jax.image.resize(masks, (*masks.shape[:2], *grid), "linear", antialias=True)
+    else:
+        masks = average_to_grid(masks, grid)
+    return masks.reshape(*masks.shape[:2], -1)
+
+
+def _similarity(prototypes, targets):
+    """Of prototypes [B, S, ...] and target features [P * B, h, w, D]."""
+    pictures = len(targets) // len(prototypes)
+    claims = jnp.any(prototypes != 0, axis=tuple(range(2, prototypes.ndim)))
+    return correspondence.cosine_similarity(
+        jnp.concatenate([prototypes.astype(jnp.float32)] * pictures), targets), claims
