@@ -87,6 +87,9 @@ def get_config():
     # pictures), "unet" (those of the reference model at the step's noise) or "attention" (its
     # cross-attention to the image tokens).
     config.focus.features = "vit"
+    # How many features stand for a subject, and as many for what surrounds it in its reference
+    # (with "attention" it is the image tokens that do).
+    config.focus.prototypes = 8
     # SPAF: match the picture's patches with the references. DPCE: let detailed patches weigh more.
     config.focus.spaf = True
     config.focus.dpce = True

@@ -96,6 +96,7 @@ RULES = {
     "data.subject_counts": _shares(),
     "focus.buckets": _integer(1),
     "focus.features": _one_of("vit", "unet", "attention"),
+    "focus.prototypes": _integer(1),
     "focus.spaf": _flag(),
     "focus.dpce": _flag(),
     "focus.rho_noisy": _number(0),

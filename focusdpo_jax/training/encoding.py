@@ -30,8 +30,8 @@ class EncodedPairs:
       present: bool [B, S].
       prior: [B, h, w], M_prior as the share of each location that is covered; where the objective
         is supervised, and nothing is compared, all subjects.
-      prototypes: [B, K, S, D], what each subject looks like in each of K buckets, or in all of
-        them.
+      prototypes: [B, K, S, 2, P, D], what each subject and what surrounds it looks like, in each of
+        K buckets or in all of them.
       target_features: [B, 2, g, g, D], features of (chosen, rejected) to compare them with.
       area: [B, S], share of the picture that each subject takes inside M_prior: where nothing was
         disrupted there is nothing to match.

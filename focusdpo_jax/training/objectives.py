@@ -198,12 +198,13 @@ class Objective:
         similarity = match = union = unmatched = detail = None
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
-                similarity, claims = self._source.similarity(encoded, captured, numbers.index)
+                similarity, background, known = self._source.similarity(
+                    encoded, captured, numbers.index)
                 cells = similarity.shape[2] * similarity.shape[3]
                 area = encoded.area.astype(jnp.float32) * cells
                 match = correspondence.to_grid(correspondence.match(
-                    similarity, twice(encoded.present & claims), twice(area), numbers.rho),
-                    prior.shape[1:])
+                    similarity, twice(encoded.present & known), twice(area), numbers.rho,
+                    background), prior.shape[1:])
                 union, unmatched = match.union, correspondence.unmatched(prior, match.union)
         if structure.weight.dpce:
             detail = by_image(encoded.detail).astype(jnp.float32)

@@ -63,15 +63,16 @@ def make_source(generator, config, buckets):
       (`Generator.denoise`), and two methods:
         encode(parameters, Scene) -> (prototypes, target features), or None where there are none:
           [B, K, S, ...] for K buckets (or one for all) and [B * P, g, g, D].
-        similarity(encoded, captured, index) -> (similarity [P * B, S, h, w], claims [B, S]): all
-          chosen first, and which subjects there is anything to match for.
+        similarity(encoded, captured, index) -> (similarity [P * B, S, h, w] with the subjects,
+          [P * B, h, w] with the references' backgrounds or None, bool [B, S]): all chosen first;
+          the last says for which slots there is anything to match.
     """
     if config.focus.features == "vit":
-        return EncoderSource(generator)
+        return EncoderSource(generator, config.focus.prototypes)
     if config.focus.features == "attention":
         return AttentionSource(generator)
     middles = [(int(n.t_low) + int(n.t_high) - 1) // 2 for _, n in buckets]
-    return UNetSource(generator, middles, config.seed)
+    return UNetSource(generator, middles, config.focus.prototypes, config.seed)
 
 
 class EncoderSource:
@@ -79,28 +80,30 @@ class EncoderSource:
 
     capture = ()
 
-    def __init__(self, generator):
-        self._generator = generator
+    def __init__(self, generator, count):
+        """`count` is the number of prototypes a subject."""
+        self._generator, self._count = generator, count
 
     def encode(self, parameters, scene):
         side = self._generator.patch_grid
         features = self._generator.image_features(parameters, scene.pair)[:, 1:]
-        prototypes = correspondence.prototypes(
-            scene.features[:, :, 1:], masks_on_grid(scene, (side, side)), scene.present)
+        prototypes = correspondence.inside_and_outside(
+            scene.features[:, :, 1:], masks_on_grid(scene, (side, side)), scene.present,
+            self._count)
         return prototypes[:, None], features.reshape(-1, side, side, features.shape[-1])
 
     def similarity(self, encoded, captured, index):
         del captured, index  # They know no timestep.
         targets = jnp.moveaxis(encoded.target_features, 1, 0)
-        return _similarity(encoded.prototypes[:, 0], targets.reshape(-1, *targets.shape[2:]))
+        return _compare(encoded.prototypes[:, 0], targets.reshape(-1, *targets.shape[2:]))
 
 
 class UNetSource:
     """Features of a block of the reference model, both sides at like noise."""
 
-    def __init__(self, generator, timesteps, seed):
-        """`timesteps` has one timestep for each bucket."""
-        self._generator, self._seed = generator, seed
+    def __init__(self, generator, timesteps, count, seed):
+        """`timesteps` has one timestep for each bucket; `count` prototypes stand for a subject."""
+        self._generator, self._count, self._seed = generator, count, seed
         self._timesteps = jnp.asarray(timesteps)
         self._block = generator.match_captures["unet"]
         self.capture = (self._block,)
@@ -140,15 +143,15 @@ class UNetSource:
                 conditioning, capture=self.capture)
             features = captured[self._block]
             grid = features.shape[1:3]
-            return correspondence.prototypes(
+            return correspondence.inside_and_outside(
                 features.reshape(batch, slots, -1, features.shape[-1]),
-                masks_on_grid(scene, grid), scene.present)
+                masks_on_grid(scene, grid), scene.present, self._count)
 
         return jnp.moveaxis(jax.lax.map(at, self._timesteps), 0, 1), None
 
     def similarity(self, encoded, captured, index):
         prototypes = jax.lax.dynamic_index_in_dim(encoded.prototypes, index, 1, keepdims=False)
-        return _similarity(prototypes, captured[self._block])
+        return _compare(prototypes, captured[self._block])
 
 
 class AttentionSource:
@@ -168,7 +171,7 @@ class AttentionSource:
 
     def similarity(self, encoded, captured, index):
         del index
-        return jnp.moveaxis(captured[self._name], -1, 1), encoded.present
+        return jnp.moveaxis(captured[self._name], -1, 1), None, encoded.present
 
 
 def masks_on_grid(scene, grid):
@@ -182,9 +185,9 @@ def masks_on_grid(scene, grid):
     return masks.reshape(*masks.shape[:2], -1)
 
 
-def _similarity(prototypes, targets):
-    """Of prototypes [B, S, ...] and target features [P * B, h, w, D]."""
+def _compare(prototypes, targets):
+    """Of prototypes [B, S, 2, count, D] and target features [P * B, h, w, D]."""
     pictures = len(targets) // len(prototypes)
-    claims = jnp.any(prototypes != 0, axis=tuple(range(2, prototypes.ndim)))
-    return correspondence.cosine_similarity(
-        jnp.concatenate([prototypes.astype(jnp.float32)] * pictures), targets), claims
+    subjects, background = correspondence.compare(
+        jnp.concatenate([prototypes] * pictures), targets)
+    return subjects, background, jnp.any(prototypes[:, :, 0] != 0, axis=(2, 3))

@@ -45,11 +45,12 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tiny_folder):
-    """cases(source): its Case."""
+    """cases(source): its Case, with two prototypes a subject unless told otherwise."""
     import tiny
 
-    return functools.cache(lambda source: Case(
-        tiny.tiny_config(tiny_folder, focus__features=source), tiny_folder))
+    return functools.cache(lambda source, count=2: Case(
+        tiny.tiny_config(tiny_folder, focus__features=source, focus__prototypes=count),
+        tiny_folder))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -82,17 +83,17 @@ def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
 def test_features_of_the_unet_change_with_the_noise_and_those_of_the_encoder_do_not(cases):
     unet, vit = (cases(source) for source in ("unet", "vit"))
     encoded = unet.encode()
-    assert encoded.prototypes.shape == (4, 4, 3, 8) and encoded.target_features is None
+    assert encoded.prototypes.shape == (4, 4, 3, 2, 2, 8) and encoded.target_features is None
     first, last = (unet.weigh(encoded, bucket).similarity for bucket in (0, -1))
     assert np.abs(first - last).max() > 1e-3
     encoded = vit.encode()
-    assert encoded.prototypes.shape == (4, 1, 3, 8)
+    assert encoded.prototypes.shape == (4, 1, 3, 2, 2, 8)
     first, last = (vit.weigh(encoded, bucket).similarity for bucket in (0, -1))
     np.testing.assert_array_equal(first, last)
 
 
 def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases):
-    case = cases("unet")
+    case = cases("unet", 1)
     generator, parameters = case.model.generator, case.model.parameters
     encoded = case.encode()
     pixels = jnp.asarray(case.batch.references[:1, 0], jnp.float32) / 255
@@ -110,8 +111,8 @@ def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases)
     side = features.shape[0]
     mask = case.batch.reference_masks[0, 0].reshape(side, 32 // side, side, -1).mean((1, 3))
     prototype = (features * mask[..., None]).sum((0, 1))
-    cosine = prototype / np.linalg.norm(prototype) @ np.asarray(encoded.prototypes[0, -1, 0])
-    others = [prototype / np.linalg.norm(prototype) @ np.asarray(encoded.prototypes[0, k, 0])
+    cosine = prototype / np.linalg.norm(prototype) @ np.asarray(encoded.prototypes[0, -1, 0, 0, 0])
+    others = [prototype / np.linalg.norm(prototype) @ np.asarray(encoded.prototypes[0, k, 0, 0, 0])
               for k in range(3)]
     assert cosine > 0.9 and cosine > max(others)
 
