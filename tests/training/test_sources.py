@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from focusdpo_jax import config as config_rules
 from focusdpo_jax.data import loader
+from focusdpo_jax.errors import UserError
 from focusdpo_jax.focus.buckets import BucketStructure
 from focusdpo_jax.models.generator import Conditioning, split_parameters
 from focusdpo_jax.training import encoding, models, objectives, tasks
@@ -138,3 +140,11 @@ def test_each_half_of_focus_works_alone(switches, structures, tiny_config):
     buckets = tasks.focus_buckets(tiny_config(**switches))
     assert [str(structure.weight) for structure, _ in buckets.values()] == structures
     assert [int(numbers.index) for _, numbers in buckets.values()] == [0, 1, 2, 3]
+
+
+def test_references_are_denoised_once_or_not_at_all(tiny_config):
+    config = tiny_config(focus__features="unet", data__cache=False)
+    with pytest.raises(UserError, match="config.data.cache = False: config.focus.features"):
+        config_rules.validate(config)
+    config.focus.spaf = False
+    config_rules.validate(config)
