@@ -31,7 +31,8 @@ from focusdpo_jax.focus import correspondence
 
 SIDE, PATCH, OBJECT = 448, 14, 200  # Pixels.
 GRID = SIDE // PATCH
-LAYER = 9  # Of ViT-S's 12: later ones know better what a thing is than which one.
+# Of ViT-S's 12: later ones know better what a thing is than which one.
+LAYERS = (8, 9, 10)
 
 
 class Photos:
@@ -99,16 +100,22 @@ def composite(photos, pair, draw, plain):
 
 
 def make_features(folder):
-    """The function pictures uint8 [B, 448, 448, 3] -> patch features [B, 32, 32, D]."""
+    """The function pictures uint8 [B, 448, 448, 3] -> patch features [B, 32, 32, D].
+
+    Those of several layers, each of length 1, side by side: a cosine is the mean of theirs.
+    """
     model, parameters = dino.load(folder)
     mean, deviation = np.array(preprocess.DINO.mean), np.array(preprocess.DINO.deviation)
 
     @jax.jit
     def features(parameters, pictures):
         pictures = (pictures / 255.0 - mean) / deviation
-        states = model.apply({"params": parameters}, pictures.astype(jnp.float32),
-                             capture=(LAYER,)).captured[LAYER]
-        return states[:, 1:].reshape(len(pictures), GRID, GRID, -1)
+        captured = model.apply({"params": parameters}, pictures.astype(jnp.float32),
+                               capture=LAYERS).captured
+        states = [captured[layer] / jnp.linalg.norm(captured[layer], axis=-1, keepdims=True)
+                  for layer in LAYERS]
+        states = jnp.concatenate(states, axis=-1)[:, 1:]
+        return states.reshape(len(pictures), GRID, GRID, -1)
 
     return lambda pictures: features(parameters, jnp.asarray(pictures))
 
