@@ -1,9 +1,9 @@
 """What the frozen encoders say of a prepared data set, kept on disk beside it.
 
 A file a record, and `key.json`, which says what the files depend on: the encoders' parameters and
-precision, the tokenizer, the pictures, their size, and DPCE's settings. Another run with the same
-key reads them instead of asking the encoders again; one with another key is refused. All that any
-preference objective looks at is in them, so that rivals share them.
+precision, the tokenizer, the pictures, their size, and the settings of SPAF's source and of DPCE.
+Another run with the same key reads them instead of asking the encoders again; one with another key
+is refused.
 """
 
 import dataclasses
@@ -18,26 +18,21 @@ from absl import logging
 
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.focus.buckets import BucketStructure
 from focusdpo_jax.models.generator import ImageView
 from focusdpo_jax.training import encoding
 
 
-def structures(config):
-    """What to encode for: whatever a bucket may need, of which supervised objectives have none."""
-    all_terms = config.objective not in SUPERVISED_OBJECTIVES
-    return [BucketStructure(spaf=all_terms, dpce=all_terms)]
-
-
-def make_key(model, config, content):
+def make_key(model, config, content, source):
     """What encoded records depend on, as JSON values.
 
     Args:
       model: a `models.Model`.
       content: digest of the data set, from its metadata.
+      source: of SPAF's similarity (see `sources`), or None.
     """
     digest = hashlib.sha256()
-    for part in ("vae", "image_encoder"):
+    parts = {"vae", "image_encoder"} | set(source.parts if source else ())
+    for part in sorted(parts):
         digest.update(repr(getattr(model.generator.config, part)).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameters[part]):
             leaf = np.asarray(leaf)
@@ -47,12 +42,17 @@ def make_key(model, config, content):
             "adapter": model.generator.config.adapter.kind,
             "dtype": config.get("dtype", "float32"), "pictures": content,
             "resolution": config.resolution,
-            "detail": [config.focus.detail_bins, config.focus.detail_sigma]}
+            "detail": [config.focus.detail_bins, config.focus.detail_sigma],
+            "features": source and source.settings}
 
 
-def folder_name(config):
-    """Where a data set keeps its encoded records: supervised objectives need the chosen alone."""
-    return "encoded_chosen" if config.objective in SUPERVISED_OBJECTIVES else "encoded_pairs"
+def folder_name(config, source):
+    """Where a data set keeps its encoded records: one folder for each kind of them."""
+    if encoding.chosen_alone(config):
+        return "encoded_chosen"
+    if config.objective in SUPERVISED_OBJECTIVES:
+        return "encoded_both"
+    return f"encoded_pairs_{source.settings[0]}"
 
 
 class StoredEncodings:
