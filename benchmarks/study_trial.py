@@ -8,7 +8,6 @@ Training to a further step resumes the run; with a constant learning rate all st
 training.
 """
 
-import importlib.util
 import io
 import json
 import pathlib
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
+from benchmark_cases import load_file
 
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.data import loader
@@ -33,10 +33,7 @@ PICTURES = 8  # Kept of every measurement.
 
 def load_config(path, overrides):
     """The configuration of a file with some fields replaced."""
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = load_file(path)
     for name, value in overrides.items():
         try:
             config.update_from_flattened_dict({name: value})
@@ -59,7 +56,9 @@ def scenes_of(config, split, count):
     source = tasks.open_data(config)[split]
 
     def batches(model):
-        transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
+        transform = loader.pair_transform(
+            tokenize=model.tokenizer, num_subjects=3,
+            reference_size=model.generator.config.image_encoder.image_size)
         return list(loader.evaluation_batches(
             [source[i] for i in range(count)], transform=transform,
             batch_size=min(count, config.evaluation.batch_size)))
@@ -69,17 +68,17 @@ def scenes_of(config, split, count):
 
 def measure(model, config, batches):
     """Toybox's measures of what a model draws, {name: [scenes, ...]}, and all pictures."""
-    generator = model.generator
+    generator, parameters = model.generator, jax.device_put(model.parameters)
     supervised = ml_collections.ConfigDict(config.to_dict())
     supervised.objective = "sft"  # References and captions are all there is to know.
     encoded = encoding.cached(
-        encoding.encoder(generator, supervised), model.parameters, batches).encoded
+        encoding.encoder(generator, supervised), parameters, batches).encoded
     generate = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
         negative_token_ids=model.tokenizer(""))
     # One seed for all trials: they draw a scene from the same noise.
     images = generate_all(
-        generate, model.parameters, encoded, seed=0, batch_size=len(batches[0].index),
+        generate, parameters, encoded, seed=0, batch_size=len(batches[0].index),
         latent_shape=generator.latent_shape(config.resolution))
     probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
     size = len(batches[0].index)
@@ -121,7 +120,7 @@ def run(folder):
                 return
             model = runs.Run(folder / "run").policy()
         else:
-            model = models.load_model(config, folder)
+            model = models.load_model(config)
         if model.probe is None:
             raise UserError(f"config.model.pretrained = {config.model.pretrained!r}: this model "
                             "has no probe, without which nothing can be measured")

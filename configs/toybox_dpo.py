@@ -78,7 +78,8 @@ def get_config():
 
     config.data = ml_collections.ConfigDict()
     # "toybox", rendered and built once, or "prepared": your own pictures, from the folder that
-    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are Toybox's.
+    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are
+    # Toybox's.
     config.data.source = "toybox"
     # Folder under which Toybox is built, once for each seed and size; or the prepared folder.
     config.data.path = "data"
@@ -89,8 +90,8 @@ def get_config():
     config.data.test_size = 192
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
-    # Whether the frozen encoders see every picture once, before training, and not in every step. The
-    # result is kept in memory; of a prepared data set on disk, in its folder.
+    # Whether the frozen encoders see every picture once, before training, and not in every step.
+    # The result is kept in memory; of a prepared data set on disk, in its folder.
     config.data.cache = True
 
     # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.

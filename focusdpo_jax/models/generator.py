@@ -225,7 +225,7 @@ class Generator:
         return mean * scale, jnp.exp(0.5 * log_variance) * scale
 
     def decode_latents(self, parameters, latents):
-        """Pixels [B, H, W, 3], about [0, 1] and not clipped, from latents as the UNet gives them."""
+        """Pixels [B, H, W, 3], about [0, 1] and not clipped, from the UNet's latents."""
         pixels = self.vae.apply({"params": parameters["vae"]},
                                 latents / self.config.vae.scaling_factor, method="decode")
         return pixels / 2 + 0.5

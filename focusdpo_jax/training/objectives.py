@@ -101,16 +101,16 @@ class FocusMaps(NamedTuple):
     """How the weights of a batch came about, on the latent grid; None where there is no such map.
 
     Attributes:
+      weights: [P * B, h, w], W.
       similarity: [2B, S, h, w], of each subject, on the grid and scale of its source.
-      matched: [2B, h, w], M'.
+      match: of [2B], each subject's and M', their union.
       unmatched: [2B, h, w], M_s.
       detail: [2B, h, w], M_d.
-      weights: [P * B, h, w], W.
     """
 
     weights: jax.Array
     similarity: jax.Array | None = None
-    matched: jax.Array | None = None
+    match: correspondence.Match | None = None
     unmatched: jax.Array | None = None
     detail: jax.Array | None = None
 
@@ -194,7 +194,7 @@ class Objective:
         if structure.objective == "patch_dpo":
             weights = weighting.quality_weights(encoded.quality.astype(jnp.float32))
             return FocusMaps(jnp.concatenate(weights)), {}
-        similarity = match = union = unmatched = detail = None
+        similarity = match = unmatched = detail = None
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
                 similarity, background, known = self._source.similarity(
@@ -204,12 +204,12 @@ class Objective:
                 match = correspondence.to_grid(correspondence.match(
                     similarity, twice(encoded.present & known), twice(area), numbers.rho,
                     background), prior.shape[1:])
-                union, unmatched = match.union, correspondence.unmatched(prior, match.union)
+                unmatched = correspondence.unmatched(prior, match.union)
         if structure.weight.dpce:
             detail = by_image(encoded.detail).astype(jnp.float32)
         weights, diagnostics = weighting.focus_weights(
             structure.weight, numbers, prior, match, detail)
-        return FocusMaps(weights, similarity, union, unmatched, detail), diagnostics
+        return FocusMaps(weights, similarity, match, unmatched, detail), diagnostics
 
     def _noisy(self, encoded, numbers, key):
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)

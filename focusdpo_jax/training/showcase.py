@@ -116,8 +116,8 @@ class Showcase:
                         caption=f"{name}, {side}: {captions[i]}",
                         references=raw.references[i][present], image=image,
                         similarity=() if seen.similarity is None else seen.similarity[present],
-                        matched=seen.matched, unmatched=seen.unmatched, detail=seen.detail,
-                        weights=seen.weights))
+                        matched=seen.match and seen.match.union, unmatched=seen.unmatched,
+                        detail=seen.detail, weights=seen.weights))
         return pictures.focus_grid(rows)
 
     def finish(self, step, parameters, writer):

@@ -112,7 +112,7 @@ def test_seeds_are_pooled_scene_by_scene(study, tmp_path):
 def test_a_trial_trains_in_stretches_and_measures_unseen_scenes(study, tiny_folder, tmp_path):
     folder = tmp_path / "model"
     config = tiny.tiny_config(tiny_folder)
-    model = models.load_model(config, tmp_path)
+    model = models.load_model(config)
     models.save_model(folder, model, model.parameters, pretraining.init_probe(jax.random.key(0)))
     path = tmp_path / "config.py"
     path.write_text(

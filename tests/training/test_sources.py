@@ -22,7 +22,7 @@ class Case:
     """Four pairs of the tiny data set, and everything that weighs them."""
 
     def __init__(self, config, folder):
-        self.config, self.model = config, models.load_model(config, folder)
+        self.config, self.model = config, models.load_model(config)
         transform = loader.pair_transform(tokenize=self.model.tokenizer, num_subjects=3)
         records = tasks.open_data(config)["train"]
         (self.batch,) = loader.evaluation_batches(
@@ -59,7 +59,7 @@ def cases(tiny_folder):
 def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
     case = cases(source)
     maps = case.weigh(case.encode())
-    assert 0 < maps.matched.mean() < 1 and len(np.unique(maps.weights)) > 10
+    assert 0 < maps.match.union.mean() < 1 and len(np.unique(maps.weights)) > 10
     # With three in a scene the slots are full; with one, two hold nothing.
     present = case.batch.present
     assert present.any() and not present.all()
@@ -70,7 +70,7 @@ def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
         value[~present] = junk.integers(0, 2, value[~present].shape) * (
             255 if value.dtype == np.uint8 else 1)
     again = case.weigh(case.encode(**filled))
-    np.testing.assert_array_equal(again.matched, maps.matched)
+    np.testing.assert_array_equal(again.match.union, maps.match.union)
     np.testing.assert_allclose(again.weights, maps.weights, rtol=1e-5)
 
     order = np.array([2, 0, 1])
@@ -78,7 +78,7 @@ def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
     np.testing.assert_allclose(
         (moved.similarity - maps.similarity[:, order])[np.tile(present[:, order], (2, 1))], 0,
         atol=1e-4)
-    np.testing.assert_array_equal(moved.matched, maps.matched)
+    np.testing.assert_array_equal(moved.match.union, maps.match.union)
     np.testing.assert_allclose(moved.weights, maps.weights, rtol=1e-5)
 
 
