@@ -84,7 +84,7 @@ class Listener:
     def subject_tokens(self, parameters, features):
         return features
 
-    def denoise(self, parameters, latents, timesteps, conditioning):
+    def denoise(self, parameters, latents, timesteps, conditioning, capture):
         self.latents, self.timesteps = np.asarray(latents), np.asarray(timesteps)
         return latents, {}
 
