@@ -39,7 +39,7 @@ def test_preference_objectives_take_no_timestep_logits(objective):
 
 def test_preference_objectives_learn_from_both_pictures_as_they_are():
     check(objective="sft", rejected_share=0.5)
-    with pytest.raises(UserError, match=r"config.rejected_share = 0.5: focus_dpo compares both "
+    with pytest.raises(UserError, match=r"config.rejected_share = 0.5: focus_dpo learns from both "
                                         r"images of a pair; give 0"):
         check(objective="focus_dpo", rejected_share=0.5)
 
