@@ -55,6 +55,11 @@ def test_a_run_from_before_a_field_was_there_goes_on():
         "config.dtype = 'float32' (now 'bfloat16')"]
     completed = config_rules.complete(ml_collections.ConfigDict(old))
     assert completed.to_dict() == config.to_dict() and "dtype" not in old
+    # One prototype stood for a subject, so that another default is another run.
+    new["dtype"] = "float32"
+    del old["focus"]["features"], old["focus"]["prototypes"]
+    assert config_rules.changed_fields(old, new) == [
+        f"config.focus.prototypes = 1 (now {new['focus']['prototypes']})"]
 
 
 def test_encoders_are_trained_in_float32():
