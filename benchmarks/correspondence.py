@@ -11,11 +11,14 @@
                    further photos, 200 px each, on a third one's background (its subject painted
                    over) or plain grey, by turns: the share of matched patches on the right one
 
-`inside` averages over pictures, `chance` is what patches drawn at random would give. `--mean` also
-takes the figures of one prototype a subject, without the contest with the references' backgrounds.
+`inside` averages over pictures, `chance` is what patches drawn at random would give. Each setting
+is measured with every patch of a reference standing for itself, and with `--prototypes` means of
+them, as `config.focus.prototypes` has it. `--mean` also takes the figures of one prototype a
+subject, without the contest with the references' backgrounds.
 """
 
 import argparse
+import functools
 import itertools
 import pathlib
 
@@ -126,21 +129,25 @@ def on_patches(masks):
     return cells.mean((-3, -1), dtype=np.float32)
 
 
-@jax.jit
-def match_by_contest(references, reference_masks, target, area):
-    """SPAF's match [S, h, w] as `focus.correspondence` makes it, every patch a prototype.
+@functools.partial(jax.jit, static_argnames="count")
+def match_by_contest(references, reference_masks, target, area, count=0):
+    """SPAF's match [S, h, w] as `focus.correspondence` makes it.
 
     Args:
       references: [S, h, w, D]; reference_masks: [S, h, w]; target: [h, w, D].
       area: [S], of the subjects in the target, in patches.
+      count: prototypes a subject; 0 takes every patch of its reference for one.
     """
-    subjects, height, width, channels = references.shape
-    directions = references.reshape(1, subjects, -1, channels)
-    directions /= jnp.linalg.norm(directions, axis=-1, keepdims=True)
-    inside = (reference_masks.reshape(1, subjects, -1, 1) > 0.5)
-    described = jnp.stack([directions * inside, directions * ~inside], axis=2)
+    subjects, *_, channels = references.shape
+    features = references.reshape(1, subjects, -1, channels)
+    masks, present = reference_masks.reshape(1, subjects, -1), jnp.ones((1, subjects), bool)
+    if count:
+        described = correspondence.inside_and_outside(features, masks, present, count)
+    else:
+        features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
+        inside = masks[..., None] > 0.5
+        described = jnp.stack([features * inside, features * ~inside], axis=2)
     similarity, background = correspondence.compare(described, target[None])
-    present = jnp.ones((1, subjects), bool)
     return correspondence.match(similarity, present, area[None], 0.5, background).subjects[0]
 
 
@@ -198,10 +205,15 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--composites", type=int, default=200, help="of each of the two kinds")
+    parser.add_argument("--prototypes", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mean", action="store_true")
     arguments = parser.parse_args()
-    matches = {"": match_by_contest} | ({" (mean)": match_by_mean} if arguments.mean else {})
+    count = arguments.prototypes
+    matches = {", every patch": match_by_contest,
+               f", {count} prototypes": functools.partial(match_by_contest, count=count)}
+    if arguments.mean:
+        matches[", mean alone"] = match_by_mean
     found = measure(Photos(arguments.data), make_features(arguments.weights),
                     arguments.composites, arguments.seed, matches)
     for title, rows in found:
@@ -209,7 +221,7 @@ def main():
             if values:
                 inside, chance = 100 * np.mean(values, axis=0)
                 error = 100 * np.std([row[0] for row in values]) / len(values)**0.5
-                print(f"{title + name:45s} inside {inside:5.1f} % (standard error {error:.1f})  "
+                print(f"{title + name:50s} inside {inside:5.1f} % (standard error {error:.1f})  "
                       f"chance {chance:4.1f} %  {len(values)} pictures", flush=True)
 
 

@@ -1,5 +1,6 @@
 """The benchmark on photographs: what its composites are, and one match with trained weights."""
 
+import functools
 import importlib
 import sys
 
@@ -68,7 +69,8 @@ def test_hits_are_the_share_of_matched_patches_on_the_right_subject(benchmark):
         features = reference.copy()
         features[:2] = np.eye(3)[channel]
         seen.append((features, np.repeat([[1.0], [1], [0], [0]], 4, 1).astype(np.float32)))
-    for match in (benchmark.match_by_contest, benchmark.match_by_mean):
+    one = functools.partial(benchmark.match_by_contest, count=1)
+    for match in (benchmark.match_by_contest, one, benchmark.match_by_mean):
         inside, chance = benchmark.hits(match, seen, target, masks)
         # k = 4: three columns look like the first, and its first row is three hits short of one;
         # the second finds its column.
