@@ -58,8 +58,8 @@ class EncodedPairs:
     index: jax.Array
 
 
-def chosen_alone(config):
-    """Whether the objective has no use for rejected pictures."""
+def learns_from_chosen_alone(config):
+    """Whether a run never looks at rejected pictures."""
     return config.objective in SUPERVISED_OBJECTIVES and not config.rejected_share
 
 
@@ -71,10 +71,10 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
       dpce, quality: whether DPCE and PatchDPO look at the pairs.
     """
     supervised = config.objective in SUPERVISED_OBJECTIVES
-    alone = chosen_alone(config)
+    chosen_alone = learns_from_chosen_alone(config)
 
     def encode(parameters, batch):
-        images = [batch.chosen] if alone else [batch.chosen, batch.rejected]
+        images = [batch.chosen] if chosen_alone else [batch.chosen, batch.rejected]
         pair = jnp.stack(images, axis=1).astype(jnp.float32) / 255
         flat = pair.reshape(-1, *pair.shape[2:])
 
