@@ -106,7 +106,7 @@ def table(results):
                 continue
             mark = "" if focus is None or model == "focus_dpo" else {
                 "better": " +", "worse": " -", "": ""}[
-                    statistics.verdict(name, estimate, focus[name])]
+                    statistics.verdict(name, focus[name], estimate)]
             mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
             seeds = "/".join(f"{100 * value:.0f}" for value in estimate["seeds"]
                              if value is not None)

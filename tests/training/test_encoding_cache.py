@@ -99,9 +99,13 @@ def test_stale_files_are_refused(name, tmp_path):
 
 
 def test_runs_that_need_other_pictures_or_masks_keep_apart():
-    folders = [encoding_cache.folder_name(ConfigDict({"objective": objective, "rejected_share": s}))
-               for objective, s in [("dpo", 0.0), ("focus_dpo", 0.0), ("sft", 0.0), ("sft", 0.5)]]
-    assert folders == ["encoded_pairs", "encoded_pairs", "encoded_chosen", "encoded_both"]
+    def folder(objective, share, features="vit"):
+        config = ConfigDict({"objective": objective, "rejected_share": share})
+        return encoding_cache.folder_name(config, mock.Mock(settings=[features]))
+    assert folder("dpo", 0.0) == folder("focus_dpo", 0.0) == "encoded_pairs_vit"
+    assert folder("focus_dpo", 0.0, "unet") == "encoded_pairs_unet"
+    assert folder("sft", 0.0) == "encoded_chosen"
+    assert folder("sft", 0.5) == "encoded_both"
 
 
 def test_key_follows_the_encoders():
