@@ -21,7 +21,8 @@ def get_config():
     # "focus_dpo", or one of its rivals over the same step: "dpo" (Diffusion-DPO: every location
     # counts the same), "prior_dpo" (the mask of where the pair differs alone), "sft" (the
     # denoising error of the chosen picture; no reference model), "subject_sft" (the same with
-    # subjects weighing more than background).
+    # subjects weighing more than background), "patch_dpo" (PatchDPO: the denoising error of both
+    # pictures by patch quality; no reference model).
     config.objective = "focus_dpo"
     # What is trained: "adapter" (subject adapter and the image keys and values of the UNet),
     # "lora" (low-rank updates of the UNet's attention; set model.lora_rank) or "full" (UNet and
@@ -80,7 +81,8 @@ def get_config():
 
     config.data = ml_collections.ConfigDict()
     # "toybox", rendered and built once, or "prepared": your own pictures, from the folder that
-    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are Toybox's.
+    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are
+    # Toybox's.
     config.data.source = "toybox"
     # Folder under which Toybox is built, once for each seed and size; or the prepared folder.
     config.data.path = "data"
@@ -91,13 +93,20 @@ def get_config():
     config.data.test_size = 448
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
-    # Whether the frozen encoders see every picture once, before training, and not in every step. The
-    # result is kept in memory; of a prepared data set on disk, in its folder.
+    # Whether the frozen encoders see every picture once, before training, and not in every step.
+    # The result is kept in memory; of a prepared data set on disk, in its folder.
     config.data.cache = True
 
     # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.
     config.focus = ml_collections.ConfigDict()
     config.focus.buckets = 4
+    # What SPAF compares with the references: "vit" (the image encoder's features of the clean
+    # pictures), "unet" (those of the reference model at the step's noise; needs data.cache) or
+    # "attention" (its cross-attention to the image tokens).
+    config.focus.features = "vit"
+    # How many features stand for a subject, and as many for what surrounds it in its reference
+    # (with "attention" it is the image tokens that do).
+    config.focus.prototypes = 16
     # SPAF: match the picture's patches with the references. DPCE: let detailed patches weigh more.
     config.focus.spaf = True
     config.focus.dpce = True
