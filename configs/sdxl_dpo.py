@@ -117,6 +117,8 @@ def get_config(argument=""):
     config.data.validation_size = 4 if debug else 16
     config.data.test_size = 4 if debug else 16
     config.data.subject_counts = (0.2, 0.4, 0.4)
+    # Chance that a disrupted subject of a rejected picture wears looks of another of its scene.
+    config.data.leak_probability = 0.5
     # Whether the frozen encoders see every picture once, before training, and not in every step.
     # The result is kept in memory: about 4 MiB a pair at 1024 pixels.
     config.data.cache = debug

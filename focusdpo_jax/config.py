@@ -27,7 +27,8 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
-          "data.source": "toybox", "focus.features": "vit", "focus.prototypes": 1}
+          "data.source": "toybox", "data.leak_probability": 0.5, "focus.features": "vit",
+          "focus.prototypes": 1}
 
 
 def _one_of(*choices):
@@ -112,6 +113,7 @@ RULES = {
     "data.validation_size": _integer(1),
     "data.test_size": _integer(1),
     "data.subject_counts": _shares(),
+    "data.leak_probability": _number(0, 1),
     "focus.buckets": _integer(1),
     "focus.features": _one_of("vit", "unet", "attention"),
     "focus.prototypes": _integer(1),

@@ -49,7 +49,8 @@ def open_data(config):
     """
     if config.data.source == "prepared":
         return _open_prepared(config)
-    world = toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts))
+    world = toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts),
+                         config.data.leak_probability)
     sizes = {"train": config.data.train_size, "validation": config.data.validation_size,
              "test": config.data.test_size}
     path = dataset.build_toybox(config.data.path, world, sizes)
