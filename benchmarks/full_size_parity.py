@@ -117,6 +117,8 @@ def main():
     parser.add_argument("--side", choices=("theirs", "ours"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.side is None:
+        if flags.folder:
+            pathlib.Path(flags.folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
             compare(pathlib.Path(folder), flags.small)
         return

@@ -28,6 +28,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from focusdpo_jax.focus.grids import nearest_on_grid
 
+_ROUNDING = 1e-5  # Cosines this close to 1 are of one direction, within float32.
+
 
 class Match(NamedTuple):
     """Which target patches correspond to a reference.
@@ -91,9 +93,10 @@ def prototypes(
         nearest = jnp.where(masks > 0.5, jnp.max(cosine(centres), axis=-1), jnp.inf)
         seed = jnp.argmin(nearest, axis=-1)[..., None, None]
         seeds = jnp.take_along_axis(directions, seed, axis=2)
-        # Without a patch that is mostly the subject's, the mean stands for all.
-        some = jnp.any(masks > 0.5, axis=-1)[..., None, None]
-        centres = jnp.concatenate([centres, jnp.where(some, seeds, centres[:, :, :1])], axis=2)
+        # Where each patch that is mostly the subject's has its seed, or there is none, the mean
+        # is repeated: what is left to choose from is rounding, which differs between devices.
+        new = (jnp.min(nearest, axis=-1) < 1 - _ROUNDING)[..., None, None]
+        centres = jnp.concatenate([centres, jnp.where(new, seeds, centres[:, :, :1])], axis=2)
 
     def step(centres, _):
         group = jax.nn.one_hot(jnp.argmax(cosine(centres), axis=-1), count)

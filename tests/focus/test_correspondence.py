@@ -54,6 +54,24 @@ def test_several_prototypes_are_the_means_of_what_lies_together():
     assert (many @ [-1, -1]).max() < 0.1
 
 
+def test_more_prototypes_than_patches_do_not_hang_on_rounding():
+    draw = np.random.default_rng(0)
+    features = draw.normal(size=(4, 2, 6, 5)).astype(np.float32)
+    masks = np.ones((4, 2, 6), np.float32)
+    present = jnp.ones((4, 2), bool)
+    found = np.asarray(spaf.prototypes(features, masks, present, count=16))
+    # Every patch and, for the rest, the mean of all.
+    mean = np.asarray(spaf.prototypes(features, masks, present))
+    np.testing.assert_array_equal(found[:, :, 7:], np.repeat(mean, 9, axis=2))
+    units = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    cosine = np.einsum("bsnd,bspd->bsnp", units, found[:, :, 1:7])
+    np.testing.assert_allclose(np.sort(cosine, axis=-1)[..., -1], 1, atol=1e-6)
+    for _ in range(4):
+        noise = 1 + 2e-7 * draw.normal(size=features.shape).astype(np.float32)
+        np.testing.assert_allclose(
+            spaf.prototypes(features * noise, masks, present, count=16), found, atol=1e-5)
+
+
 def test_inside_and_outside_of_a_reference():
     features = jnp.array([[[[1.0, 0.0], [0.0, 1.0], [0.0, 5.0]]]])
     described = spaf.inside_and_outside(features, jnp.array([[[1.0, 0.0, 0.0]]]), ALL(1), 1)

@@ -104,7 +104,7 @@ def test_buckets_of_one_structure_share_an_executable(finished):
 
 
 def test_resumed_run_equals_uninterrupted_one(finished, trained, tiny_config, tmp_path):
-    shutil.copytree(trained("full"), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(trained("adapter"), tmp_path, dirs_exist_ok=True)
     assert sorted(tiny.losses(tmp_path)) == [1, 2]
     loop.run(tiny_config(), tmp_path)
     assert tiny.losses(tmp_path) == tiny.losses(finished[0])
@@ -164,7 +164,7 @@ def test_accumulation_averages_over_buckets(tiny_config, tmp_path):
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(trained, tiny_config, tmp_path):
-    shutil.copytree(trained("full"), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(trained("adapter"), tmp_path, dirs_exist_ok=True)
     config = tiny_config()
     (tmp_path / "config.json").unlink()  # Another learning rate is another run.
     config.learning_rate = 1e30
@@ -243,7 +243,7 @@ def test_four_devices_give_the_losses_of_one(finished, tiny_folder, tmp_path):
 
 
 def test_a_run_of_one_device_goes_on_on_four(finished, trained, tiny_folder, tmp_path):
-    shutil.copytree(trained("full"), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(trained("adapter"), tmp_path, dirs_exist_ok=True)
     assert "resumed at step 2" in run_on_four_devices(tiny_folder, tmp_path)
     assert_losses_of(finished, tmp_path)
 
