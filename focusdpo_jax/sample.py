@@ -21,9 +21,13 @@ _WORKDIR = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject.")
 _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
-    "subject, in the order of the prompt.")
+    "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
+    "PATH:PHRASE@MASK.png keeps its looks to a part of the picture, and *0.7 behind all of that is "
+    "its own weight. Transparent parts of a PNG count as white, so that a cut-out shows the "
+    "subject alone.")
 _PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File of JSON lines, many prompts at once: prompt, references, seed.")
+    "prompts", None, "File of JSON lines, many prompts at once: prompt, references (texts as for "
+    "--reference, or objects with path, phrase, box, mask, scale), seed.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
 _OUTPUT = flags.DEFINE_string(
     "output", "sample.png", "The picture; for several, a folder for 0000.png and so on, and "

@@ -41,7 +41,8 @@ def test_base_draws_one_picture_with_its_settings(reference, tmp_path):
     assert picture.size == (64, 64) and np.asarray(picture).std() > 10
     settings = json.loads(picture.text["focusdpo_jax"])
     assert settings["text"] == "a ball on grass" and settings["guidance"] == 3.0
-    assert settings["references"] == [{"path": reference, "phrase": "a ball"}]
+    assert settings["references"] == [{"path": reference, "phrase": "a ball", "box": None,
+                                       "mask": "", "scale": 1.0}]
 
 
 def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):

@@ -1,0 +1,121 @@
+"""Scorers: from pictures and the scenes that they should show to the values of measures.
+
+A scorer has a `name`, which changes with all that its values depend on, and `score(scenes, pictures,
+places)`: a list with, for each picture, {measure: value, or a list with a value a subject}; None
+where a measure is not defined.
+"""
+
+import functools
+import hashlib
+import json
+
+import numpy as np
+from etils import epath
+
+from focusdpo_jax.evaluation import places as subject_places
+
+
+class Photographs:
+    """Photographs of subjects as one encoder sees them, each read and encoded once."""
+
+    def __init__(self, encoder):
+        self._encoder = encoder
+
+    @functools.cache
+    def whole(self, paths):
+        """Unit vectors [len(paths), D] of whole photographs."""
+        return self._encoder([subject_places.read_picture(epath.Path(p)) for p in paths])
+
+    @functools.cache
+    def subjects(self, paths):
+        """The same of their subjects alone, where there are masks to cut them out by."""
+        pictures = [subject_places.read_picture(epath.Path(path)) for path in paths]
+        return self._encoder([
+            subject_places.cut(picture, subject_places.of_photograph(epath.Path(path), picture))
+            for path, picture in zip(paths, pictures)])
+
+
+class SimilarityScorer:
+    """How much pictures resemble the photographs of their subjects, by one encoder.
+
+    With `x` the encoder's name:
+      x: mean cosine of the picture with the photographs, averaged over subjects.
+      x_crop: in scenes of several, for each subject that has a place: mean cosine of what stands
+        there with the subject's photographs, all cut out as far as masks are there.
+      x_leakage: for each of them, the same cosine with another subject's photographs minus that with
+        its own, of the other that is nearest. Above 0 it looks more like the other.
+    """
+
+    def __init__(self, encoder, needs=""):
+        """`needs` names what the places depend on."""
+        self.name = f"{encoder.name}-{_short([encoder.digest, needs])}"
+        self._encoder, self._photographs = encoder, Photographs(encoder)
+
+    def score(self, scenes, pictures, places):
+        """See the module; `places` has a list of Place or None for each scene's subjects."""
+        name, values = self._encoder.name, []
+        vectors = self._encoder(pictures)
+        cuts = [subject_places.cut(picture, place)
+                for picture, row in zip(pictures, places) for place in row if place]
+        crops = iter(self._encoder(cuts) if cuts else ())
+        for scene, vector, row in zip(scenes, vectors, places):
+            own = [float((self._photographs.whole(s.photographs) @ vector).mean())
+                   for s in scene.subjects]
+            values.append({name: float(np.mean(own))})
+            if len(scene.subjects) < 2:
+                continue
+            table = []
+            for place in row:
+                crop = next(crops) if place else None
+                table.append(place and [
+                    float((self._photographs.subjects(s.photographs) @ crop).mean())
+                    for s in scene.subjects])
+            values[-1] |= {
+                f"{name}_crop": [line and line[i] for i, line in enumerate(table)],
+                f"{name}_leakage": [
+                    line and max(x for j, x in enumerate(line) if j != i) - line[i]
+                    for i, line in enumerate(table)]}
+        return values
+
+
+class PromptScorer:
+    """clip_t: cosine of the picture and its prompt."""
+
+    def __init__(self, encoder, encode_text):
+        self.name = f"clip_t-{encoder.digest}"
+        self._encoder = encoder
+        self._text = functools.cache(lambda prompt: encode_text([prompt])[0])
+
+    def score(self, scenes, pictures, places):
+        """See the module."""
+        vectors = self._encoder(pictures)
+        return [{"clip_t": float(vector @ self._text(scene.prompt))}
+                for scene, vector in zip(scenes, vectors)]
+
+
+class PlaceScorer:
+    """boxes: where subjects stand, found by patch features (`places.find`); no measure."""
+
+    def __init__(self, encode_patches):
+        self.name = f"places-{encode_patches.name}-{encode_patches.digest}"
+        self._encode = encode_patches
+        self._prototype = functools.cache(self._make_prototype)
+
+    def _make_prototype(self, paths):
+        pictures = [subject_places.read_picture(epath.Path(path)) for path in paths]
+        found = [subject_places.of_photograph(epath.Path(path), picture)
+                 for path, picture in zip(paths, pictures)]
+        each = [subject_places.prototype(features, place and place.mask)
+                for features, place in zip(self._encode(pictures), found)]
+        mean = np.mean(each, axis=0)
+        return mean / np.linalg.norm(mean)
+
+    def score(self, scenes, pictures, places):
+        """See the module."""
+        return [{"boxes": subject_places.find(
+            features, [self._prototype(s.photographs) for s in scene.subjects])}
+            for scene, features in zip(scenes, self._encode(pictures))]
+
+
+def _short(values):
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
