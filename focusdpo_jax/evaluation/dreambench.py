@@ -17,8 +17,8 @@ from focusdpo_jax.evaluation.prompts import Reference
 from focusdpo_jax.evaluation.scenes import Scene, Subject
 
 PROTOCOLS = ("all", "one")
-"""What pictures are compared with: every photograph of the subject, as DreamBooth does it, or the one
-that the generator was given, as Kosmos-G (arXiv 2310.02992) does it."""
+"""What pictures are compared with: every photograph of the subject, as DreamBooth does it, or the
+one that the generator was given, as Kosmos-G (arXiv 2310.02992) does it."""
 
 _LIVE = ("cat", "dog")  # Classes with the prompts for living subjects.
 _PROMPT = re.compile(r"""^\s*(['"])(?P<text>.*\{1\}.*)\1\s*\.format""")
@@ -65,8 +65,8 @@ def listed(path, folder, *, protocol, samples, seed):
       path: of the file: a list of objects with `prompt`, `image_paths` (one to N pictures in the
         order of the prompt, relative to the file) and, our addition, `boxes` (for each of them x0,
         y0, x1, y1 in [0, 1], where it is to stand).
-      folder: the benchmark's folder, where pictures that are not where `path` says are looked for by
-        their last two names (dog/00.jpg); None for no such folder.
+      folder: the benchmark's folder, where pictures that are not where `path` says are looked for
+        by their last two names (dog/00.jpg); None for no such folder.
       protocol, samples, seed: as in `single`.
 
     Returns:
@@ -171,6 +171,6 @@ def _prompts(listing):
         if match and current is not None:
             current.append(match["text"])
     if not all(lists):
-        raise UserError("--dreambench: there is no prompts_and_classes.txt with DreamBench's prompts "
-                        "in the folder or beside it; copy it from the benchmark.")
+        raise UserError("--dreambench: there is no prompts_and_classes.txt with DreamBench's "
+                        "prompts in the folder or beside it; copy it from the benchmark.")
     return lists

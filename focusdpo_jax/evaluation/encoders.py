@@ -52,7 +52,7 @@ class PictureEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """Prompts to vectors, in the space of CLIP's pictures; the attributes are `PictureEncoder`'s."""
+    """Prompts to vectors in the space of CLIP's pictures; attributes as of `PictureEncoder`."""
 
     apply: Callable
     parameters: Any

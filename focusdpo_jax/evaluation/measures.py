@@ -52,5 +52,6 @@ def interval(name, estimate, *, signed=False):
     """An estimate (dict) as text: its value and, in brackets, its interval without units."""
     if not estimate["n"]:
         return "-"
-    ends = [number(name, estimate[end], signed=signed).removesuffix(" %") for end in ("low", "high")]
+    ends = [number(name, estimate[end], signed=signed).removesuffix(" %")
+            for end in ("low", "high")]
     return f"{number(name, estimate['mean'], signed=signed)} [{ends[0]}, {ends[1]}]"

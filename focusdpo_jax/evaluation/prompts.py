@@ -11,7 +11,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from focusdpo_jax.data.geometry import box_mask
 from focusdpo_jax.errors import UserError
 
-
 _KEYS = ("path", "phrase", "box", "mask", "scale")
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _SCALE = re.compile(rf"(.*)\*({_NUMBER})$")
@@ -75,8 +74,8 @@ class Prompt:
 def parse_reference(text):
     """`a.png:a star@0,0,0.5,1*0.8` as a Reference: path, phrase, place and scale.
 
-    All but the path may be left out. The place is a box or the file of a mask. The last colon divides
-    path and phrase, so that `gs://bucket/a.png` needs nothing special.
+    All but the path may be left out. The place is a box or the file of a mask. The last colon
+    divides path and phrase, so that `gs://bucket/a.png` needs nothing special.
 
     Raises:
       UserError: a box is no box, or a scale is negative.

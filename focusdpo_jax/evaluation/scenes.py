@@ -1,4 +1,4 @@
-"""What a benchmark asks for: scenes, each a prompt with subjects, in a file that others can read."""
+"""What a benchmark asks for: scenes, prompts with subjects, in a file that others can read."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
 """Scorers: from pictures and the scenes that they should show to the values of measures.
 
-A scorer has a `name`, which changes with all that its values depend on, and `score(scenes, pictures,
-places)`: a list with, for each picture, {measure: value, or a list with a value a subject}; None
+A scorer has a `name`, which changes with all that its values depend on, and `score(scenes,
+pictures, places)`: a list with, for each picture, {measure: value, or a list with a value a subject}; None
 where a measure is not defined.
 """
 
@@ -42,8 +42,8 @@ class SimilarityScorer:
       x: mean cosine of the picture with the photographs, averaged over subjects.
       x_crop: in scenes of several, for each subject that has a place: mean cosine of what stands
         there with the subject's photographs, all cut out as far as masks are there.
-      x_leakage: for each of them, the same cosine with another subject's photographs minus that with
-        its own, of the other that is nearest. Above 0 it looks more like the other.
+      x_leakage: for each of them, the same cosine with another subject's photographs minus that
+        with its own, of the other that is nearest. Above 0 it looks more like the other.
     """
 
     def __init__(self, encoder, needs=""):

@@ -1,0 +1,147 @@
+"""The measures of subjects on photographs, as if a generator had drawn them.
+
+    python benchmarks/real_photographs.py DREAMBENCH DINOV2
+
+DREAMBENCH is a folder in DreamBench's layout with a NN_mask.png beside every photograph, DINOV2 a
+folder with trained weights in transformers' layout. Three questions:
+
+1. Is a photograph of a subject nearer to the subject's other photographs than to those of any other
+   subject? Share of photographs.
+2. Composites of two cut-out subjects on one background, a third of them of two subjects of one
+   class, with their places known: is leakage negative where each subject stands in its own place, and
+   positive where the two have changed places? Shares of composites, where both subjects must pass.
+3. On the same composites, without telling the places: are the subjects found? Share of places that
+   overlap the right one by half and more, and leakage again.
+"""
+
+import itertools
+import sys
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from focusdpo_jax.evaluation import dreambench, encoders, scoring
+from focusdpo_jax.evaluation import places as subject_places
+from focusdpo_jax.evaluation.scenes import Scene, Subject
+
+SIDE, HEIGHT = 512, 230  # Of a composite, and of a subject in it, in pixels.
+
+
+def main(folder, weights, pairs=60):
+    """Prints the figures."""
+    whole, patches = encoders.load_dino("dinov2", weights)
+    photos = {path.name: sorted(p for p in path.glob("*.jpg"))
+              for path in sorted(epath.Path(folder).iterdir()) if path.is_dir()}
+    nearest(whole, photos)
+    composites(whole, patches, folder, photos, pairs)
+
+
+def nearest(encoder, photos):
+    """Question 1, of whole photographs and of subjects cut out."""
+    names = [name for name, paths in photos.items() for _ in paths]
+    pictures = [(path, subject_places.read_picture(path)) for paths in photos.values()
+                for path in paths]
+    for kind, images in (
+            ("whole photographs", [picture for _, picture in pictures]),
+            ("subjects cut out", [
+                subject_places.cut(picture, subject_places.of_photograph(path, picture))
+                for path, picture in pictures])):
+        vectors = encoder(images)
+        similarity = vectors @ vectors.T
+        right = 0
+        for i, name in enumerate(names):
+            means = {other: np.mean([similarity[i, j] for j, n in enumerate(names)
+                                     if n == other and j != i]) for other in photos}
+            right += max(means, key=means.get) == name
+        print(f"{kind}: own subject is nearest for {right} of {len(names)} "
+              f"({100 * right / len(names):.1f} %)")
+
+
+def composites(encoder, patches, folder, photos, count):
+    """Questions 2 and 3."""
+    table = (epath.Path(folder) / "prompts_and_classes.txt").read_text()
+    kinds = dreambench.dreambench.classes(table, photos)
+    draw = np.random.default_rng(0)
+    every = list(itertools.combinations(photos, 2))
+    alike = [pair for pair in every if kinds[pair[0]] == kinds[pair[1]]]
+    unlike = [pair for pair in every if kinds[pair[0]] != kinds[pair[1]]]
+    chosen = [alike[i % len(alike)] for i in range(count // 3)]
+    chosen += [unlike[i] for i in draw.choice(len(unlike), count - len(chosen), replace=False)]
+    scenes, pictures, places = [], [], []
+    for number, pair in enumerate(chosen):
+        # What is pasted is not among what it is compared with.
+        shown = [photos[name][draw.integers(len(photos[name]))] for name in pair]
+        subjects = tuple(
+            Subject(name, name, str(path), tuple(str(p) for p in photos[name] if p != path))
+            for name, path in zip(pair, shown))
+        background = photos[list(photos)[draw.integers(len(photos))]][0]
+        picture, masks = paste(shown, background)
+        scenes.append(Scene(f"{number}", "", subjects, 0, "+".join(pair)))
+        pictures.append(picture)
+        places.append([subject_places.Place.of_mask(mask) for mask in masks])
+    boxes = [[subject_places.Place(p.box) for p in row] for row in places]
+    found = [[box and subject_places.Place(tuple(box)) for box in score["boxes"]]
+             for score in scoring.PlaceScorer(patches).score(scenes, pictures, None)]
+    overlaps = [0.0 if a is None else overlap(a.box, b.box)
+                for rows in zip(found, places) for a, b in zip(*rows)]
+    print(f"places found: {100 * np.mean(np.array(overlaps) >= 0.5):.1f} % of {len(overlaps)} "
+          f"overlap the right one by half and more, mean overlap {np.mean(overlaps):.2f}")
+    scorer = scoring.SimilarityScorer(encoder)
+    same = np.array([kinds[a] == kinds[b] for a, b in chosen])
+    for kind, given in (("masks given", places), ("boxes given", boxes), ("places found", found)):
+        true = leakage(scorer, scenes, pictures, given)
+        text = report("negative for true", (true < 0).all(1), same)
+        if given is not found:
+            changed = leakage(scorer, scenes, pictures, [row[::-1] for row in given])
+            text += "; " + report("positive for swapped", (changed > 0).all(1), same)
+        print(f"leakage, {kind}: {text}; mean {np.nanmean(true):+.3f}")
+
+
+def leakage(scorer, scenes, pictures, places):
+    """[scenes, 2], NaN where a subject has no place."""
+    scores = scorer.score(scenes, pictures, places)
+    return np.array([score["dinov2_leakage"] for score in scores], np.float64)
+
+
+def report(what, passed, same):
+    """Shares of all composites and of those of one class."""
+    return (f"{what} {100 * passed.mean():.1f} % of {len(passed)} "
+            f"({100 * passed[same].mean():.1f} % of {same.sum()} of one class)")
+
+
+def paste(paths, background):
+    """Two subjects side by side on a blurred photograph, and their masks."""
+    canvas = subject_places.read_picture(background)
+    canvas = Image.fromarray(canvas).resize((16, 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    canvas, masks = np.array(canvas), []
+    for i, path in enumerate(paths):
+        picture = subject_places.read_picture(path)
+        place = subject_places.of_photograph(path, picture)
+        rows, columns = np.nonzero(place.mask)
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        scale = HEIGHT / max(box[2] - box[0], box[3] - box[1])
+        size = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
+        subject = np.asarray(Image.fromarray(picture).crop(box).resize(size))
+        mask = np.asarray(Image.fromarray(place.mask).crop(box).resize(size))
+        left, top = SIDE // 4 * (1 + 2 * i) - size[0] // 2, SIDE - 60 - size[1]
+        whole = np.zeros((SIDE, SIDE), bool)
+        whole[top:top + size[1], left:left + size[0]] = mask
+        canvas[whole] = subject[mask]
+        masks.append(whole)
+    return canvas, masks
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b)]
+    return shared / (sum(areas) - shared)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

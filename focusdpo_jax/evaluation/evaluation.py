@@ -1,0 +1,265 @@
+"""Draws and scores the scenes of a benchmark, and sums up; each step goes on where it was stopped.
+
+Scenes are worked on in batches whose members never change, so that a picture or a score is the same
+bit for bit whether or not the evaluation was interrupted. Shares of the batches can be given to
+several processes that see one folder.
+"""
+
+import time
+
+import numpy as np
+from absl import logging
+
+from focusdpo_jax.evaluation import places as subject_places
+from focusdpo_jax.evaluation import report, statistics
+from focusdpo_jax.evaluation import scenes as scene_files
+from focusdpo_jax.evaluation.encoders import digest_of
+from focusdpo_jax.evaluation.output_folder import ImagesFolder
+from focusdpo_jax.evaluation.places import Place
+from focusdpo_jax.evaluation.sampling import Sampler
+
+_REPORT_EVERY = 20.0  # Seconds between two lines of progress.
+
+
+def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=None, workdir=None,
+        cases=8, probe=None):
+    """Draws, scores, sums up and reports.
+
+    Args:
+      folder: an `OutputFolder`.
+      benchmark: one of `benchmarks`.
+      sides: {"base" or "policy": function that loads a model (`training.models.Model`)}; empty
+        where `images` are given. All have one architecture.
+      sampling: keyword arguments of `sampling.Sampler`: resolution, steps, guidance, sampler.
+      batch_size: pictures drawn or scored at once.
+      share: (i, n), see `batches`; of a share no results are made.
+      images: folder of pictures that another program drew, or None.
+      workdir: folder of the run, for the report, or None.
+      cases: best and worst scenes each in the report.
+      probe: parameters of Toybox's probe where no side brings them.
+
+    Returns:
+      The values of results.json, or None where pictures of other shares are still missing.
+    """
+    folder.claim({**benchmark.settings, "batch_size": batch_size})
+    scenes = benchmark.scenes(folder)
+    scene_files.write(folder.path / "scenes.jsonl", scenes)
+    given, pictures = None, folder
+    if images is not None:
+        given = pictures = ImagesFolder(images, scenes)
+        folder.claim({"images": str(images), "digest of images": given.digest()})
+    else:
+        folder.claim({"sampling": sampling})
+        probe = _draw_sides(folder, scenes, sides, sampling, batch_size, share)
+    place_scorer, scorers = benchmark.scorers(probe)
+    scores = {}
+    for side in sides or ("policy",):
+        how = {"pictures": pictures, "batch_size": batch_size, "share": share}
+        boxes = {}
+        if place_scorer:
+            score(folder, side, scenes, place_scorer, places=known_places({}), **how)
+            boxes = folder.load_scores(side, place_scorer.name)
+        places = known_places(boxes, given)
+        for scorer in scorers:
+            score(folder, side, scenes, scorer, places=places, **how)
+        scores[side] = {scorer.name: folder.load_scores(side, scorer.name) for scorer in scorers}
+    missing = {name for values in scores.values() for name in unscored(scenes, values)}
+    if missing:
+        logging.info("%d of %d scenes belong to other shares; the line without --share makes the "
+                     "report", len(missing), len(scenes))
+        return None
+    return _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases)
+
+
+def _draw_sides(folder, scenes, sides, sampling, batch_size, share):
+    """Draws with one model after the other; returns the parameters of the probe, or None."""
+    sampler = probe = None
+    for side, load in sides.items():
+        model = load()
+        folder.claim({f"{side} model": digest_of(model.parameters)})
+        probe = model.probe if probe is None else probe
+        if sampler is None:
+            # Without parameters, so that those of one side alone are in memory.
+            sampler = Sampler(
+                model.with_parameters({}), batch_size=batch_size, **sampling,
+                slots=max(len(scene.subjects) for scene in scenes))
+        parameters = sampler.place(model.parameters)
+        draw(folder, side, scenes, lambda prompts, p=parameters: sampler.draw(prompts, p),
+             batch_size=batch_size, share=share)
+    return probe
+
+
+def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
+    """results.json and report.html."""
+    values = {side: joined(by_scorer.values()) for side, by_scorer in scores.items()}
+    settings = folder.read("settings.json")
+    results = {
+        "metrics": summarize({side: grouped(scenes, own) for side, own in values.items()},
+                             seed=settings["seed"]),
+        "settings": {**settings, "pictures": len(scenes),
+                     "scores": {side: sorted(by_scorer) for side, by_scorer in scores.items()}}}
+    folder.write("results.json", results)
+    name = workdir.name if workdir else settings.get("images", "the base alone")
+    report.write(folder.path / "report.html", report.Report(
+        title=f"Evaluation of {name}", about=benchmark.about, results=results, scenes=scenes,
+        scores=values, picture=pictures.picture_path, workdir=workdir), cases=cases)
+    return results
+
+
+def batches(scenes, size, share=(0, 1)):
+    """(number, scenes) of the batches of process i of n, `share` = (i, n)."""
+    index, count = share
+    for number, start in enumerate(range(0, len(scenes), size)):
+        if number % count == index:
+            yield number, scenes[start:start + size]
+
+
+def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
+    """Draws every picture that is missing.
+
+    Args:
+      folder: an `OutputFolder`.
+      side: "base" or "policy".
+      drawer: from a list of `prompts.Prompt` to an iterable of pictures.
+      batch_size: scenes given to `drawer` at once.
+      share: see `batches`.
+
+    Returns:
+      How many were drawn.
+    """
+    work = [(batch, [s for s in batch if not folder.picture_path(side, s).exists()])
+            for _, batch in batches(scenes, batch_size, share)]
+    total = sum(len(missing) for _, missing in work)
+    progress = _Progress(f"{side}: pictures drawn", total)
+    for batch, missing in work:
+        if missing:
+            # The whole batch, so that what is missing is drawn as it would have been.
+            drawn = drawer([scene.as_prompt() for scene in batch])
+            for scene, picture in zip(batch, drawn, strict=True):
+                if scene in missing:
+                    folder.save_picture(side, scene, picture)
+            progress.add(len(missing))
+    return total
+
+
+def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(0, 1)):
+    """Scores every picture that has no score yet.
+
+    Args:
+      folder, side, share: as in `draw`.
+      scorer: see `scoring`.
+      pictures: what has the pictures: the folder, or an `ImagesFolder`.
+      places: from a scene and its picture to the places of its subjects.
+      batch_size: pictures at once.
+    """
+    known = folder.load_scores(side, scorer.name)
+    work = [(number, batch) for number, batch in batches(scenes, batch_size, share)
+            if not all(scene.name in known for scene in batch)]
+    progress = _Progress(f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
+                         sum(len(batch) for _, batch in work))
+    for number, batch in work:
+        images = [subject_places.read_picture(pictures.picture_path(side, s)) for s in batch]
+        found = [places(scene, image) for scene, image in zip(batch, images)]
+        values = scorer.score(batch, images, found)
+        folder.save_scores(side, scorer.name, number,
+                           {scene.name: value for scene, value in zip(batch, values)})
+        progress.add(len(batch))
+
+
+def known_places(boxes, given=None):
+    """The function of a scene and a picture to the places of its subjects.
+
+    A mask that lies beside a picture comes first, then the box that the scene asks for, then what
+    was found.
+
+    Args:
+      boxes: {scene: {"boxes": a list}} as `scoring.PlaceScorer` finds them; may be empty.
+      given: an `ImagesFolder`, or None.
+    """
+    def places(scene, picture):
+        found = boxes.get(scene.name, {"boxes": [None] * len(scene.subjects)})["boxes"]
+        masks = given.places(scene, picture) if given else [None] * len(scene.subjects)
+        return [mask or (Place(subject.box) if subject.box else box and Place(tuple(box)))
+                for mask, subject, box in zip(masks, scene.subjects, found)]
+
+    return places
+
+
+def unscored(scenes, scores):
+    """Names of scenes that one of `scores`, {name: {scene: ...}}, lacks."""
+    return [scene.name for scene in scenes
+            if not all(scene.name in values for values in scores.values())]
+
+
+def joined(scores):
+    """{scene: {measure: value}} of several scorers' {scene: {measure: value}}."""
+    whole = {}
+    for values in scores:
+        for scene, measures in values.items():
+            whole.setdefault(scene, {}).update(measures)
+    return whole
+
+
+def grouped(scenes, scores):
+    """Values by measure, a row a group of scenes.
+
+    Args:
+      scenes: list of Scene.
+      scores: {scene: {measure: a value or a list of values, None where not defined}}.
+
+    Returns:
+      {measure: float64 [groups, values]}, NaN where not defined; groups in the order of `scenes`.
+    """
+    names = dict.fromkeys(name for scene in scenes for name in scores[scene.name])
+    tables = {}
+    for name in names:
+        rows = {}
+        for scene in scenes:
+            value = scores[scene.name].get(name)
+            row = rows.setdefault(scene.group, [])
+            row.extend(value if isinstance(value, list) else [value])
+        table = np.full((len(rows), max(map(len, rows.values()))), np.nan)
+        for line, row in zip(table, rows.values()):
+            line[:len(row)] = [np.nan if value is None else value for value in row]
+        tables[name] = table
+    return tables
+
+
+def summarize(tables, *, seed):
+    """Estimates of every measure, of each side and of how they differ.
+
+    Args:
+      tables: {side: what `grouped` returned, of the same scenes}.
+      seed: of the bootstrap.
+
+    Returns:
+      {measure: {side: {"mean", "low", "high", "n"}}}; with both base and policy also "difference",
+      policy minus base on the same scenes. Measures that no side defines are left out.
+    """
+    metrics = {}
+    for name in dict.fromkeys(name for table in tables.values() for name in table):
+        sides = {side: table[name] for side, table in tables.items() if name in table}
+        estimates = {side: statistics.bootstrap_mean(values, seed=seed)._asdict()
+                     for side, values in sides.items()}
+        if {"base", "policy"} <= sides.keys():
+            estimates["difference"] = statistics.bootstrap_difference(
+                sides["base"], sides["policy"], seed=seed)._asdict()
+        if any(estimate["n"] for estimate in estimates.values()):
+            metrics[name] = estimates
+    return metrics
+
+
+class _Progress:
+    """A line in the log from time to time."""
+
+    def __init__(self, what, total):
+        self._what, self._total, self._done = what, total, 0
+        self._began = self._shown = time.monotonic()
+
+    def add(self, count):
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown >= _REPORT_EVERY or self._done == self._total:
+            rate = self._done / max(now - self._began, 1e-9)
+            logging.info("%s: %d of %d, %.2f/s", self._what, self._done, self._total, rate)
+            self._shown = now
