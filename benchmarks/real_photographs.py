@@ -7,8 +7,8 @@ folder with trained weights in transformers' layout. Three questions:
 
 1. Is a photograph of a subject nearer to the subject's other photographs than to those of any other
    subject? Share of photographs.
-2. Composites of two cut-out subjects on one background, a third of them of two subjects of one
-   class, with their places known: is leakage negative where each subject stands in its own place, and
+2. Composites of two cut-out subjects on one background, a third of them of two subjects of
+   one class, with their places known: is leakage negative where each subject stands in its own place, and
    positive where the two have changed places? Shares of composites, where both subjects must pass.
 3. On the same composites, without telling the places: are the subjects found? Share of places that
    overlap the right one by half and more, and leakage again.

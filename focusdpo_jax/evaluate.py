@@ -31,7 +31,7 @@ _DREAMBENCH = flags.DEFINE_string(
     "prompts.")
 _SCENES = flags.DEFINE_string(
     "scenes", None, "Instead of Toybox, a JSON list of scenes of one or more subjects, in the "
-    "layout of UNO's dreambench_multiip.json; pictures that are not found beside it are looked for in "
+    "layout of UNO's benchmark files; pictures that are not found beside it are looked for in "
     "--dreambench.")
 _PROTOCOL = flags.DEFINE_enum(
     "protocol", "all", ["all", "one"], "Compare with all photographs of a subject, or with the one "

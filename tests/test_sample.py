@@ -59,6 +59,20 @@ def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):
     assert Image.open(tmp_path / "three" / "all.png").size[0] > 256
 
 
+def test_a_reference_is_weighed_and_kept_to_its_place(reference, tmp_path):
+    kept = {"everywhere": "", "box": "@0,0,1,1", "left": "@0,0,0.5,1", "less": "*0"}
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps({"prompt": "a ball on grass", "seed": 5,
+                    "references": [f"{reference}:a ball{how}"]}) + "\n" for how in kept.values()))
+    draw(prompt=None, prompts=str(tmp_path / "prompts.jsonl"), guidance=3.0, output=str(tmp_path))
+    drawn = dict(zip(kept, (np.asarray(Image.open(tmp_path / f"000{i}.png"), np.int32)
+                            for i in range(4))))
+    # A box of the whole picture is none, though another program draws it.
+    assert np.abs(drawn["box"] - drawn["everywhere"]).max() <= 2
+    assert np.abs(drawn["left"] - drawn["everywhere"]).mean() > 0.5
+    assert np.abs(drawn["less"] - drawn["everywhere"]).mean() > 0.5
+
+
 @pytest.fixture(scope="module")
 def run_folder(tiny_folder, tmp_path_factory):
     import tiny
@@ -92,6 +106,7 @@ def test_unfinished_run_gives_its_newest_checkpoint(run_folder, tmp_path):
     ({"prompt": None}, "give --prompt"),
     ({"prompts": "some.jsonl"}, "give --prompt"),
     ({"reference": ["none.png:a ball"]}, "none.png: no such file"),
+    ({"reference": ["none.png:a ball@0,0,1,1.2"]}, "box = "),
     ({"workdir": "nowhere"}, "nowhere"),
     ({"compare": True}, "nothing to compare"),
     ({"resolution": 63}, "multiple of 4"),

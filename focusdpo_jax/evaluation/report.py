@@ -37,8 +37,10 @@ p { margin: 0 0 8px; max-width: 46rem; }
 .soft, figcaption, caption { color: var(--soft); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid var(--line);
+th, td { padding: 4px 12px 4px 0; text-align: left; border-bottom: 1px solid var(--line);
   vertical-align: top; white-space: nowrap; }
+th[scope=row] { white-space: normal; }
+td small { display: block; color: var(--soft); font-weight: 400; }
 td.free { white-space: normal; overflow-wrap: anywhere; }
 .better { font-weight: 600; color: #1a7f37; }
 .worse { font-weight: 600; color: #cf222e; }
@@ -48,9 +50,11 @@ figure { margin: 0; min-width: 0; }
 .case { border: 1px solid var(--line); border-radius: 6px; padding: 10px; }
 .case p { margin: 0 0 6px; }
 .row { display: flex; flex-wrap: wrap; gap: 8px; }
-.row figure { flex: 0 0 88px; }
-.row img { width: 88px; height: auto; display: block; border: 1px solid var(--line); }
+.row figure { flex: 1 1 84px; max-width: 150px; }
+.row img { width: 100%; height: auto; display: block; border: 1px solid var(--line); }
 .row figcaption { font-size: 12px; line-height: 1.3; }
+@media (max-width: 520px) { .wide table { font-size: 13px; }
+  .wide th, .wide td { padding-right: 8px; } td small { white-space: normal; } }
 img.pixels { image-rendering: pixelated; }
 img.page { max-width: 100%; height: auto; }
 svg { width: 100%; max-width: 560px; height: auto; display: block; font-size: 11px; }
@@ -116,10 +120,14 @@ def _summary(report):
         cells = [f'<th scope="row">{html.escape(measures.title(name))} {arrow}</th>']
         for side in sides:
             estimate = estimates.get(side)
-            text = "-" if estimate is None else measures.interval(
-                name, estimate, signed=side == "difference")
-            kind = _verdict(name, estimate) if side == "difference" else ""
-            cells.append(f"<td{kind}>{html.escape(text)}</td>")
+            kind, text = "", "-"
+            if estimate is not None and estimate["n"]:
+                text, _, ends = measures.interval(
+                    name, estimate, signed=side == "difference").partition(" [")
+                text = f"{html.escape(text)} <small>[{html.escape(ends)}</small>"
+            if side == "difference":
+                kind = _verdict(name, estimate)
+            cells.append(f"<td{kind}>{text}</td>")
         counts = dict.fromkeys(str(e["n"]) for side, e in estimates.items() if side != "difference")
         cells.append(f"<td>{'/'.join(counts)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -140,11 +148,11 @@ def _verdict(name, difference):
 
 
 def _subjects(report):
-    """Bars of the headline measure, and of leakage by the same eyes, for every subject."""
+    """Bars for every subject: the headline measure, leakage by the same eyes, and the prompt."""
     names = list(report.results["metrics"])
-    chosen = [measures.headline(names)]
-    leakage = [chosen[0].removesuffix("_crop") + "_leakage", "leakage"]
-    chosen += [name for name in leakage if name in names][:1]
+    first = measures.headline(names)
+    others = (first.removesuffix("_crop") + "_leakage", "leakage", "clip_t", "missing")
+    chosen = [first, *(name for name in others if name in names and name != first)]
     parts = []
     for name in chosen:
         rows = {}
@@ -248,8 +256,8 @@ def _focus(workdir):
     url = data_url(read_picture(pages[-1]), _SAMPLES_WIDTH)
     step = int(pages[-1].stem.partition("_")[2])
     return (f"<h2>Focus maps</h2>\n<p>Scenes that the run drew at step {step}: references, the "
-            "pair, base and policy, and the weight that the run's objective gives to every place of the "
-            "chosen picture in its cleanest range of timesteps (lighter is more).</p>\n"
+            "pair, base and policy, and the weight that the run's objective gives to every place "
+            "of the chosen picture in its cleanest range of timesteps (lighter is more).</p>\n"
             f'<img class="page" src="{url}" alt="Samples of the run with focus maps">')
 
 

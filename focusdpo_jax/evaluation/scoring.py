@@ -1,8 +1,8 @@
 """Scorers: from pictures and the scenes that they should show to the values of measures.
 
 A scorer has a `name`, which changes with all that its values depend on, and `score(scenes,
-pictures, places)`: a list with, for each picture, {measure: value, or a list with a value a subject}; None
-where a measure is not defined.
+pictures, places)`: a list with, for each picture, {measure: value, or a list with a value a
+subject}; None where a measure is not defined.
 """
 
 import functools
@@ -55,6 +55,8 @@ class SimilarityScorer:
         """See the module; `places` has a list of Place or None for each scene's subjects."""
         name, values = self._encoder.name, []
         vectors = self._encoder(pictures)
+        # Of a subject that is alone in its scene the whole picture speaks.
+        places = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, places)]
         cuts = [subject_places.cut(picture, place)
                 for picture, row in zip(pictures, places) for place in row if place]
         crops = iter(self._encoder(cuts) if cuts else ())
@@ -62,7 +64,7 @@ class SimilarityScorer:
             own = [float((self._photographs.whole(s.photographs) @ vector).mean())
                    for s in scene.subjects]
             values.append({name: float(np.mean(own))})
-            if len(scene.subjects) < 2:
+            if not row:
                 continue
             table = []
             for place in row:
