@@ -7,9 +7,9 @@ folder with trained weights in transformers' layout. Three questions:
 
 1. Is a photograph of a subject nearer to the subject's other photographs than to those of any other
    subject? Share of photographs.
-2. Composites of two cut-out subjects on one background, a third of them of two subjects of
-   one class, with their places known: is leakage negative where each subject stands in its own place, and
-   positive where the two have changed places? Shares of composites, where both subjects must pass.
+2. Composites of two cut-out subjects on one background, a third of them of two subjects of one
+   class, with their places known: is leakage negative where each subject stands in its own place,
+   and positive where the two have changed places? Shares of composites, where both subjects must pass.
 3. On the same composites, without telling the places: are the subjects found? Share of places that
    overlap the right one by half and more, and leakage again.
 """
@@ -31,7 +31,7 @@ SIDE, HEIGHT = 512, 230  # Of a composite, and of a subject in it, in pixels.
 def main(folder, weights, pairs=60):
     """Prints the figures."""
     whole, patches = encoders.load_dino("dinov2", weights)
-    photos = {path.name: sorted(p for p in path.glob("*.jpg"))
+    photos = {path.name: sorted(path.glob("*.jpg"))
               for path in sorted(epath.Path(folder).iterdir()) if path.is_dir()}
     nearest(whole, photos)
     composites(whole, patches, folder, photos, pairs)

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate, scene_noise
 from focusdpo_jax.evaluation.prompts import load_place, load_reference
-from focusdpo_jax.sharding import mesh as meshes
 
 _MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
 
@@ -36,8 +36,11 @@ class Sampler:
             raise UserError(f"--resolution={resolution}: give a positive multiple of {factor}.")
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
-        devices = jax.local_device_count()
-        self._mesh = meshes.make_mesh(devices if batch_size % devices == 0 else 1, batch_size)
+        devices = jax.local_devices()
+        mesh = Mesh(np.asarray(devices if batch_size % len(devices) == 0 else devices[:1]),
+                    ("batch",))
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._divided = NamedSharding(mesh, PartitionSpec("batch"))
         self._view = jax.jit(model.generator.view)
         self._generate = make_generate(
             model.generator, steps=steps, guidance=guidance, image_scale=image_scale,
@@ -46,7 +49,7 @@ class Sampler:
 
     def place(self, parameters):
         """Parameters on the devices, where `draw` needs them."""
-        return meshes.replicate(parameters, self._mesh)
+        return jax.device_put(parameters, self._whole)
 
     def draw(self, prompts, parameters=None):
         """Yields one uint8 [H, W, 3] for each of `prompts`, in their order.
@@ -96,8 +99,8 @@ class Sampler:
         # The noise on the way must not repeat that of the start, which folds in 0.
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
             jnp.asarray([prompt.seed for prompt in prompts]))
-        references, *inputs = meshes.shard_batch(
-            (references, token_ids, time_ids, present, noise, keys, scales, masks), self._mesh)
+        references, *inputs = jax.device_put(
+            (references, token_ids, time_ids, present, noise, keys, scales, masks), self._divided)
         token_ids, time_ids, present, noise, keys, scales, masks = inputs
         views = self._view(parameters, references.astype(jnp.float32) / 255)
         return self._generate(parameters, token_ids, time_ids, views, present, noise, keys, scales,
