@@ -9,7 +9,7 @@ folder with trained weights in transformers' layout. Three questions:
    subject? Share of photographs.
 2. Composites of two cut-out subjects on one background, a third of them of two subjects of one
    class, with their places known: is leakage negative where each subject stands in its own place,
-   and positive where the two have changed places? Shares of composites, where both subjects must pass.
+   and positive where the two have changed places? Shares of composites; both subjects must pass.
 3. On the same composites, without telling the places: are the subjects found? Share of places that
    overlap the right one by half and more, and leakage again.
 """

@@ -11,6 +11,7 @@ from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_pictur
 from focusdpo_jax.errors import UserError
 
 _MARGIN = 0.05  # Around a box, as a share of its longer side.
+_SMALLEST = 0.01  # Share of the picture's patches that a subject covers at least.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ def find(features, prototypes):
 
     A patch belongs to the subject whose prototype it resembles most, if it resembles it more than
     the background does (Otsu's threshold, 1979, over all patches). A subject's place is the largest
-    connected piece of its patches.
+    connected piece of its patches, if that covers a hundredth of the picture.
 
     A place found so is one that looks like the subject: leakage measured there is less than where
     the place is known. A subject of which nothing is found has no place.
@@ -132,11 +133,11 @@ def find(features, prototypes):
     for subject in range(len(prototypes)):
         pieces, labels, numbers, _ = cv2.connectedComponentsWithStats(
             ((best == subject) & shown).astype(np.uint8), connectivity=4)
-        if pieces < 2:
+        areas = numbers[1:, cv2.CC_STAT_AREA]
+        if pieces < 2 or areas.max() < _SMALLEST * best.size:
             boxes.append(None)
             continue
-        largest = labels == 1 + numbers[1:, cv2.CC_STAT_AREA].argmax()
-        boxes.append(tuple(map(float, geometry.mask_box(largest))))
+        boxes.append(tuple(map(float, geometry.mask_box(labels == 1 + areas.argmax()))))
     return boxes
 
 
