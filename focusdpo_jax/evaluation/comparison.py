@@ -1,7 +1,7 @@
 """Several evaluations side by side: one table, and how each differs from the first."""
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import evaluation, statistics
+from focusdpo_jax.evaluation import statistics, summaries
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.evaluation.tables import format_table
 
@@ -45,7 +45,7 @@ def compare(paths):
     if not kinds:
         raise UserError("--compare: the folders have no measure in common.")
     seed = results[0]["settings"]["seed"]
-    tables = [evaluation.grouped(scenes, evaluation.joined(
+    tables = [summaries.grouped(scenes, summaries.joined(
         scores[kind][1] for kind in scores if kind in kinds)) for *_, scores in columns]
     metrics = {}
     for name in tables[0]:

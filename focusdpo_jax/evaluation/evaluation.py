@@ -7,11 +7,10 @@ several processes that see one folder.
 
 import time
 
-import numpy as np
 from absl import logging
 
 from focusdpo_jax.evaluation import places as subject_places
-from focusdpo_jax.evaluation import report, statistics
+from focusdpo_jax.evaluation import report, summaries
 from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.evaluation.encoders import digest_of
 from focusdpo_jax.evaluation.output_folder import ImagesFolder
@@ -63,7 +62,7 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
         for scorer in scorers:
             score(folder, side, scenes, scorer, places=places, **how)
         scores[side] = {scorer.name: folder.load_scores(side, scorer.name) for scorer in scorers}
-    missing = {name for values in scores.values() for name in unscored(scenes, values)}
+    missing = {name for values in scores.values() for name in summaries.unscored(scenes, values)}
     if missing:
         logging.info("%d of %d scenes belong to other shares; the line without --share makes the "
                      "report", len(missing), len(scenes))
@@ -91,11 +90,12 @@ def _draw_sides(folder, scenes, sides, sampling, batch_size, share):
 
 def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
     """results.json and report.html."""
-    values = {side: joined(by_scorer.values()) for side, by_scorer in scores.items()}
+    values = {side: summaries.joined(by_scorer.values()) for side, by_scorer in scores.items()}
     settings = folder.read("settings.json")
     results = {
-        "metrics": summarize({side: grouped(scenes, own) for side, own in values.items()},
-                             seed=settings["seed"]),
+        "metrics": summaries.summarize(
+            {side: summaries.grouped(scenes, own) for side, own in values.items()},
+            seed=settings["seed"]),
         "settings": {**settings, "pictures": len(scenes),
                      "scores": {side: sorted(by_scorer) for side, by_scorer in scores.items()}}}
     folder.write("results.json", results)
@@ -183,70 +183,6 @@ def known_places(boxes, given=None):
                 for mask, subject, box in zip(masks, scene.subjects, found)]
 
     return places
-
-
-def unscored(scenes, scores):
-    """Names of scenes that one of `scores`, {name: {scene: ...}}, lacks."""
-    return [scene.name for scene in scenes
-            if not all(scene.name in values for values in scores.values())]
-
-
-def joined(scores):
-    """{scene: {measure: value}} of several scorers' {scene: {measure: value}}."""
-    whole = {}
-    for values in scores:
-        for scene, measures in values.items():
-            whole.setdefault(scene, {}).update(measures)
-    return whole
-
-
-def grouped(scenes, scores):
-    """Values by measure, a row a group of scenes.
-
-    Args:
-      scenes: list of Scene.
-      scores: {scene: {measure: a value or a list of values, None where not defined}}.
-
-    Returns:
-      {measure: float64 [groups, values]}, NaN where not defined; groups in the order of `scenes`.
-    """
-    names = dict.fromkeys(name for scene in scenes for name in scores[scene.name])
-    tables = {}
-    for name in names:
-        rows = {}
-        for scene in scenes:
-            value = scores[scene.name].get(name)
-            row = rows.setdefault(scene.group, [])
-            row.extend(value if isinstance(value, list) else [value])
-        table = np.full((len(rows), max(map(len, rows.values()))), np.nan)
-        for line, row in zip(table, rows.values()):
-            line[:len(row)] = [np.nan if value is None else value for value in row]
-        tables[name] = table
-    return tables
-
-
-def summarize(tables, *, seed):
-    """Estimates of every measure, of each side and of how they differ.
-
-    Args:
-      tables: {side: what `grouped` returned, of the same scenes}.
-      seed: of the bootstrap.
-
-    Returns:
-      {measure: {side: {"mean", "low", "high", "n"}}}; with both base and policy also "difference",
-      policy minus base on the same scenes. Measures that no side defines are left out.
-    """
-    metrics = {}
-    for name in dict.fromkeys(name for table in tables.values() for name in table):
-        sides = {side: table[name] for side, table in tables.items() if name in table}
-        estimates = {side: statistics.bootstrap_mean(values, seed=seed)._asdict()
-                     for side, values in sides.items()}
-        if {"base", "policy"} <= sides.keys():
-            estimates["difference"] = statistics.bootstrap_difference(
-                sides["base"], sides["policy"], seed=seed)._asdict()
-        if any(estimate["n"] for estimate in estimates.values()):
-            metrics[name] = estimates
-    return metrics
 
 
 class _Progress:

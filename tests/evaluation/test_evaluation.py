@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import benchmarks, comparison, evaluation, tables
+from focusdpo_jax.evaluation import benchmarks, comparison, evaluation, summaries, tables
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.evaluation.scenes import Scene, Subject
 from focusdpo_jax.training import models, pretraining
@@ -145,7 +145,7 @@ def scene(name, group, *subjects):
 def test_values_are_grouped_and_padded():
     scenes = [scene("a", "x", "1"), scene("b", "y", "1", "2"), scene("c", "x", "1")]
     scores = {"a": {"m": 1.0}, "b": {"m": [2.0, None]}, "c": {"m": 3.0, "n": 5.0}}
-    found = evaluation.grouped(scenes, scores)
+    found = summaries.grouped(scenes, scores)
     np.testing.assert_array_equal(found["m"], [[1, 3], [2, NAN]])
     np.testing.assert_array_equal(found["n"], [[NAN, 5], [NAN, NAN]])
 
