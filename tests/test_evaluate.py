@@ -15,12 +15,14 @@ CALLS = """
 import json, sys
 from absl import flags
 from focusdpo_jax import evaluate
-for arguments in json.loads(sys.argv[1]):
+calls = json.loads(sys.argv[1])
+for arguments in calls:
     flags.FLAGS.unparse_flags()
     for name in list(flags.FLAGS):
         flags.FLAGS[name].unparse()
     try:
-        evaluate.parse_flags(["evaluate", *arguments])
+        sys.argv = ["evaluate", *arguments]  # Where config_flags looks for --config.FIELD.
+        evaluate.parse_flags(sys.argv)
         evaluate.main()
     except evaluate.UserError as error:
         print(str(error).replace(chr(10), " "))

@@ -99,7 +99,7 @@ def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
         "settings": {**settings, "pictures": len(scenes),
                      "scores": {side: sorted(by_scorer) for side, by_scorer in scores.items()}}}
     folder.write("results.json", results)
-    name = workdir.name if workdir else settings.get("images", "the base alone")
+    name = workdir.name if workdir else settings.get("images", " and ".join(scores))
     report.write(folder.path / "report.html", report.Report(
         title=f"Evaluation of {name}", about=benchmark.about, results=results, scenes=scenes,
         scores=values, picture=pictures.picture_path, workdir=workdir), cases=cases)
