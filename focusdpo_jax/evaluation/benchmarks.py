@@ -39,6 +39,8 @@ class Toybox:
         self._world = toybox.World(config.data.seed, config.resolution,
                                    tuple(config.data.subject_counts))
         self._count = config.evaluation.scenes
+        if limit is not None:
+            self._count = min(self._count, -(-limit // samples))
         self._source = dataset.ToyboxSource(self._world, "test", self._count)
         self._samples, self._seed, self._limit = samples, seed, limit
         self._batch_size = batch_size
