@@ -22,8 +22,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration that says which Toybox scenes, which base and how to draw. "
     "Default: that of the run.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a run, a model folder (with a model.json), or base, the model that "
-    "--config starts from. Default: runs/<config name>.")
+    "workdir", None, "Folder of a run, a model (a run's model/ or a pipeline of diffusers), or base, the "
+    "model that --config starts from. Default: runs/<config name>.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for pictures, scores, results.json and "
                               "report.html; with --compare for comparison.json. May be gs://.")
 _DREAMBENCH = flags.DEFINE_string(
@@ -110,6 +110,7 @@ def read_share():
 def open_models():
     """(ConfigDict or None, {side: function that loads its model}, folder of the run or None)."""
     from focusdpo_jax import config as config_rules
+    from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import models, runs
     config, name = _CONFIG.value, _WORKDIR.value
     if config is not None:
@@ -122,7 +123,7 @@ def open_models():
         return config, {}, None
     if name is None:
         raise UserError("give --workdir, the folder of a run, or --config.")
-    if name != "base" and not (epath.Path(name) / "model.json").exists():
+    if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
         config = config_rules.complete(run.config if config is None else config)
         return config, {"base": run.base, "policy": run.policy}, epath.Path(name)

@@ -16,8 +16,8 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "base", "Folder of a run, or a model folder (with a model.json), or base, the small "
-    "Toybox generator that ships with the package.")
+    "workdir", "base", "Folder of a run, or a model: a run's model/, a pipeline of diffusers such as "
+    "export --whole writes, or base, the small Toybox generator that ships with the package.")
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject.")
 _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
@@ -87,9 +87,10 @@ def read_wanted(prompts):
 
 def open_models():
     """The model to draw with, the base to compare it with or None, and default settings."""
+    from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import runs
     name = _WORKDIR.value
-    if name != "base" and not (epath.Path(name) / "model.json").exists():
+    if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
         base = run.base() if _COMPARE.value else None
         return run.policy(), base, {"guidance": run.config.sampling.guidance,
