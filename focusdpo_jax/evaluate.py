@@ -22,8 +22,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration that says which Toybox scenes, which base and how to draw. "
     "Default: that of the run.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a run, a model (a run's model/ or a pipeline of diffusers), or base, the "
-    "model that --config starts from. Default: runs/<config name>.")
+    "workdir", None, "Folder of a run, a model (a run's model/ or a pipeline of diffusers), or base, "
+    "the model that --config starts from. Default: runs/<config name>.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for pictures, scores, results.json and "
                               "report.html; with --compare for comparison.json. May be gs://.")
 _DREAMBENCH = flags.DEFINE_string(

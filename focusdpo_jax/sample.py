@@ -16,8 +16,8 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "base", "Folder of a run, or a model: a run's model/, a pipeline of diffusers such as "
-    "export --whole writes, or base, the small Toybox generator that ships with the package.")
+    "workdir", "base", "Folder of a run, or a model: a run's model/, a pipeline of diffusers such "
+    "as export --whole writes, or base, the small Toybox generator that ships with the package.")
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject.")
 _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
