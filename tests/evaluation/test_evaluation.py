@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import json
+import pathlib
 import re
 
 import jax
@@ -73,7 +74,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_results(
     def stop_at_the_sixth(self, side, scene, picture):
         if len(saved) == 5:
             raise KeyboardInterrupt
-        saved.append(self.picture_path(side, scene))
+        saved.append(pathlib.Path(self.picture_path(side, scene)))
         kept(self, side, scene, picture)
 
     monkeypatch.setattr(OutputFolder, "save_picture", stop_at_the_sixth)
