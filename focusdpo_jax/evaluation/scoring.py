@@ -20,19 +20,22 @@ class Photographs:
 
     def __init__(self, encoder):
         self._encoder = encoder
+        self._whole, self._subjects = {}, {}
 
-    @functools.cache
     def whole(self, paths):
-        """Unit vectors [len(paths), D] of whole photographs."""
-        return self._encoder([subject_places.read_picture(epath.Path(p)) for p in paths])
+        """Unit vectors [len(paths), ...] of whole photographs."""
+        return self._encoded(self._whole, paths, lambda path: read_photograph(path)[0])
 
-    @functools.cache
     def subjects(self, paths):
         """The same of their subjects alone, where there are masks to cut them out by."""
-        pictures = [subject_places.read_picture(epath.Path(path)) for path in paths]
-        return self._encoder([
-            subject_places.cut(picture, subject_places.of_photograph(epath.Path(path), picture))
-            for path, picture in zip(paths, pictures)])
+        return self._encoded(self._subjects, paths,
+                             lambda path: subject_places.cut(*read_photograph(path)))
+
+    def _encoded(self, known, paths, read):
+        missing = [path for path in dict.fromkeys(paths) if path not in known]
+        if missing:
+            known |= zip(missing, self._encoder([read(path) for path in missing]))
+        return np.stack([known[path] for path in paths])
 
 
 class SimilarityScorer:
@@ -101,15 +104,16 @@ class PlaceScorer:
     def __init__(self, encode_patches):
         self.name = f"places-{encode_patches.name}-{encode_patches.digest}"
         self._encode = encode_patches
-        self._prototype = functools.cache(self._make_prototype)
+        self._prototypes = {}
 
-    def _make_prototype(self, paths):
-        pictures = [subject_places.read_picture(epath.Path(path)) for path in paths]
-        found = [subject_places.of_photograph(epath.Path(path), picture)
-                 for path, picture in zip(paths, pictures)]
-        each = [subject_places.prototype(features, place and place.mask)
-                for features, place in zip(self._encode(pictures), found)]
-        mean = np.mean(each, axis=0)
+    def _prototype(self, paths):
+        """Unit vector of what a subject's photographs have in common."""
+        for path in paths:
+            if path not in self._prototypes:
+                picture, place = read_photograph(path)
+                self._prototypes[path] = subject_places.prototype(
+                    self._encode([picture])[0], place and place.mask)
+        mean = np.mean([self._prototypes[path] for path in paths], axis=0)
         return mean / np.linalg.norm(mean)
 
     def score(self, scenes, pictures, places):
@@ -117,6 +121,13 @@ class PlaceScorer:
         return [{"boxes": subject_places.find(
             features, [self._prototype(s.photographs) for s in scene.subjects])}
             for scene, features in zip(scenes, self._encode(pictures))]
+
+
+def read_photograph(path):
+    """The picture of a file and its subject's `Place`, None without a mask beside it."""
+    path = epath.Path(path)
+    picture = subject_places.read_picture(path)
+    return picture, subject_places.of_photograph(path, picture)
 
 
 def _short(values):
