@@ -42,6 +42,9 @@ def get_config(argument=""):
     config.trainable = {"": "adapter", "debug": "full"}.get(argument, argument)
     # Pull towards the reference model. Diffusion-DPO's value for SDXL.
     config.beta = 5000.0
+    # Weight of the chosen picture's plain denoising error beside the preference (focus/losses.py);
+    # 0 leaves FocusDPO as it is in the paper.
+    config.anchor = 0.0
     # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; chance
     # to learn from the rejected picture of a pair and not from the chosen one; mean and deviation
     # of a logit-normal draw of timesteps, where () draws them uniformly.

@@ -1,22 +1,24 @@
-"""Makes the small generator that ships with the package, in four stages; see docs/toybox.md.
+"""Makes the small generator that ships with the package, in five stages; see docs/toybox.md.
 
     python -m focusdpo_jax.main --config=configs/toybox_base.py:autoencoder
     python -m focusdpo_jax.main --config=configs/toybox_base.py:image_encoder
     python -m focusdpo_jax.main --config=configs/toybox_base.py:probe
     python -m focusdpo_jax.main --config=configs/toybox_base.py:generator
+    python -m focusdpo_jax.main --config=configs/toybox_base.py:confusion
 
 Each stage starts from the model folder that the one before it left in `runs/`.
 """
 
 import ml_collections
 
-STAGES = ("autoencoder", "image_encoder", "probe", "generator")
+STAGES = ("autoencoder", "image_encoder", "probe", "generator", "confusion")
 
 
 def get_config(stage="generator"):
     """The configuration of one stage."""
     if stage not in STAGES:
         raise ValueError(f"toybox_base has the stages {', '.join(STAGES)}, not {stage!r}")
+    generates = stage in ("generator", "confusion")
     config = ml_collections.ConfigDict()
     config.seed = 0
     # Side of the pictures in pixels.
@@ -27,32 +29,32 @@ def get_config(stage="generator"):
     # What is learnt: "autoencode", "attributes" (image encoder), "probe", or "subject_sft",
     # the denoising error of the chosen pictures, where subjects count more than background.
     config.objective = {"autoencoder": "autoencode", "image_encoder": "attributes",
-                        "probe": "probe", "generator": "subject_sft"}[stage]
+                        "probe": "probe"}.get(stage, "subject_sft")
     # For "subject_sft": UNet, subject adapter and both text encoders.
     config.trainable = "generator"
     # Chance to drop the caption, the references, or both, for classifier-free guidance.
-    config.condition_dropout = 0.07 if stage == "generator" else 0.0
+    config.condition_dropout = 0.07 if generates else 0.0
     # Chance that a scene is learnt from its rejected picture, in which some subjects are not those
-    # of the references. Preference optimisation starts from a model that finds both pictures of a
-    # pair likely; this base has seen both alike, as one does that learns from unfiltered data.
-    config.rejected_share = 0.5 if stage == "generator" else 0.0
+    # of the references. The last stage learns from nothing else: it gives the generator the fault
+    # that preference training is there to mend, as large ones have it from unfiltered data.
+    config.rejected_share = 1.0 if stage == "confusion" else 0.0
     # Mean and deviation of a logit-normal draw of timesteps; () draws them uniformly. Shape
     # and look of a subject are decided somewhat above the middle, where it as a whole outweighs
     # the noise.
-    config.timestep_logits = (0.6, 1.0) if stage == "generator" else ()
+    config.timestep_logits = (0.6, 1.0) if generates else ()
     # Not used here; only preference objectives have a reference model to stay close to.
     config.beta = 1.0
+    config.anchor = 0.0
 
     # Optimiser steps and scenes a step.
     config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 5000,
-                    "generator": 9000}[stage]
-    config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16,
-                         "generator": 32}[stage]
+                    "generator": 15000, "confusion": 600}[stage]
+    config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16}.get(stage, 32)
     # Batches whose gradients are averaged into one step.
     config.accumulate = 1
     # AdamW: peak learning rate after the warm-up, then a cosine decay to zero.
     config.learning_rate = {"autoencoder": 4e-3, "image_encoder": 2e-3, "probe": 3e-3,
-                            "generator": 1.2e-3}[stage]
+                            "generator": 1.2e-3, "confusion": 8e-4}[stage]
     config.warmup_steps = 100
     config.decay = "cosine"
     config.weight_decay = 1e-4
@@ -77,7 +79,8 @@ def get_config(stage="generator"):
         "autoencoder": "",
         "image_encoder": "runs/toybox_base_autoencoder/model",
         "probe": "runs/toybox_base_image_encoder/model",
-        "generator": "runs/toybox_base_probe/model"}[stage]
+        "generator": "runs/toybox_base_probe/model",
+        "confusion": "runs/toybox_base_generator/model"}[stage]
     # Of published models alone; see configs/sdxl_dpo.py.
     config.model.adapter = ""
     config.model.image_encoder = ""

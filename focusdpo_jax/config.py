@@ -23,8 +23,9 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
                "data.path", "data.cache"}
 
 # Fields that older runs' config.json lacks, with what those runs did.
-_ADDED = {"dtype": "float32", "rejected_share": 0.0, "model.remat": False, "model.adapter": "",
-          "model.image_encoder": "", "model.tokenizer": "", "data.source": "toybox"}
+_ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
+          "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
+          "data.source": "toybox"}
 
 
 def _one_of(*choices):
@@ -78,6 +79,7 @@ RULES = {
     "objective": _one_of(*GENERATOR_OBJECTIVES, *ENCODER_OBJECTIVES),
     "trainable": _one_of("adapter", "lora", "full", "generator"),
     "beta": _number(0, above=True),
+    "anchor": _number(0),
     "condition_dropout": _number(0, 0.3),
     "rejected_share": _number(0, 1),
     "timestep_logits": _mean_and_deviation(),

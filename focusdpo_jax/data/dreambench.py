@@ -23,6 +23,7 @@ from etils import epath
 from focusdpo_jax.data import geometry
 from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture, encode_png
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 
 PHOTO = re.compile(r"(?!.*_mask\.).*\.(jpe?g|png|webp)$", re.IGNORECASE)
 """The names of photographs, which those of masks are not."""
@@ -47,7 +48,7 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
         for subject, paths in photos.items():
             for path in paths:
                 for file in (path, mask_path(path)):
-                    _write(target / subject / file.name, file.read_bytes())
+                    replace_file(target / subject / file.name, file.read_bytes())
             others = [s for s in photos if kinds[s] == kinds[subject] and s != subject]
             for i, path in enumerate(paths):
                 other = photos[others[i % len(others)]] if others else None
@@ -55,7 +56,7 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
                 reference = paths[(i + 1) % len(paths)]
                 lines += _pairs(path, reference, other, kinds[subject], target)
         manifest = target / "manifest.jsonl"
-        _write(manifest, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        replace_file(manifest, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise UserError(f"--output: {target} cannot be written ({error.strerror or error}); give "
                         "a folder with room that you may write") from error
@@ -120,13 +121,13 @@ def _pairs(path, reference, other, kind, target):
     else:
         picture, other_mask = _load(other)
         everywhere = np.ones(mask.shape, bool)
-        _write(target / f"{name}_rejected.png", encode_png(_covering(picture, mask.shape)))
-        _write(target / f"{name}_everywhere.png", encode_png(everywhere))
+        replace_file(target / f"{name}_rejected.png", encode_png(_covering(picture, mask.shape)))
+        replace_file(target / f"{name}_everywhere.png", encode_png(everywhere))
         lines = [line | {"rejected": f"{name}_rejected.png", "info": {"kind": "photograph"},
                          "prior_mask": f"{name}_everywhere.png"}]
         composite, prior = _replaced(chosen, mask, picture, other_mask)
-    _write(target / f"{name}_composite.png", encode_png(composite))
-    _write(target / f"{name}_prior.png", encode_png(prior))
+    replace_file(target / f"{name}_composite.png", encode_png(composite))
+    replace_file(target / f"{name}_prior.png", encode_png(prior))
     return [*lines, line | {"rejected": f"{name}_composite.png", "info": {"kind": "composite"},
                             "prior_mask": f"{name}_prior.png"}]
 
@@ -198,10 +199,3 @@ def _filled(picture, hole):
         5, cv2.INPAINT_TELEA)
     smooth = cv2.resize(rough, size, interpolation=cv2.INTER_CUBIC)
     return np.where(hole[..., None] > 0, smooth, picture)
-
-
-def _write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -27,6 +27,7 @@ from focusdpo_jax.data.dataset import PAIRS
 from focusdpo_jax.data.line_record import Sizes
 from focusdpo_jax.data.report import summarize
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 
 REFERENCE_SIZE = 518
 """Largest side of a stored reference: no published image encoder looks at more pixels."""
@@ -268,9 +269,7 @@ def _read_report(output):
 
 
 def _write_report(output, report):
-    temporary = output / (REPORT + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    temporary.replace(output / REPORT)
+    replace_file(output / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")
 
 
 def _complaint(refused, total, path, skip):

@@ -17,6 +17,7 @@ from etils import epath
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import pictures, places, scenes
+from focusdpo_jax.files import replace_file
 
 
 class OutputFolder:
@@ -54,7 +55,7 @@ class OutputFolder:
     def write(self, name, values):
         """Writes a file of JSON, under a temporary name first."""
         text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
-        _write(self.path / name, text + "\n")
+        replace_file(self.path / name, text + "\n")
 
     def read(self, name):
         """The values in a file of JSON.
@@ -86,8 +87,7 @@ class OutputFolder:
     def save_scores(self, side, scorer, number, scores):
         """Writes the scores of a batch, {scene: {measure: value}}."""
         path = self._scores(side, scorer) / f"{number:06d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(scores, allow_nan=False) + "\n")
+        replace_file(path, json.dumps(scores, allow_nan=False) + "\n")
 
     def load_scores(self, side, scorer):
         """{scene: {measure: value}} of all batches that are there."""
@@ -152,9 +152,3 @@ class ImagesFolder:
             mask = places.read_mask(path, picture.shape[:2]) if path.exists() else None
             found.append(None if mask is None else places.Place.of_mask(mask))
         return found
-
-
-def _write(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

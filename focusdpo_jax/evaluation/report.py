@@ -14,6 +14,7 @@ from PIL import Image
 from focusdpo_jax.evaluation import charts, measures
 from focusdpo_jax.evaluation.places import read_picture
 from focusdpo_jax.evaluation.tables import certain
+from focusdpo_jax.files import replace_file
 
 _SIDE = 224  # Longest side of a picture on the page, in pixels.
 _SMALL = 128  # Up to this side a picture is kept pixel by pixel.
@@ -101,10 +102,7 @@ def write(path, report, *, cases=8):
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
             f"<title>{html.escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
             + "\n".join(part for part in body if part) + "\n</body>\n</html>\n")
-    path = epath.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page)
-    temporary.replace(path)
+    replace_file(path, page)
 
 
 def _summary(report):

@@ -7,6 +7,7 @@ from etils import epath
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.prompts import Prompt, Reference
+from focusdpo_jax.files import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,7 @@ class Scene:
 
 def write(path, scenes):
     """Writes scenes as JSON lines, with the fields of `Scene`."""
-    lines = [json.dumps(dataclasses.asdict(scene)) + "\n" for scene in scenes]
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines))
-    temporary.replace(path)
+    replace_file(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in scenes))
 
 
 def read(path):

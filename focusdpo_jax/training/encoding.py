@@ -54,6 +54,11 @@ class EncodedPairs:
     index: jax.Array
 
 
+def learns_from_chosen_alone(config):
+    """Whether a run never looks at rejected pictures."""
+    return config.objective in SUPERVISED_OBJECTIVES and not config.rejected_share
+
+
 def encoder(generator, config, structures):
     """The jitted function (parameters, PreferenceBatch) -> EncodedPairs.
 
@@ -63,7 +68,7 @@ def encoder(generator, config, structures):
     spaf = any(structure.spaf for structure in structures)
     dpce = any(structure.dpce for structure in structures)
     supervised = config.objective in SUPERVISED_OBJECTIVES
-    chosen_alone = supervised and not config.rejected_share
+    chosen_alone = learns_from_chosen_alone(config)
 
     def encode(parameters, batch):
         images = [batch.chosen] if chosen_alone else [batch.chosen, batch.rejected]

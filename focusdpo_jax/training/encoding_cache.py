@@ -18,6 +18,7 @@ from absl import logging
 
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 from focusdpo_jax.focus.buckets import BucketStructure
 from focusdpo_jax.models.generator import ImageView
 from focusdpo_jax.training import encoding
@@ -45,14 +46,19 @@ def make_key(model, config, content):
             digest.update(np.ascontiguousarray(leaf).tobytes())
     return {"encoders": digest.hexdigest(), "tokenizer": model.tokenizer.digest(),
             "adapter": model.generator.config.adapter.kind,
-            "dtype": config.get("dtype", "float32"), "pictures": content,
+            "dtype": config.dtype, "pictures": content,
             "resolution": config.resolution,
             "detail": [config.focus.detail_bins, config.focus.detail_sigma]}
 
 
 def folder_name(config):
-    """Where a data set keeps its encoded records: supervised objectives need the chosen alone."""
-    return "encoded_chosen" if config.objective in SUPERVISED_OBJECTIVES else "encoded_pairs"
+    """Where a data set keeps its encoded records.
+
+    A supervised objective has other masks than a preference, and may need the chosen alone.
+    """
+    if config.objective not in SUPERVISED_OBJECTIVES:
+        return "encoded_pairs"
+    return "encoded_chosen" if encoding.learns_from_chosen_alone(config) else "encoded_both"
 
 
 class StoredEncodings:
@@ -114,10 +120,7 @@ def _claim(folder, key):
     """Writes the key, or compares it with the one that is there."""
     path = folder / "key.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(key, indent=2, sort_keys=True) + "\n")
-        temporary.replace(path)
+        replace_file(path, json.dumps(key, indent=2, sort_keys=True) + "\n")
         return
     old = json.loads(path.read_text())
     changed = sorted(name for name in old.keys() | key.keys() if old.get(name) != key.get(name))
@@ -139,7 +142,4 @@ def _write(path, row):
     content = io.BytesIO()
     np.savez(content, **{jax.tree_util.keystr(where, simple=True, separator="."): _plain(leaf)
                          for where, leaf in jax.tree_util.tree_leaves_with_path(row)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.getvalue())
-    temporary.replace(path)
+    replace_file(path, content.getvalue())

@@ -15,9 +15,10 @@ from etils import epath
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
-from focusdpo_jax.training.metrics import MetricWriter, Progress, duration, replace_file
+from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
@@ -144,7 +145,8 @@ def open_workdir(workdir, config):
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        # A start that failed before it had data and model leaves nothing that depends on them.
+        if path.exists() and (workdir / "checkpoints").exists():
             changed = config_rules.changed_fields(
                 run_folder.read_config(workdir), json.loads(written))
             if changed:

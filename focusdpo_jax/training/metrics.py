@@ -10,13 +10,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-
-def replace_file(path, text):
-    """Writes a file in one move: a reader, or a killed writer, never sees half of it."""
-    path = epath.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+from focusdpo_jax.files import replace_file
 
 
 def _open_tensorboard(workdir):

@@ -169,21 +169,20 @@ class Objective:
             loss, diagnostics = losses.diffusion_dpo(
                 chosen[0], chosen[1].reference_error, rejected[0], rejected[1].reference_error,
                 chosen[1].weights, rejected[1].weights, self._config.beta)
+            if self._config.anchor:
+                term, more = losses.anchor(
+                    chosen[0], chosen[1].reference_error, self._config.beta)
+                loss, diagnostics = loss + self._config.anchor * term, diagnostics | more
         else:
             loss, diagnostics = losses.sft(policy, guidance.weights)
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
 
     def _noisy(self, encoded, numbers, key):
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
-        share = self._config.rejected_share
         schedule, batch = self._generator.schedule, len(encoded.prior)
         latents = draw_latents(draw, encoded)
         if not self._pairs:
-            learnt = latents[:batch]
-            if share:
-                bad = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (batch,))
-                learnt = jnp.where(bad[:, None, None, None], latents[batch:], learnt)
-            latents = learnt
+            latents = self._learnt(latents, batch, key)
         if self._config.timestep_logits:
             timesteps = logit_normal_timesteps(
                 time, batch, schedule.timesteps, *self._config.timestep_logits)
@@ -194,6 +193,14 @@ class Objective:
             timesteps, noise = twice((timesteps, noise))
         return Noisy(schedule.add_noise(latents, noise, timesteps), timesteps,
                      schedule.target(latents, noise, timesteps))
+
+    def _learnt(self, latents, batch, key):
+        """The latents [B] that a supervised objective learns from, of chosen, then rejected."""
+        chosen, share = latents[:batch], self._config.rejected_share
+        if not share:
+            return chosen
+        taken = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (batch, 1, 1, 1))
+        return jnp.where(taken, latents[batch:], chosen)
 
     def _error(self, trainable, frozen, encoded, noisy, key):
         """The error map [P * B, h, w] of the model with these trainable parameters."""

@@ -17,8 +17,8 @@ from focusdpo_jax.data import loader
 from focusdpo_jax.evaluation import pictures, statistics, toybox_measures
 from focusdpo_jax.evaluation.generate import generate_all
 from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
+from focusdpo_jax.files import replace_file
 from focusdpo_jax.training import encoding, objectives
-from focusdpo_jax.training.metrics import replace_file
 
 
 class Showcase:
@@ -69,9 +69,7 @@ class Showcase:
             self._base["measured"] = self._draw(parameters, self._measured[1])
         content = io.BytesIO()
         np.savez(content, **self._base)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
+        replace_file(path, content.getvalue())
 
     def sample(self, step, parameters, writer):
         """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""

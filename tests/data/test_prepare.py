@@ -239,6 +239,7 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
     assert tiny.losses(tmp_path / "uncached")[2] == pytest.approx(losses[2], rel=1e-3)
 
     for changes, reason in [
+            # One folder for all: a start that was refused does not stand in the next one's way.
             ({"resolution": 64}, "config.resolution = 64: the pictures of .* have 32"),
             ({"batch_size": 5}, "has 4 pairs to train on"),
             ({"data.path": "nowhere"}, "'nowhere' holds no prepared data set"),

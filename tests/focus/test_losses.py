@@ -95,6 +95,23 @@ def test_margin_and_diagnostics_by_hand():
     assert loss == pytest.approx([np.log1p(np.exp(-2.075))], rel=1e-6)
 
 
+def test_anchor_by_hand():
+    policy, reference = jnp.array([[[1.0, 2.0]]]), jnp.array([[[2.0, 2.5]]])
+    term, diagnostics = losses.anchor(policy, reference, 8.0)
+    assert term == pytest.approx([8 / 4 * -0.75])
+    assert diagnostics["chosen_error_difference"] == pytest.approx([-0.75])
+
+
+def test_anchor_weighs_an_error_as_the_preference_does_at_the_start():
+    errors = losses.error_map(*as_jax(predictions(), jnp.float32)["chosen"][:2])
+    ones = jnp.ones_like(errors)
+    preference = jax.grad(lambda x: losses.diffusion_dpo(
+        x, errors, errors, errors, ones, ones, 50.0)[0].sum())(errors)
+    held, fixed = jax.grad(lambda x, y: losses.anchor(x, y, 50.0)[0].sum(), (0, 1))(errors, errors)
+    np.testing.assert_allclose(held, preference, rtol=1e-6)
+    assert jnp.abs(held).min() > 0 and not jnp.any(fixed)
+
+
 def test_no_gradient_through_weights_or_reference():
     pair = as_jax(predictions(), jnp.float32)
     maps = [losses.error_map(pair["chosen"][0], x) for x in pair["chosen"][1:]]

@@ -98,8 +98,15 @@ def test_stale_files_are_refused(name, tmp_path):
         cached(tmp_path / "e", KEY | {name: "other"})
 
 
+def test_runs_that_need_other_pictures_or_masks_keep_apart():
+    folders = [encoding_cache.folder_name(ConfigDict({"objective": objective, "rejected_share": s}))
+               for objective, s in [("dpo", 0.0), ("focus_dpo", 0.0), ("sft", 0.0), ("sft", 0.5)]]
+    assert folders == ["encoded_pairs", "encoded_pairs", "encoded_chosen", "encoded_both"]
+
+
 def test_key_follows_the_encoders():
-    config = ConfigDict({"resolution": 8, "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
+    config = ConfigDict({"dtype": "float32", "resolution": 8,
+                         "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
     generator = ConfigDict(
         {"config": {"vae": 1, "image_encoder": 2, "adapter": {"kind": "resampler"}}})
     tokenizer = mock.Mock(digest=lambda: "t")
