@@ -22,8 +22,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration that says which Toybox scenes, which base and how to draw. "
     "Default: that of the run.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a run, a model (a run's model/ or a pipeline of diffusers), or base, "
-    "the model that --config starts from. Default: runs/<config name>.")
+    "workdir", None, "Folder of a run, a model (a run's model/ or a pipeline of diffusers), or "
+    "base, the model that --config starts from. Default: runs/<config name>.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for pictures, scores, results.json and "
                               "report.html; with --compare for comparison.json. May be gs://.")
 _DREAMBENCH = flags.DEFINE_string(
@@ -83,20 +83,14 @@ def main():
     config, sides, workdir = open_models()
     batch_size = _BATCH_SIZE.value or (config.evaluation.batch_size if config else 16)
     benchmark = make_benchmark(config, batch_size)
-    probe = load_probe(config) if _IMAGES.value and not photographs() else None
     folder = OutputFolder(_OUTPUT.value)
     results = evaluation.run(
         folder, benchmark, sides, sampling(config) if sides else None, batch_size=batch_size,
-        share=share, images=_IMAGES.value, workdir=workdir, cases=_CASES.value, probe=probe)
+        share=share, images=_IMAGES.value, workdir=workdir, cases=_CASES.value)
     if results:
         print(benchmark.about, "Mean and 95 % interval; * where a difference's leaves out 0.")
         print(tables.format_results(results))
         print(f"{folder.path / 'report.html'}")
-
-
-def photographs():
-    """Whether the benchmark is one of photographs, and not Toybox."""
-    return bool(_DREAMBENCH.value or _SCENES.value)
 
 
 def read_share():
@@ -125,6 +119,7 @@ def open_models():
         raise UserError("give --workdir, the folder of a run, or --config.")
     if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
+        run.check_policy()
         config = config_rules.complete(run.config if config is None else config)
         return config, {"base": run.base, "policy": run.policy}, epath.Path(name)
     if config is None:
@@ -137,8 +132,9 @@ def open_models():
 def make_benchmark(config, batch_size):
     """The benchmark that the flags ask for."""
     from focusdpo_jax.evaluation import benchmarks
+    from focusdpo_jax.training import models
     how = {"seed": _SEED.value, "limit": _LIMIT.value, "batch_size": batch_size}
-    if photographs():
+    if _DREAMBENCH.value or _SCENES.value:
         return benchmarks.Photographs(
             _DREAMBENCH.value, _SCENES.value, protocol=_PROTOCOL.value,
             samples=_SAMPLES.value or 4, networks={
@@ -146,13 +142,7 @@ def make_benchmark(config, batch_size):
     if config is None:
         raise UserError("give --config or --workdir, which say what Toybox's scenes are, or "
                         "--dreambench or --scenes.")
-    return benchmarks.Toybox(config, samples=_SAMPLES.value or 1, **how)
-
-
-def load_probe(config):
-    """Parameters of the probe of the model that a configuration starts from."""
-    from focusdpo_jax.training import models
-    return models.load_model(config).probe
+    return benchmarks.Toybox(config, models.load_probe(config), samples=_SAMPLES.value or 1, **how)
 
 
 def sampling(config):

@@ -59,12 +59,13 @@ def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):
     assert Image.open(tmp_path / "three" / "all.png").size[0] > 256
 
 
-def test_a_reference_is_weighed_and_kept_to_its_place(reference, tmp_path):
+def test_a_reference_is_weighed_and_kept_to_its_place(reference, tiny_folder, tmp_path):
     kept = {"everywhere": "", "box": "@0,0,1,1", "left": "@0,0,0.5,1", "less": "*0"}
     (tmp_path / "prompts.jsonl").write_text("".join(
         json.dumps({"prompt": "a ball on grass", "seed": 5,
                     "references": [f"{reference}:a ball{how}"]}) + "\n" for how in kept.values()))
-    draw(prompt=None, prompts=str(tmp_path / "prompts.jsonl"), guidance=3.0, output=str(tmp_path))
+    draw(prompt=None, prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path),
+         workdir=str(tiny_folder / "model"), resolution=32)
     drawn = dict(zip(kept, (np.asarray(Image.open(tmp_path / f"000{i}.png"), np.int32)
                             for i in range(4))))
     # A box of the whole picture is none, though another program draws it.

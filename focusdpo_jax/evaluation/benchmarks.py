@@ -1,8 +1,8 @@
 """The benchmarks: which scenes each asks for, and who scores them.
 
-A benchmark has `settings`, all that its scenes depend on; `about`, a sentence for people; `scenes`,
-which takes the output folder; and `scorers`, which takes the probe of the model (or None) and
-returns (scorer of places or None, list of scorers), as `scoring` describes them.
+A benchmark has `settings`, all that its scenes depend on; `about`, a sentence for people;
+`scorers` and `place_scorer` (or None), as `scoring` describes them; and `scenes`, which takes the
+output folder. What is wrong with it is found when it is made, before anything is drawn.
 """
 
 import dataclasses
@@ -17,18 +17,21 @@ from focusdpo_jax.evaluation import dreambench, encoders, scoring, toybox_scenes
 class Toybox:
     """Test scenes of the procedural world, whose truth is known."""
 
-    def __init__(self, config, *, samples, seed, limit, batch_size):
+    place_scorer = None
+
+    def __init__(self, config, probe, *, samples, seed, limit, batch_size):
         """Takes the world and the number of scenes from a run's configuration.
 
         Args:
           config: ConfigDict with `data`, `resolution` and `evaluation`.
+          probe: parameters of the probe network, or None.
           samples: pictures of each scene.
           seed: of the noise.
           limit: the first so many pictures alone, or None.
           batch_size: pictures scored at once.
 
         Raises:
-          UserError: the configuration is not about Toybox, or has no scenes.
+          UserError: the configuration is not about Toybox, or has no scenes, or there is no probe.
         """
         if config.data.source != "toybox":
             raise UserError(f"config.data.source = {config.data.source!r}: of people's own "
@@ -36,6 +39,10 @@ class Toybox:
         if not config.evaluation.scenes:
             raise UserError("config.evaluation.scenes = 0: give --config.evaluation.scenes=192 "
                             "(with --config), or --dreambench or --scenes.")
+        if probe is None:
+            raise UserError(f"config.model.pretrained = {config.model.pretrained!r} has no "
+                            "probe.safetensors, which reads Toybox's pictures; start from a model "
+                            "that has it, such as toybox.")
         self._world = toybox.World(config.data.seed, config.resolution,
                                    tuple(config.data.subject_counts))
         self._count = config.evaluation.scenes
@@ -43,7 +50,8 @@ class Toybox:
             self._count = min(self._count, -(-limit // samples))
         self._source = dataset.ToyboxSource(self._world, "test", self._count)
         self._samples, self._seed, self._limit = samples, seed, limit
-        self._batch_size = batch_size
+        self.scorers = [toybox_scenes.ToyboxScorer(
+            probe, self._source, self._world.max_subjects, batch_size)]
         self.settings = {"benchmark": "toybox", "world": dataclasses.asdict(self._world),
                          "scenes": self._count, "samples": samples, "seed": seed, "limit": limit}
         self.about = (f"Toybox: {self._count} test scenes with subjects never trained on, read "
@@ -54,14 +62,6 @@ class Toybox:
         return toybox_scenes.write_scenes(
             self._source, self._count, folder.path / "references", samples=self._samples,
             seed=self._seed)[:self._limit]
-
-    def scorers(self, probe):
-        """The probe alone."""
-        if probe is None:
-            raise UserError("the model has no probe.safetensors, which reads Toybox's pictures; "
-                            "start from one that has it, such as toybox.")
-        return None, [toybox_scenes.ToyboxScorer(probe, self._source, self._world.max_subjects,
-                                                 self._batch_size)]
 
 
 class Photographs:
@@ -90,8 +90,8 @@ class Photographs:
         else:
             self._scenes = dreambench.listed(scenes, folder, **how)
         self._scenes = self._scenes[:limit]
-        self._networks, self._batch_size = networks, batch_size
-        self._several = any(len(scene.subjects) > 1 for scene in self._scenes)
+        self.scorers, self.place_scorer = _load_scorers(
+            networks, batch_size, any(len(scene.subjects) > 1 for scene in self._scenes))
         digest = hashlib.sha256(json.dumps(
             [dataclasses.asdict(scene) for scene in self._scenes]).encode()).hexdigest()[:12]
         self.settings = {
@@ -107,19 +107,18 @@ class Photographs:
         """A list of Scene; their references are the user's files."""
         return self._scenes
 
-    def scorers(self, probe):
-        """One a network, and in scenes of several subjects one that finds them."""
-        scorers, places = [], None
-        for name in ("dinov2", "dino"):
-            if self._networks[name]:
-                whole, patches = encoders.load_dino(name, self._networks[name], self._batch_size)
-                if self._several and places is None:
-                    places = scoring.PlaceScorer(patches)
-                scorers.append(whole)
-        scorers = [scoring.SimilarityScorer(encoder, places and places.name)
-                   for encoder in scorers]
-        if self._networks["clip"]:
-            image, text = encoders.load_clip(self._networks["clip"], self._batch_size)
-            scorers += [scoring.SimilarityScorer(image, places and places.name),
-                        scoring.PromptScorer(image, text)]
-        return places, scorers
+
+def _load_scorers(networks, batch_size, several):
+    """One a network; and where scenes have several subjects one that finds them, or None."""
+    scorers, places = [], None
+    for name in ("dinov2", "dino"):
+        if networks[name]:
+            whole, subject, patches = encoders.load_dino(name, networks[name], batch_size)
+            if several and places is None:
+                places = scoring.PlaceScorer(patches)
+            scorers.append(scoring.SimilarityScorer(whole, subject, places and places.name))
+    if networks["clip"]:
+        image, text = encoders.load_clip(networks["clip"], batch_size)
+        scorers += [scoring.SimilarityScorer(image, needs=places and places.name),
+                    scoring.PromptScorer(image, text)]
+    return scorers, places

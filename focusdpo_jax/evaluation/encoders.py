@@ -1,6 +1,7 @@
 """DINO, DINOv2 and CLIP as DreamBench uses them: pictures and prompts to unit vectors."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 from focusdpo_jax.checkpoints import clip as clip_folder
 from focusdpo_jax.checkpoints import dino as dino_folder
 from focusdpo_jax.evaluation import preprocess
+from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 
-# Where DINOv2 tells one individual from another best, as a share of its layers, and the side in
-# pixels at which its patches are small enough for that (benchmarks/real_photographs.py).
-_DEPTH, _SIDE = 0.75, 448
+# The patches that tell one individual from another: of the output of which layer, as a share of
+# their number, and of a picture of which side in pixels (benchmarks/real_photographs.py).
+_PATCH_DEPTH, _PATCH_SIDE = 0.75, 448
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,10 @@ class PictureEncoder:
     Attributes:
       name: prefix of its measures (`measures.ENCODERS`).
       apply: jitted function of parameters and [B, h, w, 3] to [B, ...].
-      parameters: of `apply`.
+      parameters: of `apply`, on the host.
       settings: how pictures are prepared.
-      digest: changes when the parameters do.
-      batch_size: pictures at once.
+      digest: changes when the parameters or the layer do.
+      batch_size: pictures at once, divided among as many devices as share them equally.
     """
 
     name: str
@@ -38,15 +40,22 @@ class PictureEncoder:
     digest: str
     batch_size: int = 16
 
+    @functools.cached_property
+    def _placed(self):
+        """The mesh, and the parameters on each of its devices."""
+        mesh = drawing_mesh(self.batch_size)
+        return mesh, replicate(self.parameters, mesh)
+
     def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Vectors of length 1 along the last axis, float32 [N, ...], of uint8 [H, W, 3] each."""
-        vectors = []
+        (mesh, parameters), vectors = self._placed, []
         for start in range(0, len(pictures), self.batch_size):
             batch = pictures[start:start + self.batch_size]
             pixels = np.stack([preprocess.preprocess(p, self.settings) for p in batch])
             # One shape, one program.
             pixels = np.pad(pixels, [(0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
-            vectors.append(np.asarray(self.apply(self.parameters, pixels))[:len(batch)])
+            encoded = self.apply(parameters, shard_batch(pixels, mesh))
+            vectors.append(np.asarray(encoded)[:len(batch)])
         return np.concatenate(vectors)
 
 
@@ -66,11 +75,13 @@ class TextEncoder:
 
 
 def load_dino(name, folder, batch_size=16):
-    """DINO or DINOv2 from transformers' folder: (encoder of pictures, encoder of patches).
+    """DINO or DINOv2 from transformers' folder: encoders of pictures, of subjects and of patches.
 
     The first gives the class token of the last layer [N, D] of the middle 224 of 256 pixels, as the
-    original's evaluation does; the second the patches of a layer before it, [N, g, g, D], of the
-    whole picture.
+    original's evaluation does. The second, for subjects that are cut out, gives that of the layer
+    before [ours]: the last may have been trained on to tell kinds and not individuals
+    (benchmarks/real_photographs.py). The third gives the patches of a layer before that,
+    [N, g, g, D], of the whole picture.
 
     Args:
       name: "dino" or "dinov2".
@@ -79,8 +90,8 @@ def load_dino(name, folder, batch_size=16):
       UserError: the folder is not readable as such.
     """
     model, parameters = dino_folder.load(folder)
-    layer = round(_DEPTH * model.config.num_layers)
-    side = _SIDE - _SIDE % model.config.patch_size
+    before, inner = model.config.num_layers - 1, round(_PATCH_DEPTH * model.config.num_layers)
+    side = _PATCH_SIDE - _PATCH_SIDE % model.config.patch_size
     grid = side // model.config.patch_size
     digest = digest_of(parameters)
 
@@ -88,14 +99,21 @@ def load_dino(name, folder, batch_size=16):
     def whole(parameters, pixels):
         return _unit(model.apply({"params": parameters}, pixels).pooled)
 
+    def states(parameters, pixels, layer):
+        return model.apply({"params": parameters}, pixels, capture=(layer,)).captured[layer]
+
+    @jax.jit
+    def subject(parameters, pixels):
+        return _unit(states(parameters, pixels, before)[:, 0])
+
     @jax.jit
     def patches(parameters, pixels):
-        states = model.apply({"params": parameters}, pixels, capture=(layer,)).captured[layer]
-        return _unit(states[:, 1:].reshape(len(pixels), grid, grid, -1))
+        return _unit(states(parameters, pixels, inner)[:, 1:].reshape(len(pixels), grid, grid, -1))
 
     square = dataclasses.replace(preprocess.DINO, resize=(side, side), crop=None)
-    parameters = jax.device_put(parameters)
     return (PictureEncoder(name, whole, parameters, preprocess.DINO, digest, batch_size),
+            PictureEncoder(name, subject, parameters, preprocess.DINO, f"{digest} layer {before}",
+                           batch_size),
             PictureEncoder(name, patches, parameters, square, digest, max(1, batch_size // 4)))
 
 
@@ -118,8 +136,7 @@ def load_clip(folder, batch_size=16):
         return _unit(clip.text.apply({"params": parameters}, ids).projected)
 
     digest = digest_of((clip.image_parameters, clip.text_parameters))
-    return (PictureEncoder("clip_i", image, jax.device_put(clip.image_parameters), settings,
-                           digest, batch_size),
+    return (PictureEncoder("clip_i", image, clip.image_parameters, settings, digest, batch_size),
             TextEncoder(text, jax.device_put(clip.text_parameters), clip.tokenizer))
 
 

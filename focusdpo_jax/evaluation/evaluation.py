@@ -21,7 +21,7 @@ _REPORT_EVERY = 20.0  # Seconds between two lines of progress.
 
 
 def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=None, workdir=None,
-        cases=8, probe=None):
+        cases=8):
     """Draws, scores, sums up and reports.
 
     Args:
@@ -35,7 +35,6 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
       images: folder of pictures that another program drew, or None.
       workdir: folder of the run, for the report, or None.
       cases: best and worst scenes each in the report.
-      probe: parameters of Toybox's probe where no side brings them.
 
     Returns:
       The values of results.json, or None where pictures of other shares are still missing.
@@ -49,9 +48,10 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
         folder.claim({"images": str(images), "digest of images": given.digest()})
     else:
         folder.claim({"sampling": sampling})
-        probe = _draw_sides(folder, scenes, sides, sampling, batch_size, share)
-    place_scorer, scorers = benchmark.scorers(probe)
-    scores = {}
+        sampler = None
+        for side, load in sides.items():
+            sampler = _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
+    place_scorer, scores = benchmark.place_scorer, {}
     for side in sides or ("policy",):
         how = {"pictures": pictures, "batch_size": batch_size, "share": share}
         boxes = {}
@@ -59,9 +59,10 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
             score(folder, side, scenes, place_scorer, places=known_places({}), **how)
             boxes = folder.load_scores(side, place_scorer.name)
         places = known_places(boxes, given)
-        for scorer in scorers:
+        for scorer in benchmark.scorers:
             score(folder, side, scenes, scorer, places=places, **how)
-        scores[side] = {scorer.name: folder.load_scores(side, scorer.name) for scorer in scorers}
+        scores[side] = {scorer.name: folder.load_scores(side, scorer.name)
+                        for scorer in benchmark.scorers}
     missing = {name for values in scores.values() for name in summaries.unscored(scenes, values)}
     if missing:
         logging.info("%d of %d scenes belong to other shares; the line without --share makes the "
@@ -70,22 +71,17 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
     return _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases)
 
 
-def _draw_sides(folder, scenes, sides, sampling, batch_size, share):
-    """Draws with one model after the other; returns the parameters of the probe, or None."""
-    sampler = probe = None
-    for side, load in sides.items():
-        model = load()
-        folder.claim({f"{side} model": digest_of(model.parameters)})
-        probe = model.probe if probe is None else probe
-        if sampler is None:
-            # Without parameters, so that those of one side alone are in memory.
-            sampler = Sampler(
-                model.with_parameters({}), batch_size=batch_size, **sampling,
-                slots=max(len(scene.subjects) for scene in scenes))
-        parameters = sampler.place(model.parameters)
-        draw(folder, side, scenes, lambda prompts, p=parameters: sampler.draw(prompts, p),
-             batch_size=batch_size, share=share)
-    return probe
+def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share):
+    """Draws with one model and lets go of it; returns the sampler, which needs none of its own."""
+    model = load()
+    folder.claim({f"{side} model": digest_of(model.parameters)})
+    sampler = sampler or Sampler(
+        model.with_parameters({}), batch_size=batch_size, **sampling,
+        slots=max(len(scene.subjects) for scene in scenes))
+    parameters = sampler.place(model.parameters)
+    draw(folder, side, scenes, lambda prompts: sampler.draw(prompts, parameters),
+         batch_size=batch_size, share=share)
+    return sampler
 
 
 def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):

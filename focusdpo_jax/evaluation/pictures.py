@@ -9,11 +9,11 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 
 _GAP = 4  # Between tiles, in pixels of the page.
 _MARGIN = 8  # Around the page and between rows.
@@ -138,17 +138,13 @@ def save_png(path, image, text=None):
     Raises:
       UserError: the file cannot be written.
     """
-    path = epath.Path(path)
     content = io.BytesIO()
     information = PngInfo()
     for key, value in (text or {}).items():
         information.add_text(key, value)
     Image.fromarray(np.asarray(image)).save(content, format="PNG", pnginfo=information)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
+        replace_file(path, content.getvalue())
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error}. Give a folder that can be written.") from error

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate, scene_noise
 from focusdpo_jax.evaluation.prompts import load_place, load_reference
+from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 
 _MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
 
@@ -16,7 +16,7 @@ class Sampler:
     """Draws pictures from prompts; models of one architecture share its compiled program.
 
     Prompts that place their references have a second one, since masks change how references are
-    attended to. Where the pictures of a batch divide among the devices, each draws its share.
+    attended to. A batch is divided among as many devices as share it equally.
     """
 
     def __init__(self, model, *, resolution, slots, steps, guidance, negative="",
@@ -36,20 +36,15 @@ class Sampler:
             raise UserError(f"--resolution={resolution}: give a positive multiple of {factor}.")
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
-        devices = jax.local_devices()
-        mesh = Mesh(np.asarray(devices if batch_size % len(devices) == 0 else devices[:1]),
-                    ("batch",))
-        self._whole = NamedSharding(mesh, PartitionSpec())
-        self._divided = NamedSharding(mesh, PartitionSpec("batch"))
+        self._mesh = drawing_mesh(batch_size)
         self._view = jax.jit(model.generator.view)
         self._generate = make_generate(
             model.generator, steps=steps, guidance=guidance, image_scale=image_scale,
-            sampler=sampler,
-            negative_token_ids=model.tokenizer(negative))
+            sampler=sampler, negative_token_ids=model.tokenizer(negative))
 
     def place(self, parameters):
         """Parameters on the devices, where `draw` needs them."""
-        return jax.device_put(parameters, self._whole)
+        return replicate(parameters, self._mesh)
 
     def draw(self, prompts, parameters=None):
         """Yields one uint8 [H, W, 3] for each of `prompts`, in their order.
@@ -99,8 +94,8 @@ class Sampler:
         # The noise on the way must not repeat that of the start, which folds in 0.
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
             jnp.asarray([prompt.seed for prompt in prompts]))
-        references, *inputs = jax.device_put(
-            (references, token_ids, time_ids, present, noise, keys, scales, masks), self._divided)
+        references, *inputs = shard_batch(
+            (references, token_ids, time_ids, present, noise, keys, scales, masks), self._mesh)
         token_ids, time_ids, present, noise, keys, scales, masks = inputs
         views = self._view(parameters, references.astype(jnp.float32) / 255)
         return self._generate(parameters, token_ids, time_ids, views, present, noise, keys, scales,

@@ -16,32 +16,33 @@ from focusdpo_jax.evaluation import places as subject_places
 
 
 class Photographs:
-    """Photographs of subjects as one encoder sees them, each read and encoded once."""
+    """Photographs as one encoder sees them, and their subjects as another, each encoded once."""
 
-    def __init__(self, encoder):
-        self._encoder = encoder
+    def __init__(self, encoder, subject_encoder):
+        self._encoder, self._subject_encoder = encoder, subject_encoder
         self._whole, self._subjects = {}, {}
 
     def whole(self, paths):
         """Unit vectors [len(paths), ...] of whole photographs."""
-        return self._encoded(self._whole, paths, lambda path: read_photograph(path)[0])
+        return self._encoded(self._encoder, self._whole, paths,
+                             lambda path: read_photograph(path)[0])
 
     def subjects(self, paths):
         """The same of their subjects alone, where there are masks to cut them out by."""
-        return self._encoded(self._subjects, paths,
+        return self._encoded(self._subject_encoder, self._subjects, paths,
                              lambda path: subject_places.cut(*read_photograph(path)))
 
-    def _encoded(self, known, paths, read):
+    def _encoded(self, encoder, known, paths, read):
         missing = [path for path in dict.fromkeys(paths) if path not in known]
         if missing:
-            known |= zip(missing, self._encoder([read(path) for path in missing]))
+            known |= zip(missing, encoder([read(path) for path in missing]))
         return np.stack([known[path] for path in paths])
 
 
 class SimilarityScorer:
-    """How much pictures resemble the photographs of their subjects, by one encoder.
+    """How much pictures resemble the photographs of their subjects, by one network.
 
-    With `x` the encoder's name:
+    With `x` the network's name:
       x: mean cosine of the picture with the photographs, averaged over subjects.
       x_crop: in scenes of several, for each subject that has a place: mean cosine of what stands
         there with the subject's photographs, all cut out as far as masks are there.
@@ -49,10 +50,12 @@ class SimilarityScorer:
         with its own, of the other that is nearest. Above 0 it looks more like the other.
     """
 
-    def __init__(self, encoder, needs=""):
-        """`needs` names what the places depend on."""
-        self.name = f"{encoder.name}-{_short([encoder.digest, needs])}"
-        self._encoder, self._photographs = encoder, Photographs(encoder)
+    def __init__(self, encoder, subject_encoder=None, needs=None):
+        """Takes encoders of whole pictures and of cut-outs, and what the places depend on."""
+        self._encoder, self._subject_encoder = encoder, subject_encoder or encoder
+        digests = [encoder.digest, self._subject_encoder.digest, needs]
+        self.name = f"{encoder.name}-{_short(digests)}"
+        self._photographs = Photographs(encoder, self._subject_encoder)
 
     def score(self, scenes, pictures, places):
         """See the module; `places` has a list of Place or None for each scene's subjects."""
@@ -62,7 +65,7 @@ class SimilarityScorer:
         places = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, places)]
         cuts = [subject_places.cut(picture, place)
                 for picture, row in zip(pictures, places) for place in row if place]
-        crops = iter(self._encoder(cuts) if cuts else ())
+        crops = iter(self._subject_encoder(cuts) if cuts else ())
         for scene, vector, row in zip(scenes, vectors, places):
             own = [float((self._photographs.whole(s.photographs) @ vector).mean())
                    for s in scene.subjects]

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from focusdpo_jax.evaluation import tables
 from focusdpo_jax.evaluation.toybox_measures import LOWER_IS_BETTER
 
 
@@ -148,11 +149,7 @@ def format_table(results):
         # Leakage counts found subjects only, so the two sides may differ.
         counts = dict.fromkeys(str(estimates[side]["n"]) for side in sides)
         lines.append([*line, "/".join(counts)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-            for line in lines]
-    return "\n".join([text[0], rule, *text[1:]])
+    return tables.aligned(lines)
 
 
 def _percent(estimate):

@@ -23,6 +23,11 @@ def format_table(columns, rows):
             text = "-" if estimate is None else measures.interval(name, estimate, signed=signed)
             line.append(text + (" *" if signed and estimate and certain(estimate) else ""))
         lines.append(line)
+    return aligned(lines)
+
+
+def aligned(lines):
+    """Lists of cells, the first of them headings, as text in columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
             for line in lines]

@@ -1,13 +1,13 @@
 """Toybox's test scenes as a benchmark: their references as files, and the probe as the scorer."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from focusdpo_jax.evaluation import encoders, pictures, toybox_measures
 from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
 from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 
 _TRUTH = ("class_id", "hue", "pattern", "pattern_hue", "part")
 
@@ -44,16 +44,18 @@ class ToyboxScorer:
     def __init__(self, probe, source, slots, batch_size):
         """Args: the probe's parameters; the source of records; the most subjects of a scene."""
         self.name = f"probe-{encoders.digest_of(probe)}"
-        self._probe, self._source = jax.device_put(probe), source
+        self._mesh, self._source = drawing_mesh(batch_size), source
+        self._probe = replicate(probe, self._mesh)
         self._slots, self._batch_size = slots, batch_size
-        self._read = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
+        self._read = jax.jit(lambda p, x: read(
+            Probe(TOYBOX).apply({"params": p}, x / 255.0)))
 
     def score(self, scenes, drawn, places):
         """{measure: list of a value a subject, or a value}, None where it is not defined."""
         side = self._batch_size
         images = np.stack(drawn)
         images = np.concatenate([images, np.repeat(images[-1:], side - len(images), axis=0)])
-        readings = self._read(self._probe, jnp.asarray(images) / 255.0)
+        readings = self._read(self._probe, shard_batch(images, self._mesh))
         readings = jax.tree.map(lambda x: np.asarray(x)[:len(drawn)], readings)
         records = [self._source[int(scene.group)] for scene in scenes]
         present = np.array([[i < len(r["subjects"]) for i in range(self._slots)] for r in records])

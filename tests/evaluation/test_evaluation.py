@@ -1,9 +1,8 @@
 """Evaluations in their folder: stopped and gone on with, of other people's pictures, compared."""
 
-import dataclasses
 import html.parser
 import json
-import pathlib
+import os
 import re
 
 import jax
@@ -28,26 +27,33 @@ def config(tiny_folder):
 
 
 @pytest.fixture(scope="module")
+def probe():
+    """The probe with random weights, and biases that make it see something."""
+    shapes = jax.eval_shape(pretraining.init_probe, jax.random.key(0))
+    draw = np.random.default_rng(0)
+    probe = jax.tree.map(lambda x: draw.normal(0, 0.05, x.shape).astype(np.float32), shapes)
+    probe["heads"]["class"]["bias"][:3] = 1.0
+    return probe
+
+
+@pytest.fixture(scope="module")
 def sides(config):
-    """A base with a probe of random weights, and a policy a little beside it."""
-    probe = pretraining.init_probe(jax.random.key(0))
-    # Its classes are all alike at first; these biases make it see something.
-    probe["heads"]["class"]["bias"] = probe["heads"]["class"]["bias"].at[:3].set(1.0)
-    base = dataclasses.replace(models.load_model(config), probe=probe)
+    """A base, and a policy a little beside it."""
+    base = models.load_model(config)
     policy = base.with_parameters(jax.tree.map(lambda x: x * 1.05, base.parameters))
     return {"base": lambda: base, "policy": lambda: policy}
 
 
-def evaluate(path, config, sides, **how):
-    benchmark = benchmarks.Toybox(config, samples=1, seed=0, limit=None, batch_size=2)
-    return evaluation.run(OutputFolder(path), benchmark, sides, SAMPLING, batch_size=2, **how)
+def evaluate(path, config, probe, sides, sampling=SAMPLING, **how):
+    benchmark = benchmarks.Toybox(config, probe, samples=1, seed=0, limit=None, batch_size=2)
+    return evaluation.run(OutputFolder(path), benchmark, sides, sampling, batch_size=2, **how)
 
 
 @pytest.fixture(scope="module")
-def whole(config, sides, tmp_path_factory):
+def whole(config, probe, sides, tmp_path_factory):
     """A folder that was evaluated in one go."""
     path = tmp_path_factory.mktemp("whole")
-    evaluate(path, config, sides)
+    evaluate(path, config, probe, sides)
     return path
 
 
@@ -68,63 +74,60 @@ def test_results(whole):
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_results(
-        config, sides, whole, tmp_path, monkeypatch):
+        config, probe, sides, whole, tmp_path, monkeypatch):
     kept, saved = OutputFolder.save_picture, []
 
     def stop_at_the_sixth(self, side, scene, picture):
         if len(saved) == 5:
             raise KeyboardInterrupt
-        saved.append(pathlib.Path(self.picture_path(side, scene)))
+        saved.append(self.picture_path(side, scene))
         kept(self, side, scene, picture)
 
     monkeypatch.setattr(OutputFolder, "save_picture", stop_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path, config, sides)
+        evaluate(tmp_path, config, probe, sides)
     monkeypatch.setattr(OutputFolder, "save_picture", kept)
-    written = {path: path.stat().mtime_ns for path in saved}
+    written = {path: os.stat(path).st_mtime_ns for path in saved}
     # A picture and a score that were being written are no harm.
     (tmp_path / "pictures" / "base" / "0000_0.png.tmp").write_text("half")
-    evaluate(tmp_path, config, sides)
-    assert {path: path.stat().mtime_ns for path in saved} == written
+    evaluate(tmp_path, config, probe, sides)
+    assert {path: os.stat(path).st_mtime_ns for path in saved} == written
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
     for path in whole.glob("pictures/*/*.png"):
         assert path.read_bytes() == (tmp_path / path.relative_to(whole)).read_bytes()
 
     with pytest.raises(UserError, match="holds an evaluation with another sampling"):
-        evaluation.run(OutputFolder(tmp_path), benchmarks.Toybox(
-            config, samples=1, seed=0, limit=None, batch_size=2), sides,
-            SAMPLING | {"steps": 3}, batch_size=2)
+        evaluate(tmp_path, config, probe, sides, sampling=SAMPLING | {"steps": 3})
 
 
-def test_shares_add_up(config, sides, whole, tmp_path):
-    assert evaluate(tmp_path, config, sides, share=(1, 2)) is None
+def test_shares_add_up(config, probe, sides, whole, tmp_path):
+    assert evaluate(tmp_path, config, probe, sides, share=(1, 2)) is None
     assert {path.name for path in tmp_path.glob("pictures/base/*.png")} == {
         "0002_0.png", "0003_0.png"}
     assert not (tmp_path / "results.json").exists()
-    evaluate(tmp_path, config, sides, share=(0, 2))
+    evaluate(tmp_path, config, probe, sides, share=(0, 2))
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
 
 
-def test_pictures_of_another_program(config, sides, whole, tmp_path):
+def test_pictures_of_another_program(config, probe, whole, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     with pytest.raises(UserError, match="lacks 4 of 4 pictures, such as 0000_0.png"):
-        evaluate(tmp_path / "out", config, {}, images=images)
+        evaluate(tmp_path / "out", config, probe, {}, images=images)
     for path in (whole / "pictures" / "policy").iterdir():
         Image.open(path).save(images / path.name)
-    results = evaluate(tmp_path / "out", config, {}, images=images,
-                       probe=sides["base"]().probe)
+    results = evaluate(tmp_path / "out", config, probe, {}, images=images)
     expected = json.loads((whole / "results.json").read_text())["metrics"]
     assert results["metrics"] == {name: {"policy": estimates["policy"]}
                                   for name, estimates in expected.items()
                                   if estimates["policy"]["n"]}
     Image.new("RGB", (32, 32)).save(images / "0000_0.png")
     with pytest.raises(UserError, match="another digest of images"):
-        evaluate(tmp_path / "out", config, {}, images=images)
+        evaluate(tmp_path / "out", config, probe, {}, images=images)
 
 
-def test_compare(whole, config, sides, tmp_path):
-    evaluate(tmp_path, config, {"base": sides["base"]})
+def test_compare(whole, config, probe, sides, tmp_path):
+    evaluate(tmp_path, config, probe, {"base": sides["base"]})
     compared = comparison.compare([whole, tmp_path])
     assert [column["side"] for column in compared["columns"]] == ["policy", "base"]
     difference = json.loads((whole / "results.json").read_text())["metrics"]["missing"]
@@ -176,7 +179,7 @@ class Checker(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_report_stands_alone(whole, config, sides, tmp_path):
+def test_report_stands_alone(whole, config, probe, sides, tmp_path):
     run = tmp_path / "a <run>"
     (run / "samples").mkdir(parents=True)
     Image.new("RGB", (300, 200)).save(run / "samples" / "step_000012.png")
@@ -188,7 +191,7 @@ def test_report_stands_alone(whole, config, sides, tmp_path):
     for name in ("settings.json", "scenes.jsonl", "pictures", "scores", "references"):
         (tmp_path / "out" / name).symlink_to(whole / name)
     (tmp_path / "out" / "settings.json").unlink()
-    evaluate(tmp_path / "out", config, sides, workdir=run, cases=1)
+    evaluate(tmp_path / "out", config, probe, sides, workdir=run, cases=1)
     text = (tmp_path / "out" / "report.html").read_text()
     checked = Checker(text)
     assert "script" not in checked.tags and "link" not in checked.tags
