@@ -53,7 +53,7 @@ def curve(points, *, title):
     low, high = min(values), max(values)
     if high == low:
         low, high = low - 0.5, high + 0.5
-    left, right, top, bottom = 52, _WIDTH - 10, 24, 140
+    left, right, top, bottom = 60, _WIDTH - 10, 24, 140
     across = (right - left) / max(steps[-1] - steps[0], 1)
 
     def place(step, value):
@@ -65,8 +65,8 @@ def curve(points, *, title):
         _text(left, 12, title, "start", "head"),
         f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>',
         f'<path class="line" d="M{line}"/>',
-        _text(left - 5, top + 4, f"{high:.4g}", "end", "small"),
-        _text(left - 5, bottom - 4, f"{low:.4g}", "end", "small"),
+        _text(left - 5, top + 4, f"{high:.3g}", "end", "small"),
+        _text(left - 5, bottom - 4, f"{low:.3g}", "end", "small"),
         _text(left, bottom + 12, f"{steps[0]}", "start", "small"),
         _text(right, bottom + 12, f"step {steps[-1]}", "end", "small")]
     return _svg(_WIDTH, bottom + 22, parts, f"{title} from step {steps[0]} to {steps[-1]}")

@@ -50,14 +50,16 @@ td.free { white-space: normal; overflow-wrap: anywhere; }
 figure { margin: 0; min-width: 0; }
 .case { border: 1px solid var(--line); border-radius: 6px; padding: 10px; }
 .case p { margin: 0 0 6px; }
-.row { display: flex; flex-wrap: wrap; gap: 8px; }
-.row figure { flex: 1 1 84px; max-width: 150px; }
+.row { display: flex; gap: 8px; }
+.row figure { flex: 1 1 0; max-width: 224px; }
+.references { margin-bottom: 8px; }
+.references figure { max-width: 88px; }
 .row img { width: 100%; height: auto; display: block; border: 1px solid var(--line); }
 .row figcaption { font-size: 12px; line-height: 1.3; }
 @media (max-width: 520px) { .wide table { font-size: 13px; }
   .wide th, .wide td { padding-right: 8px; } td small { white-space: normal; } }
 img.pixels { image-rendering: pixelated; }
-img.page { max-width: 100%; height: auto; }
+img.page { display: block; width: 100%; min-width: 640px; height: auto; }
 svg { width: 100%; max-width: 560px; height: auto; display: block; font-size: 11px; }
 svg text { fill: var(--ink); }
 svg .small { fill: var(--soft); font-size: 10px; }
@@ -65,7 +67,8 @@ svg .head { font-size: 12px; font-weight: 600; }
 svg .axis { stroke: var(--line); fill: none; }
 svg .line { stroke: var(--policy); fill: none; stroke-width: 1.5; }
 .base { fill: var(--base); } .policy { fill: var(--policy); }
-.key { display: inline-block; width: 10px; height: 10px; margin: 0 4px 0 10px; }
+.key { display: inline-block; width: 10px; height: 10px; margin: 0 4px 0 0; }
+.key:not(:first-child) { margin-left: 12px; }
 .key.base { background: var(--base); } .key.policy { background: var(--policy); }
 """
 
@@ -160,7 +163,7 @@ def _subjects(report):
         ordered = sorted(rows.items())
         if not ordered:
             continue
-        title = f"{measures.title(name)} of every subject"
+        title = f"{measures.title(name)}, by subject"
         chart = charts.bars(ordered[:_MOST_BARS], title=title,
                             number=lambda value, name=name: measures.number(name, value))
         rest = len(ordered) - _MOST_BARS
@@ -207,17 +210,20 @@ def _cases(report, count):
         cards = "".join(_case(report, name, sides, scene, values) for _, scene, values in entries)
         parts.append(f'<h3>{heading}, by {html.escape(measures.title(name))}</h3>'
                      f'<div class="grid">{cards}</div>')
-    return "<h2>Cases</h2>\n" + "\n".join(parts)
+    note = ("The subject reference images, and below them what was drawn"
+            + (", both sides from one noise." if both else "."))
+    return f'<h2>Cases</h2>\n<p class="soft">{note}</p>\n' + "\n".join(parts)
 
 
 def _case(report, name, sides, scene, values):
-    tiles = [_tile(read_picture(epath.Path(s.reference)), f"reference: {s.phrase}")
-             for s in scene.subjects]
-    tiles += [_tile(read_picture(report.picture(side, scene)),
-                    f"{side}: {measures.number(name, value)}")
-              for side, value in zip(sides, values)]
+    references = [_tile(read_picture(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
+    drawn = [_tile(read_picture(report.picture(side, scene)),
+                   f"{side}: {measures.number(name, value)}")
+             for side, value in zip(sides, values)]
     return (f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
-            f'({html.escape(scene.name)})</span></p><div class="row">{"".join(tiles)}</div></div>')
+            f'({html.escape(scene.name)})</span></p>'
+            f'<div class="row references">{"".join(references)}</div>'
+            f'<div class="row">{"".join(drawn)}</div></div>')
 
 
 def _tile(picture, caption):
@@ -256,7 +262,8 @@ def _focus(workdir):
     return (f"<h2>Focus maps</h2>\n<p>Scenes that the run drew at step {step}: references, the "
             "pair, base and policy, and the weight that the run's objective gives to every place "
             "of the chosen picture in its cleanest range of timesteps (lighter is more).</p>\n"
-            f'<img class="page" src="{url}" alt="Samples of the run with focus maps">')
+            f'<div class="wide"><img class="page" src="{url}" '
+            'alt="Samples of the run with focus maps"></div>')
 
 
 def _curves(workdir):

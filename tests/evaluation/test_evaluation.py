@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -126,17 +127,20 @@ def test_pictures_of_another_program(config, probe, whole, tmp_path):
         evaluate(tmp_path / "out", config, probe, {}, images=images)
 
 
-def test_compare(whole, config, probe, sides, tmp_path):
-    evaluate(tmp_path, config, probe, {"base": sides["base"]})
-    compared = comparison.compare([whole, tmp_path])
+def test_compare(whole, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(whole, other)
+    results = json.loads((other / "results.json").read_text())
+    del results["settings"]["scores"]["policy"]  # As of an evaluation of the base alone.
+    (other / "results.json").write_text(json.dumps(results))
+    compared = comparison.compare([whole, other])
     assert [column["side"] for column in compared["columns"]] == ["policy", "base"]
-    difference = json.loads((whole / "results.json").read_text())["metrics"]["missing"]
-    values = compared["metrics"]["missing"]
-    assert values["estimates"] == [difference["policy"], difference["base"]]
+    expected, found = results["metrics"]["missing"], compared["metrics"]["missing"]
+    assert found["estimates"] == [expected["policy"], expected["base"]]
     # The other way round than policy minus base.
-    assert values["differences"][0]["mean"] == pytest.approx(-difference["difference"]["mean"])
+    assert found["differences"][0]["mean"] == pytest.approx(-expected["difference"]["mean"])
     text = comparison.format_comparison(compared)
-    assert text.startswith("4 scenes") and f"{tmp_path} - {whole}" in text
+    assert text.startswith("4 scenes") and f"{other} - {whole}" in text
     with pytest.raises(UserError, match="two or more"):
         comparison.compare([whole])
     with pytest.raises(UserError, match="cannot be read"):
