@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import tiny
+
+from focusdpo_jax import config
 
 CONFIG = str(pathlib.Path(__file__).parent.parent / "configs" / "toybox_dpo.py")
 # All in one process, since every start costs seconds. `sample`'s flags have the same names, so it
@@ -40,6 +43,10 @@ MISTAKES = [
     (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--share=4/4"], "--share=4/4"),
     (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--sampler=plms",
       "--limit=1", "--batch_size=1"], "one of ddim"),
+    # What was refused above has claimed nothing in the folder.
+    (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--steps=5000",
+      "--limit=1", "--batch_size=1"], "sampling steps is 5000"),
+    (["--output=OUT", "--workdir=unfinished"], "--workdir=unfinished: the run has no checkpoint"),
     (["--output=OUT", "--images=OUT", "--dreambench=nowhere"], "give --dinov2, --dino or --clip"),
     (["--output=OUT", "--images=OUT", "--dreambench=nowhere", "--dinov2=x"],
      "--dreambench=nowhere is no folder"),
@@ -50,6 +57,9 @@ MISTAKES = [
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "config.json").write_text(
+        config.to_json(tiny.load_config("toybox_dpo")))
     calls = [[argument.replace("OUT", str(folder / "out")) for argument in arguments]
              for arguments, _ in MISTAKES]
     result = subprocess.run([sys.executable, "-c", CALLS, json.dumps(calls)], check=True,

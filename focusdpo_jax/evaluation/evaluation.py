@@ -47,7 +47,6 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
         given = pictures = ImagesFolder(images, scenes)
         folder.claim({"images": str(images), "digest of images": given.digest()})
     else:
-        folder.claim({"sampling": sampling})
         sampler = None
         for side, load in sides.items():
             sampler = _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
@@ -74,10 +73,11 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
 def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share):
     """Draws with one model and lets go of it; returns the sampler, which needs none of its own."""
     model = load()
-    folder.claim({f"{side} model": digest_of(model.parameters)})
     sampler = sampler or Sampler(
         model.with_parameters({}), batch_size=batch_size, **sampling,
         slots=max(len(scene.subjects) for scene in scenes))
+    # Not before the sampler is there, which refuses what cannot be.
+    folder.claim({"sampling": sampling, f"{side} model": digest_of(model.parameters)})
     parameters = sampler.place(model.parameters)
     draw(folder, side, scenes, lambda prompts: sampler.draw(prompts, parameters),
          batch_size=batch_size, share=share)
