@@ -33,7 +33,8 @@ def get_config(argument=""):
     # "focus_dpo", or one of its rivals over the same step: "dpo" (Diffusion-DPO: every location
     # counts the same), "prior_dpo" (the mask of where the pair differs alone), "sft" (the
     # denoising error of the chosen picture; no reference model), "subject_sft" (the same with
-    # subjects weighing more than background).
+    # subjects weighing more than background), "patch_dpo" (PatchDPO: the denoising error of both
+    # pictures by patch quality; no reference model).
     config.objective = "focus_dpo"
     # What is trained: "adapter" (IP-Adapter: resampler, image keys and values of the UNet; about
     # 0.4 billion parameters), "lora" (low-rank updates of the UNet's attention) or "full" (UNet and
@@ -116,6 +117,8 @@ def get_config(argument=""):
     config.data.validation_size = 4 if debug else 16
     config.data.test_size = 4 if debug else 16
     config.data.subject_counts = (0.2, 0.4, 0.4)
+    # Chance that a disrupted subject of a rejected picture wears looks of another of its scene.
+    config.data.leak_probability = 0.5
     # Whether the frozen encoders see every picture once, before training, and not in every step.
     # The result is kept in memory: about 4 MiB a pair at 1024 pixels.
     config.data.cache = debug
@@ -123,6 +126,13 @@ def get_config(argument=""):
     # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.
     config.focus = ml_collections.ConfigDict()
     config.focus.buckets = 4
+    # What SPAF compares with the references: "vit" (the image encoder's features of the clean
+    # pictures), "unet" (those of the reference model at the step's noise; needs data.cache) or
+    # "attention" (its cross-attention to the image tokens).
+    config.focus.features = "vit"
+    # How many features stand for a subject, and as many for what surrounds it in its reference
+    # (with "attention" it is the image tokens that do).
+    config.focus.prototypes = 16
     # SPAF: match the picture's patches with the references. DPCE: let detailed patches weigh more.
     config.focus.spaf = True
     config.focus.dpce = True

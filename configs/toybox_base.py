@@ -30,8 +30,9 @@ def get_config(stage="generator"):
     # the denoising error of the chosen pictures, where subjects count more than background.
     config.objective = {"autoencoder": "autoencode", "image_encoder": "attributes",
                         "probe": "probe"}.get(stage, "subject_sft")
-    # For "subject_sft": UNet, subject adapter and both text encoders.
-    config.trainable = "generator"
+    # For "subject_sft": UNet, subject adapter and both text encoders; at last the subject adapter
+    # and the image keys and values of the UNet alone.
+    config.trainable = "adapter" if stage == "confusion" else "generator"
     # Chance to drop the caption, the references, or both, for classifier-free guidance.
     config.condition_dropout = 0.07 if generates else 0.0
     # Chance that a scene is learnt from its rejected picture, in which some subjects are not those
@@ -48,13 +49,13 @@ def get_config(stage="generator"):
 
     # Optimiser steps and scenes a step.
     config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 5000,
-                    "generator": 15000, "confusion": 600}[stage]
+                    "generator": 15000, "confusion": 500}[stage]
     config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16}.get(stage, 32)
     # Batches whose gradients are averaged into one step.
     config.accumulate = 1
     # AdamW: peak learning rate after the warm-up, then a cosine decay to zero.
     config.learning_rate = {"autoencoder": 4e-3, "image_encoder": 2e-3, "probe": 3e-3,
-                            "generator": 1.2e-3, "confusion": 8e-4}[stage]
+                            "generator": 1.2e-3, "confusion": 2e-3}[stage]
     config.warmup_steps = 100
     config.decay = "cosine"
     config.weight_decay = 1e-4
@@ -101,15 +102,18 @@ def get_config(stage="generator"):
     config.data.test_size = 256
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
+    # Chance that a disrupted subject of a rejected picture wears looks of another of its scene.
+    config.data.leak_probability = 1.0 if stage == "confusion" else 0.5
     # Whether frozen encoders see every picture once, before training, and not in every step.
     config.data.cache = True
 
     # The weight of the background for "subject_sft"; FocusDPO's other numbers are not used here,
     # see configs/toybox_dpo.py.
     config.focus = ml_collections.ConfigDict({
-        "buckets": 1, "spaf": False, "dpce": False, "rho_noisy": 0.3, "rho_clean": 0.9,
-        "lambda_s": 1.0, "lambda_d": 1.0, "tau": 0.5, "gate_width": 0.0, "background": 0.25,
-        "matched": 0.5, "detail_fraction": 0.5, "detail_bins": 16, "detail_sigma": 3.0})
+        "buckets": 1, "features": "vit", "prototypes": 1, "spaf": False, "dpce": False,
+        "rho_noisy": 0.3, "rho_clean": 0.9, "lambda_s": 1.0, "lambda_d": 1.0, "tau": 0.5,
+        "gate_width": 0.0, "background": 0.25, "matched": 0.5, "detail_fraction": 0.5,
+        "detail_bins": 16, "detail_sigma": 3.0})
 
     # Pictures drawn on the way: DDIM steps and guidance scale.
     config.sampling = ml_collections.ConfigDict({"steps": 16, "guidance": 2.0})

@@ -21,12 +21,13 @@ def get_config():
     # "focus_dpo", or one of its rivals over the same step: "dpo" (Diffusion-DPO: every location
     # counts the same), "prior_dpo" (the mask of where the pair differs alone), "sft" (the
     # denoising error of the chosen picture; no reference model), "subject_sft" (the same with
-    # subjects weighing more than background).
+    # subjects weighing more than background), "patch_dpo" (PatchDPO: the denoising error of both
+    # pictures by patch quality; no reference model).
     config.objective = "focus_dpo"
     # What is trained: "adapter" (subject adapter and the image keys and values of the UNet),
     # "lora" (low-rank updates of the UNet's attention; set model.lora_rank) or "full" (UNet and
     # adapter).
-    config.trainable = "full"
+    config.trainable = "adapter"
     # Pull towards the reference model: the smaller, the further the policy may go.
     config.beta = 100.0
     # Weight of the chosen picture's plain denoising error beside the preference (focus/losses.py);
@@ -46,7 +47,7 @@ def get_config():
     # step sees every bucket once.
     config.accumulate = 1
     # AdamW: learning rate after a linear warm-up, then "constant" or a "cosine" decay to zero.
-    config.learning_rate = 1e-3
+    config.learning_rate = 1.5e-3
     config.warmup_steps = 10
     config.decay = "cosine"
     config.weight_decay = 0.0
@@ -80,7 +81,8 @@ def get_config():
 
     config.data = ml_collections.ConfigDict()
     # "toybox", rendered and built once, or "prepared": your own pictures, from the folder that
-    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are Toybox's.
+    # focusdpo_jax.prepare left (docs/data.md). But for path and cache the other fields are
+    # Toybox's.
     config.data.source = "toybox"
     # Folder under which Toybox is built, once for each seed and size; or the prepared folder.
     config.data.path = "data"
@@ -88,16 +90,25 @@ def get_config():
     config.data.train_size = 768
     # Validation scenes are drawn in the pictures; test scenes are measured.
     config.data.validation_size = 16
-    config.data.test_size = 448
+    config.data.test_size = 896
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
-    # Whether the frozen encoders see every picture once, before training, and not in every step. The
-    # result is kept in memory; of a prepared data set on disk, in its folder.
+    # Chance that a disrupted subject of a rejected picture wears looks of another of its scene.
+    config.data.leak_probability = 1.0
+    # Whether the frozen encoders see every picture once, before training, and not in every step.
+    # The result is kept in memory; of a prepared data set on disk, in its folder.
     config.data.cache = True
 
     # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.
     config.focus = ml_collections.ConfigDict()
     config.focus.buckets = 4
+    # What SPAF compares with the references: "vit" (the image encoder's features of the clean
+    # pictures), "unet" (those of the reference model at the step's noise; needs data.cache) or
+    # "attention" (its cross-attention to the image tokens).
+    config.focus.features = "vit"
+    # How many features stand for a subject, and as many for what surrounds it in its reference
+    # (with "attention" it is the image tokens that do).
+    config.focus.prototypes = 16
     # SPAF: match the picture's patches with the references. DPCE: let detailed patches weigh more.
     config.focus.spaf = True
     config.focus.dpce = True
@@ -121,8 +132,8 @@ def get_config():
     config.focus.detail_sigma = 3.0
 
     # How pictures are drawn: DDIM steps and guidance scale; 1 is none, at half the cost.
-    config.sampling = ml_collections.ConfigDict({"steps": 12, "guidance": 1.0})
+    config.sampling = ml_collections.ConfigDict({"steps": 8, "guidance": 1.0})
     # Test scenes measured before and after, scenes drawn at once, scenes shown in pictures.
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 448, "batch_size": 32, "pictures": 8})
+        {"scenes": 896, "batch_size": 32, "pictures": 8})
     return config

@@ -14,7 +14,9 @@ import ml_collections
 from focusdpo_jax.errors import UserError
 
 SUPERVISED_OBJECTIVES = ("sft", "subject_sft")
-GENERATOR_OBJECTIVES = (*SUPERVISED_OBJECTIVES, "dpo", "prior_dpo", "focus_dpo")
+# Those whose loss compares the policy with a reference model.
+PREFERENCE_OBJECTIVES = ("dpo", "prior_dpo", "focus_dpo")
+GENERATOR_OBJECTIVES = (*SUPERVISED_OBJECTIVES, "patch_dpo", *PREFERENCE_OBJECTIVES)
 ENCODER_OBJECTIVES = ("autoencode", "attributes", "probe")
 
 # Fields that may change between two runs in one folder: they say how long to train and how
@@ -25,7 +27,8 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
-          "data.source": "toybox"}
+          "data.source": "toybox", "data.leak_probability": 0.5, "focus.features": "vit",
+          "focus.prototypes": 1}
 
 
 def _one_of(*choices):
@@ -110,7 +113,10 @@ RULES = {
     "data.validation_size": _integer(1),
     "data.test_size": _integer(1),
     "data.subject_counts": _shares(),
+    "data.leak_probability": _number(0, 1),
     "focus.buckets": _integer(1),
+    "focus.features": _one_of("vit", "unet", "attention"),
+    "focus.prototypes": _integer(1),
     "focus.spaf": _flag(),
     "focus.dpce": _flag(),
     "focus.rho_noisy": _number(0),
@@ -169,13 +175,17 @@ def _validate_together(config):
                         f"{config.objective!r} trains an encoder; give 'float32'")
     if config.mesh.data == 0:
         raise UserError("config.mesh.data = 0: give a number of devices, or -1 for all of them")
+    if (config.focus.features == "unet" and config.objective == "focus_dpo" and config.focus.spaf
+            and not config.data.cache):
+        raise UserError("config.data.cache = False: config.focus.features = 'unet' denoises every "
+                        "reference once in each bucket, which no step can afford; give True")
     if config.objective not in (*SUPERVISED_OBJECTIVES, *ENCODER_OBJECTIVES):
         if config.condition_dropout:
             raise UserError(f"config.condition_dropout = {config.condition_dropout}: "
-                            f"{config.objective} compares images under their captions; give 0")
+                            f"{config.objective} learns from pairs under their captions; give 0")
         if config.rejected_share:
             raise UserError(f"config.rejected_share = {config.rejected_share}: "
-                            f"{config.objective} compares both images of a pair; give 0")
+                            f"{config.objective} learns from both images of a pair; give 0")
         if config.timestep_logits:
             raise UserError(f"config.timestep_logits = {config.timestep_logits}: "
                             f"{config.objective} draws uniformly within its buckets; give ()")

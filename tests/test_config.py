@@ -39,7 +39,7 @@ def test_preference_objectives_take_no_timestep_logits(objective):
 
 def test_preference_objectives_learn_from_both_pictures_as_they_are():
     check(objective="sft", rejected_share=0.5)
-    with pytest.raises(UserError, match=r"config.rejected_share = 0.5: focus_dpo compares both "
+    with pytest.raises(UserError, match=r"config.rejected_share = 0.5: focus_dpo learns from both "
                                         r"images of a pair; give 0"):
         check(objective="focus_dpo", rejected_share=0.5)
 
@@ -55,6 +55,11 @@ def test_a_run_from_before_a_field_was_there_goes_on():
         "config.dtype = 'float32' (now 'bfloat16')"]
     completed = config_rules.complete(ml_collections.ConfigDict(old))
     assert completed.to_dict() == config.to_dict() and "dtype" not in old
+    # One prototype stood for a subject, so that another default is another run.
+    new["dtype"] = "float32"
+    del old["focus"]["features"], old["focus"]["prototypes"]
+    assert config_rules.changed_fields(old, new) == [
+        f"config.focus.prototypes = 1 (now {new['focus']['prototypes']})"]
 
 
 def test_encoders_are_trained_in_float32():

@@ -6,7 +6,7 @@ with Pillow.
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -61,6 +61,38 @@ class SampleRow:
     base: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class FocusRow:
+    """How the weight of one picture comes about in one bucket; None leaves a map out.
+
+    Attributes:
+      caption: bucket, picture and what it shows.
+      references: as in `PreferenceRow`.
+      image: the chosen or the rejected picture.
+      similarity: [subjects, h, w], of each reference with each place, on any scale.
+      matched, unmatched, detail: [h, w], M', M_s and M_d, in [0, 1].
+      weights: [h, w], W.
+    """
+
+    caption: str
+    references: Sequence[np.ndarray]
+    image: np.ndarray
+    similarity: Sequence[np.ndarray]
+    matched: np.ndarray | None
+    unmatched: np.ndarray | None
+    detail: np.ndarray | None
+    weights: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRow:
+    """References, what they should become, and {model: what it draws}, None for nothing."""
+
+    references: Sequence[np.ndarray]
+    chosen: np.ndarray
+    drawn: Mapping[str, np.ndarray | None]
+
+
 def preference_grid(rows, *, scale=2):
     """One row a pair: references | chosen | rejected | base | policy | focus | masks; its caption.
 
@@ -101,6 +133,49 @@ def sample_grid(rows, *, columns=2, scale=2):
                      ["base", "policy"], columns=columns, scale=scale)
     return _page([(row.caption, row.references, [row.generated]) for row in rows],
                  ["generated"], columns=columns, scale=scale)
+
+
+def focus_grid(rows, *, scale=2):
+    """One row a picture and bucket: references | picture | similarity of each | M' | M_s | M_d | W.
+
+    Columns that no row has a map for are left out.
+
+    Args:
+      rows: a non-empty list of FocusRow.
+      scale: each pixel of a picture becomes scale x scale pixels.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    slots = max(len(row.similarity) for row in rows)
+    maps = {"M'": "matched", "M_s": "unmatched", "M_d": "detail", "W": "weights"}
+    maps = {name: field for name, field in maps.items()
+            if any(getattr(row, field) is not None for row in rows)}
+
+    def tiles(row):
+        # A similarity may be negative, and only its order counts.
+        alike = [heat(x - x.min(), row.image) for x in row.similarity]
+        values = [getattr(row, field) for field in maps.values()]
+        return [row.image, *alike, *[None] * (slots - len(alike)),
+                *(None if value is None else heat(value, row.image) for value in values)]
+
+    names = ["picture", *(f"like {i + 1}" for i in range(slots)), *maps]
+    return _page([(row.caption, row.references, tiles(row)) for row in rows], names, columns=1,
+                 scale=scale)
+
+
+def model_grid(rows, *, scale=2):
+    """One row a scene: references | chosen | what each model draws.
+
+    Args:
+      rows: a non-empty list of ModelRow with the same models.
+      scale: each pixel of a picture becomes scale x scale pixels.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    return _page([("", row.references, [row.chosen, *row.drawn.values()]) for row in rows],
+                 ["chosen", *rows[0].drawn], columns=1, scale=scale)
 
 
 def heat(weights, image):

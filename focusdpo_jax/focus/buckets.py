@@ -50,6 +50,7 @@ class BucketNumbers(NamedTuple):
     """A bucket's dynamic half: a pytree of scalars.
 
     Attributes:
+      index: place among the run's buckets, where what is cached for each of them is found.
       t_low, t_high: timesteps t with t_low <= t < t_high.
       rho: share of a subject's area that SPAF may match, >= 0.
       lambda_s: extra weight of M_s, the unmatched part of the subjects, >= 0.
@@ -61,6 +62,7 @@ class BucketNumbers(NamedTuple):
       matched: weight, in place of 1, of prior locations in M' while the gate is shut, in [0, 1].
     """
 
+    index: Int[Array, ""]
     t_low: Int[Array, ""]
     t_high: Int[Array, ""]
     rho: Float[Array, ""]
@@ -132,6 +134,7 @@ def make_buckets(
     for i in range(count):
         u = (i + 0.5) / count
         numbers = BucketNumbers(
+            index=np.int32(i),
             t_low=edges[i + 1],
             t_high=edges[i],
             # float32 whatever the config holds, so that all buckets look alike to jit.

@@ -1,20 +1,23 @@
 """SPAF, the Structure-Preserving Attention Field: where does the image already match a reference?
 
-    reference patches --mask, pool--> one prototype a subject            `prototypes`
-    prototype . target patch, cosine  --> similarity of every patch      `cosine_similarity`
-    a patch belongs to its most similar subject; each subject keeps its
-    k = rho * area best patches; the union over subjects is M'           `match`
+    reference patches --mask, pool--> prototypes of each subject, and
+    of what surrounds it                                                 `prototypes`
+    best prototype . target patch, cosine --> similarity of every patch  `cosine_similarity`
+    a patch belongs to its most similar subject; each subject keeps the
+    k = rho * area patches that resemble it most clearly; the union over
+    subjects is M'                                                       `match`
     M_s = M_prior and not M'                                             `unmatched`
 
 M' gets low priority in the loss and M_s, the part of the subjects that does not correspond yet,
 high priority. As denoising proceeds rho grows, so M' grows and M_s shrinks. The pipeline from
 masked pooling to M' and M_s is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel a).
-The competition between subjects, k as a share of the subject's area, and the choice of features
-are [ours].
+Several prototypes a subject, the competition between subjects and with the references' backgrounds,
+ranking by its margin, k as a share of the subject's area, and the choice of features are [ours];
+`benchmarks/correspondence.py` measures what they are worth on photographs.
 
 Shapes: B examples, S subject slots (absent ones are masked by `present`), N reference patches,
-D features, and target patches h x w. All of it is fixed-shape: k depends on the data, so the best
-k are found by rank and not by a top-k of static length.
+P prototypes, D features, and target patches h x w. All of it is fixed-shape: k depends on the data,
+so the best k are found by rank and not by a top-k of static length.
 """
 
 from typing import NamedTuple
@@ -50,35 +53,106 @@ def prototypes(
     reference_features: Float[Array, "batch subjects patches features"],
     reference_masks: Float[Array, "batch subjects patches"],
     present: Bool[Array, "batch subjects"],
-) -> Float[Array, "batch subjects features"]:
-    """One direction in feature space for each subject: the masked mean of its patches.
+    count: int = 1,
+    iterations: int = 8,
+) -> Float[Array, "batch subjects count features"]:
+    """Directions in feature space that stand for each subject: means over groups of its patches.
 
-        prototype_s = unit(sum_n mask_sn f_sn / sum_n mask_sn)
+        prototype_sp = unit(sum_n mask_sn [n in group p] f_sn)
+
+    One prototype is the masked mean of all patches [known]. Several are found by spherical k-means
+    from farthest-first seeds, which draws nothing at random: a subject's parts look different, and
+    a target patch shows one of them [ours].
 
     Args:
       reference_features: patch features of each subject's reference image, any float type.
       reference_masks: share of each patch that the subject covers, in [0, 1].
       present: which slots hold a subject.
+      count: prototypes a subject, >= 1.
+      iterations: of k-means.
 
     Returns:
       float32 vectors of length 1; zeros for an absent subject, whatever its slot holds, and for
       one whose mask is empty.
     """
-    masks = reference_masks.astype(jnp.float32)[..., None]
-    # Only the direction counts, so the sum stands for the mean.
-    pooled = jnp.sum(masks * reference_features.astype(jnp.float32), axis=2)
     # Selected, not multiplied by zero: an unused slot may hold NaN.
-    return _unit(jnp.where(present[..., None], pooled, 0))
+    features = jnp.where(present[..., None, None], reference_features.astype(jnp.float32), 0)
+    masks = jnp.where(present[..., None], reference_masks.astype(jnp.float32), 0)
+    weighted, directions = masks[..., None] * features, _unit(features)
+    centres = _unit(jnp.sum(weighted, axis=2, keepdims=True))
+    if count == 1:
+        return centres
+
+    def cosine(centres):
+        return jnp.einsum("bsnd,bspd->bsnp", directions, centres,
+                          precision=jax.lax.Precision.HIGHEST)
+
+    for _ in range(count - 1):
+        nearest = jnp.where(masks > 0.5, jnp.max(cosine(centres), axis=-1), jnp.inf)
+        seed = jnp.argmin(nearest, axis=-1)[..., None, None]
+        seeds = jnp.take_along_axis(directions, seed, axis=2)
+        # Without a patch that is mostly the subject's, the mean stands for all.
+        some = jnp.any(masks > 0.5, axis=-1)[..., None, None]
+        centres = jnp.concatenate([centres, jnp.where(some, seeds, centres[:, :, :1])], axis=2)
+
+    def step(centres, _):
+        group = jax.nn.one_hot(jnp.argmax(cosine(centres), axis=-1), count)
+        sums = jnp.einsum("bsnp,bsnd->bspd", group, weighted)
+        # A group without a patch keeps its centre.
+        return jnp.where(jnp.any(sums != 0, axis=-1, keepdims=True), _unit(sums), centres), None
+
+    return jax.lax.scan(step, centres, length=iterations)[0]
+
+
+def inside_and_outside(
+    reference_features: Float[Array, "batch subjects patches features"],
+    reference_masks: Float[Array, "batch subjects patches"],
+    present: Bool[Array, "batch subjects"],
+    count: int,
+) -> Float[Array, "batch subjects 2 count features"]:
+    """`prototypes` of each subject, then of what surrounds it in its reference image."""
+    return jnp.stack([prototypes(reference_features, masks, present, count)
+                      for masks in (reference_masks, 1 - reference_masks)], axis=2)
 
 
 def cosine_similarity(
-    prototype: Float[Array, "batch subjects features"],
+    prototype: Float[Array, "batch subjects count features"],
     target_features: Float[Array, "batch height width features"],
 ) -> Float[Array, "batch subjects height width"]:
-    """Cosine of the angle between every subject's prototype and every target patch, in [-1, 1]."""
+    """Cosine of every target patch with the nearest of each subject's prototypes, in [-1, 1].
+
+    Where a subject has no prototype, as an absent one, it is -1.
+    """
     target = _unit(target_features.astype(jnp.float32))
     # Full precision: competition and rank compare numbers that are close together.
-    return jnp.einsum("bsd,bhwd->bshw", prototype, target, precision=jax.lax.Precision.HIGHEST)
+    cosine = jnp.einsum("bspd,bhwd->bsphw", prototype.astype(jnp.float32), target,
+                        precision=jax.lax.Precision.HIGHEST)
+    known = jnp.any(prototype != 0, axis=-1)
+    return jnp.max(jnp.where(known[..., None, None], cosine, -1), axis=2)
+
+
+def patch_quality(
+    reference_features: Float[Array, "batch subjects patches features"],
+    reference_masks: Float[Array, "batch subjects patches"],
+    target_features: Float[Array, "batch height width features"],
+    present: Bool[Array, "batch subjects"],
+) -> Float[Array, "batch height width"]:
+    """How well each target patch is found on some subject's reference: PatchDPO's quality.
+
+        q[i] = max over subjects s and their patches n of cosine(f_sn, f_i), at least 0
+
+    Every reference patch stands for itself, unlike in SPAF; a patch counts where its subject covers
+    most of it. PatchDPO (arXiv 2412.03177) estimates quality by features of a frozen vision model.
+
+    Returns:
+      Quality in [0, 1]; 0 without a subject.
+    """
+    usable = present[..., None] & (reference_masks > 0.5)
+    references = jnp.where(usable[..., None], reference_features.astype(jnp.float32), 0)
+    cosine = jnp.einsum("bsnd,bhwd->bsnhw", _unit(references),
+                        _unit(target_features.astype(jnp.float32)))
+    # Unusable patches have a cosine of 0, which is the least that counts.
+    return jnp.clip(jnp.max(cosine, axis=(1, 2)), 0, 1)
 
 
 def budget(
@@ -100,19 +174,23 @@ def match(
     present: Bool[Array, "batch subjects"],
     area: Float[Array, "batch subjects"],
     rho: Float[Array, ""] | float,
+    background: Float[Array, "batch height width"] | None = None,
 ) -> Match:
-    """Turns similarities into M': competition between subjects, then each one's k best patches.
+    """Turns similarities into M': competition, then each subject's k clearest patches.
 
     1. A patch belongs to the present subject it resembles most; to each of them if several are
        exactly equal, so that the order of the subjects never matters [ours].
-    2. Every subject keeps the k most similar patches among those that belong to it, over the whole
-       image [known], with k from `budget` [ours]; patches of equal similarity in raster order.
+    2. Every subject keeps k of the patches that belong to it, over the whole image [known], with k
+       from `budget` [ours]: those whose similarity exceeds that of the strongest rival, another
+       subject or the background, by most [ours]. Without a rival that is the similarity itself.
+       Patches with equal margins go in raster order.
 
     Args:
-      similarity: of any source: cosine of features, or attention mass of a subject's tokens.
+      similarity: of any source: cosine of features, or attention to a subject's tokens.
       present: which slots hold a subject.
       area: size of each subject in the target, in patches of this grid (its soft mask summed).
       rho: share of the subject's area to match, >= 0; may be traced.
+      background: similarity with what surrounds the subjects in their references, if known.
 
     Returns:
       The match. No gradient flows through it.
@@ -122,7 +200,13 @@ def match(
     score = jnp.where(present[..., None], score, -jnp.inf)
     own = present[..., None] & (score == jnp.max(score, axis=1, keepdims=True))
 
-    order = jnp.argsort(jnp.where(own, -score, jnp.inf), axis=-1, stable=True)
+    others = jnp.where(jnp.eye(subjects, dtype=bool)[:, :, None], -jnp.inf, score[:, None])
+    rival = jnp.max(others, axis=2)
+    if background is not None:
+        rival = jnp.maximum(rival, background.reshape(batch, 1, height * width))
+    margin = score - jnp.where(jnp.isfinite(rival), rival, 0)
+
+    order = jnp.argsort(jnp.where(own, -margin, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)  # the inverse permutation: each patch's place
     k = budget(area, present, rho, height * width)
     kept = own & (rank < k[..., None])
@@ -135,22 +219,18 @@ def match(
     )
 
 
-def correspondence(
-    reference_features: Float[Array, "batch subjects patches features"],
-    reference_masks: Float[Array, "batch subjects patches"],
+def compare(
+    described: Float[Array, "batch subjects 2 count features"],
     target_features: Float[Array, "batch height width features"],
-    present: Bool[Array, "batch subjects"],
-    area: Float[Array, "batch subjects"],
-    rho: Float[Array, ""] | float,
-) -> Match:
-    """SPAF from features: `match(cosine_similarity(prototypes(...)), ...)`.
+) -> tuple[Float[Array, "batch subjects height width"], Float[Array, "batch height width"]]:
+    """Similarity of a target with each subject, and with the backgrounds of all references.
 
-    Reference and target features must come from the same layer (and, for a denoiser, the same
-    timestep). Where prototypes are cached, call the three functions one by one.
+    Args:
+      described: from `inside_and_outside`. Reference and target features must come from the same
+        layer (and, for a denoiser, the same noise).
     """
-    present = present & jnp.any(reference_masks > 0, axis=-1)
-    prototype = prototypes(reference_features, reference_masks, present)
-    return match(cosine_similarity(prototype, target_features), present, area, rho)
+    inside, outside = (cosine_similarity(described[:, :, i], target_features) for i in range(2))
+    return inside, jnp.max(outside, axis=1)
 
 
 def to_grid(matched: Match, grid: tuple[int, int]) -> Match:

@@ -151,3 +151,31 @@ def sft(
     """
     loss = weighted_mean(weights_chosen, policy_chosen)
     return loss, {"policy_error": jax.lax.stop_gradient(loss)}
+
+
+def patch_dpo(
+    policy_chosen: Float[Array, "batch height width"],
+    policy_rejected: Float[Array, "batch height width"],
+    weights_chosen: Float[Array, "batch height width"],
+    weights_rejected: Float[Array, "batch height width"],
+) -> tuple[Float[Array, "batch"], Diagnostics]:
+    """PatchDPO (arXiv 2412.03177): a denoising error of both images, no reference model.
+
+        loss = sum(W^w d_policy(z^w) + W^l d_policy(z^l)) / sum(W^w + W^l)
+
+    Both terms are learnt from, neither is pushed away: where the rejected image is good its patches
+    teach too, and where it is not the chosen one's do (`weighting.quality_weights`).
+
+    Args:
+      policy_chosen, policy_rejected: error maps of the model in training (`error_map`).
+      weights_chosen, weights_rejected: weights >= 0; no gradient flows through them.
+
+    Returns:
+      The loss of each pair [B], and per-pair diagnostics [B]: `winner_error` and `loser_error`,
+      each image's own weighted error.
+    """
+    loss = weighted_mean(jnp.concatenate([weights_chosen, weights_rejected], axis=1),
+                         jnp.concatenate([policy_chosen, policy_rejected], axis=1))
+    diagnostics = {"winner_error": weighted_mean(weights_chosen, policy_chosen),
+                   "loser_error": weighted_mean(weights_rejected, policy_rejected)}
+    return loss, jax.lax.stop_gradient(diagnostics)

@@ -38,6 +38,18 @@ def prior_weights(
     return background + prior
 
 
+def quality_weights(
+    quality: Float[Array, "batch height width"],
+) -> tuple[Float[Array, "batch height width"], Float[Array, "batch height width"]]:
+    """PatchDPO's weights of chosen and rejected image: `W^w = 1 - q`, `W^l = q`.
+
+    q is the patch quality of the rejected image in [0, 1] (`correspondence.patch_quality`). The
+    authors' public training code weighs its target by 1 - r and its contrast image by r; that r is
+    this quality, and that one map serves both since a pair shares its layout, is [ours].
+    """
+    return jax.lax.stop_gradient((1 - quality, quality))
+
+
 def gate(
     alignment: Float[Array, "batch"],
     tau: Float[Array, ""] | float,
@@ -91,21 +103,26 @@ def focus_weights(
     prior = prior.astype(jnp.float32)
     diagnostics = {}
     opened = None  # the gate [B, 1, 1]; None is shut, and costs nothing
+    # The scopes name these operations in the compiled program, where a test looks for them.
     if structure.spaf:
-        diagnostics["alignment"] = correspondence.alignment(matched, prior)
+        with jax.named_scope("spaf"):
+            diagnostics["alignment"] = correspondence.alignment(matched, prior)
     if structure.dpce:
-        diagnostics["gate"] = (
-            gate(diagnostics["alignment"], numbers.tau, numbers.gate_width)
-            if structure.spaf else jnp.ones(prior.shape[0], jnp.float32))
-        opened = diagnostics["gate"][:, None, None]
+        with jax.named_scope("dpce"):
+            diagnostics["gate"] = (
+                gate(diagnostics["alignment"], numbers.tau, numbers.gate_width)
+                if structure.spaf else jnp.ones(prior.shape[0], jnp.float32))
+            opened = diagnostics["gate"][:, None, None]
 
     inside = jnp.ones_like(prior)
     if structure.spaf:
-        lowered = (1 - numbers.matched) * matched.union
-        inside -= lowered if opened is None else (1 - opened) * lowered
-        inside += numbers.lambda_s * (1 - matched.union)
+        with jax.named_scope("spaf"):
+            lowered = (1 - numbers.matched) * matched.union
+            inside -= lowered if opened is None else (1 - opened) * lowered
+            inside += numbers.lambda_s * (1 - matched.union)
     if structure.dpce:
-        inside += opened * numbers.lambda_d * detail
+        with jax.named_scope("dpce"):
+            inside += opened * numbers.lambda_d * detail
     weights = numbers.background + prior * inside
 
     total = jnp.sum(weights, axis=(1, 2))

@@ -27,7 +27,7 @@ from focusdpo_jax.models.clip import (
     CLIPVisionConfig,
 )
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_adapter
-from focusdpo_jax.models.unet import UNet, UNetConfig
+from focusdpo_jax.models.unet import IMAGE_ATTENTION, UNet, UNetConfig
 from focusdpo_jax.models.vae import VAE, VAEConfig
 
 PARTS = ("unet", "adapter", "text_encoder", "text_encoder_2", "image_encoder", "vae")
@@ -175,6 +175,15 @@ class Generator:
         """Patches of the image encoder along each side."""
         return self.config.image_encoder.image_size // self.config.image_encoder.patch_size
 
+    @property
+    def match_captures(self):
+        """What `denoise` can keep to match a picture with its references, by the source's name.
+
+        Of the blocks, the middle of the way up: semantic enough to match, fine enough to place.
+        """
+        middle = (len(self.config.unet.block_out_channels) - 1) // 2
+        return {"unet": f"up_blocks_{middle}", "attention": IMAGE_ATTENTION}
+
     def latent_shape(self, resolution):
         """(height, width, channels) of the latents of a square image."""
         side = resolution // self.latent_factor
@@ -216,7 +225,7 @@ class Generator:
         return mean * scale, jnp.exp(0.5 * log_variance) * scale
 
     def decode_latents(self, parameters, latents):
-        """Pixels [B, H, W, 3], about [0, 1] and not clipped, from latents as the UNet gives them."""
+        """Pixels [B, H, W, 3], about [0, 1] and not clipped, from the UNet's latents."""
         pixels = self.vae.apply({"params": parameters["vae"]},
                                 latents / self.config.vae.scaling_factor, method="decode")
         return pixels / 2 + 0.5

@@ -1,4 +1,4 @@
-"""How cross-attention tells the tokens of several subject references apart: masks and shares.
+"""How cross-attention tells the tokens of several subject references apart: masks and maps.
 
 Keys and values are those of all slots in a row, T tokens a slot.
 """
@@ -44,20 +44,25 @@ def masks_on_grid(masks, grid):
     return small.reshape(*small.shape[:2], -1)
 
 
-def slot_shares(query, key, key_mask, num_heads, slots):
-    """Share of the attention that falls on each slot's tokens, averaged over heads.
+def slot_attention(query, key, key_mask, num_heads, slots):
+    """How strongly each position looks at each slot, before attention is normalised.
+
+        log mean_t exp(query . key_t / sqrt(d))     over the slot's T tokens, mean over heads
+
+    A share of the attention would tell several slots apart, but that of a picture's only slot is 1
+    everywhere.
 
     Args:
       query: [B, N, C]; key: [B, slots * T, C].
-      key_mask: bool [B, slots * T].
+      key_mask: bool [B, slots * T]; the tokens of a slot are valid together.
 
     Returns:
-      [B, N, slots] in float32; rows sum to 1, or are zero where no key is valid.
+      [B, N, slots] in float32; 0 for a slot whose tokens are not valid.
     """
-    query, key = layers.split_heads(query, num_heads), layers.split_heads(key, num_heads)
-    logits = jnp.einsum("bnhd,bkhd->bhnk", query, key, preferred_element_type=jnp.float32)
-    logits = logits * query.shape[-1] ** -0.5
-    mask = key_mask[:, None, None, :]
-    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1) * mask
-    weights = weights.mean(1)
-    return weights.reshape(*weights.shape[:2], slots, -1).sum(-1)
+    with jax.named_scope("slot_attention"):
+        query, key = layers.split_heads(query, num_heads), layers.split_heads(key, num_heads)
+        logits = jnp.einsum("bnhd,bkhd->bhnk", query, key, preferred_element_type=jnp.float32)
+        logits = (logits * query.shape[-1] ** -0.5).reshape(*logits.shape[:-1], slots, -1)
+        mass = jax.nn.logsumexp(logits, axis=-1) - jnp.log(logits.shape[-1])
+        valid = key_mask.reshape(len(key_mask), 1, slots, -1).any(-1)
+        return jnp.where(valid, mass.mean(1), 0)

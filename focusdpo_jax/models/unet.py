@@ -85,7 +85,8 @@ class UNetConfig:
         names = [f"down_blocks_{i}" for i in levels] + ["mid_block"]
         names += [f"up_blocks_{i}" for i in levels]
         has_attention = any(self.transformer_layers_per_block) or self.mid_transformer_layers
-        return tuple(names) + ((IMAGE_ATTENTION,) if self.image_context and has_attention else ())
+        attention = self.image_context and has_attention
+        return tuple(names) + ((IMAGE_ATTENTION,) if attention else ())
 
 
 class Context(NamedTuple):
@@ -109,7 +110,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, slot shares [B, N, S]."""
+        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, `slot_attention` [B, N, S]."""
         width = x.shape[-1]
 
         def dense(use_bias, name):
@@ -120,7 +121,7 @@ class CrossAttention(nn.Module):
         key = dense(False, "to_k")(context.text)
         value = dense(False, "to_v")(context.text)
         out = layers.attend(query, key, value, self.num_heads)
-        shares = None
+        attention = None
         if self.config.image_context:
             batch, slots, tokens, features = context.image_tokens.shape
             image = context.image_tokens.reshape(batch, slots * tokens, features)
@@ -137,8 +138,9 @@ class CrossAttention(nn.Module):
                     query, key, value, mask, context.image_masks, self.num_heads)
             out = out + jnp.asarray(context.image_scale, out.dtype) * seen
             if self.record:
-                shares = image_attention.slot_shares(query, key, mask, self.num_heads, slots)
-        return dense(True, "to_out_0")(out), shares
+                attention = image_attention.slot_attention(
+                    query, key, mask, self.num_heads, slots)
+        return dense(True, "to_out_0")(out), attention
 
 
 class TransformerBlock(nn.Module):
@@ -151,17 +153,17 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, slot shares [B, N, S]."""
+        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, `slot_attention` [B, N, S]."""
         config = self.config
-        attention = layers.Attention(
+        among_themselves = layers.Attention(
             self.num_heads, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
             dtype=self.dtype, name="attn1")
-        x = x + attention(layers.LayerNorm(dtype=self.dtype, name="norm1")(x))
+        x = x + among_themselves(layers.LayerNorm(dtype=self.dtype, name="norm1")(x))
         cross = CrossAttention(config, self.num_heads, self.record, self.dtype, name="attn2")
-        seen, shares = cross(layers.LayerNorm(dtype=self.dtype, name="norm2")(x), context)
+        seen, attention = cross(layers.LayerNorm(dtype=self.dtype, name="norm2")(x), context)
         x = x + seen
         feed_forward = layers.FeedForward(dtype=self.dtype, name="ff")
-        return x + feed_forward(layers.LayerNorm(dtype=self.dtype, name="norm3")(x)), shares
+        return x + feed_forward(layers.LayerNorm(dtype=self.dtype, name="norm3")(x)), attention
 
 
 class SpatialTransformer(nn.Module):
@@ -175,7 +177,7 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        """Maps [B, H, W, C] to the same shape and a list of recorded shares [B, H, W, S]."""
+        """Maps [B, H, W, C] to the same shape and what was recorded, a list of [B, H, W, S]."""
         batch, height, width, channels = x.shape
         h = layers.GroupNorm(self.config.norm_groups, 1e-6, self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, channels)
@@ -187,10 +189,10 @@ class SpatialTransformer(nn.Module):
         block = nn.remat(TransformerBlock) if self.config.remat else TransformerBlock
         recorded = []
         for i in range(self.depth):
-            h, shares = block(self.config, self.num_heads, self.record, self.dtype,
+            h, attention = block(self.config, self.num_heads, self.record, self.dtype,
                               name=f"transformer_blocks_{i}")(h, context)
-            if shares is not None:
-                recorded.append(shares.reshape(batch, height, width, -1))
+            if attention is not None:
+                recorded.append(attention.reshape(batch, height, width, -1))
         h = nn.Dense(channels, kernel_init=layers.ZEROS, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape), recorded
 
@@ -220,7 +222,7 @@ class Stage(nn.Module):
 
         Returns:
           The output; the features of the last resnet or transformer; for "down", what the way up
-          will take, in the order made; the recorded slot shares.
+          will take, in the order made; the recorded slot attention.
         """
         config = self.config
         depth = config.transformer_layers_per_block[self.level]
@@ -238,10 +240,10 @@ class Stage(nn.Module):
             x = resnet(config.block_out_channels[self.level], config.norm_groups, 1e-5,
                        self.dtype, name=f"resnets_{i}")(x, embedding)
             if depth and i < attentions:
-                x, shares = SpatialTransformer(
+                x, seen = SpatialTransformer(
                     config, config.num_heads[self.level], depth, self.record, self.dtype,
                     name=f"attentions_{i}")(x, context)
-                recorded += shares
+                recorded += seen
             made.append(x)
         features = x
         if self.resample and self.kind == "down":
@@ -294,9 +296,10 @@ class UNet(nn.Module):
             results are added (see `image_attention`); without, all share one softmax.
           capture: names from `config.capture_names`. A block's name gives the output
             [B, h, w, C] of its last resnet or transformer, before any resampling;
-            "image_attention" the share of attention on each slot [B, h, w, S] in float32, averaged
-            over heads and over the cross-attention layers of the finest level that has any; it is
-            that of one softmax over all slots, with masks and scales or without.
+            "image_attention" how strongly each position looks at each slot [B, h, w, S] in
+            float32 (`image_attention.slot_attention`), averaged over heads and over the
+            cross-attention layers of the finest level that has any; masks and scales do not
+            change it.
 
         Returns:
           The prediction [B, H, W, out_channels] in float32, and a dict of what was captured.
@@ -329,20 +332,20 @@ class UNet(nn.Module):
         skips = [x]
         for level in range(last + 1):
             name = f"down_blocks_{level}"
-            x, captured[name], made, shares = stage("down", level, level < last, name)(
+            x, captured[name], made, seen = stage("down", level, level < last, name)(
                 x, embedding, context)
             skips += made
-            recorded += shares
-        x, captured["mid_block"], _, shares = stage("mid", last, False, "mid_block")(
+            recorded += seen
+        x, captured["mid_block"], _, seen = stage("mid", last, False, "mid_block")(
             x, embedding, context)
-        recorded += shares
+        recorded += seen
         for i in range(last + 1):
             name, level = f"up_blocks_{i}", last - i
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
             size = skips[-1].shape[1:3] if skips else None
-            x, captured[name], _, shares = stage("up", level, level > 0, name)(
+            x, captured[name], _, seen = stage("up", level, level > 0, name)(
                 x, embedding, context, taken, size)
-            recorded += shares
+            recorded += seen
 
         x = layers.GroupNorm(config.norm_groups, 1e-5, self.dtype, name="conv_norm_out")(x)
         x = layers.Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))

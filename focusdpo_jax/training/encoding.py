@@ -12,9 +12,10 @@ import numpy as np
 from absl import logging
 
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
-from focusdpo_jax.focus import complexity
-from focusdpo_jax.focus.grids import average_to_grid
+from focusdpo_jax.focus import complexity, correspondence
+from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
 from focusdpo_jax.models.generator import ImageView
+from focusdpo_jax.training.sources import masks_on_grid
 
 
 @flax.struct.dataclass
@@ -30,14 +31,16 @@ class EncodedPairs:
       present: bool [B, S].
       prior: [B, h, w], M_prior as the share of each location that is covered; where the objective
         is supervised, and nothing is compared, all subjects.
-      target_features: [B, 2, g, g, D], the image encoder's view of (chosen, rejected).
-      reference_masks: [B, S, N], share of each reference patch that the subject covers.
-      area: [B, S], size of each subject inside M_prior, in patches: where nothing was disrupted
-        there is nothing to match.
+      prototypes: [B, K, S, 2, P, D], what each subject and what surrounds it looks like, in each of
+        K buckets or in all of them.
+      target_features: [B, 2, g, g, D], features of (chosen, rejected) to compare them with.
+      area: [B, S], share of the picture that each subject takes inside M_prior: where nothing was
+        disrupted there is nothing to match.
       detail: [B, 2, h, w], M_d of (chosen, rejected).
+      quality: [B, h, w], PatchDPO's patch quality of the rejected picture, in [0, 1].
       index: [B], positions in the data set.
 
-    The last four before `index` are None where the objective does not look at them.
+    The last five before `index` are None where the objective does not look at them.
     """
 
     latents_mean: jax.Array
@@ -47,10 +50,11 @@ class EncodedPairs:
     references: ImageView
     present: jax.Array
     prior: jax.Array
+    prototypes: jax.Array | None
     target_features: jax.Array | None
-    reference_masks: jax.Array | None
     area: jax.Array | None
     detail: jax.Array | None
+    quality: jax.Array | None
     index: jax.Array
 
 
@@ -59,14 +63,13 @@ def learns_from_chosen_alone(config):
     return config.objective in SUPERVISED_OBJECTIVES and not config.rejected_share
 
 
-def encoder(generator, config, structures):
+def encoder(generator, config, source=None, *, dpce=False, quality=False):
     """The jitted function (parameters, PreferenceBatch) -> EncodedPairs.
 
     Args:
-      structures: the bucket structures of the run; what none of them uses is left out.
+      source: of SPAF's similarity, from `sources.make_source`; None leaves out what SPAF needs.
+      dpce, quality: whether DPCE and PatchDPO look at the pairs.
     """
-    spaf = any(structure.spaf for structure in structures)
-    dpce = any(structure.dpce for structure in structures)
     supervised = config.objective in SUPERVISED_OBJECTIVES
     chosen_alone = learns_from_chosen_alone(config)
 
@@ -82,28 +85,36 @@ def encoder(generator, config, structures):
         mean, deviation = map(grouped, generator.encode_image(parameters, flat))
         marked = batch.masks.any(1) if supervised else batch.prior_mask
         prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
-        references = batch.references.astype(jnp.float32) / 255
-        side = generator.patch_grid
-        targets = masks = area = detail = None
-        if spaf:
-            features = generator.view(parameters, flat).features[:, 1:]
-            targets = grouped(features.reshape(-1, side, side, features.shape[-1]))
-            masks = average_to_grid(batch.reference_masks.astype(jnp.float32), (side, side))
-            masks = masks.reshape(*masks.shape[:2], -1)
-            inside = batch.masks & batch.prior_mask[:, None]
-            area = average_to_grid(inside.astype(jnp.float32), (side, side)).sum((2, 3))
+        references = generator.view(parameters, batch.references.astype(jnp.float32) / 255)
+        prototypes = targets = area = detail = found = None
+        if source is not None:
+            prototypes, targets = source.encode(parameters, batch, flat, references)
+            targets = None if targets is None else grouped(targets)
+            area = (batch.masks & batch.prior_mask[:, None]).mean((2, 3), dtype=jnp.float32)
         if dpce:
             detail = grouped(complexity.complexity(
                 flat, jnp.repeat(prior, 2, axis=0), config.focus.detail_bins,
                 config.focus.detail_sigma))
+        if quality:
+            found = patch_quality(generator, parameters, batch, pair[:, 1], references,
+                                  prior.shape[1:])
         return EncodedPairs(
             latents_mean=mean, latents_deviation=deviation, token_ids=batch.token_ids,
-            time_ids=batch.time_ids,
-            references=generator.view(parameters, references), present=batch.present, prior=prior,
-            target_features=targets, reference_masks=masks, area=area, detail=detail,
-            index=batch.index)
+            time_ids=batch.time_ids, references=references, present=batch.present, prior=prior,
+            prototypes=prototypes, target_features=targets, area=area, detail=detail,
+            quality=found, index=batch.index)
 
     return jax.jit(encode)
+
+
+def patch_quality(generator, parameters, batch, rejected, references, grid):
+    """PatchDPO's quality [B, h, w] of the rejected pictures, by the frozen image encoder."""
+    side = generator.patch_grid
+    seen = generator.view(parameters, rejected).features[:, 1:]
+    quality = correspondence.patch_quality(
+        references.features[:, :, 1:], masks_on_grid(batch.reference_masks, (side, side)),
+        seen.reshape(-1, side, side, seen.shape[-1]), batch.present)
+    return nearest_on_grid(quality, grid)
 
 
 class EncodedSource:

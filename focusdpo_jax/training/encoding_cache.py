@@ -1,9 +1,9 @@
 """What the frozen encoders say of a prepared data set, kept on disk beside it.
 
 A file a record, and `key.json`, which says what the files depend on: the encoders' parameters and
-precision, the tokenizer, the pictures, their size, and DPCE's settings. Another run with the same
-key reads them instead of asking the encoders again; one with another key is refused. All that any
-preference objective looks at is in them, so that rivals share them.
+precision, the tokenizer, the pictures, their size, and the settings of SPAF's source and of DPCE.
+Another run with the same key reads them instead of asking the encoders again; one with another key
+is refused.
 """
 
 import dataclasses
@@ -19,26 +19,21 @@ from absl import logging
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.focus.buckets import BucketStructure
 from focusdpo_jax.models.generator import ImageView
 from focusdpo_jax.training import encoding
 
 
-def structures(config):
-    """What to encode for: whatever a bucket may need, of which supervised objectives have none."""
-    all_terms = config.objective not in SUPERVISED_OBJECTIVES
-    return [BucketStructure(spaf=all_terms, dpce=all_terms)]
-
-
-def make_key(model, config, content):
+def make_key(model, config, content, source):
     """What encoded records depend on, as JSON values.
 
     Args:
       model: a `models.Model`.
       content: digest of the data set, from its metadata.
+      source: of SPAF's similarity (see `sources`), or None.
     """
     digest = hashlib.sha256()
-    for part in ("vae", "image_encoder"):
+    parts = {"vae", "image_encoder"} | set(source.parts if source else ())
+    for part in sorted(parts):
         digest.update(repr(getattr(model.generator.config, part)).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameters[part]):
             leaf = np.asarray(leaf)
@@ -48,16 +43,17 @@ def make_key(model, config, content):
             "adapter": model.generator.config.adapter.kind,
             "dtype": config.dtype, "pictures": content,
             "resolution": config.resolution,
-            "detail": [config.focus.detail_bins, config.focus.detail_sigma]}
+            "detail": [config.focus.detail_bins, config.focus.detail_sigma],
+            "features": source and source.settings}
 
 
-def folder_name(config):
+def folder_name(config, source):
     """Where a data set keeps its encoded records.
 
     A supervised objective has other masks than a preference, and may need the chosen alone.
     """
     if config.objective not in SUPERVISED_OBJECTIVES:
-        return "encoded_pairs"
+        return f"encoded_pairs_{source.settings[0]}"
     return "encoded_chosen" if encoding.learns_from_chosen_alone(config) else "encoded_both"
 
 

@@ -17,7 +17,8 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
 from focusdpo_jax.models.tokenizer import Tokenizer
 
-_FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+# For programs that run seldom: compiling them well would take longer than running them badly.
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +138,7 @@ def _draw(init, key, paths, types, sharding):
         flat = traverse_util.flatten_dict(init(key))
         return {path: flat[path].astype(types[path]) for path in paths}
 
-    # It runs once: compiling it well would take longer than running it badly.
-    return jax.jit(draw, out_shardings=sharding, compiler_options=_FAST_TO_COMPILE)(key)
+    return jax.jit(draw, out_shardings=sharding, compiler_options=FAST_TO_COMPILE)(key)
 
 
 def save_model(folder, model, parameters, probe=None):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from focusdpo_jax.config import SUPERVISED_OBJECTIVES
+from focusdpo_jax.config import PREFERENCE_OBJECTIVES, SUPERVISED_OBJECTIVES
 from focusdpo_jax.diffusion.schedule import logit_normal_timesteps
 from focusdpo_jax.focus import correspondence, losses, weighting
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps
@@ -70,33 +70,6 @@ def drop_conditions(generator, parameters, conditioning, empty, key, probability
     return generator.drop_references(parameters, conditioning, no_references)
 
 
-def weights(structure, numbers, encoded):
-    """Weight maps [2B, h, w] of chosen, then rejected, and per-image diagnostics [2B]."""
-    prior = twice(encoded.prior.astype(jnp.float32))
-    if structure.objective in ("sft", "dpo"):
-        return weighting.uniform_weights(prior), {}
-    if structure.objective in ("prior_dpo", "subject_sft"):
-        return weighting.prior_weights(prior, numbers.background), {}
-    matched = detail = None
-    if structure.weight.spaf:
-        matched = match(numbers, encoded, prior.shape[1:])
-    if structure.weight.dpce:
-        detail = by_image(encoded.detail).astype(jnp.float32)
-    return weighting.focus_weights(structure.weight, numbers, prior, matched, detail)
-
-
-def match(numbers, encoded, grid):
-    """SPAF's match [2B] of chosen, then rejected, with the references, on the latent grid."""
-    present, masks = encoded.present, encoded.reference_masks.astype(jnp.float32)
-    present = present & (masks.sum(-1) > 0)
-    prototypes = correspondence.prototypes(
-        encoded.references.features[:, :, 1:].astype(jnp.float32), masks, present)
-    targets = by_image(encoded.target_features).astype(jnp.float32)
-    similarity = correspondence.cosine_similarity(twice(prototypes), targets)
-    matched = correspondence.match(similarity, twice(present), twice(encoded.area), numbers.rho)
-    return correspondence.to_grid(matched, grid)
-
-
 class Noisy(NamedTuple):
     """What the denoisers are asked about, the same for policy and reference model.
 
@@ -116,11 +89,30 @@ class Guidance(NamedTuple):
 
     Attributes:
       weights: [P * B, h, w], W of chosen, then rejected.
-      reference_error: [2B, h, w], error map of the reference model; None for supervised objectives.
+      reference_error: error map of the reference model, of the same shape; None where an objective
+        has no reference model.
     """
 
     weights: jax.Array
     reference_error: jax.Array | None
+
+
+class FocusMaps(NamedTuple):
+    """How the weights of a batch came about, on the latent grid; None where there is no such map.
+
+    Attributes:
+      weights: [P * B, h, w], W.
+      similarity: [2B, S, h, w], of each subject, on the grid and scale of its source.
+      match: of [2B], each subject's and M', their union.
+      unmatched: [2B, h, w], M_s.
+      detail: [2B, h, w], M_d.
+    """
+
+    weights: jax.Array
+    similarity: jax.Array | None = None
+    match: correspondence.Match | None = None
+    unmatched: jax.Array | None = None
+    detail: jax.Array | None = None
 
 
 class Objective:
@@ -133,11 +125,16 @@ class Objective:
     `reference` (the trainable parameters as they were at the start).
     """
 
-    def __init__(self, generator, config, empty_token_ids):
-        """`empty_token_ids` [2, L] is the prompt that stands for a dropped caption."""
+    def __init__(self, generator, config, empty_token_ids, source=None):
+        """Takes the prompt [2, L] of a dropped caption, and where SPAF's similarity comes from.
+
+        The source is one of `sources`; without SPAF there need not be any.
+        """
         self._generator, self._config = generator, config
         self._empty = jnp.asarray(empty_token_ids)[None]
         self._pairs = config.objective not in SUPERVISED_OBJECTIVES
+        self._compares = config.objective in PREFERENCE_OBJECTIVES
+        self._source = source
 
     def guide(self, structure, frozen, encoded, numbers, key):
         """Weights and reference errors of a batch.
@@ -150,22 +147,25 @@ class Objective:
         Returns:
           Guidance, and a dict of scalar diagnostics.
         """
-        weight, diagnostics = weights(structure, numbers, encoded)
-        reference = None
-        if self._pairs:
-            noisy = self._noisy(encoded, numbers, key)
-            reference = self._error(frozen["reference"], frozen, encoded, noisy, key)
-        else:
-            weight = weight[:len(encoded.prior)]
-        return Guidance(weight, reference), jax.tree.map(jnp.mean, diagnostics)
+        reference, captured = self._reference(structure, frozen, encoded, numbers, key)
+        maps, diagnostics = self._weigh(structure, numbers, encoded, captured)
+        return Guidance(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
+
+    def focus_maps(self, structure, frozen, encoded, numbers, key):
+        """`FocusMaps` of a batch, to look at: those that `guide` makes of the same arguments."""
+        _, captured = self._reference(structure, frozen, encoded, numbers, key)
+        return self._weigh(structure, numbers, encoded, captured)[0]
 
     def loss(self, trainable, frozen, encoded, guidance, numbers, key):
         """The scalar loss of a batch, and a dict of scalar diagnostics; see `focus.losses`."""
         noisy = self._noisy(encoded, numbers, key)
-        policy = self._error(trainable, frozen, encoded, noisy, key)
-        if self._pairs:
-            chosen, rejected = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i],
-                                             (policy, guidance)) for i in range(2))
+        policy, _ = self._error(trainable, frozen, encoded, noisy, key)
+        if not self._pairs:
+            loss, diagnostics = losses.sft(policy, guidance.weights)
+            return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
+        chosen, rejected = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], (policy, guidance))
+                            for i in range(2))
+        if self._compares:
             loss, diagnostics = losses.diffusion_dpo(
                 chosen[0], chosen[1].reference_error, rejected[0], rejected[1].reference_error,
                 chosen[1].weights, rejected[1].weights, self._config.beta)
@@ -174,8 +174,46 @@ class Objective:
                     chosen[0], chosen[1].reference_error, self._config.beta)
                 loss, diagnostics = loss + self._config.anchor * term, diagnostics | more
         else:
-            loss, diagnostics = losses.sft(policy, guidance.weights)
+            loss, diagnostics = losses.patch_dpo(
+                chosen[0], rejected[0], chosen[1].weights, rejected[1].weights)
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
+
+    def _reference(self, structure, frozen, encoded, numbers, key):
+        """The reference model's error maps [2B, h, w], and what SPAF wants to see of its pass."""
+        if not self._compares:
+            return None, {}
+        return self._error(
+            frozen["reference"], frozen, encoded, self._noisy(encoded, numbers, key), key,
+            capture=self._source.capture if structure.weight.spaf else ())
+
+    def _weigh(self, structure, numbers, encoded, captured):
+        """FocusMaps of chosen, then rejected, and per-image diagnostics [P * B]."""
+        prior = encoded.prior.astype(jnp.float32)
+        if self._pairs:
+            prior = twice(prior)
+        if structure.objective in ("sft", "dpo"):
+            return FocusMaps(weighting.uniform_weights(prior)), {}
+        if structure.objective in ("prior_dpo", "subject_sft"):
+            return FocusMaps(weighting.prior_weights(prior, numbers.background)), {}
+        if structure.objective == "patch_dpo":
+            weights = weighting.quality_weights(encoded.quality.astype(jnp.float32))
+            return FocusMaps(jnp.concatenate(weights)), {}
+        similarity = match = unmatched = detail = None
+        if structure.weight.spaf:
+            with jax.named_scope("spaf"):
+                similarity, background, known = self._source.similarity(
+                    encoded, captured, numbers.index)
+                cells = similarity.shape[2] * similarity.shape[3]
+                area = encoded.area.astype(jnp.float32) * cells
+                match = correspondence.to_grid(correspondence.match(
+                    similarity, twice(encoded.present & known), twice(area), numbers.rho,
+                    background), prior.shape[1:])
+                unmatched = correspondence.unmatched(prior, match.union)
+        if structure.weight.dpce:
+            detail = by_image(encoded.detail).astype(jnp.float32)
+        weights, diagnostics = weighting.focus_weights(
+            structure.weight, numbers, prior, match, detail)
+        return FocusMaps(weights, similarity, match, unmatched, detail), diagnostics
 
     def _noisy(self, encoded, numbers, key):
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
@@ -202,8 +240,8 @@ class Objective:
         taken = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (batch, 1, 1, 1))
         return jnp.where(taken, latents[batch:], chosen)
 
-    def _error(self, trainable, frozen, encoded, noisy, key):
-        """The error map [P * B, h, w] of the model with these trainable parameters."""
+    def _error(self, trainable, frozen, encoded, noisy, key, capture=()):
+        """Error map [P * B, h, w] of a model with these trainable parameters; what it captured."""
         parameters = merge_parameters(trainable, frozen["parameters"])
         conditioning = condition(self._generator, parameters, encoded)
         if self._config.condition_dropout:
@@ -212,6 +250,6 @@ class Objective:
                 jax.random.fold_in(key, 1), self._config.condition_dropout)
         if self._pairs:
             conditioning = twice(conditioning)
-        prediction, _ = self._generator.denoise(
-            parameters, noisy.latents, noisy.timesteps, conditioning)
-        return losses.error_map(noisy.target, prediction)
+        prediction, captured = self._generator.denoise(
+            parameters, noisy.latents, noisy.timesteps, conditioning, capture=capture)
+        return losses.error_map(noisy.target, prediction), captured

@@ -4,7 +4,6 @@ Base and policy draw the same scenes from the same noise. The base's pictures ar
 the first step, and kept in the run folder, so that a resumed run does not make them again.
 """
 
-import functools
 import io
 import json
 
@@ -18,18 +17,24 @@ from focusdpo_jax.evaluation import pictures, statistics, toybox_measures
 from focusdpo_jax.evaluation.generate import generate_all
 from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.training import encoding, objectives
+from focusdpo_jax.training import encoding
+
+# Scenes on the page that shows how their weights come about, bucket by bucket.
+_EXPLAINED = 2
 
 
 class Showcase:
     """Draws, measures and shows scenes during a run."""
 
-    def __init__(self, config, workdir, model, sources, encode, transform, generate, buckets):
-        """Encodes the scenes to show (validation) and to measure (test)."""
+    def __init__(self, config, workdir, model, sources, encode, transform, generate, buckets,
+                 focus_maps):
+        """Encodes the scenes to show (validation) and to measure (test).
+
+        `focus_maps` is (structure, encoded, numbers, key) -> FocusMaps.
+        """
         self._config, self._workdir, self._model = config, workdir, model
         self._generate, self._encode, self._transform = generate, encode, transform
-        structure, self._numbers = list(buckets.values())[-1]
-        self._weights = jax.jit(functools.partial(objectives.weights, structure))
+        self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
         self._shown = self._scenes(sources["validation"], config.evaluation.pictures)
         self._measured = None
@@ -75,7 +80,11 @@ class Showcase:
         """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
         raw, encoded, captions = self._shown
         drawn = self._draw(parameters, encoded)
-        focus = self._focus_maps(encoded)
+        maps = {name: jax.device_get(self._focus_maps(
+            structure, encoded, numbers, jax.random.key(self._config.seed)))
+            for name, (structure, numbers) in self._buckets.items()}
+        # W of the chosen pictures in the cleanest bucket.
+        focus = list(maps.values())[-1].weights
         rows = [pictures.PreferenceRow(
             caption=captions[i],
             references=raw.references[i][raw.present[i]],
@@ -86,12 +95,28 @@ class Showcase:
         path = self._workdir / "samples" / f"step_{step:06d}.png"
         pictures.save_png(path, image)
         writer.picture(step, "samples", image)
+        if self._config.objective == "focus_dpo":
+            image = self._explain(raw, maps, captions)
+            pictures.save_png(self._workdir / "samples" / f"focus_{step:06d}.png", image)
+            writer.picture(step, "focus", image)
         return path
 
-    def _focus_maps(self, encoded):
-        """W of the chosen pictures in the cleanest bucket: [N, h, w]."""
-        weights, _ = self._weights(self._numbers, encoded)
-        return np.asarray(weights)[:len(encoded.prior)]
+    def _explain(self, raw, maps, captions):
+        """A page of how the weights of a few pairs come about in every bucket."""
+        count, rows = len(captions), []
+        for i in range(min(_EXPLAINED, count)):
+            present = raw.present[i]
+            for name, bucket in maps.items():
+                for side, image in (("chosen", raw.chosen[i]), ("rejected", raw.rejected[i])):
+                    # All chosen come first.
+                    seen = jax.tree.map(lambda x, k=i + count * (side == "rejected"): x[k], bucket)
+                    rows.append(pictures.FocusRow(
+                        caption=f"{name}, {side}: {captions[i]}",
+                        references=raw.references[i][present], image=image,
+                        similarity=() if seen.similarity is None else seen.similarity[present],
+                        matched=seen.match and seen.match.union, unmatched=seen.unmatched,
+                        detail=seen.detail, weights=seen.weights))
+        return pictures.focus_grid(rows)
 
     def finish(self, step, parameters, writer):
         """Draws and measures with the trained model; leaves `results.json` and pictures."""

@@ -23,6 +23,7 @@ from focusdpo_jax.training import (
     pretraining,
 )
 from focusdpo_jax.training.showcase import Showcase
+from focusdpo_jax.training.sources import EncoderSource, make_source
 from focusdpo_jax.training.task import Task
 
 
@@ -48,7 +49,8 @@ def open_data(config):
     """
     if config.data.source == "prepared":
         return _open_prepared(config)
-    world = toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts))
+    world = toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts),
+                         config.data.leak_probability)
     sizes = {"train": config.data.train_size, "validation": config.data.validation_size,
              "test": config.data.test_size}
     path = dataset.build_toybox(config.data.path, world, sizes)
@@ -99,37 +101,41 @@ def generator_task(config, workdir, mesh, sources, model):
         tokenize=model.tokenizer, num_subjects=subject_slots(config, sources),
         reference_size=generator.config.image_encoder.image_size)
     trainable, frozen = split_parameters(model.parameters, config.trainable)
-    # The loop gives the trainable parameters' memory away; the encoders are among the others.
-    model = model.with_parameters(frozen)
+    fixed = {"parameters": frozen}
+    if config.objective in config_rules.PREFERENCE_OBJECTIVES:
+        fixed["reference"] = as_computed(trainable, config.dtype)
+    # The loop gives the trainable parameters' memory away. The encoders are among the frozen ones.
+    model = model.with_parameters(merge_parameters(fixed.get("reference", {}), frozen))
     buckets = focus_buckets(config)
     names = list(buckets)
-    encode = encoding.encoder(generator, config, [s.weight for s, _ in buckets.values()])
+    source, encode = make_encoder(generator, config, buckets)
     place = functools.partial(meshes.shard_batch, mesh=mesh)
 
     if config.data.cache:
         in_order = loader.evaluation_batches(
             sources["train"], transform=transform,
             batch_size=min(len(sources["train"]), config.evaluation.batch_size))
-        source, change = _cached(config, sources["train"], model, encode, in_order), _identity
+        pairs = _cached(config, sources["train"], model, encode, source, in_order)
+        change = _identity
         prepare = place
     else:
-        source, change = sources["train"], transform
+        pairs, change = sources["train"], transform
 
         def prepare(batch):
-            return encode(frozen, place(batch))
+            return encode(model.parameters, place(batch))
 
     batches = loader.make_loader(
-        source, batch_size=config.batch_size, seed=config.seed, transform=change)
+        pairs, batch_size=config.batch_size, seed=config.seed, transform=change)
 
     empty = model.tokenizer("")
     generate = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
         negative_token_ids=empty)
-    showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets)
-    objective = objectives.Objective(generator, config, empty)
-    fixed = {"parameters": frozen}
-    if config.objective not in config_rules.SUPERVISED_OBJECTIVES:
-        fixed["reference"] = as_computed(trainable, config.dtype)
+    objective = objectives.Objective(generator, config, empty, source)
+    focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
+                         compiler_options=models.FAST_TO_COMPILE)
+    showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets,
+                        lambda structure, *arguments: focus_maps(structure, fixed, *arguments))
 
     def merged(tree):
         return merge_parameters(tree, frozen)
@@ -155,14 +161,32 @@ def as_computed(parameters, dtype):
     return jax.tree.map(lambda x: jnp.array(x, dtype if x.ndim > 1 else x.dtype), parameters)
 
 
-def _cached(config, source, model, encode, batches):
+def make_encoder(generator, config, buckets):
+    """What encodes pairs for all of a run's buckets.
+
+    Returns:
+      SPAF's source (see `sources`), None where no bucket has SPAF; and the function of
+      `encoding.encoder`.
+    """
+    source, weights = None, [structure.weight for structure, _ in buckets.values()]
+    if any(weight.spaf for weight in weights):
+        source = make_source(generator, config, [numbers for _, numbers in buckets.values()])
+    return source, encoding.encoder(
+        generator, config, source, dpce=any(weight.dpce for weight in weights),
+        quality=config.objective == "patch_dpo")
+
+
+def _cached(config, records, model, encode, source, batches):
     """What the encoders say of every pair: of Toybox in memory, of a prepared set beside it."""
     if config.data.source == "toybox":
         return encoding.cached(encode, model.parameters, batches)
-    key = encoding_cache.make_key(model, config, source.settings["content"])
-    encode = encoding.encoder(model.generator, config, encoding_cache.structures(config))
-    folder = epath.Path(config.data.path) / encoding_cache.folder_name(config)
-    return encoding_cache.cached(folder, key, encode, model.parameters, batches, len(source))
+    if config.objective not in config_rules.SUPERVISED_OBJECTIVES:
+        # All that any objective of pairs looks at, so that rivals share the files.
+        source = source or EncoderSource(model.generator, config.focus.prototypes)
+        encode = encoding.encoder(model.generator, config, source, dpce=True, quality=True)
+    key = encoding_cache.make_key(model, config, records.settings["content"], source)
+    folder = epath.Path(config.data.path) / encoding_cache.folder_name(config, source)
+    return encoding_cache.cached(folder, key, encode, model.parameters, batches, len(records))
 
 
 def encoder_task(config, workdir, mesh, sources, model):

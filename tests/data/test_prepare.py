@@ -233,7 +233,7 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
     assert losses[1] == pytest.approx(np.log(2), abs=1e-4) and np.isfinite(losses[2])
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     assert not (tmp_path / "run" / "results.json").exists()  # Nobody knows the truth.
-    assert len(list((output / "encoded_pairs").rglob("*.npz"))) == len(sources["train"])
+    assert len(list((output / "encoded_pairs_vit").rglob("*.npz"))) == len(sources["train"])
     config.data.cache = False
     loop.run(config, tmp_path / "uncached")
     assert tiny.losses(tmp_path / "uncached")[2] == pytest.approx(losses[2], rel=1e-3)

@@ -73,6 +73,28 @@ def test_sample_grid_fills_rows_first():
     assert third[0] == first[0] and third[2] > first[3]
 
 
+def test_focus_grid_has_a_column_for_each_map():
+    def focus(subjects, **maps):
+        fields = {"matched": None, "unmatched": None, "detail": None} | maps
+        return pictures.FocusRow("t000-249", [flat(RED)] * subjects, flat(GREEN),
+                                 [np.eye(4) - 2] * subjects, weights=np.eye(2), **fields)
+
+    full = {name: np.eye(8) for name in ("matched", "unmatched", "detail")}
+    width = lambda *rows: pictures.focus_grid(rows).shape[1]  # noqa: E731
+    column = 64 + 4
+    # A subject more is a reference and a similarity more.
+    assert width(focus(2, **full)) == width(focus(1, **full)) + 2 * column
+    assert width(focus(1)) == width(focus(1, **full)) - 3 * column
+    assert width(focus(1), focus(1, detail=np.eye(8))) == width(focus(1)) + column
+    # The order of a similarity shows whatever its sign: its least value is the scale's dark end.
+    page = pictures.focus_grid([focus(1)])
+    green = boxes_of(page, GREEN)
+    similarity = page[green[2]:green[3], green[1] + 4:green[1] + 68]
+    dark = pictures.heat(np.zeros((1, 1)), flat(GREEN))[0, 0]
+    np.testing.assert_array_equal(similarity[0, -1], dark)
+    assert similarity[0, 0].sum() > similarity[0, -1].sum() + 300
+
+
 def test_heat_is_ordered_and_keeps_the_place():
     weights = np.linspace(0, 2, 16).reshape(4, 4)
     grey = np.full((32, 32, 3), 128, np.uint8)

@@ -8,7 +8,17 @@ import pytest
 from focusdpo_jax.focus import correspondence as spaf
 
 match_fn = jax.jit(spaf.match)
-correspondence_fn = jax.jit(spaf.correspondence)
+
+
+def correspond(reference_features, reference_masks, target_features, present, area, rho):
+    """SPAF from features to the match."""
+    present = present & jnp.any(reference_masks > 0, axis=-1)
+    described = spaf.inside_and_outside(reference_features, reference_masks, present, 3)
+    similarity, background = spaf.compare(described, target_features)
+    return spaf.match(similarity, present, area, rho, background)
+
+
+correspondence_fn = jax.jit(correspond)
 
 
 def similarity_of(*maps):
@@ -24,14 +34,41 @@ def test_prototype_is_the_masked_mean_direction():
     masks = jnp.array([[[1.0, 0.5, 0.0]]])
     # 1 * (3, 0) + 0.5 * (0, 4) = (3, 2)
     np.testing.assert_allclose(
-        spaf.prototypes(features, masks, ALL(1)), [[[3 / 13**0.5, 2 / 13**0.5]]], rtol=1e-6)
+        spaf.prototypes(features, masks, ALL(1)), [[[[3 / 13**0.5, 2 / 13**0.5]]]], rtol=1e-6)
+
+
+def test_several_prototypes_are_the_means_of_what_lies_together():
+    # Two groups by direction, one patch between them but nearer to the first, one background.
+    features = jnp.array([[[[4.0, 0.0], [2.0, 0.2], [0.0, 1.0], [-0.2, 3.0], [2.0, 1.0],
+                            [-9.0, -9.0]]]])
+    masks = jnp.array([[[1.0, 1.0, 1.0, 0.6, 1.0, 0.0]]])
+    found = np.asarray(spaf.prototypes(features, masks, ALL(1), count=2))[0, 0]
+    expected = np.array([[8.0, 1.2], [-0.12, 2.8]])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(sorted(found.tolist()), sorted(expected.tolist()), rtol=1e-5)
+    # With as many as there are directions, each stands for itself, and none for the background.
+    many = np.asarray(spaf.prototypes(features, masks, ALL(1), count=7))[0, 0]
+    directions = np.asarray(features[0, 0, :5]) / np.linalg.norm(
+        features[0, 0, :5], axis=1, keepdims=True)
+    np.testing.assert_allclose((directions @ many.T).max(1), 1, atol=1e-6)
+    assert (many @ [-1, -1]).max() < 0.1
+
+
+def test_inside_and_outside_of_a_reference():
+    features = jnp.array([[[[1.0, 0.0], [0.0, 1.0], [0.0, 5.0]]]])
+    described = spaf.inside_and_outside(features, jnp.array([[[1.0, 0.0, 0.0]]]), ALL(1), 1)
+    np.testing.assert_allclose(described, [[[[[1.0, 0.0]], [[0.0, 1.0]]]]], atol=1e-6)
+    similarity, background = spaf.compare(described, jnp.array([[[[3.0, 0.0], [0.6, 0.8]]]]))
+    np.testing.assert_allclose(similarity, [[[[1.0, 0.6]]]], atol=1e-6)
+    np.testing.assert_allclose(background, [[[0.0, 0.8]]], atol=1e-6)
 
 
 def test_prototype_of_an_absent_subject_or_an_empty_mask_is_zero():
     features = jnp.full((1, 2, 3, 4), jnp.nan).at[0, 1].set(1.0)
     masks = jnp.ones((1, 2, 3)).at[0, 1].set(0.0)
     prototypes = spaf.prototypes(features, masks, jnp.array([[False, True]]))
-    np.testing.assert_array_equal(prototypes, np.zeros((1, 2, 4)))
+    np.testing.assert_array_equal(prototypes, np.zeros((1, 2, 1, 4)))
+    assert not np.any(spaf.prototypes(features, masks, jnp.array([[False, True]]), count=3))
 
 
 def test_a_present_subject_with_an_empty_mask_claims_nothing():
@@ -43,10 +80,15 @@ def test_a_present_subject_with_an_empty_mask_claims_nothing():
 
 
 def test_cosine_similarity_ignores_the_length_of_target_features():
-    prototype = jnp.array([[[0.6, 0.8]]])
+    prototype = jnp.array([[[[0.6, 0.8]]]])
     target = jnp.array([[[[5.0, 0.0], [0.0, -2.0], [0.03, 0.04], [0.0, 0.0]]]])
     np.testing.assert_allclose(
         spaf.cosine_similarity(prototype, target), [[[[0.6, -0.8, 1.0, 0.0]]]], atol=1e-6)
+    # The nearest of several counts; one that is not there is no match.
+    several = jnp.array([[[[0.6, 0.8], [1.0, 0.0], [0.0, 0.0]]]])
+    np.testing.assert_allclose(
+        spaf.cosine_similarity(several, target), [[[[1.0, 0.0, 1.0, 0.0]]]], atol=1e-6)
+    np.testing.assert_array_equal(spaf.cosine_similarity(0 * several, target), -1)
 
 
 def test_each_subject_keeps_its_k_best_patches():
@@ -62,6 +104,21 @@ def test_subjects_compete_for_patches():
     # The second best of subject 0 goes to subject 1, so subject 0 takes its third.
     np.testing.assert_array_equal(match.subjects, [[[[1, 0, 1, 0]], [[0, 1, 0, 1]]]])
     np.testing.assert_array_equal(match.union, [[[1, 1, 1, 1]]])
+
+
+def test_the_clearest_patches_are_kept_not_the_most_similar():
+    similarity = similarity_of([[0.9, 0.7, 0.6, 0.2]], [[0.85, 0.2, 0.3, 0.1]])
+    area = jnp.array([[2.0, 0.0]])
+    # Margins over the other subject: 0.05, 0.5, 0.3, 0.1.
+    match = match_fn(similarity, ALL(2), area, 1.0)
+    np.testing.assert_array_equal(match.subjects[:, 0], [[[0, 1, 1, 0]]])
+    # The background of the references is a rival too: 0.05, -0.2, 0.3, 0.1.
+    background = jnp.array([[[0.0, 0.9, 0.0, 0.0]]])
+    match = match_fn(similarity, ALL(2), area, 1.0, background)
+    np.testing.assert_array_equal(match.subjects[:, 0], [[[0, 0, 1, 1]]])
+    # Without any rival, and with absent ones, similarity itself counts.
+    match = match_fn(similarity, jnp.array([[True, False]]), area, 1.0)
+    np.testing.assert_array_equal(match.subjects[:, 0], [[[1, 1, 0, 0]]])
 
 
 def test_a_subject_may_own_fewer_patches_than_its_budget():
@@ -184,6 +241,19 @@ def test_match_moves_to_the_latent_grid_with_its_budget():
 def test_matching_is_not_differentiated():
     case = random_case()
     target = jnp.asarray(case.pop("target_features"))
-    union = lambda x: spaf.correspondence(**case, target_features=x).union.sum()
+    union = lambda x: correspond(**case, target_features=x).union.sum()  # noqa: E731
     gradient = jax.jit(jax.grad(union))(target)
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_patch_quality_is_the_best_match_among_the_patches_of_all_subjects():
+    references = jnp.array([[[[1.0, 0.0], [0.0, 3.0]], [[0.6, 0.8], [-5.0, 0.0]]]])
+    masks = jnp.array([[[1.0, 0.4], [0.9, 0.0]]])  # The second patches are background.
+    targets = jnp.array([[[[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]]])
+    present = jnp.array([[True, True]])
+    np.testing.assert_allclose(
+        spaf.patch_quality(references, masks, targets, present), [[[1.0, 0.8, 0.0]]], atol=1e-6)
+    absent = references.at[:, 1].set(jnp.nan)
+    np.testing.assert_allclose(
+        spaf.patch_quality(absent, masks, targets, jnp.array([[True, False]])), [[[1.0, 0, 0]]],
+        atol=1e-6)

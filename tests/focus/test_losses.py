@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focusdpo_jax.focus import losses
+from focusdpo_jax.focus import losses, weighting
 
 BETA = 50.0
 
@@ -168,3 +168,17 @@ def test_sft_is_the_weighted_denoising_error():
     loss, diagnostics = losses.sft(errors, jnp.array([[[1.0, 0.0], [0.0, 3.0]]]))
     assert loss == pytest.approx([13 / 4])
     assert diagnostics["policy_error"] == pytest.approx([13 / 4])
+
+
+def test_patch_dpo_by_hand():
+    row = lambda *values: jnp.array([[values]], jnp.float32)  # noqa: E731
+    loss, diagnostics = losses.patch_dpo(
+        row(1.0, 2.0), row(4.0, 8.0), *weighting.quality_weights(row(0.25, 1.0)))
+    # Chosen weighs 0.75 and 0, rejected 0.25 and 1: (0.75 * 1 + 0.25 * 4 + 1 * 8) / 2
+    assert loss == pytest.approx([4.875])
+    assert diagnostics["winner_error"] == pytest.approx([1.0])
+    assert diagnostics["loser_error"] == pytest.approx([7.2])
+    # Both images are learnt from: no error may grow to lower the loss.
+    gradient = jax.grad(lambda chosen, rejected: losses.patch_dpo(
+        chosen, rejected, row(0.5), row(0.25))[0].sum(), (0, 1))(row(1.0), row(2.0))
+    np.testing.assert_allclose(gradient, [[[[2 / 3]]], [[[1 / 3]]]], rtol=1e-6)

@@ -9,7 +9,8 @@ from focusdpo_jax.focus import buckets, correspondence, weighting
 from focusdpo_jax.focus.buckets import BucketNumbers, BucketStructure
 
 NUMBERS = BucketNumbers(
-    t_low=np.int32(0), t_high=np.int32(1000), rho=np.float32(0.5), lambda_s=np.float32(2.0),
+    index=np.int32(0), t_low=np.int32(0), t_high=np.int32(1000), rho=np.float32(0.5),
+    lambda_s=np.float32(2.0),
     lambda_d=np.float32(3.0), tau=np.float32(0.5), gate_width=np.float32(0.0),
     background=np.float32(0.25), matched=np.float32(0.5))
 

@@ -1,7 +1,6 @@
 """The samplers against diffusers' PyTorch schedulers, from one fake denoiser and the same noise."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

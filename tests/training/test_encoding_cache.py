@@ -99,25 +99,41 @@ def test_stale_files_are_refused(name, tmp_path):
 
 
 def test_runs_that_need_other_pictures_or_masks_keep_apart():
-    folders = [encoding_cache.folder_name(ConfigDict({"objective": objective, "rejected_share": s}))
-               for objective, s in [("dpo", 0.0), ("focus_dpo", 0.0), ("sft", 0.0), ("sft", 0.5)]]
-    assert folders == ["encoded_pairs", "encoded_pairs", "encoded_chosen", "encoded_both"]
+    def folder(objective, share, features="vit"):
+        config = ConfigDict({"objective": objective, "rejected_share": share})
+        return encoding_cache.folder_name(config, mock.Mock(settings=[features]))
+    assert folder("dpo", 0.0) == folder("focus_dpo", 0.0) == "encoded_pairs_vit"
+    assert folder("focus_dpo", 0.0, "unet") == "encoded_pairs_unet"
+    assert folder("sft", 0.0) == "encoded_chosen"
+    assert folder("sft", 0.5) == "encoded_both"
 
 
 def test_key_follows_the_encoders():
     config = ConfigDict({"dtype": "float32", "resolution": 8,
                          "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
     generator = ConfigDict(
-        {"config": {"vae": 1, "image_encoder": 2, "adapter": {"kind": "resampler"}}})
+        {"config": {"vae": 1, "image_encoder": 2, "unet": 3, "adapter": {"kind": "resampler"}}})
     tokenizer = mock.Mock(digest=lambda: "t")
     parameters = {"vae": {"a": np.ones(3), "b": np.zeros(2)}, "image_encoder": {"c": np.ones(2)},
                   "unet": {"d": np.ones(1)}}
 
-    def key(parameters, content="x"):
+    def key(parameters, content="x", source=None):
         model = models.Model(generator, parameters, tokenizer, None)
-        return encoding_cache.make_key(model, config, content)
+        return encoding_cache.make_key(model, config, content, source)
 
     assert key(parameters) == key({**parameters, "unet": {"d": np.zeros(1)}})
     moved = {"a": np.zeros(2), "b": np.ones(3)}
     assert key(parameters)["encoders"] != key({**parameters, "vae": moved})["encoders"]
     assert key(parameters) != key(parameters, "y")
+    unet = mock.Mock(parts=("unet",), settings=["unet", 16, 124, 374])
+    other = key(parameters, source=unet)
+    assert other != key(parameters) and other["features"] == ["unet", 16, 124, 374]
+    assert other != key({**parameters, "unet": {"d": np.zeros(1)}}, source=unet)
+
+
+@pytest.mark.parametrize("objective, share, name", [
+    ("sft", 0.0, "encoded_chosen"), ("sft", 0.1, "encoded_both"),
+    ("focus_dpo", 0.0, "encoded_pairs_attention")])
+def test_each_kind_of_records_has_its_folder(objective, share, name):
+    config = ConfigDict({"objective": objective, "rejected_share": share})
+    assert encoding_cache.folder_name(config, mock.Mock(settings=["attention"])) == name

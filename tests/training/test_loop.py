@@ -84,7 +84,8 @@ def test_run_leaves_what_the_contract_says(finished):
         assert np.isfinite(line[name]), name
     assert json.loads((workdir / "config.json").read_text())["beta"] == 100.0
     assert (workdir / "checkpoints" / "4").is_dir()
-    assert list((workdir / "samples").glob("*.png"))
+    assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
+        "focus_000004.png", "step_000004.png"]
     assert list(workdir.glob("events.out.tfevents.*"))
     assert (workdir / "model" / "model.json").exists()
 
@@ -119,11 +120,11 @@ def test_another_seed_gives_other_losses(finished, tiny_config, tmp_path):
     assert all(other[step] != expected[step] for step in (2, 3, 4))
 
 
-@pytest.mark.parametrize("objective", ["dpo", "prior_dpo", "subject_sft"])
+@pytest.mark.parametrize("objective", ["dpo", "prior_dpo", "patch_dpo", "subject_sft"])
 def test_other_objectives_run_by_one_switch(objective, tiny_config, tmp_path):
     loop.run(tiny_config(objective=objective, steps=2), tmp_path)
     values = tiny.losses(tmp_path)
-    if objective != "subject_sft":
+    if objective not in ("patch_dpo", "subject_sft"):
         assert abs(values[1] - np.log(2)) < 1e-4
     assert values[2] != values[1]
 

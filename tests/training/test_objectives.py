@@ -11,12 +11,13 @@ import tiny
 
 from focusdpo_jax.data import loader
 from focusdpo_jax.diffusion.schedule import scaled_linear_schedule
-from focusdpo_jax.training import encoding, models, objectives, tasks
+from focusdpo_jax.models.generator import split_parameters
+from focusdpo_jax.training import models, objectives, tasks
 
 
 @pytest.fixture
 def encoded(tiny_config):
-    """encoded(objective): (weights of chosen [4, h, w], the batch, its encoding)."""
+    """encoded(objective): (weights [P * 4, h, w], the batch, its encoding)."""
 
     def make(objective):
         config = tiny_config(objective=objective, focus__background=0.25)
@@ -25,11 +26,15 @@ def encoded(tiny_config):
         source = tasks.open_data(config)["train"]
         (batch,) = loader.evaluation_batches(
             [source[i] for i in range(4)], batch_size=4, transform=transform)
-        ((structure, numbers),) = tasks.focus_buckets(config).values()
-        encode = encoding.encoder(model.generator, config, [structure.weight])
+        buckets = tasks.focus_buckets(config)
+        ((structure, numbers),) = buckets.values()
+        source, encode = tasks.make_encoder(model.generator, config, buckets)
         pairs = encode(model.parameters, jax.tree.map(jnp.asarray, batch))
-        weights, _ = objectives.weights(structure, numbers, pairs)
-        return np.asarray(weights[:4]), batch, pairs
+        task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        trainable, frozen = split_parameters(model.parameters, "full")
+        frozen = {"parameters": frozen, "reference": trainable}
+        maps = task.focus_maps(structure, frozen, pairs, numbers, jax.random.key(0))
+        return np.asarray(maps.weights), batch, pairs
 
     return make
 
@@ -56,8 +61,16 @@ def test_subject_sft_counts_every_subject_above_the_background(encoded):
 def test_prior_dpo_counts_only_where_the_pair_differs(encoded):
     weights, batch, pairs = encoded("prior_dpo")
     np.testing.assert_allclose(
-        weights, 0.25 + shares(batch.prior_mask, weights.shape[1:]), atol=1e-6)
+        weights[:4], 0.25 + shares(batch.prior_mask, weights.shape[1:]), atol=1e-6)
     assert pairs.latents_mean.shape[1] == 2
+
+
+def test_patch_dpo_learns_from_each_place_of_the_picture_that_is_good_there(encoded):
+    weights, batch, pairs = encoded("patch_dpo")
+    chosen, rejected = weights[:4], weights[4:]
+    np.testing.assert_allclose(chosen + rejected, 1, atol=1e-6)
+    assert rejected.min() >= 0 and rejected.max() <= 1 and rejected.std() > 0.01
+    assert pairs.prototypes is None and pairs.area is None and pairs.detail is None
 
 
 class Listener:
@@ -71,7 +84,7 @@ class Listener:
     def subject_tokens(self, parameters, features):
         return features
 
-    def denoise(self, parameters, latents, timesteps, conditioning):
+    def denoise(self, parameters, latents, timesteps, conditioning, capture):
         self.latents, self.timesteps = np.asarray(latents), np.asarray(timesteps)
         return latents, {}
 

@@ -1,0 +1,170 @@
+r"""What FocusDPO adds to a step of Diffusion-DPO, in floating-point operations.
+
+    python benchmarks/focus_cost.py                        # Toybox and SDXL's debug sizes, compiled
+    python benchmarks/focus_cost.py --traced --cases sdxl  # SDXL at 1024 px, before compilation
+
+For `dpo` and for every structure and source of similarity of `focus_dpo`: the operations of the
+guide (reference model and weights) and of the policy's loss with its gradient, as XLA counts them,
+and their ratio to `dpo`'s. The optimiser, which is the same in both, is left out. Nothing is
+allocated: shapes are all that a program is compiled from. `--traced` counts what goes into the
+compiler, where a compilation would take too long. `--repeats=N` also runs the compiled programs on
+zeros, N times each, and prints medians.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_cases import load_config
+
+from focusdpo_jax.checkpoints import model_folder
+from focusdpo_jax.data.record import PreferenceBatch
+from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from focusdpo_jax.models.generator import (
+    PARTS,
+    Generator,
+    GeneratorConfig,
+    split_parameters,
+)
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
+from focusdpo_jax.models.unet import UNetConfig
+from focusdpo_jax.models.vae import VAEConfig
+from focusdpo_jax.training import models, objectives, tasks
+
+SLOTS = 3  # Subjects that a pair may have.
+
+
+def case(name):
+    """Configuration and sizes of "toybox", "debug" or "sdxl"."""
+    if name == "toybox":
+        return load_config("toybox_dpo"), model_folder.load_config(models.shipped("toybox"))
+    if name == "debug":
+        config = load_config("sdxl_dpo", "debug")
+        return config, GeneratorConfig.from_dict(config.model.sizes.to_dict())
+    text = CLIPTextConfig()
+    return load_config("sdxl_dpo"), GeneratorConfig(
+        unet=UNetConfig(image_context=True), vae=VAEConfig(), text_encoder=text,
+        text_encoder_2=CLIPTextConfig(hidden_size=1280, num_layers=32, num_heads=20,
+                                      intermediate_size=5120, activation="gelu",
+                                      projection_dim=1280),
+        image_encoder=CLIPVisionConfig(), adapter=SubjectAdapterConfig())
+
+
+def shapes_of(generator, config):
+    """Shapes of all parameters, in the types in which a run keeps them."""
+    def typed(part):
+        tree = jax.eval_shape(lambda: generator.init_part(part, jax.random.key(0)))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, models.stored_type(
+                config, (part, *(key.key for key in path)), leaf.shape)), tree)
+    return {part: typed(part) for part in PARTS}
+
+
+def batch_shapes(generator, config):
+    """Shapes of a PreferenceBatch."""
+    count, side = config.batch_size, config.resolution
+    reference = generator.config.image_encoder.image_size
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((count, *shape), dtype)
+
+    return PreferenceBatch(
+        chosen=array(jnp.uint8, side, side, 3), rejected=array(jnp.uint8, side, side, 3),
+        references=array(jnp.uint8, SLOTS, reference, reference, 3),
+        reference_masks=array(bool, SLOTS, reference, reference),
+        masks=array(bool, SLOTS, side, side), present=array(bool, SLOTS),
+        prior_mask=array(bool, side, side), time_ids=array(jnp.float32, 6),
+        token_ids=array(jnp.int32, 2, generator.config.text_encoder.max_length),
+        index=array(jnp.int32), truth={})
+
+
+class Programs:
+    """The two programs of a configuration's step, lowered from shapes alone."""
+
+    def __init__(self, config, sizes):
+        generator = Generator(sizes, jnp.dtype(config.dtype))
+        parameters = shapes_of(generator, config)
+        self.trainable, rest = split_parameters(parameters, config.trainable)
+        self.frozen = {"parameters": rest, "reference": jax.eval_shape(
+            lambda tree: tasks.as_computed(tree, config.dtype), self.trainable)}
+        self.buckets = tasks.focus_buckets(config)
+        source, encode = tasks.make_encoder(generator, config, self.buckets)
+        self.pairs = jax.eval_shape(encode, parameters, batch_shapes(generator, config))
+        self.objective = objectives.Objective(
+            generator, config, jnp.zeros((2, sizes.text_encoder.max_length), jnp.int32), source)
+
+    def guides(self):
+        """{structure: (lowered guide, its arguments)}."""
+        key, found = jax.random.key(0), {}
+        for structure, numbers in self.buckets.values():
+            arguments = (self.frozen, self.pairs, numbers, key)
+            guide = jax.jit(self.objective.guide, static_argnums=0)
+            found.setdefault(structure, (guide.lower(structure, *arguments), arguments))
+        return found
+
+    def update(self):
+        """The lowered loss with its gradient, and its arguments."""
+        (structure, numbers), key = next(iter(self.buckets.values())), jax.random.key(0)
+        guidance, _ = jax.eval_shape(
+            lambda *arguments: self.objective.guide(structure, *arguments),
+            self.frozen, self.pairs, numbers, key)
+        arguments = (self.trainable, self.frozen, self.pairs, guidance, numbers, key)
+        gradient = jax.jit(jax.value_and_grad(self.objective.loss, has_aux=True))
+        return gradient.lower(*arguments), arguments
+
+
+def seconds(compiled, arguments, repeats):
+    """Median time of a compiled program on zeros."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype)
+                         if isinstance(x, jax.ShapeDtypeStruct) else x, arguments)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.monotonic()
+        jax.block_until_ready(compiled(*zeros))
+        times.append(time.monotonic() - start)
+    return statistics.median(times[1:])  # The first one warms up.
+
+
+def measure(name, traced, repeats):
+    """Prints a line for `dpo` and for each source and structure of `focus_dpo`."""
+    def counted(lowered, arguments):
+        """Operations, and seconds if asked for."""
+        program = lowered if traced else lowered.compile()
+        spent = seconds(program, arguments, repeats) if repeats and not traced else 0.0
+        return np.array([program.cost_analysis()["flops"], spent])
+
+    base = update = None
+    for features in ("", "vit", "unet", "attention"):
+        config, sizes = case(name)
+        config.objective = "focus_dpo" if features else "dpo"
+        config.focus.features = features or "vit"
+        programs = Programs(config, sizes)
+        if update is None:  # All structures share it.
+            update = counted(*programs.update())
+        for structure, guide in programs.guides().items():
+            total = counted(*guide) + update
+            base = total if base is None else base
+            line = f"{name:8s} {str(structure):24s} {features:10s} {total[0]:.4e} operations"
+            ratios = total / np.where(base > 0, base, 1)
+            print(line + f", {ratios[0]:.4f} of dpo's" + (
+                f"; {total[1]:.3f} s, {ratios[1]:.3f}" if total[1] else ""), flush=True)
+
+
+def main():
+    """Measures each case."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["toybox", "debug"],
+                        choices=["toybox", "debug", "sdxl"])
+    parser.add_argument("--traced", action="store_true")
+    parser.add_argument("--repeats", type=int, default=0)
+    arguments = parser.parse_args()
+    for name in arguments.cases:
+        measure(name, arguments.traced, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

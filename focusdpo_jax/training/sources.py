@@ -1,0 +1,178 @@
+"""Where SPAF's similarity of subject and place comes from: three sources behind one interface.
+
+`config.focus.features` names one of
+
+    vit        the frozen image encoder's features of clean pictures. Both sides are made with the
+               data, and the timestep moves rho alone.
+    unet       features of a block of the reference model. The references are denoised once with the
+               data, at the noise of each bucket, and pooled to prototypes; the pictures' features
+               are those of the reference model's pass over the pair.
+    attention  how strongly the image branch of cross-attention looks at a subject's tokens, in the
+               same pass. The references are in it already, as tokens.
+
+That pass runs in every step of a preference objective; a source only asks it to keep what it
+computes anyway. The paper takes the attention of its generator [known]; these readings for a UNet
+are [ours].
+"""
+
+import jax
+import jax.numpy as jnp
+
+from focusdpo_jax.focus import correspondence
+from focusdpo_jax.focus.grids import average_to_grid
+from focusdpo_jax.models.generator import Conditioning
+
+# Keeps the noise on reference images apart from whatever else is drawn from the same seed.
+_ROLE = int.from_bytes(b"refs", "big")
+
+
+def make_source(generator, config, numbers):
+    """The source that `config.focus.features` names.
+
+    Args:
+      numbers: BucketNumbers of the run's buckets, in the order of their index.
+
+    Returns:
+      An object with
+        capture: names of what the reference model's pass must keep (`Generator.denoise`).
+        parts: of the generator, whose parameters `encode` reads.
+        settings: JSON values; what `encode` depends on besides parameters and pictures.
+        encode(parameters, batch, pictures, references) -> (prototypes, target features): of a
+          PreferenceBatch, its pictures [B * P, H, W, 3] in [0, 1], those of a pair one after the
+          other, and the `ImageView` [B, S] of its references. [B, K, S, 2, count, D] for K buckets
+          (or one for all) and [B * P, g, g, D]; None for what is not made with the data.
+        similarity(encoded, captured, index) -> (similarity [P * B, S, h, w] with the subjects,
+          [P * B, h, w] with the references' backgrounds or None, bool [B, S]): of EncodedPairs,
+          what was captured, and the bucket's index; all chosen come first. The last says for which
+          slots there is anything to match.
+    """
+    if config.focus.features == "vit":
+        return EncoderSource(generator, config.focus.prototypes)
+    if config.focus.features == "attention":
+        return AttentionSource(generator)
+    middles = [(int(n.t_low) + int(n.t_high) - 1) // 2 for n in numbers]
+    return UNetSource(generator, middles, config.focus.prototypes, config.seed)
+
+
+class EncoderSource:
+    """Features of the frozen image encoder on clean pictures."""
+
+    capture, parts = (), ("image_encoder",)
+
+    def __init__(self, generator, count):
+        """`count` is the number of prototypes a subject."""
+        self._generator, self._count = generator, count
+        self.settings = ["vit", count]
+
+    def encode(self, parameters, batch, pictures, references):
+        side = self._generator.patch_grid
+        features = self._generator.view(parameters, pictures).features[:, 1:]
+        prototypes = correspondence.inside_and_outside(
+            references.features[:, :, 1:], masks_on_grid(batch.reference_masks, (side, side)),
+            batch.present, self._count)
+        return prototypes[:, None], features.reshape(-1, side, side, features.shape[-1])
+
+    def similarity(self, encoded, captured, index):
+        del captured, index  # They know no timestep.
+        targets = jnp.moveaxis(encoded.target_features, 1, 0)
+        return _compare(encoded.prototypes[:, 0], targets.reshape(-1, *targets.shape[2:]))
+
+
+class UNetSource:
+    """Features of a block of the reference model, both sides at like noise."""
+
+    parts = ("unet", "adapter", "text_encoder", "text_encoder_2", "vae", "image_encoder")
+
+    def __init__(self, generator, timesteps, count, seed):
+        """`timesteps` has one timestep for each bucket; `count` prototypes stand for a subject."""
+        self._generator, self._count, self._seed = generator, count, seed
+        self._timesteps = jnp.asarray(timesteps)
+        self._block = generator.match_captures["unet"]
+        self.capture = (self._block,)
+        self.settings = ["unet", count, *timesteps, seed]
+
+    def encode(self, parameters, batch, pictures, references):
+        """Denoises every reference once in each bucket; memory is that of one bucket.
+
+        A reference is shown under its pair's caption, with itself as the only subject. All slots of
+        a pair share one noise, so that their order does not matter.
+        """
+        generator = self._generator
+        count, slots = batch.present.shape
+        size = pictures.shape[1:3]
+        pixels = jax.image.resize(batch.references.astype(jnp.float32) / 255,
+                                  (count, slots, *size, 3), "linear", antialias=True)
+        mean, _ = generator.encode_image(parameters, pixels.reshape(-1, *size, 3))
+        text, pooled = generator.encode_text(parameters, batch.token_ids)
+        tokens = generator.subject_tokens(parameters, references)
+
+        def each(x):
+            """[B, ...] for every slot: [B * S, ...]."""
+            return jnp.repeat(x, slots, axis=0)
+
+        conditioning = Conditioning(
+            text=each(text), pooled=each(pooled), time_ids=each(batch.time_ids),
+            image_tokens=tokens.reshape(-1, 1, *tokens.shape[2:]),
+            image_present=batch.present.reshape(-1, 1))
+        key = jax.random.fold_in(jax.random.key(self._seed), _ROLE)
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch.index)
+
+        def at(timestep):
+            noise = jax.vmap(lambda k: jax.random.normal(
+                jax.random.fold_in(k, timestep), mean.shape[1:]))(keys)
+            timesteps = jnp.full(count * slots, timestep)
+            _, captured = generator.denoise(
+                parameters, generator.schedule.add_noise(mean, each(noise), timesteps), timesteps,
+                conditioning, capture=self.capture)
+            features = captured[self._block]
+            grid = features.shape[1:3]
+            return correspondence.inside_and_outside(
+                features.reshape(count, slots, -1, features.shape[-1]),
+                masks_on_grid(batch.reference_masks, grid), batch.present, self._count)
+
+        return jnp.moveaxis(jax.lax.map(at, self._timesteps), 0, 1), None
+
+    def similarity(self, encoded, captured, index):
+        prototypes = jax.lax.dynamic_index_in_dim(encoded.prototypes, index, 1, keepdims=False)
+        return _compare(prototypes, captured[self._block])
+
+
+class AttentionSource:
+    """The image branch of the UNet's cross-attention, at the finest level that has one.
+
+    The mass before normalisation: shares of the attention tell two subjects apart, but are 1
+    everywhere for a picture's only subject.
+    """
+
+    parts, settings = (), ["attention"]
+
+    def __init__(self, generator):
+        self._name = generator.match_captures["attention"]
+        self.capture = (self._name,)
+
+    def encode(self, parameters, batch, pictures, references):
+        del parameters, batch, pictures, references  # They are in the reference model's pass.
+        return None, None
+
+    def similarity(self, encoded, captured, index):
+        del index
+        return jnp.moveaxis(captured[self._name], -1, 1), None, encoded.present
+
+
+def masks_on_grid(masks, grid):
+    """The share of each cell of a grid (h, w) that masks [B, S, R, R] cover: [B, S, h * w]."""
+    masks = masks.astype(jnp.float32)
+    rows, columns = masks.shape[2:]
+    if rows % grid[0] or columns % grid[1]:
+        masks = jax.image.resize(masks, (*masks.shape[:2], *grid), "linear", antialias=True)
+    else:
+        masks = average_to_grid(masks, grid)
+    return masks.reshape(*masks.shape[:2], -1)
+
+
+def _compare(prototypes, targets):
+    """Of prototypes [B, S, 2, count, D] and target features [P * B, h, w, D]."""
+    pictures = len(targets) // len(prototypes)
+    subjects, background = correspondence.compare(
+        jnp.concatenate([prototypes] * pictures), targets)
+    return subjects, background, jnp.any(prototypes[:, :, 0] != 0, axis=(2, 3))

@@ -1,0 +1,32 @@
+"""What FocusDPO adds to a step, counted before compilation at SDXL's debug sizes."""
+
+import importlib
+import sys
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def focus_cost():
+    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
+    yield importlib.import_module("focus_cost")
+    sys.path.remove(str(tiny.ROOT / "benchmarks"))
+
+
+def test_focus_adds_at_most_three_percent_to_a_step_of_dpo(focus_cost):
+    def guides(objective):
+        config, sizes = focus_cost.case("debug")
+        config.objective = objective
+        programs = focus_cost.Programs(config, sizes)
+        return programs, [lowered.cost_analysis()["flops"]
+                          for lowered, _ in programs.guides().values()]
+
+    programs, (plain,) = guides("dpo")
+    update = programs.update()[0].cost_analysis()["flops"]
+    # The policy's pass and its gradient take at least twice what the reference model's pass does.
+    assert update > 2 * plain
+    _, structures = guides("focus_dpo")
+    assert len(structures) == 2
+    for focus in structures:
+        assert 1 < (focus + update) / (plain + update) < 1.03
