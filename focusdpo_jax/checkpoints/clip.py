@@ -5,7 +5,6 @@ the tokenizer's `vocab.json` and `merges.txt` beside the weights.
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -43,13 +42,8 @@ def load(folder):
     """
     folder = epath.Path(folder)
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}). Give a folder with "
-                        "config.json, model.safetensors, vocab.json and merges.txt.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
+    values = diffusers_configs.read_file(
+        folder, "config.json, model.safetensors, vocab.json and merges.txt")
     if not isinstance(values, dict) or values.get("model_type") != "clip":
         raise UserError(f"{path}: model_type is not 'clip': give the folder of a CLIPModel, with "
                         "both towers.")

@@ -18,7 +18,14 @@ from focusdpo_jax.files import replace_file
 
 _SIDE = 224  # Longest side of a picture on the page, in pixels.
 _SMALL = 128  # Up to this side a picture is kept pixel by pixel.
-_SAMPLES_WIDTH = 1400  # Of the run's own page of samples.
+_PAGE_SIDE = 1800  # Longest side of the run's own pages, in pixels.
+# The run's pages of samples, and what they show.
+_PAGES = {
+    "step": ("scenes that the run drew: references, the pair, base and policy, and the weight that "
+             "the run's objective gives to every place of the chosen picture in its cleanest range "
+             "of timesteps (lighter is more)."),
+    "focus": ("how that weight comes about in every range of timesteps: similarity with each "
+              "reference, what matches, what does not, detail, and the weight.")}
 _CURVES = ("loss", "implicit_accuracy", "margin", "policy_error")  # First, where there are any.
 _MOST_CURVES = 12
 _MOST_BARS = 40
@@ -252,18 +259,16 @@ def data_url(picture, side):
 
 
 def _focus(workdir):
-    """The run's newest page of samples, which has its focus maps."""
-    folder = workdir and workdir / "samples"
-    pages = sorted(folder.glob("step_*.png")) if folder and folder.exists() else []
-    if not pages:
-        return ""
-    url = data_url(read_picture(pages[-1]), _SAMPLES_WIDTH)
-    step = int(pages[-1].stem.partition("_")[2])
-    return (f"<h2>Focus maps</h2>\n<p>Scenes that the run drew at step {step}: references, the "
-            "pair, base and policy, and the weight that the run's objective gives to every place "
-            "of the chosen picture in its cleanest range of timesteps (lighter is more).</p>\n"
-            f'<div class="wide"><img class="page" src="{url}" '
-            'alt="Samples of the run with focus maps"></div>')
+    """The run's newest pages of samples and of how their focus maps come about."""
+    folder, parts = workdir and workdir / "samples", []
+    for kind, text in _PAGES.items():
+        pages = sorted(folder.glob(f"{kind}_*.png")) if folder and folder.exists() else []
+        if pages:
+            step = int(pages[-1].stem.partition("_")[2])
+            url = data_url(read_picture(pages[-1]), _PAGE_SIDE)
+            parts.append(f'<p>Step {step}: {text}</p>\n<div class="wide"><img class="page" '
+                         f'src="{url}" alt="{html.escape(text)}"></div>')
+    return "\n".join(["<h2>Focus maps</h2>", *parts]) if parts else ""
 
 
 def _curves(workdir):

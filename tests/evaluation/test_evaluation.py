@@ -203,5 +203,5 @@ def test_report_stands_alone(whole, config, probe, sides, tmp_path):
     assert not re.search(r"https?://|url\(", text)
     # One best and one worst case: base, policy and references each; then the run's page.
     assert 7 <= len(checked.sources) <= 11
-    assert "a &lt;run&gt;" in text and "at step 12" in text
+    assert "a &lt;run&gt;" in text and "Step 12: scenes" in text
     assert "loss from step 1 to 3" in text and "t0/loss" not in text
