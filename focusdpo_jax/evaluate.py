@@ -58,7 +58,7 @@ _SHARE = flags.DEFINE_string(
     "share", "0/1", "i/n: draw and score the i-th of n shares alone. Start n processes with one "
     "--output, each with a share from 0 to n - 1; then the same line without --share.")
 _CASES = flags.DEFINE_integer(
-    "cases", 8, "Best and worst scenes each that the report shows.", lower_bound=0)
+    "cases", 6, "Best and worst scenes each that the report shows.", lower_bound=0)
 _COMPARE = flags.DEFINE_multi_string(
     "compare", [], "Output folders of finished evaluations: one table, and how each differs from "
     "the first.")

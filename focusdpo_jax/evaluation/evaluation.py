@@ -21,7 +21,7 @@ _REPORT_EVERY = 20.0  # Seconds between two lines of progress.
 
 
 def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=None, workdir=None,
-        cases=8):
+        cases=6):
     """Draws, scores, sums up and reports.
 
     Args:

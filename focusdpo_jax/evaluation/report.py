@@ -103,7 +103,7 @@ class Report:
     workdir: epath.Path | None = None
 
 
-def write(path, report, *, cases=8):
+def write(path, report, *, cases=6):
     """Writes the page; `cases` best and as many worst scenes are shown."""
     body = [f"<h1>{html.escape(report.title)}</h1>", f"<p>{html.escape(report.about)}</p>",
             _summary(report), _subjects(report), _cases(report, cases), _focus(report.workdir),
@@ -206,17 +206,23 @@ def _cases(report, count):
             rank = values[-1] - values[0] if len(sides) == 2 else values[0]
             ranked.append((-rank if measures.lower_is_better(name) else rank, scene, values))
     ranked.sort(key=lambda entry: (entry[0], entry[1].name))
-    if not ranked:
-        return ""
-    count = min(count, (len(ranked) + 1) // 2)
     both = len(sides) == 2
+    if both:
+        best, worst = ([entry for entry in ranked if entry[0] > 0],
+                       [entry for entry in ranked if entry[0] < 0])
+    else:
+        best, worst = ranked[len(ranked) // 2:], ranked[:len(ranked) // 2]
     parts = []
     for heading, entries in (
-            ("Where the policy gains most" if both else "Best", ranked[::-1][:count]),
-            ("Where the policy loses most" if both else "Worst", ranked[:count])):
+            ("Where the policy gains most" if both else "Best", best[::-1][:count]),
+            ("Where the policy loses most" if both else "Worst", worst[:count])):
+        if not entries:
+            continue
         cards = "".join(_case(report, name, sides, scene, values) for _, scene, values in entries)
         parts.append(f'<h3>{heading}, by {html.escape(measures.title(name))}</h3>'
                      f'<div class="grid">{cards}</div>')
+    if not parts:
+        return ""
     note = ("The subject reference images, and below them what was drawn"
             + (", both sides from one noise." if both else "."))
     return f'<h2>Cases</h2>\n<p class="soft">{note}</p>\n' + "\n".join(parts)
