@@ -190,18 +190,28 @@ def test_report_stands_alone(whole, config, probe, sides, tmp_path):
     (run / "metrics.jsonl").write_text("".join(
         json.dumps({"step": step, "loss": 1 / step, "t0/loss": 3.0}) + "\n"
         for step in (1, 2, 3)) + '{"step": 4, "lo')
-    (tmp_path / "out").mkdir()
-    # As if the first evaluation had been of this run.
-    for name in ("settings.json", "scenes.jsonl", "pictures", "scores", "references"):
-        (tmp_path / "out" / name).symlink_to(whole / name)
+    # As if the first evaluation had been of this run; the policy gains in one scene and loses in
+    # another.
+    shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "out" / "settings.json").unlink()
+    fidelity = {("base", "0001_0"): 0.25, ("policy", "0001_0"): 0.75,
+                ("base", "0002_0"): 1.0, ("policy", "0002_0"): 0.5}
+    for path in (tmp_path / "out").glob("scores/*/*/*.json"):
+        scores = json.loads(path.read_text())
+        for name, measured in scores.items():
+            value = fidelity.get((path.parent.parent.name, name), 0.0)
+            measured["fidelity"] = [value] + [None] * (len(measured["fidelity"]) - 1)
+        path.write_text(json.dumps(scores))
     evaluate(tmp_path / "out", config, probe, sides, workdir=run, cases=1)
     text = (tmp_path / "out" / "report.html").read_text()
     checked = Checker(text)
     assert "script" not in checked.tags and "link" not in checked.tags
     assert all(source.startswith("data:image/") for source in checked.sources)
     assert not re.search(r"https?://|url\(", text)
-    # One best and one worst case: base, policy and references each; then the run's page.
+    gained, lost = text.split("Where the policy loses most")
+    assert "base: 25.0 %" in gained and "policy: 75.0 %" in gained and "0001_0" in gained
+    assert "base: 100.0 %" in lost and "policy: 50.0 %" in lost and "0002_0" in lost
+    # Base, policy and references of both; then the run's page.
     assert 7 <= len(checked.sources) <= 11
     assert "a &lt;run&gt;" in text and "Step 12: scenes" in text
     assert "loss from step 1 to 3" in text and "t0/loss" not in text
