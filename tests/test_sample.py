@@ -65,7 +65,7 @@ def test_a_reference_is_weighed_and_kept_to_its_place(reference, tiny_folder, tm
         json.dumps({"prompt": "a ball on grass", "seed": 5,
                     "references": [f"{reference}:a ball{how}"]}) + "\n" for how in kept.values()))
     draw(prompt=None, prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path),
-         workdir=str(tiny_folder / "model"), resolution=32)
+         workdir=str(tiny_folder / "model"), resolution=32, guidance=1.0)
     drawn = dict(zip(kept, (np.asarray(Image.open(tmp_path / f"000{i}.png"), np.int32)
                             for i in range(4))))
     # A box of the whole picture is none, though another program draws it.
