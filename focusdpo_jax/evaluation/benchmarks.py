@@ -121,4 +121,6 @@ def _load_scorers(networks, batch_size, several):
         image, text = encoders.load_clip(networks["clip"], batch_size)
         scorers += [scoring.SimilarityScorer(image, needs=places and places.name),
                     scoring.PromptScorer(image, text)]
+    if places:
+        scorers.append(scoring.MissingScorer(places.name))
     return scorers, places

@@ -201,9 +201,12 @@ def _cases(report, count):
     sides = [side for side in charts.SIDES if side in report.scores]
     ranked = []
     for scene in report.scenes:
-        values = [_mean(report.scores[side][scene.name].get(name)) for side in sides]
-        if None not in values:
-            rank = values[-1] - values[0] if len(sides) == 2 else values[0]
+        values = [report.scores[side][scene.name].get(name) for side in sides]
+        # A subject that is not found resembles nothing; otherwise two of one would be a best case.
+        ranks = [_mean(value, 0.0 if name.endswith("_crop") and value else None)
+                 for value in values]
+        if None not in ranks:
+            rank = ranks[-1] - ranks[0] if len(sides) == 2 else ranks[0]
             ranked.append((-rank if measures.lower_is_better(name) else rank, scene, values))
     ranked.sort(key=lambda entry: (entry[0], entry[1].name))
     both = len(sides) == 2
@@ -230,9 +233,12 @@ def _cases(report, count):
 
 def _case(report, name, sides, scene, values):
     references = [_tile(read_picture(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
-    drawn = [_tile(read_picture(report.picture(side, scene)),
-                   f"{side}: {measures.number(name, value)}")
-             for side, value in zip(sides, values)]
+    drawn = []
+    for side, value in zip(sides, values):
+        text = f"{side}: {measures.number(name, _mean(value))}"
+        if name.endswith("_crop") and None in value:
+            text += f", {value.count(None)} not found"
+        drawn.append(_tile(read_picture(report.picture(side, scene)), text))
     return (f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
             f'({html.escape(scene.name)})</span></p>'
             f'<div class="row references">{"".join(references)}</div>'
@@ -309,7 +315,9 @@ def _settings(settings):
     return f'<h2>Settings</h2>\n<div class="wide"><table><tbody>{rows}</tbody></table></div>'
 
 
-def _mean(value):
-    """A score as one number, or None where nothing of it is defined."""
-    values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+def _mean(value, undefined=None):
+    """A score as one number, or None where nothing of it is defined; see `_cases`."""
+    values = [undefined if v is None else v
+              for v in (value if isinstance(value, list) else [value])]
+    values = [v for v in values if v is not None]
     return float(np.mean(values)) if values else None

@@ -126,6 +126,22 @@ class PlaceScorer:
             for scene, features in zip(scenes, self._encode(pictures))]
 
 
+class MissingScorer:
+    """missing: in scenes of several, 1 for each subject that has no place, otherwise 0.
+
+    The similarities of subjects leave these out, so that they say nothing alone.
+    """
+
+    def __init__(self, needs):
+        """`needs` names what the places depend on."""
+        self.name = f"missing-{_short([needs])}"
+
+    def score(self, scenes, pictures, places):
+        """See the module."""
+        return [{"missing": [float(place is None) for place in row]}
+                if len(scene.subjects) > 1 else {} for scene, row in zip(scenes, places)]
+
+
 def read_photograph(path):
     """The picture of a file and its subject's `Place`, None without a mask beside it."""
     path = epath.Path(path)

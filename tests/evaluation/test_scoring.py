@@ -48,6 +48,13 @@ def test_one_subject(subjects):
     assert score == [{"dinov2": pytest.approx(0.6)}]
 
 
+def test_subjects_without_a_place_are_missing(subjects):
+    several, alone = (Scene("a", "", s, 0, "") for s in (subjects, subjects[:1]))
+    scores = scoring.MissingScorer("found so").score(
+        [several, alone], [None] * 2, [[None, Place((0, 0, 1, 1))], [None]])
+    assert scores == [{"missing": [1.0, 0.0]}, {}]
+
+
 def test_two_subjects_in_their_places_and_swapped(subjects):
     scene = Scene("a", "", subjects, 0, "red+green")
     picture = np.concatenate([block(RED), block(GREEN)], axis=1)
