@@ -5,6 +5,7 @@ import os
 import sys
 
 from absl import app, flags, logging
+from etils import epath
 
 from focusdpo_jax.errors import UserError
 
@@ -15,6 +16,38 @@ def parse_flags(argv):
         return flags.FLAGS(argv)
     except flags.Error as error:
         fail(" ".join(str(error).split()))
+
+
+def config_parser(holder):
+    """A `parser` for `run`, of a command that takes a configuration file.
+
+    A configuration is Python, so that a mistake in it or in --config.FIELD can raise anything.
+
+    Args:
+      holder: of the flag, as `config_flags.DEFINE_config_file` returned it; it may be left out.
+    """
+    def parse(argv):
+        try:
+            rest = flags.FLAGS(argv)
+            if holder.value is not None:
+                holder.value.get("seed")  # A file that cannot be read fails at its first use.
+            return rest
+        except Exception as error:  # By absl, ml_collections or the configuration file.
+            lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()]
+            lines = [line for line in lines if line]
+            if isinstance(error, AttributeError):  # Of --config.FIELD: the name, then a suggestion.
+                name, *suggestion = (line.strip("\\'") for line in lines)
+                fail(f"config.{name} is not a field. {' '.join(suggestion)}")
+            fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error))
+
+    return parse
+
+
+def default_workdir(config_file):
+    """runs/toybox_dpo for configs/toybox_dpo.py; an argument after a colon is added."""
+    path, _, argument = config_file.partition(":")
+    name = epath.Path(path).stem
+    return epath.Path("runs") / (f"{name}_{argument}" if argument else name)
 
 
 def run(main, parser=parse_flags):

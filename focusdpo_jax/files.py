@@ -1,5 +1,7 @@
 """Writing files so that nobody ever finds half of one."""
 
+import uuid
+
 from etils import epath
 
 
@@ -12,6 +14,7 @@ def replace_file(path: epath.PathLike, content: str | bytes) -> None:
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own, since processes that share a folder may write the same file at once.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)

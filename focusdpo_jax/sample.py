@@ -16,14 +16,18 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "base", "Folder of a run, or a model folder (with a model.json), or base, the small "
-    "Toybox generator that ships with the package.")
+    "workdir", "base", "Folder of a run, or a model: a run's model/, a pipeline of diffusers such "
+    "as export --whole writes, or base, the small Toybox generator that ships with the package.")
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject.")
 _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
-    "subject, in the order of the prompt.")
+    "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
+    "PATH:PHRASE@MASK.png keeps its looks to a part of the picture, and *0.7 behind all of that is "
+    "its own weight. Transparent parts of a PNG count as white, so that a cut-out shows the "
+    "subject alone.")
 _PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File of JSON lines, many prompts at once: prompt, references, seed.")
+    "prompts", None, "File of JSON lines, many prompts at once: prompt, references (texts as for "
+    "--reference, or objects with path, phrase, box, mask, scale), seed.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
 _OUTPUT = flags.DEFINE_string(
     "output", "sample.png", "The picture; for several, a folder for 0000.png and so on, and "
@@ -83,9 +87,10 @@ def read_wanted(prompts):
 
 def open_models():
     """The model to draw with, the base to compare it with or None, and default settings."""
+    from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import runs
     name = _WORKDIR.value
-    if name != "base" and not (epath.Path(name) / "model.json").exists():
+    if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
         base = run.base() if _COMPARE.value else None
         return run.policy(), base, {"guidance": run.config.sampling.guidance,

@@ -41,7 +41,8 @@ def test_base_draws_one_picture_with_its_settings(reference, tmp_path):
     assert picture.size == (64, 64) and np.asarray(picture).std() > 10
     settings = json.loads(picture.text["focusdpo_jax"])
     assert settings["text"] == "a ball on grass" and settings["guidance"] == 3.0
-    assert settings["references"] == [{"path": reference, "phrase": "a ball"}]
+    assert settings["references"] == [{"path": reference, "phrase": "a ball", "box": None,
+                                       "mask": "", "scale": 1.0}]
 
 
 def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):
@@ -56,6 +57,21 @@ def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):
     assert np.abs(one - three[1]).max() <= 1
     assert np.abs(three[0] - three[1]).mean() > 5
     assert Image.open(tmp_path / "three" / "all.png").size[0] > 256
+
+
+def test_a_reference_is_weighed_and_kept_to_its_place(reference, tiny_folder, tmp_path):
+    kept = {"everywhere": "", "box": "@0,0,1,1", "left": "@0,0,0.5,1", "less": "*0"}
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps({"prompt": "a ball on grass", "seed": 5,
+                    "references": [f"{reference}:a ball{how}"]}) + "\n" for how in kept.values()))
+    draw(prompt=None, prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path),
+         workdir=str(tiny_folder / "model"), resolution=32, guidance=1.0)
+    drawn = dict(zip(kept, (np.asarray(Image.open(tmp_path / f"000{i}.png"), np.int32)
+                            for i in range(4))))
+    # A box of the whole picture is none, though another program draws it.
+    assert np.abs(drawn["box"] - drawn["everywhere"]).max() <= 2
+    assert np.abs(drawn["left"] - drawn["everywhere"]).mean() > 0.5
+    assert np.abs(drawn["less"] - drawn["everywhere"]).mean() > 0.5
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +107,7 @@ def test_unfinished_run_gives_its_newest_checkpoint(run_folder, tmp_path):
     ({"prompt": None}, "give --prompt"),
     ({"prompts": "some.jsonl"}, "give --prompt"),
     ({"reference": ["none.png:a ball"]}, "none.png: no such file"),
+    ({"reference": ["none.png:a ball@0,0,1,1.2"]}, "box = "),
     ({"workdir": "nowhere"}, "nowhere"),
     ({"compare": True}, "nothing to compare"),
     ({"resolution": 63}, "multiple of 4"),

@@ -4,6 +4,10 @@ What such a file can say and our modules cannot do is refused by name, so that a
 kind never loads as if it were SDXL.
 """
 
+import json
+
+from etils import epath
+
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from focusdpo_jax.models.unet import UNetConfig
@@ -47,6 +51,26 @@ _TOWER = {"hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
 _TEXT = _TOWER | {"vocab_size": "vocab_size", "max_length": "max_position_embeddings",
                   "eos_token_id": "eos_token_id"}
 _VISION = _TOWER | {"image_size": "image_size", "patch_size": "patch_size"}
+
+
+def read_file(folder, files):
+    """The values of a folder's config.json.
+
+    Args:
+      folder: anything that `epath.Path` takes.
+      files: what such a folder has, for the message where the file is missing.
+
+    Raises:
+      UserError: the file is missing or no JSON.
+    """
+    path = epath.Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}). Give a folder with "
+                        f"{files}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
 
 
 def _require(values, fixed, source):

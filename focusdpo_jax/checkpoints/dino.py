@@ -5,7 +5,6 @@ DINO is published as a ViTModel (facebook/dino-vits16), DINOv2 as a Dinov2Model
 the first's are translated to them here.
 """
 
-import json
 import re
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors
 
-from focusdpo_jax.checkpoints import pytorch_names
+from focusdpo_jax.checkpoints import diffusers_configs, pytorch_names
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.dino import DINO, DINOConfig
 
@@ -89,15 +88,8 @@ def load(folder):
       UserError: a file is missing or damaged, or they do not fit each other.
     """
     folder = epath.Path(folder)
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}). Give a folder with "
-                        "config.json and model.safetensors.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
-    model = DINO(read_config(values, path))
+    values = diffusers_configs.read_file(folder, "config.json and model.safetensors")
+    model = DINO(read_config(values, folder / "config.json"))
     path = folder / "model.safetensors"
     try:
         tensors = safetensors.load(path.read_bytes())

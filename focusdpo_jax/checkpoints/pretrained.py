@@ -69,6 +69,12 @@ class Pretrained:
         return diffusers_folder.load_part(self.path, part, example, **self._pieces, **how)
 
 
+def is_model(path):
+    """Whether a path is a model by itself, in one of the layouts, and not the folder of a run."""
+    path = epath.Path(path)
+    return (path / "model.json").exists() or diffusers_folder.is_one(path) or path.is_file()
+
+
 def locate(fields, shipped):
     """Finds the files of a configuration.
 

@@ -25,7 +25,9 @@ from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_pictur
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 
-_PHOTO = re.compile(r"(?!.*_mask\.).*\.(jpe?g|png|webp)$", re.IGNORECASE)
+PHOTO = re.compile(r"(?!.*_mask\.).*\.(jpe?g|png|webp)$", re.IGNORECASE)
+"""The names of photographs, which those of masks are not."""
+
 _SEAM = 9  # Pixels over which a pasted subject fades into its background.
 
 
@@ -37,21 +39,22 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
     """
     folder, target = epath.Path(folder), epath.Path(target)
     photos = _find(folder)
-    classes = _classes(folder, photos)
+    listed = folder / "prompts_and_classes.txt"
+    kinds = classes(listed.read_text() if listed.exists() else "", photos)
     logging.info("DreamBench: %d photographs of %d subjects", sum(map(len, photos.values())),
                  len(photos))
     lines = []
     try:
         for subject, paths in photos.items():
             for path in paths:
-                for file in (path, _mask_path(path)):
+                for file in (path, mask_path(path)):
                     replace_file(target / subject / file.name, file.read_bytes())
-            others = [s for s in photos if classes[s] == classes[subject] and s != subject]
+            others = [s for s in photos if kinds[s] == kinds[subject] and s != subject]
             for i, path in enumerate(paths):
                 other = photos[others[i % len(others)]] if others else None
                 other = other[i % len(other)] if other else None
                 reference = paths[(i + 1) % len(paths)]
-                lines += _pairs(path, reference, other, classes[subject], target)
+                lines += _pairs(path, reference, other, kinds[subject], target)
         manifest = target / "manifest.jsonl"
         replace_file(manifest, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
@@ -67,7 +70,7 @@ def _find(folder):
     photos = {}
     for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = sorted(path for path in subject.iterdir()
-                       if _PHOTO.match(path.name) and _mask_path(path).exists())
+                       if PHOTO.match(path.name) and mask_path(path).exists())
         if len(found) > 1:
             photos[subject.name] = found
     if not photos:
@@ -76,15 +79,27 @@ def _find(folder):
     return photos
 
 
-def _classes(folder, subjects):
-    """Subject to class: of prompts_and_classes.txt, otherwise the folder's name without numbers."""
-    listed = folder / "prompts_and_classes.txt"
-    rows = listed.read_text().splitlines() if listed.exists() else []
+def classes(listing, subjects):
+    """Subject to class.
+
+    Args:
+      listing: text of prompts_and_classes.txt, or "". What is not in it has its folder's name
+        without numbers.
+      subjects: names of folders.
+    """
+    rows = listing.splitlines()
     table = dict(row.strip().split(",") for row in rows if re.fullmatch(r"\w+,[\w ]+", row.strip()))
     return {s: table.get(s) or s.rstrip("0123456789").replace("_", " ") for s in subjects}
 
 
-def _mask_path(photo):
+def with_article(kind):
+    """A class as captions name it: "a dog", "an apple", "glasses"."""
+    article = "" if re.search(r"[^s]s$", kind) else "an " if kind[0] in "aeiou" else "a "
+    return article + kind
+
+
+def mask_path(photo):
+    """Where the mask of a photograph lies, if there is one."""
     return photo.with_name(f"{photo.stem}_mask.png")
 
 
@@ -93,14 +108,14 @@ def _pairs(path, reference, other, kind, target):
     subject = path.parent.name
     chosen, mask = _load(path)
     name = f"{subject}/{path.stem}"
-    article = "" if re.search(r"[^s]s$", kind) else "an " if kind[0] in "aeiou" else "a "
+    phrase = with_article(kind)
     line = {
-        "caption": f"a photo of {article}{kind}", "group": subject,
+        "caption": f"a photo of {phrase}", "group": subject,
         "chosen": f"{subject}/{path.name}",
         "subjects": [{
-            "phrase": article + kind, "mask": f"{subject}/{_mask_path(path).name}",
+            "phrase": phrase, "mask": f"{subject}/{mask_path(path).name}",
             "reference": f"{subject}/{reference.name}",
-            "reference_mask": f"{subject}/{_mask_path(reference).name}"}]}
+            "reference_mask": f"{subject}/{mask_path(reference).name}"}]}
     if other is None:
         lines, (composite, prior) = [], _tinted(chosen, mask)
     else:
@@ -122,7 +137,7 @@ def _load(path):
     file = path
     try:
         picture = decode_picture(path.read_bytes())[0]
-        file = _mask_path(path)
+        file = mask_path(path)
         mask = decode_mask(file.read_bytes())
     except UnreadableImage as error:
         raise UserError(f"{file} {error}") from error

@@ -20,6 +20,9 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
       image_scale: weight of the references' part of cross-attention.
       sampler: one of `samplers.SAMPLERS`.
 
+    Raises:
+      UserError: there is no such sampler, or it cannot take so many steps.
+
     Returns:
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
       present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
@@ -28,6 +31,8 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
       and masks are those of `Conditioning`.
     """
     spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
+    # Once more when it is traced; here it is early enough to tell the user.
+    samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
     negative = jnp.asarray(negative_token_ids)[None]
 
     @jax.jit

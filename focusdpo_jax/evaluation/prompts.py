@@ -2,20 +2,64 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from focusdpo_jax.data.geometry import box_mask
 from focusdpo_jax.errors import UserError
+
+_KEYS = ("path", "phrase", "box", "mask", "scale")
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+_SCALE = re.compile(rf"(.*)\*({_NUMBER})$")
+_BOX = re.compile(rf"{_NUMBER}(?:,{_NUMBER})*$")
+_MASK = re.compile(r".*\.(png|jpe?g|webp|bmp|tiff?)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A picture of a subject: its file and, for people to read, what it shows ("a star")."""
+    """A picture of a subject.
+
+    Attributes:
+      path: of the file.
+      phrase: for people to read, what it shows ("a star").
+      box: x0, y0, x1, y1 in [0, 1], shares of width and height: where in the picture to draw the
+        subject may show itself; None for everywhere.
+      mask: file that says the same by its light pixels; "" for none. Not with a box.
+      scale: weight of this reference, >= 0.
+    """
 
     path: str
     phrase: str = ""
+    box: tuple[float, float, float, float] | None = None
+    mask: str = ""
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.path, str) or not self.path or not isinstance(self.phrase, str):
+            raise UserError(f"reference {self.path!r}: give the path of a picture, and a text as "
+                            "its phrase.")
+        if not isinstance(self.scale, (int, float)) or not 0 <= self.scale < float("inf"):
+            raise UserError(f"reference {self.path}: scale = {self.scale!r}: give a number >= 0.")
+        if self.box is None:
+            return
+        if self.mask:
+            raise UserError(f"reference {self.path}: give a box or a mask, not both.")
+        try:
+            x0, y0, x1, y1 = self.box
+            inside = 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+        except (TypeError, ValueError):
+            inside = False
+        if not inside:
+            raise UserError(f"reference {self.path}: box = {self.box}: give x0,y0,x1,y1 with "
+                            "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, shares of width and height.")
+
+    @property
+    def placed(self):
+        """Whether it may show itself in a part of the picture alone."""
+        return bool(self.box or self.mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +72,48 @@ class Prompt:
 
 
 def parse_reference(text):
-    """`a.png:a star` as a Reference; the phrase may be left out.
+    """`a.png:a star@0,0,0.5,1*0.8` as a Reference: path, phrase, place and scale.
 
-    The last colon divides, so that `gs://bucket/a.png` needs nothing special.
+    All but the path may be left out. The place is a box or the file of a mask. The last colon
+    divides path and phrase, so that `gs://bucket/a.png` needs nothing special.
+
+    Raises:
+      UserError: a box is no box, or a scale is negative.
     """
-    path, colon, phrase = text.rpartition(":")
-    if not colon or phrase.startswith("//"):
-        return Reference(text)
-    return Reference(path, phrase.strip())
+    path, colon, rest = text.rpartition(":")
+    if not colon or rest.startswith("//"):
+        path, rest = "", text
+    scale = _SCALE.match(rest)
+    if scale:
+        rest = scale[1]
+    head, _, place = rest.rpartition("@")
+    # Without a phrase the rest is the path, in which an @ may be part of a name.
+    box, mask = head and _BOX.match(place), head and path and _MASK.match(place)
+    if box or mask:
+        rest = head
+    values = {"scale": float(scale[2]) if scale else 1.0, "mask": place if mask else "",
+              "box": tuple(map(float, place.split(","))) if box else None}
+    return Reference(path, rest.strip(), **values) if path else Reference(rest, **values)
+
+
+def _read_reference(entry):
+    """A reference in a line of a file: the text of the flag, or an object of its parts."""
+    if not isinstance(entry, dict):
+        return parse_reference(entry)
+    unknown = set(entry) - set(_KEYS)
+    if unknown:
+        raise ValueError(f"unknown key {min(unknown)!r} of a reference; known: {', '.join(_KEYS)}")
+    box = entry.get("box")
+    return Reference(**{**entry, "box": None if box is None else tuple(box)})
 
 
 def read_prompts(path, default_references=(), seed=0):
     """Prompts from a file of JSON lines.
 
     Args:
-      path: each line an object with `prompt` and, if wanted, `references` (a list of
-        `path:phrase`, paths relative to the file) and `seed`.
+      path: each line an object with `prompt` and, if wanted, `references` (a list of texts as for
+        `parse_reference`, or of objects with the fields of `Reference`; paths relative to the file)
+        and `seed`.
       default_references: of lines that name none.
       seed: of the first line that gives none, the next such line has one more, and so on.
 
@@ -70,13 +140,17 @@ def read_prompts(path, default_references=(), seed=0):
             text, own_seed = values["prompt"], values.get("seed", seed + len(prompts))
             if not isinstance(text, str) or not isinstance(own_seed, int):
                 raise ValueError("prompt must be a text and seed a whole number")
-            references = [parse_reference(entry) for entry in values.get("references", ())]
+            references = [_read_reference(entry) for entry in values.get("references", ())]
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise UserError(f'{path}, line {number}: {reason}. A line is an object such as '
                             '{"prompt": "a star on grass", "references": ["star.png:a star"]}.'
                             ) from error
-        references = [dataclasses.replace(r, path=str(path.parent / r.path)) for r in references]
+        references = [dataclasses.replace(r, path=str(path.parent / r.path),
+                                          mask=str(path.parent / r.mask) if r.mask else "")
+                      for r in references]
         prompts.append(Prompt(text, tuple(references) or tuple(default_references), own_seed))
     if not prompts:
         raise UserError(f"--prompts={path} has no line.")
@@ -91,14 +165,36 @@ def load_reference(path, size):
     Raises:
       UserError: the file is missing or is not a picture.
     """
-    try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except FileNotFoundError as error:
-        raise UserError(f"reference {path}: no such file.") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        raise UserError(f"reference {path} cannot be read as a picture ({error}).") from error
+    picture = _open(path, "reference")
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture).convert("RGB")
     picture = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color="white")
     return np.asarray(picture)
+
+
+def load_place(reference, side):
+    """Where a reference may show itself in a square picture: float32 [side, side] in [0, 1].
+
+    Raises:
+      UserError: its mask is missing, no picture, or black all over.
+    """
+    if not reference.mask:
+        inside = box_mask(reference.box or (0, 0, 1, 1), side, side)
+        return inside.astype(np.float32)
+    grey = _open(reference.mask, "mask").convert("L")
+    mask = np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
+    if mask.max() < 0.5:
+        raise UserError(f"mask {reference.mask} is dark all over; its light pixels say where the "
+                        "subject may be.")
+    return mask
+
+
+def _open(path, kind):
+    """The picture in a file, turned as its camera was held, in RGBA."""
+    try:
+        with epath.Path(path).open("rb") as file, Image.open(file) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGBA")
+    except FileNotFoundError as error:
+        raise UserError(f"{kind} {path}: no such file.") from error
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+        raise UserError(f"{kind} {path} cannot be read as a picture ({error}).") from error

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from focusdpo_jax.evaluation import tables
 from focusdpo_jax.evaluation.toybox_measures import LOWER_IS_BETTER
 
 
@@ -37,20 +38,56 @@ def bootstrap_mean(values, *, seed, resamples=2000, confidence=0.95):
     Returns:
       An Estimate.
     """
+    sums = _sums(values)
+    sums = sums[sums[:, 1] > 0]
+    if not len(sums):
+        return Estimate(None, None, None, 0)
+    total, count = (_resamples(len(sums), seed, resamples) @ sums).T
+    mean = sums[:, 0].sum() / sums[:, 1].sum()
+    return _estimate(mean, total / count, len(sums), confidence)
+
+
+def bootstrap_difference(first, second, *, seed, resamples=2000, confidence=0.95):
+    """How much higher the mean of `second` is than that of `first`, on the same scenes.
+
+    Every resample draws the same scenes for both, so that what makes a scene hard for both does not
+    widen the interval. Only scenes that both define are drawn.
+
+    Args:
+      first, second: as the values of `bootstrap_mean`, one row a scene, in one order.
+      seed, resamples, confidence: as there.
+
+    Returns:
+      An Estimate of mean(second) - mean(first).
+    """
+    sums = np.concatenate([_sums(first), _sums(second)], axis=1)
+    sums = sums[(sums[:, 1] > 0) & (sums[:, 3] > 0)]
+    if not len(sums):
+        return Estimate(None, None, None, 0)
+
+    def difference(drawn):
+        return drawn[..., 2] / drawn[..., 3] - drawn[..., 0] / drawn[..., 1]
+
+    drawn = _resamples(len(sums), seed, resamples) @ sums
+    return _estimate(difference(sums.sum(0)), difference(drawn), len(sums), confidence)
+
+
+def _sums(values):
+    """The sum and the number of the defined values of each scene: [scenes, 2]."""
     values = np.asarray(values, np.float64).reshape(len(values), -1)
     defined = ~np.isnan(values)
-    values, defined = values[defined.any(1)], defined[defined.any(1)]
-    scenes = len(values)
-    if scenes == 0:
-        return Estimate(None, None, None, 0)
-    sums = np.stack([np.where(defined, values, 0).sum(1), defined.sum(1)], axis=1)
-    # How often each scene is drawn, [resamples, scenes]; as floats the product is a fast one.
-    drawn = np.random.default_rng(seed).multinomial(
+    return np.stack([np.where(defined, values, 0).sum(1), defined.sum(1)], axis=1)
+
+
+def _resamples(scenes, seed, resamples):
+    """How often each scene is drawn, [resamples, scenes]; as floats the product is a fast one."""
+    return np.random.default_rng(seed).multinomial(
         scenes, np.full(scenes, 1 / scenes), size=resamples).astype(np.float64)
-    total, count = (drawn @ sums).T
+
+
+def _estimate(mean, resampled, scenes, confidence):
     tail = (1 - confidence) / 2
-    low, high = np.quantile(total / count, [tail, 1 - tail])
-    mean = sums[:, 0].sum() / sums[:, 1].sum()
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(mean), float(low), float(high), scenes)
 
 
@@ -112,11 +149,7 @@ def format_table(results):
         # Leakage counts found subjects only, so the two sides may differ.
         counts = dict.fromkeys(str(estimates[side]["n"]) for side in sides)
         lines.append([*line, "/".join(counts)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-            for line in lines]
-    return "\n".join([text[0], rule, *text[1:]])
+    return tables.aligned(lines)
 
 
 def _percent(estimate):

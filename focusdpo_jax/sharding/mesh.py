@@ -29,6 +29,17 @@ def make_mesh(data, batch_size):
     return Mesh(np.asarray(devices[:count]), ("data",))
 
 
+def drawing_mesh(batch_size):
+    """A mesh of as many of this process's devices as a batch divides among.
+
+    Args:
+      batch_size: pictures drawn or scored at once.
+    """
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    return Mesh(np.asarray(devices[:count]), ("data",))
+
+
 def replicated(mesh):
     """The sharding of an array that lies on each device as a whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -77,14 +77,8 @@ def load_model(config, sharding=None):
       UserError: the folder or one of its files is missing, damaged or of other sizes.
     """
     config = config_rules.complete(config)
-    source = None
-    if config.model.pretrained:
-        source = pretrained.locate({field: config.model[field] for field in
-                                    ("pretrained", "adapter", "image_encoder", "tokenizer")},
-                                   shipped)
-        sizes = source.config()
-    else:
-        sizes = GeneratorConfig.from_dict(config.model.sizes.to_dict())
+    source = _locate(config)
+    sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes.to_dict())
     stored, wanted = sizes.unet.lora_rank, config.model.lora_rank
     if wanted and stored and wanted != stored:
         raise UserError(f"config.model.lora_rank = {wanted}: "
@@ -117,6 +111,24 @@ def load_model(config, sharding=None):
         return Model(generator, parameters, Tokenizer.of_words(toybox.vocabulary(), length), None)
     return Model(generator, parameters, Tokenizer(source.tokenizer, length),
                  model_folder.load_part(source.path, "probe"))
+
+
+def load_probe(config):
+    """Parameters of Toybox's probe beside `config.model.pretrained`, or None where there is none.
+
+    Raises:
+      UserError: as `load_model`.
+    """
+    source = _locate(config_rules.complete(config))
+    return source and model_folder.load_part(source.path, "probe")
+
+
+def _locate(config):
+    """The files that a complete configuration names; None where its weights are random."""
+    if not config.model.pretrained:
+        return None
+    fields = ("pretrained", "adapter", "image_encoder", "tokenizer")
+    return pretrained.locate({field: config.model[field] for field in fields}, shipped)
 
 
 def _draw(init, key, paths, types, sharding):

@@ -48,17 +48,12 @@ class Run:
         Raises:
           UserError: the run has no checkpoint yet.
         """
-        finished = self._workdir / "model"
-        if (finished / "unet.safetensors").exists():
+        if self._finished():
             config = config_rules.complete(self.config)
             config.model.update(
-                pretrained=str(finished), adapter="", image_encoder="", tokenizer="")
+                pretrained=str(self._workdir / "model"), adapter="", image_encoder="", tokenizer="")
             return models.load_model(config)
-        if not (self._workdir / "checkpoints").exists():
-            raise self._nothing_yet()
-        checkpoints = Checkpoints(self._workdir, read_only=True)
-        if checkpoints.latest is None:
-            raise self._nothing_yet()
+        checkpoints = self._checkpoints()
         model = self.base()
         trainable, frozen = split_parameters(model.parameters, self.config.trainable)
         # On a device, so that it is read there, wherever the run had it.
@@ -68,6 +63,19 @@ class Run:
         checkpoints.close()
         return model.with_parameters(merge_parameters(state.evaluated, frozen))
 
-    def _nothing_yet(self):
-        return UserError(f"--workdir={self._workdir}: the run has no checkpoint yet; it writes its "
-                         f"first at step {self.config.checkpoint_every}.")
+    def check_policy(self):
+        """Raises the UserError of `policy` where there is none, without reading it."""
+        if not self._finished():
+            self._checkpoints().close()
+
+    def _finished(self):
+        return (self._workdir / "model" / "unet.safetensors").exists()
+
+    def _checkpoints(self):
+        if (self._workdir / "checkpoints").exists():
+            checkpoints = Checkpoints(self._workdir, read_only=True)
+            if checkpoints.latest is not None:
+                return checkpoints
+            checkpoints.close()
+        raise UserError(f"--workdir={self._workdir}: the run has no checkpoint yet; it writes its "
+                        f"first at step {self.config.checkpoint_every}.")

@@ -16,6 +16,11 @@ from focusdpo_jax.evaluation.prompts import Prompt, Reference
     ("a.png", Reference("a.png")),
     ("gs://bucket/a.png", Reference("gs://bucket/a.png")),
     ("gs://bucket/a.png:a star", Reference("gs://bucket/a.png", "a star")),
+    ("a.png:a star@0,0.5,.5,1*0.8", Reference("a.png", "a star", (0, 0.5, 0.5, 1), scale=0.8)),
+    ("a.png@0,0,1,1", Reference("a.png", box=(0, 0, 1, 1))),
+    ("a@b.png:a star@m.png", Reference("a@b.png", "a star", mask="m.png")),
+    ("photos@home/a.png", Reference("photos@home/a.png")),
+    ("a.png*2", Reference("a.png", scale=2.0)),
 ])
 def test_last_colon_divides_path_and_phrase(text, expected):
     assert prompts.parse_reference(text) == expected
@@ -80,3 +85,43 @@ def test_bad_pictures_are_named(tmp_path):
         with pytest.raises(UserError, match=reason) as error:
             prompts.load_reference(tmp_path / f"{name}.png", 64)
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("a.png:a star@0,0,2,1", "0 <= x0 < x1 <= 1"),
+    ("a.png:a star@0.5,0,0.5,1", "0 <= x0 < x1 <= 1"),
+    ("a.png:a star@0,0,1", "give x0,y0,x1,y1"),
+    ("a.png:a star*-1", "scale = -1.0"),
+])
+def test_bad_places_and_scales_are_named(text, reason):
+    with pytest.raises(UserError, match="reference a.png") as error:
+        prompts.parse_reference(text)
+    assert reason in str(error.value)
+
+
+def test_file_gives_references_as_objects(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    entry = {"path": "star.png", "phrase": "a star", "mask": "left.png", "scale": 0.5}
+    path.write_text(json.dumps({"prompt": "a star", "references": [entry]}))
+    assert prompts.read_prompts(path)[0].references == (Reference(
+        str(tmp_path / "star.png"), "a star", mask=str(tmp_path / "left.png"), scale=0.5),)
+    for wrong, reason in ((entry | {"weight": 1}, "unknown key 'weight'"),
+                          (entry | {"box": [0, 0, 1, 1]}, "a box or a mask"),
+                          (entry | {"mask": "", "box": [1, 0]}, "give x0,y0,x1,y1")):
+        path.write_text(json.dumps({"prompt": "a star", "references": [wrong]}))
+        with pytest.raises(UserError, match=f"line 1: .*{reason}"):
+            prompts.read_prompts(path)
+
+
+def test_places(tmp_path):
+    box = prompts.load_place(Reference("a.png", box=(0.25, 0, 1, 0.5)), 8)
+    expected = np.zeros((8, 8))
+    expected[:4, 2:] = 1
+    np.testing.assert_array_equal(box, expected)
+    assert prompts.load_place(Reference("a.png"), 4).all()
+    Image.fromarray(np.uint8(expected * 255)).save(tmp_path / "mask.png")
+    mask = Reference("a.png", mask=str(tmp_path / "mask.png"))
+    np.testing.assert_array_equal(prompts.load_place(mask, 8), expected)
+    Image.new("L", (8, 8)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="dark all over"):
+        prompts.load_place(mask, 8)

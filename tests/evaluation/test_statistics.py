@@ -99,3 +99,25 @@ def test_table_of_the_base_alone():
     table = statistics.format_table(statistics.summarize(measures(1.0), seed=0))
     assert table.splitlines()[0].split() == ["measure", "base", "scenes"]
     assert "fidelity ↑" in table and "policy" not in table
+
+
+def test_a_difference_is_of_the_same_scenes():
+    draw = np.random.default_rng(0)
+    hard = draw.normal(size=(200, 1))  # What a scene does to both.
+    first = hard + 0.1 * draw.normal(size=(200, 2))
+    second = hard + 0.5 + 0.1 * draw.normal(size=(200, 2))
+    estimate = statistics.bootstrap_difference(first, second, seed=0)
+    assert estimate.n == 200 and estimate.mean == pytest.approx(second.mean() - first.mean())
+    deviation = (second.mean(1) - first.mean(1)).std() / np.sqrt(200)
+    assert estimate.low == pytest.approx(estimate.mean - 1.96 * deviation, abs=0.004)
+    assert estimate.high == pytest.approx(estimate.mean + 1.96 * deviation, abs=0.004)
+    # Each by itself is ten times less certain.
+    alone = statistics.bootstrap_mean(first, seed=0)
+    assert alone.high - alone.low > 8 * (estimate.high - estimate.low)
+
+
+def test_a_difference_leaves_out_scenes_that_one_side_does_not_define():
+    estimate = statistics.bootstrap_difference([[1, 3], [NAN, NAN], [5, 5]],
+                                               [[2, NAN], [7, 7], [NAN, NAN]], seed=0)
+    assert estimate == (0.0, 0.0, 0.0, 1)
+    assert statistics.bootstrap_difference([NAN], [1.0], seed=0).n == 0

@@ -1,0 +1,323 @@
+"""report.html: an evaluation on one page that needs no network, no script and no other file."""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Callable
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from focusdpo_jax.evaluation import charts, measures
+from focusdpo_jax.evaluation.places import read_picture
+from focusdpo_jax.evaluation.tables import certain
+from focusdpo_jax.files import replace_file
+
+_SIDE = 224  # Longest side of a picture on the page, in pixels.
+_SMALL = 128  # Up to this side a picture is kept pixel by pixel.
+_PAGE_SIDE = 1800  # Longest side of the run's own pages, in pixels.
+# The run's pages of samples, and what they show.
+_PAGES = {
+    "step": ("scenes that the run drew: references, the pair, base and policy, and the weight that "
+             "the run's objective gives to every place of the chosen picture in its cleanest range "
+             "of timesteps (lighter is more)."),
+    "focus": ("how that weight comes about in every range of timesteps: similarity with each "
+              "reference, what matches, what does not, detail, and the weight.")}
+_CURVES = ("loss", "implicit_accuracy", "margin", "policy_error")  # First, where there are any.
+_MOST_CURVES = 12
+_MOST_BARS = 40
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff;
+  --line: #d5dae0; --base: #7489a3; --policy: #c8611a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a3adb8; --paper: #16191d;
+  --line: #3a4149; --base: #8fa6c2; --policy: #e88b4a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1080px; padding: 16px; color: var(--ink);
+  background: var(--paper); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; }
+h2 { font-size: 1.15rem; margin: 32px 0 8px; }
+h3 { font-size: 1rem; margin: 20px 0 6px; }
+p { margin: 0 0 8px; max-width: 46rem; }
+.soft, figcaption, caption { color: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 12px 4px 0; text-align: left; border-bottom: 1px solid var(--line);
+  vertical-align: top; white-space: nowrap; }
+th[scope=row] { white-space: normal; }
+td small { display: block; color: var(--soft); font-weight: 400; }
+td.free { white-space: normal; overflow-wrap: anywhere; }
+.better { font-weight: 600; color: #1a7f37; }
+.worse { font-weight: 600; color: #cf222e; }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+.grid > div { min-width: 0; }
+figure { margin: 0; min-width: 0; }
+.case { border: 1px solid var(--line); border-radius: 6px; padding: 10px; }
+.case p { margin: 0 0 6px; }
+.row { display: flex; gap: 8px; }
+.row figure { flex: 1 1 0; max-width: 224px; }
+.references { margin-bottom: 8px; }
+.references figure { max-width: 88px; }
+.row img { width: 100%; height: auto; display: block; border: 1px solid var(--line); }
+.row figcaption { font-size: 12px; line-height: 1.3; }
+@media (max-width: 520px) { .wide table { font-size: 13px; }
+  .wide th, .wide td { padding-right: 8px; } td small { white-space: normal; } }
+img.pixels { image-rendering: pixelated; }
+img.page { display: block; width: 100%; min-width: 640px; height: auto; }
+svg { width: 100%; max-width: 560px; height: auto; display: block; font-size: 11px; }
+svg text { fill: var(--ink); }
+svg .small { fill: var(--soft); font-size: 10px; }
+svg .head { font-size: 12px; font-weight: 600; }
+svg .axis { stroke: var(--line); fill: none; }
+svg .line { stroke: var(--policy); fill: none; stroke-width: 1.5; }
+.base { fill: var(--base); } .policy { fill: var(--policy); }
+.key { display: inline-block; width: 10px; height: 10px; margin: 0 4px 0 0; }
+.key:not(:first-child) { margin-left: 12px; }
+.key.base { background: var(--base); } .key.policy { background: var(--policy); }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the page is made of.
+
+    Attributes:
+      title: heading.
+      about: what was measured on what, a sentence or two.
+      results: the values of results.json.
+      scenes: list of `scenes.Scene`.
+      scores: {side: {scene: {measure: value or list of values}}}.
+      picture: from side and scene to the path of the picture.
+      workdir: of the run, for its curves and focus maps, or None.
+    """
+
+    title: str
+    about: str
+    results: dict
+    scenes: list
+    scores: dict
+    picture: Callable
+    workdir: epath.Path | None = None
+
+
+def write(path, report, *, cases=6):
+    """Writes the page; `cases` best and as many worst scenes are shown."""
+    body = [f"<h1>{html.escape(report.title)}</h1>", f"<p>{html.escape(report.about)}</p>",
+            _summary(report), _subjects(report), _cases(report, cases), _focus(report.workdir),
+            _curves(report.workdir), _settings(report.results["settings"])]
+    page = ("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
+            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+            f"<title>{html.escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+            + "\n".join(part for part in body if part) + "\n</body>\n</html>\n")
+    replace_file(path, page)
+
+
+def _summary(report):
+    """The table of all measures."""
+    metrics = report.results["metrics"]
+    sides = [side for side in (*charts.SIDES, "difference")
+             if any(side in estimates for estimates in metrics.values())]
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>'
+                   for name in ("measure", *sides, "groups"))
+    rows = []
+    for name, estimates in metrics.items():
+        arrow = "↓" if measures.lower_is_better(name) else "↑"
+        cells = [f'<th scope="row">{html.escape(measures.title(name))} {arrow}</th>']
+        for side in sides:
+            estimate = estimates.get(side)
+            kind, text = "", "-"
+            if estimate is not None and estimate["n"]:
+                text, _, ends = measures.interval(
+                    name, estimate, signed=side == "difference").partition(" [")
+                text = f"{html.escape(text)} <small>[{html.escape(ends)}</small>"
+            if side == "difference":
+                kind = _verdict(name, estimate)
+            cells.append(f"<td{kind}>{text}</td>")
+        counts = dict.fromkeys(str(e["n"]) for side, e in estimates.items() if side != "difference")
+        cells.append(f"<td>{'/'.join(counts)}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    note = ("Mean and 95 % bootstrap interval over groups of scenes; an arrow points to where "
+            "better is.")
+    if "difference" in sides:
+        note += (" Difference: policy minus base on the same scenes; coloured where its interval "
+                 "leaves out zero.")
+    return (f'<h2>Summary</h2>\n<p class="soft">{note}</p>\n<div class="wide"><table><thead><tr>'
+            f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+
+
+def _verdict(name, difference):
+    if difference is None or not certain(difference):
+        return ""
+    better = (difference["mean"] < 0) == measures.lower_is_better(name)
+    return ' class="better"' if better else ' class="worse"'
+
+
+def _subjects(report):
+    """Bars for every subject: the headline measure, leakage by the same eyes, and the prompt."""
+    names = list(report.results["metrics"])
+    first = measures.headline(names)
+    others = (first.removesuffix("_crop") + "_leakage", "leakage", "clip_t", "missing")
+    chosen = [first, *(name for name in others if name in names and name != first)]
+    parts = []
+    for name in chosen:
+        rows = {}
+        for side in charts.SIDES:
+            for subject, value in _by_subject(report, side, name).items():
+                rows.setdefault(subject, {})[side] = value
+        ordered = sorted(rows.items())
+        if not ordered:
+            continue
+        title = f"{measures.title(name)}, by subject"
+        chart = charts.bars(ordered[:_MOST_BARS], title=title,
+                            number=lambda value, name=name: measures.number(name, value))
+        rest = len(ordered) - _MOST_BARS
+        more = f'<p class="soft">and {rest} more in scores/</p>' if rest > 0 else ""
+        parts.append(f"<div><h3>{html.escape(title)}</h3>{chart}{more}</div>")
+    if not parts:
+        return ""
+    sides = [side for side in charts.SIDES if side in report.scores]
+    key = "".join(f'<span class="key {side}"></span>{side}' for side in sides)
+    return f'<h2>Subjects</h2>\n<p class="soft">{key}</p>\n<div class="grid">{"".join(parts)}</div>'
+
+
+def _by_subject(report, side, name):
+    """{subject: mean of a measure}; a scene's single value counts for all of its subjects."""
+    values = {}
+    for scene in report.scenes:
+        score = report.scores.get(side, {}).get(scene.name, {}).get(name)
+        each = score if isinstance(score, list) else [score] * len(scene.subjects)
+        for subject, value in zip(scene.subjects, each):
+            if value is not None:
+                values.setdefault(subject.name, []).append(value)
+    return {subject: float(np.mean(each)) for subject, each in values.items()}
+
+
+def _cases(report, count):
+    """The scenes where the policy gains and loses most, or where the one side is best and worst."""
+    name = measures.headline(list(report.results["metrics"]))
+    sides = [side for side in charts.SIDES if side in report.scores]
+    ranked = []
+    for scene in report.scenes:
+        values = [report.scores[side][scene.name].get(name) for side in sides]
+        # A subject that is not found resembles nothing; otherwise two of one would be a best case.
+        ranks = [_mean(value, 0.0 if name.endswith("_crop") and value else None)
+                 for value in values]
+        if None not in ranks:
+            rank = ranks[-1] - ranks[0] if len(sides) == 2 else ranks[0]
+            ranked.append((-rank if measures.lower_is_better(name) else rank, scene, values))
+    ranked.sort(key=lambda entry: (entry[0], entry[1].name))
+    both = len(sides) == 2
+    if both:
+        best, worst = ([entry for entry in ranked if entry[0] > 0],
+                       [entry for entry in ranked if entry[0] < 0])
+    else:
+        best, worst = ranked[len(ranked) // 2:], ranked[:len(ranked) // 2]
+    parts = []
+    for heading, entries in (
+            ("Where the policy gains most" if both else "Best", best[::-1][:count]),
+            ("Where the policy loses most" if both else "Worst", worst[:count])):
+        if not entries:
+            continue
+        cards = "".join(_case(report, name, sides, scene, values) for _, scene, values in entries)
+        parts.append(f'<h3>{heading}, by {html.escape(measures.title(name))}</h3>'
+                     f'<div class="grid">{cards}</div>')
+    if not parts:
+        return ""
+    note = ("The subject reference images, and below them what was drawn"
+            + (", both sides from one noise." if both else "."))
+    return f'<h2>Cases</h2>\n<p class="soft">{note}</p>\n' + "\n".join(parts)
+
+
+def _case(report, name, sides, scene, values):
+    references = [_tile(read_picture(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
+    drawn = []
+    for side, value in zip(sides, values):
+        text = f"{side}: {measures.number(name, _mean(value))}"
+        if name.endswith("_crop") and None in value:
+            text += f", {value.count(None)} not found"
+        drawn.append(_tile(read_picture(report.picture(side, scene)), text))
+    return (f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
+            f'({html.escape(scene.name)})</span></p>'
+            f'<div class="row references">{"".join(references)}</div>'
+            f'<div class="row">{"".join(drawn)}</div></div>')
+
+
+def _tile(picture, caption):
+    caption = html.escape(caption)
+    kind = ' class="pixels"' if max(picture.shape[:2]) <= _SMALL else ""
+    return (f'<figure><img{kind} src="{data_url(picture, _SIDE)}" alt="{caption}">'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def data_url(picture, side):
+    """A picture as a data: address: PNG where it is small, otherwise JPEG of at most `side`.
+
+    Args:
+      picture: uint8 [H, W, 3].
+      side: longest side in pixels.
+    """
+    content, image = io.BytesIO(), Image.fromarray(picture)
+    if max(image.size) <= _SMALL:
+        image.save(content, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image.save(content, format="JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _focus(workdir):
+    """The run's newest pages of samples and of how their focus maps come about."""
+    folder, parts = workdir and workdir / "samples", []
+    for kind, text in _PAGES.items():
+        pages = sorted(folder.glob(f"{kind}_*.png")) if folder and folder.exists() else []
+        if pages:
+            step = int(pages[-1].stem.partition("_")[2])
+            url = data_url(read_picture(pages[-1]), _PAGE_SIDE)
+            parts.append(f'<p>Step {step}: {text}</p>\n<div class="wide"><img class="page" '
+                         f'src="{url}" alt="{html.escape(text)}"></div>')
+    return "\n".join(["<h2>Focus maps</h2>", *parts]) if parts else ""
+
+
+def _curves(workdir):
+    """What the run logged, a chart a metric."""
+    path = workdir and workdir / "metrics.jsonl"
+    if not path or not path.exists():
+        return ""
+    points = {}
+    for line in path.read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # The line that a running training is writing.
+        for name, value in values.items():
+            if "/" not in name and name != "step" and not name.endswith("_per_second"):
+                points.setdefault(name, []).append((values["step"], value))
+    names = [name for name in _CURVES if name in points]
+    names += [name for name in sorted(points) if name not in names]
+    drawn = [charts.curve(points[name], title=name.replace("_", " "))
+             for name in names if len(points[name]) > 1][:_MOST_CURVES]
+    if not drawn:
+        return ""
+    parts = "".join(f"<div>{chart}</div>" for chart in drawn)
+    return f'<h2>Training</h2>\n<div class="grid">{parts}</div>'
+
+
+def _settings(settings):
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td class="free">'
+        f"{html.escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
+        for name, value in sorted(settings.items()))
+    return f'<h2>Settings</h2>\n<div class="wide"><table><tbody>{rows}</tbody></table></div>'
+
+
+def _mean(value, undefined=None):
+    """A score as one number, or None where nothing of it is defined; see `_cases`."""
+    values = [undefined if v is None else v
+              for v in (value if isinstance(value, list) else [value])]
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
