@@ -119,8 +119,7 @@ def test_a_trial_trains_in_stretches_and_measures_unseen_scenes(study, tiny_fold
         f"import pathlib, sys\nsys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\nimport tiny\n"
         f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}))\n")
     trial = study[0].Trial(
-        "t", {"model.pretrained": str(folder), "objective": "sft", "evaluation.pictures": 1},
-        "test", 4, (1, 2))
+        "t", {"model.pretrained": str(folder)}, "test", 4, (1, 2))
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "trial.json").write_text(
         json.dumps(dataclasses.asdict(trial) | {"config": str(path)}))

@@ -227,7 +227,7 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
     assert sources["train"].settings["subjects"] == 2
 
     config = tiny_config(**{"data.source": "prepared", "data.path": str(output), "steps": 2,
-                            "batch_size": 2, "evaluation.scenes": 4})
+                            "batch_size": 2, "evaluation.scenes": 4, "focus.buckets": 1})
     loop.run(config, tmp_path / "run")
     losses = tiny.losses(tmp_path / "run")
     assert losses[1] == pytest.approx(np.log(2), abs=1e-4) and np.isfinite(losses[2])

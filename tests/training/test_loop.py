@@ -230,8 +230,11 @@ def assert_losses_of(finished, workdir):
         assert abs(loss - expected[step]) < 1e-5 * abs(expected[step])
 
 
-def test_four_devices_give_the_losses_of_one(finished, tiny_folder, tmp_path):
-    run_on_four_devices(tiny_folder, tmp_path)
+def test_a_run_of_one_device_goes_on_on_four_with_its_losses(
+        finished, trained, tiny_folder, tmp_path):
+    shutil.copytree(trained("adapter"), tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "model")
+    assert "resumed at step 2" in run_on_four_devices(tiny_folder, tmp_path)
     assert_losses_of(finished, tmp_path)
     # One device reads what four have written, where the run has no model yet.
     expected = final_parameters(tmp_path)
@@ -240,12 +243,6 @@ def test_four_devices_give_the_losses_of_one(finished, tiny_folder, tmp_path):
     assert unet.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(unet[name], array)
-
-
-def test_a_run_of_one_device_goes_on_on_four(finished, trained, tiny_folder, tmp_path):
-    shutil.copytree(trained("adapter"), tmp_path, dirs_exist_ok=True)
-    assert "resumed at step 2" in run_on_four_devices(tiny_folder, tmp_path)
-    assert_losses_of(finished, tmp_path)
 
 
 NO_TENSORFLOW = """
