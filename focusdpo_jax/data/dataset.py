@@ -44,6 +44,12 @@ class ToyboxSource:
         return self.world.record(self.split, int(index))
 
 
+def toybox_world(config) -> toybox.World:
+    """The world that the fields of a run's configuration (ConfigDict) describe."""
+    return toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts),
+                        config.data.leak_probability)
+
+
 def build_toybox(
     data_dir: epath.PathLike, world: toybox.World, sizes: Mapping[str, int]
 ) -> epath.Path:

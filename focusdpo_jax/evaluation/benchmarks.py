@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 
-from focusdpo_jax.data import dataset, toybox
+from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import dreambench, encoders, scoring, toybox_scenes
 
@@ -43,8 +43,7 @@ class Toybox:
             raise UserError(f"config.model.pretrained = {config.model.pretrained!r} has no "
                             "probe.safetensors, which reads Toybox's pictures; start from a model "
                             "that has it, such as toybox.")
-        self._world = toybox.World(config.data.seed, config.resolution,
-                                   tuple(config.data.subject_counts))
+        self._world = dataset.toybox_world(config)
         self._count = config.evaluation.scenes
         if limit is not None:
             self._count = min(self._count, -(-limit // samples))

@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 
 from focusdpo_jax import config as config_rules
-from focusdpo_jax.data import dataset, loader, toybox
+from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
@@ -49,11 +49,9 @@ def open_data(config):
     """
     if config.data.source == "prepared":
         return _open_prepared(config)
-    world = toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts),
-                         config.data.leak_probability)
     sizes = {"train": config.data.train_size, "validation": config.data.validation_size,
              "test": config.data.test_size}
-    path = dataset.build_toybox(config.data.path, world, sizes)
+    path = dataset.build_toybox(config.data.path, dataset.toybox_world(config), sizes)
     return {split: dataset.open_source(path, split) for split in sizes}
 
 

@@ -16,7 +16,7 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import benchmarks, comparison, evaluation, summaries, tables
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.evaluation.scenes import Scene, Subject
-from focusdpo_jax.training import models, pretraining
+from focusdpo_jax.training import models, pretraining, tasks
 
 SAMPLING = {"resolution": 32, "steps": 2, "guidance": 1.0, "sampler": "ddim"}
 NAN = np.nan
@@ -72,6 +72,17 @@ def test_results(whole):
     assert base.shape == (32, 32, 3) and np.abs(base - policy).max() > 0
     # Beside an evaluation of a run the training's own table is read the same way.
     assert "fidelity ↑" in tables.format_results(results)
+
+
+def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
+    # Another chance of leaking moves every later draw of a scene's random numbers.
+    benchmark = benchmarks.Toybox(config, probe, samples=1, seed=0, limit=None, batch_size=2)
+    scenes = benchmark.scenes(OutputFolder(tmp_path))
+    assert len(scenes) == 4
+    for scene, record in zip(scenes, tasks.open_data(config)["test"], strict=True):
+        assert scene.prompt == record["caption"]
+        for subject, expected in zip(scene.subjects, record["subjects"], strict=True):
+            np.testing.assert_array_equal(Image.open(subject.reference), expected["reference"])
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_results(
