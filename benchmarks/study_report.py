@@ -75,8 +75,8 @@ def write(output, reported, chosen, scores):
     text = table(results) + "\n"
     (output / "study.md").write_text(
         f"# Study\n\n{trial.scenes} test scenes of two and three subjects, "
-        f"{len(reported['base'])} seeds; mean and 95 % bootstrap interval over scenes, and the "
-        f"mean of each seed. `+` and `-`: better and worse than `focus_dpo`.\n\n{text}\n"
+        f"{max(map(len, reported.values()))} seeds; mean and 95 % bootstrap interval over scenes, "
+        f"and the mean of each seed. `+` and `-`: better and worse than `focus_dpo`.\n\n{text}\n"
         + "".join(f"- {name}: " + ", ".join(f"{k} {v:g}" for k, v in setting.items()
                                             if k != "objective") + "\n"
                   for name, setting in chosen.items())

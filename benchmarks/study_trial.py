@@ -26,6 +26,7 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import toybox_measures
 from focusdpo_jax.evaluation.generate import generate_all, make_generate
 from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
+from focusdpo_jax.files import replace_file
 from focusdpo_jax.training import encoding, loop, models, runs, tasks
 
 PICTURES = 8  # Kept of every measurement.
@@ -93,9 +94,7 @@ def save(path, arrays):
     """Writes an npz file in one move."""
     content = io.BytesIO()
     np.savez(content, **arrays)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.getvalue())
-    temporary.replace(path)
+    replace_file(path, content.getvalue())
 
 
 def run(folder):

@@ -5,10 +5,10 @@ r"""Every objective on Toybox under equal conditions: does FocusDPO do what it i
     python benchmarks/toybox_study.py --output=runs/study --share=0/4       # one of four machines
 
 All start from one base and see the same pairs in the same order for the same number of steps.
-Learning rate and beta of each objective come from one small grid, trained with seed 0 and measured
-on validation scenes, by fidelity less leakage. What is reported are other seeds and the test
-scenes: two and three subjects each, none of them trained on. Ablations change one thing of FocusDPO
-at its own best setting.
+Learning rate, and of preferences beta and the anchor on the chosen picture, come from one small
+grid, trained with seed 0 and measured on validation scenes, by fidelity less leakage. What is
+reported are other seeds and the test scenes: two and three subjects each, none of them trained on.
+Ablations change one thing of FocusDPO at its own best setting.
 
 Run the same line again to go on: a trial leaves a file for each measurement, and a training
 resumes from its checkpoint. Machines that share `--output` take shares of the trials; each stops
@@ -48,6 +48,8 @@ ABLATIONS = {
     "rho small": {"focus.rho_noisy": 0.15, "focus.rho_clean": 0.45},
 }
 TUNING_SEED = 0
+TUNED = ("learning_rate", "beta", "anchor")
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -92,15 +94,16 @@ def parse(arguments):
     add("--config", default="configs/toybox_dpo.py", help="what all trials have in common")
     add("--set", type=assignment, action="append", default=[], metavar="NAME=JSON",
         help="a field that all trials have otherwise, such as batch_size=64")
-    add("--steps", type=number, default=400, help="optimiser steps of every trial")
+    add("--steps", type=number, default=80, help="optimiser steps of every trial")
     add("--points", type=number, default=4, help="points of the curves, a divisor of --steps")
     add("--seeds", type=number, default=3, help="seeds of what is reported")
     add("--scenes", type=number, default=512, help="test scenes of a measurement")
     add("--validation", type=number, default=192, help="validation scenes of a point of the grid")
     add("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     add("--ablations", nargs="*", choices=list(ABLATIONS), default=list(ABLATIONS))
-    add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4])
-    add("--betas", nargs="+", type=float, default=[100.0, 300.0, 1000.0, 3000.0])
+    add("--learning_rates", nargs="+", type=float, default=[5e-4, 1.5e-3])
+    add("--betas", nargs="+", type=float, default=[100.0, 1000.0])
+    add("--anchors", nargs="+", type=float, default=[0.0, 1.0])
     add("--workers", type=number, default=1,
         help="trials at once; with several, each sees one accelerator")
     add("--share", type=share, default=(0, 1), metavar="I/N",
@@ -115,17 +118,17 @@ def parse(arguments):
 
 
 def tuning_trials(study):
-    """One trial for each point of an objective's grid; only preferences have a beta."""
+    """One trial for each point of an objective's grid; only preferences have beta and anchor."""
     for objective in study.objectives:
-        betas = study.betas if objective in PREFERENCE_OBJECTIVES else [None]
-        for rate, beta in itertools.product(study.learning_rates, betas):
-            setting = {"objective": objective, "learning_rate": rate}
-            name = f"tune_{objective}_l{rate:g}"
-            if beta is not None:
-                setting["beta"] = beta
-                name += f"_b{beta:g}"
-            yield Trial(name, study.common | setting | {"seed": TUNING_SEED}, "validation",
-                        study.validation, (study.steps,))
+        grid = [study.learning_rates]
+        if objective in PREFERENCE_OBJECTIVES:
+            grid += [study.betas, study.anchors]
+        for point in itertools.product(*grid):
+            setting = dict(zip(TUNED, point))
+            name = "_".join(["tune", objective, *(f"{k[0]}{v:g}" for k, v in setting.items())])
+            yield Trial(name, study.common | setting | {"objective": objective,
+                                                        "seed": TUNING_SEED},
+                        "validation", study.validation, (study.steps,))
 
 
 def reported_trials(study, chosen):
@@ -135,7 +138,7 @@ def reported_trials(study, chosen):
       chosen: {objective: setting}.
 
     Returns:
-      {name in the report: list of Trial}, one a seed.
+      {name in the report: list of Trial}, one a seed; of the base, which is not trained, one.
     """
     gap = study.steps // study.points
     steps = tuple(range(gap, study.steps + 1, gap))
@@ -145,7 +148,7 @@ def reported_trials(study, chosen):
                       study.common | setting | {"seed": seed}, "test", study.scenes, steps)
                 for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds)]
 
-    found = {"base": trials("test", "base", {}, (0,))}
+    found = {"base": trials("test", "base", {}, (0,))[:1]}
     found |= {name: trials("test", name, chosen[name], steps) for name in study.objectives}
     for name in study.ablations if "focus_dpo" in chosen else []:
         found[name] = trials("ablation", name, chosen["focus_dpo"] | ABLATIONS[name], steps[-1:])
@@ -224,8 +227,8 @@ def choose(study, trials):
     if lost:
         raise UserError(f"no setting of {', '.join(sorted(lost))} stayed finite: give lower "
                         "--learning_rates")
-    names = ("objective", "learning_rate", "beta")
-    return {objective: {name: trial.overrides[name] for name in names if name in trial.overrides}
+    return {objective: {name: trial.overrides[name] for name in ("objective", *TUNED)
+                        if name in trial.overrides}
             for objective, trial in best.items()}, scores
 
 

@@ -24,7 +24,7 @@ def study():
 
 
 LINE = ("--steps=4 --points=2 --seeds=2 --scenes=6 --validation=5 --learning_rates 0.1 0.2 "
-        "--betas 10 --objectives sft focus_dpo --ablations").split() + ["one bucket"]
+        "--betas 10 --anchors 0.5 --objectives sft focus_dpo --ablations").split() + ["one bucket"]
 
 
 def settings(study, tmp_path, *more):
@@ -64,14 +64,17 @@ def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
         study, tmp_path, no_training, capsys):
     study[0].main([f"--output={tmp_path}", *LINE])
     assert sorted(no_training[:4]) == [
-        "tune_focus_dpo_l0.1_b10", "tune_focus_dpo_l0.2_b10", "tune_sft_l0.1", "tune_sft_l0.2"]
+        "tune_focus_dpo_l0.1_b10_a0.5", "tune_focus_dpo_l0.2_b10_a0.5",
+        "tune_sft_l0.1", "tune_sft_l0.2"]
     assert sorted(no_training[4:]) == sorted(
-        [f"test_{name}_s{seed}" for name in ("base", "sft", "focus_dpo") for seed in (1, 2)]
+        ["test_base_s1"]
+        + [f"test_{name}_s{seed}" for name in ("sft", "focus_dpo") for seed in (1, 2)]
         + [f"ablation_one_bucket_s{seed}" for seed in (1, 2)])
     report = json.loads((tmp_path / "study.json").read_text())
     # The better rate won: fidelity 0.2 (and 0.7), leakage 1 less that.
     assert report["chosen"]["sft"] == {"objective": "sft", "learning_rate": 0.2}
-    assert report["chosen"]["focus_dpo"]["beta"] == 10
+    assert report["chosen"]["focus_dpo"] == {
+        "objective": "focus_dpo", "learning_rate": 0.2, "beta": 10, "anchor": 0.5}
     assert report["results"]["focus_dpo"]["fidelity"]["mean"] == pytest.approx(0.7)
     assert report["results"]["focus_dpo"]["leakage"]["mean"] == pytest.approx(0.3)
     assert sorted(report["curves"]["sft"]) == ["2", "4"]
