@@ -15,6 +15,14 @@ def check(**overrides):
     config_rules.validate(tiny.tiny_config(pathlib.Path("nowhere"), **overrides))
 
 
+@pytest.mark.parametrize("name, argument", [
+    ("toybox_dpo", None), *(("toybox_base", stage) for stage in (
+        "autoencoder", "image_encoder", "probe", "generator", "confusion")),
+    *(("sdxl_dpo", argument) for argument in ("", "lora", "full", "debug"))])
+def test_the_configurations_that_come_with_it_are_valid(name, argument):
+    config_rules.validate(tiny.load_config(name, *([] if argument is None else [argument])))
+
+
 @pytest.mark.parametrize("value", [(), (0.6, 1.0), (-1, 2)])
 def test_timestep_logits_are_nothing_or_two_numbers(value):
     check(objective="sft", timestep_logits=value)

@@ -1,7 +1,6 @@
 """configs/sdxl_dpo.py on files of diffusers and transformers: train, go on, draw, export."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 
@@ -50,14 +49,18 @@ OVERRIDES = {
 def config_of(files, **overrides):
     """The configuration for an adapter, for files as their owners publish them."""
     config = tiny.load_config("sdxl_dpo", "")
-    changes = OVERRIDES | {
-        "data.path": str(files / "data"), "model.pretrained": str(files / "sdxl"),
-        "model.image_encoder": str(files / "ip/models/image_encoder"),
-        "model.adapter": str(files / "ip/plus.safetensors")}
-    changes |= {name.replace("__", "."): value for name, value in overrides.items()}
+    changes = changes_of(files) | {
+        name.replace("__", "."): value for name, value in overrides.items()}
     for name, value in changes.items():
         config.update_from_flattened_dict({name: value})
     return config
+
+
+def changes_of(files):
+    return OVERRIDES | {
+        "data.path": str(files / "data"), "model.pretrained": str(files / "sdxl"),
+        "model.image_encoder": str(files / "ip/models/image_encoder"),
+        "model.adapter": str(files / "ip/plus.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +81,14 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
-    """A run of an adapter in bfloat16: two steps, then one more."""
+    """A run of an adapter in bfloat16: two steps by the command, then one more."""
     workdir = tmp_path_factory.mktemp("run")
-    loop.run(config_of(files[0]), workdir)
+    result = subprocess.run(
+        [sys.executable, "-m", "focusdpo_jax.main", "--config=configs/sdxl_dpo.py",
+         f"--workdir={workdir}",
+         *(f"--config.{name}={value}" for name, value in changes_of(files[0]).items())],
+        cwd=tiny.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
     loop.run(config_of(files[0], steps=3), workdir)
     return workdir
 
@@ -180,21 +188,3 @@ def test_what_is_missing_is_listed_at_once(files, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="sdxl lacks image_encoder/config.json, image_encoder/"
                                         "model.safetensors. Such a folder .*config.model.image"):
         models.load_model(config)
-
-
-def test_the_command_of_the_debugging_run(tmp_path):
-    # Two levels of three, and nothing computed twice: nearly all of the time goes into compiling.
-    smaller = {f"model.sizes.unet.{name}": value for name, value in {
-        "block_out_channels": (16, 32), "transformer_layers_per_block": (0, 1),
-        "mid_transformer_layers": 1, "num_heads": (1, 2)}.items()}
-    result = subprocess.run(
-        [sys.executable, "-m", "focusdpo_jax.main", "--config=configs/sdxl_dpo.py:debug",
-         f"--workdir={tmp_path / 'run'}", f"--config.data.path={tmp_path / 'data'}",
-         *(f"--config.{name}={value}" for name, value in (OVERRIDES | smaller | {
-             "resolution": 64, "learning_rate": 1e-3, "model.remat": False}).items())],
-        cwd=tiny.ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    losses = tiny.losses(tmp_path / "run")
-    assert abs(losses[1] - np.log(2)) < 0.01 and sorted(losses) == [1, 2]
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config["dtype"] == "bfloat16" and config["model"]["sizes"]["unet"]["num_heads"] == [1, 2]
