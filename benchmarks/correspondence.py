@@ -205,13 +205,13 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--composites", type=int, default=200, help="of each of the two kinds")
-    parser.add_argument("--prototypes", type=int, default=16)
+    parser.add_argument("--prototypes", type=int, nargs="+", default=[16])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mean", action="store_true")
     arguments = parser.parse_args()
-    count = arguments.prototypes
-    matches = {", every patch": match_by_contest,
-               f", {count} prototypes": functools.partial(match_by_contest, count=count)}
+    matches = {", every patch": match_by_contest} | {
+        f", {count} prototypes": functools.partial(match_by_contest, count=count)
+        for count in arguments.prototypes}
     if arguments.mean:
         matches[", mean alone"] = match_by_mean
     found = measure(Photos(arguments.data), make_features(arguments.weights),

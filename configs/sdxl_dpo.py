@@ -132,7 +132,7 @@ def get_config(argument=""):
     config.focus.features = "vit"
     # How many features stand for a subject, and as many for what surrounds it in its reference
     # (with "attention" it is the image tokens that do).
-    config.focus.prototypes = 16
+    config.focus.prototypes = 32
     # SPAF: match the picture's patches with the references. DPCE: let detailed patches weigh more.
     config.focus.spaf = True
     config.focus.dpce = True
