@@ -8,11 +8,10 @@ guide (reference model and weights) and of the policy's loss with its gradient, 
 and their ratio to `dpo`'s. The optimiser, which is the same in both, is left out. Nothing is
 allocated: shapes are all that a program is compiled from. `--traced` counts what goes into the
 compiler, where a compilation would take too long. `--repeats=N` also runs the compiled programs on
-zeros, N times each, and prints medians.
+zeros, N times each, in turn with those of `dpo`, and prints medians.
 """
 
 import argparse
-import statistics
 import time
 
 import jax
@@ -116,25 +115,25 @@ class Programs:
         return gradient.lower(*arguments), arguments
 
 
-def seconds(compiled, arguments, repeats):
-    """Median time of a compiled program on zeros."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype)
-                         if isinstance(x, jax.ShapeDtypeStruct) else x, arguments)
+def seconds(programs, repeats):
+    """Median times of compiled programs on zeros, [(compiled, arguments)], which run in turn."""
+    programs = [(compiled, jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x,
+        arguments)) for compiled, arguments in programs]
     times = []
     for _ in range(repeats + 1):
-        start = time.monotonic()
-        jax.block_until_ready(compiled(*zeros))
-        times.append(time.monotonic() - start)
-    return statistics.median(times[1:])  # The first one warms up.
+        times.append([])
+        for compiled, arguments in programs:
+            start = time.monotonic()
+            jax.block_until_ready(compiled(*arguments))
+            times[-1].append(time.monotonic() - start)
+    return np.median(times[1:], axis=0)  # The first round warms up.
 
 
 def measure(name, traced, repeats):
     """Prints a line for `dpo` and for each source and structure of `focus_dpo`."""
-    def counted(lowered, arguments):
-        """Operations, and seconds if asked for."""
-        program = lowered if traced else lowered.compile()
-        spent = seconds(program, arguments, repeats) if repeats and not traced else 0.0
-        return np.array([program.cost_analysis()["flops"], spent])
+    def finished(lowered, arguments):
+        return (lowered if traced else lowered.compile()), arguments
 
     base = update = None
     for features in ("", "vit", "unet", "attention"):
@@ -143,14 +142,18 @@ def measure(name, traced, repeats):
         config.focus.features = features or "vit"
         programs = Programs(config, sizes)
         if update is None:  # All structures share it.
-            update = counted(*programs.update())
+            update = finished(*programs.update())
         for structure, guide in programs.guides().items():
-            total = counted(*guide) + update
-            base = total if base is None else base
-            line = f"{name:8s} {str(structure):24s} {features:10s} {total[0]:.4e} operations"
-            ratios = total / np.where(base > 0, base, 1)
-            print(line + f", {ratios[0]:.4f} of dpo's" + (
-                f"; {total[1]:.3f} s, {ratios[1]:.3f}" if total[1] else ""), flush=True)
+            guide = finished(*guide)
+            base = base or guide
+            total, plain = (sum(program.cost_analysis()["flops"] for program, _ in step)
+                            for step in ((guide, update), (base, update)))
+            line = (f"{name:8s} {str(structure):24s} {features:10s} {total:.4e} operations, "
+                    f"{total / plain:.4f} of dpo's")
+            if repeats:
+                mine, its, shared = seconds([guide, base, update], repeats)
+                line += f"; {mine + shared:.3f} s, {(mine + shared) / (its + shared):.3f}"
+            print(line, flush=True)
 
 
 def main():
@@ -162,6 +165,8 @@ def main():
     parser.add_argument("--traced", action="store_true")
     parser.add_argument("--repeats", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.traced and arguments.repeats:
+        parser.error("--traced: what is not compiled cannot run; leave out --repeats")
     for name in arguments.cases:
         measure(name, arguments.traced, arguments.repeats)
 
