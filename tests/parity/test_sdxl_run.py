@@ -1,4 +1,4 @@
-"""configs/sdxl_dpo.py on files of diffusers and transformers: train, go on, draw, export."""
+"""configs/sdxl_dpo.py on files of diffusers and transformers: train, draw, export."""
 
 import dataclasses
 import subprocess
@@ -27,7 +27,7 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
 from focusdpo_jax.errors import UserError  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import write_vocabulary  # noqa: E402
-from focusdpo_jax.training import loop, models, runs  # noqa: E402
+from focusdpo_jax.training import models, runs  # noqa: E402
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, pipeline  # noqa: E402
 from tests.parity.test_diffusers_folder import examples  # noqa: E402
@@ -81,7 +81,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
-    """A run of an adapter in bfloat16: two steps by the command, then one more."""
+    """A run of an adapter in bfloat16: two steps, by the command."""
     workdir = tmp_path_factory.mktemp("run")
     result = subprocess.run(
         [sys.executable, "-m", "focusdpo_jax.main", "--config=configs/sdxl_dpo.py",
@@ -89,16 +89,15 @@ def finished(files, tmp_path_factory):
          *(f"--config.{name}={value}" for name, value in changes_of(files[0]).items())],
         cwd=tiny.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    loop.run(config_of(files[0], steps=3), workdir)
     return workdir
 
 
-def test_trains_and_goes_on(finished):
+def test_trains(finished):
     losses = tiny.losses(finished)
-    assert sorted(losses) == [1, 2, 3] and np.all(np.isfinite(list(losses.values())))
+    assert sorted(losses) == [1, 2] and np.all(np.isfinite(list(losses.values())))
     # Policy and reference are one model in two programs, which may round differently.
     assert abs(losses[1] - np.log(2)) < 0.01 and losses[2] != losses[1]
-    assert (finished / "samples/step_000003.png").exists()
+    assert (finished / "samples/step_000002.png").exists()
 
 
 def test_the_adapter_alone_changes_and_is_float32(files, finished):
