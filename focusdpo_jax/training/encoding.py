@@ -31,9 +31,10 @@ class EncodedPairs:
       present: bool [B, S].
       prior: [B, h, w], M_prior as the share of each location that is covered; where the objective
         is supervised, and nothing is compared, all subjects.
-      prototypes: [B, K, S, 2, P, D], what each subject and what surrounds it looks like, in each of
-        K buckets or in all of them.
-      target_features: [B, 2, g, g, D], features of (chosen, rejected) to compare them with.
+      prototypes: [B, K, S, 2, P, D], what each subject and what surrounds it looks like in each of
+        K buckets, for a source that compares them with features of the step.
+      similarity: [B, 2, S + 1, g, g], of the patches of (chosen, rejected) with each subject and,
+        last, with what surrounds the subjects, for a source that knows it beforehand.
       area: [B, S], share of the picture that each subject takes inside M_prior: where nothing was
         disrupted there is nothing to match.
       detail: [B, 2, h, w], M_d of (chosen, rejected).
@@ -51,7 +52,7 @@ class EncodedPairs:
     present: jax.Array
     prior: jax.Array
     prototypes: jax.Array | None
-    target_features: jax.Array | None
+    similarity: jax.Array | None
     area: jax.Array | None
     detail: jax.Array | None
     quality: jax.Array | None
@@ -86,10 +87,10 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
         marked = batch.masks.any(1) if supervised else batch.prior_mask
         prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
         references = generator.view(parameters, batch.references.astype(jnp.float32) / 255)
-        prototypes = targets = area = detail = found = None
+        prototypes = similarity = area = detail = found = None
         if source is not None:
-            prototypes, targets = source.encode(parameters, batch, flat, references)
-            targets = None if targets is None else grouped(targets)
+            prototypes, similarity = source.encode(parameters, batch, flat, references)
+            similarity = None if similarity is None else grouped(similarity)
             area = (batch.masks & batch.prior_mask[:, None]).mean((2, 3), dtype=jnp.float32)
         if dpce:
             detail = grouped(complexity.complexity(
@@ -101,7 +102,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
         return EncodedPairs(
             latents_mean=mean, latents_deviation=deviation, token_ids=batch.token_ids,
             time_ids=batch.time_ids, references=references, present=batch.present, prior=prior,
-            prototypes=prototypes, target_features=targets, area=area, detail=detail,
+            prototypes=prototypes, similarity=similarity, area=area, detail=detail,
             quality=found, index=batch.index)
 
     return jax.jit(encode)
@@ -141,15 +142,20 @@ def cached(encode, parameters, batches):
     parts = []
     for batch in batches:
         keep = np.asarray(batch.index) >= 0
-        encoded = jax.device_get(encode(parameters, batch))
-        # Features take most of the room, and half precision is what the encoders are kept in.
-        parts.append(jax.tree.map(lambda x, keep=keep: half(x)[keep], encoded))
+        encoded = as_kept(jax.device_get(encode(parameters, batch)))
+        parts.append(jax.tree.map(lambda x, keep=keep: x[keep], encoded))
     whole = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
     size = sum(x.nbytes for x in jax.tree.leaves(whole)) / 2**20
     logging.info("encoded %d pairs once, %.0f MiB in memory", len(whole.prior), size)
     return EncodedSource(whole)
 
 
-def half(x):
-    """An array as it is kept: features and grids in half precision, all else as it is."""
-    return x.astype(np.float16) if x.dtype == np.float32 and x.ndim > 2 else x
+def as_kept(encoded):
+    """EncodedPairs as they are kept: in half precision what takes most of the room.
+
+    Similarity stays as it is, since competition and rank compare numbers that are close together.
+    """
+    halved = jax.tree.map(
+        lambda x: x.astype(np.float16) if x.dtype == np.float32 and x.ndim > 2 else x,
+        encoded.replace(similarity=None))
+    return halved.replace(similarity=encoded.similarity)

@@ -102,7 +102,7 @@ def cached(folder, key, encode, parameters, batches, count):
             rows = [i for i, index in enumerate(batch.index)
                     if index >= 0 and not _file(folder, index).exists()]
             if rows:
-                encoded = jax.tree.map(encoding.half, jax.device_get(encode(parameters, batch)))
+                encoded = encoding.as_kept(jax.device_get(encode(parameters, batch)))
                 for i in rows:
                     row = jax.tree.map(lambda x, i=i: x[i], encoded)
                     _write(_file(folder, batch.index[i]), row)

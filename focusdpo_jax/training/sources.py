@@ -2,8 +2,8 @@
 
 `config.focus.features` names one of
 
-    vit        the frozen image encoder's features of clean pictures. Both sides are made with the
-               data, and the timestep moves rho alone.
+    vit        the frozen image encoder's features of clean pictures. Their similarity is made with
+               the data, once, and the timestep moves rho alone.
     unet       features of a block of the reference model. The references are denoised once with the
                data, at the noise of each bucket, and pooled to prototypes; the pictures' features
                are those of the reference model's pass over the pair.
@@ -37,10 +37,11 @@ def make_source(generator, config, numbers):
         capture: names of what the reference model's pass must keep (`Generator.denoise`).
         parts: of the generator, whose parameters `encode` reads.
         settings: JSON values; what `encode` depends on besides parameters and pictures.
-        encode(parameters, batch, pictures, references) -> (prototypes, target features): of a
+        encode(parameters, batch, pictures, references) -> (prototypes, similarity): of a
           PreferenceBatch, its pictures [B * P, H, W, 3] in [0, 1], those of a pair one after the
           other, and the `ImageView` [B, S] of its references. [B, K, S, 2, count, D] for K buckets
-          (or one for all) and [B * P, g, g, D]; None for what is not made with the data.
+          and [B * P, S + 1, g, g], the subjects' and last the backgrounds'; None for what is not
+          made with the data.
         similarity(encoded, captured, index) -> (similarity [P * B, S, h, w] with the subjects,
           [P * B, h, w] with the references' backgrounds or None, bool [B, S]): of EncodedPairs,
           what was captured, and the bucket's index; all chosen come first. The last says for which
@@ -62,7 +63,7 @@ class EncoderSource:
     def __init__(self, generator, count):
         """`count` is the number of prototypes a subject."""
         self._generator, self._count = generator, count
-        self.settings = ["vit", count]
+        self.settings = ["vit", count, "similarity"]
 
     def encode(self, parameters, batch, pictures, references):
         side = self._generator.patch_grid
@@ -70,12 +71,17 @@ class EncoderSource:
         prototypes = correspondence.inside_and_outside(
             references.features[:, :, 1:], masks_on_grid(batch.reference_masks, (side, side)),
             batch.present, self._count)
-        return prototypes[:, None], features.reshape(-1, side, side, features.shape[-1])
+        subjects, background, _ = _compare(
+            prototypes, features.reshape(-1, side, side, features.shape[-1]), interleaved=True)
+        return None, jnp.concatenate([subjects, background[:, None]], axis=1)
 
     def similarity(self, encoded, captured, index):
         del captured, index  # They know no timestep.
-        targets = jnp.moveaxis(encoded.target_features, 1, 0)
-        return _compare(encoded.prototypes[:, 0], targets.reshape(-1, *targets.shape[2:]))
+        pairs = jnp.moveaxis(encoded.similarity, 1, 0)
+        both = pairs.reshape(-1, *pairs.shape[2:])
+        # Of a subject without prototypes `compare` says -1 everywhere.
+        known = jnp.any(encoded.similarity[:, 0, :-1] > -1, axis=(2, 3))
+        return both[:, :-1], both[:, -1], known
 
 
 class UNetSource:
@@ -170,9 +176,13 @@ def masks_on_grid(masks, grid):
     return masks.reshape(*masks.shape[:2], -1)
 
 
-def _compare(prototypes, targets):
-    """Of prototypes [B, S, 2, count, D] and target features [P * B, h, w, D]."""
+def _compare(prototypes, targets, interleaved=False):
+    """Of prototypes [B, S, 2, count, D] and target features [P * B, h, w, D].
+
+    All chosen come first, or where `interleaved` the pictures of a pair one after the other.
+    """
     pictures = len(targets) // len(prototypes)
-    subjects, background = correspondence.compare(
-        jnp.concatenate([prototypes] * pictures), targets)
+    each = (jnp.repeat(prototypes, pictures, axis=0) if interleaved
+            else jnp.concatenate([prototypes] * pictures))
+    subjects, background = correspondence.compare(each, targets)
     return subjects, background, jnp.any(prototypes[:, :, 0] != 0, axis=(2, 3))

@@ -10,9 +10,10 @@ import pytest
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.data import loader
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.focus import correspondence
 from focusdpo_jax.focus.buckets import BucketStructure
 from focusdpo_jax.models.generator import Conditioning, split_parameters
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import encoding, models, objectives, sources, tasks
 
 SOURCES = ("vit", "unet", "attention")
 SLOTS = ("references", "reference_masks", "masks", "present")
@@ -85,13 +86,31 @@ def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
 def test_features_of_the_unet_change_with_the_noise_and_those_of_the_encoder_do_not(cases):
     unet, vit = (cases(source) for source in ("unet", "vit"))
     encoded = unet.encode()
-    assert encoded.prototypes.shape == (4, 4, 3, 2, 2, 8) and encoded.target_features is None
+    assert encoded.prototypes.shape == (4, 4, 3, 2, 2, 8) and encoded.similarity is None
     first, last = (unet.weigh(encoded, bucket).similarity for bucket in (0, -1))
     assert np.abs(first - last).max() > 1e-3
     encoded = vit.encode()
-    assert encoded.prototypes.shape == (4, 1, 3, 2, 2, 8)
+    side = vit.model.generator.patch_grid
+    assert encoded.prototypes is None and encoded.similarity.shape == (4, 2, 4, side, side)
     first, last = (vit.weigh(encoded, bucket).similarity for bucket in (0, -1))
     np.testing.assert_array_equal(first, last)
+
+
+def test_the_encoders_similarity_is_kept_per_picture_in_full_precision(cases):
+    case = cases("vit")
+    generator, parameters = case.model.generator, case.model.parameters
+    kept = encoding.as_kept(jax.device_get(case.encode()))
+    assert kept.similarity.dtype == np.float32 and kept.latents_mean.dtype == np.float16
+    side = generator.patch_grid
+    for picture, images in enumerate((case.batch.chosen, case.batch.rejected)):
+        features = [generator.view(parameters, jnp.asarray(x, jnp.float32) / 255).features
+                    for x in (case.batch.references[:, 0], images)]
+        reference, target = (x[:, 1:] for x in features)
+        described = correspondence.inside_and_outside(
+            reference[:, None], sources.masks_on_grid(
+                case.batch.reference_masks[:, :1], (side, side)), case.batch.present[:, :1], 2)
+        expected, _ = correspondence.compare(described, target.reshape(4, side, side, -1))
+        np.testing.assert_allclose(kept.similarity[:, picture, 0], expected[:, 0], atol=1e-5)
 
 
 def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases):
