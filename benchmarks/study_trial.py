@@ -80,7 +80,7 @@ def measure(model, config, batches):
     # One seed for all trials: they draw a scene from the same noise.
     images = generate_all(
         generate, parameters, encoded, seed=0, batch_size=len(batches[0].index),
-        latent_shape=generator.latent_shape(config.resolution))
+        latent_shape=generator.latent_shape(config.resolution), place=jax.device_put)
     probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
     size = len(batches[0].index)
     readings = [probe(model.probe, jnp.asarray(images[i:i + size]) / 255)

@@ -78,8 +78,10 @@ def get_config(argument=""):
     config.keep_checkpoints = 2
     config.sample_every = 3 if debug else 250
 
-    # Devices that share a batch; -1 takes all. Parameters lie on each of them.
-    config.mesh = ml_collections.ConfigDict({"data": -1})
+    # How the devices are divided; -1 takes what the others leave. "data" divides a batch; "fsdp"
+    # divides it and the parameters, which are gathered layer by layer; "tensor" divides the inside
+    # of layers. docs/scaling.md says when to choose which.
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     config.model = ml_collections.ConfigDict()
     # The model to start from: a folder of diffusers' layout, or its hub id where it was fetched

@@ -71,8 +71,9 @@ def get_config(stage="generator"):
     config.keep_checkpoints = 2
     config.sample_every = 500
 
-    # Devices that share a batch; -1 takes all.
-    config.mesh = ml_collections.ConfigDict({"data": -1})
+    # How the devices are divided; -1 takes what the others leave. "data" divides a batch; "fsdp"
+    # divides it and the parameters; "tensor" divides the inside of layers.
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     config.model = ml_collections.ConfigDict()
     # Folder of the model to start from; empty makes one of `sizes` at random.

@@ -63,8 +63,9 @@ def get_config():
     config.keep_checkpoints = 2
     config.sample_every = 40
 
-    # Devices that share a batch; -1 takes all.
-    config.mesh = ml_collections.ConfigDict({"data": -1})
+    # How the devices are divided; -1 takes what the others leave. "data" divides a batch; "fsdp"
+    # divides it and the parameters; "tensor" divides the inside of layers.
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     config.model = ml_collections.ConfigDict()
     # The model to start from: "toybox", which ships with the package, a folder such as

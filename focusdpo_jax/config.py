@@ -22,13 +22,13 @@ ENCODER_OBJECTIVES = ("autoencode", "attributes", "probe")
 # Fields that may change between two runs in one folder: they say how long to train and how
 # often to look, not what is trained.
 _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
-               "data.path", "data.cache"}
+               "data.path", "data.cache", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
           "data.source": "toybox", "data.leak_probability": 0.5, "focus.features": "vit",
-          "focus.prototypes": 1}
+          "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
 
 def _one_of(*choices):
@@ -46,6 +46,11 @@ def _number(low, high=float("inf"), *, above=False):
 def _integer(low):
     return ((lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low),
             f"give a whole number >= {low}")
+
+
+def _devices():
+    check = _integer(-1)[0]
+    return (lambda v: check(v) and v != 0), "give a number of devices, or -1 for all that are left"
 
 
 def _flag():
@@ -104,7 +109,9 @@ RULES = {
     "model.lora_rank": _integer(0),
     "model.remat": _flag(),
     "model.sizes": _anything(),
-    "mesh.data": _integer(-1),
+    "mesh.data": _devices(),
+    "mesh.fsdp": _devices(),
+    "mesh.tensor": _devices(),
     "data.source": _one_of("toybox", "prepared"),
     "data.path": _text(),
     "data.cache": _flag(),
@@ -173,8 +180,10 @@ def _validate_together(config):
     if config.dtype != "float32" and config.objective in ENCODER_OBJECTIVES:
         raise UserError(f"config.dtype = {config.dtype!r}: config.objective = "
                         f"{config.objective!r} trains an encoder; give 'float32'")
-    if config.mesh.data == 0:
-        raise UserError("config.mesh.data = 0: give a number of devices, or -1 for all of them")
+    filled = [axis for axis in ("data", "fsdp", "tensor") if config.mesh[axis] == -1]
+    if len(filled) > 1:
+        raise UserError(f"config.mesh.{filled[1]} = -1: config.mesh.{filled[0]} = -1 takes the "
+                        "devices that are left already; give a number to one of them")
     if (config.focus.features == "unet" and config.objective == "focus_dpo" and config.focus.spaf
             and not config.data.cache):
         raise UserError("config.data.cache = False: config.focus.features = 'unet' denoises every "

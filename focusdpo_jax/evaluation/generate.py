@@ -6,6 +6,7 @@ import numpy as np
 
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.models.generator import Conditioning
+from focusdpo_jax.sharding import mesh as meshes
 
 
 def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale=1.0,
@@ -71,13 +72,14 @@ def scene_noise(seed, indices, shape):
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
 
 
-def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size):
+def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size, place):
     """Generates a picture for each of `scenes`.
 
     Args:
       generate: from `make_generate`.
       scenes: EncodedPairs of numpy arrays; the references and captions are used.
       batch_size: pictures at once; the last batch is filled up.
+      place: puts a tree of arrays [batch_size, ...] where the parameters are.
 
     Returns:
       uint8 [len(scenes), H, W, 3], on the host.
@@ -86,8 +88,7 @@ def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         noise = scene_noise(seed, scenes.index[rows], latent_shape)
-        pictures.append(generate(
-            parameters, scenes.token_ids[rows], scenes.time_ids[rows],
-            jax.tree.map(lambda x, rows=rows: x[rows], scenes.references), scenes.present[rows],
-            noise))
-    return np.concatenate([np.asarray(p) for p in pictures])[:count]
+        inputs = jax.tree.map(lambda x, rows=rows: x[rows], (
+            scenes.token_ids, scenes.time_ids, scenes.references, scenes.present))
+        pictures.append(generate(parameters, *place((*inputs, noise))))
+    return np.concatenate([meshes.fetch(p) for p in pictures])[:count]

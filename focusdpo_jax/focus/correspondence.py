@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from focusdpo_jax.focus.grids import nearest_on_grid
 
-_ROUNDING = 1e-5  # Cosines this close to 1 are of one direction, within float32.
+_ROUNDING = 1e-5  # Cosines this close are equal, within float32.
 
 
 class Match(NamedTuple):
@@ -182,11 +182,13 @@ def match(
     """Turns similarities into M': competition, then each subject's k clearest patches.
 
     1. A patch belongs to the present subject it resembles most; to each of them if several are
-       exactly equal, so that the order of the subjects never matters [ours].
+       equal, so that the order of the subjects never matters [ours].
     2. Every subject keeps k of the patches that belong to it, over the whole image [known], with k
        from `budget` [ours]: those whose similarity exceeds that of the strongest rival, another
        subject or the background, by most [ours]. Without a rival that is the similarity itself.
        Patches with equal margins go in raster order.
+
+    Equal is what rounding could have made different, so that devices agree which patches match.
 
     Args:
       similarity: of any source: cosine of features, or attention to a subject's tokens.
@@ -201,13 +203,15 @@ def match(
     batch, subjects, height, width = similarity.shape
     score = similarity.astype(jnp.float32).reshape(batch, subjects, height * width)
     score = jnp.where(present[..., None], score, -jnp.inf)
-    own = present[..., None] & (score == jnp.max(score, axis=1, keepdims=True))
+    scale = jnp.max(jnp.where(present[..., None], jnp.abs(score), 0), axis=(1, 2), keepdims=True)
+    smallest = _ROUNDING * jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    own = present[..., None] & (score >= jnp.max(score, axis=1, keepdims=True) - smallest)
 
     others = jnp.where(jnp.eye(subjects, dtype=bool)[:, :, None], -jnp.inf, score[:, None])
     rival = jnp.max(others, axis=2)
     if background is not None:
         rival = jnp.maximum(rival, background.reshape(batch, 1, height * width))
-    margin = score - jnp.where(jnp.isfinite(rival), rival, 0)
+    margin = jnp.round((score - jnp.where(jnp.isfinite(rival), rival, 0)) / smallest)
 
     order = jnp.argsort(jnp.where(own, -margin, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)  # the inverse permutation: each patch's place

@@ -1,32 +1,76 @@
-"""The device mesh, and how batches and states lie on it."""
+"""The device mesh, and how batches lie on it.
+
+A mesh has three axes. `data` divides the batch; `fsdp` divides it as well, and with it the
+parameters, which are gathered layer by layer where they are used; `tensor` divides the inside of
+layers (heads, hidden units, channels). `rules` says which axis of which parameter is divided.
+"""
+
+import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from focusdpo_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
+# Those that divide a batch.
+BATCH_AXES = ("data", "fsdp")
 
-def make_mesh(data, batch_size):
-    """A mesh with the one axis "data".
+
+def make_mesh(sizes, batch_size, devices=None):
+    """A mesh over devices.
 
     Args:
-      data: number of devices, or -1 for all there are.
-      batch_size: pairs a step, which the devices share equally.
+      sizes: {axis: number of devices} for each of `AXES`; -1 in one place takes what the others
+        leave.
+      batch_size: pairs a step, which `data` and `fsdp` share equally.
+      devices: all there are if None. One process may leave some idle; several use all of theirs.
 
     Raises:
-      UserError: there are fewer devices, or the batch does not divide among them.
+      UserError: the devices do not suffice, or the batch does not divide; it names what would do.
     """
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
-    if count > len(devices):
-        raise UserError(f"config.mesh.data = {data}: there are only {len(devices)} devices; "
-                        "give -1 to use all of them")
-    if batch_size % count:
-        good = [n for n in range(1, len(devices) + 1) if batch_size % n == 0]
-        raise UserError(f"config.batch_size = {batch_size} does not divide among "
-                        f"config.mesh.data = {count} devices; use one of {good} devices")
-    return Mesh(np.asarray(devices[:count]), ("data",))
+    devices = jax.devices() if devices is None else list(devices)
+    filled = _fill(sizes, len(devices))
+    count = math.prod(filled.values())
+    if count > len(devices) or count < len(devices) and jax.process_count() > 1:
+        raise UserError(f"{_named(sizes)} takes {count} devices and there are {len(devices)}; "
+                        f"give {_good_split(sizes, len(devices))}")
+    shares = math.prod(filled[axis] for axis in BATCH_AXES)
+    if batch_size % shares:
+        multiple = -(-batch_size // shares) * shares
+        raise UserError(
+            f"config.batch_size = {batch_size} does not divide among the {shares} devices of "
+            f"config.mesh.data = {filled['data']} times config.mesh.fsdp = {filled['fsdp']}; give "
+            f"config.batch_size = {multiple}, or axes whose product is one of "
+            f"{[n for n in range(1, len(devices) + 1) if batch_size % n == 0]}")
+    shape = tuple(filled[axis] for axis in AXES)
+    if devices[0].platform == "tpu":
+        # Neighbours on the mesh are neighbours in the machine.
+        return Mesh(mesh_utils.create_device_mesh(shape, devices[:count]), AXES)
+    return Mesh(np.asarray(devices[:count]).reshape(shape), AXES)
+
+
+def _fill(sizes, count):
+    """`sizes` with the one -1 replaced by what is left of `count` devices."""
+    fixed = math.prod(sizes[axis] for axis in AXES if sizes[axis] != -1)
+    if [sizes[axis] for axis in AXES].count(-1) and count % fixed:
+        raise UserError(f"{_named(sizes)}: {count} devices do not divide by {fixed}; give "
+                        f"{_good_split(sizes, count)}")
+    return {axis: count // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES}
+
+
+def _good_split(sizes, count):
+    """Sizes near those asked for whose product is the number of devices, in words."""
+    tensor = math.gcd(max(sizes["tensor"], 1), count)
+    fsdp = math.gcd(max(sizes["fsdp"], 1), count // tensor)
+    split = {"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+    return _named(split)
+
+
+def _named(sizes):
+    return ", ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in AXES)
 
 
 def drawing_mesh(batch_size):
@@ -37,12 +81,17 @@ def drawing_mesh(batch_size):
     """
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-    return Mesh(np.asarray(devices[:count]), ("data",))
+    return Mesh(np.asarray(devices[:count]).reshape(count, 1, 1), AXES)
 
 
 def replicated(mesh):
     """The sharding of an array that lies on each device as a whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh):
+    """The sharding of an array whose first axis are the examples of a batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicate(tree, mesh):
@@ -51,5 +100,38 @@ def replicate(tree, mesh):
 
 
 def shard_batch(batch, mesh):
-    """Places host arrays [B, ...], each device getting its share of the examples."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    """Places a batch of which this process holds its share of the examples.
+
+    Args:
+      batch: pytree of host arrays [B / processes, ...].
+
+    Returns:
+      Global arrays [B, ...], each device with its share.
+    """
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def shard_rows(tree, mesh):
+    """Places arrays [N, ...] of which every process holds all, divided if N allows it.
+
+    What encoding and drawing take: batches of other sizes than training's.
+    """
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+    def place(x):
+        x = np.asarray(x)
+        sharding = replicated(mesh) if len(x) % shares else batch_sharding(mesh)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)
+
+
+def fetch(tree):
+    """The arrays of a tree as numpy, on every process as a whole."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -15,6 +15,7 @@ from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.focus import complexity, correspondence
 from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
 from focusdpo_jax.models.generator import ImageView
+from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training.sources import masks_on_grid
 
 
@@ -142,7 +143,7 @@ def cached(encode, parameters, batches):
     parts = []
     for batch in batches:
         keep = np.asarray(batch.index) >= 0
-        encoded = as_kept(jax.device_get(encode(parameters, batch)))
+        encoded = as_kept(meshes.fetch(encode(parameters, batch)))
         parts.append(jax.tree.map(lambda x, keep=keep: x[keep], encoded))
     whole = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
     size = sum(x.nbytes for x in jax.tree.leaves(whole)) / 2**20

@@ -20,6 +20,8 @@ from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.models.generator import ImageView
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
 
 
@@ -36,7 +38,7 @@ def make_key(model, config, content, source):
     for part in sorted(parts):
         digest.update(repr(getattr(model.generator.config, part)).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameters[part]):
-            leaf = np.asarray(leaf)
+            leaf = np.asarray(meshes.fetch(leaf))
             digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
             digest.update(np.ascontiguousarray(leaf).tobytes())
     return {"encoders": digest.hexdigest(), "tokenizer": model.tokenizer.digest(),
@@ -92,8 +94,11 @@ def cached(folder, key, encode, parameters, batches, count):
       UserError: the files that are there depend on something else, or cannot be written.
     """
     try:
-        _claim(folder, key)
-        ready = sum(_file(folder, index).exists() for index in range(count))
+        if processes.is_first():
+            _claim(folder, key)
+        processes.wait("key of the encoded pairs")
+        ready = processes.from_first(
+            sum(_file(folder, index).exists() for index in range(count)))
         if ready == count:
             logging.info("encoded before: %d records in %s", count, folder)
             return StoredEncodings(folder, count)
@@ -101,11 +106,12 @@ def cached(folder, key, encode, parameters, batches, count):
         for batch in batches:
             rows = [i for i, index in enumerate(batch.index)
                     if index >= 0 and not _file(folder, index).exists()]
-            if rows:
-                encoded = encoding.as_kept(jax.device_get(encode(parameters, batch)))
-                for i in rows:
+            if processes.from_first(bool(rows)):
+                encoded = encoding.as_kept(meshes.fetch(encode(parameters, batch)))
+                for i in rows if processes.is_first() else ():
                     row = jax.tree.map(lambda x, i=i: x[i], encoded)
                     _write(_file(folder, batch.index[i]), row)
+        processes.wait("encoded pairs")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}); make room, or "
                         "set config.data.cache = False") from error

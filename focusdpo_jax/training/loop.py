@@ -16,6 +16,7 @@ from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
+from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
@@ -35,7 +36,10 @@ def run(config, workdir):
         longer finite. Checkpoints written before stay.
     """
     config_rules.validate(config)
-    workdir = open_workdir(workdir, config)
+    workdir = epath.Path(workdir)
+    if processes.is_first():
+        open_workdir(workdir, config)
+    processes.wait("run folder")
     logging.info("focusdpo_jax on %d x %s, run folder %s",
                  jax.device_count(), jax.devices()[0].device_kind, workdir)
 
@@ -57,6 +61,8 @@ def run(config, workdir):
             state = train(config, task, state, optimizer, checkpoints, writer, done)
         checkpoints.close()
         task.finish(config.steps, state.evaluated, writer)
+        # Whoever left now would take the others for dead, or process 0 from them.
+        processes.wait("end")
     finally:
         writer.close()
 
@@ -140,7 +146,6 @@ def open_workdir(workdir, config):
       UserError: the folder cannot be written, belongs to a run with another configuration, or its
         `config.json` is damaged.
     """
-    workdir = epath.Path(workdir)
     written = config_rules.to_json(config)
     path = workdir / "config.json"
     try:
@@ -157,4 +162,3 @@ def open_workdir(workdir, config):
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror or error}). "
                         "Give a folder that you may write.") from error
-    return workdir

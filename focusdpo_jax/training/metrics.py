@@ -11,6 +11,7 @@ from etils import epath
 from tqdm import tqdm
 
 from focusdpo_jax.files import replace_file
+from focusdpo_jax.sharding import processes
 
 
 def _open_tensorboard(workdir):
@@ -32,7 +33,11 @@ class MetricWriter:
     """
 
     def __init__(self, workdir, *, start_step=0):
+        """Opens the files; only the first of several processes has any."""
         self.workdir = epath.Path(workdir)
+        self._file = self._tensorboard = None
+        if not processes.is_first():
+            return
         self._path = self.workdir / "metrics.jsonl"
         kept = []
         if start_step and self._path.exists():
@@ -48,8 +53,9 @@ class MetricWriter:
 
     def scalars(self, step, values):
         """Writes a dict of finite numbers for `step`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)
             self._tensorboard.flush()
@@ -70,7 +76,8 @@ class MetricWriter:
 
     def close(self):
         """Closes the files."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
 

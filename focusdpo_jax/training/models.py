@@ -16,6 +16,8 @@ from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
 from focusdpo_jax.models.tokenizer import Tokenizer
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.sharding import processes
 
 # For programs that run seldom: compiling them well would take longer than running them badly.
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
@@ -62,7 +64,7 @@ def stored_type(config, path, shape):
     return jnp.bfloat16
 
 
-def load_model(config, sharding=None):
+def load_model(config, place=None):
     """Reads `config.model.pretrained`, or makes a model of `config.model.sizes` at random.
 
     What is read is a model folder, as runs leave it, or SDXL in the layouts of `pretrained`.
@@ -71,7 +73,8 @@ def load_model(config, sharding=None):
     are read, whether the configuration speaks of them or not.
 
     Args:
-      sharding: of every parameter; None keeps on the host what is read.
+      place: (path of a parameter from its part on, shape) -> sharding; None keeps on the host what
+        is read.
 
     Raises:
       UserError: the folder or one of its files is missing, damaged or of other sizes.
@@ -97,14 +100,17 @@ def load_model(config, sharding=None):
                  for path, leaf in shapes.items()}
         published = {p: v for p, v in shapes.items()
                      if stored or p[-1] not in ("lora_a", "lora_b")}
+        shardings = {path: place and place((part, *path), leaf.shape)
+                     for path, leaf in shapes.items()}
         tree = source and source.load_part(
             part, traverse_util.unflatten_dict(published), config=sizes,
-            dtype=traverse_util.unflatten_dict(types), sharding=sharding)
+            dtype=traverse_util.unflatten_dict(types),
+            sharding=place and traverse_util.unflatten_dict(shardings))
         flat = {} if tree is None else traverse_util.flatten_dict(tree)
         missing = sorted(shapes.keys() - flat.keys())
         if missing:
             logging.info("%s: %s at random", part, "made" if tree is None else "LoRA made")
-            flat |= _draw(init, key, missing, types, sharding)
+            flat |= _draw(init, key, missing, types, shardings)
         parameters[part] = traverse_util.unflatten_dict({path: flat[path] for path in shapes})
     length = sizes.text_encoder.max_length
     if source is None:
@@ -131,22 +137,28 @@ def _locate(config):
     return pretrained.locate({field: config.model[field] for field in fields}, shipped)
 
 
-def _draw(init, key, paths, types, sharding):
+def _draw(init, key, paths, types, shardings):
     """The parameters {path: array} of `paths` that `init` draws."""
     def draw(key):
         # Of what is not returned nothing is computed.
         flat = traverse_util.flatten_dict(init(key))
         return {path: flat[path].astype(types[path]) for path in paths}
 
-    return jax.jit(draw, out_shardings=sharding, compiler_options=FAST_TO_COMPILE)(key)
+    return jax.jit(draw, out_shardings={path: shardings[path] for path in paths},
+                   compiler_options=FAST_TO_COMPILE)(key)
 
 
 def save_model(folder, model, parameters, probe=None):
     """Writes a model folder that `load_model` reads back: `parameters` in the place of the old."""
     folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
     for part, tree in parameters.items():
-        model_folder.save_part(folder, part, tree)
+        tree = meshes.fetch(tree)
+        if processes.is_first():
+            model_folder.save_part(folder, part, tree)
+    if not processes.is_first():
+        return
     probe = model.probe if probe is None else probe
     if probe is not None:
         model_folder.save_part(folder, "probe", probe)

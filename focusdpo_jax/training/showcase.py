@@ -4,6 +4,7 @@ Base and policy draw the same scenes from the same noise. The base's pictures ar
 the first step, and kept in the run folder, so that a resumed run does not make them again.
 """
 
+import functools
 import io
 import json
 
@@ -17,6 +18,8 @@ from focusdpo_jax.evaluation import pictures, statistics, toybox_measures
 from focusdpo_jax.evaluation.generate import generate_all
 from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
 from focusdpo_jax.files import replace_file
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
 
 # Scenes on the page that shows how their weights come about, bucket by bucket.
@@ -26,14 +29,16 @@ _EXPLAINED = 2
 class Showcase:
     """Draws, measures and shows scenes during a run."""
 
-    def __init__(self, config, workdir, model, sources, encode, transform, generate, buckets,
-                 focus_maps):
+    def __init__(self, config, workdir, model, sources, mesh, encode, transform, generate,
+                 buckets, focus_maps):
         """Encodes the scenes to show (validation) and to measure (test).
 
+        All processes encode and draw together; the first one measures, shows and writes.
         `focus_maps` is (structure, encoded, numbers, key) -> FocusMaps.
         """
         self._config, self._workdir, self._model = config, workdir, model
-        self._generate, self._encode, self._transform = generate, encode, transform
+        self._mesh, self._generate = mesh, generate
+        self._encode, self._transform = encode, transform
         self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
         self._shown = self._scenes(sources["validation"], config.evaluation.pictures)
@@ -59,30 +64,37 @@ class Showcase:
         return generate_all(
             self._generate, parameters, scenes, seed=self._config.seed,
             latent_shape=self._model.generator.latent_shape(self._config.resolution),
-            batch_size=self._config.evaluation.batch_size)
+            batch_size=self._config.evaluation.batch_size,
+            place=functools.partial(meshes.shard_rows, mesh=self._mesh))
 
     def start(self, parameters):
         """Draws and measures with the base, unless an earlier start of this run did."""
         path = self._workdir / "base.npz"
-        if path.exists():
-            with np.load(io.BytesIO(path.read_bytes())) as saved:
-                self._base = dict(saved)
+        if processes.from_first(path.exists()):
+            if processes.is_first():
+                with np.load(io.BytesIO(path.read_bytes())) as saved:
+                    self._base = dict(saved)
             return
         logging.info("drawing with the base model")
         self._base = {"shown": self._draw(parameters, self._shown[1])}
         if self._measured:
             self._base["measured"] = self._draw(parameters, self._measured[1])
-        content = io.BytesIO()
-        np.savez(content, **self._base)
-        replace_file(path, content.getvalue())
+        if processes.is_first():
+            content = io.BytesIO()
+            np.savez(content, **self._base)
+            replace_file(path, content.getvalue())
 
     def sample(self, step, parameters, writer):
         """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
         raw, encoded, captions = self._shown
         drawn = self._draw(parameters, encoded)
-        maps = {name: jax.device_get(self._focus_maps(
-            structure, encoded, numbers, jax.random.key(self._config.seed)))
-            for name, (structure, numbers) in self._buckets.items()}
+        pairs = meshes.shard_rows(encoded, self._mesh)
+        key = meshes.replicate(jax.random.key(self._config.seed), self._mesh)
+        maps = {name: meshes.fetch(self._focus_maps(structure, pairs, numbers, key))
+                for name, (structure, numbers) in self._buckets.items()}
+        path = self._workdir / "samples" / f"step_{step:06d}.png"
+        if not processes.is_first():
+            return path
         # W of the chosen pictures in the cleanest bucket.
         focus = list(maps.values())[-1].weights
         rows = [pictures.PreferenceRow(
@@ -92,7 +104,6 @@ class Showcase:
             policy=drawn[i], focus=focus[i])
             for i in range(len(captions))]
         image = pictures.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
-        path = self._workdir / "samples" / f"step_{step:06d}.png"
         pictures.save_png(path, image)
         writer.picture(step, "samples", image)
         if self._config.objective == "focus_dpo":
@@ -126,7 +137,10 @@ class Showcase:
             return
         raw, encoded, _ = self._measured
         seed = self._config.seed
-        policy = self._measure(self._draw(parameters, encoded), raw)
+        drawn = self._draw(parameters, encoded)
+        if not processes.is_first():
+            return
+        policy = self._measure(drawn, raw)
         base = self._measure(self._base["measured"], raw)
         results = statistics.summarize(base, policy, seed=seed)
         ceiling = statistics.summarize(self._measure(raw.chosen, raw), seed=seed)

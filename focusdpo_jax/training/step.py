@@ -18,6 +18,8 @@ import optax
 from absl import logging
 from clu import metrics as clu_metrics
 
+from focusdpo_jax.sharding import activations
+from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training.state import TrainState
 
 
@@ -64,14 +66,16 @@ def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0)
     """
 
     def guide(structure, frozen, batch, numbers, key, number):
-        guidance, metrics = task.guide(
-            structure, frozen, batch, numbers, jax.random.fold_in(key, number))
+        with activations.divided(task.mesh):
+            guidance, metrics = task.guide(
+                structure, frozen, batch, numbers, jax.random.fold_in(key, number))
         return guidance, averages(metrics)
 
     def update(state, frozen, batch, guidance, numbers, key):
         key = jax.random.fold_in(key, state.step)
-        (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(
-            state.trainable, frozen, batch, guidance, numbers, key)
+        with activations.divided(task.mesh):
+            (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(
+                state.trainable, frozen, batch, guidance, numbers, key)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = state.average
@@ -83,14 +87,19 @@ def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0)
     structures = {}
     for name, (structure, numbers) in buckets.items():
         structures.setdefault(structure, ([], numbers))[0].append(name)
-    guide = jax.jit(guide, static_argnums=0)
-    key, number = jax.random.key(seed), np.int32(0)
+    examples, whole = meshes.batch_sharding(task.mesh), meshes.replicated(task.mesh)
+    guide = jax.jit(guide, static_argnums=0, out_shardings=(examples, whole))
+    key, number = meshes.replicate(jax.random.key(seed), task.mesh), np.int32(0)
     first, (_, numbers) = next(iter(structures.items()))
     guidance, _ = jax.eval_shape(
         lambda *arguments: guide(first, *arguments), task.frozen, batch, numbers, key, number)
+    guidance = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=examples), guidance)
 
     def compile_update():
-        return jax.jit(update, donate_argnums=0).lower(
+        # The state stays where it lies.
+        lies = jax.tree.map(lambda x: x.sharding, state)
+        return jax.jit(update, donate_argnums=0, out_shardings=(lies, whole)).lower(
             state, task.frozen, batch, guidance, numbers, key).compile()
 
     def compile_guide(structure):

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Callable, Hashable, Mapping
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -22,6 +24,7 @@ class Task:
       start: called once before the first step with a MetricWriter.
       sample: called every `config.sample_every` steps with (step, trainable, MetricWriter).
       finish: called at the end with (step, trainable, MetricWriter).
+      mesh: on which parameters and batches lie.
     """
 
     trainable: dict
@@ -36,3 +39,4 @@ class Task:
     start: Callable
     sample: Callable
     finish: Callable
+    mesh: jax.sharding.Mesh

@@ -14,6 +14,7 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
 from focusdpo_jax.models.generator import merge_parameters, split_parameters
+from focusdpo_jax.sharding import activations, processes, rules
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import (
     encoding,
@@ -29,9 +30,9 @@ from focusdpo_jax.training.task import Task
 
 def make_task(config, workdir):
     """The task of `config.objective`, with its data built and its model loaded."""
-    mesh = meshes.make_mesh(config.mesh.data, config.batch_size)
+    mesh = meshes.make_mesh(config.mesh, config.batch_size)
     sources = open_data(config)
-    model = models.load_model(config, meshes.replicated(mesh))
+    model = models.load_model(config, functools.partial(rules.parameter_sharding, mesh=mesh))
     logging.info("%s", models.describe(model.parameters))
     make = (generator_task if config.objective in config_rules.GENERATOR_OBJECTIVES
             else encoder_task)
@@ -51,7 +52,12 @@ def open_data(config):
         return _open_prepared(config)
     sizes = {"train": config.data.train_size, "validation": config.data.validation_size,
              "test": config.data.test_size}
+    # Process 0 first: on a shared disk the others find what it has built.
+    if not processes.is_first():
+        processes.wait("data")
     path = dataset.build_toybox(config.data.path, dataset.toybox_world(config), sizes)
+    if processes.is_first():
+        processes.wait("data")
     return {split: dataset.open_source(path, split) for split in sizes}
 
 
@@ -106,8 +112,11 @@ def generator_task(config, workdir, mesh, sources, model):
     model = model.with_parameters(merge_parameters(fixed.get("reference", {}), frozen))
     buckets = focus_buckets(config)
     names = list(buckets)
-    source, encode = make_encoder(generator, config, buckets)
-    place = functools.partial(meshes.shard_batch, mesh=mesh)
+    source, encode_placed = make_encoder(generator, config, buckets)
+
+    def encode(parameters, batch):
+        with activations.divided(mesh):
+            return encode_placed(parameters, meshes.shard_rows(batch, mesh))
 
     if config.data.cache:
         in_order = loader.evaluation_batches(
@@ -115,24 +124,31 @@ def generator_task(config, workdir, mesh, sources, model):
             batch_size=min(len(sources["train"]), config.evaluation.batch_size))
         pairs = _cached(config, sources["train"], model, encode, source, in_order)
         change = _identity
-        prepare = place
+        prepare = functools.partial(meshes.shard_batch, mesh=mesh)
     else:
         pairs, change = sources["train"], transform
 
         def prepare(batch):
-            return encode(model.parameters, place(batch))
+            with activations.divided(mesh):
+                return encode_placed(model.parameters, meshes.shard_batch(batch, mesh))
 
     batches = loader.make_loader(
-        pairs, batch_size=config.batch_size, seed=config.seed, transform=change)
+        pairs, batch_size=config.batch_size, seed=config.seed, transform=change,
+        process_index=jax.process_index(), process_count=jax.process_count())
 
     empty = model.tokenizer("")
-    generate = make_generate(
+    draw = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
         negative_token_ids=empty)
+
+    def generate(*arguments):
+        with activations.divided(mesh):
+            return draw(*arguments)
+
     objective = objectives.Objective(generator, config, empty, source)
     focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
                          compiler_options=models.FAST_TO_COMPILE)
-    showcase = Showcase(config, workdir, model, sources, encode, transform, generate, buckets,
+    showcase = Showcase(config, workdir, model, sources, mesh, encode, transform, generate, buckets,
                         lambda structure, *arguments: focus_maps(structure, fixed, *arguments))
 
     def merged(tree):
@@ -148,7 +164,7 @@ def generator_task(config, workdir, mesh, sources, model):
         bucket_at=lambda number: names[bucket_for_step(config.seed, number, len(names))],
         start=lambda writer: showcase.start(merged(trainable)),
         sample=lambda step, tree, writer: showcase.sample(step, merged(tree), writer),
-        finish=finish)
+        finish=finish, mesh=mesh)
 
 
 def as_computed(parameters, dtype):
@@ -203,7 +219,8 @@ def encoder_task(config, workdir, mesh, sources, model):
     else:
         loss = pretraining.probe_loss(generator)
         trainable = {"probe": pretraining.init_probe(key)}
-    trainable, frozen = meshes.replicate((trainable, frozen), mesh)
+    # What was loaded lies on the mesh; heads and probe are new.
+    trainable = jax.device_put(trainable, rules.tree_shardings(trainable, mesh))
 
     def finish(step, tree, writer):
         parameters = model.parameters | {k: v for k, v in tree.items() if k in model.parameters}
@@ -219,9 +236,11 @@ def encoder_task(config, workdir, mesh, sources, model):
         buckets={"all": (config.objective, None)},
         bucket_at=lambda number: "all", unit="scenes",
         batches=loader.make_loader(sources["train"], batch_size=config.batch_size,
-                                   seed=config.seed, transform=transform),
+                                   seed=config.seed, transform=transform,
+                                   process_index=jax.process_index(),
+                                   process_count=jax.process_count()),
         prepare=functools.partial(meshes.shard_batch, mesh=mesh),
-        start=_nothing, sample=_nothing, finish=finish)
+        start=_nothing, sample=_nothing, finish=finish, mesh=mesh)
 
 
 def _identity(entry):

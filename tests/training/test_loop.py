@@ -214,37 +214,6 @@ def test_mistakes_on_the_command_line_are_one_line(tiny_folder, tmp_path):
         assert "Traceback" not in result.stderr
 
 
-def run_on_four_devices(folder, workdir):
-    environment = os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
-    result = subprocess.run(command(folder, workdir), env=environment, capture_output=True,
-                            text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stderr
-
-
-def assert_losses_of(finished, workdir):
-    expected, losses = tiny.losses(finished[0]), tiny.losses(workdir)
-    assert losses.keys() == expected.keys()
-    for step, loss in losses.items():
-        assert abs(loss - expected[step]) < 1e-5 * abs(expected[step])
-
-
-def test_a_run_of_one_device_goes_on_on_four_with_its_losses(
-        finished, trained, tiny_folder, tmp_path):
-    shutil.copytree(trained("adapter"), tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "model")
-    assert "resumed at step 2" in run_on_four_devices(tiny_folder, tmp_path)
-    assert_losses_of(finished, tmp_path)
-    # One device reads what four have written, where the run has no model yet.
-    expected = final_parameters(tmp_path)
-    shutil.rmtree(tmp_path / "model")
-    unet = traverse_util.flatten_dict(runs.Run(tmp_path).policy().parameters["unet"], sep="/")
-    assert unet.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(unet[name], array)
-
-
 NO_TENSORFLOW = """
 import importlib.machinery, sys
 find = importlib.machinery.PathFinder.find_spec

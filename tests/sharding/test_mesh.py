@@ -1,0 +1,110 @@
+"""Meshes of every kind train alike; what cannot be divided is refused with what can."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.sharding import collectives, mesh, rules
+
+TESTS = pathlib.Path(__file__).parent.parent
+MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x8")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_folder):
+    """What `eight_devices` prints of one device and of every mesh."""
+    # The scheduler that a program of several devices gets by itself fetches everything at once;
+    # a TPU's or GPU's keeps memory low, as this one does.
+    flags = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+             "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    result = subprocess.run(
+        [sys.executable, str(TESTS / "sharding" / "eight_devices.py"), str(tiny_folder), "1x1x1",
+         *MESHES], env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(
+             [str(TESTS), str(TESTS.parent)])}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_losses_are_those_of_one_device(measured, sizes):
+    expected = measured["1x1x1"]["losses"]
+    assert abs(expected[4] - expected[0]) > 0.01
+    for step, loss in enumerate(measured[sizes]["losses"]):
+        assert abs(loss - expected[step]) < 1e-5 * abs(expected[step]), step
+
+
+def test_a_state_is_shared_out(measured):
+    assert measured["8x1x1"]["share"] == 1
+    # Vectors stay whole; they are an eighteenth of this small model.
+    assert measured["1x8x1"]["share"] < 1 / 8 + 1 / 18
+    assert measured["2x2x2"]["share"] < 0.4
+    assert measured["1x1x8"]["share"] < 0.4
+
+
+def test_parameters_are_gathered_layer_by_layer(measured):
+    gathers, (kernels, size) = measured["1x8x1"]["gathers"], measured["1x8x1"]["kernels"]
+    # Each trained kernel is gathered for the forward pass, and not the activations in its place.
+    assert gathers["count"] >= kernels and gathers["bytes"] >= 0.9 * size
+    assert gathers["largest"] < 0.05 * gathers["bytes"]
+    assert gathers["alive"] < size / 3
+
+
+def test_a_checkpoint_goes_to_other_meshes(measured):
+    assert measured["restored"] == {"2x1x1": True, "1x1x1": True}
+
+
+def test_axes_are_divided_by_what_layers_do():
+    # All that it wants to know of a mesh.
+    sizes = types.SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 4})
+    spec = rules.parameter_spec
+    block = ("unet", "mid_block", "attentions_0")
+    assert spec((*block, "to_q", "kernel"), (64, 32), sizes) == PartitionSpec(("fsdp",), ("tensor",))
+    assert spec((*block, "to_out_0", "kernel"), (32, 64), sizes) == PartitionSpec(
+        ("tensor",), ("fsdp",))
+    assert spec(("unet", "conv_in", "kernel"), (3, 3, 4, 320), sizes) == PartitionSpec(
+        None, None, None, ("fsdp",))
+    # 3 divides by neither: the share moves to the input, or stays.
+    assert spec(("unet", "proj_out", "kernel"), (64, 3), sizes) == PartitionSpec(("fsdp",), None)
+    assert spec(("unet", "proj_out", "kernel"), (5, 3), sizes) == PartitionSpec(None, None)
+    assert spec((*block, "norm", "scale"), (64,), sizes) == PartitionSpec(None)
+    assert spec((*block, "to_q", "lora_b"), (8, 64), sizes) == PartitionSpec(None, ("tensor",))
+
+
+@pytest.mark.parametrize("sizes, batch, message", [
+    ((16, 1, 1), 16, r"mesh.tensor = 1 takes 16 devices and there are 8; give config.mesh.data"),
+    ((-1, 3, 1), 6, r"8 devices do not divide by 3; give config.mesh.data = 8, config.mesh.fsdp"),
+    ((2, 4, 1), 12, r"batch_size = 12 does not divide among the 8 devices .* give "
+                    r"config.batch_size = 16, or axes whose product is one of \[1, 2, 3, 4, 6\]")])
+def test_what_cannot_be_is_refused_with_what_can(sizes, batch, message):
+    with pytest.raises(UserError, match=message):
+        mesh.make_mesh(dict(zip(mesh.AXES, sizes)), batch, [jax.devices()[0]] * 8)
+
+
+def test_one_axis_takes_what_is_left():
+    made = mesh.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, 4)
+    assert dict(made.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+
+
+def test_collectives_are_read_from_a_program():
+    text = """HloModule jit_f, is_scheduled=true
+  %p = f32[1,8]{1,0} parameter(0)
+  %all-gather.1 = f32[8,8]{1,0} all-gather(%p), dimensions={0}, metadata={op_name="jit(f)/a/dot"}
+  %ar = (bf16[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+  %s = (f32[1,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%p), dimensions={0}
+  %d = f32[8,8]{1,0} all-gather-done(%s)
+"""
+    first, second, third = collectives.read(text)
+    assert (first.name, first.kind, first.size, first.operands, first.operation) == (
+        "all-gather.1", "all-gather", 256, ("p",), "jit(f)/a/dot")
+    assert (second.kind, second.size, second.operands) == ("all-reduce", 16, ("x", "y"))
+    assert third.size == 256
+    assert collectives.summary([first, second, third]) == {
+        "all-gather": {"count": 2, "bytes": 512}, "all-reduce": {"count": 1, "bytes": 16}}
