@@ -75,8 +75,13 @@ def run(main, parser=parse_flags):
 
 def fail(message):
     """Ends the program with one line that says what was wrong."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    leave(f"error: {message}", 2)
+
+
+def leave(message, status):
+    """Ends the program with one line and an exit status."""
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def _quiet(record):

@@ -1,6 +1,7 @@
 """Trains a generator: `python -m focusdpo_jax.main --config=configs/toybox_dpo.py`.
 
-Run the same line again to go on where a run stopped. Any field of the configuration can be changed
+Run the same line again to go on where a run stopped. SIGTERM makes it save and leave with exit status
+143; a mistake of the user has status 2, the loss of another process of the run status 3. Any field of the configuration can be changed
 on the command line, for example `--config.beta=2000 --config.objective=dpo`.
 """
 
@@ -16,14 +17,28 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics.jsonl, TensorBoard events, samples, "
     "the trained model. Default: runs/<config name>. May be gs://.")
+_ACCEPT = flags.DEFINE_bool(
+    "accept_changes", False, "Go on with a run although its configuration is no longer the one it "
+    "was started with.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of several processes that train together: host and port of the first, "
+    "such as 10.0.0.2:1234. Not needed on a TPU pod, GKE or Slurm, which tell by themselves.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many train together.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0 on.", lower_bound=0)
 
 
 def main():
     """Flags, then `training.loop.run`."""
-    from focusdpo_jax.training import loop  # After the flags, so that --help is quick.
+    # After the flags, so that --help is quick.
+    from focusdpo_jax.sharding import processes
+    from focusdpo_jax.training import loop, preemption
     workdir = _WORKDIR.value or command.default_workdir(
         config_flags.get_config_filename(FLAGS["config"]))
-    loop.run(_CONFIG.value, workdir)
+    with processes.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
+        try:
+            loop.run(_CONFIG.value, workdir, accept_changes=_ACCEPT.value)
+        except preemption.Preempted as reason:
+            command.leave(reason, preemption.EXIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """From a source of records to batches: shuffled, sharded by process, resumable; through grain.
 
-The order is that of one global stream, determined by the seed alone. Process p of P takes positions
-p, p + P, p + 2P, ... of it, so that a step's global batch holds the same pairs on any number of
-processes.
+The order is that of one global stream, determined by the seed alone. Of every batch of it process p of
+P takes the p-th of P equal parts, so that a step's global batch is the same on any number of processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +41,7 @@ def make_loader(
       seed: determines the order.
       transform: from an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
         preference records, `pair_transform`.
-      process_index, process_count: which share of the stream this process reads.
+      process_index, process_count: which part of every batch this process reads.
       shuffle: False keeps the order of the source.
       epochs: passes over the source; None goes on for ever.
       threads, prefetch: how many threads read, and how many batches they read ahead.
@@ -57,11 +56,27 @@ def make_loader(
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
     dataset = dataset.repeat(epochs)
-    dataset = dataset[process_index::process_count]
+    if process_count > 1:
+        dataset = _Share(dataset, batch_size, local_size, process_index)
     dataset = dataset.map(transform)
     dataset = dataset.batch(local_size, drop_remainder=True)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))
+
+
+class _Share(grain.MapDataset):
+    """The part of every batch of a stream that one process reads."""
+
+    def __init__(self, stream, batch_size, local_size, index):
+        super().__init__(stream)
+        self._batch_size, self._local_size, self._index = batch_size, local_size, index
+
+    def __len__(self):
+        return len(self._parent) // self._batch_size * self._local_size
+
+    def __getitem__(self, position):
+        batch, row = divmod(position, self._local_size)
+        return self._parent[batch * self._batch_size + self._index * self._local_size + row]
 
 
 def pair_transform(
@@ -88,25 +103,20 @@ def evaluation_batches(
     *,
     batch_size: int,
     transform: Callable[[dict], PreferenceBatch],
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[PreferenceBatch]:
     """One pass in the order of the source, in full batches of one shape.
 
     The last batch is filled up with copies of the last record, whose `index` is -1: leave those rows
-    out. All processes yield equally many batches. Arguments are as
-    in `make_loader`, and `transform` as `pair_transform` makes it.
+    out. Every process yields whole batches. `transform` is as `pair_transform` makes it.
     """
-    local_size = _local_size(batch_size, process_count)
     last = len(source) - 1
     for start in range(0, len(source), batch_size):
         examples = []
-        for position in range(start + process_index, start + batch_size, process_count):
+        for position in range(start, start + batch_size):
             example = transform(source[min(position, last)])
             if position > last:
                 example = example.replace(index=np.int64(-1))
             examples.append(example)
-        assert len(examples) == local_size
         yield jax.tree.map(lambda *rows: np.stack(rows), *examples)
 
 

@@ -94,16 +94,33 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_share(mesh, batch_size):
+    """Which part of every batch this process has to hold: (index, number of parts).
+
+    Processes among which only `tensor` is divided hold the same part.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    starts = [rows.indices(batch_size)[0] for (rows,) in places]
+    stops = [rows.indices(batch_size)[1] for (rows,) in places]
+    held = max(stops) - min(starts)
+    return min(starts) // held, batch_size // held
+
+
 def replicate(tree, mesh):
     """Places a whole copy of every array on each device."""
     return jax.device_put(tree, replicated(mesh))
 
 
+def random_key(seed, mesh):
+    """The key of a seed on every device; jax does not send keys to those of other processes."""
+    return jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated(mesh))(seed)
+
+
 def shard_batch(batch, mesh):
-    """Places a batch of which this process holds its share of the examples.
+    """Places a batch of which this process has its part (`batch_share`).
 
     Args:
-      batch: pytree of host arrays [B / processes, ...].
+      batch: pytree of host arrays [B / parts, ...].
 
     Returns:
       Global arrays [B, ...], each device with its share.

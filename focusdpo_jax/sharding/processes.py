@@ -1,8 +1,11 @@
 """Several processes that train one model, and what they have to agree on."""
 
+import contextlib
 import glob
 import importlib.util
 import os
+import sys
+import traceback
 
 import jax
 from absl import logging
@@ -12,6 +15,39 @@ from focusdpo_jax.errors import UserError
 
 # A process that has not been heard of for so long (seconds) is taken for dead.
 HEARTBEAT = 20
+# Exit status of a process that has lost another one.
+LOST = 3
+
+
+@contextlib.contextmanager
+def joined(coordinator=None, count=None, index=None):
+    """`initialize`, and an end that holds nobody up.
+
+    Whoever leaves by an error, or because another process has gone, leaves at once: jax would wait
+    for the others first, who wait for this one.
+    """
+    initialize(coordinator, count, index)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, SystemExit):
+            raise  # All of them, after the same step.
+        if isinstance(error, UserError):
+            _leave(f"error: {error}", 2)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            reason = " ".join(str(error).split())
+            _leave("error: another process of this run has gone; start all of them again to go on "
+                   f"from the last checkpoint. ({reason:.300})", LOST)
+        traceback.print_exc()
+        _leave("", 1)
+
+
+def _leave(message, status):
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def initialize(coordinator=None, count=None, index=None):
@@ -41,6 +77,8 @@ def initialize(coordinator=None, count=None, index=None):
         raise UserError("the processes of this run cannot find each other: "
                         f"{str(error).strip().splitlines()[0]}") from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
+    if not is_first():
+        logging.set_verbosity(logging.WARNING)
 
 
 def _has_others():

@@ -4,6 +4,7 @@ Reads from top to bottom: the task, its state, what was saved before, the execut
 the end. What is trained is a `Task`; which one is made from the configuration in `tasks.py`.
 """
 
+import contextlib
 import json
 import time
 
@@ -17,28 +18,30 @@ from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.sharding import processes
-from focusdpo_jax.training import tasks
+from focusdpo_jax.training import preemption, tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
 
-def run(config, workdir):
+def run(config, workdir, *, accept_changes=False):
     """Trains as `config` says, or goes on where an earlier run in `workdir` stopped.
 
     Args:
       config: a ConfigDict; see `configs/` for its fields.
       workdir: folder of the run; created if missing.
+      accept_changes: whether to go on with another configuration than the run was started with.
 
     Raises:
+      Preempted: the process was asked to leave, and has saved.
       UserError: a mistake in the configuration, the data or the machine; also a loss that is no
         longer finite. Checkpoints written before stay.
     """
     config_rules.validate(config)
     workdir = epath.Path(workdir)
     if processes.is_first():
-        open_workdir(workdir, config)
+        open_workdir(workdir, config, accept_changes)
     processes.wait("run folder")
     logging.info("focusdpo_jax on %d x %s, run folder %s",
                  jax.device_count(), jax.devices()[0].device_kind, workdir)
@@ -75,6 +78,8 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
     step = compile_step(task, optimizer, task.buckets, state, batch, seed=config.seed,
                         ema_decay=config.ema_decay)
 
+    leave = contextlib.ExitStack()
+    preempted = leave.enter_context(preemption.watch())
     progress = Progress(start=done, total=config.steps, unit=task.unit,
                         per_step=config.batch_size * config.accumulate)
     began, seen = time.monotonic(), {}
@@ -93,13 +98,20 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
                 rate = progress.show(number, shown)
                 writer.scalars(number, {**values, f"{task.unit}_per_second": rate})
                 seen = {}
-            if number % config.checkpoint_every == 0 or number == config.steps:
+            stop = preempted(number)
+            if stop or number % config.checkpoint_every == 0 or number == config.steps:
                 checkpoints.save(number, state, task.batches.get_state())
+            if stop:
+                checkpoints.close()
+                raise preemption.Preempted(
+                    f"asked to leave (SIGTERM) after step {number} of {config.steps}, which is "
+                    "saved; the same command goes on from there")
             if number % config.sample_every == 0 and number < config.steps:
                 task.sample(number, state.evaluated, writer)
                 progress.pause()
     finally:
         progress.close()
+        leave.close()
     logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - began))
     return state
 
@@ -139,7 +151,7 @@ def require_finite(values, step, checkpoints):
                         "go on from it with a lower config.learning_rate or config.beta.")
 
 
-def open_workdir(workdir, config):
+def open_workdir(workdir, config, accept_changes=False):
     """Creates the run folder and its `config.json`, or checks that it holds the same run.
 
     Raises:
@@ -154,10 +166,13 @@ def open_workdir(workdir, config):
         if path.exists() and (workdir / "checkpoints").exists():
             changed = config_rules.changed_fields(
                 run_folder.read_config(workdir), json.loads(written))
-            if changed:
+            if changed and accept_changes:
+                logging.warning("going on with another %s", ", ".join(changed))
+            elif changed:
                 raise UserError(
                     f"{workdir} holds a run with another {', '.join(changed)}. Give another "
-                    "--workdir, or remove the folder to start again.")
+                    "--workdir, remove the folder to start again, or go on with what is new by "
+                    "--accept_changes.")
         replace_file(path, written)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror or error}). "

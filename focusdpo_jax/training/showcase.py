@@ -89,7 +89,7 @@ class Showcase:
         raw, encoded, captions = self._shown
         drawn = self._draw(parameters, encoded)
         pairs = meshes.shard_rows(encoded, self._mesh)
-        key = meshes.replicate(jax.random.key(self._config.seed), self._mesh)
+        key = meshes.random_key(self._config.seed, self._mesh)
         maps = {name: meshes.fetch(self._focus_maps(structure, pairs, numbers, key))
                 for name, (structure, numbers) in self._buckets.items()}
         path = self._workdir / "samples" / f"step_{step:06d}.png"

@@ -89,7 +89,7 @@ def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0)
         structures.setdefault(structure, ([], numbers))[0].append(name)
     examples, whole = meshes.batch_sharding(task.mesh), meshes.replicated(task.mesh)
     guide = jax.jit(guide, static_argnums=0, out_shardings=(examples, whole))
-    key, number = meshes.replicate(jax.random.key(seed), task.mesh), np.int32(0)
+    key, number = meshes.random_key(seed, task.mesh), np.int32(0)
     first, (_, numbers) = next(iter(structures.items()))
     guidance, _ = jax.eval_shape(
         lambda *arguments: guide(first, *arguments), task.frozen, batch, numbers, key, number)

@@ -118,6 +118,7 @@ def generator_task(config, workdir, mesh, sources, model):
         with activations.divided(mesh):
             return encode_placed(parameters, meshes.shard_rows(batch, mesh))
 
+    part, parts = meshes.batch_share(mesh, config.batch_size)
     if config.data.cache:
         in_order = loader.evaluation_batches(
             sources["train"], transform=transform,
@@ -134,7 +135,7 @@ def generator_task(config, workdir, mesh, sources, model):
 
     batches = loader.make_loader(
         pairs, batch_size=config.batch_size, seed=config.seed, transform=change,
-        process_index=jax.process_index(), process_count=jax.process_count())
+        process_index=part, process_count=parts)
 
     empty = model.tokenizer("")
     draw = make_generate(
@@ -221,6 +222,7 @@ def encoder_task(config, workdir, mesh, sources, model):
         trainable = {"probe": pretraining.init_probe(key)}
     # What was loaded lies on the mesh; heads and probe are new.
     trainable = jax.device_put(trainable, rules.tree_shardings(trainable, mesh))
+    part, parts = meshes.batch_share(mesh, config.batch_size)
 
     def finish(step, tree, writer):
         parameters = model.parameters | {k: v for k, v in tree.items() if k in model.parameters}
@@ -237,8 +239,7 @@ def encoder_task(config, workdir, mesh, sources, model):
         bucket_at=lambda number: "all", unit="scenes",
         batches=loader.make_loader(sources["train"], batch_size=config.batch_size,
                                    seed=config.seed, transform=transform,
-                                   process_index=jax.process_index(),
-                                   process_count=jax.process_count()),
+                                   process_index=part, process_count=parts),
         prepare=functools.partial(meshes.shard_batch, mesh=mesh),
         start=_nothing, sample=_nothing, finish=finish, mesh=mesh)
 

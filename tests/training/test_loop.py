@@ -178,6 +178,37 @@ def test_another_configuration_is_refused(finished, tiny_config):
         loop.run(tiny_config(beta=7.0), finished[0])
 
 
+def test_another_configuration_is_accepted_when_asked_for(finished, tiny_config, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    loop.open_workdir(tmp_path, tiny_config(beta=7.0), accept_changes=True)
+    assert json.loads((tmp_path / "config.json").read_text())["beta"] == 7.0
+
+
+def test_sigterm_saves_and_leaves(tiny_folder, tmp_path):
+    workdir = tmp_path / "run"
+    line = command(tiny_folder, workdir, "--config.steps=100000", "--config.checkpoint_every=100000")
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(process, workdir, 3)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=30)[1]
+    assert time.monotonic() - asked < 30
+    assert process.returncode == 143
+    step = max(tiny.losses(workdir))
+    assert f"asked to leave (SIGTERM) after step {step} of 100000, which is saved" in errors
+    assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == [str(step)]
+
+
+def wait_for_steps(process, workdir, count):
+    """Returns when a run has logged so many steps, or has ended."""
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= count:
+            return
+        time.sleep(0.02)
+
+
 def test_unwritable_workdir_is_one_clear_error(tiny_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir=.*file/run: cannot write there"):
@@ -186,13 +217,8 @@ def test_unwritable_workdir_is_one_clear_error(tiny_config, tmp_path):
 
 def test_killed_run_goes_on_exactly(finished, tiny_folder, tmp_path):
     line = command(tiny_folder, tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 3:
-            break
-        time.sleep(0.02)
+    wait_for_steps(process, tmp_path / "run", 3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     subprocess.run(line, check=True, capture_output=True)

@@ -1,0 +1,106 @@
+"""Two real processes on this machine, of two devices each, train one model."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.sharding import processes
+
+TESTS = pathlib.Path(__file__).parent.parent
+STEPS = 60
+
+
+def start(folder, workdir, devices, *arguments):
+    """A process of the tiny run on so many virtual devices."""
+    path = folder / "tiny_processes.py"
+    path.write_text(
+        f"import pathlib, sys\nsys.path.insert(0, {str(TESTS)!r})\nimport tiny\n"
+        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}), "
+        f"steps={STEPS}, mesh__fsdp=2)\n")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "focusdpo_jax.main", f"--config={path}", f"--workdir={workdir}",
+         *arguments], env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True)
+
+
+def start_both(folder, workdir):
+    """Two processes that find each other at a port which is free now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    return [start(folder, workdir, 2, f"--coordinator=localhost:{port}", "--processes=2",
+                  f"--process={index}") for index in range(2)]
+
+
+def logged(workdir):
+    """Number of steps that a run has logged."""
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tmp_path_factory):
+    """Folders of a run of one process, and of one of two that was killed and started again; how
+    the other process ended, and after how many seconds."""
+    alone, both = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("both")
+    process = start(tiny_folder, alone, 4)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors[-3000:]
+
+    first, second = start_both(tiny_folder, both)
+    while logged(both) < 5 and first.poll() is None:
+        time.sleep(0.02)
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    ended = first.communicate(timeout=120)[1], time.monotonic() - killed, first.returncode
+    second.communicate()
+    for process in (again := start_both(tiny_folder, both)):
+        process.errors = process.communicate(timeout=300)[1]
+    assert [p.returncode for p in again] == [0, 0], again[0].errors[-3000:]
+    return alone, both, ended, again[0].errors
+
+
+def test_losses_are_those_of_one_process(runs):
+    alone, both = (tiny.losses(workdir) for workdir in runs[:2])
+    assert alone.keys() == both.keys() and len(alone) == STEPS
+    for step, loss in alone.items():
+        assert abs(both[step] - loss) < 1e-5 * max(abs(loss), 1), step
+
+
+def test_the_model_is_that_of_one_process(runs):
+    alone, both = (load_file(w / "model" / "unet.safetensors") for w in runs[:2])
+    assert alone.keys() == both.keys()
+    for name, value in alone.items():
+        np.testing.assert_allclose(both[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_the_loss_of_a_process_ends_the_other(runs):
+    errors, seconds, status = runs[2]
+    assert seconds < 60 and status == processes.LOST
+    assert "error: another process of this run has gone; start all of them again" in errors
+
+
+def test_both_go_on_where_they_were(runs):
+    assert "resumed at step " in runs[3]
+
+
+def test_incomplete_flags_are_refused():
+    with pytest.raises(UserError, match="--process missing: give all of --coordinator, "):
+        processes.initialize("localhost:1", 2)
+
+
+def test_a_process_of_its_own_stays_alone(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    processes.initialize()
+    assert processes.is_first() and processes.from_first(3) == 3
