@@ -125,10 +125,14 @@ def tuning_trials(study):
             grid += [study.betas, study.anchors]
         for point in itertools.product(*grid):
             setting = dict(zip(TUNED, point))
-            name = "_".join(["tune", objective, *(f"{k[0]}{v:g}" for k, v in setting.items())])
-            yield Trial(name, study.common | setting | {"objective": objective,
+            yield Trial(f"tune_{objective}_{_tag(setting)}", study.common | setting | {"objective": objective,
                                                         "seed": TUNING_SEED},
                         "validation", study.validation, (study.steps,))
+
+
+def _tag(setting):
+    """A tuned setting in a few letters, which make the name of a trial that of its setting."""
+    return "_".join(f"{name[0]}{setting[name]:g}" for name in TUNED if name in setting)
 
 
 def reported_trials(study, chosen):
@@ -144,7 +148,8 @@ def reported_trials(study, chosen):
     steps = tuple(range(gap, study.steps + 1, gap))
 
     def trials(kind, name, setting, steps):
-        return [Trial(f"{kind}_{name.replace(' ', '_')}_s{seed}",
+        parts = [kind, name.replace(" ", "_"), *filter(None, [_tag(setting)])]
+        return [Trial("_".join([*parts, f"s{seed}"]),
                       study.common | setting | {"seed": seed}, "test", study.scenes, steps)
                 for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds)]
 

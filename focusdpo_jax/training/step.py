@@ -8,6 +8,7 @@ data, so all structures share it.
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Hashable
@@ -50,19 +51,18 @@ class Step:
         return state, {**more, **metrics}
 
 
-def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
-    """Compiles a task's step, its programs side by side.
+def lower_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
+    """Traces a task's step; nothing is computed and no array needs to exist.
 
     Args:
-      task: see `training.task.Task`.
+      task: see `training.task.Task`; trainable, frozen, guide, loss and mesh are used.
       optimizer: an optax transformation.
       buckets: {name: (structure, numbers)}.
-      state, batch: examples of what the step will be given.
-      seed: every random draw of a step derives from (seed, number of the batch).
+      state, batch, key: what the step will be given, or `jax.ShapeDtypeStruct`s with shardings.
       ema_decay: of the moving average of the parameters, if the state has one.
 
     Returns:
-      A Step.
+      ({structure: function that compiles its guide}, function that compiles the update).
     """
 
     def guide(structure, frozen, batch, numbers, key, number):
@@ -84,13 +84,11 @@ def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient), **metrics}
         return TrainState(state.step + 1, trainable, optimizer_state, average), averages(metrics)
 
-    structures = {}
-    for name, (structure, numbers) in buckets.items():
-        structures.setdefault(structure, ([], numbers))[0].append(name)
     examples, whole = meshes.batch_sharding(task.mesh), meshes.replicated(task.mesh)
     guide = jax.jit(guide, static_argnums=0, out_shardings=(examples, whole))
-    key, number = meshes.random_key(seed, task.mesh), np.int32(0)
-    first, (_, numbers) = next(iter(structures.items()))
+    number = np.int32(0)
+    structures = dict(buckets.values())
+    first, numbers = next(iter(structures.items()))
     guidance, _ = jax.eval_shape(
         lambda *arguments: guide(first, *arguments), task.frozen, batch, numbers, key, number)
     guidance = jax.tree.map(
@@ -103,20 +101,37 @@ def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0)
             state, task.frozen, batch, guidance, numbers, key).compile()
 
     def compile_guide(structure):
-        return guide.lower(structure, task.frozen, batch, structures[structure][1], key,
+        return guide.lower(structure, task.frozen, batch, structures[structure], key,
                            number).compile()
 
-    start = time.monotonic()
+    return {s: functools.partial(compile_guide, s) for s in structures}, compile_update
+
+
+def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
+    """Compiles a task's step, its programs side by side.
+
+    Args:
+      task, optimizer, buckets, ema_decay: see `lower_step`.
+      state, batch: examples of what the step will be given.
+      seed: every random draw of a step derives from (seed, number of the batch).
+
+    Returns:
+      A Step.
+    """
+    key, start = meshes.random_key(seed, task.mesh), time.monotonic()
+    guides, update = lower_step(
+        task, optimizer, buckets, state, batch, key, ema_decay=ema_decay)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         # The policy's backward pass takes longest, so it goes first.
-        compiled_update = pool.submit(compile_update)
-        guides = dict(zip(structures, pool.map(compile_guide, structures), strict=True))
-        step = Step(guides, compiled_update.result(), key)
+        compiled_update = pool.submit(update)
+        compiled = dict(zip(guides, pool.map(lambda guide: guide(), guides.values()), strict=True))
+        step = Step(compiled, compiled_update.result(), key)
     logging.info("compiled %s for %s in %.1f s, and the policy's update that they share",
-                 _count(len(structures), "executable"), _count(len(buckets), "bucket"),
+                 _count(len(guides), "executable"), _count(len(buckets), "bucket"),
                  time.monotonic() - start)
-    for structure, (names, _) in structures.items():
-        logging.info("  %s: %s", structure, ", ".join(names))
+    for structure in guides:
+        logging.info("  %s: %s", structure, ", ".join(
+            name for name, (other, _) in buckets.items() if other == structure))
     return step
 
 

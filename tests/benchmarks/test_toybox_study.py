@@ -68,8 +68,9 @@ def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
         "tune_sft_l0.1", "tune_sft_l0.2"]
     assert sorted(no_training[4:]) == sorted(
         ["test_base_s1"]
-        + [f"test_{name}_s{seed}" for name in ("sft", "focus_dpo") for seed in (1, 2)]
-        + [f"ablation_one_bucket_s{seed}" for seed in (1, 2)])
+        + [f"test_sft_l0.2_s{seed}" for seed in (1, 2)]
+        + [f"{name}_l0.2_b10_a0.5_s{seed}" for name in ("test_focus_dpo", "ablation_one_bucket")
+           for seed in (1, 2)])
     report = json.loads((tmp_path / "study.json").read_text())
     # The better rate won: fidelity 0.2 (and 0.7), leakage 1 less that.
     assert report["chosen"]["sft"] == {"objective": "sft", "learning_rate": 0.2}
@@ -83,7 +84,7 @@ def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
     for name in ("curves.png", "pictures.png"):
         assert Image.open(tmp_path / name).size[0] > 50
     ablation = json.loads(
-        (tmp_path / "trials" / "ablation_one_bucket_s1" / "trial.json").read_text())
+        (tmp_path / "trials" / "ablation_one_bucket_l0.2_b10_a0.5_s1" / "trial.json").read_text())
     assert ablation["overrides"]["focus.buckets"] == 1 and ablation["overrides"]["beta"] == 10
     assert ablation["steps"] == [4] and ablation["overrides"]["decay"] == "constant"
 
