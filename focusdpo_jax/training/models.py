@@ -11,13 +11,15 @@ from etils import epath
 from flax import traverse_util
 
 from focusdpo_jax import config as config_rules
-from focusdpo_jax.checkpoints import model_folder, pretrained
+from focusdpo_jax.checkpoints import model_folder, pretrained, single_file
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.clip import CLIPVisionConfig
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
+from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.tokenizer import Tokenizer
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.sharding import processes
+from focusdpo_jax.sharding import processes, rules
 
 # For programs that run seldom: compiling them well would take longer than running them badly.
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
@@ -117,6 +119,35 @@ def load_model(config, place=None):
         return Model(generator, parameters, Tokenizer.of_words(toybox.vocabulary(), length), None)
     return Model(generator, parameters, Tokenizer(source.tokenizer, length),
                  model_folder.load_part(source.path, "probe"))
+
+
+def abstract_model(config, mesh):
+    """The generator of a configuration, and its parameters as shapes with shardings.
+
+    Where `config.model.pretrained` is not on this machine the sizes are SDXL's, with IP-Adapter-Plus.
+    """
+    config = config_rules.complete(config)
+    try:
+        source = _locate(config)
+        sizes = source.config() if source else GeneratorConfig.from_dict(
+            config.model.sizes.to_dict())
+    except UserError as error:
+        logging.warning("%s Planning for SDXL.", str(error).partition(". ")[0] + ".")
+        sizes = GeneratorConfig(**single_file.SDXL, image_encoder=CLIPVisionConfig(),
+                                adapter=SubjectAdapterConfig())
+    sizes = dataclasses.replace(sizes, unet=dataclasses.replace(
+        sizes.unet, lora_rank=config.model.lora_rank or sizes.unet.lora_rank,
+        remat=config.model.remat))
+    generator = Generator(sizes, jnp.dtype(config.dtype))
+    parameters = {}
+    for part in PARTS:
+        shapes = traverse_util.flatten_dict(jax.eval_shape(
+            functools.partial(generator.init_part, part), jax.random.key(0)))
+        parameters[part] = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(
+            leaf.shape, stored_type(config, (part, *path), leaf.shape),
+            sharding=rules.parameter_sharding((part, *path), leaf.shape, mesh))
+            for path, leaf in shapes.items()})
+    return generator, parameters
 
 
 def load_probe(config):
