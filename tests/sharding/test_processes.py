@@ -17,7 +17,7 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.sharding import processes
 
 TESTS = pathlib.Path(__file__).parent.parent
-STEPS = 60
+STEPS = 40
 
 
 def start(folder, workdir, devices, *arguments):
@@ -26,7 +26,7 @@ def start(folder, workdir, devices, *arguments):
     path.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {str(TESTS)!r})\nimport tiny\n"
         f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}), "
-        f"steps={STEPS}, mesh__fsdp=2)\n")
+        f"steps={STEPS}, mesh__fsdp=2, objective='dpo')\n")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "focusdpo_jax.main", f"--config={path}", f"--workdir={workdir}",
@@ -49,50 +49,37 @@ def logged(workdir):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_folder, tmp_path_factory):
-    """Folders of a run of one process, and of one of two that was killed and started again; how
-    the other process ended, and after how many seconds."""
-    alone, both = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("both")
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_survive_the_loss_of_one(tiny_folder, tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
     process = start(tiny_folder, alone, 4)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors[-3000:]
 
+    # One of two is killed: the other ends soon, and says why.
     first, second = start_both(tiny_folder, both)
     while logged(both) < 5 and first.poll() is None:
         time.sleep(0.02)
     second.send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    ended = first.communicate(timeout=120)[1], time.monotonic() - killed, first.returncode
+    errors = first.communicate(timeout=120)[1]
     second.communicate()
-    for process in (again := start_both(tiny_folder, both)):
-        process.errors = process.communicate(timeout=300)[1]
-    assert [p.returncode for p in again] == [0, 0], again[0].errors[-3000:]
-    return alone, both, ended, again[0].errors
-
-
-def test_losses_are_those_of_one_process(runs):
-    alone, both = (tiny.losses(workdir) for workdir in runs[:2])
-    assert alone.keys() == both.keys() and len(alone) == STEPS
-    for step, loss in alone.items():
-        assert abs(both[step] - loss) < 1e-5 * max(abs(loss), 1), step
-
-
-def test_the_model_is_that_of_one_process(runs):
-    alone, both = (load_file(w / "model" / "unet.safetensors") for w in runs[:2])
-    assert alone.keys() == both.keys()
-    for name, value in alone.items():
-        np.testing.assert_allclose(both[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
-
-
-def test_the_loss_of_a_process_ends_the_other(runs):
-    errors, seconds, status = runs[2]
-    assert seconds < 60 and status == processes.LOST
+    assert time.monotonic() - killed < 60 and first.returncode == processes.LOST
     assert "error: another process of this run has gone; start all of them again" in errors
 
+    again = start_both(tiny_folder, both)
+    errors = [process.communicate(timeout=300)[1] for process in again]
+    assert [process.returncode for process in again] == [0, 0], errors[0][-3000:]
+    assert "resumed at step " in errors[0]
 
-def test_both_go_on_where_they_were(runs):
-    assert "resumed at step " in runs[3]
+    expected, losses = tiny.losses(alone), tiny.losses(both)
+    assert expected.keys() == losses.keys() and len(losses) == STEPS
+    for step, loss in expected.items():
+        assert abs(losses[step] - loss) < 1e-5 * max(abs(loss), 1), step
+    expected, found = (load_file(w / "model" / "unet.safetensors") for w in (alone, both))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_incomplete_flags_are_refused():
