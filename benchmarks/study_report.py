@@ -134,8 +134,9 @@ def plot(path, curves, base):
         axis.set_xlabel("optimiser steps")
         axis.set_ylabel(f"{name}, %")
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(curves),
+                  frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
