@@ -5,6 +5,8 @@ transformers), with `.N` written `_N`, so that the map between the two is a rule
 Parameters are created in float32; `dtype` is the type of the computation.
 """
 
+import contextlib
+import contextvars
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from focusdpo_jax.models import attention_by_head
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
 
@@ -24,6 +27,28 @@ ZEROS = nn.initializers.zeros
 CUBIC = -0.75
 # Keys from which fused attention is taken: text and image tokens are fewer, their logits small.
 LONG = 512
+# Keys from which a CPU goes head by head.
+LONG_ON_CPU = 128
+
+_PLATFORM = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform):
+    """While a function is traced inside, it takes the paths for "cpu", "gpu" or "tpu".
+
+    Without it they are those of this machine, which need not be where a program will run.
+    """
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def _platform():
+    return _PLATFORM.get() or jax.devices()[0].platform
+
 
 
 class Conv(nn.Module):
@@ -178,6 +203,10 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     Returns:
       [B, Q, C].
     """
+    if (key_mask is None and not causal and key.shape[1] >= LONG_ON_CPU
+            and _platform() == "cpu"):
+        by_head = (split_heads(x, num_heads).transpose(2, 0, 1, 3) for x in (query, key, value))
+        return attention_by_head.attend(*by_head).transpose(1, 2, 0, 3).reshape(query.shape)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     fused = mask is None and not causal and key.shape[1] >= LONG and has_fused_attention(
         query.dtype, query.shape[-1] // num_heads)

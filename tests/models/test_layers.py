@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from focusdpo_jax.models import layers
 from focusdpo_jax.models.lora import LoRADense
@@ -104,3 +105,25 @@ def test_bicubic_weights_by_hand():
     for size, new_size in ((37, 32), (14, 31), (3, 7)):
         weights = layers.bicubic_weights(size, new_size)
         np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_attention_head_by_head_is_attention(dtype, tolerance):
+    """Forward and all three gradients, as many queries as 5 and keys as a CPU goes by head for."""
+    rng = np.random.default_rng(4)
+    query, key, value, outer = (
+        jnp.asarray(rng.normal(size=(2, n, 12)), dtype) for n in (5, 130, 130, 5))
+
+    def results(platform):
+        with layers.compiled_for(platform):
+            out, back = jax.vjp(lambda *x: layers.attend(*x, 3), query, key, value)
+            return [np.asarray(x, np.float32) for x in (out, *back(outer))]
+
+    def loops(platform):
+        with layers.compiled_for(platform):
+            return "while" in str(jax.jit(lambda *x: layers.attend(*x, 3)).lower(
+                query, key, value).as_text())
+
+    assert loops("cpu") and not loops("tpu")
+    for ours, plain in zip(results("cpu"), results("tpu"), strict=True):
+        assert np.linalg.norm(ours - plain) < tolerance * np.linalg.norm(plain)
