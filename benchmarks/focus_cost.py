@@ -87,13 +87,15 @@ class Programs:
         generator = Generator(sizes, jnp.dtype(config.dtype))
         parameters = shapes_of(generator, config)
         self.trainable, rest = split_parameters(parameters, config.trainable)
-        self.frozen = {"parameters": rest, "reference": jax.eval_shape(
-            lambda tree: tasks.as_computed(tree, config.dtype), self.trainable)}
         self.buckets = tasks.focus_buckets(config)
         source, encode = tasks.make_encoder(generator, config, self.buckets)
         self.pairs = jax.eval_shape(encode, parameters, batch_shapes(generator, config))
         self.objective = objectives.Objective(
             generator, config, jnp.zeros((2, sizes.text_encoder.max_length), jnp.int32), source)
+        self.frozen = {
+            "parameters": {k: v for k, v in rest.items() if k in self.objective.parts},
+            "reference": jax.eval_shape(
+                lambda tree: tasks.as_computed(tree, config.dtype), self.trainable)}
 
     def guides(self):
         """{structure: (lowered guide, its arguments)}."""

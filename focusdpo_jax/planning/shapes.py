@@ -28,14 +28,15 @@ def abstract_step(config, mesh):
     config = config_rules.complete(config)
     generator, parameters = models.abstract_model(config, mesh)
     trainable, frozen = split_parameters(parameters, config.trainable)
-    fixed = {"parameters": frozen}
-    if config.objective in config_rules.PREFERENCE_OBJECTIVES:
-        kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
-        fixed["reference"] = _placed(kept, rules.tree_shardings(kept, mesh))
     buckets = tasks.focus_buckets(config)
     source, encode = tasks.make_encoder(generator, config, buckets)
     length = generator.config.text_encoder.max_length
     objective = objectives.Objective(generator, config, np.zeros((2, length), np.int32), source)
+    fixed = {"parameters": {part: tree for part, tree in frozen.items()
+                            if part in objective.parts}}
+    if config.objective in config_rules.PREFERENCE_OBJECTIVES:
+        kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
+        fixed["reference"] = _placed(kept, rules.tree_shardings(kept, mesh))
     encoded = jax.eval_shape(
         lambda p, b: (encoding.as_kept if config.data.cache else lambda x: x)(encode(p, b)),
         merge_parameters(trainable, frozen), raw_batch(config, generator))

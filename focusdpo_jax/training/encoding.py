@@ -14,7 +14,7 @@ from absl import logging
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.focus import complexity, correspondence
 from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
-from focusdpo_jax.models.generator import ImageView
+from focusdpo_jax.models.generator import TRAINABLE, ImageView
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training.sources import masks_on_grid
 
@@ -27,6 +27,8 @@ class EncodedPairs:
       latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); where the
         objective is supervised, and learns nothing from rejected, [B, 1, h, w, C] of chosen alone.
       token_ids: int [B, 2, L], the caption for each text encoder.
+      text, pooled: [B, L, D] and [B, P], what the text encoders say of it; None where they are
+        trained (`text_is_frozen`).
       time_ids: [B, 6], SDXL's size conditioning.
       references: the image encoder's view [B, S] of every reference.
       present: bool [B, S].
@@ -42,12 +44,14 @@ class EncodedPairs:
       quality: [B, h, w], PatchDPO's patch quality of the rejected picture, in [0, 1].
       index: [B], positions in the data set.
 
-    The last five before `index` are None where the objective does not look at them.
+    The five before `index` are None where the objective does not look at them.
     """
 
     latents_mean: jax.Array
     latents_deviation: jax.Array
     token_ids: jax.Array
+    text: jax.Array | None
+    pooled: jax.Array | None
     time_ids: jax.Array
     references: ImageView
     present: jax.Array
@@ -63,6 +67,11 @@ class EncodedPairs:
 def learns_from_chosen_alone(config):
     """Whether a run never looks at rejected pictures."""
     return config.objective in SUPERVISED_OBJECTIVES and not config.rejected_share
+
+
+def text_is_frozen(config):
+    """Whether a run leaves the text encoders as they are, so that captions are encoded once."""
+    return not TRAINABLE[config.trainable](("text_encoder", "kernel"))
 
 
 def encoder(generator, config, source=None, *, dpce=False, quality=False):
@@ -88,6 +97,9 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
         marked = batch.masks.any(1) if supervised else batch.prior_mask
         prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
         references = generator.view(parameters, batch.references.astype(jnp.float32) / 255)
+        text = pooled = None
+        if text_is_frozen(config):
+            text, pooled = generator.encode_text(parameters, batch.token_ids)
         prototypes = similarity = area = detail = found = None
         if source is not None:
             prototypes, similarity = source.encode(parameters, batch, flat, references)
@@ -102,9 +114,9 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
                                   prior.shape[1:])
         return EncodedPairs(
             latents_mean=mean, latents_deviation=deviation, token_ids=batch.token_ids,
-            time_ids=batch.time_ids, references=references, present=batch.present, prior=prior,
-            prototypes=prototypes, similarity=similarity, area=area, detail=detail,
-            quality=found, index=batch.index)
+            text=text, pooled=pooled, time_ids=batch.time_ids, references=references,
+            present=batch.present, prior=prior, prototypes=prototypes, similarity=similarity,
+            area=area, detail=detail, quality=found, index=batch.index)
 
     return jax.jit(encode)
 

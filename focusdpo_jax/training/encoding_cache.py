@@ -35,6 +35,9 @@ def make_key(model, config, content, source):
     """
     digest = hashlib.sha256()
     parts = {"vae", "image_encoder"} | set(source.parts if source else ())
+    captions = encoding.text_is_frozen(config)
+    if captions:
+        parts |= {"text_encoder", "text_encoder_2"}
     for part in sorted(parts):
         digest.update(repr(getattr(model.generator.config, part)).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameters[part]):
@@ -42,7 +45,7 @@ def make_key(model, config, content, source):
             digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
             digest.update(np.ascontiguousarray(leaf).tobytes())
     return {"encoders": digest.hexdigest(), "tokenizer": model.tokenizer.digest(),
-            "adapter": model.generator.config.adapter.kind,
+            "adapter": model.generator.config.adapter.kind, "captions": captions,
             "dtype": config.dtype, "pictures": content,
             "resolution": config.resolution,
             "detail": [config.focus.detail_bins, config.focus.detail_sigma],

@@ -15,6 +15,7 @@ from focusdpo_jax.diffusion.schedule import logit_normal_timesteps
 from focusdpo_jax.focus import correspondence, losses, weighting
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps
 from focusdpo_jax.models.generator import Conditioning, merge_parameters
+from focusdpo_jax.training.encoding import text_is_frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,11 @@ def twice(tree):
 
 
 def condition(generator, parameters, encoded):
-    """The conditioning [B] of a batch: text encoders and subject adapter of `parameters`."""
-    text, pooled = generator.encode_text(parameters, encoded.token_ids)
+    """The conditioning [B] of a batch: by the subject adapter of `parameters`, and by its text
+    encoders where the captions are not encoded yet."""
+    text, pooled = encoded.text, encoded.pooled
+    if text is None:
+        text, pooled = generator.encode_text(parameters, encoded.token_ids)
     tokens = generator.subject_tokens(parameters, encoded.references)
     return Conditioning(text=text, pooled=pooled, time_ids=encoded.time_ids,
                         image_tokens=tokens, image_present=encoded.present)
@@ -121,7 +125,7 @@ class Objective:
     `guide` needs no gradient and depends on the bucket's structure; `loss` needs one and does not.
     So the expensive program, the policy's backward pass, is compiled once for all structures.
 
-    `frozen` holds `parameters` (what is not trained) and, for the preference objectives,
+    `frozen` holds `parameters` (what is not trained, of `parts`) and, for the preference objectives,
     `reference` (the trainable parameters as they were at the start).
     """
 
@@ -135,6 +139,17 @@ class Objective:
         self._pairs = config.objective not in SUPERVISED_OBJECTIVES
         self._compares = config.objective in PREFERENCE_OBJECTIVES
         self._source = source
+
+    @property
+    def parts(self):
+        """Of the generator, whose parameters the step reads; the others need not be there."""
+        dropout = bool(self._config.condition_dropout)
+        parts = {"unet", "adapter"}
+        if dropout or not text_is_frozen(self._config):
+            parts |= {"text_encoder", "text_encoder_2"}
+        if dropout and self._generator.config.adapter.dropped != "absent":
+            parts |= {"image_encoder"}
+        return parts
 
     def guide(self, structure, frozen, encoded, numbers, key):
         """Weights and reference errors of a batch.
@@ -158,7 +173,7 @@ class Objective:
 
     def loss(self, trainable, frozen, encoded, guidance, numbers, key):
         """The scalar loss of a batch, and a dict of scalar diagnostics; see `focus.losses`."""
-        noisy = self._noisy(encoded, numbers, key)
+        noisy = self.noisy(encoded, numbers, key)
         policy, _ = self._error(trainable, frozen, encoded, noisy, key)
         if not self._pairs:
             loss, diagnostics = losses.sft(policy, guidance.weights)
@@ -183,7 +198,7 @@ class Objective:
         if not self._compares:
             return None, {}
         return self._error(
-            frozen["reference"], frozen, encoded, self._noisy(encoded, numbers, key), key,
+            frozen["reference"], frozen, encoded, self.noisy(encoded, numbers, key), key,
             capture=self._source.capture if structure.weight.spaf else ())
 
     def _weigh(self, structure, numbers, encoded, captured):
@@ -215,7 +230,8 @@ class Objective:
             structure.weight, numbers, prior, match, detail)
         return FocusMaps(weights, similarity, match, unmatched, detail), diagnostics
 
-    def _noisy(self, encoded, numbers, key):
+    def noisy(self, encoded, numbers, key):
+        """`Noisy` of a batch: what `guide` and `loss` ask the denoisers about with this key."""
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
         schedule, batch = self._generator.schedule, len(encoded.prior)
         latents = draw_latents(draw, encoded)

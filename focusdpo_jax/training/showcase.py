@@ -36,26 +36,31 @@ class Showcase:
         All processes encode and draw together; the first one measures, shows and writes.
         `focus_maps` is (structure, encoded, numbers, key) -> FocusMaps.
         """
-        self._config, self._workdir, self._model = config, workdir, model
+        self._config, self._workdir = config, workdir
+        # Nothing else, so that the encoders' memory can be given away.
+        self._latent_shape = model.generator.latent_shape(config.resolution)
+        self._probe_parameters = model.probe
         self._mesh, self._generate = mesh, generate
         self._encode, self._transform = encode, transform
         self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
-        self._shown = self._scenes(sources["validation"], config.evaluation.pictures)
+        self._shown = self._scenes(
+            model.parameters, sources["validation"], config.evaluation.pictures)
         self._measured = None
         # The probe reads Toybox's attributes; of photographs nobody knows the truth.
         known = config.data.source == "toybox" and model.probe is not None
         if known and config.evaluation.scenes:
-            self._measured = self._scenes(sources["test"], config.evaluation.scenes)
+            self._measured = self._scenes(
+                model.parameters, sources["test"], config.evaluation.scenes)
         self._base = None
 
-    def _scenes(self, source, count):
+    def _scenes(self, parameters, source, count):
         """The first `count` records or all, as loaded and as encoded, on the host."""
         count = min(count, len(source))
         size = min(count, self._config.evaluation.batch_size)
         batches = list(loader.evaluation_batches(
             [source[i] for i in range(count)], batch_size=size, transform=self._transform))
-        encoded = encoding.cached(self._encode, self._model.parameters, batches).encoded
+        encoded = encoding.cached(self._encode, parameters, batches).encoded
         raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *batches)
         captions = [source[i]["caption"] for i in range(count)]
         return raw, encoded, captions
@@ -63,7 +68,7 @@ class Showcase:
     def _draw(self, parameters, scenes):
         return generate_all(
             self._generate, parameters, scenes, seed=self._config.seed,
-            latent_shape=self._model.generator.latent_shape(self._config.resolution),
+            latent_shape=self._latent_shape,
             batch_size=self._config.evaluation.batch_size,
             place=functools.partial(meshes.shard_rows, mesh=self._mesh))
 
@@ -163,7 +168,7 @@ class Showcase:
 
     def _measure(self, images, raw):
         size = self._config.evaluation.batch_size
-        readings = [self._probe(self._model.probe, jnp.asarray(images[i:i + size]) / 255.0)
+        readings = [self._probe(self._probe_parameters, jnp.asarray(images[i:i + size]) / 255.0)
                     for i in range(0, len(images), size)]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
         return toybox_measures.measure(readings, raw.truth, raw.present)

@@ -104,15 +104,18 @@ def generator_task(config, workdir, mesh, sources, model):
     transform = loader.pair_transform(
         tokenize=model.tokenizer, num_subjects=subject_slots(config, sources),
         reference_size=generator.config.image_encoder.image_size)
+    empty = model.tokenizer("")
     trainable, frozen = split_parameters(model.parameters, config.trainable)
-    fixed = {"parameters": frozen}
+    buckets = focus_buckets(config)
+    names = list(buckets)
+    source, encode_placed = make_encoder(generator, config, buckets)
+    objective = objectives.Objective(generator, config, empty, source)
+    fixed = {"parameters": {part: tree for part, tree in frozen.items()
+                            if part in objective.parts}}
     if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         fixed["reference"] = as_computed(trainable, config.dtype)
     # The loop gives the trainable parameters' memory away. The encoders are among the frozen ones.
     model = model.with_parameters(merge_parameters(fixed.get("reference", {}), frozen))
-    buckets = focus_buckets(config)
-    names = list(buckets)
-    source, encode_placed = make_encoder(generator, config, buckets)
 
     def encode(parameters, batch):
         with activations.divided(mesh):
@@ -137,7 +140,6 @@ def generator_task(config, workdir, mesh, sources, model):
         pairs, batch_size=config.batch_size, seed=config.seed, transform=change,
         process_index=part, process_count=parts)
 
-    empty = model.tokenizer("")
     draw = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
         negative_token_ids=empty)
@@ -146,14 +148,21 @@ def generator_task(config, workdir, mesh, sources, model):
         with activations.divided(mesh):
             return draw(*arguments)
 
-    objective = objectives.Objective(generator, config, empty, source)
     focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
                          compiler_options=models.FAST_TO_COMPILE)
     showcase = Showcase(config, workdir, model, sources, mesh, encode, transform, generate, buckets,
                         lambda structure, *arguments: focus_maps(structure, fixed, *arguments))
 
+    if config.data.cache:
+        # Only drawing needs the encoders from here on: until then they lie on the host.
+        model = model.with_parameters({})
+        frozen = fixed["parameters"] | {part: meshes.fetch(tree) for part, tree in frozen.items()
+                                        if part not in objective.parts}
+
     def merged(tree):
-        return merge_parameters(tree, frozen)
+        awake = {part: jax.device_put(tree, rules.tree_shardings({part: tree}, mesh)[part])
+                 for part, tree in frozen.items() if part not in objective.parts}
+        return merge_parameters(tree, fixed["parameters"] | awake)
 
     def finish(step, tree, writer):
         models.save_model(workdir / "model", model, merged(tree))

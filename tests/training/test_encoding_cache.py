@@ -109,15 +109,17 @@ def test_runs_that_need_other_pictures_or_masks_keep_apart():
 
 
 def test_key_follows_the_encoders():
-    config = ConfigDict({"dtype": "float32", "resolution": 8,
+    config = ConfigDict({"dtype": "float32", "resolution": 8, "trainable": "adapter",
                          "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
     generator = ConfigDict(
-        {"config": {"vae": 1, "image_encoder": 2, "unet": 3, "adapter": {"kind": "resampler"}}})
+        {"config": {"vae": 1, "image_encoder": 2, "unet": 3, "text_encoder": 4,
+                    "text_encoder_2": 5, "adapter": {"kind": "resampler"}}})
     tokenizer = mock.Mock(digest=lambda: "t")
     parameters = {"vae": {"a": np.ones(3), "b": np.zeros(2)}, "image_encoder": {"c": np.ones(2)},
-                  "unet": {"d": np.ones(1)}}
+                  "unet": {"d": np.ones(1)}, "text_encoder": {"e": np.ones(1)},
+                  "text_encoder_2": {"f": np.ones(1)}}
 
-    def key(parameters, content="x", source=None):
+    def key(parameters, content="x", source=None, config=config):
         model = models.Model(generator, parameters, tokenizer, None)
         return encoding_cache.make_key(model, config, content, source)
 
@@ -125,6 +127,12 @@ def test_key_follows_the_encoders():
     moved = {"a": np.zeros(2), "b": np.ones(3)}
     assert key(parameters)["encoders"] != key({**parameters, "vae": moved})["encoders"]
     assert key(parameters) != key(parameters, "y")
+    # Text encoders matter unless they are trained: then the captions are not kept.
+    spoken = {**parameters, "text_encoder_2": {"f": np.zeros(1)}}
+    assert key(parameters) != key(spoken)
+    config = ConfigDict(config.to_dict() | {"trainable": "generator"})
+    assert key(parameters, config=config) == key(spoken, config=config)
+    assert key(parameters, config=config) != key(parameters)
     unet = mock.Mock(parts=("unet",), settings=["unet", 16, 124, 374])
     other = key(parameters, source=unet)
     assert other != key(parameters) and other["features"] == ["unet", 16, 124, 374]

@@ -1,6 +1,7 @@
 """The real loop on a tiny run: what it leaves, and that it can be stopped and trusted."""
 
 import functools
+import gc
 import json
 import logging as python_logging
 import os
@@ -19,7 +20,7 @@ from absl import logging as absl_logging
 from flax import traverse_util
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.training import loop, models, runs
+from focusdpo_jax.training import loop, models, runs, tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -282,3 +283,18 @@ def test_state_keeps_no_frozen_parameters(tiny_folder):
     assert set(trainable) == {"adapter", "unet"} and "vae" in frozen
     merged = merge_parameters(trainable, frozen)
     assert jax.tree.structure(merged) == jax.tree.structure(parameters)
+
+
+@pytest.mark.parametrize("cache, tables", [(True, 0), (False, 2)])
+def test_encoders_leave_the_device_when_everything_is_encoded(tiny_config, tmp_path, cache, tables):
+    def held():
+        """Embedding tables of the vocabulary on the device."""
+        gc.collect()
+        return sum(x.shape == (573, 8) for x in jax.live_arrays())
+
+    before = held()
+    task = tasks.make_task(tiny_config(data__cache=cache), tmp_path)
+    assert set(task.frozen["parameters"]) == {"unet"}
+    assert held() - before == tables
+    batch = task.prepare(next(task.batches))
+    assert batch.text.shape == (4, 16, 16) and batch.pooled.shape == (4, 8)

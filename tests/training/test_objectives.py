@@ -97,7 +97,8 @@ def listen(latents, **overrides):
     grid = jnp.ones((batch, 1, 1))
     encoded = types.SimpleNamespace(
         latents_mean=latents, latents_deviation=jnp.zeros_like(latents), prior=grid,
-        token_ids=None, time_ids=None, present=None, references=jnp.zeros((batch, 1)))
+        token_ids=None, text=None, pooled=None, time_ids=None, present=None,
+        references=jnp.zeros((batch, 1)))
     ((_, numbers),) = tasks.focus_buckets(config).values()
     objective.loss({}, {"parameters": {}}, encoded, objectives.Guidance(grid, None), numbers,
                    jax.random.key(0))
