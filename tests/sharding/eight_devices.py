@@ -28,6 +28,7 @@ def make(folder, mesh):
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), map(int, mesh.split("x"))))
     # The anchor would make the loss cross zero, where relative differences mean nothing.
     config = tiny.tiny_config(folder, batch_size=8, steps=5, trainable="full", anchor=0.0,
+                              beta=30.0,  # More of it magnifies the errors' rounding.
                               data__train_size=16, evaluation__pictures=1, **sizes)
     task, optimizer = tasks.make_task(config, epath.Path(folder)), make_optimizer(config)
     return task, optimizer, create_state(task.trainable, optimizer, config.ema_decay)
