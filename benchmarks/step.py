@@ -1,0 +1,136 @@
+r"""One preference step, here and in PyTorch with diffusers: time, memory, and the same losses.
+
+    python benchmarks/step.py                                    # Toybox and a quarter of SDXL
+    python benchmarks/step.py --cases toybox --peers eager compiled
+    python benchmarks/step.py --cases sdxl-512 sdxl-1024 --dtype=bfloat16 --peers compiled
+
+The step is `dpo`'s with an adapter in training: reference model forward on the noisy chosen and
+rejected latents, policy forward and backward on the same, the clipped gradient of the subject
+adapter and of the image keys and values, AdamW. Both sides have the same weights, noise and
+conditioning, and text and pictures are encoded before. The reference shares what is frozen with the
+policy on both sides; the subject adapter runs once a pair.
+
+Every side is a process of its own, and they step in turn, so that a noisy machine slows all of
+them. Printed are medians of the seconds, the peer's over ours with the spread of that ratio over
+the rounds (quartiles), the memory that stepping takes at most (of the process on a CPU, weights
+included; of the device on an accelerator), and the largest relative difference of the losses of all
+rounds, the proof that the work is the same. `step_ours.py` and `step_diffusers.py` are the sides.
+"""
+
+import argparse
+import ctypes
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+CASES = ("toybox", "quarter", "sdxl-512", "sdxl-1024")
+PEERS = ("eager", "compiled")
+HERE = pathlib.Path(__file__).parent
+
+
+class Side:
+    """A process that steps when it is told to."""
+
+    def __init__(self, script, *arguments):
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / script), *map(str, arguments)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True)
+
+    def ask(self, request):
+        """The JSON answer to "ready", "step" or "memory"."""
+        self._process.stdin.write(request + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self._process.args[1]} stopped; its error is above")
+        return json.loads(answer)
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(make_step, memory, reset_memory):
+    """A side's loop: answers on stdout what `Side.ask` asks on stdin.
+
+    Args:
+      make_step: () -> function that does the next step and returns (seconds, loss).
+      memory: () -> bytes, at most since `reset_memory`.
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr
+    step = make_step()
+    for request in sys.stdin:
+        request = request.strip()
+        if request == "step":
+            answer = step()
+        elif request == "memory":
+            answer = memory()
+        else:
+            reset_memory()
+            answer = request
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def reset_resident():
+    """Forgets how much memory this process had at most."""
+    # What making the step took and gave back is not the step's.
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def most_resident():
+    """Bytes that this process had at most since `reset_resident`."""
+    (line,) = [line for line in pathlib.Path("/proc/self/status").read_text().splitlines()
+               if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+
+def measure(case, peers, rounds, warmup, dtype):
+    """Prints a line for each side."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Side("step_ours.py", case, folder, rounds + warmup, dtype)
+        ours.ask("made")  # The weights and inputs lie in the folder.
+        sides = [ours] + [Side("step_diffusers.py", case, folder, peer, dtype) for peer in peers]
+        found = [[side.ask("step") for _ in range(warmup)] for side in sides]
+        for side in sides:
+            side.ask("reset")
+        for _ in range(rounds):
+            for side, answers in zip(sides, found):
+                answers.append(side.ask("step"))
+        memory = [side.ask("memory") for side in sides]
+        for side in sides:
+            side.close()
+    seconds, losses = np.moveaxis(np.array(found), -1, 0)
+    seconds = seconds[:, warmup:]
+    if np.any(np.isnan(losses)):
+        raise SystemExit(f"{case}: losses are not finite: {losses}")
+    print(f"{case:10s} focusdpo_jax       {np.median(seconds[0]):8.3f} s  "
+          f"{memory[0] / 2**20:7.0f} MiB")
+    for i, peer in enumerate(peers, 1):
+        ratio = np.percentile(seconds[i] / seconds[0], [50, 25, 75])
+        apart = np.max(np.abs(losses[i] - losses[0]) / np.abs(losses[0]))
+        print(f"{case:10s} diffusers {peer:8s} {np.median(seconds[i]):8.3f} s  "
+              f"{memory[i] / 2**20:7.0f} MiB  {ratio[0]:.2f} times ours ({ratio[1]:.2f} to "
+              f"{ratio[2]:.2f})  losses apart by {apart:.1e}", flush=True)
+
+
+def main():
+    """Measures each case."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["toybox", "quarter"], choices=CASES)
+    parser.add_argument("--peers", nargs="*", default=["eager"], choices=PEERS)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    arguments = parser.parse_args()
+    for case in arguments.cases:
+        measure(case, arguments.peers, arguments.rounds, arguments.warmup, arguments.dtype)
+
+
+if __name__ == "__main__":
+    main()

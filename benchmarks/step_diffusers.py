@@ -1,0 +1,156 @@
+"""PyTorch's side of `step.py`: the same step with diffusers' UNet and IP-Adapter.
+
+    step_diffusers.py CASE FOLDER eager|compiled DTYPE
+"""
+
+import copy
+import json
+import pathlib
+import sys
+import time
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.models import embeddings
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+)
+from safetensors.torch import load_file
+from step import most_resident, reset_resident, serve
+
+
+class Given(torch.nn.Module):
+    """In the place of the UNet's projection of images: the tokens are made already."""
+
+    def forward(self, tokens):
+        return tokens
+
+
+def load_unet(sizes, folder):
+    """diffusers' UNet with IP-Adapter's attention."""
+    depths = sizes["transformer_layers_per_block"]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
+    model = diffusers.UNet2DConditionModel(
+        in_channels=sizes["in_channels"], out_channels=sizes["out_channels"],
+        down_block_types=down, up_block_types=[n.replace("Down", "Up") for n in reversed(down)],
+        block_out_channels=sizes["block_out_channels"], layers_per_block=sizes["layers_per_block"],
+        transformer_layers_per_block=[max(depth, 1) for depth in depths],
+        attention_head_dim=sizes["num_heads"], cross_attention_dim=sizes["cross_attention_dim"],
+        norm_num_groups=sizes["norm_groups"], use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=sizes["addition_time_embed_dim"],
+        projection_class_embeddings_input_dim=(
+            sizes["pooled_dim"] + 6 * sizes["addition_time_embed_dim"]))
+    tensors = load_file(folder / "unet.safetensors")
+    processors = {}
+    for name in model.attn_processors:
+        key = tensors.get(f"{name}.to_k_ip.0.weight")
+        processors[name] = AttnProcessor2_0() if key is None else IPAdapterAttnProcessor2_0(
+            key.shape[0], key.shape[1], scale=1.0)
+    model.set_attn_processor(processors)
+    model.encoder_hid_proj = Given()
+    model.config.encoder_hid_dim_type = "ip_image_proj"
+    model.load_state_dict(tensors)
+    return model
+
+
+def load_adapter(sizes, folder):
+    """diffusers' resampler."""
+    model = embeddings.IPAdapterPlusImageProjection(
+        embed_dims=sizes["input_dim"], output_dims=sizes["output_dim"],
+        hidden_dims=sizes["width"], depth=sizes["depth"], dim_head=sizes["head_dim"],
+        heads=sizes["num_heads"], num_queries=sizes["num_tokens"], ffn_ratio=sizes["expansion"])
+    model.load_state_dict(load_file(folder / "adapter.safetensors"))
+    return model
+
+
+def make(folder, how, dtype, device):
+    """The function that does the next step."""
+    settings = json.loads((folder / "sizes.json").read_text())
+    kind = getattr(torch, dtype)
+    unet, adapter = load_unet(settings["unet"], folder), load_adapter(settings["adapter"], folder)
+    unet.requires_grad_(False)
+    trainable = [*adapter.parameters()]
+    for name, parameter in unet.named_parameters():
+        if "_ip." in name:
+            parameter.requires_grad_(True)
+            trainable.append(parameter)
+        elif parameter.ndim > 1:
+            parameter.data = parameter.data.to(kind)
+    unet, adapter = unet.to(device), adapter.to(device)
+    # The reference has its own copy of what is trained, and shares what is not.
+    shared = {id(p): p for p in unet.parameters() if not p.requires_grad}
+    reference = copy.deepcopy(unet, shared).requires_grad_(False)
+    reference_adapter = copy.deepcopy(adapter).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=settings["learning_rate"], betas=(0.9, settings["adam_b2"]), eps=1e-8,
+        weight_decay=settings["weight_decay"])
+    given = {name: torch.from_numpy(value).to(device)
+             for name, value in np.load(folder / "conditioning.npz").items()}
+    text, pooled, time_ids = (torch.cat([given[name]] * 2)
+                              for name in ("text", "pooled", "time_ids"))
+    features = given["features"].flatten(0, 1)
+    slots = given["features"].shape[1]
+
+    def predict(unet, adapter, latents, timesteps):
+        with torch.autocast(device, kind, enabled=kind != torch.float32):
+            tokens = adapter(features).unflatten(0, (-1, slots))
+            return unet(latents, timesteps, text, added_cond_kwargs={
+                "text_embeds": pooled, "time_ids": time_ids,
+                "image_embeds": [torch.cat([tokens] * 2)]}).sample.float()
+
+    def errors(model, adapter, latents, timesteps, target):
+        return (target - predict(model, adapter, latents, timesteps)).square().mean((1, 2, 3))
+
+    def loss_of(latents, timesteps, target):
+        with torch.no_grad():
+            before = errors(reference, reference_adapter, latents, timesteps, target)
+        chosen, rejected = (errors(unet, adapter, latents, timesteps, target) - before).chunk(2)
+        return torch.nn.functional.softplus(
+            0.5 * settings["beta"] * (chosen - rejected)).mean()
+
+    if how == "compiled":
+        loss_of = torch.compile(loss_of)
+    number = 0
+
+    def step():
+        nonlocal number
+        noisy = np.load(folder / f"noisy_{number}.npz")
+        number += 1
+        latents, target = (torch.from_numpy(np.moveaxis(noisy[name], -1, 1).copy()).to(device)
+                           for name in ("latents", "target"))
+        timesteps = torch.from_numpy(noisy["timesteps"]).to(device)
+        wait(device)
+        start = time.perf_counter()
+        loss = loss_of(latents, timesteps, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, settings["gradient_clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = loss.item()
+        wait(device)
+        return time.perf_counter() - start, value
+
+    return step
+
+
+def wait(device):
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main():
+    """Serves."""
+    _, folder, how, dtype = sys.argv[1:]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        memory, reset = torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
+    else:
+        memory, reset = most_resident, reset_resident
+    serve(lambda: make(pathlib.Path(folder), how, dtype, device), memory, reset)
+
+
+if __name__ == "__main__":
+    main()
