@@ -21,7 +21,6 @@ from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models.generator import (
     Generator,
     ImageView,
-    merge_parameters,
     split_parameters,
 )
 from focusdpo_jax.planning import shapes

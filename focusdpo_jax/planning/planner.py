@@ -11,7 +11,8 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import chips, shapes
 from focusdpo_jax.sharding import collectives
 from focusdpo_jax.sharding.mesh import AXES, make_mesh
-from focusdpo_jax.training.step import lower_step
+from focusdpo_jax.training import operations
+from focusdpo_jax.training.step import trace_step
 
 
 def plan(config, topology, *, utilisation=0.4, structures=None):
@@ -35,12 +36,13 @@ def plan(config, topology, *, utilisation=0.4, structures=None):
     devices, chip = chips.devices(topology)
     mesh = make_mesh(config.mesh, config.batch_size, devices)
     step = shapes.abstract_step(config, mesh)
-    guides, update = lower_step(step.task, step.optimizer, step.task.buckets, step.state,
+    guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state,
                                 step.batch, step.key, ema_decay=config.ema_decay)
     start = time.monotonic()
-    programs = {"update": update()}
-    programs |= {f"guide {s}": guide() for s, guide in itertools.islice(
+    traced = {"update": update()}
+    traced |= {f"guide {s}": guide() for s, guide in itertools.islice(
         guides.items(), structures)}
+    programs = {name: program.lower().compile() for name, program in traced.items()}
     seconds = time.monotonic() - start
 
     frozen = dict(step.task.frozen)
@@ -55,10 +57,10 @@ def plan(config, topology, *, utilisation=0.4, structures=None):
         for program in programs.values())
     peak, limit = sum(memory.values()), chip.memory
 
-    work = {name: program.cost_analysis().get("flops", 0.0) for name, program in programs.items()}
+    work = {name: operations.count(program).products for name, program in traced.items()}
     guides_work = [flops for name, flops in work.items() if name != "update"]
-    per_chip = work["update"] + sum(guides_work) / max(len(guides_work), 1)
-    flops = per_chip * mesh.size / config.batch_size
+    flops = (work["update"] + sum(guides_work) / max(len(guides_work), 1)) / config.batch_size
+    per_chip = flops * config.batch_size / mesh.size
     rate = config.batch_size / (per_chip / (utilisation * chip.flops)) if chip.flops else None
     return {
         "topology": topology, "chip": chip.name, "chips": mesh.size,

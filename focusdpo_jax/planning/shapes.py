@@ -16,7 +16,7 @@ from focusdpo_jax.training.state import create_state, make_optimizer
 
 
 def abstract_step(config, mesh):
-    """What `training.step.lower_step` takes, as shapes with shardings.
+    """What `training.step.trace_step` takes, as shapes with shardings.
 
     Args:
       config: of a generator's objective; `complete` or not.

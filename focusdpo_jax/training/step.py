@@ -22,6 +22,7 @@ from clu import metrics as clu_metrics
 from focusdpo_jax.models import layers
 from focusdpo_jax.sharding import activations
 from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import operations
 from focusdpo_jax.training.state import TrainState
 
 
@@ -38,11 +39,14 @@ class Step:
       guides: {structure: (frozen, batch, numbers, key, number) -> (guidance, metrics)}.
       update: (state, frozen, batch, guidance, numbers, key) -> (state, metrics); `state` is donated.
       key: every random draw of a step derives from it and the number of the batch.
+      products: {structure: floating-point operations of all matrix products and convolutions of a
+        whole step, over all devices}; see `operations`.
     """
 
     guides: Mapping[Hashable, Callable[..., Any]]
     update: Callable[..., Any]
     key: jax.Array
+    products: Mapping[Hashable, float]
 
     def __call__(self, structure, state, frozen, batch, numbers, number):
         """One batch: the new state, and {name: clu Average} still on the device."""
@@ -52,8 +56,8 @@ class Step:
         return state, {**more, **metrics}
 
 
-def lower_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
-    """Traces a task's step; nothing is computed and no array needs to exist.
+def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
+    """A task's step before compilation; nothing is computed and no array needs to exist.
 
     Args:
       task: see `training.task.Task`; trainable, frozen, guide, loss and mesh are used.
@@ -63,7 +67,8 @@ def lower_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
       ema_decay: of the moving average of the parameters, if the state has one.
 
     Returns:
-      ({structure: function that compiles its guide}, function that compiles the update).
+      ({structure: function that traces its guide}, function that traces the update), each to a
+      `jax.stages.Traced`, which is compiled by `.lower().compile()`.
     """
 
     platform = task.mesh.devices.flat[0].platform
@@ -97,24 +102,23 @@ def lower_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
     guidance = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=examples), guidance)
 
-    def compile_update():
+    def trace_update():
         # The state stays where it lies.
         lies = jax.tree.map(lambda x: x.sharding, state)
-        return jax.jit(update, donate_argnums=0, out_shardings=(lies, whole)).lower(
-            state, task.frozen, batch, guidance, numbers, key).compile()
+        return jax.jit(update, donate_argnums=0, out_shardings=(lies, whole)).trace(
+            state, task.frozen, batch, guidance, numbers, key)
 
-    def compile_guide(structure):
-        return guide.lower(structure, task.frozen, batch, structures[structure], key,
-                           number).compile()
+    def trace_guide(structure):
+        return guide.trace(structure, task.frozen, batch, structures[structure], key, number)
 
-    return {s: functools.partial(compile_guide, s) for s in structures}, compile_update
+    return {s: functools.partial(trace_guide, s) for s in structures}, trace_update
 
 
 def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
     """Compiles a task's step, its programs side by side.
 
     Args:
-      task, optimizer, buckets, ema_decay: see `lower_step`.
+      task, optimizer, buckets, ema_decay: see `trace_step`.
       state, batch: examples of what the step will be given.
       seed: every random draw of a step derives from (seed, number of the batch).
 
@@ -122,13 +126,20 @@ def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0)
       A Step.
     """
     key, start = meshes.random_key(seed, task.mesh), time.monotonic()
-    guides, update = lower_step(
+    guides, update = trace_step(
         task, optimizer, buckets, state, batch, key, ema_decay=ema_decay)
+
+    def compiled(trace):
+        traced = trace()
+        return traced.lower().compile(), operations.count(traced)
+
     with concurrent.futures.ThreadPoolExecutor() as pool:
         # The policy's backward pass takes longest, so it goes first.
-        compiled_update = pool.submit(update)
-        compiled = dict(zip(guides, pool.map(lambda guide: guide(), guides.values()), strict=True))
-        step = Step(compiled, compiled_update.result(), key)
+        update = pool.submit(compiled, update)
+        guides = dict(zip(guides, pool.map(compiled, guides.values()), strict=True))
+        update, work = update.result()
+    step = Step({structure: guide for structure, (guide, _) in guides.items()}, update, key,
+                {structure: work.products + its.products for structure, (_, its) in guides.items()})
     logging.info("compiled %s for %s in %.1f s, and the policy's update that they share",
                  _count(len(guides), "executable"), _count(len(buckets), "bucket"),
                  time.monotonic() - start)

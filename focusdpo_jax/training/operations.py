@@ -1,0 +1,94 @@
+"""Floating-point operations of a traced program, whatever a compiler makes of it.
+
+XLA's own count takes the body of a loop once, however often it runs, and changes with its version.
+Here a loop's body counts as often as it runs, what no result depends on counts nothing, and a
+multiplication with an addition is two operations.
+"""
+
+import math
+from typing import NamedTuple
+
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+# What only moves, names or makes numbers.
+_FREE = frozenset((
+    "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "device_put",
+    "dynamic_slice", "dynamic_update_slice", "gather", "iota", "name", "optimization_barrier",
+    "pad", "platform_index", "random_bits", "random_fold_in", "random_seed", "random_split",
+    "random_unwrap", "random_wrap", "reshape", "rev", "sharding_constraint", "slice", "split",
+    "squeeze", "stop_gradient", "transpose"))
+
+
+class Operations(NamedTuple):
+    """How many a program does.
+
+    Attributes:
+      products: of matrix products and convolutions.
+      others: of everything else that computes: one for each element of an equation's largest
+        operand or result, n log2 n to sort n.
+    """
+
+    products: float
+    others: float
+
+    @property
+    def total(self):
+        """Of both kinds."""
+        return self.products + self.others
+
+
+def count(traced):
+    """The Operations of a `jax.stages.Traced`, over all devices.
+
+    Of a conditional the branch of the most counts. Convolutions over dilated inputs are counted
+    without the products with the zeros in between.
+
+    Raises:
+      NotImplementedError: a loop of unknown length holds products.
+    """
+    closed = traced.jaxpr
+    used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _of_jaxpr(used)
+
+
+def _of_jaxpr(jaxpr):
+    counts = [_of_equation(equation) for equation in jaxpr.eqns]
+    return Operations(*(math.fsum(kind) for kind in zip(*counts))) if counts else Operations(0, 0)
+
+
+def _of_equation(equation):
+    name, inner = equation.primitive.name, list(core.jaxprs_in_params(equation.params))
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return Operations(2 * equation.outvars[0].aval.size
+                          * math.prod(shape[axis] for axis in contracted), 0)
+    if name == "conv_general_dilated":
+        return Operations(_of_convolution(equation), 0)
+    if name == "cond":
+        return max(map(_of_jaxpr, inner), key=lambda found: found.total)
+    # A scatter or a reduction only holds what it does to a pair of elements.
+    if inner and not name.startswith(("scatter", "reduce")):
+        found = [_of_jaxpr(jaxpr) for jaxpr in inner]
+        trips = equation.params["length"] if name == "scan" else 1
+        products, others = (trips * math.fsum(kind) for kind in zip(*found))
+        if name == "while" and products:
+            raise NotImplementedError("matrix products in a loop of unknown length")
+        return Operations(products, others)
+    if name in _FREE:
+        return Operations(0, 0)
+    largest = max((v.aval.size for v in (*equation.invars, *equation.outvars)
+                   if hasattr(v.aval, "shape")), default=0)
+    if name == "sort":
+        return Operations(0, largest * max(math.log2(max(largest, 1)), 1))
+    return Operations(0, largest)
+
+
+def _of_convolution(equation):
+    numbers = equation.params["dimension_numbers"]
+    kernel = equation.invars[1].aval.shape
+    # Of the kernel's axes: output features, input features (of one group), then its window.
+    _, features, *window = (kernel[axis] for axis in numbers.rhs_spec)
+    products = equation.outvars[0].aval.size * features * math.prod(window)
+    return 2 * products / math.prod(equation.params["lhs_dilation"])

@@ -1,0 +1,61 @@
+"""Operations counted by hand on small programs, and for a program that a compiler counts too."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from focusdpo_jax.models.convolution import conv2d
+from focusdpo_jax.training import operations
+
+
+def counted(function, *shapes):
+    return operations.count(jax.jit(function).trace(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+
+
+def test_products_and_others_are_counted_apart():
+    found = counted(lambda x, y: jnp.tanh(x @ y).sum(), (3, 5), (5, 7))
+    assert found == (2 * 3 * 5 * 7, 21 + 21)
+    assert found.total == 252
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def loop(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, kernels)[0]
+
+    assert counted(loop, (2, 4), (6, 4, 4)).products == 6 * 2 * 2 * 4 * 4
+    # Forward, forward once more, both gradients.
+    gradient = jax.value_and_grad(lambda *a: jnp.sum(jax.checkpoint(loop)(*a)), argnums=(0, 1))
+    assert counted(gradient, (2, 4), (6, 4, 4)).products == 6 * 2 * 2 * 4 * 4 * (1 + 1 + 2)
+
+
+def test_what_no_result_depends_on_counts_nothing():
+    @jax.jit
+    def inner(x, y):
+        return x @ y, y @ y
+
+    def frozen(x, kernel):
+        # The convolution's rule makes both gradients; the kernel's is thrown away.
+        return jax.grad(lambda x: jnp.sum(conv2d(x, kernel) ** 2))(x)
+
+    assert counted(lambda x, y: inner(x, y)[0], (2, 4), (4, 4)).products == 2 * 2 * 4 * 4
+    once = 2 * (2 * 8 * 8) * 32 * 9 * 32
+    assert counted(frozen, (2, 8, 8, 32), (3, 3, 32, 32)).products == 2 * once
+
+
+def test_gradients_of_convolutions_count_what_the_convolution_does():
+    for stride, out in (1, 8), (2, 4):
+        both = jax.grad(lambda x, k, stride=stride: jnp.sum(conv2d(x, k, stride=stride)),
+                        argnums=(0, 1))
+        found = counted(both, (2, 8, 8, 32), (3, 3, 32, 16)).products
+        # A sum's gradient needs no forward pass.
+        assert found == 2 * 2 * (2 * out * out * 16) * 9 * 32
+
+
+def test_the_dearest_branch_counts_and_unknown_loops_are_refused():
+    def either(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    assert counted(either, (4, 4)).products == 2 * 2 * 4**3
+    with pytest.raises(NotImplementedError, match="loop of unknown length"):
+        counted(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), (4, 4))
