@@ -1,10 +1,17 @@
-"""Bad manifests made out of a good one: each is refused with its line, its field and the reason."""
+"""Bad manifests made out of a good one: each is refused with its line, its field and the reason.
 
+None may take long or much memory, and none may leave anything but its report.
+"""
+
+import contextlib
 import copy
+import functools
 import io
 import json
 import os
+import pathlib
 import re
+import signal
 import struct
 import zlib
 
@@ -19,6 +26,8 @@ from focusdpo_jax.errors import UserError
 SETTINGS = prepare.Settings(resolution=16, max_subjects=3)
 HEIGHT, WIDTH = example_pairs.HEIGHT, example_pairs.WIDTH
 BAD_FILE = r"truncated|damaged|is no picture"
+LONGEST = 60  # Seconds for a manifest, which takes milliseconds.
+MEMORY = 100 << 20  # Bytes that one may take; a bomb asks for 240 MB and more.
 
 
 class Case:
@@ -101,17 +110,50 @@ def damaged(case):
 
 
 def bomb(case):
+    """A small file that says it is a huge picture."""
     where, key, field = case.file_field()
-
-    def chunk(name, data):
-        return (struct.pack(">I", len(data)) + name + data
-                + struct.pack(">I", zlib.crc32(name + data)))
-    side = case.pick(9000, 40000, 2**30)
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    where[key] = case.new_file(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(10000))) + chunk(b"IEND", b""))
+    side = case.pick(9000, 40000, 65000)
+    content = case.pick(
+        png(side, zlib.compress(bytes(10000))), png(2**30, zlib.compress(bytes(10000))),
+        patched("BMP", 18, "<ii", side, side), patched("GIF", 6, "<HH", side, side),
+        patched("TIFF", b"\x00\x01\x04\x00\x01\x00\x00\x00", "<I", side),
+        patched("JPEG", b"\xff\xc0\x00\x11\x08", ">HH", side, side))
+    where[key] = case.new_file(content)
     return field, "million|far too large"
+
+
+def compressed_text(case):
+    """A picture whose comment, when it is unpacked, has 256 MiB."""
+    where, key, field = case.file_field()
+    where[key] = case.new_file(
+        png(16, zlib.compress(bytes(10000)), chunk(b"zTXt", b"Comment\0\0" + zeros())))
+    return field, "damaged"
+
+
+@functools.cache
+def zeros():
+    """Zeros as zlib compresses them, a thousandth in size."""
+    compressor = zlib.compressobj(1)
+    return b"".join(compressor.compress(bytes(1 << 20)) for _ in range(256)) + compressor.flush()
+
+
+def png(side, pixels, *chunks):
+    """A PNG file of a square picture, with these chunks before its pixels."""
+    return (b"\x89PNG\r\n\x1a\n" + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + b"".join(chunks)
+        + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def patched(kind, where, form, *values):
+    """A picture's file with other numbers at a place, or behind bytes that occur once."""
+    content = bytearray(example_pairs.encoded(np.zeros((4, 4, 3), np.uint8), kind))
+    at = where if isinstance(where, int) else content.index(where) + len(where)
+    struct.pack_into(form, content, at, *values)
+    return bytes(content)
 
 
 def wrong_depth(case):
@@ -350,13 +392,37 @@ def outside_crop(case):
     return "prior_mask", "has only 12% of its pixels inside the square"
 
 
-SPOIL = [missing_file, no_file, empty_file, no_picture, cut_off, damaged, bomb, wrong_depth, frames,
-         rejected_size, turned, mask_size, mask_empty, mask_of_labels, box_outside, box_empty,
-         box_form, box_beside_mask, equal_pair, invisible_difference, prior_misses, union_misses,
-         long_caption, subject_count, not_utf8, half_character, escape, not_json, not_an_object,
-         long_line, given_twice, missing_field, empty_text, zero_character, misspelt, subject_form,
-         too_small, outside_crop]
-ROUNDS = 9  # 38 kinds of mistakes, 342 manifests.
+SPOIL = [missing_file, no_file, empty_file, no_picture, cut_off, damaged, bomb, compressed_text,
+         wrong_depth, frames, rejected_size, turned, mask_size, mask_empty, mask_of_labels,
+         box_outside, box_empty, box_form, box_beside_mask, equal_pair, invisible_difference,
+         prior_misses, union_misses, long_caption, subject_count, not_utf8, half_character, escape,
+         not_json, not_an_object, long_line, given_twice, missing_field, empty_text,
+         zero_character, misspelt, subject_form, too_small, outside_crop]
+ROUNDS = 9  # 39 kinds of mistakes, 351 manifests.
+
+
+@contextlib.contextmanager
+def bounded():
+    """Fails what hangs, or takes more memory than pictures of these sizes have a reason to."""
+    def hangs(*_):
+        raise TimeoutError("this manifest keeps prepare busy")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(LONGEST)
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+        start = memory("VmRSS")
+        yield
+        assert memory("VmHWM") - start < MEMORY
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def memory(name):
+    """A line of what Linux says of this process, in bytes."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) << 10
 
 
 @pytest.mark.parametrize("number", range(len(SPOIL)), ids=lambda n: SPOIL[n].__name__)
@@ -369,7 +435,7 @@ def test_bad_manifest_is_refused_with_line_and_reason(number, tmp_path):
         manifest = example_pairs.write(folder, case.lines, case.files)
         case.after(folder)
         output = tmp_path / str(round_) / "output"
-        with pytest.raises(UserError) as caught:
+        with bounded(), pytest.raises(UserError) as caught:
             prepare.prepare(manifest, output, SETTINGS, draw_sheet=None)
 
         told = str(caught.value)
@@ -390,3 +456,28 @@ def test_the_good_manifest_is_good(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_build", lambda *_: None)
     report = prepare.prepare(manifest, tmp_path / "output", SETTINGS, draw_sheet=None)
     assert report["accepted"] == 3 and not report["refused"]
+
+UPSIDE_DOWN = Image.Exif()
+UPSIDE_DOWN[0x0112] = 3
+ODD = {
+    "cmyk": lambda pixels: example_pairs.encoded(Image.fromarray(pixels).convert("CMYK"), "JPEG"),
+    "16 bit": lambda pixels: example_pairs.encoded(
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)),
+    "alpha": lambda pixels: example_pairs.encoded(np.dstack([pixels, pixels[..., :1]])),
+    "palette": lambda pixels: example_pairs.encoded(Image.fromarray(pixels).convert("P")),
+    "grey": lambda pixels: example_pairs.encoded(pixels[..., 0]),
+    "rotated": lambda pixels: example_pairs.encoded(pixels, "JPEG", exif=UPSIDE_DOWN),
+}
+
+
+@pytest.mark.parametrize("mode", ODD)
+def test_odd_pictures_are_converted_and_counted(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_build", lambda *_: None)
+    lines, files = example_pairs.make()
+    case = Case(lines, files, np.random.default_rng(0))
+    for line, name in ((0, "odd_0"), (1, "odd_1")):
+        case.lines[line]["subjects"][0]["reference"] = case.new_file(ODD[mode](case.noise(20, 16)),
+                                                                     name)
+    manifest = example_pairs.write(tmp_path, case.lines, case.files)
+    report = prepare.prepare(manifest, tmp_path / "output", SETTINGS, draw_sheet=None)
+    assert report["accepted"] == 3 and report["changes"] == {mode: 2}
