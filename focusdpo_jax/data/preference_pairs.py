@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from focusdpo_jax.data.images import encode_png
 from focusdpo_jax.data.record import TRUTH, check_record
@@ -89,6 +90,9 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
+    def _example_writer(self) -> tfds.core.writer.ExampleWriter:
+        return _SortedWriter(self.info.file_format)
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager  # Nothing is downloaded.
         return {split: self._generate_examples(source) for split, source in self._sources.items()}
@@ -99,6 +103,21 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
             if not isinstance(record["chosen"], bytes):
                 check_record(record, max_subjects=self._max_subjects)
             yield position, _with_png(record, self.info.features, position)
+
+
+class _SortedWriter(tfds.core.writer.ExampleWriter):
+    """Writes the features of every record sorted by name.
+
+    A protocol buffer's map has an order that changes from process to process, and with it the bytes
+    of a data set would.
+    """
+
+    def write(self, path, examples):
+        return super().write(path, ((key, _sorted(record)) for key, record in examples))
+
+
+def _sorted(record: bytes) -> bytes:
+    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
 
 def _with_png(record: dict, features: tfds.features.FeaturesDict, position: int) -> dict:

@@ -4,6 +4,8 @@ import textwrap
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
 
 from focusdpo_jax.data import dataset, toybox
 from focusdpo_jax.errors import UserError
@@ -33,6 +35,17 @@ def test_stored_records_equal_rendered_ones(path, split):
                     np.testing.assert_array_equal(x[key], value)
                 else:
                     assert x[key] == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+def test_records_are_written_in_the_same_order_by_every_process(path):
+    """A map of a protocol buffer has an order that changes from process to process."""
+    (file,) = path.glob("*-train.array_record*")
+    reader = array_record_module.ArrayRecordReader(str(file))
+    records = [reader.read([i])[0] for i in range(reader.num_records())]
+    assert len(records) == SIZES["train"]
+    for record in records:
+        example = tf_example_pb2.Example.FromString(record)
+        assert record == example.SerializeToString(deterministic=True)
 
 
 def test_second_build_reuses_the_first(path):
