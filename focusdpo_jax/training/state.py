@@ -30,10 +30,14 @@ class TrainState:
 
 
 def learning_rate_schedule(config):
-    """Linear warm-up to `config.learning_rate`, then constant or a cosine decay to zero."""
+    """Linear warm-up to `config.learning_rate`, then constant or a cosine decay to zero.
+
+    A run that is shorter than its warm-up ends in it.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.decay == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps)
+        return optax.warmup_cosine_decay_schedule(
+            0.0, peak, warmup, max(config.steps, warmup + 1))
     return optax.join_schedules(
         [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)], [warmup])
 

@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 from flax import traverse_util
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.training import loop, models, runs, tasks
+from focusdpo_jax.training import loop, models, runs, state, tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -162,6 +162,12 @@ def test_low_rank_updates_are_read_again(trained, tiny_config):
 def test_accumulation_averages_over_buckets(tiny_config, tmp_path):
     loop.run(tiny_config(accumulate=2, batch_size=2, steps=2), tmp_path)
     assert sorted(tiny.losses(tmp_path)) == [1, 2]
+
+
+def test_a_run_that_is_shorter_than_its_warm_up_ends_in_it(tiny_config):
+    schedule = state.learning_rate_schedule(
+        tiny_config(steps=2, warmup_steps=10, decay="cosine", learning_rate=1.0))
+    assert [float(schedule(step)) for step in range(3)] == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(trained, tiny_config, tmp_path):
