@@ -134,7 +134,7 @@ def get_config():
 
     # How pictures are drawn: DDIM steps and guidance scale; 1 is none, at half the cost.
     config.sampling = ml_collections.ConfigDict({"steps": 8, "guidance": 1.0})
-    # Test scenes measured before and after, scenes drawn at once, scenes shown in pictures.
+    # Test scenes measured before and after, scenes drawn at once, scenes shown (0: none).
     config.evaluation = ml_collections.ConfigDict(
         {"scenes": 896, "batch_size": 32, "pictures": 8})
     return config

@@ -141,7 +141,7 @@ RULES = {
     "sampling.guidance": _number(0),
     "evaluation.scenes": _integer(0),
     "evaluation.batch_size": _integer(1),
-    "evaluation.pictures": _integer(1),
+    "evaluation.pictures": _integer(0),
 }
 _OPTIONAL = {"model.sizes"}
 

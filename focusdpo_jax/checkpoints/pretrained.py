@@ -55,6 +55,23 @@ class Pretrained:
             return model_folder.load_config(self.path)
         return self.layout.load_config(self.path, tokenizer=self.tokenizer, **self._pieces)
 
+    def files(self, part):
+        """Paths of the safetensors files that a part is read from; none where it has to be made."""
+        if self.layout is model_folder:
+            return [path for path in [self.path / f"{part}.safetensors"] if path.exists()]
+        adapter = self.adapter
+        if adapter is None and self.layout is diffusers_folder:
+            adapter = self.path / diffusers_folder.ADAPTER
+        adapter = [adapter] if adapter is not None and adapter.exists() else []
+        if part == "adapter":
+            return adapter
+        if self.layout is single_file and part != "image_encoder":
+            own = [self.path]
+        else:
+            folders = diffusers_folder.part_folders(self.path, self.image_encoder)
+            own = diffusers_folder.weight_files(folders[part], part)
+        return own + adapter if part == "unet" else own  # Its image branch is the adapter's.
+
     def load_part(self, part, example, *, config, dtype=None, sharding=None):
         """Reads one part, or returns None where it has to be made; `config` is that of `config()`.
 

@@ -11,7 +11,7 @@ from focusdpo_jax.data.record import PreferenceBatch
 from focusdpo_jax.models.generator import merge_parameters, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
-from focusdpo_jax.training import encoding, models, objectives, tasks
+from focusdpo_jax.training import models, objectives, tasks
 from focusdpo_jax.training.state import create_state, make_optimizer
 
 
@@ -38,8 +38,7 @@ def abstract_step(config, mesh):
         kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
         fixed["reference"] = _placed(kept, rules.tree_shardings(kept, mesh))
     encoded = jax.eval_shape(
-        lambda p, b: (encoding.as_kept if config.data.cache else lambda x: x)(encode(p, b)),
-        merge_parameters(trainable, frozen), raw_batch(config, generator))
+        encode, merge_parameters(trainable, frozen), raw_batch(config, generator))
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
     whole = meshes.replicated(mesh)

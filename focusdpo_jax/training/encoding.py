@@ -2,7 +2,8 @@
 
 A step needs latents, reference features and maps on the latent grid, not pictures. `encoder` makes
 the function that turns the one into the other, and `cached` runs it over a data set and keeps the
-result in memory, so that later epochs pay nothing.
+result in memory, so that later epochs pay nothing. Nothing is rounded: training on what was kept is
+training on the pictures.
 """
 
 import flax.struct
@@ -155,20 +156,9 @@ def cached(encode, parameters, batches):
     parts = []
     for batch in batches:
         keep = np.asarray(batch.index) >= 0
-        encoded = as_kept(meshes.fetch(encode(parameters, batch)))
+        encoded = meshes.fetch(encode(parameters, batch))
         parts.append(jax.tree.map(lambda x, keep=keep: x[keep], encoded))
     whole = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
     size = sum(x.nbytes for x in jax.tree.leaves(whole)) / 2**20
     logging.info("encoded %d pairs once, %.0f MiB in memory", len(whole.prior), size)
     return EncodedSource(whole)
-
-
-def as_kept(encoded):
-    """EncodedPairs as they are kept: in half precision what takes most of the room.
-
-    Similarity stays as it is, since competition and rank compare numbers that are close together.
-    """
-    halved = jax.tree.map(
-        lambda x: x.astype(np.float16) if x.dtype == np.float32 and x.ndim > 2 else x,
-        encoded.replace(similarity=None))
-    return halved.replace(similarity=encoded.similarity)

@@ -2,8 +2,8 @@
 
 A file a record, and `key.json`, which says what the files depend on: the encoders' parameters and
 precision, the tokenizer, the pictures, their size, and the settings of SPAF's source and of DPCE.
-Another run with the same key reads them instead of asking the encoders again; one with another key
-is refused.
+Another run with the same key reads them instead of asking the encoders again, which then need not
+be in memory; one with another key is refused.
 """
 
 import dataclasses
@@ -24,32 +24,46 @@ from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
 
+_FORMAT = 2  # Changes when the same encoders and pictures would make other files.
+_NAMELESS = np.dtype("V2")
 
-def make_key(model, config, content, source):
-    """What encoded records depend on, as JSON values.
+def parts_read(config, source):
+    """Parts of the generator whose parameters the encoded records depend on, sorted.
 
     Args:
-      model: a `models.Model`.
+      source: of SPAF's similarity (see `sources`), or None.
+    """
+    parts = {"vae", "image_encoder"} | set(source.parts if source else ())
+    if encoding.text_is_frozen(config):
+        parts |= {"text_encoder", "text_encoder_2"}
+    return sorted(parts)
+
+
+def make_key(model, config, content, source):
+    """What encoded records depend on besides parameters, as JSON values.
+
+    Args:
+      model: a `models.Model`; its parameters are not looked at.
       content: digest of the data set, from its metadata.
       source: of SPAF's similarity (see `sources`), or None.
     """
-    digest = hashlib.sha256()
-    parts = {"vae", "image_encoder"} | set(source.parts if source else ())
-    captions = encoding.text_is_frozen(config)
-    if captions:
-        parts |= {"text_encoder", "text_encoder_2"}
-    for part in sorted(parts):
-        digest.update(repr(getattr(model.generator.config, part)).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameters[part]):
-            leaf = np.asarray(meshes.fetch(leaf))
-            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(np.ascontiguousarray(leaf).tobytes())
-    return {"encoders": digest.hexdigest(), "tokenizer": model.tokenizer.digest(),
-            "adapter": model.generator.config.adapter.kind, "captions": captions,
+    return {"format": _FORMAT, "tokenizer": model.tokenizer.digest(),
+            "adapter": model.generator.config.adapter.kind,
+            "captions": encoding.text_is_frozen(config),
             "dtype": config.dtype, "pictures": content,
             "resolution": config.resolution,
             "detail": [config.focus.detail_bins, config.focus.detail_sigma],
             "features": source and source.settings}
+
+
+def digest(sizes, tree):
+    """Of a part's configuration and parameters, wherever they lie."""
+    found = hashlib.sha256(repr(sizes).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = np.asarray(meshes.fetch(leaf))
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def folder_name(config, source):
@@ -74,7 +88,7 @@ class StoredEncodings:
 
     def __getitem__(self, index):
         with np.load(io.BytesIO(_file(self._folder, index).read_bytes())) as saved:
-            found = dict(saved)
+            found = {name: _named(value) for name, value in saved.items()}
         references = {field.name: found.pop(f"references.{field.name}", None)
                       for field in dataclasses.fields(ImageView)}
         return encoding.EncodedPairs(references=ImageView(**references), **{
@@ -82,12 +96,18 @@ class StoredEncodings:
             for field in dataclasses.fields(encoding.EncodedPairs) if field.name != "references"})
 
 
-def cached(folder, key, encode, parameters, batches, count):
+def cached(folder, key, parts, files, parameters, encode, batches, count):
     """Encodes what is not there yet, and opens the result.
+
+    Where everything is there, and the encoders' files are those that made it, no parameter is asked
+    for. Other files may hold the same parameters: then these are compared.
 
     Args:
       folder: epath.Path for the files; made if missing.
       key: of `make_key`.
+      parts: {part: its configuration} of all whose parameters `encode` reads.
+      files: part -> digest of the files that it is read from, or None where it is in no file.
+      parameters: () -> {part: tree}.
       encode: from `encoding.encoder`.
       batches: iterable of PreferenceBatch over the whole data set in order; rows of index -1 are
         padding.
@@ -97,8 +117,7 @@ def cached(folder, key, encode, parameters, batches, count):
       UserError: the files that are there depend on something else, or cannot be written.
     """
     try:
-        if processes.is_first():
-            _claim(folder, key)
+        _check(folder, key, parts, files, parameters)
         processes.wait("key of the encoded pairs")
         ready = processes.from_first(
             sum(_file(folder, index).exists() for index in range(count)))
@@ -106,11 +125,12 @@ def cached(folder, key, encode, parameters, batches, count):
             logging.info("encoded before: %d records in %s", count, folder)
             return StoredEncodings(folder, count)
         logging.info("encoding %d of %d records to %s", count - ready, count, folder)
+        tree = parameters()
         for batch in batches:
             rows = [i for i, index in enumerate(batch.index)
                     if index >= 0 and not _file(folder, index).exists()]
             if processes.from_first(bool(rows)):
-                encoded = encoding.as_kept(meshes.fetch(encode(parameters, batch)))
+                encoded = meshes.fetch(encode(tree, batch))
                 for i in rows if processes.is_first() else ():
                     row = jax.tree.map(lambda x, i=i: x[i], encoded)
                     _write(_file(folder, batch.index[i]), row)
@@ -121,14 +141,33 @@ def cached(folder, key, encode, parameters, batches, count):
     return StoredEncodings(folder, count)
 
 
-def _claim(folder, key):
+def _check(folder, key, parts, files, parameters):
     """Writes the key, or compares it with the one that is there."""
-    path = folder / "key.json"
-    if not path.exists():
-        replace_file(path, json.dumps(key, indent=2, sort_keys=True) + "\n")
+    path, old, found, same = folder / "key.json", None, {}, False
+    if processes.is_first():
+        old = json.loads(path.read_text()) if path.exists() else None
+        if old is not None:
+            _refuse(folder, {n: v for n, v in old.items() if n != "encoders"}, key)
+        found = {part: files(part) for part in parts}
+        # A part that lies in no file has to be looked at itself.
+        same = old is not None and all(
+            found[part] is not None and found[part] == told["files"]
+            for part, told in old["encoders"].items())
+    if processes.from_first(same):
         return
-    old = json.loads(path.read_text())
-    changed = sorted(name for name in old.keys() | key.keys() if old.get(name) != key.get(name))
+    tree = parameters()
+    values = {part: digest(sizes, tree[part]) for part, sizes in parts.items()}
+    if processes.is_first():
+        if old is not None:
+            _refuse(folder, {n: told["values"] for n, told in old["encoders"].items()}, values)
+        key |= {"encoders": {part: {"files": found[part], "values": values[part]}
+                             for part in parts}}
+        replace_file(path, json.dumps(key, indent=2, sort_keys=True) + "\n")
+
+
+def _refuse(folder, old, new):
+    """Raises a UserError that names what differs, if anything does."""
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
         raise UserError(f"{folder} was made with other {', '.join(changed)}; remove it to encode "
                         "the data set again, or set config.data.cache = False")
@@ -139,8 +178,12 @@ def _file(folder, index):
 
 
 def _plain(x):
-    """bfloat16, which numpy's files cannot name, as float32; all else as it is."""
-    return x.astype(np.float32) if x.dtype == jnp.bfloat16 else x
+    """bfloat16 as numpy's files have it: two bytes without a name."""
+    return x.view(_NAMELESS) if x.dtype == jnp.bfloat16 else x
+
+
+def _named(x):
+    return x.view(jnp.bfloat16) if x.dtype == _NAMELESS else x
 
 
 def _write(path, row):

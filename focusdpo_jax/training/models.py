@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 
 import jax
@@ -31,7 +32,7 @@ class Model:
 
     Attributes:
       generator: the functions.
-      parameters: {part: tree} of every part, in the types of `stored_type`.
+      parameters: {part: tree} of every part that was read, in the types of `stored_type`.
       tokenizer: captions to token ids.
       probe: parameters of Toybox's probe, or None where the folder has none.
     """
@@ -69,32 +70,54 @@ def stored_type(config, path, shape):
 def load_model(config, place=None):
     """Reads `config.model.pretrained`, or makes a model of `config.model.sizes` at random.
 
+    `open_model` and `load_parts` in one.
+    """
+    model = open_model(config)
+    return model.with_parameters(load_parts(config, PARTS, place))
+
+
+def open_model(config):
+    """The model of a configuration without its generator's parameters, which are not read.
+
+    Raises:
+      UserError: the folder or one of its files is missing, damaged or of other sizes.
+    """
+    config = config_rules.complete(config)
+    source, sizes, _ = _open(config)
+    generator = Generator(sizes, jnp.dtype(config.dtype))
+    length = sizes.text_encoder.max_length
+    if source is None:
+        return Model(generator, {}, Tokenizer.of_words(toybox.vocabulary(), length), None)
+    return Model(generator, {}, Tokenizer(source.tokenizer, length),
+                 model_folder.load_part(source.path, "probe"))
+
+
+def load_parts(config, parts, place=None):
+    """Parameters of some parts of the model of a configuration.
+
     What is read is a model folder, as runs leave it, or SDXL in the layouts of `pretrained`.
     Parts that the files lack are drawn from `config.seed`, and so are the low-rank updates of
     LoRA that `config.model.lora_rank` asks for where there are none. Updates that lie in the folder
     are read, whether the configuration speaks of them or not.
 
     Args:
+      parts: names of PARTS.
       place: (path of a parameter from its part on, shape) -> sharding; None keeps on the host what
         is read.
+
+    Returns:
+      {part: tree}.
 
     Raises:
       UserError: the folder or one of its files is missing, damaged or of other sizes.
     """
     config = config_rules.complete(config)
-    source = _locate(config)
-    sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes.to_dict())
-    stored, wanted = sizes.unet.lora_rank, config.model.lora_rank
-    if wanted and stored and wanted != stored:
-        raise UserError(f"config.model.lora_rank = {wanted}: "
-                        f"{source.path if source else 'config.model.sizes'} has low-rank updates "
-                        f"of rank {stored}; give {stored}, or start from a model without updates.")
-    sizes = dataclasses.replace(sizes, unet=dataclasses.replace(
-        sizes.unet, lora_rank=wanted or stored, remat=config.model.remat))
+    source, sizes, stored = _open(config)
     generator = Generator(sizes, jnp.dtype(config.dtype))
-
     parameters = {}
     for number, part in enumerate(PARTS):
+        if part not in parts:
+            continue
         init = functools.partial(generator.init_part, part)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         shapes = traverse_util.flatten_dict(jax.eval_shape(init, key))
@@ -114,11 +137,42 @@ def load_model(config, place=None):
             logging.info("%s: %s at random", part, "made" if tree is None else "LoRA made")
             flat |= _draw(init, key, missing, types, shardings)
         parameters[part] = traverse_util.unflatten_dict({path: flat[path] for path in shapes})
-    length = sizes.text_encoder.max_length
-    if source is None:
-        return Model(generator, parameters, Tokenizer.of_words(toybox.vocabulary(), length), None)
-    return Model(generator, parameters, Tokenizer(source.tokenizer, length),
-                 model_folder.load_part(source.path, "probe"))
+    return parameters
+
+
+def files_digest(config, part):
+    """Of a part's sizes and the files that it is read from; None where it is drawn at random.
+
+    What has the same digest has the same parameters in runs of the same `config.dtype`. The files
+    are read in pieces, and nothing of them is kept.
+    """
+    source, sizes, _ = _open(config_rules.complete(config))
+    files = source.files(part) if source else []
+    if not files:
+        return None
+    digest = hashlib.sha256(repr(getattr(sizes, part)).encode())
+    for path in files:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _open(config):
+    """What a complete configuration names.
+
+    Returns:
+      Where the weights lie, or None; the generator's sizes; rank of the updates that lie there.
+    """
+    source = _locate(config)
+    sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes.to_dict())
+    stored, wanted = sizes.unet.lora_rank, config.model.lora_rank
+    if wanted and stored and wanted != stored:
+        raise UserError(f"config.model.lora_rank = {wanted}: "
+                        f"{source.path if source else 'config.model.sizes'} has low-rank updates "
+                        f"of rank {stored}; give {stored}, or start from a model without updates.")
+    return source, dataclasses.replace(sizes, unet=dataclasses.replace(
+        sizes.unet, lora_rank=wanted or stored, remat=config.model.remat)), stored
 
 
 def abstract_model(config, mesh):
@@ -179,11 +233,47 @@ def _draw(init, key, paths, types, shardings):
                    compiler_options=FAST_TO_COMPILE)(key)
 
 
-def save_model(folder, model, parameters, probe=None):
-    """Writes a model folder that `load_model` reads back: `parameters` in the place of the old."""
+class PartsOnDemand:
+    """Parts that a step does not read: encoders, once everything is encoded.
+
+    They are read when they are needed for the first time, perhaps never, and lie on the host
+    between one time and the next.
+    """
+
+    def __init__(self, config, parts, mesh):
+        """Takes the run's configuration, names of PARTS, and where they are to lie when needed."""
+        self._config, self._parts, self._mesh = config, parts, mesh
+        self._host = None
+
+    def __call__(self):
+        """{part: tree} on the mesh, as long as the caller keeps it."""
+        if self._host is None:
+            if self._parts:
+                logging.info("reading %s", ", ".join(self._parts))
+            self._host = jax.device_get(load_parts(self._config, self._parts))
+        return jax.device_put(self._host, rules.tree_shardings(self._host, self._mesh))
+
+    def each(self):
+        """Yields (part, tree on the host); what was not needed before is read and not kept."""
+        for part in self._parts:
+            held = self._host or jax.device_get(load_parts(self._config, [part]))
+            yield part, held[part]
+
+
+def save_model(folder, model, parameters, probe=None, others=()):
+    """Writes a model folder that `load_model` reads back.
+
+    Args:
+      model: what is not a parameter of the generator.
+      parameters: {part: tree}.
+      probe: parameters in the place of the model's.
+      others: pairs of a further part and its tree on the host, of which one is looked at at a time.
+    """
     folder = epath.Path(folder)
     if processes.is_first():
         folder.mkdir(parents=True, exist_ok=True)
+        for part, tree in others:
+            model_folder.save_part(folder, part, tree)
     for part, tree in parameters.items():
         tree = meshes.fetch(tree)
         if processes.is_first():

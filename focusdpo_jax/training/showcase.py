@@ -1,7 +1,8 @@
 """What a run shows of itself: pictures on the way, and a table with pictures at the end.
 
 Base and policy draw the same scenes from the same noise. The base's pictures are made once, before
-the first step, and kept in the run folder, so that a resumed run does not make them again.
+the first step, and kept in the run folder, so that a resumed run does not make them again. Scenes
+are encoded when they are needed: a run that shows nothing needs no encoder.
 """
 
 import functools
@@ -30,50 +31,60 @@ class Showcase:
     """Draws, measures and shows scenes during a run."""
 
     def __init__(self, config, workdir, model, sources, mesh, encode, transform, generate,
-                 buckets, focus_maps):
-        """Encodes the scenes to show (validation) and to measure (test).
+                 buckets, focus_maps, merged, at_start):
+        """All processes encode and draw together; the first one measures, shows and writes.
 
-        All processes encode and draw together; the first one measures, shows and writes.
-        `focus_maps` is (structure, encoded, numbers, key) -> FocusMaps.
+        Args:
+          encode: (parameters, PreferenceBatch) -> EncodedPairs.
+          generate: of `make_generate`.
+          focus_maps: (structure, encoded, numbers, key) -> FocusMaps.
+          merged: trainable parameters -> all parameters to draw with.
+          at_start: () -> all parameters to encode with.
         """
         self._config, self._workdir = config, workdir
-        # Nothing else, so that the encoders' memory can be given away.
         self._latent_shape = model.generator.latent_shape(config.resolution)
         self._probe_parameters = model.probe
         self._mesh, self._generate = mesh, generate
         self._encode, self._transform = encode, transform
+        self._merged, self._at_start = merged, at_start
         self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
-        self._shown = self._scenes(
-            model.parameters, sources["validation"], config.evaluation.pictures)
-        self._measured = None
+        self._sources, self._base = sources, None
         # The probe reads Toybox's attributes; of photographs nobody knows the truth.
         known = config.data.source == "toybox" and model.probe is not None
-        if known and config.evaluation.scenes:
-            self._measured = self._scenes(
-                model.parameters, sources["test"], config.evaluation.scenes)
-        self._base = None
+        self._measures = known and config.evaluation.scenes > 0
+        self._shows = config.evaluation.pictures > 0
 
-    def _scenes(self, parameters, source, count):
+    @functools.cached_property
+    def _shown(self):
+        return self._scenes(self._sources["validation"], self._config.evaluation.pictures)
+
+    @functools.cached_property
+    def _measured(self):
+        return self._scenes(self._sources["test"], self._config.evaluation.scenes)
+
+    def _scenes(self, source, count):
         """The first `count` records or all, as loaded and as encoded, on the host."""
         count = min(count, len(source))
         size = min(count, self._config.evaluation.batch_size)
         batches = list(loader.evaluation_batches(
             [source[i] for i in range(count)], batch_size=size, transform=self._transform))
-        encoded = encoding.cached(self._encode, parameters, batches).encoded
+        encoded = encoding.cached(self._encode, self._at_start(), batches).encoded
         raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *batches)
         captions = [source[i]["caption"] for i in range(count)]
         return raw, encoded, captions
 
-    def _draw(self, parameters, scenes):
+    def _draw(self, trainable, scenes):
         return generate_all(
-            self._generate, parameters, scenes, seed=self._config.seed,
+            self._generate, self._merged(trainable), scenes, seed=self._config.seed,
             latent_shape=self._latent_shape,
             batch_size=self._config.evaluation.batch_size,
             place=functools.partial(meshes.shard_rows, mesh=self._mesh))
 
-    def start(self, parameters):
-        """Draws and measures with the base, unless an earlier start of this run did."""
+    def start(self, trainable):
+        """Draws with the base what is to be shown and measured, unless an earlier start did."""
+        if not (self._shows or self._measures):
+            return
         path = self._workdir / "base.npz"
         if processes.from_first(path.exists()):
             if processes.is_first():
@@ -81,25 +92,28 @@ class Showcase:
                     self._base = dict(saved)
             return
         logging.info("drawing with the base model")
-        self._base = {"shown": self._draw(parameters, self._shown[1])}
-        if self._measured:
-            self._base["measured"] = self._draw(parameters, self._measured[1])
+        self._base = {}
+        if self._shows:
+            self._base["shown"] = self._draw(trainable, self._shown[1])
+        if self._measures:
+            self._base["measured"] = self._draw(trainable, self._measured[1])
         if processes.is_first():
             content = io.BytesIO()
             np.savez(content, **self._base)
             replace_file(path, content.getvalue())
 
-    def sample(self, step, parameters, writer):
+    def sample(self, step, trainable, writer):
         """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
+        if not self._shows:
+            return
         raw, encoded, captions = self._shown
-        drawn = self._draw(parameters, encoded)
+        drawn = self._draw(trainable, encoded)
         pairs = meshes.shard_rows(encoded, self._mesh)
         key = meshes.random_key(self._config.seed, self._mesh)
         maps = {name: meshes.fetch(self._focus_maps(structure, pairs, numbers, key))
                 for name, (structure, numbers) in self._buckets.items()}
-        path = self._workdir / "samples" / f"step_{step:06d}.png"
         if not processes.is_first():
-            return path
+            return
         # W of the chosen pictures in the cleanest bucket.
         focus = list(maps.values())[-1].weights
         rows = [pictures.PreferenceRow(
@@ -109,13 +123,14 @@ class Showcase:
             policy=drawn[i], focus=focus[i])
             for i in range(len(captions))]
         image = pictures.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
+        path = self._workdir / "samples" / f"step_{step:06d}.png"
         pictures.save_png(path, image)
+        logging.info("pictures: %s", path)
         writer.picture(step, "samples", image)
         if self._config.objective == "focus_dpo":
             image = self._explain(raw, maps, captions)
             pictures.save_png(self._workdir / "samples" / f"focus_{step:06d}.png", image)
             writer.picture(step, "focus", image)
-        return path
 
     def _explain(self, raw, maps, captions):
         """A page of how the weights of a few pairs come about in every bucket."""
@@ -134,15 +149,14 @@ class Showcase:
                         detail=seen.detail, weights=seen.weights))
         return pictures.focus_grid(rows)
 
-    def finish(self, step, parameters, writer):
+    def finish(self, step, trainable, writer):
         """Draws and measures with the trained model; leaves `results.json` and pictures."""
-        path = self.sample(step, parameters, writer)
-        logging.info("pictures: %s", path)
-        if not self._measured:
+        self.sample(step, trainable, writer)
+        if not self._measures:
             return
         raw, encoded, _ = self._measured
         seed = self._config.seed
-        drawn = self._draw(parameters, encoded)
+        drawn = self._draw(trainable, encoded)
         if not processes.is_first():
             return
         policy = self._measure(drawn, raw)
@@ -164,7 +178,7 @@ class Showcase:
             f"{name.replace('_', ' ')} {100 * renders[name]['base']['mean']:.1f} %"
             for name in ("fidelity", "leakage", "missing", "class_accuracy", "background_accuracy")
             if name in renders))  # Where no subject is found, leakage is not defined.
-        print(f"Pictures: {path}\n")
+        print(f"Pictures: {self._workdir / 'samples'}\n")
 
     def _measure(self, images, raw):
         size = self._config.evaluation.batch_size

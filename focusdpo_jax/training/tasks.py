@@ -1,6 +1,7 @@
 """From a configuration to the task that the loop trains."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
-from focusdpo_jax.models.generator import merge_parameters, split_parameters
+from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
 from focusdpo_jax.sharding import activations, processes, rules
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import (
@@ -32,11 +33,9 @@ def make_task(config, workdir):
     """The task of `config.objective`, with its data built and its model loaded."""
     mesh = meshes.make_mesh(config.mesh, config.batch_size)
     sources = open_data(config)
-    model = models.load_model(config, functools.partial(rules.parameter_sharding, mesh=mesh))
-    logging.info("%s", models.describe(model.parameters))
     make = (generator_task if config.objective in config_rules.GENERATOR_OBJECTIVES
             else encoder_task)
-    return make(config, epath.Path(workdir), mesh, sources, model)
+    return make(config, epath.Path(workdir), mesh, sources)
 
 
 def open_data(config):
@@ -98,43 +97,52 @@ def focus_buckets(config):
             for bucket in buckets}
 
 
-def generator_task(config, workdir, mesh, sources, model):
+def generator_task(config, workdir, mesh, sources):
     """Trains the generator on pairs that the frozen encoders have seen once."""
+    model = models.open_model(config)
     generator = model.generator
     transform = loader.pair_transform(
         tokenize=model.tokenizer, num_subjects=subject_slots(config, sources),
         reference_size=generator.config.image_encoder.image_size)
     empty = model.tokenizer("")
-    trainable, frozen = split_parameters(model.parameters, config.trainable)
     buckets = focus_buckets(config)
     names = list(buckets)
     source, encode_placed = make_encoder(generator, config, buckets)
     objective = objectives.Objective(generator, config, empty, source)
+
+    # Where everything is encoded once, steps leave encoders alone; otherwise they ask them.
+    held = objective.parts if config.data.cache else PARTS
+    parameters = models.load_parts(
+        config, held, functools.partial(rules.parameter_sharding, mesh=mesh))
+    logging.info("%s", models.describe(parameters))
+    others = models.PartsOnDemand(config, [part for part in PARTS if part not in held], mesh)
+    trainable, frozen = split_parameters(parameters, config.trainable)
+    del parameters  # The loop gives the memory of the trainable ones away.
     fixed = {"parameters": {part: tree for part, tree in frozen.items()
                             if part in objective.parts}}
     if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         fixed["reference"] = as_computed(trainable, config.dtype)
-    # The loop gives the trainable parameters' memory away. The encoders are among the frozen ones.
-    model = model.with_parameters(merge_parameters(fixed.get("reference", {}), frozen))
 
-    def encode(parameters, batch):
-        with activations.divided(mesh):
-            return encode_placed(parameters, meshes.shard_rows(batch, mesh))
+    def merged(tree):
+        """All parameters of a generator with these trainable ones."""
+        return merge_parameters(tree, frozen | others())
+
+    def at_start():
+        """What encoding reads: the generator as it was before the first step."""
+        return merged(fixed.get("reference", {}))
 
     part, parts = meshes.batch_share(mesh, config.batch_size)
     if config.data.cache:
-        in_order = loader.evaluation_batches(
-            sources["train"], transform=transform,
-            batch_size=min(len(sources["train"]), config.evaluation.batch_size))
-        pairs = _cached(config, sources["train"], model, encode, source, in_order)
+        pairs = _cached(config, sources["train"], model, at_start, encode_placed, source, transform,
+                        mesh)
         change = _identity
         prepare = functools.partial(meshes.shard_batch, mesh=mesh)
     else:
-        pairs, change = sources["train"], transform
+        pairs, change, parameters = sources["train"], transform, at_start()
 
         def prepare(batch):
             with activations.divided(mesh):
-                return encode_placed(model.parameters, meshes.shard_batch(batch, mesh))
+                return encode_placed(parameters, meshes.shard_batch(batch, mesh))
 
     batches = loader.make_loader(
         pairs, batch_size=config.batch_size, seed=config.seed, transform=change,
@@ -150,31 +158,22 @@ def generator_task(config, workdir, mesh, sources, model):
 
     focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
                          compiler_options=models.FAST_TO_COMPILE)
-    showcase = Showcase(config, workdir, model, sources, mesh, encode, transform, generate, buckets,
-                        lambda structure, *arguments: focus_maps(structure, fixed, *arguments))
-
-    if config.data.cache:
-        # Only drawing needs the encoders from here on: until then they lie on the host.
-        model = model.with_parameters({})
-        frozen = fixed["parameters"] | {part: meshes.fetch(tree) for part, tree in frozen.items()
-                                        if part not in objective.parts}
-
-    def merged(tree):
-        awake = {part: jax.device_put(tree, rules.tree_shardings({part: tree}, mesh)[part])
-                 for part, tree in frozen.items() if part not in objective.parts}
-        return merge_parameters(tree, fixed["parameters"] | awake)
+    showcase = Showcase(config, workdir, model, sources, mesh, _by_rows(encode_placed, mesh),
+                        transform, generate, buckets,
+                        lambda structure, *arguments: focus_maps(structure, fixed, *arguments),
+                        merged, at_start)
 
     def finish(step, tree, writer):
-        models.save_model(workdir / "model", model, merged(tree))
-        showcase.finish(step, merged(tree), writer)
+        models.save_model(workdir / "model", model, merge_parameters(tree, frozen),
+                          others=others.each())
+        showcase.finish(step, tree, writer)
 
     return Task(
         trainable=trainable, frozen=fixed, buckets=buckets, batches=batches, prepare=prepare,
         guide=objective.guide, loss=objective.loss, unit="pairs",
         bucket_at=lambda number: names[bucket_for_step(config.seed, number, len(names))],
-        start=lambda writer: showcase.start(merged(trainable)),
-        sample=lambda step, tree, writer: showcase.sample(step, merged(tree), writer),
-        finish=finish, mesh=mesh)
+        start=lambda writer: showcase.start(trainable), sample=showcase.sample, finish=finish,
+        mesh=mesh)
 
 
 def as_computed(parameters, dtype):
@@ -200,21 +199,41 @@ def make_encoder(generator, config, buckets):
         quality=config.objective == "patch_dpo")
 
 
-def _cached(config, records, model, encode, source, batches):
+def _by_rows(encode, mesh):
+    """`encode` of batches that lie on the host, in any size."""
+    def encode_rows(parameters, batch):
+        with activations.divided(mesh):
+            return encode(parameters, meshes.shard_rows(batch, mesh))
+
+    return encode_rows
+
+
+def _cached(config, records, model, parameters, encode, source, transform, mesh):
     """What the encoders say of every pair: of Toybox in memory, of a prepared set beside it."""
+    # Each device has as many pairs as the others.
+    shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+    size = min(len(records), config.evaluation.batch_size)
+    batches = loader.evaluation_batches(records, transform=transform,
+                                        batch_size=-(-size // shares) * shares)
     if config.data.source == "toybox":
-        return encoding.cached(encode, model.parameters, batches)
+        return encoding.cached(_by_rows(encode, mesh), parameters(), batches)
     if config.objective not in config_rules.SUPERVISED_OBJECTIVES:
         # All that any objective of pairs looks at, so that rivals share the files.
         source = source or EncoderSource(model.generator, config.focus.prototypes)
         encode = encoding.encoder(model.generator, config, source, dpce=True, quality=True)
-    key = encoding_cache.make_key(model, config, records.settings["content"], source)
     folder = epath.Path(config.data.path) / encoding_cache.folder_name(config, source)
-    return encoding_cache.cached(folder, key, encode, model.parameters, batches, len(records))
+    return encoding_cache.cached(
+        folder, encoding_cache.make_key(model, config, records.settings["content"], source),
+        {part: getattr(model.generator.config, part)
+         for part in encoding_cache.parts_read(config, source)},
+        functools.partial(models.files_digest, config), parameters, _by_rows(encode, mesh), batches,
+        len(records))
 
 
-def encoder_task(config, workdir, mesh, sources, model):
+def encoder_task(config, workdir, mesh, sources):
     """Trains the autoencoder, the image encoder or the probe on pictures of Toybox."""
+    model = models.load_model(config, functools.partial(rules.parameter_sharding, mesh=mesh))
+    logging.info("%s", models.describe(model.parameters))
     generator, key = model.generator, jax.random.key(config.seed)
     transform = loader.pair_transform(
         tokenize=model.tokenizer, num_subjects=subject_slots(config, sources))

@@ -213,11 +213,11 @@ def test_tokens_are_counted_by_a_tokenizer_where_there_is_one(tmp_path):
         run(manifest, tmp_path / "output", count_tokens=lambda caption: 78 if "2" in caption else 7)
 
 
-def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
+def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch):
     """The command as the docs give it, its contact sheet, and two steps of training."""
     import tiny
 
-    from focusdpo_jax.training import loop
+    from focusdpo_jax.training import loop, models
     output = tmp_path / "data"
     subprocess.run([sys.executable, "-m", "focusdpo_jax.prepare", f"--manifest={EXAMPLE}",
                     f"--output={output}", "--resolution=32", "--workers=1"], check=True,
@@ -236,7 +236,25 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path):
     assert len(list((output / "encoded_pairs_vit").rglob("*.npz"))) == len(sources["train"])
     config.data.cache = False
     loop.run(config, tmp_path / "uncached")
-    assert tiny.losses(tmp_path / "uncached")[2] == pytest.approx(losses[2], rel=1e-3)
+    assert tiny.losses(tmp_path / "uncached")[2] == pytest.approx(losses[2], rel=1e-4)
+
+    # Everything is encoded and nothing is drawn: encoders are not read before they are saved.
+    config.data.cache, config.evaluation.pictures = True, 0
+    load_parts, read = models.load_parts, []
+    monkeypatch.setattr(models, "load_parts", lambda config, parts, *place: (
+        read.append(sorted(parts)) or load_parts(config, parts, *place)))
+    loop.run(config, tmp_path / "without")
+    assert tiny.losses(tmp_path / "without") == losses
+    assert read == [["adapter", "unet"], ["text_encoder"], ["text_encoder_2"], ["image_encoder"],
+                    ["vae"]]
+    assert tree(tmp_path / "without" / "model") == tree(tmp_path / "run" / "model")
+    assert not (tmp_path / "without" / "samples").exists()
+    other = shutil.copytree(config.model.pretrained, tmp_path / "other")
+    path = other / "vae.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    config.model.pretrained = str(other)
+    with pytest.raises(UserError, match="encoded_pairs_vit was made with other vae; remove it"):
+        loop.run(config, tmp_path / "refused")
 
     for changes, reason in [
             # One folder for all: a start that was refused does not stand in the next one's way.

@@ -16,7 +16,8 @@ from focusdpo_jax.models.generator import ImageView
 from focusdpo_jax.training import encoding, encoding_cache, models
 
 COUNT, SIZE = 5, 2
-KEY = {"encoders": "a", "pictures": "b", "resolution": 8, "detail": [16, 3.0]}
+KEY = {"pictures": "b", "resolution": 8, "detail": [16, 3.0]}
+PARAMETERS = {"vae": {"shift": np.float32(0.1)}}
 
 
 def batches():
@@ -29,7 +30,7 @@ def batches():
 
 def encode(parameters, batch):
     """An encoder whose answers tell which record they are of."""
-    value = np.float32(batch.index)[:, None, None, None] + parameters
+    value = np.float32(batch.index)[:, None, None, None] + parameters["vae"]["shift"]
     fields = dict.fromkeys(encoding.EncodedPairs.__dataclass_fields__)
     return encoding.EncodedPairs(**fields | {
         "latents_mean": np.broadcast_to(value, (SIZE, 2, 4, 4)),
@@ -38,8 +39,9 @@ def encode(parameters, batch):
         "time_ids": np.tile(np.float32([1000.5, 2, 3]), (SIZE, 1)), "index": batch.index})
 
 
-def cached(folder, key=KEY, encode=encode):
-    return encoding_cache.cached(epath.Path(folder), key, encode, 0.25, batches(), COUNT)
+def cached(folder, key=KEY, encode=encode, parameters=lambda: PARAMETERS, files="files", sizes=1):
+    return encoding_cache.cached(epath.Path(folder), key, {"vae": sizes}, lambda part: files,
+                                 parameters, encode, batches(), COUNT)
 
 
 def tree(folder):
@@ -48,11 +50,12 @@ def tree(folder):
 
 
 def test_files_hold_what_memory_would(tmp_path):
-    stored, kept = cached(tmp_path / "e"), encoding.cached(encode, 0.25, batches())
+    stored, kept = cached(tmp_path / "e"), encoding.cached(encode, PARAMETERS, batches())
     assert len(stored) == len(kept) == COUNT
     for i in range(COUNT):
-        assert stored[i].latents_mean[0, 0, 0] == i + 0.25
-        assert stored[i].latents_mean.dtype == np.float16 and stored[i].detail is None
+        # To the bit: 0.1 is no number of half precision.
+        assert stored[i].latents_mean[0, 0, 0] == np.float32(i) + np.float32(0.1)
+        assert stored[i].latents_mean.dtype == np.float32 and stored[i].detail is None
         jax.tree.map(np.testing.assert_array_equal, stored[i], kept[i])
 
 
@@ -62,14 +65,42 @@ def test_bfloat16_is_kept_to_the_bit(tmp_path):
         return encoded.replace(references=ImageView(jnp.full((SIZE, 3), 1 / 3, jnp.bfloat16)))
 
     stored = cached(tmp_path / "e", encode=precise)[3].references.features
-    np.testing.assert_array_equal(stored, np.float32(jnp.bfloat16(1 / 3)))
+    assert stored.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(stored, jnp.bfloat16(1 / 3))
 
 
 def test_second_time_asks_nobody(tmp_path):
     cached(tmp_path / "e")
     before = tree(tmp_path)
-    stored = cached(tmp_path / "e", encode=None)
-    assert stored[4].latents_mean[0, 0, 0] == 4.25 and tree(tmp_path) == before
+    # No encoder's parameters are there to be asked for.
+    stored = cached(tmp_path / "e", encode=None, parameters=None)
+    assert stored[4].latents_mean[0, 0, 0] == np.float32(4.1) and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("before, after", [("files", "other"), (None, None), (None, "files")])
+def test_other_files_may_hold_the_same_encoders(before, after, tmp_path):
+    cached(tmp_path / "e", files=before)
+    asked = []
+
+    def parameters():
+        asked.append(1)
+        return PARAMETERS
+
+    cached(tmp_path / "e", encode=None, parameters=parameters, files=after)
+    assert len(asked) == 1
+    # They are remembered, where they are files.
+    cached(tmp_path / "e", encode=None, parameters=parameters, files=after)
+    assert len(asked) == (1 if after else 2)
+
+
+@pytest.mark.parametrize("changes", [{"parameters": lambda: {"vae": {"shift": np.float32(0.2)}}},
+                                     {"sizes": 2}])
+def test_other_encoders_are_refused(changes, tmp_path):
+    cached(tmp_path / "e")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="was made with other vae; remove it"):
+        cached(tmp_path / "e", **{"files": "other"} | changes)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -91,7 +122,7 @@ def test_interrupted_and_repeated_is_the_same_to_the_byte(at, tmp_path):
     assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["encoders", "resolution", "detail", "pictures"])
+@pytest.mark.parametrize("name", ["resolution", "detail", "pictures"])
 def test_stale_files_are_refused(name, tmp_path):
     cached(tmp_path / "e")
     with pytest.raises(UserError, match=f"was made with other {name}; remove it"):
@@ -108,35 +139,26 @@ def test_runs_that_need_other_pictures_or_masks_keep_apart():
     assert folder("sft", 0.5) == "encoded_both"
 
 
-def test_key_follows_the_encoders():
+def test_key_follows_what_else_matters():
     config = ConfigDict({"dtype": "float32", "resolution": 8, "trainable": "adapter",
                          "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
-    generator = ConfigDict(
-        {"config": {"vae": 1, "image_encoder": 2, "unet": 3, "text_encoder": 4,
-                    "text_encoder_2": 5, "adapter": {"kind": "resampler"}}})
-    tokenizer = mock.Mock(digest=lambda: "t")
-    parameters = {"vae": {"a": np.ones(3), "b": np.zeros(2)}, "image_encoder": {"c": np.ones(2)},
-                  "unet": {"d": np.ones(1)}, "text_encoder": {"e": np.ones(1)},
-                  "text_encoder_2": {"f": np.ones(1)}}
+    generator = ConfigDict({"config": {"adapter": {"kind": "resampler"}}})
 
-    def key(parameters, content="x", source=None, config=config):
-        model = models.Model(generator, parameters, tokenizer, None)
-        return encoding_cache.make_key(model, config, content, source)
+    def key(content="x", source=None, words="t", **changes):
+        model = models.Model(generator, {}, mock.Mock(digest=lambda: words), None)
+        changed = ConfigDict(config.to_dict() | changes)
+        return encoding_cache.make_key(model, changed, content, source)
 
-    assert key(parameters) == key({**parameters, "unet": {"d": np.zeros(1)}})
-    moved = {"a": np.zeros(2), "b": np.ones(3)}
-    assert key(parameters)["encoders"] != key({**parameters, "vae": moved})["encoders"]
-    assert key(parameters) != key(parameters, "y")
-    # Text encoders matter unless they are trained: then the captions are not kept.
-    spoken = {**parameters, "text_encoder_2": {"f": np.zeros(1)}}
-    assert key(parameters) != key(spoken)
-    config = ConfigDict(config.to_dict() | {"trainable": "generator"})
-    assert key(parameters, config=config) == key(spoken, config=config)
-    assert key(parameters, config=config) != key(parameters)
     unet = mock.Mock(parts=("unet",), settings=["unet", 16, 124, 374])
-    other = key(parameters, source=unet)
-    assert other != key(parameters) and other["features"] == ["unet", 16, 124, 374]
-    assert other != key({**parameters, "unet": {"d": np.zeros(1)}}, source=unet)
+    others = [key("y"), key(words="u"), key(source=unet), key(dtype="bfloat16"),
+              key(resolution=16), key(trainable="generator")]
+    assert all(other != key() for other in others)
+    assert key(source=unet)["features"] == ["unet", 16, 124, 374]
+    # Text encoders matter unless they are trained: then the captions are not kept.
+    everything = ["image_encoder", "text_encoder", "text_encoder_2", "unet", "vae"]
+    assert encoding_cache.parts_read(config, unet) == everything
+    config.trainable = "generator"
+    assert encoding_cache.parts_read(config, None) == ["image_encoder", "vae"]
 
 
 @pytest.mark.parametrize("objective, share, name", [
