@@ -160,9 +160,9 @@ def _check(folder, key, parts, files, parameters):
     if processes.is_first():
         if old is not None:
             _refuse(folder, {n: told["values"] for n, told in old["encoders"].items()}, values)
-        key |= {"encoders": {part: {"files": found[part], "values": values[part]}
-                             for part in parts}}
-        replace_file(path, json.dumps(key, indent=2, sort_keys=True) + "\n")
+        encoders = {part: {"files": found[part], "values": values[part]} for part in parts}
+        content = key | {"encoders": encoders}
+        replace_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _refuse(folder, old, new):
