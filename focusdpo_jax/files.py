@@ -1,5 +1,6 @@
 """Writing files so that nobody ever finds half of one."""
 
+import re
 import uuid
 
 from etils import epath
@@ -18,3 +19,11 @@ def replace_file(path: epath.PathLike, content: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
+
+
+def remove_unfinished(folder: epath.PathLike) -> None:
+    """Removes what a killed `replace_file` has left in a folder and in those that lie in it."""
+    for pattern in ("*.tmp", "*/*.tmp"):
+        for path in epath.Path(folder).glob(pattern):
+            if re.search(r"\.[0-9a-f]{8}\.tmp$", path.name):
+                path.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from etils import epath
 from focusdpo_jax.data import geometry
 from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture, encode_png
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.files import replace_file
+from focusdpo_jax.files import remove_unfinished, replace_file
 
 PHOTO = re.compile(r"(?!.*_mask\.).*\.(jpe?g|png|webp)$", re.IGNORECASE)
 """The names of photographs, which those of masks are not."""
@@ -45,6 +45,7 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
                  len(photos))
     lines = []
     try:
+        remove_unfinished(target)
         for subject, paths in photos.items():
             for path in paths:
                 for file in (path, mask_path(path)):

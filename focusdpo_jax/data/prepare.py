@@ -27,7 +27,7 @@ from focusdpo_jax.data.dataset import PAIRS
 from focusdpo_jax.data.line_record import Sizes
 from focusdpo_jax.data.report import summarize
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.files import replace_file
+from focusdpo_jax.files import remove_unfinished, replace_file
 
 REFERENCE_SIZE = 518
 """Largest side of a stored reference: no published image encoder looks at more pixels."""
@@ -113,6 +113,7 @@ def prepare(
                 raise UserError(f"--output={output} has a folder {PAIRS} that `prepare` did not "
                                 "make; give another --output")
         work.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(output)
         outcomes = list(_run(make(work / "lines"), total, workers))
         report = summarize(outcomes, make.identity(outcomes))
         refused = report["refused"]

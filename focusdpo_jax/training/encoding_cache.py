@@ -18,7 +18,7 @@ from absl import logging
 
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.files import replace_file
+from focusdpo_jax.files import remove_unfinished, replace_file
 from focusdpo_jax.models.generator import ImageView
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
@@ -26,6 +26,7 @@ from focusdpo_jax.training import encoding
 
 _FORMAT = 2  # Changes when the same encoders and pictures would make other files.
 _NAMELESS = np.dtype("V2")
+
 
 def parts_read(config, source):
     """Parts of the generator whose parameters the encoded records depend on, sorted.
@@ -125,6 +126,8 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
             logging.info("encoded before: %d records in %s", count, folder)
             return StoredEncodings(folder, count)
         logging.info("encoding %d of %d records to %s", count - ready, count, folder)
+        if processes.is_first():
+            remove_unfinished(folder)
         tree = parameters()
         for batch in batches:
             rows = [i for i, index in enumerate(batch.index)

@@ -116,6 +116,9 @@ def test_interrupted_and_repeated_is_the_same_to_the_byte(at, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path / "parts", encode=some)
+    # What a writer that was killed leaves.
+    (tmp_path / "parts" / "0000").mkdir(exist_ok=True)
+    (tmp_path / "parts" / "0000" / "0000004.npz.0123abcd.tmp").write_bytes(b"half")
     again = []
     cached(tmp_path / "parts", encode=lambda p, b: again.append(b) or encode(p, b))
     assert len(again) == 3 - at
