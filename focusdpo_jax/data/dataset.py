@@ -149,6 +149,8 @@ class StoredSource:
         """Opens a directory that `build` returned; raises UserError where there is none."""
         import tensorflow_datasets as tfds
 
+        from focusdpo_jax.data import preference_pairs
+
         self._path, self._split = epath.Path(path), split
         if not (self._path / "dataset_info.json").exists():
             raise UserError(f"no data set at {path}; build it first, or correct data.path")
@@ -159,8 +161,11 @@ class StoredSource:
                 f"{path} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             )
         self.splits = tuple(builder.info.splits)
-        self._source = builder.as_data_source(split)
+        self._source = builder.as_data_source(split, decoders=preference_pairs.decoders())
         self.settings = dict(builder.info.metadata or {})
+
+    def __reduce__(self):
+        return StoredSource, (self._path, self._split)  # Worker processes open it again.
 
     def __len__(self) -> int:
         return len(self._source)
@@ -200,17 +205,10 @@ def open_prepared(path: epath.PathLike) -> dict[str, StoredSource]:
 
 
 def _record(stored: dict) -> dict:
-    """From what TFDS decodes to a record as in `record`: strings, bool masks, a list of subjects."""
+    """From what TFDS decodes to a record as in `record`: strings, and a list of subjects."""
     columns = stored["subjects"]
     count = len(columns["phrase"])
     subjects = [{name: column[i] for name, column in columns.items()} for i in range(count)]
     for subject in subjects:
         subject["phrase"] = subject["phrase"].decode()
-        subject["reference_mask"] = subject["reference_mask"][..., 0] > 0
-        subject["mask"] = subject["mask"][..., 0] > 0
-    return {
-        **stored,
-        "caption": stored["caption"].decode(),
-        "prior_mask": stored["prior_mask"][..., 0] > 0,
-        "subjects": subjects,
-    }
+    return {**stored, "caption": stored["caption"].decode(), "subjects": subjects}

@@ -21,7 +21,7 @@ from focusdpo_jax.data.images import encode_png
 from focusdpo_jax.data.line_record import Sizes, make_record
 from focusdpo_jax.data.manifest import Refused
 
-_FORMAT = 1  # Changes when the same line would make another record.
+_FORMAT = 2  # Changes when the same line would make another record.
 
 
 @dataclasses.dataclass(frozen=True)
