@@ -125,6 +125,8 @@ def get_config(argument=""):
     # The result is kept in memory, or of a prepared data set on disk, in its folder: 3.4 MiB a pair
     # at 1024 pixels. Encoders then take no memory while there is nothing to draw.
     config.data.cache = debug
+    # Processes that read and decode; 0 does it by threads of the one that trains.
+    config.data.workers = 0
 
     # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.
     config.focus = ml_collections.ConfigDict()

@@ -107,6 +107,8 @@ def get_config(stage="generator"):
     config.data.leak_probability = 1.0 if stage == "confusion" else 0.5
     # Whether frozen encoders see every picture once, before training, and not in every step.
     config.data.cache = True
+    # Processes that read and decode; 0 does it by threads of the one that trains.
+    config.data.workers = 0
 
     # The weight of the background for "subject_sft"; FocusDPO's other numbers are not used here,
     # see configs/toybox_dpo.py.

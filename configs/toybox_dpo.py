@@ -99,6 +99,8 @@ def get_config():
     # Whether the frozen encoders see every picture once, before training, and not in every step.
     # The result is kept in memory; of a prepared data set on disk, in its folder.
     config.data.cache = True
+    # Processes that read and decode; 0 does it by threads of the one that trains.
+    config.data.workers = 0
 
     # FocusDPO's weight (focus/weighting.py) and the buckets of timesteps in which it moves.
     config.focus = ml_collections.ConfigDict()

@@ -22,12 +22,12 @@ ENCODER_OBJECTIVES = ("autoencode", "attributes", "probe")
 # Fields that may change between two runs in one folder: they say how long to train and how
 # often to look, not what is trained.
 _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
-               "data.path", "data.cache", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+               "data.path", "data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
-          "data.source": "toybox", "data.leak_probability": 0.5, "focus.features": "vit",
+          "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5, "focus.features": "vit",
           "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
 
@@ -115,6 +115,7 @@ RULES = {
     "data.source": _one_of("toybox", "prepared"),
     "data.path": _text(),
     "data.cache": _flag(),
+    "data.workers": _integer(0),
     "data.seed": _integer(0),
     "data.train_size": _integer(1),
     "data.validation_size": _integer(1),

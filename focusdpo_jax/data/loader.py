@@ -4,12 +4,18 @@ The order is that of one global stream, determined by the seed alone. Of every b
 P takes the p-th of P equal parts, so that a step's global batch is the same on any number of processes.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import cv2
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from focusdpo_jax.data.record import PreferenceBatch, Tokenize, check_record, encode
 from focusdpo_jax.errors import UserError
@@ -25,18 +31,19 @@ def make_loader(
     process_count: int = 1,
     shuffle: bool = True,
     epochs: int | None = None,
+    workers: int = 0,
     threads: int = 2,
     prefetch: int = 4,
-) -> grain.DatasetIterator:
+) -> "Batches":
     """An iterator over training batches.
 
     Every epoch has an order of its own. Batches run on across the ends of epochs; only after the last
-    of a finite number of epochs are leftovers dropped. `get_state()` gives a dict that JSON can hold,
-    and after `set_state` the iterator goes on exactly where the other one was, batches already
-    prefetched included.
+    of a finite number of epochs are leftovers dropped. The batches are the same whoever reads them,
+    threads or any number of processes.
 
     Args:
-      source: entries by position (`__len__` and `__getitem__`, called from several threads).
+      source: entries by position (`__len__` and `__getitem__`, called from several threads). Where
+        there are worker processes, each gets a pickled copy, and one of `transform`.
       batch_size: pairs a step over all processes; this one yields its share of it.
       seed: determines the order.
       transform: from an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
@@ -44,10 +51,13 @@ def make_loader(
       process_index, process_count: which part of every batch this process reads.
       shuffle: False keeps the order of the source.
       epochs: passes over the source; None goes on for ever.
-      threads, prefetch: how many threads read, and how many batches they read ahead.
+      workers: processes that read; 0 reads in this one, by threads.
+      threads: how many of them, in this process alone: a worker has one.
+      prefetch: how many batches threads, or each worker, read ahead.
 
     Raises:
-      UserError: the sizes do not fit together; while iterating, a record is corrupt or unfit.
+      UserError: the sizes do not fit together; while iterating, a record is corrupt or unfit, or a
+        worker has died.
     """
     local_size = _local_size(batch_size, process_count)
     if not len(source):
@@ -60,8 +70,98 @@ def make_loader(
         dataset = _Share(dataset, batch_size, local_size, process_index)
     dataset = dataset.map(transform)
     dataset = dataset.batch(local_size, drop_remainder=True)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return iter(dataset.to_iter_dataset(options))
+    return Batches(dataset, workers, grain.ReadOptions(
+        num_threads=1 if workers else threads, prefetch_buffer_size=prefetch))
+
+
+class Batches:
+    """Batches of a data set in order; their position is all the state there is.
+
+    Nothing is read, and no process started, before the first batch is asked for.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, workers: int, options: grain.ReadOptions):
+        """Of a data set of batches; see `make_loader` for the rest."""
+        self._dataset, self._workers, self._options = dataset, workers, options
+        self._given, self._iterator = 0, None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._iterator is None:
+            self._iterator = self._open()
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads data has died ({error}), perhaps for want of memory or of "
+                f"room in /dev/shm; give fewer than config.data.workers = {self._workers}"
+            ) from error
+        self._given += 1
+        return batch
+
+    def get_state(self) -> dict:
+        """What `set_state` needs to go on behind the last batch, as JSON values."""
+        return {"next_index": self._given}
+
+    def set_state(self, state: dict) -> None:
+        """Goes on where another iterator of the same data set was, with any number of workers."""
+        self.close()
+        self._given = state["next_index"]
+
+    def close(self) -> None:
+        """Ends worker processes, until another batch is asked for."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def _open(self):
+        rest = self._dataset.slice(slice(self._given, None)).to_iter_dataset(self._options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain looks at its own, also without a command line.
+                flags.FLAGS.mark_as_parsed()
+            rest = rest.mp_prefetch(
+                grain.MultiprocessingOptions(self._workers, self._options.prefetch_buffer_size),
+                worker_init_fn=_start_worker)
+        return iter(rest)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leaves accelerators and signals to the process that trains, and the cores to other workers."""
+    del index, count
+    jax.config.update("jax_platforms", "cpu")
+    for number in (signal.SIGINT, signal.SIGTERM):  # Many are sent to all processes of a run.
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Grain's workers would wait for ever for one that was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+class Ahead:
+    """Batches as a step takes them, each made while the step before it runs.
+
+    Attributes:
+      batch: the one that is to be trained on now.
+      state: of the loader, before that batch.
+    """
+
+    def __init__(self, batches: Batches, prepare: Callable[[Any], Any]):
+        """Takes a loader, and what brings its batches to the device without waiting for it."""
+        self._batches, self._prepare = batches, prepare
+        self.advance()
+
+    def advance(self) -> None:
+        """Goes on to the next batch; to be called when the step with this one has been started."""
+        self.state = self._batches.get_state()
+        self.batch = self._prepare(next(self._batches))
 
 
 class _Share(grain.MapDataset):

@@ -15,6 +15,7 @@ from etils import epath
 
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import run_folder
+from focusdpo_jax.data.loader import Ahead
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.sharding import processes
@@ -72,10 +73,8 @@ def run(config, workdir, *, accept_changes=False):
 
 def train(config, task, state, optimizer, checkpoints, writer, done):
     """Runs the steps from `done` to `config.steps`; returns the last state."""
-    position = task.batches.get_state()
-    batch = task.prepare(next(task.batches))
-    task.batches.set_state(position)
-    step = compile_step(task, optimizer, task.buckets, state, batch, seed=config.seed,
+    ahead = Ahead(task.batches, task.prepare)
+    step = compile_step(task, optimizer, task.buckets, state, ahead.batch, seed=config.seed,
                         ema_decay=config.ema_decay)
 
     leave = contextlib.ExitStack()
@@ -88,8 +87,8 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
             for micro in range((number - 1) * config.accumulate, number * config.accumulate):
                 bucket = task.bucket_at(micro)
                 structure, numbers = task.buckets[bucket]
-                batch = task.prepare(next(task.batches))
-                state, metrics = step(structure, state, task.frozen, batch, numbers, micro)
+                state, metrics = step(structure, state, task.frozen, ahead.batch, numbers, micro)
+                ahead.advance()
                 merge_into(seen.setdefault(bucket, {}), metrics)
             if number % config.log_every == 0 or number == config.steps:
                 values = summarize(seen)
@@ -100,7 +99,7 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
                 seen = {}
             stop = preempted(number)
             if stop or number % config.checkpoint_every == 0 or number == config.steps:
-                checkpoints.save(number, state, task.batches.get_state())
+                checkpoints.save(number, state, ahead.state)
             if stop:
                 checkpoints.close()
                 raise preemption.Preempted(
@@ -110,6 +109,7 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
                 task.sample(number, state.evaluated, writer)
                 progress.pause()
     finally:
+        task.batches.close()
         progress.close()
         leave.close()
     logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - began))

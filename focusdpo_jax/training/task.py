@@ -18,7 +18,7 @@ class Task:
       loss: (trainable, frozen, batch, guidance, numbers, key) -> (loss, dict of scalars).
       buckets: {name: (structure, numbers)}: buckets of equal structure share one executable.
       bucket_at: batch number -> name of its bucket, the same on every host.
-      batches: iterator over batches with `get_state` and `set_state`.
+      batches: a `loader.Batches`.
       prepare: batch of the iterator -> batch of the loss, on the device.
       unit: what a batch is made of, for the progress bar ("pairs").
       start: called once before the first step with a MetricWriter.

@@ -144,9 +144,11 @@ def generator_task(config, workdir, mesh, sources):
             with activations.divided(mesh):
                 return encode_placed(parameters, meshes.shard_batch(batch, mesh))
 
+    # What is in memory already would only be copied to other processes.
+    in_memory = isinstance(pairs, encoding.EncodedSource)
     batches = loader.make_loader(
         pairs, batch_size=config.batch_size, seed=config.seed, transform=change,
-        process_index=part, process_count=parts)
+        process_index=part, process_count=parts, workers=0 if in_memory else config.data.workers)
 
     draw = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
@@ -266,8 +268,8 @@ def encoder_task(config, workdir, mesh, sources):
         buckets={"all": (config.objective, None)},
         bucket_at=lambda number: "all", unit="scenes",
         batches=loader.make_loader(sources["train"], batch_size=config.batch_size,
-                                   seed=config.seed, transform=transform,
-                                   process_index=part, process_count=parts),
+                                   seed=config.seed, transform=transform, process_index=part,
+                                   process_count=parts, workers=config.data.workers),
         prepare=functools.partial(meshes.shard_batch, mesh=mesh),
         start=_nothing, sample=_nothing, finish=finish, mesh=mesh)
 

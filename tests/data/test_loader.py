@@ -1,6 +1,12 @@
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 
+import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +15,7 @@ from focusdpo_jax.errors import UserError
 
 SIZE = 12
 SOURCE = dataset.ToyboxSource(toybox.World(resolution=32), "train", SIZE)
+THREE = toybox.World(resolution=32, count_probabilities=(0.0, 0.0, 1.0))
 
 
 def make(source=SOURCE, **changes):
@@ -91,9 +98,8 @@ def test_corrupt_record_is_named():
 
 
 def test_too_many_subjects_are_named():
-    world = toybox.World(resolution=32, count_probabilities=(0.0, 0.0, 1.0))
     with pytest.raises(UserError, match="subjects has 3 entries; 1 to 2 fit"):
-        next(make(dataset.ToyboxSource(world, "train", 4), num_subjects=2))
+        next(make(dataset.ToyboxSource(THREE, "train", 4), num_subjects=2))
 
 
 def test_evaluation_keeps_the_order_and_fills_the_last_batch():
@@ -110,3 +116,63 @@ def test_evaluation_keeps_the_order_and_fills_the_last_batch():
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="batch_size is 4 and there are 3 processes"):
         make(process_count=3)
+
+
+def test_workers_give_the_same_batches_and_go_on_where_threads_were():
+    expected, state = indices(make(), 9), make().get_state()
+    for start, workers in ((0, 0), (3, 2), (6, 0)):
+        iterator = make(workers=workers)
+        iterator.set_state(json.loads(json.dumps(state)))
+        assert indices(iterator, 3) == expected[start:start + 3]
+        state = iterator.get_state()
+        iterator.close()
+
+
+def test_a_worker_s_mistakes_and_death_are_told():
+    with pytest.raises(UserError, match=r"record \d+: subjects has 3 entries; 1 to 2 fit"):
+        next(make(dataset.ToyboxSource(THREE, "train", 4), num_subjects=2, workers=1))
+
+    class Deadly(dataset.ToyboxSource):
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserError, match=r"has died .*; give fewer than config.data.workers = 1"):
+        next(make(Deadly(SOURCE.world, "train", 4), workers=1))
+
+
+KILLED = """
+import os, signal, numpy as np
+from focusdpo_jax.data import loader
+
+def transform(entry):
+    return np.array([os.getpid()])
+
+batches = loader.make_loader([0] * 9, batch_size=1, seed=0, transform=transform, workers=1)
+print(next(batches)[0, 0], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_process_that_was_killed():
+    # A worker has the pipe open, too: it is read until both have ended.
+    result = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, timeout=60)
+    assert result.returncode == -signal.SIGKILL and result.stdout
+
+
+def test_workers_leave_accelerators_alone():
+    def transform(record):
+        return np.array([jax.config.jax_platforms == "cpu", cv2.getNumThreads() == 1])
+
+    assert next(make(workers=1, transform=transform)).all()
+
+
+def test_the_batch_ahead_is_not_yet_part_of_the_state():
+    ahead, seen = loader.Ahead(make(), lambda batch: batch), []
+    for _ in range(3):
+        seen.append((ahead.state, ahead.batch.index.tolist()))
+        ahead.advance()
+    assert [index for _, index in seen] == indices(make(), 3)
+    for state, index in seen:
+        again = make()
+        again.set_state(state)
+        assert next(again).index.tolist() == index

@@ -151,6 +151,7 @@ def test_interrupted_and_repeated_is_the_same_to_the_byte(where, good, tmp_path,
     if where != "clean":
         assert not (tmp_path / "output" / "report.json").exists()
         (tmp_path / "output" / ".work" / "half.zip.tmp").write_bytes(b"half")
+        (tmp_path / "output" / "report.json.0123abcd.tmp").write_bytes(b"half")
     with monkeypatch.context() as patch:
         again = []
         patch.setattr(line_store, "make_record", lambda *a: again.append(1) or make_record(*a))
@@ -234,12 +235,12 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     assert not (tmp_path / "run" / "results.json").exists()  # Nobody knows the truth.
     assert len(list((output / "encoded_pairs_vit").rglob("*.npz"))) == len(sources["train"])
-    config.data.cache = False
+    config.data.cache, config.data.workers = False, 1
     loop.run(config, tmp_path / "uncached")
     assert tiny.losses(tmp_path / "uncached")[2] == pytest.approx(losses[2], rel=1e-4)
 
     # Everything is encoded and nothing is drawn: encoders are not read before they are saved.
-    config.data.cache, config.evaluation.pictures = True, 0
+    config.data.cache, config.data.workers, config.evaluation.pictures = True, 0, 0
     load_parts, read = models.load_parts, []
     monkeypatch.setattr(models, "load_parts", lambda config, parts, *place: (
         read.append(sorted(parts)) or load_parts(config, parts, *place)))
