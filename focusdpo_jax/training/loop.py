@@ -22,6 +22,7 @@ from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import preemption, tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
+from focusdpo_jax.training.speed import matmul_peak
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
@@ -79,9 +80,11 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
 
     leave = contextlib.ExitStack()
     preempted = leave.enter_context(preemption.watch())
-    progress = Progress(start=done, total=config.steps, unit=task.unit,
-                        per_step=config.batch_size * config.accumulate)
-    began, seen = time.monotonic(), {}
+    progress = Progress(
+        start=done, total=config.steps, unit=task.unit,
+        per_step=config.batch_size * config.accumulate, devices=task.mesh.size,
+        peak=matmul_peak(jax.local_devices()[0], config.dtype))
+    began, seen, products = time.monotonic(), {}, 0.0
     try:
         for number in range(done + 1, config.steps + 1):
             for micro in range((number - 1) * config.accumulate, number * config.accumulate):
@@ -90,13 +93,13 @@ def train(config, task, state, optimizer, checkpoints, writer, done):
                 state, metrics = step(structure, state, task.frozen, ahead.batch, numbers, micro)
                 ahead.advance()
                 merge_into(seen.setdefault(bucket, {}), metrics)
+                products += step.products[structure]
             if number % config.log_every == 0 or number == config.steps:
                 values = summarize(seen)
                 require_finite(values, number, checkpoints)
                 shown = {k: values[k] for k in ("loss", "implicit_accuracy") if k in values}
-                rate = progress.show(number, shown)
-                writer.scalars(number, {**values, f"{task.unit}_per_second": rate})
-                seen = {}
+                writer.scalars(number, values | progress.show(number, shown, products))
+                seen, products = {}, 0.0
             stop = preempted(number)
             if stop or number % config.checkpoint_every == 0 or number == config.steps:
                 checkpoints.save(number, state, ahead.state)

@@ -1,5 +1,6 @@
 """Where a run's numbers and pictures go: the log, `metrics.jsonl`, TensorBoard, a progress bar."""
 
+import functools
 import json
 import math
 import sys
@@ -35,7 +36,7 @@ class MetricWriter:
     def __init__(self, workdir, *, start_step=0):
         """Opens the files; only the first of several processes has any."""
         self.workdir = epath.Path(workdir)
-        self._file = self._tensorboard = None
+        self._file = None
         if not processes.is_first():
             return
         self._path = self.workdir / "metrics.jsonl"
@@ -49,7 +50,11 @@ class MetricWriter:
                     break
         replace_file(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
-        self._tensorboard = _open_tensorboard(self.workdir)
+
+    @functools.cached_property
+    def _tensorboard(self):
+        # Its library takes seconds to import, which the first step need not wait for.
+        return _open_tensorboard(self.workdir) if self._file else None
 
     def scalars(self, step, values):
         """Writes a dict of finite numbers for `step`."""
@@ -78,35 +83,56 @@ class MetricWriter:
         """Closes the files."""
         if self._file:
             self._file.close()
-        if self._tensorboard:
+        if "_tensorboard" in self.__dict__ and self._tensorboard:
             self._tensorboard.close()
 
 
 class Progress:
     """Progress of a long loop: a bar on a terminal, a line in the log elsewhere."""
 
-    def __init__(self, *, start, total, unit, per_step):
-        """`per_step` units (pairs, images) are done in each of the steps from start to total."""
+    def __init__(self, *, start, total, unit, per_step, devices=1, peak=None):
+        """A loop of the steps from start to total.
+
+        Args:
+          unit, per_step: what a step is made of (pairs, images), and how many of them.
+          devices: over which a step is divided.
+          peak: floating-point operations a second of a device at its best (`speed.matmul_peak`).
+        """
         self._total, self._unit, self._per_step = total, unit, per_step
+        self._devices, self._peak = devices, peak
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
         self._shown, self._time = start, time.monotonic()
 
-    def show(self, step, values):
-        """Reports that `step` steps are done, with a few numbers; returns units a second."""
+    def show(self, step, values, products=0.0):
+        """Reports that `step` steps are done, with a few numbers.
+
+        Args:
+          products: floating-point operations of all products since the last report.
+
+        Returns:
+          {"pairs_per_second": units a second, "teraflops_per_device": 10^12 operations a second,
+          "utilisation": share of the peak}; the last two where there is a peak.
+        """
         now = time.monotonic()
-        seconds = (now - self._time) / max(step - self._shown, 1)
-        rate = self._per_step / max(seconds, 1e-9)
+        window = max(now - self._time, 1e-9)
+        seconds = window / max(step - self._shown, 1)
+        rate = self._per_step / seconds
+        speed, line = {f"{self._unit}_per_second": rate}, f"{rate:.1f} {self._unit}/s"
+        if self._peak:
+            flops = products / window / self._devices
+            speed |= {"teraflops_per_device": flops / 1e12, "utilisation": flops / self._peak}
+            line += f"  {flops / 1e12:.3g} TFLOP/s a device, {flops / self._peak:.0%} of its best"
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar:
             self._bar.update(step - self._shown)
-            self._bar.set_postfix_str(f"{numbers}  {rate:.1f} {self._unit}/s")
+            self._bar.set_postfix_str(f"{numbers}  {line}")
         else:
-            logging.info("step %d/%d  %s  %.1f %s/s  %s left", step, self._total, numbers,
-                         rate, self._unit, duration((self._total - step) * seconds))
+            logging.info("step %d/%d  %s  %s  %s left", step, self._total, numbers, line,
+                         duration((self._total - step) * seconds))
         self._shown, self._time = step, now
-        return rate
+        return speed
 
     def pause(self):
         """Starts the clock again after work that is not part of the loop."""

@@ -1,0 +1,31 @@
+"""How fast a device multiplies matrices, measured: what the speed of a run is a share of."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Side of the matrices: large enough to be at full speed, small enough to take no time.
+_SIDES = {"cpu": 1024}
+_SIDE = 8192
+_REPEATS = 6
+
+
+def matmul_peak(device, dtype):
+    """Floating-point operations a second of one device in a product of large matrices.
+
+    The best of a few, in the precision that the layers of a model of this type multiply with.
+
+    Args:
+      device: a `jax.Device` of this process.
+      dtype: name of the type of the computation.
+    """
+    side = _SIDES.get(device.platform, _SIDE)
+    matrix = jax.device_put(jnp.ones((side, side), dtype), device)
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
