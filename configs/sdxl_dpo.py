@@ -122,8 +122,8 @@ def get_config(argument=""):
     # Chance that a disrupted subject of a rejected picture wears looks of another of its scene.
     config.data.leak_probability = 0.5
     # Whether the frozen encoders see every picture once, before training, and not in every step.
-    # The result is kept in memory, or of a prepared data set on disk, in its folder: 3.4 MiB a pair
-    # at 1024 pixels. Encoders then take no memory while there is nothing to draw.
+    # The result is kept on disk under the path above, or in memory for supervised objectives on
+    # Toybox: 3.4 MiB a pair at 1024 pixels. Encoders then take no memory while there is nothing to draw.
     config.data.cache = debug
     # Processes that read and decode; 0 does it by threads of the one that trains.
     config.data.workers = 0

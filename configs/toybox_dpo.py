@@ -97,7 +97,7 @@ def get_config():
     # Chance that a disrupted subject of a rejected picture wears looks of another of its scene.
     config.data.leak_probability = 1.0
     # Whether the frozen encoders see every picture once, before training, and not in every step.
-    # The result is kept in memory; of a prepared data set on disk, in its folder.
+    # The result is kept under the path above.
     config.data.cache = True
     # Processes that read and decode; 0 does it by threads of the one that trains.
     config.data.workers = 0

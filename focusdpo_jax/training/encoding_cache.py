@@ -144,6 +144,20 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
     return StoredEncodings(folder, count)
 
 
+def complete(folder, key, parts, files, count):
+    """The records, where `cached` would open them without asking for a parameter; else None."""
+    there = False
+    if processes.is_first() and (folder / "key.json").exists():
+        old = json.loads((folder / "key.json").read_text())
+        encoders = old.pop("encoders")
+        there = (old == key and _same(encoders, {part: files(part) for part in parts})
+                 and all(_file(folder, index).exists() for index in range(count)))
+    if not processes.from_first(there):
+        return None
+    logging.info("encoded before: %d records in %s", count, folder)
+    return StoredEncodings(folder, count)
+
+
 def _check(folder, key, parts, files, parameters):
     """Writes the key, or compares it with the one that is there."""
     path, old, found, same = folder / "key.json", None, {}, False
@@ -152,10 +166,7 @@ def _check(folder, key, parts, files, parameters):
         if old is not None:
             _refuse(folder, {n: v for n, v in old.items() if n != "encoders"}, key)
         found = {part: files(part) for part in parts}
-        # A part that lies in no file has to be looked at itself.
-        same = old is not None and all(
-            found[part] is not None and found[part] == told["files"]
-            for part, told in old["encoders"].items())
+        same = old is not None and _same(old["encoders"], found)
     if processes.from_first(same):
         return
     tree = parameters()
@@ -166,6 +177,13 @@ def _check(folder, key, parts, files, parameters):
         encoders = {part: {"files": found[part], "values": values[part]} for part in parts}
         content = key | {"encoders": encoders}
         replace_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _same(encoders, found):
+    """Whether the files are those that the key tells of."""
+    # A part that lies in no file has to be looked at itself.
+    return all(found[part] is not None and found[part] == told["files"]
+               for part, told in encoders.items())
 
 
 def _refuse(folder, old, new):

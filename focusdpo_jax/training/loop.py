@@ -24,7 +24,7 @@ from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.speed import matmul_peak
 from focusdpo_jax.training.state import create_state, make_optimizer
-from focusdpo_jax.training.step import compile_step
+from focusdpo_jax.training.step import compile_beside
 
 
 def run(config, workdir, *, accept_changes=False):
@@ -55,15 +55,22 @@ def run(config, workdir, *, accept_changes=False):
     done = checkpoints.latest or 0
     writer = MetricWriter(workdir, start_step=done)
     try:
-        task.start(writer)
-        if done:
-            # The state's initial values give the shapes, and then their memory away; the loader
-            # goes on behind the last batch.
-            state, position = checkpoints.restore(state, release=True)
-            task.batches.set_state(position)
-            logging.info("resumed at step %d", done)
         if done < config.steps:
-            state = train(config, task, state, optimizer, checkpoints, writer, done)
+            # The step is compiled while the data is encoded and a checkpoint read.
+            with compile_beside(task, optimizer, task.buckets, state, task.example(),
+                                seed=config.seed, ema_decay=config.ema_decay) as step:
+                task.start(writer)
+                batches = task.batches
+                if done:
+                    # The state's initial values give the shapes, and then their memory away; the
+                    # loader goes on behind the last batch.
+                    state, position = checkpoints.restore(state, release=True)
+                    batches.set_state(position)
+                    logging.info("resumed at step %d", done)
+            state = train(config, task, state, step.result(), checkpoints, writer, done)
+        else:
+            task.start(writer)
+            state, _ = checkpoints.restore(state, release=True)
         checkpoints.close()
         task.finish(config.steps, state.evaluated, writer)
         # Whoever left now would take the others for dead, or process 0 from them.
@@ -72,12 +79,9 @@ def run(config, workdir, *, accept_changes=False):
         writer.close()
 
 
-def train(config, task, state, optimizer, checkpoints, writer, done):
+def train(config, task, state, step, checkpoints, writer, done):
     """Runs the steps from `done` to `config.steps`; returns the last state."""
     ahead = Ahead(task.batches, task.prepare)
-    step = compile_step(task, optimizer, task.buckets, state, ahead.batch, seed=config.seed,
-                        ema_decay=config.ema_decay)
-
     leave = contextlib.ExitStack()
     preempted = leave.enter_context(preemption.watch())
     progress = Progress(

@@ -1,8 +1,8 @@
 """What a run shows of itself: pictures on the way, and a table with pictures at the end.
 
-Base and policy draw the same scenes from the same noise. The base's pictures are made once, before
-the first step, and kept in the run folder, so that a resumed run does not make them again. Scenes
-are encoded when they are needed: a run that shows nothing needs no encoder.
+Base and policy draw the same scenes from the same noise. The base's pictures are made once, when
+they are first shown or measured, and kept in the run folder, so that a resumed run does not make
+them again. Scenes are encoded when they are needed: a run that shows nothing needs no encoder.
 """
 
 import functools
@@ -31,7 +31,7 @@ class Showcase:
     """Draws, measures and shows scenes during a run."""
 
     def __init__(self, config, workdir, model, sources, mesh, encode, transform, generate,
-                 buckets, focus_maps, merged, at_start):
+                 buckets, focus_maps, merged, at_start, reference):
         """All processes encode and draw together; the first one measures, shows and writes.
 
         Args:
@@ -40,6 +40,8 @@ class Showcase:
           focus_maps: (structure, encoded, numbers, key) -> FocusMaps.
           merged: trainable parameters -> all parameters to draw with.
           at_start: () -> all parameters to encode with.
+          reference: trainable parameters as they were at the start; None where a run keeps none, so
+            that the base has to draw before the first step.
         """
         self._config, self._workdir = config, workdir
         self._latent_shape = model.generator.latent_shape(config.resolution)
@@ -49,7 +51,7 @@ class Showcase:
         self._merged, self._at_start = merged, at_start
         self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
-        self._sources, self._base = sources, None
+        self._sources, self._reference = sources, reference
         # The probe reads Toybox's attributes; of photographs nobody knows the truth.
         known = config.data.source == "toybox" and model.probe is not None
         self._measures = known and config.evaluation.scenes > 0
@@ -82,32 +84,41 @@ class Showcase:
             place=functools.partial(meshes.shard_rows, mesh=self._mesh))
 
     def start(self, trainable):
-        """Draws with the base what is to be shown and measured, unless an earlier start did."""
-        if not (self._shows or self._measures):
-            return
+        """Draws with the base now, if it is gone later."""
+        if self._reference is None:
+            if self._shows:
+                self._by_base("shown", trainable)
+            if self._measures:
+                self._by_base("measured", trainable)
+
+    @functools.cached_property
+    def _base(self):
+        """What the base drew before, in this start of the run or in another."""
         path = self._workdir / "base.npz"
-        if processes.from_first(path.exists()):
+        if not (processes.is_first() and path.exists()):
+            return {}
+        with np.load(io.BytesIO(path.read_bytes())) as saved:
+            return dict(saved)
+
+    def _by_base(self, name, trainable=None):
+        """What the base draws of the scenes "shown" or "measured"; on the first process."""
+        if not processes.from_first(name in self._base):
+            logging.info("drawing with the base model")
+            _, encoded, _ = self._shown if name == "shown" else self._measured
+            drawn = self._draw(self._reference if trainable is None else trainable, encoded)
             if processes.is_first():
-                with np.load(io.BytesIO(path.read_bytes())) as saved:
-                    self._base = dict(saved)
-            return
-        logging.info("drawing with the base model")
-        self._base = {}
-        if self._shows:
-            self._base["shown"] = self._draw(trainable, self._shown[1])
-        if self._measures:
-            self._base["measured"] = self._draw(trainable, self._measured[1])
-        if processes.is_first():
-            content = io.BytesIO()
-            np.savez(content, **self._base)
-            replace_file(path, content.getvalue())
+                self._base[name] = drawn
+                content = io.BytesIO()
+                np.savez(content, **self._base)
+                replace_file(self._workdir / "base.npz", content.getvalue())
+        return self._base.get(name)
 
     def sample(self, step, trainable, writer):
         """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
         if not self._shows:
             return
         raw, encoded, captions = self._shown
-        drawn = self._draw(trainable, encoded)
+        base, drawn = self._by_base("shown"), self._draw(trainable, encoded)
         pairs = meshes.shard_rows(encoded, self._mesh)
         key = meshes.random_key(self._config.seed, self._mesh)
         maps = {name: meshes.fetch(self._focus_maps(structure, pairs, numbers, key))
@@ -119,7 +130,7 @@ class Showcase:
         rows = [pictures.PreferenceRow(
             caption=captions[i],
             references=raw.references[i][raw.present[i]],
-            chosen=raw.chosen[i], rejected=raw.rejected[i], base=self._base["shown"][i],
+            chosen=raw.chosen[i], rejected=raw.rejected[i], base=base[i],
             policy=drawn[i], focus=focus[i])
             for i in range(len(captions))]
         image = pictures.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
@@ -156,11 +167,10 @@ class Showcase:
             return
         raw, encoded, _ = self._measured
         seed = self._config.seed
-        drawn = self._draw(trainable, encoded)
+        base, drawn = self._by_base("measured"), self._draw(trainable, encoded)
         if not processes.is_first():
             return
-        policy = self._measure(drawn, raw)
-        base = self._measure(self._base["measured"], raw)
+        policy, base = self._measure(drawn, raw), self._measure(base, raw)
         results = statistics.summarize(base, policy, seed=seed)
         ceiling = statistics.summarize(self._measure(raw.chosen, raw), seed=seed)
         results["settings"] = {

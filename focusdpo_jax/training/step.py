@@ -7,6 +7,7 @@ data, so all structures share it.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import time
@@ -115,17 +116,35 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
 
 
 def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
-    """Compiles a task's step, its programs side by side.
+    """Compiles a task's step; see `compile_beside`, which this is while nothing else happens."""
+    with compile_beside(task, optimizer, buckets, state, batch, seed=seed,
+                        ema_decay=ema_decay) as step:
+        return step.result()
+
+
+@contextlib.contextmanager
+def compile_beside(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
+    """Compiles a task's step, its programs side by side, while the body does something else.
 
     Args:
       task, optimizer, buckets, ema_decay: see `trace_step`.
-      state, batch: examples of what the step will be given.
+      state, batch: examples of what the step will be given. Shapes and shardings are taken at once,
+        so that the arrays may go.
       seed: every random draw of a step derives from (seed, number of the batch).
 
-    Returns:
-      A Step.
+    Yields:
+      The future of a Step.
     """
-    key, start = meshes.random_key(seed, task.mesh), time.monotonic()
+    # Here, where all processes are in step: it runs on all devices.
+    key = meshes.random_key(seed, task.mesh)
+    state, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield pool.submit(_compile, task, optimizer, buckets, state, batch, key, ema_decay)
+
+
+def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
+    start = time.monotonic()
     guides, update = trace_step(
         task, optimizer, buckets, state, batch, key, ema_decay=ema_decay)
 

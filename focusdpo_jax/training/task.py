@@ -1,6 +1,7 @@
 """What the loop trains: a value with functions, not a class to inherit from."""
 
 import dataclasses
+import functools
 from typing import Any, Callable, Hashable, Mapping
 
 import jax
@@ -18,7 +19,9 @@ class Task:
       loss: (trainable, frozen, batch, guidance, numbers, key) -> (loss, dict of scalars).
       buckets: {name: (structure, numbers)}: buckets of equal structure share one executable.
       bucket_at: batch number -> name of its bucket, the same on every host.
-      batches: a `loader.Batches`.
+      example: () -> batch of the loss, as shapes with shardings: the step is compiled from it while
+        the data is made ready.
+      open_batches: () -> `batches`; called once, it makes the data ready.
       prepare: batch of the iterator -> batch of the loss, on the device.
       unit: what a batch is made of, for the progress bar ("pairs").
       start: called once before the first step with a MetricWriter.
@@ -33,10 +36,16 @@ class Task:
     loss: Callable
     buckets: Mapping[str, tuple[Hashable, Any]]
     bucket_at: Callable[[int], str]
-    batches: Any
+    example: Callable
+    open_batches: Callable
     prepare: Callable
     unit: str
     start: Callable
     sample: Callable
     finish: Callable
     mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def batches(self):
+        """A `loader.Batches`."""
+        return self.open_batches()

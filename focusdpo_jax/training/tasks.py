@@ -1,6 +1,8 @@
 """From a configuration to the task that the loop trains."""
 
 import functools
+import hashlib
+import json
 import math
 
 import jax
@@ -131,24 +133,33 @@ def generator_task(config, workdir, mesh, sources):
         """What encoding reads: the generator as it was before the first step."""
         return merged(fixed.get("reference", {}))
 
-    part, parts = meshes.batch_share(mesh, config.batch_size)
+    stored = functools.cache(functools.partial(
+        _stored, config, sources["train"], model, source))
+
+    def example():
+        if config.data.cache and stored():
+            return _batch_of(_stacked(stored()[0], 1), config.batch_size, mesh)
+        with activations.divided(mesh):
+            encoded = jax.eval_shape(
+                encode_placed, at_start(), _stacked(transform(sources["train"][0]),
+                                                    _rows_at_once(config, sources["train"], mesh)))
+        return _batch_of(encoded, config.batch_size, mesh)
+
     if config.data.cache:
-        pairs = _cached(config, sources["train"], model, at_start, encode_placed, source, transform,
-                        mesh)
-        change = _identity
         prepare = functools.partial(meshes.shard_batch, mesh=mesh)
     else:
-        pairs, change, parameters = sources["train"], transform, at_start()
+        parameters = at_start()
 
         def prepare(batch):
             with activations.divided(mesh):
                 return encode_placed(parameters, meshes.shard_batch(batch, mesh))
 
-    # What is in memory already would only be copied to other processes.
-    in_memory = isinstance(pairs, encoding.EncodedSource)
-    batches = loader.make_loader(
-        pairs, batch_size=config.batch_size, seed=config.seed, transform=change,
-        process_index=part, process_count=parts, workers=0 if in_memory else config.data.workers)
+    def open_batches():
+        pairs, change = sources["train"], transform
+        if config.data.cache:
+            pairs, change = stored() or _cached(
+                config, pairs, model, at_start, encode_placed, source, transform, mesh), _identity
+        return _loader(config, mesh, pairs, change)
 
     draw = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
@@ -163,7 +174,7 @@ def generator_task(config, workdir, mesh, sources):
     showcase = Showcase(config, workdir, model, sources, mesh, _by_rows(encode_placed, mesh),
                         transform, generate, buckets,
                         lambda structure, *arguments: focus_maps(structure, fixed, *arguments),
-                        merged, at_start)
+                        merged, at_start, fixed.get("reference"))
 
     def finish(step, tree, writer):
         models.save_model(workdir / "model", model, merge_parameters(tree, frozen),
@@ -171,8 +182,9 @@ def generator_task(config, workdir, mesh, sources):
         showcase.finish(step, tree, writer)
 
     return Task(
-        trainable=trainable, frozen=fixed, buckets=buckets, batches=batches, prepare=prepare,
-        guide=objective.guide, loss=objective.loss, unit="pairs",
+        trainable=trainable, frozen=fixed, buckets=buckets, example=example,
+        open_batches=open_batches, prepare=prepare, guide=objective.guide, loss=objective.loss,
+        unit="pairs",
         bucket_at=lambda number: names[bucket_for_step(config.seed, number, len(names))],
         start=lambda writer: showcase.start(trainable), sample=showcase.sample, finish=finish,
         mesh=mesh)
@@ -211,25 +223,88 @@ def _by_rows(encode, mesh):
 
 
 def _cached(config, records, model, parameters, encode, source, transform, mesh):
-    """What the encoders say of every pair: of Toybox in memory, of a prepared set beside it."""
-    # Each device has as many pairs as the others.
+    """What the encoders say of every pair, beside the data set where it can be kept."""
+    batches = loader.evaluation_batches(records, transform=transform,
+                                        batch_size=_rows_at_once(config, records, mesh))
+    source, widened = _kept_source(config, model, source)
+    place = _place(config, records, model, source)
+    if place is None:
+        return encoding.cached(_by_rows(encode, mesh), parameters(), batches)
+    if widened:
+        encode = encoding.encoder(model.generator, config, source, dpce=True, quality=True)
+    return encoding_cache.cached(
+        *place, parameters, _by_rows(encode, mesh), batches, len(records))
+
+
+def _stored(config, records, model, source):
+    """What `_cached` will find without asking an encoder, or None."""
+    place = _place(config, records, model, _kept_source(config, model, source)[0])
+    return place and encoding_cache.complete(*place, len(records))
+
+
+def _kept_source(config, model, source):
+    """The source of the similarity that is kept, and whether more is kept than a run looks at.
+
+    Of a prepared set everything is kept that any objective of pairs looks at, so that rivals share
+    the files.
+    """
+    if config.data.source == "toybox" or config.objective in config_rules.SUPERVISED_OBJECTIVES:
+        return source, False
+    return source or EncoderSource(model.generator, config.focus.prototypes), True
+
+
+def _place(config, records, model, source):
+    """Where encoded records lie and what they depend on: the first arguments of `cached`.
+
+    Toybox's lie under a name of their own for each of that, and are never refused. None where they
+    stay in memory: where Toybox's encoders are in no file, and for supervised objectives, which
+    pre-train on many scenes, once.
+    """
+    sizes = model.generator.config
+    parts = {part: getattr(sizes, part) for part in encoding_cache.parts_read(config, source)}
+    files = functools.cache(functools.partial(models.files_digest, config))
+    path = epath.Path(config.data.path)
+    if config.data.source == "prepared":
+        key = encoding_cache.make_key(model, config, records.settings["content"], source)
+        return path / encoding_cache.folder_name(config, source), key, parts, files
+    told = {part: files(part) for part in parts}
+    if None in told.values() or config.objective in config_rules.SUPERVISED_OBJECTIVES:
+        return None
+    key = encoding_cache.make_key(model, config, records.settings, source) | {
+        "objective": config.objective, "spaf": config.focus.spaf, "dpce": config.focus.dpce}
+    name = hashlib.sha256(json.dumps([key, told], sort_keys=True).encode()).hexdigest()[:10]
+    return path / "encoded" / f"toybox-{name}", key, parts, files
+
+
+def _rows_at_once(config, records, mesh):
+    """Pairs that are encoded together; each device has as many as the others."""
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
     size = min(len(records), config.evaluation.batch_size)
-    batches = loader.evaluation_batches(records, transform=transform,
-                                        batch_size=-(-size // shares) * shares)
-    if config.data.source == "toybox":
-        return encoding.cached(_by_rows(encode, mesh), parameters(), batches)
-    if config.objective not in config_rules.SUPERVISED_OBJECTIVES:
-        # All that any objective of pairs looks at, so that rivals share the files.
-        source = source or EncoderSource(model.generator, config.focus.prototypes)
-        encode = encoding.encoder(model.generator, config, source, dpce=True, quality=True)
-    folder = epath.Path(config.data.path) / encoding_cache.folder_name(config, source)
-    return encoding_cache.cached(
-        folder, encoding_cache.make_key(model, config, records.settings["content"], source),
-        {part: getattr(model.generator.config, part)
-         for part in encoding_cache.parts_read(config, source)},
-        functools.partial(models.files_digest, config), parameters, _by_rows(encode, mesh), batches,
-        len(records))
+    return -(-size // shares) * shares
+
+
+def _loader(config, mesh, records, transform):
+    """The batches of this process."""
+    part, parts = meshes.batch_share(mesh, config.batch_size)
+    # What is in memory already would only be copied to other processes.
+    workers = 0 if isinstance(records, encoding.EncodedSource) else config.data.workers
+    return loader.make_loader(
+        records, batch_size=config.batch_size, seed=config.seed, transform=transform,
+        process_index=part, process_count=parts, workers=workers)
+
+
+def _stacked(row, count):
+    """Shapes of `count` examples like this one."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (count, *np.shape(x)), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)), row)
+
+
+def _batch_of(tree, count, mesh):
+    """The same shapes in a batch of `count`, as `meshes.shard_batch` places it."""
+    examples = meshes.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        (count, *x.shape[1:]), x.dtype, sharding=examples), tree)
 
 
 def encoder_task(config, workdir, mesh, sources):
@@ -252,7 +327,6 @@ def encoder_task(config, workdir, mesh, sources):
         trainable = {"probe": pretraining.init_probe(key)}
     # What was loaded lies on the mesh; heads and probe are new.
     trainable = jax.device_put(trainable, rules.tree_shardings(trainable, mesh))
-    part, parts = meshes.batch_share(mesh, config.batch_size)
 
     def finish(step, tree, writer):
         parameters = model.parameters | {k: v for k, v in tree.items() if k in model.parameters}
@@ -267,9 +341,9 @@ def encoder_task(config, workdir, mesh, sources):
         trainable=trainable, frozen=frozen, guide=_unguided, loss=loss,
         buckets={"all": (config.objective, None)},
         bucket_at=lambda number: "all", unit="scenes",
-        batches=loader.make_loader(sources["train"], batch_size=config.batch_size,
-                                   seed=config.seed, transform=transform, process_index=part,
-                                   process_count=parts, workers=config.data.workers),
+        example=lambda: _batch_of(_stacked(transform(sources["train"][0]), 1), config.batch_size,
+                                  mesh),
+        open_batches=lambda: _loader(config, mesh, sources["train"], transform),
         prepare=functools.partial(meshes.shard_batch, mesh=mesh),
         start=_nothing, sample=_nothing, finish=finish, mesh=mesh)
 

@@ -1,0 +1,41 @@
+"""A step costs what the record says, until somebody changes both."""
+
+import copy
+import importlib
+import json
+import sys
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def step_cost():
+    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
+    yield importlib.import_module("step_cost")
+    sys.path.remove(str(tiny.ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def record(step_cost):
+    return json.loads(step_cost.RECORD.read_text())
+
+
+def test_a_step_costs_what_is_recorded(step_cost, record):
+    assert step_cost.differences(record, step_cost.measure()) == []
+
+
+def test_growth_is_told_with_the_command_that_records_it(step_cost, record):
+    def told(name, factor, version=record["jax"]):
+        found = copy.deepcopy(record) | {"jax": version}
+        found["cases"]["toybox"]["update"][name] *= factor
+        return step_cost.differences(record, found)
+
+    assert told("bytes", 1.01) == [] and told("bytes", 1.03, "another") == []
+    (line,) = told("products", 1.001, "another")
+    assert line.startswith("toybox, update: products 1.") and "(+0.10%)" in line
+    assert line.endswith("python benchmarks/step_cost.py --record")
+    assert len(told("bytes", 1.03)) == len(told("others", 1.001)) == 1
+    found = copy.deepcopy(record)
+    del found["cases"]["toybox"]["update"]
+    assert "no such program" in step_cost.differences(record, found)[0]
