@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAIRS, SIDE = 40, 256
+PAIRS, SCENES, SIDE = 40, 12, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,16 @@ COMMANDS = {
             "--config.steps=1", "--config.batch_size=4", "--config.checkpoint_every=10",
             "--config.evaluation.pictures=0", "--config.evaluation.batch_size=2"],
         "prepared", ("prepare",)),
+    "disrupt": Command(
+        lambda shared, round_: [
+            "focusdpo_jax.disrupt", f"--manifest={shared / 'source' / 'scenes.jsonl'}",
+            f"--output={round_ / 'pairs'}", "--candidates=2", "--steps=2", "--strength=1"],
+        "pairs"),
 }
 
 
 def write_pairs(folder):
-    """A manifest of Toybox scenes with its pictures."""
+    """A manifest of Toybox scenes with its pictures, and one of the chosen ones of some."""
     from focusdpo_jax.data import toybox
     world, lines = toybox.World(resolution=SIDE), []
     folder.mkdir(parents=True)
@@ -79,6 +84,9 @@ def write_pairs(folder):
         lines.append({"caption": record["caption"], "subjects": subjects} | {
             name: f"{i}_{name}.png" for name in ("chosen", "rejected", "prior_mask")})
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scenes = [{name: line[name] for name in ("caption", "chosen", "subjects")}
+              for line in lines[:SCENES]]
+    (folder / "scenes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scenes))
 
 
 def start(arguments, shared):
@@ -172,11 +180,14 @@ def main():
                         help="folder for all there is; emptied first")
     parser.add_argument("--kills", type=int, default=12, help="of each command, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=list(COMMANDS),
+                        help="one needs those that make what it reads")
     options = parser.parse_args()
     shared, draw, good = options.output.resolve(), random.Random(options.seed), True
     shutil.rmtree(shared, ignore_errors=True)
     write_pairs(shared / "source")
-    for name, command in COMMANDS.items():
+    for name in options.commands:
+        command = COMMANDS[name]
         calm = shared / f"calm {name}"
         begin(command, shared, calm)
         process = start(command.arguments(shared, calm), shared)

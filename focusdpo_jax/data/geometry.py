@@ -67,6 +67,23 @@ def window(height: int, width: int, size: int, region: np.ndarray) -> Window:
     return Window(height, width, size, int(top), int(left))
 
 
+def square_around(region: np.ndarray, side: int) -> tuple[slice, slice]:
+    """The square of a picture that has `region` in its middle, as far as the border allows.
+
+    Args:
+      region: bool [H, W], not empty.
+      side: in pixels, at most H and W.
+
+    Returns:
+      Its rows and columns.
+    """
+    slices = []
+    for (low, high), length in zip(bounds(region), region.shape, strict=True):
+        begin = min(max((low + high - side) // 2, 0), length - side)
+        slices.append(slice(begin, begin + side))
+    return tuple(slices)
+
+
 def bounds(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
     """((top, bottom), (left, right)) of a mask that is not empty; the ends are exclusive."""
     ranges = []

@@ -55,30 +55,12 @@ def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[d
     Raises:
       Refused: names the field, what is wrong and what would be right.
     """
-    changes, pictures, masks = [], {}, {}
-    for field, content in contents.items():
-        try:
-            if field.endswith("mask"):
-                masks[field] = decode_mask(content)
-            else:
-                pictures[field], changed = decode_picture(content)
-                changes.extend(changed)
-        except UnreadableImage as error:
-            raise Refused(field, f"= {line.files()[field][:80]!r} {error}") from error
+    pictures, masks, changes = decode_files(line.files(), contents)
     chosen, rejected = pictures["chosen"], pictures["rejected"]
     shape = chosen.shape[:2]
     _same_size("rejected", rejected, shape, "chosen")
-    if min(shape) * MAGNIFIED < sizes.resolution:
-        raise Refused("chosen", f"is {_size(shape)} pixels, too small for {sizes.resolution}; give "
-                      f"at least {-(-sizes.resolution // MAGNIFIED)} on the shorter side")
-    for field, mask in masks.items():
-        if field.endswith("reference_mask"):
-            reference = field.removesuffix("_mask")
-            _same_size(field, mask, pictures[reference].shape[:2], reference)
-        else:
-            _same_size(field, mask, shape, "chosen")
-        if not mask.any():
-            raise Refused(field, "is empty; make the subject's pixels white")
+    check_resolution(shape, sizes.resolution)
+    check_masks(masks, pictures)
     difference = _difference(chosen, rejected)
     prior, subject_masks = _masks(line, masks, difference)
 
@@ -106,6 +88,49 @@ def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[d
             "box": geometry.mask_box(mask),
         })
     return record, _facts(line, record, contents, changes)
+
+
+def decode_files(files: dict[str, str], contents: dict[str, bytes]):
+    """The pictures and masks of a line.
+
+    Args:
+      files: field to path, as `Line.files()`; the fields of masks end in "mask".
+      contents: field to content.
+
+    Returns:
+      {field: uint8 [H, W, 3]}, {field: bool [H, W]}, and what had to be changed
+      (`images.decode_picture`).
+
+    Raises:
+      Refused: a file is no picture.
+    """
+    pictures, masks, changes = {}, {}, []
+    for field, content in contents.items():
+        try:
+            if field.endswith("mask"):
+                masks[field] = decode_mask(content)
+            else:
+                pictures[field], changed = decode_picture(content)
+                changes.extend(changed)
+        except UnreadableImage as error:
+            raise Refused(field, f"= {files[field][:80]!r} {error}") from error
+    return pictures, masks, changes
+
+
+def check_masks(masks: dict[str, np.ndarray], pictures: dict[str, np.ndarray]) -> None:
+    """Refuses a mask that is empty or of another size than its picture."""
+    for field, mask in masks.items():
+        picture = (field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen")
+        _same_size(field, mask, pictures[picture].shape[:2], picture)
+        if not mask.any():
+            raise Refused(field, "is empty; make the subject's pixels white")
+
+
+def check_resolution(shape: tuple[int, int], resolution: int) -> None:
+    """Refuses a chosen picture, of (height, width), that would be enlarged too much."""
+    if min(shape) * MAGNIFIED < resolution:
+        raise Refused("chosen", f"is {_size(shape)} pixels, too small for {resolution}; give "
+                      f"at least {-(-resolution // MAGNIFIED)} on the shorter side")
 
 
 def _facts(line, record, contents, changes):

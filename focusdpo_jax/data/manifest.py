@@ -27,6 +27,9 @@ MAX_TOKENS = 77
 
 _FIELDS = ("caption", "chosen", "rejected", "subjects", "prior_mask", "group", "info")
 _SUBJECT_FIELDS = ("reference", "reference_mask", "phrase", "mask", "box", "info")
+# What is missing where a text is empty.
+CAPTION = "say what the picture shows"
+PHRASE = "name the subject, as in 'a dog'"
 # Where CLIP's tokenizer cuts at least: contractions, words, digits, runs of other signs.
 _PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
@@ -108,6 +111,21 @@ def parse_line(text: bytes, *, max_subjects: int) -> Line:
     Raises:
       Refused: names the field and what would be right.
     """
+    values = parse_object(text, _FIELDS)
+    return Line(
+        caption=read_text(values, "caption", CAPTION),
+        chosen=read_path(values, "chosen"), rejected=read_path(values, "rejected"),
+        subjects=tuple(_subject(s, f"subjects[{i}]")
+                       for i, s in enumerate(read_subjects(values, max_subjects))),
+        prior_mask=read_path(values, "prior_mask", optional=True), group=read_group(values))
+
+
+def parse_object(text: bytes, fields: tuple[str, ...]) -> dict:
+    """The JSON object of a line, which has no field but `fields`.
+
+    Raises:
+      Refused: it is something else.
+    """
     if len(text) > MAX_LINE:
         raise Refused("", f"is longer than {MAX_LINE >> 20} MiB; every line is one JSON object")
     try:
@@ -125,31 +143,41 @@ def parse_line(text: bytes, *, max_subjects: int) -> Line:
         raise Refused("", f"is not JSON ({reason}); write one object a line") from error
     if not isinstance(values, dict):
         raise Refused("", "is not a JSON object; write {...}")
-    _known(values, _FIELDS, "")
+    check_known(values, fields, "")
+    return values
+
+
+def read_subjects(values: dict, max_subjects: int) -> list:
+    """The list of a line's subjects, not looked into."""
     subjects = values.get("subjects")
     if not isinstance(subjects, list):
         raise Refused("subjects", f"{_given(values, 'subjects')}; give a list of 1 to "
                       f"{max_subjects} objects")
     if not 1 <= len(subjects) <= max_subjects:
         raise Refused("subjects", f"has {len(subjects)} entries; give 1 to {max_subjects}")
-    return Line(
-        caption=_text(values, "caption", "say what the picture shows"),
-        chosen=_path(values, "chosen"), rejected=_path(values, "rejected"),
-        subjects=tuple(_subject(s, f"subjects[{i}]") for i, s in enumerate(subjects)),
-        prior_mask=_path(values, "prior_mask", optional=True),
-        group=_text(values, "group", "name what belongs together") if "group" in values else None)
+    return subjects
+
+
+def read_group(values: dict) -> str | None:
+    """The name of what a line belongs to."""
+    return read_text(values, "group", "name what belongs together") if "group" in values else None
 
 
 def _subject(values, where: str) -> Subject:
+    check_subject(values, _SUBJECT_FIELDS, where)
+    return Subject(
+        reference=read_path(values, "reference", where + "."),
+        reference_mask=read_path(values, "reference_mask", where + "."),
+        phrase=read_text(values, "phrase", PHRASE, where + "."),
+        mask=read_path(values, "mask", where + ".", optional=True),
+        box=read_box(values, where + "."))
+
+
+def check_subject(values, fields: tuple[str, ...], where: str) -> None:
+    """Refuses what is no JSON object of these fields."""
     if not isinstance(values, dict):
         raise Refused(where, "is not a JSON object; write {...}")
-    _known(values, _SUBJECT_FIELDS, where + ".")
-    return Subject(
-        reference=_path(values, "reference", where + "."),
-        reference_mask=_path(values, "reference_mask", where + "."),
-        phrase=_text(values, "phrase", "name the subject, as in 'a dog'", where + "."),
-        mask=_path(values, "mask", where + ".", optional=True),
-        box=_box(values["box"], where + ".box") if values.get("box") is not None else None)
+    check_known(values, fields, where + ".")
 
 
 def _unique(pairs):
@@ -161,7 +189,8 @@ def _unique(pairs):
     return values
 
 
-def _known(values: dict, fields, where: str) -> None:
+def check_known(values: dict, fields: tuple[str, ...], where: str) -> None:
+    """Refuses a field that is none of `fields`; `where` comes before its name."""
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
@@ -173,7 +202,8 @@ def _given(values: dict, name: str) -> str:
     return f"is {json.dumps(values[name])[:60]}" if name in values else "is missing"
 
 
-def _text(values: dict, name: str, cure: str, where: str = "") -> str:
+def read_text(values: dict, name: str, cure: str, where: str = "") -> str:
+    """The text in a field, which must not be blank; `cure` says what it is for."""
     text = values.get(name)
     if not isinstance(text, str):
         raise Refused(where + name, f"{_given(values, name)}; give a text")
@@ -187,16 +217,21 @@ def _text(values: dict, name: str, cure: str, where: str = "") -> str:
     return text
 
 
-def _path(values: dict, name: str, where: str = "", optional: bool = False) -> str | None:
+def read_path(values: dict, name: str, where: str = "", optional: bool = False) -> str | None:
+    """The path in a field, None where it is optional and missing."""
     if optional and values.get(name) is None:
         return None
-    path = _text(values, name, "give a file's path", where)
+    path = read_text(values, name, "give a file's path", where)
     if "\0" in path:
         raise Refused(where + name, "holds a zero character; give a file's path")
     return path
 
 
-def _box(value, field: str):
+def read_box(values: dict, where: str) -> tuple[float, float, float, float] | None:
+    """The box of a subject, None where there is none."""
+    value, field = values.get("box"), where + "box"
+    if value is None:
+        return None
     form = "give [x0, y0, x1, y1] as shares of width and height, 0 <= x0 < x1 <= 1"
     numbers = isinstance(value, list) and len(value) == 4 and all(
         isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from focusdpo_jax.data import dataset, line_store, manifest
 from focusdpo_jax.data.dataset import PAIRS
 from focusdpo_jax.data.line_record import Sizes
-from focusdpo_jax.data.report import summarize
+from focusdpo_jax.data.report import complaint, summarize
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 
@@ -120,7 +120,7 @@ def prepare(
         if len(refused) == total or refused and not skip:
             work.rmtree()
             _write_report(output, report | {"status": "refused"})
-            raise UserError(_complaint(refused, total, output / REPORT, skip))
+            raise UserError(complaint(refused, total, output / REPORT, skip))
         _build(output, work, outcomes, report, settings, draw_sheet)
         _write_report(output, report | {"status": "complete"})
         work.rmtree()
@@ -271,12 +271,3 @@ def _read_report(output):
 
 def _write_report(output, report):
     replace_file(output / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")
-
-
-def _complaint(refused, total, path, skip):
-    first = refused[0]
-    where = f"line {first['line']}: " + (f"{first['field']} " if first["field"] else "")
-    count = "line is" if total == 1 else f"{total} lines are"
-    start = f"{len(refused)} of {count} refused" + (", nothing is left" if skip else "")
-    return (f"{start}; {where}{first['reason']}. All reasons are in {path}"
-            + ("" if skip else ". Mend the lines, or leave them out with --on-error=skip"))

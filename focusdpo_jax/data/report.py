@@ -79,3 +79,20 @@ def describe(report: dict) -> str:
     if len(report["refused"]) > 10:
         lines.append(f"and {len(report['refused']) - 10} more, see report.json")
     return "\n".join(lines)
+
+
+def complaint(refused: list[dict], total: int, path, skip: bool) -> str:
+    """What a command says when it stops over refused lines.
+
+    Args:
+      refused: as in `summarize`.
+      total: lines there are.
+      path: of the report that lists them all.
+      skip: whether refused lines were to be left out, and nothing is left.
+    """
+    first = refused[0]
+    where = f"line {first['line']}: " + (f"{first['field']} " if first["field"] else "")
+    count = "line is" if total == 1 else f"{total} lines are"
+    start = f"{len(refused)} of {count} refused" + (", nothing is left" if skip else "")
+    return (f"{start}; {where}{first['reason']}. All reasons are in {path}"
+            + ("" if skip else ". Mend the lines, or leave them out with --on-error=skip"))

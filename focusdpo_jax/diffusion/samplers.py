@@ -24,6 +24,9 @@ all the way to the clean latents, x0.
 The Euler samplers are usually written for x = z / alpha, of noise level sigma / alpha. There a
 denoiser's input has to be scaled, the noise begins at `init_noise_sigma`, and zero terminal SNR is
 an infinite level. In z every input has its scale already, and that level is alpha = 0.
+
+A picture that is there can be drawn over (`Known`): from a `strength` below 1 on, it is noised to
+where the last share of the steps begins; and what is to be kept of it is put back after every step.
 """
 
 import dataclasses
@@ -176,6 +179,37 @@ def classifier_free_guidance(
     return guided
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Known:
+    """Clean latents to begin from, and which of them stay.
+
+    Attributes:
+      latents: float32 [B, h, w, C], or [1, h, w, C] for all.
+      kept: [B or 1, h, w, 1] in [0, 1]. Where it is 1, the result is `latents`: after every step
+        they take the place of what was drawn there, noised to the timestep that comes next with
+        the noise of the start (RePaint without its repetitions, arXiv 2201.09865; as diffusers'
+        inpainting pipelines do with a UNet of 4 channels). None keeps nothing.
+      strength: in (0, 1], the share of the steps that is made; 1 begins at noise alone.
+    """
+
+    latents: Latents
+    kept: Float[Array, "batch height width 1"] | None = None
+    strength: float = 1.0
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Which of `steps` is the first one made: the last int(steps * strength) are.
+
+    Raises:
+      UserError: `strength` is outside (0, 1], or so small that no step is left.
+    """
+    made = int(steps * strength) if 0 < strength <= 1 else 0
+    if not made:
+        raise UserError(f"strength is {strength} of {steps} steps; choose a share of 1 step or "
+                        f"more: {1 / steps:.3g} to 1")
+    return steps - made
+
+
 def step_noise(
     keys: Key[Array, "batch"], step: Int[Array, ""] | int, shape: tuple[int, ...]
 ) -> Latents:
@@ -195,6 +229,7 @@ def sample(
     *,
     sampler: str = "ddim",
     keys: Key[Array, "batch"] | None = None,
+    known: Known | None = None,
 ) -> Latents:
     """Clean latents from noise; the module's docstring has the update.
 
@@ -208,16 +243,18 @@ def sample(
       sampler: one of `SAMPLERS`; static.
       keys: for `euler_a`, which draws noise at every step: a key for each of the latents, so that a
         picture does not depend on its batch. The others draw nothing and look at no key.
+      known: latents to draw over; None draws from noise alone. Its `strength` is static.
 
     Returns:
       Clean latents, float32.
 
     Raises:
-      UserError: see `sampling_timesteps`.
+      UserError: see `sampling_timesteps` and `first_step`.
       ValueError: `euler_a` without keys.
     """
     chosen = _sampler_named(sampler)
-    visited = sampling_timesteps(schedule.timesteps, steps, spacing, sampler)
+    first = 0 if known is None else first_step(steps, known.strength)
+    visited = sampling_timesteps(schedule.timesteps, steps, spacing, sampler)[first:]
     abar = jnp.append(jnp.asarray(schedule.alphas_cumprod)[visited], 1.0)
     alpha, sigma = jnp.sqrt(abar), jnp.sqrt(1 - abar)
     coefficients = chosen.coefficients(alpha, sigma)
@@ -227,7 +264,7 @@ def sample(
 
     def step(carry, now):
         latents, x0_before = carry
-        number, timestep, alpha_next, (kept, fresh, correction) = now
+        number, timestep, alpha_next, sigma_next, (kept, fresh, correction) = now
         t = jnp.full((latents.shape[0],), timestep, jnp.int32)
         prediction = denoise_fn(latents, t)
         x0 = schedule.to_x0(prediction, latents, t)
@@ -236,11 +273,16 @@ def sample(
             latents += correction * (x0 - x0_before)
         if fresh is not None:
             latents += fresh * step_noise(keys, number, latents.shape[1:])
+        if known is not None and known.kept is not None:
+            there = alpha_next * known.latents + sigma_next * noise
+            latents = known.kept * there + (1 - known.kept) * latents
         return (latents, x0), None
 
     start = noise.astype(jnp.float32)
-    if chosen.starts_without_signal and spacing != "leading":
+    if first:
+        start = alpha[0] * known.latents + sigma[0] * start
+    elif chosen.starts_without_signal and spacing != "leading":
         start = sigma[0] * start
-    table = jnp.arange(steps), jnp.asarray(visited), alpha[1:], coefficients
+    table = jnp.arange(first, steps), jnp.asarray(visited), alpha[1:], sigma[1:], coefficients
     (latents, _), _ = jax.lax.scan(step, (start, jnp.zeros_like(start)), table)
     return latents

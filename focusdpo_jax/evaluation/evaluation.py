@@ -5,8 +5,6 @@ bit for bit whether or not the evaluation was interrupted. Shares of the batches
 several processes that see one folder.
 """
 
-import time
-
 from absl import logging
 
 from focusdpo_jax.evaluation import places as subject_places
@@ -15,9 +13,8 @@ from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.evaluation.encoders import digest_of
 from focusdpo_jax.evaluation.output_folder import ImagesFolder
 from focusdpo_jax.evaluation.places import Place
+from focusdpo_jax.evaluation.progress import Progress
 from focusdpo_jax.evaluation.sampling import Sampler
-
-_REPORT_EVERY = 20.0  # Seconds between two lines of progress.
 
 
 def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=None, workdir=None,
@@ -126,7 +123,7 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
     work = [(batch, [s for s in batch if not folder.picture_path(side, s).exists()])
             for _, batch in batches(scenes, batch_size, share)]
     total = sum(len(missing) for _, missing in work)
-    progress = _Progress(f"{side}: pictures drawn", total)
+    progress = Progress(f"{side}: pictures drawn", total)
     for batch, missing in work:
         if missing:
             # The whole batch, so that what is missing is drawn as it would have been.
@@ -151,7 +148,7 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
     known = folder.load_scores(side, scorer.name)
     work = [(number, batch) for number, batch in batches(scenes, batch_size, share)
             if not all(scene.name in known for scene in batch)]
-    progress = _Progress(f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
+    progress = Progress(f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
                          sum(len(batch) for _, batch in work))
     for number, batch in work:
         images = [subject_places.read_picture(pictures.picture_path(side, s)) for s in batch]
@@ -179,19 +176,3 @@ def known_places(boxes, given=None):
                 for mask, subject, box in zip(masks, scene.subjects, found)]
 
     return places
-
-
-class _Progress:
-    """A line in the log from time to time."""
-
-    def __init__(self, what, total):
-        self._what, self._total, self._done = what, total, 0
-        self._began = self._shown = time.monotonic()
-
-    def add(self, count):
-        self._done += count
-        now = time.monotonic()
-        if now - self._shown >= _REPORT_EVERY or self._done == self._total:
-            rate = self._done / max(now - self._began, 1e-9)
-            logging.info("%s: %d of %d, %.2f/s", self._what, self._done, self._total, rate)
-            self._shown = now

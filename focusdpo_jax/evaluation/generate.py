@@ -31,30 +31,17 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
       be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
       and masks are those of `Conditioning`.
     """
-    spacing = "trailing" if generator.config.zero_terminal_snr else "leading"
+    spacing = timestep_spacing(generator)
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
-    negative = jnp.asarray(negative_token_ids)[None]
 
     @jax.jit
     def generate(parameters, token_ids, time_ids, references, present, noise, keys=None,
                  scales=None, masks=None):
-        text, pooled = generator.encode_text(parameters, token_ids)
-        conditioning = Conditioning(
-            text=text, pooled=pooled, time_ids=time_ids, image_present=present,
-            image_tokens=generator.subject_tokens(parameters, references), image_scales=scales,
-            image_masks=masks)
-        if guidance != 1:
-            other_text, other_pooled = generator.encode_negative(parameters, negative)
-            without = generator.drop_references(parameters, conditioning.replace(
-                text=jnp.broadcast_to(other_text, text.shape),
-                pooled=jnp.broadcast_to(other_pooled, pooled.shape)), jnp.ones(len(present), bool))
-            conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
-
-        def denoise(latents, timesteps):
-            return generator.denoise(parameters, latents, timesteps, conditioning,
-                                     image_scale=image_scale)[0]
-
+        denoise = conditioned_denoiser(
+            generator, parameters, token_ids, time_ids, references, present,
+            negative_token_ids=negative_token_ids if guidance != 1 else None,
+            image_scale=image_scale, scales=scales, masks=masks)
         if guidance != 1:
             denoise = samplers.classifier_free_guidance(denoise, guidance)
         latents = samplers.sample(denoise, generator.schedule, noise, steps, spacing,
@@ -63,6 +50,51 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
         return jnp.round(pixels * 255).astype(jnp.uint8)
 
     return generate
+
+
+def timestep_spacing(generator):
+    """Which of `samplers.SPACINGS` a generator is drawn with."""
+    return "trailing" if generator.config.zero_terminal_snr else "leading"
+
+
+def conditioned_denoiser(generator, parameters, token_ids, time_ids, references, present, *,
+                         negative_token_ids=None, image_scale=1.0, scales=None, masks=None,
+                         inpainting=None):
+    """The denoiser of B prompts with their references, without guidance.
+
+    Args:
+      token_ids, time_ids, references, present, scales, masks: as `generate` of `make_generate`.
+      negative_token_ids: int [2, L]. With them the denoiser is one of 2B latents, for
+        `samplers.classifier_free_guidance`: B with prompts and references, then B with these alone.
+      image_scale: see `make_generate`.
+      inpainting: [B, h, w, 1 + C], mask and latents of the masked picture, which an inpainting UNet
+        reads behind the latents.
+
+    Returns:
+      (latents [B or 2B, h, w, C], timesteps [B or 2B]) -> prediction.
+    """
+    text, pooled = generator.encode_text(parameters, token_ids)
+    conditioning = Conditioning(
+        text=text, pooled=pooled, time_ids=time_ids, image_present=present,
+        image_tokens=generator.subject_tokens(parameters, references), image_scales=scales,
+        image_masks=masks)
+    if negative_token_ids is not None:
+        other_text, other_pooled = generator.encode_negative(
+            parameters, jnp.asarray(negative_token_ids)[None])
+        without = generator.drop_references(parameters, conditioning.replace(
+            text=jnp.broadcast_to(other_text, text.shape),
+            pooled=jnp.broadcast_to(other_pooled, pooled.shape)), jnp.ones(len(present), bool))
+        conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
+        if inpainting is not None:
+            inpainting = jnp.concatenate([inpainting, inpainting])
+
+    def denoise(latents, timesteps):
+        if inpainting is not None:
+            latents = jnp.concatenate([latents, inpainting], axis=-1)
+        return generator.denoise(parameters, latents, timesteps, conditioning,
+                                 image_scale=image_scale)[0]
+
+    return denoise
 
 
 def scene_noise(seed, indices, shape):

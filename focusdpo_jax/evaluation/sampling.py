@@ -12,6 +12,13 @@ from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 _MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
 
 
+def check_resolution(generator, resolution):
+    """Raises a UserError where a generator has no latents for a side of so many pixels."""
+    factor = generator.latent_factor
+    if resolution < factor or resolution % factor:
+        raise UserError(f"--resolution={resolution}: give a positive multiple of {factor}.")
+
+
 class Sampler:
     """Draws pictures from prompts; models of one architecture share its compiled program.
 
@@ -31,9 +38,7 @@ class Sampler:
           negative: the negative prompt.
           batch_size: pictures drawn at once.
         """
-        factor = model.generator.latent_factor
-        if resolution < factor or resolution % factor:
-            raise UserError(f"--resolution={resolution}: give a positive multiple of {factor}.")
+        check_resolution(model.generator, resolution)
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
         self._mesh = drawing_mesh(batch_size)

@@ -184,3 +184,38 @@ def test_guidance_is_one_call_with_the_conditional_half_first():
     assert calls == [((6, 1, 1, 1), (6,))]
     plain = samplers.classifier_free_guidance(denoise, 1.0)(z, t)
     np.testing.assert_allclose(plain, z)
+
+
+def test_the_first_step_of_a_strength():
+    assert [samplers.first_step(10, s) for s in (1.0, 0.8, 0.55, 0.1)] == [0, 2, 5, 9]
+    for strength in (0.0, 1.1, 0.05):
+        with pytest.raises(UserError, match=f"strength is {strength} of 10 steps; choose a share"):
+            samplers.first_step(10, strength)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_what_is_known_stays_and_the_rest_is_drawn(sampler):
+    """An oracle for one picture, of which half is another one that is kept."""
+    schedule = scaled_linear_schedule("v_prediction", zero_terminal_snr=True)
+    image, known, noise = jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 2))
+    kept = jnp.zeros((1, 4, 4, 1)).at[:, :2].set(1.0)
+    seen = []
+
+    def oracle(noisy, t):
+        jax.debug.callback(lambda z, step: seen.append((int(step[0]), np.array(z))), noisy, t)
+        alpha, sigma = schedule.signal_and_noise(t)
+        return schedule.target(image, (noisy - alpha * image) / sigma, t)
+
+    drawn = samplers.sample(
+        oracle, schedule, noise, 10, "trailing", sampler=sampler, keys=jax.random.split(
+            jax.random.key(1), 2),
+        known=samplers.Known(latents=known, kept=kept, strength=0.5))
+    np.testing.assert_allclose(drawn[:, :2], known[:, :2], atol=1e-5)
+    np.testing.assert_allclose(drawn[:, 2:], image[:, 2:], atol=2e-4)
+    jax.effects_barrier()
+    assert [step for step, _ in seen] == [499, 399, 299, 199, 99]
+    for step, latents in seen:  # Whatever is drawn, the denoiser sees what is known as noised.
+        expected = schedule.add_noise(known, noise, jnp.full(2, step))
+        np.testing.assert_allclose(latents[:, :2], expected[:, :2], atol=1e-5)
+    np.testing.assert_allclose(  # At the start all of it is.
+        seen[0][1], schedule.add_noise(known, noise, jnp.full(2, 499)), atol=1e-5)

@@ -1,0 +1,1 @@
+"""Instance disruption: rejected pictures by drawing the subjects of good ones anew."""
