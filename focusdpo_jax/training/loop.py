@@ -170,7 +170,8 @@ def open_workdir(workdir, config, accept_changes=False):
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # A start that failed before it had data and model leaves nothing that depends on them.
-        if path.exists() and (workdir / "checkpoints").exists():
+        kept = [workdir / "base.npz", *(workdir / "checkpoints").glob("*")]
+        if path.exists() and any(file.exists() for file in kept):
             changed = config_rules.changed_fields(
                 run_folder.read_config(workdir), json.loads(written))
             if changed and accept_changes:

@@ -110,6 +110,7 @@ def generator_task(config, workdir, mesh, sources):
     buckets = focus_buckets(config)
     names = list(buckets)
     source, encode_placed = make_encoder(generator, config, buckets)
+    encode_kept = _kept_encoder(config, model, source, encode_placed)
     objective = objectives.Objective(generator, config, empty, source)
 
     # Where everything is encoded once, steps leave encoders alone; otherwise they ask them.
@@ -141,8 +142,9 @@ def generator_task(config, workdir, mesh, sources):
             return _batch_of(_stacked(stored()[0], 1), config.batch_size, mesh)
         with activations.divided(mesh):
             encoded = jax.eval_shape(
-                encode_placed, at_start(), _stacked(transform(sources["train"][0]),
-                                                    _rows_at_once(config, sources["train"], mesh)))
+                encode_kept if config.data.cache else encode_placed, at_start(),
+                _stacked(transform(sources["train"][0]),
+                         _rows_at_once(config, sources["train"], mesh)))
         return _batch_of(encoded, config.batch_size, mesh)
 
     if config.data.cache:
@@ -158,7 +160,7 @@ def generator_task(config, workdir, mesh, sources):
         pairs, change = sources["train"], transform
         if config.data.cache:
             pairs, change = stored() or _cached(
-                config, pairs, model, at_start, encode_placed, source, transform, mesh), _identity
+                config, pairs, model, at_start, encode_kept, source, transform, mesh), _identity
         return _loader(config, mesh, pairs, change)
 
     draw = make_generate(
@@ -226,12 +228,9 @@ def _cached(config, records, model, parameters, encode, source, transform, mesh)
     """What the encoders say of every pair, beside the data set where it can be kept."""
     batches = loader.evaluation_batches(records, transform=transform,
                                         batch_size=_rows_at_once(config, records, mesh))
-    source, widened = _kept_source(config, model, source)
-    place = _place(config, records, model, source)
+    place = _place(config, records, model, _kept_source(config, model, source)[0])
     if place is None:
         return encoding.cached(_by_rows(encode, mesh), parameters(), batches)
-    if widened:
-        encode = encoding.encoder(model.generator, config, source, dpce=True, quality=True)
     return encoding_cache.cached(
         *place, parameters, _by_rows(encode, mesh), batches, len(records))
 
@@ -251,6 +250,14 @@ def _kept_source(config, model, source):
     if config.data.source == "toybox" or config.objective in config_rules.SUPERVISED_OBJECTIVES:
         return source, False
     return source or EncoderSource(model.generator, config.focus.prototypes), True
+
+
+def _kept_encoder(config, model, source, encode):
+    """`encode`, or what encodes all that is kept where that is more."""
+    source, widened = _kept_source(config, model, source)
+    if not widened:
+        return encode
+    return encoding.encoder(model.generator, config, source, dpce=True, quality=True)
 
 
 def _place(config, records, model, source):
