@@ -16,6 +16,7 @@ import numpy as np
 
 from focusdpo_jax.checkpoints import pytorch_names
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
 _PROJECTION = "image_proj."
@@ -38,7 +39,7 @@ def is_image_branch(path):
 
 def _projections(unet_params):
     """Pairs of the file's name and diffusers' for the image branch of a UNet's tree."""
-    attentions = {path[:-2] for path in flax.traverse_util.flatten_dict(unet_params)
+    attentions = {path[:-2] for path in flax.traverse_util.flatten_dict(stacking.split(unet_params))
                   if is_image_branch(path)}
 
     def order(path):

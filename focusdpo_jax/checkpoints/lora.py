@@ -21,6 +21,7 @@ from flax import traverse_util
 
 from focusdpo_jax.checkpoints import ip_adapter, original_names, pytorch_names, tensor_file
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te1_", "lora_te_"),
@@ -45,9 +46,10 @@ class LowRank(NamedTuple):
 
 
 def _modules(parameters, unet_config):
-    """{name in a file: path} of every layer with a kernel, under all the names it can have."""
+    """{name in a file: path} of every layer with a kernel, under all the names it can have; paths
+    are those of `stacking.split`."""
     modules = {}
-    for path in traverse_util.flatten_dict(parameters):
+    for path in traverse_util.flatten_dict(stacking.split(parameters)):
         if path[-1] != "kernel":
             continue
         part = path[0]
@@ -88,14 +90,14 @@ def read(tensors, parameters, unet_config, source="LoRA file"):
       source: what to call the file in a message.
 
     Returns:
-      {path of a kernel in `parameters`: LowRank}.
+      {path of a kernel in `stacking.split(parameters)`: LowRank}.
 
     Raises:
       UserError: naming every tensor without a place, without its other half or of another shape.
     """
     modules = _modules({part: tree for part, tree in parameters.items() if part in _KOHYA},
                        unet_config)
-    shapes = traverse_util.flatten_dict(parameters)
+    shapes = traverse_util.flatten_dict(stacking.split(parameters))
     pieces, unexpected = {}, []
     for name in sorted(tensors):
         layer, kind = _split(name)
@@ -139,7 +141,7 @@ def to_flax(updates, template, config, source="LoRA file"):
     Raises:
       UserError: the UNet has no place for an update, or too small a rank.
     """
-    shapes = traverse_util.flatten_dict(template)
+    shapes = traverse_util.flatten_dict(stacking.split(template))
     places = {path[:-1]: leaf.shape for path, leaf in shapes.items() if path[-1] == "lora_a"}
     ours = {path[1:-1]: update for path, update in updates.items() if path[0] == "unet"}
     lost = [".".join(path[:-1]) for path in updates
@@ -161,7 +163,7 @@ def to_flax(updates, template, config, source="LoRA file"):
             up[:size] = np.asarray(update.up, np.float32).T
             up *= np.float32(update.scale / (config.lora_alpha / config.lora_rank))
         flat[*path, "lora_a"], flat[*path, "lora_b"] = down, up
-    return traverse_util.unflatten_dict(flat)
+    return stacking.join(flat)
 
 
 def merge(updates, parameters, strength=1.0):
@@ -175,7 +177,7 @@ def merge(updates, parameters, strength=1.0):
     Returns:
       `parameters` with new kernels, in their types.
     """
-    flat = dict(traverse_util.flatten_dict(parameters))
+    flat = traverse_util.flatten_dict(stacking.split(parameters))
     for path, (down, up, scale) in updates.items():
         down, up = np.asarray(down, np.float32), np.asarray(up, np.float32)
         product = np.tensordot(up.reshape(up.shape[:2]), down, axes=1)
@@ -183,7 +185,7 @@ def merge(updates, parameters, strength=1.0):
         # [out, in(, h, w)] in our order of axes.
         product = np.moveaxis(product, (0, 1), (-1, -2))
         flat[path] = (kernel + strength * scale * product).astype(kernel.dtype)
-    return traverse_util.unflatten_dict(flat)
+    return stacking.join(flat)
 
 
 def from_flax(unet_parameters, config):

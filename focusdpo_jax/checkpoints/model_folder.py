@@ -7,19 +7,19 @@
 A part whose file is missing is made anew at random by whoever loads the folder.
 """
 
-import numpy as np
 from etils import epath
 from flax import traverse_util
 
 from focusdpo_jax.checkpoints import tensor_file
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import GeneratorConfig
 
 
 def save_part(folder, name, tree):
     """Writes one part's parameter tree in the types that it has, tensor by tensor."""
     tensor_file.write(epath.Path(folder) / f"{name}.safetensors",
-                      traverse_util.flatten_dict(tree, sep="/"))
+                      traverse_util.flatten_dict(stacking.split(tree), sep="/"))
 
 
 def load_part(folder, name, example=None, *, dtype=None, sharding=None):
@@ -37,17 +37,16 @@ def load_part(folder, name, example=None, *, dtype=None, sharding=None):
         return None
     tensors, _ = tensor_file.read(path)
     if example is not None:
-        expected = {k: v.shape for k, v in traverse_util.flatten_dict(example, sep="/").items()}
+        expected = {k: v.shape for k, v in traverse_util.flatten_dict(
+            stacking.split(example), sep="/").items()}
         wrong = [f"missing {k}" for k in sorted(expected.keys() - tensors.keys())]
         wrong += [f"unexpected {k}" for k in sorted(tensors.keys() - expected.keys())]
         wrong += [f"{k} is {tensors[k].shape}, not {expected[k]}" for k in sorted(expected)
                   if k in tensors and tensors[k].shape != expected[k]]
         if wrong:
             raise UserError(f"{path} does not fit model.json: {'; '.join(wrong)}.")
-    place = tensor_file.placement(dtype, sharding)
-    paths = {tuple(key.split("/")): tensor for key, tensor in tensors.items()}
-    return traverse_util.unflatten_dict(
-        {path: place(path, np.asarray(tensor)) for path, tensor in paths.items()})
+    return stacking.join({tuple(key.split("/")): tensor for key, tensor in tensors.items()},
+                         place=tensor_file.placement(dtype, sharding))
 
 
 def save_config(folder, config):

@@ -15,6 +15,7 @@ import flax.traverse_util
 import numpy as np
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 
 # Components that end in _N in the files, too, where .N would be the rule.
 _KEPT = re.compile(r"linear_[12]$")
@@ -50,7 +51,12 @@ def _axes(path, rank):
 def lay_out(params):
     """Names a parameter tree as PyTorch does; the arrays are views in PyTorch's order of axes."""
     return {torch_name(path): np.transpose(np.asarray(leaf), _axes(path, np.ndim(leaf)))
-            for path, leaf in flax.traverse_util.flatten_dict(params).items()}
+            for path, leaf in flax.traverse_util.flatten_dict(stacking.split(params)).items()}
+
+
+def names(params):
+    """The PyTorch names of a parameter tree, of arrays or shapes."""
+    return [torch_name(path) for path in flax.traverse_util.flatten_dict(stacking.split(params))]
 
 
 def from_flax(params):
@@ -65,7 +71,7 @@ def from_flax(params):
     return {name: np.ascontiguousarray(value) for name, value in lay_out(params).items()}
 
 
-def to_flax(tensors, template, source="checkpoint", place=None):
+def to_flax(tensors, template, source="checkpoint", place=stacking.as_it_is):
     """Names and lays out PyTorch tensors as our parameter tree.
 
     Args:
@@ -77,7 +83,7 @@ def to_flax(tensors, template, source="checkpoint", place=None):
       place: function of a path and a numpy array in our layout; the leaf is what it returns.
 
     Returns:
-      A tree like `template`; without `place` of numpy arrays in the types of `tensors`.
+      A tree like `template`; by itself of numpy arrays in the types of `tensors`.
 
     Raises:
       UserError: naming every tensor that is missing, unexpected or of another shape.
@@ -88,7 +94,7 @@ def to_flax(tensors, template, source="checkpoint", place=None):
         # transformers 5 writes a tower that has no projection without its outermost module.
         tensors = {root + name: value for name, value in tensors.items()}
     found, missing, misshaped = {}, [], []
-    expected = flax.traverse_util.flatten_dict(template)
+    expected = flax.traverse_util.flatten_dict(stacking.split(template))
     for path, leaf in expected.items():
         name, axes = torch_name(path), _axes(path, len(leaf.shape))
         if name not in tensors:
@@ -102,11 +108,7 @@ def to_flax(tensors, template, source="checkpoint", place=None):
     unexpected = sorted(set(tensors) - {torch_name(path) for path in expected})
     require_fit(source, {"missing": missing, "unexpected": unexpected,
                          "of another shape": misshaped})
-    flat = {}
-    for path, (tensor, axes) in found.items():
-        value = np.transpose(np.asarray(tensor), axes)
-        flat[path] = value if place is None else place(path, value)
-    return flax.traverse_util.unflatten_dict(flat)
+    return stacking.join(found, lambda pair: np.transpose(np.asarray(pair[0]), pair[1]), place)
 
 
 def require_fit(source, problems):

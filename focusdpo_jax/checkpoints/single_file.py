@@ -85,8 +85,7 @@ def load_part(path, part, example, config, *, adapter=None, image_encoder=None, 
         return pytorch_names.to_flax(tensors, example, str(image_encoder), place)
     tensors, _ = tensor_file.read(path)
     pytorch_names.require_fit(str(path), {"unexpected": original_names.foreign(tensors)})
-    names = [pytorch_names.torch_name(leaf) for leaf in traverse_util.flatten_dict(example)]
-    found = original_names.to_diffusers(tensors, names, part, config)
+    found = original_names.to_diffusers(tensors, pytorch_names.names(example), part, config)
     if part == "unet" and adapter is not None:
         projections, _ = tensor_file.read(adapter)
         found |= ip_adapter.to_diffusers(projections, example, str(adapter))[0]

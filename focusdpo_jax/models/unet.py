@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.models import image_attention, layers
+from focusdpo_jax.models import image_attention, layers, stacking
 from focusdpo_jax.models.lora import LoRADense
 
 IMAGE_ATTENTION = "image_attention"
@@ -186,13 +186,15 @@ class SpatialTransformer(nn.Module):
             context = context._replace(
                 image_masks=image_attention.masks_on_grid(
                     context.image_masks, (height, width)))
-        block = nn.remat(TransformerBlock) if self.config.remat else TransformerBlock
-        recorded = []
-        for i in range(self.depth):
-            h, attention = block(self.config, self.num_heads, self.record, self.dtype,
-                              name=f"transformer_blocks_{i}")(h, context)
-            if attention is not None:
-                recorded.append(attention.reshape(batch, height, width, -1))
+        # Inside a loop there is no other computation that a repeated one could be merged with.
+        block = (nn.remat(TransformerBlock, prevent_cse=False) if self.config.remat
+                 else TransformerBlock)
+        blocks = nn.scan(block, length=self.depth, in_axes=nn.broadcast,
+                         variable_axes={"params": 0}, split_rngs={"params": True})
+        h, attention = blocks(self.config, self.num_heads, self.record, self.dtype,
+                              name=stacking.STACKED)(h, context)
+        recorded = [] if attention is None else [
+            one.reshape(batch, height, width, -1) for one in attention]
         h = nn.Dense(channels, kernel_init=layers.ZEROS, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape), recorded
 

@@ -17,6 +17,9 @@ RULES = {"width": "fsdp", "hidden": "tensor"}
 _SPREADING = {"to_q", "to_k", "to_v", "to_k_ip", "to_v_ip", "q_proj", "k_proj", "v_proj",
               "query", "key", "value", "net_0", "proj", "fc1", "conv1", "time_emb_proj"}
 _GATHERING = {"to_out_0", "out_proj", "net_2", "fc2", "conv2"}
+# Whose parameters have an axis over equal blocks before their own. A loop takes one block after the
+# other, so that this axis is never divided.
+_STACKED = "transformer_blocks"
 
 
 def logical_axes(path, ndim):
@@ -27,6 +30,8 @@ def logical_axes(path, ndim):
       ndim: number of axes. Kernels are [..., in, out].
     """
     layer, leaf = ("", *path)[-2:]
+    if _STACKED in path:
+        return (None, *logical_axes((layer, leaf), ndim - 1))
     if ndim < 2:
         return (None,) * ndim  # Norms and biases take no room.
     before = (None,) * (ndim - 2)
@@ -50,11 +55,12 @@ def parameter_spec(path, shape, mesh):
     can take it, or else stays whole.
     """
     spec = [None] * len(shape)
+    first = int(_STACKED in path)
     for position, name in enumerate(logical_axes(path, len(shape))):
         axis = RULES.get(name)
         if axis is None or mesh.shape[axis] == 1:
             continue
-        others = [i for i in reversed(range(len(shape))) if i != position]
+        others = [i for i in reversed(range(first, len(shape))) if i != position]
         for place in (position, *others):
             taken = spec[place] or ()
             share = mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)

@@ -15,6 +15,7 @@ from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import model_folder, pretrained, single_file
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 from focusdpo_jax.models.clip import CLIPVisionConfig
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
@@ -62,7 +63,8 @@ def stored_type(config, path, shape):
       config: the run's; `dtype` and `trainable` matter.
       path: of the parameter, from its part on.
     """
-    if config.dtype == "float32" or len(shape) < 2 or TRAINABLE[config.trainable](path):
+    if (config.dtype == "float32" or stacking.is_vector(path, shape)
+            or TRAINABLE[config.trainable](path)):
         return jnp.float32
     return jnp.bfloat16
 

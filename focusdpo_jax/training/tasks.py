@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
+from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
 from focusdpo_jax.sharding import activations, processes, rules
 from focusdpo_jax.sharding import mesh as meshes
@@ -197,7 +199,9 @@ def as_computed(parameters, dtype):
 
     Layers use matrices in `dtype`, and the vectors of norms in float32.
     """
-    return jax.tree.map(lambda x: jnp.array(x, dtype if x.ndim > 1 else x.dtype), parameters)
+    return traverse_util.unflatten_dict({
+        path: jnp.array(x, x.dtype if stacking.is_vector(path, x.shape) else dtype)
+        for path, x in traverse_util.flatten_dict(parameters).items()})
 
 
 def make_encoder(generator, config, buckets):

@@ -7,9 +7,9 @@ from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
 
 def attention(value):
-    return {"transformer_blocks_0": {"attn2": {
-        "to_k_ip": {"kernel": np.full((2, 2), value)}, "to_q": {"kernel": np.zeros((2, 2))},
-        "to_v_ip": {"kernel": np.full((2, 2), -value)}}}}
+    return {"transformer_blocks": {"attn2": {
+        "to_k_ip": {"kernel": np.full((1, 2, 2), value)}, "to_q": {"kernel": np.zeros((1, 2, 2))},
+        "to_v_ip": {"kernel": np.full((1, 2, 2), -value)}}}}
 
 
 UNET = {"mid_block": {"attentions_0": attention(4.0)},

@@ -4,6 +4,7 @@ from flax import traverse_util
 
 from focusdpo_jax.checkpoints import lora, tensor_file
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 from focusdpo_jax.models.unet import UNetConfig
 
 # Of two levels, as UNetConfig's `transformer_layers_per_block` and `layers_per_block` number them.
@@ -27,7 +28,12 @@ def parameters():
         width, features = SHAPES["unet", *path]
         flat["unet", *path, "lora_a"] = RNG.normal(size=(width, 4)).astype(np.float32)
         flat["unet", *path, "lora_b"] = RNG.normal(size=(4, features)).astype(np.float32)
-    return traverse_util.unflatten_dict(flat)
+    return stacking.join(flat)
+
+
+def by_block(tree):
+    """{path: leaf}, each block's parameters by themselves."""
+    return traverse_util.flatten_dict(stacking.split(tree))
 
 
 PARAMETERS = parameters()
@@ -71,7 +77,7 @@ def test_other_layers_and_strengths():
         ("text_encoder_2", *FC1, "kernel"): 0.5, ("unet", *CONV, "kernel"): 1.0,
         ("unet", *OUT, "kernel"): 1.0}
     merged = lora.merge(updates, PARAMETERS, strength=0.5)
-    flat, before = (traverse_util.flatten_dict(tree) for tree in (merged, PARAMETERS))
+    flat, before = (by_block(tree) for tree in (merged, PARAMETERS))
     change = {path: flat[path] - before[path] for path in flat}
     # 0.5 of strength times 0.5 of alpha / rank times two ones.
     np.testing.assert_allclose(change["text_encoder_2", *FC1, "kernel"], 0.5, atol=1e-6)
@@ -86,7 +92,7 @@ def test_trainable_leaves():
     name = "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
     updates = lora.read({f"{name}.lora_A.weight": DOWN, f"{name}.lora_B.weight": UP},
                         PARAMETERS, CONFIG)
-    flat = traverse_util.flatten_dict(lora.to_flax(updates, PARAMETERS["unet"], CONFIG))
+    flat = by_block(lora.to_flax(updates, PARAMETERS["unet"], CONFIG))
     assert set(flat) == {(*path, leaf) for path in (QUERY, OUT) for leaf in ("lora_a", "lora_b")}
     ours = CONFIG.lora_alpha / CONFIG.lora_rank * flat[*QUERY, "lora_a"] @ flat[*QUERY, "lora_b"]
     np.testing.assert_allclose(ours, (UP @ DOWN).T, rtol=1e-6)
@@ -97,12 +103,12 @@ def test_out_and_in_again_bit_for_bit(tmp_path):
     lora.save(tmp_path, PARAMETERS["unet"], CONFIG)
     tensors, _ = tensor_file.read(tmp_path / "pytorch_lora_weights.safetensors")
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
-    ours = traverse_util.flatten_dict(PARAMETERS["unet"])
+    ours = by_block(PARAMETERS["unet"])
     np.testing.assert_array_equal(tensors[f"{name}.lora_A.weight"], ours[*OUT, "lora_a"].T)
     np.testing.assert_array_equal(tensors[f"{name}.lora_B.weight"], 2 * ours[*OUT, "lora_b"].T)
     assert len(tensors) == 4
     back = lora.to_flax(lora.read(tensors, PARAMETERS, CONFIG), PARAMETERS["unet"], CONFIG)
-    for path, leaf in traverse_util.flatten_dict(back).items():
+    for path, leaf in by_block(back).items():
         np.testing.assert_array_equal(leaf, ours[path])
 
 

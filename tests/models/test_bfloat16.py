@@ -85,7 +85,7 @@ def test_the_reference_in_half_the_memory_says_the_same(generator):
 def test_what_is_stored_in_which_type(tiny_folder):
     config = tiny.tiny_config(tiny_folder, dtype="bfloat16", trainable="adapter")
     model = models.load_model(config)
-    block = model.parameters["unet"]["down_blocks_1"]["attentions_0"]["transformer_blocks_0"]
+    block = model.parameters["unet"]["down_blocks_1"]["attentions_0"]["transformer_blocks"]
     assert block["attn2"]["to_k"]["kernel"].dtype == jnp.bfloat16
     assert block["attn2"]["to_k_ip"]["kernel"].dtype == jnp.float32
     assert block["norm1"]["scale"].dtype == jnp.float32

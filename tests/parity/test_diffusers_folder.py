@@ -98,8 +98,8 @@ def test_every_part_bit_for_bit(models, how, tmp_path):
 def test_a_new_image_branch_reads_as_the_text_does(folder):
     expected = examples(diffusers_folder.load_config(folder))["unet"]
     params = diffusers_folder.load_part(folder, "unet", expected)
-    attention = params["down_blocks_1"]["attentions_0"]["transformer_blocks_0"]["attn2"]
-    assert attention["to_k_ip"]["kernel"].shape == (24, 24)
+    attention = params["down_blocks_1"]["attentions_0"]["transformer_blocks"]["attn2"]
+    assert attention["to_k_ip"]["kernel"].shape == (1, 24, 24)
     for name in ("to_k", "to_v"):
         np.testing.assert_array_equal(attention[f"{name}_ip"]["kernel"],
                                       attention[name]["kernel"])
@@ -116,8 +116,8 @@ def test_adapter_file(folder, adapter):
     adapter = diffusers_folder.load_part(folder, "adapter", expected["adapter"])
     jax.tree.map(np.testing.assert_array_equal, adapter, parameters["adapter"])
     unet = diffusers_folder.load_part(folder, "unet", expected["unet"])
-    branch = unet["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_v_ip"]
-    theirs = parameters["unet"]["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn2"]
+    branch = unet["mid_block"]["attentions_0"]["transformer_blocks"]["attn2"]["to_v_ip"]
+    theirs = parameters["unet"]["mid_block"]["attentions_0"]["transformer_blocks"]["attn2"]
     np.testing.assert_array_equal(branch["kernel"], theirs["to_v_ip"]["kernel"])
 
 
