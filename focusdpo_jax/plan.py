@@ -39,6 +39,7 @@ def main():
     """Flags, then `planning.planner`."""
     # A TPU's runtime would look for a TPU; only its compiler is wanted.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Of compilers there may be several.
     if _TOPOLOGY.value != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from focusdpo_jax import config as config_rules

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from focusdpo_jax.models import attention_by_head
+from focusdpo_jax.models import attention_by_head, attention_on_tpu
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
 
@@ -31,24 +31,30 @@ LONG = 512
 LONG_ON_CPU = 128
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
+_DIVIDE = contextvars.ContextVar("divide", default=None)
 
 
 @contextlib.contextmanager
-def compiled_for(platform):
+def compiled_for(platform, divide=None):
     """While a function is traced inside, it takes the paths for "cpu", "gpu" or "tpu".
 
     Without it they are those of this machine, which need not be where a program will run.
+
+    Args:
+      divide: from a function of query, key and value, [B, N, H, d] each, to one that runs it on the
+        devices of the program, each with its share. Kernels that the partitioner cannot look into
+        are taken only where it is given.
     """
-    token = _PLATFORM.set(platform)
+    tokens = _PLATFORM.set(platform), _DIVIDE.set(divide)
     try:
         yield
     finally:
-        _PLATFORM.reset(token)
+        _PLATFORM.reset(tokens[0])
+        _DIVIDE.reset(tokens[1])
 
 
 def _platform():
     return _PLATFORM.get() or jax.devices()[0].platform
-
 
 
 class Conv(nn.Module):
@@ -181,10 +187,9 @@ def has_fused_attention(dtype, head_dim):
 
     It never holds the logits, which at 1024 pixels are 671 MB for one picture and layer of SDXL.
     cuDNN asks for half precision, heads of 8, 16, ... 128 channels and a GPU from Ampere on.
-    On a TPU XLA's attention stays: Pallas's kernels are opaque to the partitioner, so that they
-    need the mesh, which models do not know.
     """
-    if dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
+    if (_platform() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8
+            or head_dim > 128):
         return False
     device = jax.devices()[0]
     return (device.platform == "gpu" and "cuda" in device.client.platform_version
@@ -203,16 +208,18 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     Returns:
       [B, Q, C].
     """
-    if (key_mask is None and not causal and key.shape[1] >= LONG_ON_CPU
-            and _platform() == "cpu"):
-        by_head = (split_heads(x, num_heads).transpose(2, 0, 1, 3) for x in (query, key, value))
+    heads = [split_heads(x, num_heads) for x in (query, key, value)]
+    keys, head_dim, over_all = key.shape[1], heads[0].shape[-1], key_mask is None and not causal
+    if over_all and keys >= LONG_ON_CPU and _platform() == "cpu":
+        by_head = (x.transpose(2, 0, 1, 3) for x in heads)
         return attention_by_head.attend(*by_head).transpose(1, 2, 0, 3).reshape(query.shape)
+    if (over_all and keys >= LONG and _platform() == "tpu" and _DIVIDE.get()
+            and attention_on_tpu.suits(query.shape[1], keys, head_dim)):
+        return _DIVIDE.get()(attention_on_tpu.attend)(*heads).reshape(query.shape)
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    fused = mask is None and not causal and key.shape[1] >= LONG and has_fused_attention(
-        query.dtype, query.shape[-1] // num_heads)
+    fused = over_all and keys >= LONG and has_fused_attention(query.dtype, head_dim)
     out = jax.nn.dot_product_attention(
-        split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads),
-        mask=mask, is_causal=causal, implementation="cudnn" if fused else "xla")
+        *heads, mask=mask, is_causal=causal, implementation="cudnn" if fused else "xla")
     out = out.reshape(query.shape)
     if key_mask is not None:
         # Over no valid key the softmax is uniform over the masked ones: their mean is no answer.

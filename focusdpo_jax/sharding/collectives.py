@@ -1,6 +1,7 @@
 """What devices tell each other in a compiled program, read from its HLO."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -13,6 +14,12 @@ _LINE = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>[^)]*)\)(?P<rest>.*)$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
+# What an instruction runs: a loop's body, and whatever else has instructions of its own.
+_BODY = re.compile(r"\bbody=%?([\w.-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|condition|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Collective:
       operands: names of what goes in.
       operation: where it comes from, such as "jit(update)/jvp(UNet)/mid_block/...".
       line: of the program.
+      times: how often it runs: inside loops once for every turn, as far as the compiler knows it.
     """
 
     name: str
@@ -34,17 +42,20 @@ class Collective:
     operands: tuple[str, ...]
     operation: str
     line: int
+    times: int = 1
 
 
 def read(text):
     """The collectives of a program in the order of the text, a list of Collective.
 
     Args:
-      text: `compiled.as_text()`. A program with loops names a collective once, however often it
-        runs.
+      text: `compiled.as_text()`.
     """
-    found = []
-    for number, line in enumerate(text.splitlines()):
+    lines = text.splitlines()
+    found, times, inside = [], _runs(lines), None
+    for number, line in enumerate(lines):
+        if (computation := _COMPUTATION.match(line)):
+            inside = computation[2]
         match = _LINE.match(line)
         if not match:
             continue
@@ -55,14 +66,41 @@ def read(text):
         found.append(Collective(
             match["name"], match["kind"], size,
             tuple(name.strip().split("%")[-1] for name in match["operands"].split(",")),
-            operation[1] if operation else "", number))
+            operation[1] if operation else "", number, times.get(inside, 1)))
     return found
 
 
+def _runs(lines):
+    """{computation: how often the program runs it}."""
+    callers, entry, inside = {}, None, None
+    for line in lines:
+        if (computation := _COMPUTATION.match(line)):
+            inside = computation[2]
+            entry = inside if computation[1] else entry
+            continue
+        body, trips = _BODY.search(line), _TRIPS.search(line)
+        if body:
+            callers.setdefault(body[1], []).append((inside, int(trips[1]) if trips else 1))
+        called = _CALLED.findall(line)
+        if (branches := _BRANCHES.search(line)):
+            called += [name.strip().lstrip("%") for name in branches[1].split(",")]
+        for name in called:
+            callers.setdefault(name, []).append((inside, 1))
+
+    @functools.cache
+    def runs(name):
+        if name == entry:
+            return 1
+        return sum(trips * runs(caller) for caller, trips in callers.get(name, ()))
+
+    return {name: runs(name) for name in callers} | {entry: 1}
+
+
 def summary(found):
-    """{kind: {"count": number, "bytes": their sum}} of a list of Collective."""
-    return {kind: {"count": len(sizes), "bytes": sum(sizes)} for kind in KINDS
-            if (sizes := [c.size for c in found if c.kind == kind])}
+    """{kind: {"count": how often one runs, "bytes": of all of them}} of a list of Collective."""
+    return {kind: {"count": sum(c.times for c in of_kind),
+                   "bytes": sum(c.times * c.size for c in of_kind)} for kind in KINDS
+            if (of_kind := [c for c in found if c.kind == kind])}
 
 
 def _size(dtype, dimensions):

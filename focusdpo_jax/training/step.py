@@ -20,11 +20,10 @@ import optax
 from absl import logging
 from clu import metrics as clu_metrics
 
-from focusdpo_jax.models import layers
-from focusdpo_jax.sharding import activations
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import operations
 from focusdpo_jax.training.state import TrainState
+from focusdpo_jax.training.tracing import traced_for
 
 
 def averages(values):
@@ -72,17 +71,15 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
       `jax.stages.Traced`, which is compiled by `.lower().compile()`.
     """
 
-    platform = task.mesh.devices.flat[0].platform
-
     def guide(structure, frozen, batch, numbers, key, number):
-        with activations.divided(task.mesh), layers.compiled_for(platform):
+        with traced_for(task.mesh):
             guidance, metrics = task.guide(
                 structure, frozen, batch, numbers, jax.random.fold_in(key, number))
         return guidance, averages(metrics)
 
     def update(state, frozen, batch, guidance, numbers, key):
         key = jax.random.fold_in(key, state.step)
-        with activations.divided(task.mesh), layers.compiled_for(platform):
+        with traced_for(task.mesh):
             (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(
                 state.trainable, frozen, batch, guidance, numbers, key)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)

@@ -19,7 +19,7 @@ from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
-from focusdpo_jax.sharding import activations, processes, rules
+from focusdpo_jax.sharding import processes, rules
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import (
     encoding,
@@ -31,6 +31,7 @@ from focusdpo_jax.training import (
 from focusdpo_jax.training.showcase import Showcase
 from focusdpo_jax.training.sources import EncoderSource, make_source
 from focusdpo_jax.training.task import Task
+from focusdpo_jax.training.tracing import traced_for
 
 
 def make_task(config, workdir):
@@ -155,7 +156,7 @@ def generator_task(config, workdir, mesh, sources):
         parameters = at_start()
 
         def prepare(batch):
-            with activations.divided(mesh):
+            with traced_for(mesh):
                 return encode_placed(parameters, meshes.shard_batch(batch, mesh))
 
     def open_batches():
@@ -170,7 +171,7 @@ def generator_task(config, workdir, mesh, sources):
         negative_token_ids=empty)
 
     def generate(*arguments):
-        with activations.divided(mesh):
+        with traced_for(mesh):
             return draw(*arguments)
 
     focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
@@ -222,7 +223,7 @@ def make_encoder(generator, config, buckets):
 def _by_rows(encode, mesh):
     """`encode` of batches that lie on the host, in any size."""
     def encode_rows(parameters, batch):
-        with activations.divided(mesh):
+        with traced_for(mesh):
             return encode(parameters, meshes.shard_rows(batch, mesh))
 
     return encode_rows

@@ -16,7 +16,8 @@ import numpy as np
 import tiny
 from etils import epath
 
-from focusdpo_jax.sharding import collectives
+from focusdpo_jax.sharding import attention, collectives
+from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.state import create_state, make_optimizer
@@ -97,10 +98,21 @@ def restored(folder, workdir, mesh, saved):
         strict=True))
 
 
+def divided_attention():
+    """How far attention shared out by example and head is from the whole, for what divides and not."""
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, 4)
+    found = []
+    for batch, heads in ((4, 2), (3, 2), (4, 3)):
+        arrays = np.random.default_rng(0).normal(size=(3, batch, 8, heads, 4)).astype(np.float32)
+        ours = jax.jit(attention.by_example_and_head(mesh, jax.nn.dot_product_attention))(*arrays)
+        found.append(float(abs(ours - jax.nn.dot_product_attention(*arrays)).max()))
+    return found
+
+
 def main():
     """See the module."""
     folder, *meshes = sys.argv[1:]
-    folder, found = pathlib.Path(folder), {}
+    folder, found = pathlib.Path(folder), {"attention": divided_attention()}
     for mesh in meshes:
         task, optimizer, state = make(folder, mesh)
         before = shardings(state)

@@ -52,6 +52,8 @@ def test_meshes_train_as_one_device_does(measured):
     assert gathers["largest"] < 0.05 * gathers["bytes"]
     assert gathers["alive"] < size / 3
 
+    assert max(measured["attention"]) < 1e-6
+
     # A checkpoint of one mesh is that of another, bit by bit.
     assert measured["restored"] == {"2x1x1": True, "1x1x1": True}
 
@@ -104,3 +106,23 @@ def test_collectives_are_read_from_a_program():
     assert third.size == 256
     assert collectives.summary([first, second, third]) == {
         "all-gather": {"count": 2, "bytes": 512}, "all-reduce": {"count": 1, "bytes": 16}}
+
+
+def test_what_is_told_in_a_loop_counts_as_often_as_it_turns():
+    text = """HloModule jit_f, is_scheduled=true
+%inner.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[8]{0} all-gather(%x), dimensions={0}
+}
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %w2 = (s32[], f32[8]) while(%t), condition=%c, body=%inner.2, backend_config={"known_trip_count":{"n":"3"}}
+  %r = f32[4]{0} all-reduce(%y), to_apply=%add
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"10"}}
+  %last = f32[2]{0} all-gather(%z), dimensions={0}
+}
+"""
+    found = collectives.read(text)
+    assert {c.name: c.times for c in found} == {"g": 30, "r": 10, "last": 1}
+    assert collectives.summary(found) == {"all-gather": {"count": 31, "bytes": 30 * 32 + 8},
+                                          "all-reduce": {"count": 10, "bytes": 160}}

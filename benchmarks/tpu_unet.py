@@ -1,0 +1,166 @@
+r"""SDXL's UNet compiled for a TPU that is not there, here and by MaxDiffusion: counts, not times.
+
+    pip install -e ".[plan]" chex qwix tokamax aqtp google-cloud-storage tensorboardX
+    python benchmarks/tpu_unet.py --maxdiffusion=FOLDER            # a checkout of its repository
+    python benchmarks/tpu_unet.py --sides 1024 --programs forward  # ours alone
+
+One picture a chip on v5e:2x2, bfloat16 parameters, all of them differentiated, nothing computed again
+in the backward pass. Each program is compiled in a process of its own, ours and theirs one after the
+other. The peer attends as its configuration for SDXL says, "flash" (over more than `flash_min_seq_length`
+positions) or, as its default is, "dot_product": both are shown.
+
+XLA's count takes the body of a loop once. Ours runs equal transformer blocks in loops, so its operations
+and bytes are read from a second compilation with the loops unrolled; memory and seconds are those of
+the program as it is.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+PROGRAMS = ("forward", "gradient")
+SIDES = ("ours", "ours unrolled", "dot_product", "flash")
+
+
+def compiled(network, program, side, topology):
+    """Compiles and describes one program; what `main` prints a line of."""
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh([[[device]] for device in devices], ("data", "fsdp", "tensor"))
+    count, size = len(devices), side // 8
+
+    def shape(*axes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((count, *axes), dtype)
+
+    inputs = {"text": shape(77, 2048), "pooled": shape(1280), "time_ids": shape(6)}
+    latents, timesteps = shape(size, size, 4), shape(dtype=jnp.float32)
+    make = ours if network.startswith("ours") else peers
+    parameters, apply = make(network, mesh, (latents, timesteps, inputs))
+
+    def placed(tree, spec):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
+
+    def forward(parameters, *arguments):
+        return apply(parameters, *arguments)
+
+    def gradient(parameters, *arguments):
+        return jax.grad(lambda tree: jnp.square(apply(tree, *arguments).astype(
+            jnp.float32)).mean())(parameters)
+
+    parameters = placed(jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), parameters), PartitionSpec())
+    arguments = placed((latents, timesteps, inputs), PartitionSpec("data"))
+    start, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    with mesh:
+        program = jax.jit({"forward": forward, "gradient": gradient}[program]).lower(
+            parameters, *arguments).compile()
+    cost, memory = program.cost_analysis(), program.memory_analysis()
+    use = resource.getrusage(resource.RUSAGE_SELF)
+    return {"operations": cost["flops"], "bytes": cost["bytes accessed"],
+            "temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
+            "seconds": time.monotonic() - start, "processor": use.ru_utime - used,
+            "host": use.ru_maxrss * 1024}
+
+
+def ours(network, mesh, example):
+    """Shapes of our parameters, and the prediction as a function of them."""
+    import functools
+
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from focusdpo_jax.models.unet import UNet, UNetConfig
+    from focusdpo_jax.training.tracing import traced_for
+    if network == "ours unrolled":
+        nn.scan = functools.partial(nn.scan, unroll=10**6)
+    unet = UNet(UNetConfig(), jnp.bfloat16)
+
+    def apply(parameters, latents, timesteps, inputs):
+        with traced_for(mesh):
+            return unet.apply({"params": parameters}, latents, timesteps, inputs["text"],
+                              inputs["pooled"], inputs["time_ids"])[0]
+
+    latents, timesteps, inputs = example
+    return jax.eval_shape(lambda: unet.init(
+        jax.random.key(0), *(jnp.zeros(x.shape, x.dtype) for x in (
+            latents, timesteps, inputs["text"], inputs["pooled"], inputs["time_ids"]))
+        ))["params"], apply
+
+
+def peers(network, mesh, example):
+    """The same of MaxDiffusion's `FlaxUNet2DConditionModel`, with an attention of its own."""
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    from maxdiffusion.models.unet_2d_condition_flax import FlaxUNet2DConditionModel
+    unet = FlaxUNet2DConditionModel(
+        sample_size=example[0].shape[1], block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        split_head_dim=True, attention_kernel=network, flash_min_seq_length=512, mesh=mesh,
+        dtype=jnp.bfloat16, weights_dtype=jnp.bfloat16)
+    rules = (("activation_batch", "data"), ("activation_heads", None), ("activation_length", None))
+
+    def apply(parameters, latents, timesteps, inputs):
+        with nn.logical_axis_rules(rules):
+            return unet.apply({"params": parameters}, latents.transpose(0, 3, 1, 2), timesteps,
+                              inputs["text"], {"text_embeds": inputs["pooled"],
+                                               "time_ids": inputs["time_ids"]}).sample
+
+    shapes = unet.init_weights(jax.random.key(0), eval_only=True)
+    return nn.unbox(shapes), apply
+
+
+def main():
+    """Compiles each program in a process of its own and prints a line of each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--maxdiffusion", help="folder of its checkout, with src/ in it")
+    parser.add_argument("--sides", nargs="+", type=int, default=[512])
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
+    parser.add_argument("--networks", nargs="+", choices=SIDES)
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        network, program, side = arguments.one.split("/")
+        print(json.dumps(compiled(network, program, int(side), arguments.topology)))
+        return
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if arguments.maxdiffusion:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(pathlib.Path(arguments.maxdiffusion) / "src"), environment.get("PYTHONPATH", "")])
+    networks = arguments.networks or SIDES[:4 if arguments.maxdiffusion else 2]
+    print(f"{'':30s} TFLOP  GB accessed  temporaries GB  seconds  (processor)  host GB")
+    for side in arguments.sides:
+        for program in arguments.programs:
+            for network in networks:
+                run = subprocess.run(
+                    [sys.executable, __file__, f"--one={network}/{program}/{side}",
+                     f"--topology={arguments.topology}"],
+                    env=environment, capture_output=True, text=True)
+                if run.returncode:
+                    raise SystemExit(f"{network}, {program}:\n{run.stderr[-3000:]}")
+                found = json.loads(run.stdout.splitlines()[-1])
+                print(f"{side:5d} {program:9s} {network:14s} {found['operations'] / 1e12:6.3f} "
+                      f"{found['bytes'] / 1e9:12.2f} {found['temporaries'] / 1e9:15.3f} "
+                      f"{found['seconds']:8.0f} {found['processor']:12.0f} "
+                      f"{found['host'] / 1e9:8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
