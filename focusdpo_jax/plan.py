@@ -28,8 +28,9 @@ _UTILISATION = flags.DEFINE_float(
     "pairs a second, and nothing else.", lower_bound=0.01, upper_bound=1.0)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and not a table.")
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Try every split into data and fsdp, --batches pairs a chip, and remat on and "
-    "off; recommend what fits and promises most pairs a second.")
+    "search", False, "Try splits into data and fsdp, --batches pairs a chip, and remat off and on, each "
+    "as far as it may fit; recommend what fits, promises most pairs a second and tells other chips "
+    "least.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "2", "4"], "Pairs a chip that --search tries.")
 _QUICK = flags.DEFINE_bool(
     "quick", False, "Compile one of the reference passes and not one for each kind of bucket.")

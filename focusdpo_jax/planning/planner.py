@@ -1,5 +1,6 @@
 """Compiles a run's step ahead of time and reads off what it would need."""
 
+import concurrent.futures
 import itertools
 import math
 import time
@@ -15,7 +16,7 @@ from focusdpo_jax.training import operations
 from focusdpo_jax.training.step import trace_step
 
 
-def plan(config, topology, *, utilisation=0.4, structures=None):
+def plan(config, topology, *, utilisation=0.4, structures=None, unless_held=False):
     """What each chip would hold and do.
 
     Args:
@@ -23,6 +24,7 @@ def plan(config, topology, *, utilisation=0.4, structures=None):
       topology: see `chips.devices`.
       utilisation: share of the data sheet's speed that is expected.
       structures: how many of the guides to compile; None all. The first is the least work.
+      unless_held: do not compile what has no room for its parameters and optimiser already.
 
     Returns:
       A JSON-serialisable dict: "fits", "bytes_per_chip" by kind with "limit" and "peak",
@@ -31,25 +33,31 @@ def plan(config, topology, *, utilisation=0.4, structures=None):
       Where the chip's memory is not known "fits" is None, and so is the speed.
 
     Raises:
-      UserError: the topology, or the mesh on it, does not exist.
+      UserError: the topology, or the mesh on it, does not exist; or what is held leaves no room.
     """
     devices, chip = chips.devices(topology)
     mesh = make_mesh(config.mesh, config.batch_size, devices)
     step = shapes.abstract_step(config, mesh)
+    frozen = dict(step.task.frozen)
+    held = {"frozen parameters": frozen["parameters"], "reference": frozen.get("reference", {}),
+            "trained parameters": (step.state.trainable, step.state.average),
+            "optimizer": step.state.optimizer, "batch": step.batch}
+    memory = {name: _bytes_per_chip(tree) for name, tree in held.items()}
+    if unless_held and chip.memory and sum(memory.values()) > chip.memory:
+        raise UserError(
+            f"{_split(mesh)}: parameters, optimiser and batch alone take "
+            f"{sum(memory.values()) / 1e9:.1f} GB of a chip's {chip.memory / 1e9:.0f}")
     guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state,
                                 step.batch, step.key, ema_decay=config.ema_decay)
     start = time.monotonic()
     traced = {"update": update()}
     traced |= {f"guide {s}": guide() for s, guide in itertools.islice(
         guides.items(), structures)}
-    programs = {name: program.lower().compile() for name, program in traced.items()}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(zip(traced, pool.map(
+            lambda program: program.lower().compile(), traced.values()), strict=True))
     seconds = time.monotonic() - start
 
-    frozen = dict(step.task.frozen)
-    held = {"frozen parameters": frozen["parameters"], "reference": frozen.get("reference", {}),
-            "trained parameters": (step.state.trainable, step.state.average),
-            "optimizer": step.state.optimizer, "batch": step.batch}
-    memory = {name: _bytes_per_chip(tree) for name, tree in held.items()}
     memory["activations and temporaries"] = max(
         program.memory_analysis().temp_size_in_bytes for program in programs.values())
     memory["outputs"] = max(
@@ -76,15 +84,19 @@ def plan(config, topology, *, utilisation=0.4, structures=None):
 
 
 def search(config, topology, *, batches, splits=None, remats=(False, True), report, **options):
-    """Plans every combination and returns all, the recommended one first.
+    """Plans what may be best and returns all plans that were made, the recommended one first.
 
-    Recommended is what fits and promises most pairs a second; of equals the smallest batch.
+    Memory grows with the batch and shrinks where parameters are divided more or activations are
+    computed again. So every batch, from the smallest on, is tried with the most divided parameters
+    first: if that does not fit, neither does a larger batch; if it does, fewer parts are tried, until
+    they no longer fit. With remat only where nothing fits without. Recommended is, of what fits, what
+    promises most pairs a second, and of equals what tells other chips least for a pair.
 
     Args:
       batches: pairs a chip, each an int.
       splits: meshes to try; None takes all of data times fsdp.
-      remats: values of config.model.remat.
-      report: called with every plan, or with the UserError that refused one.
+      remats: values of config.model.remat, the faster first.
+      report: called with every plan, or with a UserError or the compiler's error in its place.
 
     Raises:
       UserError: nothing fits.
@@ -92,24 +104,49 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
     count = len(chips.devices(topology)[0])
     splits = splits or [{"data": count // n, "fsdp": n, "tensor": 1}
                         for n in range(1, count + 1) if count % n == 0]
+    splits = sorted(splits, key=lambda split: -split["fsdp"] * split["tensor"])
     found = []
-    for split, per_chip, remat in itertools.product(splits, batches, remats):
+
+    def fits(split, per_chip, remat):
         tried = ml_collections.ConfigDict(config.to_dict())
         tried.mesh.update(split)
         tried.batch_size, tried.model.remat = per_chip * count, remat
         try:
-            found.append(plan(tried, topology, **options))
+            made = plan(tried, topology, unless_held=True, **options)
         except (UserError, jax.errors.JaxRuntimeError) as error:
             # The compiler refuses what is far too large.
             report(error)
-            continue
-        report(found[-1])
-    good = sorted((p for p in found if p["fits"]),
-                  key=lambda p: (-p["pairs_per_second"], p["batch_size"]))
+            return False
+        report(made)
+        found.append(made)
+        return made["fits"]
+
+    for remat in remats:
+        for per_chip in sorted(batches):
+            fitting = list(itertools.takewhile(
+                lambda split, size=per_chip, remat=remat: fits(split, size, remat), splits))
+            if not fitting:
+                break
+        if any(made["fits"] for made in found):
+            break
+    good = sorted((made for made in found if made["fits"]),
+                  key=lambda made: (-made["pairs_per_second"], _told(made)))
     if not good:
         raise UserError(f"--topology={topology}: nothing of what was tried fits; take more chips, a "
                         "smaller config.resolution or config.trainable = 'lora'")
-    return good + [p for p in found if not p["fits"]]
+    return good + [made for made in found if not made["fits"]]
+
+
+def _told(made):
+    """Bytes that a chip gets from others for each pair."""
+    return sum(kind["bytes"] for kinds in made["collectives"].values()
+               for kind in kinds.values()) / made["batch_size"]
+
+
+def _split(mesh):
+    """A mesh (or its {axis: size}) in words."""
+    sizes = getattr(mesh, "shape", mesh)
+    return "mesh " + " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
 
 
 def _bytes_per_chip(tree):
@@ -121,8 +158,8 @@ def table(found):
     """A plan as lines of text."""
     memory = found["bytes_per_chip"]
     lines = [f"{found['trainable']} at {found['resolution']} px on {found['chips']} x "
-             f"{found['chip']}: mesh " + " x ".join(f"{a} {n}" for a, n in found["mesh"].items())
-             + f", {found['batch_size']} pairs a step, remat {'on' if found['remat'] else 'off'}"]
+             f"{found['chip']}: {_split(found['mesh'])}, {found['batch_size']} pairs a step, "
+             f"remat {'on' if found['remat'] else 'off'}"]
     lines += [f"  {name:30s} {size / 1e9:9.3f} GB" for name, size in memory.items()
               if name != "limit"]
     if memory["limit"]:

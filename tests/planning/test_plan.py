@@ -49,22 +49,38 @@ def test_a_plan_adds_up(tiny_config):
     assert "does NOT fit" not in planner.table(found)
 
 
-def test_a_search_recommends_the_fastest_that_fits(tiny_config, monkeypatch):
+def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch):
     def plan(config, topology, **options):
         size = config.batch_size * (1 if config.model.remat else 3) / config.mesh.fsdp
-        return {"fits": size <= 8, "pairs_per_second": config.batch_size / (
-            1.3 if config.model.remat else 1), "batch_size": config.batch_size,
-            "remat": config.model.remat, "fsdp": config.mesh.fsdp}
+        told = {"all-gather": {"count": 1, "bytes": 100 * (1 + config.mesh.fsdp)}}
+        return {"fits": size <= 8, "pairs_per_second": 3 if config.model.remat else 4,
+                "batch_size": config.batch_size, "remat": config.model.remat,
+                "fsdp": config.mesh.fsdp, "collectives": {"update": told}}
+
+    def searched(batches):
+        seen = []
+        plans = planner.search(tiny_config(), "v5e:2x2", batches=batches, report=seen.append)
+        best = {name: plans[0][name] for name in ("batch_size", "remat", "fsdp")}
+        return best, [(made["batch_size"], made["remat"], made["fsdp"]) for made in seen]
 
     monkeypatch.setattr(planner, "plan", plan)
     monkeypatch.setattr(planner.chips, "devices", lambda topology: ([None] * 4, None))
-    seen = []
-    plans = planner.search(tiny_config(), "v5e:2x2", batches=[1, 2], report=seen.append)
-    assert len(seen) == len(plans) == 3 * 2 * 2
-    assert plans[0] == {"fits": True, "pairs_per_second": 8, "batch_size": 8, "remat": False,
-                        "fsdp": 4}
+    # 4 pairs fit in 4 and 2 parts, 8 pairs in 4; nothing is computed again in vain.
+    assert searched([2, 1]) == ({"batch_size": 8, "remat": False, "fsdp": 4},
+                                [(4, False, 4), (4, False, 2), (4, False, 1),
+                                 (8, False, 4), (8, False, 2)])
+    assert searched([8, 9]) == ({"batch_size": 32, "remat": True, "fsdp": 4},
+                                [(32, False, 4), (32, True, 4), (32, True, 2), (36, True, 4)])
     with pytest.raises(UserError, match="--topology=v5e:2x2: nothing of what was tried fits"):
-        planner.search(tiny_config(), "v5e:2x2", batches=[100], report=seen.append)
+        searched([100])
+
+
+def test_no_compilation_where_there_is_no_room(tiny_config, monkeypatch):
+    small = planner.chips.Chip("small", 1000.0, 1.0)
+    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    with pytest.raises(UserError, match="mesh data 1 x fsdp 1 x tensor 1: parameters, optimiser "
+                                        "and batch alone take 0.0 GB of a chip's 0"):
+        planner.plan(tiny_config(), "local", unless_held=True)
 
 
 def test_mistakes_are_one_line(tiny_folder):
