@@ -33,7 +33,8 @@ _SEARCH = flags.DEFINE_bool(
     "least.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "2", "4"], "Pairs a chip that --search tries.")
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "Compile one of the reference passes and not one for each kind of bucket.")
+    "quick", False, "Compile the policy's update alone, which needs most memory; what the reference "
+    "model's passes tell other chips is then left out.")
 
 
 def main():
@@ -51,7 +52,7 @@ def main():
     if config.objective not in config_rules.GENERATOR_OBJECTIVES:
         raise UserError(f"config.objective = {config.objective!r}: a plan is for the training of a "
                         f"generator; choose one of {', '.join(config_rules.GENERATOR_OBJECTIVES)}")
-    options = {"utilisation": _UTILISATION.value, "structures": 1 if _QUICK.value else None}
+    options = {"utilisation": _UTILISATION.value, "structures": 0 if _QUICK.value else None}
     if not _SEARCH.value:
         found = planner.plan(config, _TOPOLOGY.value, **options)
         print(json.dumps(found, indent=2) if _JSON.value else planner.table(found))

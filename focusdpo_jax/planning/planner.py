@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import math
+import resource
 import time
 
 import jax
@@ -23,13 +24,14 @@ def plan(config, topology, *, utilisation=0.4, structures=None, unless_held=Fals
       config: ConfigDict of a generator's objective, with `mesh`.
       topology: see `chips.devices`.
       utilisation: share of the data sheet's speed that is expected.
-      structures: how many of the guides to compile; None all. The first is the least work.
+      structures: how many of the guides to compile; None all. The update needs more memory than any.
       unless_held: do not compile what has no room for its parameters and optimiser already.
 
     Returns:
       A JSON-serialisable dict: "fits", "bytes_per_chip" by kind with "limit" and "peak",
       "flops_per_pair", "collectives" ({program: {kind: {count, bytes}}}), "compile_seconds",
-      "pairs_per_second", and what was planned ("topology", "mesh", "batch_size", "remat").
+      "host_bytes" (this process's peak so far), "pairs_per_second", and what was planned
+      ("topology", "mesh", "batch_size", "remat").
       Where the chip's memory is not known "fits" is None, and so is the speed.
 
     Raises:
@@ -50,12 +52,11 @@ def plan(config, topology, *, utilisation=0.4, structures=None, unless_held=Fals
     guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state,
                                 step.batch, step.key, ema_decay=config.ema_decay)
     start = time.monotonic()
-    traced = {"update": update()}
-    traced |= {f"guide {s}": guide() for s, guide in itertools.islice(
-        guides.items(), structures)}
+    traced = {"update": update()} | {f"guide {s}": guide() for s, guide in guides.items()}
+    compiled = list(traced)[:None if structures is None else 1 + structures]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip(traced, pool.map(
-            lambda program: program.lower().compile(), traced.values()), strict=True))
+        programs = dict(zip(compiled, pool.map(
+            lambda name: traced[name].lower().compile(), compiled), strict=True))
     seconds = time.monotonic() - start
 
     memory["activations and temporaries"] = max(
@@ -67,7 +68,7 @@ def plan(config, topology, *, utilisation=0.4, structures=None, unless_held=Fals
 
     work = {name: operations.count(program).products for name, program in traced.items()}
     guides_work = [flops for name, flops in work.items() if name != "update"]
-    flops = (work["update"] + sum(guides_work) / max(len(guides_work), 1)) / config.batch_size
+    flops = (work["update"] + sum(guides_work) / len(guides_work)) / config.batch_size
     per_chip = flops * config.batch_size / mesh.size
     rate = config.batch_size / (per_chip / (utilisation * chip.flops)) if chip.flops else None
     return {
@@ -80,7 +81,8 @@ def plan(config, topology, *, utilisation=0.4, structures=None, unless_held=Fals
         "flops_per_pair": flops, "utilisation": utilisation, "pairs_per_second": rate,
         "collectives": {name: collectives.summary(collectives.read(program.as_text()))
                         for name, program in programs.items()},
-        "compile_seconds": seconds}
+        "compile_seconds": seconds,
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def search(config, topology, *, batches, splits=None, remats=(False, True), report, **options):
@@ -172,5 +174,6 @@ def table(found):
         lines.append(f"  {program}: " + (", ".join(
             f"{k['count']} {kind} ({k['bytes'] / 1e6:.4g} MB)" for kind, k in kinds.items())
             or "no collectives"))
-    lines.append(f"  compiled in {found['compile_seconds']:.0f} s")
+    lines.append(f"  compiled in {found['compile_seconds']:.0f} s, with at most "
+                 f"{found['host_bytes'] / 1e9:.1f} GB of this machine's memory")
     return "\n".join(lines)
