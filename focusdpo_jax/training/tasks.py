@@ -143,7 +143,7 @@ def generator_task(config, workdir, mesh, sources):
     def example():
         if config.data.cache and stored():
             return _batch_of(_stacked(stored()[0], 1), config.batch_size, mesh)
-        with activations.divided(mesh):
+        with traced_for(mesh):
             encoded = jax.eval_shape(
                 encode_kept if config.data.cache else encode_placed, at_start(),
                 _stacked(transform(sources["train"][0]),
