@@ -23,6 +23,7 @@ from focusdpo_jax.models.generator import (
     ImageView,
     split_parameters,
 )
+from focusdpo_jax.models import stacking
 from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
@@ -107,10 +108,11 @@ def make(case, folder, steps, dtype):
 def draw(config, path, leaf, mesh):
     """A parameter at the scale that keeps activations as they are; none is zero."""
     rng = np.random.default_rng(abs(hash("/".join(path))) % 2**32)
-    if len(leaf.shape) < 2:
+    if stacking.is_vector(path, leaf.shape):
         value = (path[-1] == "scale") + 0.02 * rng.standard_normal(leaf.shape, np.float32)
     else:
-        value = rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(leaf.shape[:-1]))
+        summed = leaf.shape[stacking.STACKED in path:-1]
+        value = rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(summed))
     return jax.device_put(
         np.asarray(value, models.stored_type(config, path, leaf.shape)),
         rules.parameter_sharding(path, leaf.shape, mesh))

@@ -38,7 +38,7 @@ SIZES = {
                       "num_heads": 2, "intermediate_size": 16, "projection_dim": 8},
     "adapter": {"input_dim": 8, "output_dim": 16, "num_tokens": 2, "width": 8, "depth": 1,
                 "num_heads": 2, "head_dim": 4, "expansion": 2},
-    "unet": {"block_out_channels": (8, 8), "transformer_layers_per_block": (0, 1),
+    "unet": {"block_out_channels": (8, 8), "transformer_layers_per_block": (0, 2),
              "mid_transformer_layers": 0, "layers_per_block": 1, "num_heads": (2, 2),
              "cross_attention_dim": 16, "addition_time_embed_dim": 4, "pooled_dim": 8,
              "norm_groups": 4, "image_context": True},
