@@ -86,8 +86,7 @@ def draw_theirs(theirs, sampler, strength, monkeypatch):
 
 
 @pytest.mark.parametrize("both, sampler, strength", [
-    (4, "ddim", 0.6), (4, "euler", 1.0), (4, "dpmpp_2m", 0.8), (9, "ddim", 0.6)],
-    indirect=["both"])
+    (4, "ddim", 0.6), (4, "dpmpp_2m", 0.8), (9, "euler", 1.0)], indirect=["both"])
 def test_pictures(both, sampler, strength, monkeypatch):
     ours, theirs = both
     found = draw(ours, sampler, strength).astype(np.float32)
