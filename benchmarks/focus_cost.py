@@ -1,14 +1,14 @@
 r"""What FocusDPO adds to a step of Diffusion-DPO, in floating-point operations.
 
-    python benchmarks/focus_cost.py                        # Toybox and SDXL's debug sizes, compiled
-    python benchmarks/focus_cost.py --traced --cases sdxl  # SDXL at 1024 px, before compilation
+    python benchmarks/focus_cost.py                # Toybox and SDXL's debug sizes
+    python benchmarks/focus_cost.py --cases sdxl   # SDXL at 1024 px
 
 For `dpo` and for every structure and source of similarity of `focus_dpo`: the operations of the
-guide (reference model and weights) and of the policy's loss with its gradient, as XLA counts them,
-and their ratio to `dpo`'s. The optimiser, which is the same in both, is left out. Nothing is
-allocated: shapes are all that a program is compiled from. `--traced` counts what goes into the
-compiler, where a compilation would take too long. `--repeats=N` also runs the compiled programs on
-zeros, N times each, in turn with those of `dpo`, and prints medians.
+guide (reference model and weights) and of the policy's loss with its gradient, as they are traced
+(`training/operations.py`), and their ratio to `dpo`'s. The optimiser, which is the same in both, is
+left out. Nothing is allocated or compiled: shapes are all that a program is traced from.
+`--repeats=N` also compiles the programs and runs them on zeros, N times each, in turn with those of
+`dpo`, and prints medians.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from focusdpo_jax.models.generator import (
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import models, objectives, operations, tasks
 
 SLOTS = 3  # Subjects that a pair may have.
 
@@ -81,7 +81,7 @@ def batch_shapes(generator, config):
 
 
 class Programs:
-    """The two programs of a configuration's step, lowered from shapes alone."""
+    """The two programs of a configuration's step, traced from shapes alone."""
 
     def __init__(self, config, sizes):
         generator = Generator(sizes, jnp.dtype(config.dtype))
@@ -98,23 +98,23 @@ class Programs:
                 lambda tree: tasks.as_computed(tree, config.dtype), self.trainable)}
 
     def guides(self):
-        """{structure: (lowered guide, its arguments)}."""
+        """{structure: (traced guide, its arguments)}."""
         key, found = jax.random.key(0), {}
         for structure, numbers in self.buckets.values():
             arguments = (self.frozen, self.pairs, numbers, key)
             guide = jax.jit(self.objective.guide, static_argnums=0)
-            found.setdefault(structure, (guide.lower(structure, *arguments), arguments))
+            found.setdefault(structure, (guide.trace(structure, *arguments), arguments))
         return found
 
     def update(self):
-        """The lowered loss with its gradient, and its arguments."""
+        """The traced loss with its gradient, and its arguments."""
         (structure, numbers), key = next(iter(self.buckets.values())), jax.random.key(0)
         guidance, _ = jax.eval_shape(
             lambda *arguments: self.objective.guide(structure, *arguments),
             self.frozen, self.pairs, numbers, key)
         arguments = (self.trainable, self.frozen, self.pairs, guidance, numbers, key)
         gradient = jax.jit(jax.value_and_grad(self.objective.loss, has_aux=True))
-        return gradient.lower(*arguments), arguments
+        return gradient.trace(*arguments), arguments
 
 
 def seconds(programs, repeats):
@@ -132,10 +132,11 @@ def seconds(programs, repeats):
     return np.median(times[1:], axis=0)  # The first round warms up.
 
 
-def measure(name, traced, repeats):
+def measure(name, repeats):
     """Prints a line for `dpo` and for each source and structure of `focus_dpo`."""
-    def finished(lowered, arguments):
-        return (lowered if traced else lowered.compile()), arguments
+    def finished(traced, arguments):
+        compiled = traced.lower().compile() if repeats else None
+        return operations.count(traced).total, (compiled, arguments)
 
     base = update = None
     for features in ("", "vit", "unet", "attention"):
@@ -148,12 +149,11 @@ def measure(name, traced, repeats):
         for structure, guide in programs.guides().items():
             guide = finished(*guide)
             base = base or guide
-            total, plain = (sum(program.cost_analysis()["flops"] for program, _ in step)
-                            for step in ((guide, update), (base, update)))
-            line = (f"{name:8s} {str(structure):24s} {features:10s} {total:.4e} operations, "
+            total, plain = guide[0] + update[0], base[0] + update[0]
+            line = (f"{name:8s} {structure!s:24s} {features:10s} {total:.4e} operations, "
                     f"{total / plain:.4f} of dpo's")
             if repeats:
-                mine, its, shared = seconds([guide, base, update], repeats)
+                mine, its, shared = seconds([guide[1], base[1], update[1]], repeats)
                 line += f"; {mine + shared:.3f} s, {(mine + shared) / (its + shared):.3f}"
             print(line, flush=True)
 
@@ -164,13 +164,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["toybox", "debug"],
                         choices=["toybox", "debug", "sdxl"])
-    parser.add_argument("--traced", action="store_true")
     parser.add_argument("--repeats", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.traced and arguments.repeats:
-        parser.error("--traced: what is not compiled cannot run; leave out --repeats")
     for name in arguments.cases:
-        measure(name, arguments.traced, arguments.repeats)
+        measure(name, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@ r"""One preference step, here and in PyTorch with diffusers: time, memory, and t
 
     python benchmarks/step.py                                    # Toybox and a quarter of SDXL
     python benchmarks/step.py --cases toybox --peers eager compiled
-    python benchmarks/step.py --cases sdxl-512 sdxl-1024 --dtype=bfloat16 --peers compiled
+    python benchmarks/step.py --cases sdxl-512 sdxl-1024 --dtype=bfloat16 --peers compiled \
+        --apart --remat                                          # SDXL, on one accelerator
 
 The step is `dpo`'s with an adapter in training: reference model forward on the noisy chosen and
 rejected latents, policy forward and backward on the same, the clipped gradient of the subject
@@ -11,10 +12,12 @@ conditioning, and text and pictures are encoded before. The reference shares wha
 policy on both sides; the subject adapter runs once a pair.
 
 Every side is a process of its own, and they step in turn, so that a noisy machine slows all of
-them. Printed are medians of the seconds, the peer's over ours with the spread of that ratio over
-the rounds (quartiles), the memory that stepping takes at most (of the process on a CPU, weights
-included; of the device on an accelerator), and the largest relative difference of the losses of all
-rounds, the proof that the work is the same. `step_ours.py` and `step_diffusers.py` are the sides.
+them; with `--apart` one after the other, so that an accelerator need not hold all of them. With
+`--remat` both sides compute blocks again in the backward pass. Printed are medians of the seconds,
+the peer's over ours with the spread of that ratio over the rounds (quartiles), the memory that
+stepping takes at most (of the process on a CPU, weights included; of the device on an accelerator),
+and the largest relative difference of the losses of all rounds, the proof that the work is the
+same. `step_ours.py` and `step_diffusers.py` are the sides.
 """
 
 import argparse
@@ -89,21 +92,36 @@ def most_resident():
     return 1024 * int(line.split()[1])
 
 
-def measure(case, peers, rounds, warmup, dtype):
+def step_in_turn(sides, rounds, warmup):
+    """[[(seconds, loss) of every step]] and [bytes] of sides, which are closed then."""
+    found = [[side.ask("step") for _ in range(warmup)] for side in sides]
+    for side in sides:
+        side.ask("reset")
+    for _ in range(rounds):
+        for side, answers in zip(sides, found):
+            answers.append(side.ask("step"))
+    memory = [side.ask("memory") for side in sides]
+    for side in sides:
+        side.close()
+    return found, memory
+
+
+def measure(case, peers, rounds, warmup, dtype, *, apart, remat):
     """Prints a line for each side."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = Side("step_ours.py", case, folder, rounds + warmup, dtype)
+        def peer_sides(names):
+            return [Side("step_diffusers.py", case, folder, name, dtype, int(remat))
+                    for name in names]
+
+        ours = Side("step_ours.py", case, folder, rounds + warmup, dtype, int(remat))
         ours.ask("made")  # The weights and inputs lie in the folder.
-        sides = [ours] + [Side("step_diffusers.py", case, folder, peer, dtype) for peer in peers]
-        found = [[side.ask("step") for _ in range(warmup)] for side in sides]
-        for side in sides:
-            side.ask("reset")
-        for _ in range(rounds):
-            for side, answers in zip(sides, found):
-                answers.append(side.ask("step"))
-        memory = [side.ask("memory") for side in sides]
-        for side in sides:
-            side.close()
+        if apart:
+            found, memory = step_in_turn([ours], rounds, warmup)
+            for peer in peers:
+                more = step_in_turn(peer_sides([peer]), rounds, warmup)
+                found, memory = found + more[0], memory + more[1]
+        else:
+            found, memory = step_in_turn([ours, *peer_sides(peers)], rounds, warmup)
     seconds, losses = np.moveaxis(np.array(found), -1, 0)
     seconds = seconds[:, warmup:]
     if np.any(np.isnan(losses)):
@@ -127,9 +145,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--remat", action="store_true")
     arguments = parser.parse_args()
     for case in arguments.cases:
-        measure(case, arguments.peers, arguments.rounds, arguments.warmup, arguments.dtype)
+        measure(case, arguments.peers, arguments.rounds, arguments.warmup, arguments.dtype,
+                apart=arguments.apart, remat=arguments.remat)
 
 
 if __name__ == "__main__":

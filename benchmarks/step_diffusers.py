@@ -1,6 +1,6 @@
 """PyTorch's side of `step.py`: the same step with diffusers' UNet and IP-Adapter.
 
-    step_diffusers.py CASE FOLDER eager|compiled DTYPE
+    step_diffusers.py CASE FOLDER eager|compiled DTYPE REMAT
 """
 
 import copy
@@ -65,7 +65,7 @@ def load_adapter(sizes, folder):
     return model
 
 
-def make(folder, how, dtype, device):
+def make(folder, how, dtype, remat, device):
     """The function that does the next step."""
     settings = json.loads((folder / "sizes.json").read_text())
     kind = getattr(torch, dtype)
@@ -79,6 +79,8 @@ def make(folder, how, dtype, device):
         elif parameter.ndim > 1:
             parameter.data = parameter.data.to(kind)
     unet, adapter = unet.to(device), adapter.to(device)
+    if remat:
+        unet.enable_gradient_checkpointing()
     # The reference has its own copy of what is trained, and shares what is not.
     shared = {id(p): p for p in unet.parameters() if not p.requires_grad}
     reference = copy.deepcopy(unet, shared).requires_grad_(False)
@@ -143,13 +145,13 @@ def wait(device):
 
 def main():
     """Serves."""
-    _, folder, how, dtype = sys.argv[1:]
+    _, folder, how, dtype, remat = sys.argv[1:]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         memory, reset = torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
     else:
         memory, reset = most_resident, reset_resident
-    serve(lambda: make(pathlib.Path(folder), how, dtype, device), memory, reset)
+    serve(lambda: make(pathlib.Path(folder), how, dtype, remat == "1", device), memory, reset)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Our side of `step.py`: makes weights and inputs, keeps them for the others, and steps.
 
-    step_ours.py CASE FOLDER STEPS DTYPE
+    step_ours.py CASE FOLDER STEPS DTYPE REMAT
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ QUARTER = {"block_out_channels": (80, 160, 320), "num_heads": (5, 10, 20), "norm
            "image_context": True}
 
 
-def configuration(case, dtype):
+def configuration(case, dtype, remat):
     """The run's configuration and the generator's for a case of `step.CASES`."""
     if case == "toybox":
         config = load_config("toybox_dpo")
@@ -48,7 +48,7 @@ def configuration(case, dtype):
     config.update({"objective": "dpo", "anchor": 0.0, "trainable": "adapter", "dtype": dtype,
                    "accumulate": 1, "learning_rate": 1e-6, "beta": 100.0})
     # SDXL's beta would show what rounding does to an error 5000 times larger.
-    config.data.cache, config.model.remat, config.warmup_steps = True, False, 0
+    config.data.cache, config.model.remat, config.warmup_steps = True, remat, 0
     config = config_rules.complete(config)
     sizes = models.abstract_model(config, meshes.make_mesh(config.mesh, config.batch_size,
                                                            jax.devices()[:1]))[0].config
@@ -59,9 +59,9 @@ def configuration(case, dtype):
     return config, sizes
 
 
-def make(case, folder, steps, dtype):
+def make(case, folder, steps, dtype, remat):
     """Everything for `steps` steps, written to `folder`, and the function that does the next."""
-    config, sizes = configuration(case, dtype)
+    config, sizes = configuration(case, dtype, remat)
     generator = Generator(sizes, jnp.dtype(dtype))
     mesh = meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
     parameters = {}
@@ -160,14 +160,14 @@ def write(folder, config, sizes, parameters, pairs):
 
 def main():
     """Serves."""
-    case, folder, steps, dtype = sys.argv[1:]
+    case, folder, steps, dtype, remat = sys.argv[1:]
     device = jax.devices()[0]
     on_host = device.platform == "cpu"
 
     def memory():
         return most_resident() if on_host else device.memory_stats()["peak_bytes_in_use"]
 
-    serve(lambda: make(case, pathlib.Path(folder), int(steps), dtype), memory,
+    serve(lambda: make(case, pathlib.Path(folder), int(steps), dtype, remat == "1"), memory,
           reset_resident if on_host else lambda: None)
 
 

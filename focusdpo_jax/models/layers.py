@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from focusdpo_jax.models import attention_by_head, attention_on_tpu
 from focusdpo_jax.models.convolution import conv2d
@@ -86,12 +87,31 @@ class Conv(nn.Module):
         return y
 
 
+def cheap(function):
+    """The same function, made again in the backward pass: inputs and `statistics` are all it keeps.
+
+    For what is bound by memory, not by arithmetic: otherwise every step on the way from a norm's
+    input to the activation after it is written, kept, and read again.
+    """
+    return jax.checkpoint(
+        function, policy=jax.checkpoint_policies.save_only_these_names("statistics"))
+
+
+def statistics(*values):
+    """Marks what `cheap` keeps."""
+    return tuple(checkpoint_name(value, "statistics") for value in values)
+
+
 class GroupNorm(nn.Module):
-    """Group normalisation over the last axis; mean and variance are taken in float32."""
+    """Group normalisation over the last axis; mean and variance are taken in float32.
+
+    `activation` is applied to the result, as one with it.
+    """
 
     groups: int = 32
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    activation: Any = None
 
     @nn.compact
     def __call__(self, x):
@@ -99,11 +119,15 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", ZEROS, (channels,))
+        return cheap(self._normed)(x, scale, bias)
+
+    def _normed(self, x, scale, bias):
+        channels = x.shape[-1]
         pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
         # First each channel over the positions, then the few channels of a group: reducing over
         # both at once makes XLA walk across memory, and costs a CPU three times the whole step.
         mean = pixels.mean(1, keepdims=True)
-        variance = jnp.square(pixels - mean).mean(1, keepdims=True)
+        mean, variance = statistics(mean, jnp.square(pixels - mean).mean(1, keepdims=True))
 
         def grouped(values):
             return values.reshape(-1, 1, self.groups, channels // self.groups)
@@ -115,7 +139,8 @@ class GroupNorm(nn.Module):
         gain = gain.reshape(mean.shape) * scale.astype(jnp.float32)
         offset = jnp.broadcast_to(group_mean, spread.shape).reshape(mean.shape)
         normed = pixels * gain + (bias.astype(jnp.float32) - offset * gain)
-        return normed.reshape(x.shape).astype(self.dtype)
+        normed = normed.reshape(x.shape).astype(self.dtype)
+        return normed if self.activation is None else self.activation(normed)
 
 
 class LayerNorm(nn.Module):
@@ -129,9 +154,12 @@ class LayerNorm(nn.Module):
         """Maps [..., C] to the same shape."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", ZEROS, (x.shape[-1],))
+        return cheap(self._normed)(x, scale, bias)
+
+    def _normed(self, x, scale, bias):
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        mean, variance = statistics(mean, jnp.square(x - mean).mean(-1, keepdims=True))
         normed = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
         return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
@@ -277,14 +305,14 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding=None):
         """Maps [B, H, W, C] and an embedding [B, E] to [B, H, W, features]."""
-        h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, name="norm1")(x)
-        h = Conv(self.features, dtype=self.dtype, name="conv1")(nn.silu(h))
+        h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, nn.silu, name="norm1")(x)
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         if embedding is not None:
             shift = nn.Dense(self.features, dtype=self.dtype,
                              name="time_emb_proj")(nn.silu(embedding))
             h = h + shift[:, None, None, :]
-        h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, name="norm2")(h)
-        h = Conv(self.features, kernel_init=ZEROS, dtype=self.dtype, name="conv2")(nn.silu(h))
+        h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, nn.silu, name="norm2")(h)
+        h = Conv(self.features, kernel_init=ZEROS, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv_shortcut")(x)
         return x + h
@@ -330,9 +358,12 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps [..., C] to [..., features]."""
-        x = nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
-        x, gate = jnp.split(x, 2, axis=-1)
-        return x * nn.gelu(gate, approximate=False)
+        return cheap(_gated)(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x))
+
+
+def _gated(x):
+    x, gate = jnp.split(x, 2, axis=-1)
+    return x * nn.gelu(gate, approximate=False)
 
 
 class GELU(nn.Module):

@@ -146,6 +146,14 @@ class EncodedSource:
         return jax.tree.map(lambda x: x[index], self.encoded)
 
 
+def in_memory(records):
+    """The EncodedSource of encoded records by position."""
+    if isinstance(records, EncodedSource):
+        return records
+    return EncodedSource(jax.tree.map(
+        lambda *rows: np.stack(rows), *(records[i] for i in range(len(records)))))
+
+
 def cached(encode, parameters, batches):
     """Encodes a finite pass over a data set, and keeps it in memory.
 

@@ -125,8 +125,14 @@ def train(config, task, state, step, checkpoints, writer, done):
 
 def merge_into(total, metrics):
     """Merges {name: clu metric} into `total`, which may lack some of them."""
-    for name, metric in metrics.items():
-        total[name] = total[name].merge(metric) if name in total else metric
+    seen = [name for name in metrics if name in total]
+    more = _merged(*({name: tree[name] for name in seen} for tree in (total, metrics)))
+    total.update({**metrics, **more})
+
+
+@jax.jit  # One call to the device, not two a metric.
+def _merged(total, metrics):
+    return {name: total[name].merge(metric) for name, metric in metrics.items()}
 
 
 def summarize(seen):

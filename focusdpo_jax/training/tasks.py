@@ -164,6 +164,8 @@ def generator_task(config, workdir, mesh, sources):
         if config.data.cache:
             pairs, change = stored() or _cached(
                 config, pairs, model, at_start, encode_kept, source, transform, mesh), _identity
+            if config.data.source == "toybox":
+                pairs = encoding.in_memory(pairs)
         return _loader(config, mesh, pairs, change)
 
     draw = make_generate(
