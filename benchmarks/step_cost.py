@@ -5,9 +5,9 @@
 
 For the step of each case, as it is traced (`training/operations.py`): operations of matrix products
 and convolutions, and of everything else, in the guides and in the update. For Toybox's update,
-compiled for a CPU: bytes that XLA says it reads and writes, and its temporary memory. A test
-compares them: products with any jax, the rest with the jax that the record names, since other
-versions trace and fuse differently.
+compiled for a CPU: bytes that XLA says it reads and writes, the body of a loop once, and its
+temporary memory. A test compares them: products with any jax, the rest with the jax that the record
+names, since other versions trace and fuse differently.
 """
 
 import argparse
