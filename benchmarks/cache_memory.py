@@ -1,0 +1,119 @@
+r"""Memory and losses of a run that asks encoders in every step, and of one that has none.
+
+    python benchmarks/cache_memory.py --output=runs/cache_memory
+
+A model whose encoders are much larger than the rest of it trains on the pairs of docs/examples:
+with pictures encoded in every step, with a first run that encodes them once, and with a second one
+that finds everything encoded. None draws pictures. On CPUs host memory holds all there is.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+import benchmark_cases
+
+ROOT = pathlib.Path(__file__).parent.parent
+SETTINGS = {"objective": "dpo", "steps": 10, "batch_size": 2, "log_every": 1,
+            "checkpoint_every": 10, "data.source": "prepared", "evaluation.pictures": 0,
+            "evaluation.batch_size": 2}
+
+
+def make_model(folder):
+    """Writes Toybox's generator with encoders of 0.1 billion parameters, at random.
+
+    Returns:
+      Bytes of its encoders and of the rest.
+    """
+    from focusdpo_jax.training import models
+    config = benchmark_cases.load_config("toybox_dpo")
+    sizes = json.loads((models.shipped("toybox") / "model.json").read_text())
+    wide = {"hidden_size": 1024, "num_layers": 3, "num_heads": 16, "intermediate_size": 4096}
+    sizes["text_encoder"] |= wide | {"hidden_size": 768, "num_heads": 12}
+    sizes["text_encoder_2"] |= wide
+    sizes["image_encoder"] |= wide
+    sizes["adapter"] |= {"input_dim": 1024, "output_dim": 768 + 1024}
+    sizes["unet"] |= {"cross_attention_dim": 768 + 1024}
+    config.model.update(pretrained="", sizes=sizes)
+    model = models.load_model(config)
+    models.save_model(folder, model, model.parameters)
+    bytes_ = {part: (folder / f"{part}.safetensors").stat().st_size for part in model.parameters}
+    rest = bytes_["unet"] + bytes_["adapter"]
+    return sum(bytes_.values()) - rest, rest
+
+
+def run(arguments, log, metrics=None):
+    """Runs a command; returns its memory in bytes while it trained (median), and at its peak.
+
+    Args:
+      log: file for what it says.
+      metrics: metrics.jsonl of a run, which tells when it trains.
+    """
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # Compilers take memory, too.
+        "MALLOC_ARENA_MAX": "2"}  # What is freed goes back.
+    seen = []
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment,
+                                   stdout=file, stderr=file)
+        while True:
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if done:
+                break
+            steps = len(metrics.read_text().splitlines()) if metrics and metrics.exists() else 0
+            if 0 < steps < SETTINGS["steps"]:
+                resident = pathlib.Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+                seen.append(int(resident) * os.sysconf("SC_PAGE_SIZE"))
+            time.sleep(0.02)
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{log.read_text()[-3000:]}")
+    return statistics.median(seen) if seen else None, usage.ru_maxrss * 1024
+
+
+def losses(workdir):
+    """Loss of every step."""
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
+
+
+def main():
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/cache_memory"),
+                        help="folder of model, data and runs; emptied first")
+    output = parser.parse_args().output.resolve()
+    shutil.rmtree(output, ignore_errors=True)
+    (output / "model").mkdir(parents=True)
+    encoders, rest = make_model(output / "model")
+    print(f"encoders {encoders / 2**20:.0f} MiB, UNet and adapter {rest / 2**20:.0f} MiB",
+          flush=True)
+    run(["focusdpo_jax.prepare", f"--output={output / 'data'}", "--resolution=64",
+         "--manifest=docs/examples/pairs/manifest.jsonl"], output / "prepare.log")
+    found = {}
+    for name, cache in (("in every step", False), ("encoded once", True), ("found encoded", True)):
+        workdir = output / name.replace(" ", "_")
+        settings = SETTINGS | {"data.cache": cache, "data.path": output / "data",
+                               "model.pretrained": output / "model"}
+        training, peak = run(
+            ["focusdpo_jax.main", "--config=configs/toybox_dpo.py", f"--workdir={workdir}",
+             *(f"--config.{k}={v}" for k, v in settings.items())],
+            output / f"{workdir.name}.log", workdir / "metrics.jsonl")
+        found[name] = losses(workdir)
+        print(f"{name:15} {training / 2**20:5.0f} MiB while it trained, {peak / 2**20:5.0f} MiB at "
+              "its peak", flush=True)
+    expected = found.pop("in every step")
+    for name, values in found.items():
+        worst = max(abs(a / b - 1) for a, b in zip(values, expected, strict=True))
+        print(f"{name:15} losses of {len(values)} steps differ by {worst:.1e} at most")
+
+
+if __name__ == "__main__":
+    main()
