@@ -20,6 +20,7 @@ from absl import logging as absl_logging
 from flax import traverse_util
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 from focusdpo_jax.training import loop, models, runs, state, tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -149,7 +150,7 @@ def test_low_rank_updates_are_read_again(trained, tiny_config):
     for model in (runs.Run(workdir).policy(), runs.load_folder(workdir / "model"),
                   models.load_model(goes_on)):
         assert model.generator.config.unet.lora_rank == 2
-        read = traverse_util.flatten_dict(model.parameters["unet"], sep="/")
+        read = traverse_util.flatten_dict(stacking.split(model.parameters["unet"]), sep="/")
         assert read.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(read[name], value, err_msg=name)
