@@ -1,8 +1,9 @@
 """Trains a generator: `python -m focusdpo_jax.main --config=configs/toybox_dpo.py`.
 
 Run the same line again to go on where a run stopped. SIGTERM makes it save and leave with exit status
-143; a mistake of the user has status 2, the loss of another process of the run status 3. Any field of the configuration can be changed
-on the command line, for example `--config.beta=2000 --config.objective=dpo`.
+143; a mistake of the user has status 2, the loss of another process of the run status 3. Any field of
+the configuration can be changed on the command line, for example
+`--config.beta=2000 --config.objective=dpo`.
 """
 
 from absl import flags
