@@ -19,17 +19,27 @@ from focusdpo_jax.models import attention_by_head, attention_on_tpu
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
 
+
+
+def gelu(x):
+    """The exact GELU, x / 2 (1 + erf(x / sqrt(2))), as PyTorch writes it.
+
+    It is taken in float32. `jax.nn.gelu` writes it with erfc, which takes a CPU twice as long, and
+    is more exact only where the result is below 1e-6.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * np.float32(np.sqrt(0.5))))).astype(x.dtype)
+
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
 ZEROS = nn.initializers.zeros
 # The parameter of PyTorch's cubic kernel.
 CUBIC = -0.75
 # Keys from which fused attention is taken: text and image tokens are fewer, their logits small.
 LONG = 512
-# Keys from which a CPU goes head by head.
-LONG_ON_CPU = 128
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
 _DIVIDE = contextvars.ContextVar("divide", default=None)
@@ -238,9 +248,10 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     """
     heads = [split_heads(x, num_heads) for x in (query, key, value)]
     keys, head_dim, over_all = key.shape[1], heads[0].shape[-1], key_mask is None and not causal
-    if over_all and keys >= LONG_ON_CPU and _platform() == "cpu":
+    if not causal and _platform() == "cpu":
         by_head = (x.transpose(2, 0, 1, 3) for x in heads)
-        return attention_by_head.attend(*by_head).transpose(1, 2, 0, 3).reshape(query.shape)
+        out = attention_by_head.attend(*by_head, key_mask).transpose(1, 2, 0, 3)
+        return _where_seen(out.reshape(query.shape), key_mask)
     if (over_all and keys >= LONG and _platform() == "tpu" and _DIVIDE.get()
             and attention_on_tpu.suits(query.shape[1], keys, head_dim)):
         return _DIVIDE.get()(attention_on_tpu.attend)(*heads).reshape(query.shape)
@@ -248,11 +259,15 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     fused = over_all and keys >= LONG and has_fused_attention(query.dtype, head_dim)
     out = jax.nn.dot_product_attention(
         *heads, mask=mask, is_causal=causal, implementation="cudnn" if fused else "xla")
-    out = out.reshape(query.shape)
-    if key_mask is not None:
-        # Over no valid key the softmax is uniform over the masked ones: their mean is no answer.
-        out = jnp.where(key_mask.any(-1)[:, None, None], out, 0)
-    return out
+    return _where_seen(out.reshape(query.shape), key_mask)
+
+
+def _where_seen(out, key_mask):
+    """`out` [B, Q, C] where a row has a valid key, else zero."""
+    if key_mask is None:
+        return out
+    # Over no valid key the softmax is uniform over the masked ones: their mean is no answer.
+    return jnp.where(key_mask.any(-1)[:, None, None], out, 0)
 
 
 class Attention(nn.Module):
@@ -363,7 +378,7 @@ class GEGLU(nn.Module):
 
 def _gated(x):
     x, gate = jnp.split(x, 2, axis=-1)
-    return x * nn.gelu(gate, approximate=False)
+    return x * gelu(gate)
 
 
 class GELU(nn.Module):
@@ -376,7 +391,7 @@ class GELU(nn.Module):
     def __call__(self, x):
         """Maps [..., C] to [..., features]."""
         x = nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="proj")(x)
-        return nn.gelu(x, approximate=False)
+        return gelu(x)
 
 
 class FeedForward(nn.Module):
