@@ -90,7 +90,7 @@ def make(folder, how, dtype, remat, device):
         weight_decay=settings["weight_decay"])
     given = {name: torch.from_numpy(value).to(device)
              for name, value in np.load(folder / "conditioning.npz").items()}
-    text, pooled, time_ids = (torch.cat([given[name]] * 2)
+    text, pooled, time_ids = (given[name].repeat_interleave(2, 0)
                               for name in ("text", "pooled", "time_ids"))
     features = given["features"].flatten(0, 1)
     slots = given["features"].shape[1]
@@ -100,7 +100,7 @@ def make(folder, how, dtype, remat, device):
             tokens = adapter(features).unflatten(0, (-1, slots))
             return unet(latents, timesteps, text, added_cond_kwargs={
                 "text_embeds": pooled, "time_ids": time_ids,
-                "image_embeds": [torch.cat([tokens] * 2)]}).sample.float()
+                "image_embeds": [tokens.repeat_interleave(2, 0)]}).sample.float()
 
     def errors(model, adapter, latents, timesteps, target):
         return (target - predict(model, adapter, latents, timesteps)).square().mean((1, 2, 3))
@@ -108,7 +108,8 @@ def make(folder, how, dtype, remat, device):
     def loss_of(latents, timesteps, target):
         with torch.no_grad():
             before = errors(reference, reference_adapter, latents, timesteps, target)
-        chosen, rejected = (errors(unet, adapter, latents, timesteps, target) - before).chunk(2)
+        difference = errors(unet, adapter, latents, timesteps, target) - before
+        chosen, rejected = difference[::2], difference[1::2]
         return torch.nn.functional.softplus(
             0.5 * settings["beta"] * (chosen - rejected)).mean()
 

@@ -39,12 +39,12 @@ def measure(config, model, batches):
             match = focus_maps(structure, fixed, pairs, numbers, key).match
             replaced = (batch.masks & batch.prior_mask[:, None]).astype(jnp.float32)
             there = average_to_grid(replaced, match.union.shape[1:])
-            found = match.subjects[:len(there)]
+            found = match.subjects[::2]  # Of the chosen pictures.
             taken, right = (np.asarray(x.sum((2, 3))) for x in (found, found * there))
             inside.append(right[taken > 0] / taken[taken > 0])
             chance.append(np.asarray(there.mean((2, 3)))[taken > 0])
-            prior = jnp.concatenate([pairs.prior, pairs.prior])
-            alignment.append(np.split(np.asarray(correspondence.alignment(match, prior)), 2))
+            prior = objectives.twice(pairs.prior)
+            alignment.append(np.asarray(correspondence.alignment(match, prior)).reshape(-1, 2).T)
         yield (name, np.concatenate(inside).mean(), np.concatenate(chance).mean(),
                *np.concatenate(alignment, axis=1).mean(1))
 

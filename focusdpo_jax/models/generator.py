@@ -321,7 +321,10 @@ class Generator:
 
     def denoise(self, parameters, latents, timesteps, conditioning, *, image_scale=1.0,
                 capture=()):
-        """The UNet's prediction [B, h, w, C] and what was captured (see `UNet.__call__`)."""
+        """The UNet's prediction [B, h, w, C] and what was captured (see `UNet.__call__`).
+
+        Of latents [B, h, w, C] and timesteps [B]; the rows of the conditioning may be fewer.
+        """
         return self.unet.apply(
             {"params": parameters["unet"]}, latents, timesteps, conditioning.text,
             conditioning.pooled, conditioning.time_ids, conditioning.image_tokens,

@@ -117,7 +117,8 @@ class CrossAttention(nn.Module):
             return LoRADense(width, use_bias, self.config.lora_rank, self.config.lora_alpha,
                              dtype=self.dtype, name=name)
 
-        query = dense(False, "to_q")(x)
+        # Pictures of one condition ask together, of keys and values that are made once.
+        query = dense(False, "to_q")(x).reshape(len(context.text), -1, width)
         key = dense(False, "to_k")(context.text)
         value = dense(False, "to_v")(context.text)
         out = layers.attend(query, key, value, self.num_heads)
@@ -134,13 +135,14 @@ class CrossAttention(nn.Module):
             if context.image_masks is None:
                 seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
             else:
+                masks = jnp.tile(context.image_masks, len(x) // len(context.text))
                 seen = image_attention.attend_within_masks(
-                    query, key, value, mask, context.image_masks, self.num_heads)
+                    query, key, value, mask, masks, self.num_heads)
             out = out + jnp.asarray(context.image_scale, out.dtype) * seen
             if self.record:
                 attention = image_attention.slot_attention(
-                    query, key, mask, self.num_heads, slots)
-        return dense(True, "to_out_0")(out), attention
+                    query, key, mask, self.num_heads, slots).reshape(*x.shape[:2], slots)
+        return dense(True, "to_out_0")(out.reshape(x.shape)), attention
 
 
 class TransformerBlock(nn.Module):
@@ -281,19 +283,22 @@ class UNet(nn.Module):
                  capture=()):
         """Runs the network.
 
+        Several pictures may have one condition, whose keys and values are then made once: the
+        conditioning has C rows and the sample B = C * P, the P pictures of a row side by side.
+
         Args:
           sample: [B, H, W, in_channels] noisy latents. H and W need not be powers of two.
           timesteps: [B] in [0, 1000).
-          text: [B, L, cross_attention_dim] prompt embeddings.
-          pooled: [B, pooled_dim] pooled prompt embedding.
-          time_ids: [B, 6] original height and width, crop top and left, target height and width,
+          text: [C, L, cross_attention_dim] prompt embeddings.
+          pooled: [C, pooled_dim] pooled prompt embedding.
+          time_ids: [C, 6] original height and width, crop top and left, target height and width,
             in pixels.
-          image_tokens: [B, S, T, cross_attention_dim], T tokens for each of S reference slots;
+          image_tokens: [C, S, T, cross_attention_dim], T tokens for each of S reference slots;
             needed if and only if `config.image_context`.
-          image_present: bool [B, S]; a slot that is absent contributes nothing.
+          image_present: bool [C, S]; a slot that is absent contributes nothing.
           image_scale: weight of the image branch.
-          image_scales: [B, S], a further weight of each slot; None is 1.
-          image_masks: [B, S, H', W'] in [0, 1], where each slot may show itself, in any size and
+          image_scales: [C, S], a further weight of each slot; None is 1.
+          image_masks: [C, S, H', W'] in [0, 1], where each slot may show itself, in any size and
             the aspect of the picture. With masks every slot is attended to by itself, and the
             results are added (see `image_attention`); without, all share one softmax.
           capture: names from `config.capture_names`. A block's name gives the output
@@ -363,5 +368,6 @@ class UNet(nn.Module):
         ids = layers.sinusoidal_embedding(time_ids.reshape(-1), config.addition_time_embed_dim)
         ids = ids.reshape(time_ids.shape[0], -1)
         added = jnp.concatenate([pooled.astype(jnp.float32), ids], axis=-1)
+        added = Embedding(width, self.dtype, name="add_embedding")(added)
         return (Embedding(width, self.dtype, name="time_embedding")(time)
-                + Embedding(width, self.dtype, name="add_embedding")(added))
+                + jnp.repeat(added, len(time) // len(added), axis=0))

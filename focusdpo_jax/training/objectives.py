@@ -31,20 +31,20 @@ class StepStructure:
 
 
 def draw_latents(key, encoded):
-    """Latents of chosen, then rejected (if encoded), with one draw for both: [P * B, h, w, C]."""
+    """Latents [B, P, h, w, C] of chosen and rejected (if encoded), with one draw for both."""
     draw = jax.random.normal(key, encoded.latents_mean[:, 0].shape)[:, None]
-    return by_image(encoded.latents_mean.astype(jnp.float32)
-                    + encoded.latents_deviation.astype(jnp.float32) * draw)
+    return (encoded.latents_mean.astype(jnp.float32)
+            + encoded.latents_deviation.astype(jnp.float32) * draw)
 
 
 def by_image(x):
-    """[B, P, ...] as [P * B, ...]: all chosen first, then all rejected."""
-    return jnp.moveaxis(x, 1, 0).reshape(-1, *x.shape[2:])
+    """[B, P, ...] as [B * P, ...]: the pictures of a pair lie side by side, on one device."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def twice(tree):
-    """Every array of a tree [B, ...] followed by itself: [2B, ...]."""
-    return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
+    """Every row of a tree's arrays [B, ...] two times in succession: [2B, ...]."""
+    return jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), tree)
 
 
 def condition(generator, parameters, encoded):
@@ -78,9 +78,9 @@ class Noisy(NamedTuple):
     """What the denoisers are asked about, the same for policy and reference model.
 
     Attributes:
-      latents: [P * B, h, w, C] noisy latents, all chosen first.
-      timesteps: [P * B]; both images of a pair share theirs, and their noise.
-      target: [P * B, h, w, C], what a perfect denoiser would say.
+      latents: [B * P, h, w, C] noisy latents, of every pair the chosen picture and the rejected.
+      timesteps: [B * P]; both images of a pair share theirs, and their noise.
+      target: [B * P, h, w, C], what a perfect denoiser would say.
     """
 
     latents: jax.Array
@@ -92,7 +92,7 @@ class Guidance(NamedTuple):
     """The part of a loss that carries no gradient.
 
     Attributes:
-      weights: [P * B, h, w], W of chosen, then rejected.
+      weights: [B * P, h, w], W of every pair's chosen picture and rejected.
       reference_error: error map of the reference model, of the same shape; None where an objective
         has no reference model.
     """
@@ -105,7 +105,7 @@ class FocusMaps(NamedTuple):
     """How the weights of a batch came about, on the latent grid; None where there is no such map.
 
     Attributes:
-      weights: [P * B, h, w], W.
+      weights: [B * P, h, w], W.
       similarity: [2B, S, h, w], of each subject, on the grid and scale of its source.
       match: of [2B], each subject's and M', their union.
       unmatched: [2B, h, w], M_s.
@@ -178,8 +178,9 @@ class Objective:
         if not self._pairs:
             loss, diagnostics = losses.sft(policy, guidance.weights)
             return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
-        chosen, rejected = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], (policy, guidance))
-                            for i in range(2))
+        chosen, rejected = (
+            jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], (policy, guidance))
+            for i in range(2))
         if self._compares:
             loss, diagnostics = losses.diffusion_dpo(
                 chosen[0], chosen[1].reference_error, rejected[0], rejected[1].reference_error,
@@ -202,7 +203,7 @@ class Objective:
             capture=self._source.capture if structure.weight.spaf else ())
 
     def _weigh(self, structure, numbers, encoded, captured):
-        """FocusMaps of chosen, then rejected, and per-image diagnostics [P * B]."""
+        """FocusMaps and per-image diagnostics [B * P]."""
         prior = encoded.prior.astype(jnp.float32)
         if self._pairs:
             prior = twice(prior)
@@ -212,7 +213,7 @@ class Objective:
             return FocusMaps(weighting.prior_weights(prior, numbers.background)), {}
         if structure.objective == "patch_dpo":
             weights = weighting.quality_weights(encoded.quality.astype(jnp.float32))
-            return FocusMaps(jnp.concatenate(weights)), {}
+            return FocusMaps(by_image(jnp.stack(weights, axis=1))), {}
         similarity = match = unmatched = detail = None
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
@@ -235,37 +236,34 @@ class Objective:
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
         schedule, batch = self._generator.schedule, len(encoded.prior)
         latents = draw_latents(draw, encoded)
-        if not self._pairs:
-            latents = self._learnt(latents, batch, key)
+        latents = by_image(latents) if self._pairs else self._learnt(latents, key)
         if self._config.timestep_logits:
             timesteps = logit_normal_timesteps(
                 time, batch, schedule.timesteps, *self._config.timestep_logits)
         else:
             timesteps = sample_timesteps(time, numbers, batch)
-        noise = jax.random.normal(noise, latents[:batch].shape)
+        noise = jax.random.normal(noise, (batch, *latents.shape[1:]))
         if self._pairs:
             timesteps, noise = twice((timesteps, noise))
         return Noisy(schedule.add_noise(latents, noise, timesteps), timesteps,
                      schedule.target(latents, noise, timesteps))
 
-    def _learnt(self, latents, batch, key):
-        """The latents [B] that a supervised objective learns from, of chosen, then rejected."""
-        chosen, share = latents[:batch], self._config.rejected_share
+    def _learnt(self, latents, key):
+        """The latents [B] that a supervised objective learns from, of [B, P]."""
+        chosen, share = latents[:, 0], self._config.rejected_share
         if not share:
             return chosen
-        taken = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (batch, 1, 1, 1))
-        return jnp.where(taken, latents[batch:], chosen)
+        taken = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (len(chosen), 1, 1, 1))
+        return jnp.where(taken, latents[:, 1], chosen)
 
     def _error(self, trainable, frozen, encoded, noisy, key, capture=()):
-        """Error map [P * B, h, w] of a model with these trainable parameters; what it captured."""
+        """Error map [B * P, h, w] of a model with these trainable parameters; what it captured."""
         parameters = merge_parameters(trainable, frozen["parameters"])
         conditioning = condition(self._generator, parameters, encoded)
         if self._config.condition_dropout:
             conditioning = drop_conditions(
                 self._generator, parameters, conditioning, self._empty,
                 jax.random.fold_in(key, 1), self._config.condition_dropout)
-        if self._pairs:
-            conditioning = twice(conditioning)
         prediction, captured = self._generator.denoise(
             parameters, noisy.latents, noisy.timesteps, conditioning, capture=capture)
         return losses.error_map(noisy.target, prediction), captured

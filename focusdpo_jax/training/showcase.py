@@ -127,6 +127,7 @@ class Showcase:
             return
         # W of the chosen pictures in the cleanest bucket.
         focus = list(maps.values())[-1].weights
+        focus = focus[::len(focus) // len(captions)]
         rows = [pictures.PreferenceRow(
             caption=captions[i],
             references=raw.references[i][raw.present[i]],
@@ -145,13 +146,13 @@ class Showcase:
 
     def _explain(self, raw, maps, captions):
         """A page of how the weights of a few pairs come about in every bucket."""
-        count, rows = len(captions), []
-        for i in range(min(_EXPLAINED, count)):
+        rows = []
+        for i in range(min(_EXPLAINED, len(captions))):
             present = raw.present[i]
             for name, bucket in maps.items():
                 for side, image in (("chosen", raw.chosen[i]), ("rejected", raw.rejected[i])):
-                    # All chosen come first.
-                    seen = jax.tree.map(lambda x, k=i + count * (side == "rejected"): x[k], bucket)
+                    # The two of a pair lie side by side.
+                    seen = jax.tree.map(lambda x, k=2 * i + (side == "rejected"): x[k], bucket)
                     rows.append(pictures.FocusRow(
                         caption=f"{name}, {side}: {captions[i]}",
                         references=raw.references[i][present], image=image,

@@ -42,10 +42,10 @@ def make_source(generator, config, numbers):
           other, and the `ImageView` [B, S] of its references. [B, K, S, 2, count, D] for K buckets
           and [B * P, S + 1, g, g], the subjects' and last the backgrounds'; None for what is not
           made with the data.
-        similarity(encoded, captured, index) -> (similarity [P * B, S, h, w] with the subjects,
-          [P * B, h, w] with the references' backgrounds or None, bool [B, S]): of EncodedPairs,
-          what was captured, and the bucket's index; all chosen come first. The last says for which
-          slots there is anything to match.
+        similarity(encoded, captured, index) -> (similarity [B * P, S, h, w] with the subjects,
+          [B * P, h, w] with the references' backgrounds or None, bool [B, S]): of EncodedPairs,
+          what was captured, and the bucket's index. The last says for which slots there is
+          anything to match.
     """
     if config.focus.features == "vit":
         return EncoderSource(generator, config.focus.prototypes)
@@ -72,13 +72,12 @@ class EncoderSource:
             references.features[:, :, 1:], masks_on_grid(batch.reference_masks, (side, side)),
             batch.present, self._count)
         subjects, background, _ = _compare(
-            prototypes, features.reshape(-1, side, side, features.shape[-1]), interleaved=True)
+            prototypes, features.reshape(-1, side, side, features.shape[-1]))
         return None, jnp.concatenate([subjects, background[:, None]], axis=1)
 
     def similarity(self, encoded, captured, index):
         del captured, index  # They know no timestep.
-        pairs = jnp.moveaxis(encoded.similarity, 1, 0)
-        both = pairs.reshape(-1, *pairs.shape[2:])
+        both = encoded.similarity.reshape(-1, *encoded.similarity.shape[2:])
         # Of a subject without prototypes `compare` says -1 everywhere.
         known = jnp.any(encoded.similarity[:, 0, :-1] > -1, axis=(2, 3))
         return both[:, :-1], both[:, -1], known
@@ -176,13 +175,8 @@ def masks_on_grid(masks, grid):
     return masks.reshape(*masks.shape[:2], -1)
 
 
-def _compare(prototypes, targets, interleaved=False):
-    """Of prototypes [B, S, 2, count, D] and target features [P * B, h, w, D].
-
-    All chosen come first, or where `interleaved` the pictures of a pair one after the other.
-    """
-    pictures = len(targets) // len(prototypes)
-    each = (jnp.repeat(prototypes, pictures, axis=0) if interleaved
-            else jnp.concatenate([prototypes] * pictures))
+def _compare(prototypes, targets):
+    """Of prototypes [B, S, 2, count, D] and target features [B * P, h, w, D]."""
+    each = jnp.repeat(prototypes, len(targets) // len(prototypes), axis=0)
     subjects, background = correspondence.compare(each, targets)
     return subjects, background, jnp.any(prototypes[:, :, 0] != 0, axis=(2, 3))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focusdpo_jax.models import layers
+from focusdpo_jax.models import attention_by_head, layers
 from focusdpo_jax.models.lora import LoRADense
 
 
@@ -107,23 +107,30 @@ def test_bicubic_weights_by_hand():
         np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-def test_attention_head_by_head_is_attention(dtype, tolerance):
-    """Forward and all three gradients, as many queries as 5 and keys as a CPU goes by head for."""
+def test_attention_by_heads_is_attention(dtype, tolerance, at_once, masked, monkeypatch):
+    """Forward and all three gradients, one of three heads after the other and all at once."""
     rng = np.random.default_rng(4)
     query, key, value, outer = (
-        jnp.asarray(rng.normal(size=(2, n, 12)), dtype) for n in (5, 130, 130, 5))
+        jnp.asarray(rng.normal(size=(2, n, 12)), dtype) for n in (5, 9, 9, 5))
+    mask = jnp.asarray(rng.random((2, 9)) < 0.6) if masked else None
+    monkeypatch.setattr(attention_by_head, "_LOGITS", at_once * 2 * 5 * 9)
+
+    def attend(*arrays):
+        return layers.attend(*arrays, 3, key_mask=mask)
 
     def results(platform):
         with layers.compiled_for(platform):
-            out, back = jax.vjp(lambda *x: layers.attend(*x, 3), query, key, value)
+            out, back = jax.vjp(attend, query, key, value)
             return [np.asarray(x, np.float32) for x in (out, *back(outer))]
 
     def loops(platform):
         with layers.compiled_for(platform):
-            return "while" in str(jax.jit(lambda *x: layers.attend(*x, 3)).lower(
+            return "while" in str(jax.jit(lambda *x: attend(*x)).lower(
                 query, key, value).as_text())
 
-    assert loops("cpu") and not loops("tpu")
+    assert loops("cpu") == (at_once == 1) and not loops("tpu")
     for ours, plain in zip(results("cpu"), results("tpu"), strict=True):
         assert np.linalg.norm(ours - plain) < tolerance * np.linalg.norm(plain)

@@ -74,6 +74,21 @@ def test_slots_have_no_order(params):
     assert np.std(attention) > 0.01
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_pictures_of_one_condition_are_what_they_are_with_one_each(params, masked):
+    batch = dict(inputs(), image_present=np.array([[True, True, False], [True, False, True]]))
+    if masked:
+        batch |= dict(image_masks=jax.random.uniform(jax.random.key(1), (2, 3, 8, 12)),
+                      image_scales=jnp.array([[1.0, 0.5, 1.0], [0.3, 1.0, 2.0]]))
+    pictures = dict(sample=jax.random.normal(jax.random.key(2), (4, 4, 6, 4)),
+                    timesteps=jnp.array([3, 900, 3, 500]))
+    apart = {name: jnp.repeat(value, 2, axis=0) for name, value in batch.items()}
+    together, apart = run(params, batch | pictures), run(params, apart | pictures)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+                 together, apart)
+    assert np.abs(np.diff(together[0], axis=0)).min(axis=(1, 2, 3)).max() > 1e-4
+
+
 def test_attention_of_slots_by_hand():
     # One head of width 4, two slots of two tokens; the second slot is absent in the last example.
     query = 2.0 * jnp.eye(4)[None, :2].repeat(2, 0)
@@ -115,8 +130,8 @@ def test_remat_keeps_what_goes_into_the_blocks(params):
             lambda p: jax.vjp(lambda p: unet.apply({"params": p}, **batch)[0], p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    # 0.24 of 1.67 million numbers.
-    assert kept(True) < 0.3 * kept(False)
+    # 0.31 of 0.71 million numbers.
+    assert kept(True) < 0.35 * kept(False)
 
 
 def test_half_precision_keeps_parameters_and_outputs_in_float32(params):

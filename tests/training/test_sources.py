@@ -77,7 +77,7 @@ def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
     order = np.array([2, 0, 1])
     moved = case.weigh(case.encode(**{n: getattr(case.batch, n)[:, order] for n in SLOTS}))
     np.testing.assert_allclose(
-        (moved.similarity - maps.similarity[:, order])[np.tile(present[:, order], (2, 1))], 0,
+        (moved.similarity - maps.similarity[:, order])[np.repeat(present[:, order], 2, axis=0)], 0,
         atol=1e-4)
     np.testing.assert_array_equal(moved.match.union, maps.match.union)
     np.testing.assert_allclose(moved.weights, maps.weights, rtol=1e-5)
