@@ -1,8 +1,8 @@
 """Floating-point operations of a traced program, whatever a compiler makes of it.
 
 XLA's own count takes the body of a loop once, however often it runs, and changes with its version.
-Here a loop's body counts as often as it runs, what no result depends on counts nothing, and a
-multiplication with an addition is two operations.
+Here the body of a loop and the block of a Pallas kernel count as often as they run, what no result
+depends on counts nothing, and a multiplication with an addition is two operations.
 """
 
 import math
@@ -71,7 +71,7 @@ def _of_equation(equation):
     # A scatter or a reduction only holds what it does to a pair of elements.
     if inner and not name.startswith(("scatter", "reduce")):
         found = [_of_jaxpr(jaxpr) for jaxpr in inner]
-        trips = equation.params["length"] if name == "scan" else 1
+        trips = _trips(equation)
         products, others = (trips * math.fsum(kind) for kind in zip(*found))
         if name == "while" and products:
             raise NotImplementedError("matrix products in a loop of unknown length")
@@ -83,6 +83,15 @@ def _of_equation(equation):
     if name == "sort":
         return Operations(0, largest * max(math.log2(max(largest, 1)), 1))
     return Operations(0, largest)
+
+
+def _trips(equation):
+    """How often what an equation holds is run."""
+    if equation.primitive.name == "scan":
+        return equation.params["length"]
+    if equation.primitive.name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid)
+    return 1
 
 
 def _of_convolution(equation):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from focusdpo_jax.models import attention_on_tpu
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.training import operations
 
@@ -27,6 +28,12 @@ def test_a_loop_counts_as_often_as_it_runs():
     # Forward, forward once more, both gradients.
     gradient = jax.value_and_grad(lambda *a: jnp.sum(jax.checkpoint(loop)(*a)), argnums=(0, 1))
     assert counted(gradient, (2, 4), (6, 4, 4)).products == 6 * 2 * 2 * 4 * 4 * (1 + 1 + 2)
+
+
+def test_a_kernel_counts_every_block_of_its_grid():
+    """Splash attention: logits and values, in as many blocks as there are heads, queries and keys."""
+    found = counted(attention_on_tpu.attend, *[(3, 2048, 5, 64)] * 3)
+    assert found.products == 2 * (2 * 3 * 5 * 2048 * 2048 * 64)
 
 
 def test_what_no_result_depends_on_counts_nothing():
