@@ -64,8 +64,7 @@ def compiled_for(platform, divide=None):
         _DIVIDE.reset(tokens[1])
 
 
-def platform():
-    """The platform that is traced for: see `compiled_for`."""
+def _platform():
     return _PLATFORM.get() or jax.devices()[0].platform
 
 
@@ -227,7 +226,7 @@ def has_fused_attention(dtype, head_dim):
     It never holds the logits, which at 1024 pixels are 671 MB for one picture and layer of SDXL.
     cuDNN asks for half precision, heads of 8, 16, ... 128 channels and a GPU from Ampere on.
     """
-    if (platform() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8
+    if (_platform() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8
             or head_dim > 128):
         return False
     device = jax.devices()[0]
@@ -249,11 +248,11 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     """
     heads = [split_heads(x, num_heads) for x in (query, key, value)]
     keys, head_dim, over_all = key.shape[1], heads[0].shape[-1], key_mask is None and not causal
-    if not causal and platform() == "cpu":
+    if not causal and _platform() == "cpu":
         by_head = (x.transpose(2, 0, 1, 3) for x in heads)
         out = attention_by_head.attend(*by_head, key_mask).transpose(1, 2, 0, 3)
         return _where_seen(out.reshape(query.shape), key_mask)
-    if (over_all and keys >= LONG and platform() == "tpu" and _DIVIDE.get()
+    if (over_all and keys >= LONG and _platform() == "tpu" and _DIVIDE.get()
             and attention_on_tpu.suits(query.shape[1], keys, head_dim)):
         return _DIVIDE.get()(attention_on_tpu.attend)(*heads).reshape(query.shape)
     mask = None if key_mask is None else key_mask[:, None, None, :]

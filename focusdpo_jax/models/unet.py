@@ -191,9 +191,7 @@ class SpatialTransformer(nn.Module):
         # Inside a loop there is no other computation that a repeated one could be merged with.
         block = (nn.remat(TransformerBlock, prevent_cse=False) if self.config.remat
                  else TransformerBlock)
-        # A loop fills what it will keep with zeros first: a CPU does two blocks faster without.
-        unroll = self.depth if self.depth <= 2 and layers.platform() == "cpu" else 1
-        blocks = nn.scan(block, length=self.depth, in_axes=nn.broadcast, unroll=unroll,
+        blocks = nn.scan(block, length=self.depth, in_axes=nn.broadcast,
                          variable_axes={"params": 0}, split_rngs={"params": True})
         h, attention = blocks(self.config, self.num_heads, self.record, self.dtype,
                               name=stacking.STACKED)(h, context)
