@@ -135,9 +135,8 @@ class CrossAttention(nn.Module):
             if context.image_masks is None:
                 seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
             else:
-                masks = jnp.tile(context.image_masks, len(x) // len(context.text))
                 seen = image_attention.attend_within_masks(
-                    query, key, value, mask, masks, self.num_heads)
+                    query, key, value, mask, context.image_masks, self.num_heads)
             out = out + jnp.asarray(context.image_scale, out.dtype) * seen
             if self.record:
                 attention = image_attention.slot_attention(
@@ -185,9 +184,9 @@ class SpatialTransformer(nn.Module):
         h = h.reshape(batch, height * width, channels)
         h = nn.Dense(channels, dtype=self.dtype, name="proj_in")(h)
         if context.image_masks is not None:
-            context = context._replace(
-                image_masks=image_attention.masks_on_grid(
-                    context.image_masks, (height, width)))
+            masks = image_attention.masks_on_grid(context.image_masks, (height, width))
+            # Once for each of the pictures that ask together.
+            context = context._replace(image_masks=jnp.tile(masks, batch // len(masks)))
         # Inside a loop there is no other computation that a repeated one could be merged with.
         block = (nn.remat(TransformerBlock, prevent_cse=False) if self.config.remat
                  else TransformerBlock)

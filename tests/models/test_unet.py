@@ -121,7 +121,7 @@ def test_remat_and_fresh_lora_change_nothing(params):
 
 
 def test_remat_keeps_what_goes_into_the_blocks(params):
-    batch = dict(inputs(), sample=jnp.zeros((2, 16, 24, 4)))
+    batch = dict(inputs(), sample=jnp.zeros((2, 32, 48, 4)))
 
     def kept(remat):
         """Numbers that the backward pass needs, parameters included."""
@@ -130,8 +130,7 @@ def test_remat_keeps_what_goes_into_the_blocks(params):
             lambda p: jax.vjp(lambda p: unet.apply({"params": p}, **batch)[0], p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    # 0.31 of 0.71 million numbers.
-    assert kept(True) < 0.35 * kept(False)
+    assert kept(True) < 0.3 * kept(False)
 
 
 def test_half_precision_keeps_parameters_and_outputs_in_float32(params):
