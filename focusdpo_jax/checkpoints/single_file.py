@@ -6,7 +6,6 @@ folders as a diffusers pipeline has them.
 """
 
 from etils import epath
-from flax import traverse_util
 
 from focusdpo_jax.checkpoints import (
     diffusers_folder,
