@@ -17,11 +17,15 @@ them; with `--apart` one after the other, so that an accelerator need not hold a
 the peer's over ours with the spread of that ratio over the rounds (quartiles), the memory that
 stepping takes at most (of the process on a CPU, weights included; of the device on an accelerator),
 and the largest relative difference of the losses of all rounds, the proof that the work is the
-same. `step_ours.py` and `step_diffusers.py` are the sides.
+same. Ours is started twice, and steps the second time: like any later start of a run it then finds
+its programs compiled, and holds nothing that a compiler has left behind.
+
+`step_inputs.py` makes weights and inputs; `step_ours.py` and `step_diffusers.py` are the sides.
 """
 
 import argparse
 import ctypes
+import gc
 import json
 import pathlib
 import subprocess
@@ -81,6 +85,7 @@ def serve(make_step, memory, reset_memory):
 def reset_resident():
     """Forgets how much memory this process had at most."""
     # What making the step took and gave back is not the step's.
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
@@ -113,8 +118,16 @@ def measure(case, peers, rounds, warmup, dtype, *, apart, remat):
             return [Side("step_diffusers.py", case, folder, name, dtype, int(remat))
                     for name in names]
 
-        ours = Side("step_ours.py", case, folder, rounds + warmup, dtype, int(remat))
-        ours.ask("made")  # The weights and inputs lie in the folder.
+        subprocess.run(
+            [sys.executable, str(HERE / "step_inputs.py"), case, folder, str(rounds + warmup),
+             dtype, str(int(remat))], check=True)
+        def our_side():
+            side = Side("step_ours.py", case, folder, dtype, int(remat))
+            side.ask("made")
+            return side
+
+        our_side().close()
+        ours = our_side()
         if apart:
             found, memory = step_in_turn([ours], rounds, warmup)
             for peer in peers:

@@ -1,96 +1,63 @@
-"""Our side of `step.py`: makes weights and inputs, keeps them for the others, and steps.
+"""Our side of `step.py`.
 
-    step_ours.py CASE FOLDER STEPS DTYPE REMAT
+    step_ours.py CASE FOLDER DTYPE REMAT
 """
 
-import dataclasses
-import json
 import pathlib
+import pickle
 import sys
 import time
 import types
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from benchmark_cases import load_config
-from step import most_resident, reset_resident, serve
+from focusdpo_jax import command
 
-from focusdpo_jax import config as config_rules
+command.keep_compiled_programs()  # Before jax is imported, as in a run.
+
+import jax
+import numpy as np
+from step import most_resident, reset_resident, serve
+from step_inputs import PARTS, configuration, make_objective
+
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
-from focusdpo_jax.models.generator import (
-    Generator,
-    ImageView,
-    split_parameters,
-)
-from focusdpo_jax.models import stacking
-from focusdpo_jax.planning import shapes
+from focusdpo_jax.models.generator import Generator, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import models, tasks
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
-# Widths of SDXL over four; as many heads, since a quarter of five is none.
-QUARTER = {"block_out_channels": (80, 160, 320), "num_heads": (5, 10, 20), "norm_groups": 20,
-           "cross_attention_dim": 512, "pooled_dim": 320, "addition_time_embed_dim": 64,
-           "image_context": True}
 
-
-def configuration(case, dtype, remat):
-    """The run's configuration and the generator's for a case of `step.CASES`."""
-    if case == "toybox":
-        config = load_config("toybox_dpo")
-    else:
-        config = load_config("sdxl_dpo")
-        config.batch_size = 1
-        config.resolution = 1024 if case == "sdxl-1024" else 512
-    config.update({"objective": "dpo", "anchor": 0.0, "trainable": "adapter", "dtype": dtype,
-                   "accumulate": 1, "learning_rate": 1e-6, "beta": 100.0})
-    # SDXL's beta would show what rounding does to an error 5000 times larger.
-    config.data.cache, config.model.remat, config.warmup_steps = True, remat, 0
-    config = config_rules.complete(config)
-    sizes = models.abstract_model(config, meshes.make_mesh(config.mesh, config.batch_size,
-                                                           jax.devices()[:1]))[0].config
-    if case == "quarter":
-        sizes = dataclasses.replace(
-            sizes, unet=dataclasses.replace(sizes.unet, **QUARTER),
-            adapter=dataclasses.replace(sizes.adapter, output_dim=512, width=320, num_heads=5))
-    return config, sizes
-
-
-def make(case, folder, steps, dtype, remat):
-    """Everything for `steps` steps, written to `folder`, and the function that does the next."""
-    config, sizes = configuration(case, dtype, remat)
-    generator = Generator(sizes, jnp.dtype(dtype))
-    mesh = meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+def load(config, sizes, folder, mesh):
+    """The parameters {part: tree}, in the types of a run."""
     parameters = {}
-    for part in ("unet", "adapter"):
-        shape = jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
-        parameters[part] = jax.tree_util.tree_map_with_path(
-            lambda path, leaf, part=part: draw(config, (part, *(k.key for k in path)), leaf, mesh),
-            shape)
-    pairs = inputs(config, generator)
-    buckets = tasks.focus_buckets(config)
-    ((_, numbers),) = buckets.values()
-    objective = objectives.Objective(
-        generator, config, np.zeros((2, sizes.text_encoder.max_length), np.int32))
-    write(folder, config, sizes, parameters, pairs)
-    key = meshes.random_key(config.seed, mesh)
-    for step in range(steps):
-        noisy = objective.noisy(pairs, numbers, jax.random.fold_in(key, step))
-        np.savez(folder / f"noisy_{step}.npz", **noisy._asdict())
+    for part in PARTS:
+        def place(path, value, part=part):
+            path = (part, *path)
+            return jax.device_put(
+                np.asarray(value, models.stored_type(config, path, value.shape)),
+                rules.parameter_sharding(path, value.shape, mesh))
 
-    trainable, frozen = split_parameters(parameters, config.trainable)
+        shape = jax.eval_shape(
+            lambda part=part: Generator(sizes).init_part(part, jax.random.key(0)))
+        parameters[part] = pytorch_names.to_flax(
+            tensor_file.read(folder / f"{part}.safetensors")[0], shape, place=place)
+    return parameters
+
+
+def make(case, folder, dtype, remat):
+    """The function that does the next step."""
+    config, sizes = configuration(case, dtype, remat)
+    mesh = meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+    buckets = tasks.focus_buckets(config)
+    ((structure, numbers),) = buckets.values()
+    objective = make_objective(config, sizes)
+    trainable, frozen = split_parameters(load(config, sizes, folder, mesh), config.trainable)
     task = types.SimpleNamespace(
-        trainable=trainable, guide=objective.guide, loss=objective.loss, mesh=mesh,
+        guide=objective.guide, loss=objective.loss, mesh=mesh,
         frozen={"parameters": frozen, "reference": tasks.as_computed(trainable, dtype)})
-    del parameters, frozen, trainable
     optimizer = make_optimizer(config)
-    held = {"state": create_state(task.trainable, optimizer, 0.0), "number": 0}
-    del task.trainable
-    ((structure, _),) = buckets.values()
-    pairs = meshes.shard_batch(pairs, mesh)
+    held = {"state": create_state(trainable, optimizer, 0.0), "number": 0}
+    pairs = meshes.shard_batch(pickle.loads((folder / "pairs.pickle").read_bytes()), mesh)
     compiled = compile_step(task, optimizer, buckets, held["state"], pairs, seed=config.seed)
 
     def step():
@@ -105,69 +72,16 @@ def make(case, folder, steps, dtype, remat):
     return step
 
 
-def draw(config, path, leaf, mesh):
-    """A parameter at the scale that keeps activations as they are; none is zero."""
-    rng = np.random.default_rng(abs(hash("/".join(path))) % 2**32)
-    if stacking.is_vector(path, leaf.shape):
-        value = (path[-1] == "scale") + 0.02 * rng.standard_normal(leaf.shape, np.float32)
-    else:
-        summed = leaf.shape[stacking.STACKED in path:-1]
-        value = rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(summed))
-    return jax.device_put(
-        np.asarray(value, models.stored_type(config, path, leaf.shape)),
-        rules.parameter_sharding(path, leaf.shape, mesh))
-
-
-def inputs(config, generator):
-    """EncodedPairs at random."""
-    rng = np.random.default_rng(0)
-    count, sizes = config.batch_size, generator.config
-    shape = jax.eval_shape(
-        lambda parameters, batch: tasks.make_encoder(
-            generator, config, tasks.focus_buckets(config))[1](parameters, batch),
-        {part: jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
-         for part in ("vae", "image_encoder", "text_encoder", "text_encoder_2")},
-        shapes.raw_batch(config, generator))
-
-    def normal(leaf):
-        return rng.standard_normal(leaf.shape, np.float32)
-
-    slots = shape.present.shape[1]
-    side = config.resolution
-    return dataclasses.replace(
-        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shape),
-        latents_mean=normal(shape.latents_mean),
-        references=ImageView(normal(shape.references.features)),
-        text=rng.standard_normal((*shape.text.shape[:2], sizes.unet.cross_attention_dim),
-                                 np.float32),
-        pooled=rng.standard_normal((count, sizes.unet.pooled_dim), np.float32),
-        present=np.ones((count, slots), bool),
-        time_ids=np.tile(np.float32([side, side, 0, 0, side, side]), (count, 1)))
-
-
-def write(folder, config, sizes, parameters, pairs):
-    """What the other side needs: sizes, weights under diffusers' names, conditioning."""
-    (folder / "sizes.json").write_text(json.dumps({
-        "unet": dataclasses.asdict(sizes.unet), "adapter": dataclasses.asdict(sizes.adapter),
-        "learning_rate": config.learning_rate, "weight_decay": config.weight_decay,
-        "adam_b2": config.adam_b2, "gradient_clip": config.gradient_clip, "beta": config.beta}))
-    for part, tree in parameters.items():
-        tensor_file.write(folder / f"{part}.safetensors",
-                          pytorch_names.from_flax(jax.device_get(tree)))
-    np.savez(folder / "conditioning.npz", text=pairs.text, pooled=pairs.pooled,
-             time_ids=pairs.time_ids, features=pairs.references.features)
-
-
 def main():
     """Serves."""
-    case, folder, steps, dtype, remat = sys.argv[1:]
+    case, folder, dtype, remat = sys.argv[1:]
     device = jax.devices()[0]
     on_host = device.platform == "cpu"
 
     def memory():
         return most_resident() if on_host else device.memory_stats()["peak_bytes_in_use"]
 
-    serve(lambda: make(case, pathlib.Path(folder), int(steps), dtype, remat == "1"), memory,
+    serve(lambda: make(case, pathlib.Path(folder), dtype, remat == "1"), memory,
           reset_resident if on_host else lambda: None)
 
 

@@ -1,9 +1,12 @@
 """Pictures from a generator: one compiled program for all prompts and all parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from focusdpo_jax import compiling
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.models.generator import Conditioning
 from focusdpo_jax.sharding import mesh as meshes
@@ -35,7 +38,7 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiling.networks_here())
     def generate(parameters, token_ids, time_ids, references, present, noise, keys=None,
                  scales=None, masks=None):
         denoise = conditioned_denoiser(

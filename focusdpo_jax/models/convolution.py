@@ -1,10 +1,10 @@
 """Two-dimensional convolution, NHWC, in the form that suits each platform.
 
 XLA's CPU backend runs a forward convolution, and the gradient of its input, near the speed of a
-matrix product, but expresses the gradient of the kernel as a convolution whose "kernel" is as
-large as the picture, which it runs at less than half of that. For stride one and 32 channels or more that
-gradient is, for each of the kernel's taps, one matrix product of the shifted input with the output's
-gradient; `benchmarks/convolution_gradient.py` shows the ratio.
+matrix product (as `compiling` asks it to), but expresses the gradient of the kernel as a convolution
+that sums over pictures as if they were channels. Of few pictures, with stride one and 32 channels or
+more, that gradient is here, for each of the kernel's taps, one matrix product of the shifted input with
+the output's gradient; `benchmarks/convolutions.py` shows the ratios.
 
 XLA's TPU backend first spreads the few positions of a coarse feature map over a larger batch, whose
 borders overlap: a fifth more operations at 32 x 32 positions, two fifths at 16 x 16, and a program that
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Below this many channels a tap's matrix product is too thin to pay for its copies (measured).
 _MIN_CHANNELS = 32
+# Up to so many pictures a CPU takes the gradient of the kernel tap by tap (measured).
+_FEW_PICTURES = 4
 # Up to so many positions of a picture a TPU takes patches: they are nine times as large as the map.
 _MAX_POSITIONS = 1024
 
@@ -73,9 +75,9 @@ def _backward(padding, residuals, gradient):
         default=lambda x, kernel, gradient: jax.vjp(
             lambda v: _convolve(v, kernel, 1, padding), x)[1](gradient)[0],
         **_on_tpu(x, input_gradient_by_patches, padding))
+    few = {"cpu": functools.partial(_kernel_gradient_by_taps, padding=padding)}
     kernel_gradient = jax.lax.platform_dependent(
-        x, kernel, gradient,
-        cpu=functools.partial(_kernel_gradient_by_taps, padding=padding),
+        x, kernel, gradient, **(few if len(x) <= _FEW_PICTURES else {}),
         default=lambda x, kernel, gradient: jax.vjp(
             lambda k: _convolve(x, k, 1, padding), kernel)[1](gradient)[0],
         **_on_tpu(x, kernel_gradient_by_patches, padding))

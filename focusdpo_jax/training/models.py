@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from focusdpo_jax import compiling
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import model_folder, pretrained, single_file
 from focusdpo_jax.data import toybox
@@ -22,9 +23,6 @@ from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.tokenizer import Tokenizer
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes, rules
-
-# For programs that run seldom: compiling them well would take longer than running them badly.
-FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +230,7 @@ def _draw(init, key, paths, types, shardings):
         return {path: flat[path].astype(types[path]) for path in paths}
 
     return jax.jit(draw, out_shardings={path: shardings[path] for path in paths},
-                   compiler_options=FAST_TO_COMPILE)(key)
+                   compiler_options=compiling.FAST_TO_COMPILE)(key)
 
 
 class PartsOnDemand:

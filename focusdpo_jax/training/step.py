@@ -20,6 +20,7 @@ import optax
 from absl import logging
 from clu import metrics as clu_metrics
 
+from focusdpo_jax import compiling
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import operations
 from focusdpo_jax.training.state import TrainState
@@ -145,9 +146,11 @@ def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
     guides, update = trace_step(
         task, optimizer, buckets, state, batch, key, ema_decay=ema_decay)
 
+    options = compiling.networks_on(task.mesh.devices.flat[0].platform)
+
     def compiled(trace):
         traced = trace()
-        return traced.lower().compile(), operations.count(traced)
+        return traced.lower().compile(options), operations.count(traced)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         # The policy's backward pass takes longest, so it goes first.

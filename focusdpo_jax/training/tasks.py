@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from focusdpo_jax import compiling
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.errors import UserError
@@ -177,7 +178,7 @@ def generator_task(config, workdir, mesh, sources):
             return draw(*arguments)
 
     focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
-                         compiler_options=models.FAST_TO_COMPILE)
+                         compiler_options=compiling.FAST_TO_COMPILE)
     showcase = Showcase(config, workdir, model, sources, mesh, _by_rows(encode_placed, mesh),
                         transform, generate, buckets,
                         lambda structure, *arguments: focus_maps(structure, fixed, *arguments),

@@ -1,0 +1,128 @@
+"""Weights and inputs of a case of `step.py`, in a folder, for all of its sides.
+
+    step_inputs.py CASE FOLDER STEPS DTYPE REMAT
+
+Another process than those that step, which then hold no more than they need.
+"""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+import sys
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_cases import load_config
+
+from focusdpo_jax import config as config_rules
+from focusdpo_jax.checkpoints import pytorch_names, tensor_file
+from focusdpo_jax.models import stacking
+from focusdpo_jax.models.generator import Generator, ImageView
+from focusdpo_jax.planning import shapes
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import models, objectives, tasks
+
+PARTS = ("unet", "adapter")
+# Widths of SDXL over four; as many heads, since a quarter of five is none.
+QUARTER = {"block_out_channels": (80, 160, 320), "num_heads": (5, 10, 20), "norm_groups": 20,
+           "cross_attention_dim": 512, "pooled_dim": 320, "addition_time_embed_dim": 64,
+           "image_context": True}
+
+
+def configuration(case, dtype, remat):
+    """The run's configuration and the generator's for a case of `step.CASES`."""
+    if case == "toybox":
+        config = load_config("toybox_dpo")
+    else:
+        config = load_config("sdxl_dpo")
+        config.batch_size = 1
+        config.resolution = 1024 if case == "sdxl-1024" else 512
+    config.update({"objective": "dpo", "anchor": 0.0, "trainable": "adapter", "dtype": dtype,
+                   "accumulate": 1, "learning_rate": 1e-6, "beta": 100.0})
+    # SDXL's beta would show what rounding does to an error 5000 times larger.
+    config.data.cache, config.model.remat, config.warmup_steps = True, remat, 0
+    config = config_rules.complete(config)
+    sizes = models.abstract_model(config, meshes.make_mesh(config.mesh, config.batch_size,
+                                                           jax.devices()[:1]))[0].config
+    if case == "quarter":
+        sizes = dataclasses.replace(
+            sizes, unet=dataclasses.replace(sizes.unet, **QUARTER),
+            adapter=dataclasses.replace(sizes.adapter, output_dim=512, width=320, num_heads=5))
+    return config, sizes
+
+
+def make_objective(config, sizes):
+    """`dpo` with the generator of these sizes."""
+    return objectives.Objective(Generator(sizes, jnp.dtype(config.dtype)), config,
+                                np.zeros((2, sizes.text_encoder.max_length), np.int32))
+
+
+def draw(path, leaf):
+    """A parameter at the scale that keeps activations as they are; none is zero."""
+    rng = np.random.default_rng(zlib.crc32("/".join(path).encode()))
+    if stacking.is_vector(path, leaf.shape):
+        return (path[-1] == "scale") + 0.02 * rng.standard_normal(leaf.shape, np.float32)
+    summed = leaf.shape[stacking.STACKED in path:-1]
+    return rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(summed), dtype=np.float32)
+
+
+def inputs(config, generator):
+    """EncodedPairs at random."""
+    rng = np.random.default_rng(0)
+    count, sizes = config.batch_size, generator.config
+    shape = jax.eval_shape(
+        lambda parameters, batch: tasks.make_encoder(
+            generator, config, tasks.focus_buckets(config))[1](parameters, batch),
+        {part: jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
+         for part in ("vae", "image_encoder", "text_encoder", "text_encoder_2")},
+        shapes.raw_batch(config, generator))
+
+    def normal(leaf):
+        return rng.standard_normal(leaf.shape, np.float32)
+
+    slots = shape.present.shape[1]
+    side = config.resolution
+    return dataclasses.replace(
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shape),
+        latents_mean=normal(shape.latents_mean),
+        references=ImageView(normal(shape.references.features)),
+        text=rng.standard_normal((*shape.text.shape[:2], sizes.unet.cross_attention_dim),
+                                 np.float32),
+        pooled=rng.standard_normal((count, sizes.unet.pooled_dim), np.float32),
+        present=np.ones((count, slots), bool),
+        time_ids=np.tile(np.float32([side, side, 0, 0, side, side]), (count, 1)))
+
+
+def main():
+    """Writes sizes, weights under diffusers' names, conditioning, and the noise of every step."""
+    case, folder, steps, dtype, remat = sys.argv[1:]
+    folder = pathlib.Path(folder)
+    config, sizes = configuration(case, dtype, remat == "1")
+    generator = Generator(sizes, jnp.dtype(dtype))
+    (folder / "sizes.json").write_text(json.dumps({
+        "unet": dataclasses.asdict(sizes.unet), "adapter": dataclasses.asdict(sizes.adapter),
+        "learning_rate": config.learning_rate, "weight_decay": config.weight_decay,
+        "adam_b2": config.adam_b2, "gradient_clip": config.gradient_clip, "beta": config.beta}))
+    for part in PARTS:
+        shape = jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
+        tree = jax.tree_util.tree_map_with_path(
+            lambda path, leaf, part=part: draw((part, *(k.key for k in path)), leaf), shape)
+        tensor_file.write(folder / f"{part}.safetensors", pytorch_names.from_flax(tree))
+    pairs = inputs(config, generator)
+    (folder / "pairs.pickle").write_bytes(pickle.dumps(pairs))
+    np.savez(folder / "conditioning.npz", text=pairs.text, pooled=pairs.pooled,
+             time_ids=pairs.time_ids, features=pairs.references.features)
+    objective = make_objective(config, sizes)
+    ((_, numbers),) = tasks.focus_buckets(config).values()
+    key = meshes.random_key(config.seed, meshes.make_mesh(
+        config.mesh, config.batch_size, jax.devices()[:1]))
+    for step in range(int(steps)):
+        noisy = objective.noisy(pairs, numbers, jax.random.fold_in(key, step))
+        np.savez(folder / f"noisy_{step}.npz", **noisy._asdict())
+
+
+if __name__ == "__main__":
+    main()
