@@ -3,7 +3,7 @@
 For CPUs. All heads' logits of many keys are far larger than a cache, and XLA writes and reads them
 several times: so they are made for as many heads at a time as a cache may hold. The softmax of the
 backward pass is computed again from its normaliser (as in flash attention, arXiv 2205.14135), so
-that no logits are kept. And every product is one of two matrices as they lie in memory, the first
+that no logits are kept, and of few keys not even the output. And every product is one of two matrices as they lie in memory, the first
 contracted over its last axis and the second over its rows, which XLA's CPU backend runs five to ten
 times as fast as the one with both contracted over their rows, that of a gradient of keys and
 values: what would have to be turned around, queries and gradients, is small, and is turned before.
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 # Logits at a time: 12 MiB (measured; a head of 1024 queries and keys of two pictures has 8).
 _LOGITS = 3 * 2**20
+# Up to so many keys it is cheaper to sum over them again than to keep the output (measured).
+_FEW_KEYS = 128
 # Added to the logit of a key that must not be seen.
 _UNSEEN = -1e30
 
@@ -23,12 +25,12 @@ def attend(query, key, value, key_mask=None):
     """softmax(query key^T / sqrt(d)) value.
 
     Args:
-      query: [H, B, Q, d]; key, value: [H, B, K, d].
+      query: [B, Q, H, d]; key, value: [B, K, H, d].
       key_mask: bool [B, K], true where a key may be attended to. A row without such a key gets the
         mean of its values, which the caller has to discard.
 
     Returns:
-      [H, B, Q, d].
+      [B, Q, H, d].
     """
     bias = None if key_mask is None else jnp.where(key_mask, 0, _UNSEEN)[:, None, :]
     return _attend(query, key, value, bias)
@@ -40,6 +42,8 @@ def _attend(query, key, value, bias):
 
 
 def _forward(query, key, value, bias):
+    residuals = query, key, value, bias
+
     def heads(query, key_t, value):
         logits = _logits(query, key_t, bias)
         largest = logits.max(-1, keepdims=True)
@@ -48,30 +52,42 @@ def _forward(query, key, value, bias):
         out = _product(mass.astype(value.dtype), value) / total
         return out.astype(value.dtype), largest + jnp.log(total)
 
+    query, key, value = map(_by_head, (query, key, value))
     out, normaliser = _by_heads(heads, query.shape[2] * key.shape[2],
                                 query, _scaled_and_turned(key), value)
-    return out, (query, key, value, bias, out, normaliser)
+    out = out.transpose(1, 2, 0, 3)
+    return out, (*residuals, normaliser, None if key.shape[2] <= _FEW_KEYS else out)
 
 
 def _backward(residuals, gradient):
-    query, key, value, bias, out, normaliser = residuals
+    query, key, value, bias, normaliser, out = residuals
+    mean = [] if out is None else [
+        _by_head((gradient * out).sum(-1, keepdims=True, dtype=jnp.float32))]
+    query, key, value, gradient = map(_by_head, (query, key, value, gradient))
     scale = query.shape[-1] ** -0.5
-    mean = (gradient * out).sum(-1, keepdims=True, dtype=jnp.float32)
 
-    def heads(query_t, key, key_t, value_t, normaliser, mean, query, gradient, gradient_t):
+    def heads(query_t, key, key_t, value_t, normaliser, query, gradient, gradient_t, *mean):
         share = jnp.exp(_logits(query, key_t, bias) - normaliser)
-        inner = share * (_product(gradient, value_t) - mean)
+        of_share = _product(gradient, value_t)
+        mean = mean[0] if mean else (share * of_share).sum(-1, keepdims=True)
+        inner = share * (of_share - mean)
         share, inner = share.astype(query.dtype), inner.astype(query.dtype)
         return _product(inner, key), _product(query_t, inner), _product(gradient_t, share)
 
     gradients = _by_heads(
         heads, query.shape[2] * key.shape[2], _turned(query), key, _scaled_and_turned(key),
-        _turned(value), normaliser, mean, query, gradient, _turned(gradient))
+        _turned(value), normaliser, query, gradient, _turned(gradient), *mean)
     of_query, of_key, of_value = (x.astype(query.dtype) for x in gradients)
-    return of_query * scale, _turned(of_key * scale), _turned(of_value), None
+    return ((of_query * scale).transpose(1, 2, 0, 3), (of_key * scale).transpose(1, 3, 0, 2),
+            of_value.transpose(1, 3, 0, 2), None)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _by_head(x):
+    """[B, N, H, d] as [H, B, N, d]."""
+    return x.transpose(2, 0, 1, 3)
 
 
 def _by_heads(function, logits, *arrays):

@@ -249,8 +249,7 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     heads = [split_heads(x, num_heads) for x in (query, key, value)]
     keys, head_dim, over_all = key.shape[1], heads[0].shape[-1], key_mask is None and not causal
     if not causal and _platform() == "cpu":
-        by_head = (x.transpose(2, 0, 1, 3) for x in heads)
-        out = attention_by_head.attend(*by_head, key_mask).transpose(1, 2, 0, 3)
+        out = attention_by_head.attend(*heads, key_mask)
         return _where_seen(out.reshape(query.shape), key_mask)
     if (over_all and keys >= LONG and _platform() == "tpu" and _DIVIDE.get()
             and attention_on_tpu.suits(query.shape[1], keys, head_dim)):
