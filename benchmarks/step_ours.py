@@ -12,6 +12,7 @@ import types
 from focusdpo_jax import command
 
 command.keep_compiled_programs()  # Before jax is imported, as in a run.
+command.keep_memory()
 
 import jax
 import numpy as np
