@@ -7,10 +7,10 @@ import jax
 # For programs that run seldom: compiling them well would take longer than running them badly.
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
-# On a CPU XLA has YNNPACK do matrix products, reductions and convolutions. Convolutions take it up to
-# twice as long as Eigen, which does them in its absence (`benchmarks/convolutions.py`).
-_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type":
-           "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+# On a CPU XLA has YNNPACK do reductions, matrix products and convolutions. Left with reductions alone,
+# it gives the others to Eigen, which is half as fast again in convolutions
+# (`benchmarks/convolutions.py`) and a little faster in large matrix products.
+_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def networks_on(platform):

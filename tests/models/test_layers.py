@@ -109,14 +109,17 @@ def test_bicubic_weights_by_hand():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("few_keys", [8, 9])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-def test_attention_by_heads_is_attention(dtype, tolerance, at_once, masked, monkeypatch):
-    """Forward and all three gradients, one of three heads after the other and all at once."""
+def test_attention_by_heads_is_attention(dtype, tolerance, few_keys, at_once, masked, monkeypatch):
+    """Forward and all three gradients, one of three heads after the other and all at once, with the
+    output kept and not."""
     rng = np.random.default_rng(4)
     query, key, value, outer = (
         jnp.asarray(rng.normal(size=(2, n, 12)), dtype) for n in (5, 9, 9, 5))
     mask = jnp.asarray(rng.random((2, 9)) < 0.6) if masked else None
     monkeypatch.setattr(attention_by_head, "_LOGITS", at_once * 2 * 5 * 9)
+    monkeypatch.setattr(attention_by_head, "_FEW_KEYS", few_keys)
 
     def attend(*arrays):
         return layers.attend(*arrays, 3, key_mask=mask)
