@@ -74,7 +74,6 @@ def run(main, parser=parse_flags):
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_compiled_programs()
-    keep_memory()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_quiet)
 
@@ -106,12 +105,13 @@ def keep_compiled_programs():
 
 
 def keep_memory():
-    """Has a process that computes on its CPU keep memory that it gave back; before jax is imported.
+    """Has a process that computes on its CPU keep memory that it gave back; before jax has devices.
 
     XLA takes what a program needs, hundreds of megabytes, from malloc and returns it after every step.
     glibc would hand it to the system each time, which then clears every page anew: a fifteenth of a
-    step. Elsewhere than with glibc, and beside an accelerator, nothing is changed; nor where the
-    environment has a say about malloc.
+    large step. (All threads have one heap for that; small steps it slows down.) Elsewhere than with
+    glibc, and beside an accelerator, nothing is changed; nor where the environment has a say about
+    malloc.
     """
     told = [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]
     if told or platform.libc_ver()[0] != "glibc" or _has_accelerator():

@@ -12,6 +12,8 @@ from ml_collections import config_flags
 from focusdpo_jax import command
 
 FLAGS = flags.FLAGS
+# Pixels of a step from which on it has more memory than a thread's own heap holds.
+_LARGE = 16 * 64**2
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/toybox_dpo.py. Some take an argument "
     "after a colon: configs/toybox_base.py:probe. Override fields by --config.FIELD=VALUE.")
@@ -33,11 +35,14 @@ def main():
     # After the flags, so that --help is quick.
     from focusdpo_jax.sharding import processes
     from focusdpo_jax.training import loop, preemption
+    config = _CONFIG.value
     workdir = _WORKDIR.value or command.default_workdir(
         config_flags.get_config_filename(FLAGS["config"]))
+    if config.get("batch_size", 0) * config.get("resolution", 0) ** 2 >= _LARGE:
+        command.keep_memory()
     with processes.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
         try:
-            loop.run(_CONFIG.value, workdir, accept_changes=_ACCEPT.value)
+            loop.run(config, workdir, accept_changes=_ACCEPT.value)
         except preemption.Preempted as reason:
             command.leave(reason, preemption.EXIT_STATUS)
 

@@ -5,6 +5,7 @@ the end. What is trained is a `Task`; which one is made from the configuration i
 """
 
 import contextlib
+import gc
 import json
 import time
 
@@ -89,6 +90,9 @@ def train(config, task, state, step, checkpoints, writer, done):
         per_step=config.batch_size * config.accumulate, devices=task.mesh.size,
         peak=matmul_peak(jax.local_devices()[0], config.dtype))
     began, seen, products = time.monotonic(), {}, 0.0
+    # What there is lives as long as the run: Python need not look through it for garbage again.
+    gc.collect()
+    gc.freeze()
     try:
         for number in range(done + 1, config.steps + 1):
             for micro in range((number - 1) * config.accumulate, number * config.accumulate):
@@ -119,6 +123,7 @@ def train(config, task, state, step, checkpoints, writer, done):
         task.batches.close()
         progress.close()
         leave.close()
+        gc.unfreeze()
     logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - began))
     return state
 
@@ -145,12 +150,16 @@ def summarize(seen):
     Returns:
       {name: float, "bucket/name": float}.
     """
-    total, values = {}, {}
-    for bucket, metrics in sorted(seen.items()):
+    total = {}
+    for metrics in seen.values():
         merge_into(total, metrics)
-        if len(seen) > 1:
+    # All at once, and not a division on the device for each.
+    total, seen = jax.device_get((total, seen))
+    values = {name: float(metric.compute()) for name, metric in total.items()}
+    if len(seen) > 1:
+        for bucket, metrics in sorted(seen.items()):
             values |= {f"{bucket}/{name}": float(m.compute()) for name, m in metrics.items()}
-    return {name: float(metric.compute()) for name, metric in total.items()} | values
+    return values
 
 
 def require_finite(values, step, checkpoints):

@@ -13,17 +13,7 @@ from tqdm import tqdm
 
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.sharding import processes
-
-
-def _open_tensorboard(workdir):
-    try:
-        from clu import metric_writers
-        return metric_writers.SummaryWriter(str(workdir))
-    except ImportError as error:
-        logging.warning(
-            "TensorBoard events are not written, because %s is missing "
-            "(pip install tensorflow-cpu tensorboard).", error.name or "TensorFlow")
-        return None
+from focusdpo_jax.training.tensorboard import open_events
 
 
 class MetricWriter:
@@ -54,7 +44,7 @@ class MetricWriter:
     @functools.cached_property
     def _tensorboard(self):
         # Its library takes seconds to import, which the first step need not wait for.
-        return _open_tensorboard(self.workdir) if self._file else None
+        return open_events(self.workdir) if self._file else None
 
     def scalars(self, step, values):
         """Writes a dict of finite numbers for `step`."""
@@ -62,22 +52,19 @@ class MetricWriter:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         if self._tensorboard:
-            self._tensorboard.write_scalars(step, values)
-            self._tensorboard.flush()
+            self._tensorboard.scalars(step, values)
 
     def results(self, step, results):
         """Shows the means of an evaluation in TensorBoard; they are not a logged step."""
         if self._tensorboard:
-            self._tensorboard.write_scalars(step, {
+            self._tensorboard.scalars(step, {
                 f"evaluation/{name}_{side}": estimate["mean"]
                 for name, sides in results["metrics"].items() for side, estimate in sides.items()})
-            self._tensorboard.flush()
 
     def picture(self, step, name, image):
         """Shows a uint8 picture [H, W, 3] in TensorBoard."""
         if self._tensorboard:
-            self._tensorboard.write_images(step, {name: np.asarray(image)[None]})
-            self._tensorboard.flush()
+            self._tensorboard.picture(step, name, np.asarray(image))
 
     def close(self):
         """Closes the files."""
