@@ -41,7 +41,8 @@ def plan(config, topology, *, utilisation=0.4, structures=None, unless_held=Fals
     mesh = make_mesh(config.mesh, config.batch_size, devices)
     step = shapes.abstract_step(config, mesh)
     frozen = dict(step.task.frozen)
-    held = {"frozen parameters": frozen["parameters"], "reference": frozen.get("reference", {}),
+    held = {"frozen parameters": frozen["parameters"], "encoders": step.encoders,
+            "reference": frozen.get("reference", {}),
             "trained parameters": (step.state.trainable, step.state.average),
             "optimizer": step.state.optimizer, "batch": step.batch}
     memory = {name: _bytes_per_chip(tree) for name, tree in held.items()}

@@ -23,7 +23,8 @@ def abstract_step(config, mesh):
       mesh: of devices that may not be there.
 
     Returns:
-      A namespace: task, optimizer, state, batch, key.
+      A namespace: task, optimizer, state, batch, key; and encoders, the parameters that the step does
+      not read and a run holds nevertheless, to encode its batches.
     """
     config = config_rules.complete(config)
     generator, parameters = models.abstract_model(config, mesh)
@@ -42,8 +43,10 @@ def abstract_step(config, mesh):
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
     whole = meshes.replicated(mesh)
+    encoders = {} if config.data.cache else {
+        part: tree for part, tree in frozen.items() if part not in objective.parts}
     return types.SimpleNamespace(
-        task=types.SimpleNamespace(trainable=trainable, frozen=fixed, guide=objective.guide,
+        encoders=encoders, task=types.SimpleNamespace(trainable=trainable, frozen=fixed, guide=objective.guide,
                                    loss=objective.loss, buckets=buckets, mesh=mesh),
         optimizer=optimizer, state=_placed(state, state_shardings(state, mesh)),
         batch=_placed(encoded, jax.tree.map(lambda _: meshes.batch_sharding(mesh), encoded)),

@@ -36,6 +36,15 @@ def test_shapes_are_those_of_the_run(tiny_config, tmp_path, overrides):
     assert described(abstract.batch) == described(batch)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_encoders_are_held_unless_all_is_encoded_before(tiny_config, cache):
+    config = tiny_config()
+    config.data.cache = cache
+    step = shapes.abstract_step(config, meshes.make_mesh(config.mesh, config.batch_size))
+    assert set(step.encoders) == (set() if cache else {
+        "vae", "image_encoder", "text_encoder", "text_encoder_2"})
+
+
 def test_a_plan_adds_up(tiny_config):
     found = planner.plan(tiny_config(), "local")
     json.dumps(found)
