@@ -16,7 +16,7 @@ print(int(status.split("VmRSS:")[1].split()[0]) // 2**10)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
-def test_a_run_on_a_cpu_keeps_the_memory_of_its_steps():
+def test_a_process_that_computes_on_its_cpu_keeps_memory():
     """64 MiB that are given back stay with the process, unless something speaks against it."""
     def resident(**more):
         environment = {name: value for name, value in os.environ.items()
