@@ -121,6 +121,7 @@ def measure(case, peers, rounds, warmup, dtype, *, apart, remat):
         subprocess.run(
             [sys.executable, str(HERE / "step_inputs.py"), case, folder, str(rounds + warmup),
              dtype, str(int(remat))], check=True)
+
         def our_side():
             side = Side("step_ours.py", case, folder, dtype, int(remat))
             side.ask("made")

@@ -9,6 +9,7 @@ import time
 import jax
 import ml_collections
 
+from focusdpo_jax import compiling
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import chips, shapes
 from focusdpo_jax.sharding import collectives
@@ -55,9 +56,10 @@ def plan(config, topology, *, utilisation=0.4, structures=None, unless_held=Fals
     start = time.monotonic()
     traced = {"update": update()} | {f"guide {s}": guide() for s, guide in guides.items()}
     compiled = list(traced)[:None if structures is None else 1 + structures]
+    options = compiling.networks_on(mesh.devices.flat[0].platform)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = dict(zip(compiled, pool.map(
-            lambda name: traced[name].lower().compile(), compiled), strict=True))
+            lambda name: traced[name].lower().compile(options), compiled), strict=True))
     seconds = time.monotonic() - start
 
     memory["activations and temporaries"] = max(

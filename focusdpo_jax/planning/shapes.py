@@ -46,7 +46,8 @@ def abstract_step(config, mesh):
     encoders = {} if config.data.cache else {
         part: tree for part, tree in frozen.items() if part not in objective.parts}
     return types.SimpleNamespace(
-        encoders=encoders, task=types.SimpleNamespace(trainable=trainable, frozen=fixed, guide=objective.guide,
+        encoders=encoders,
+        task=types.SimpleNamespace(trainable=trainable, frozen=fixed, guide=objective.guide,
                                    loss=objective.loss, buckets=buckets, mesh=mesh),
         optimizer=optimizer, state=_placed(state, state_shardings(state, mesh)),
         batch=_placed(encoded, jax.tree.map(lambda _: meshes.batch_sharding(mesh), encoded)),
