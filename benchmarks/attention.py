@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from focusdpo_jax.models import layers
+from focusdpo_jax.models import layers, platforms
 
 SHAPES = [(2, 1024, 160, 10), (2, 256, 320, 20), (32, 256, 64, 4)]
 
@@ -21,7 +21,7 @@ SHAPES = [(2, 1024, 160, 10), (2, 256, 320, 20), (32, 256, 64, 4)]
 def gradient(platform, heads):
     """The compiled gradient of attention along the path of a platform."""
     def total(query, key, value):
-        with layers.compiled_for(platform):
+        with platforms.compiled_for(platform):
             return jnp.square(layers.attend(query, key, value, heads)).sum()
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
 

@@ -9,8 +9,8 @@ the output's gradient; `benchmarks/convolutions.py` shows the ratios.
 XLA's TPU backend first spreads the few positions of a coarse feature map over a larger batch, whose
 borders overlap: a fifth more operations at 32 x 32 positions, two fifths at 16 x 16, and a program that
 takes several times as long to compile. There a convolution and both gradients are one matrix product
-each of all positions' patches with the kernel, as a TPU's compiler takes it best
-(`benchmarks/tpu_unet.py`; counted, not timed).
+each, of all positions' patches with the kernel or of their gradient with it, as a TPU's compiler takes
+it best (`benchmarks/tpu_unet.py`; counted, not timed).
 
 Every other case and every other platform keeps XLA's own.
 """
@@ -19,6 +19,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from focusdpo_jax.models import platforms
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Below this many channels a tap's matrix product is too thin to pay for its copies (measured).
@@ -42,52 +45,44 @@ def conv2d(x, kernel, *, stride=1, padding=((1, 1), (1, 1))):
       [B, H', W', Cout] in the type of `x`.
     """
     if stride == 1 and min(kernel.shape[2:]) >= _MIN_CHANNELS and kernel.shape[0] > 1:
-        return _unit_stride(x, kernel, padding)
-    return _convolve(x, kernel, stride, padding)
+        return _unit_stride(x, kernel, padding, platforms.current())
+    return _convolve(x, kernel, padding, stride)
 
 
-def _convolve(x, kernel, stride, padding):
+def _convolve(x, kernel, padding, stride=1):
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _unit_stride(x, kernel, padding):
-    return jax.lax.platform_dependent(
-        x, kernel, default=functools.partial(_convolve, stride=1, padding=padding),
-        **_on_tpu(x, by_patches, padding))
+def _takes_patches(x, platform):
+    return platform == "tpu" and x.shape[1] * x.shape[2] <= _MAX_POSITIONS
 
 
-def _on_tpu(x, function, padding):
-    """The form for TPUs where there is one, as a keyword of `platform_dependent`."""
-    suits = x.shape[1] * x.shape[2] <= _MAX_POSITIONS
-    return {"tpu": functools.partial(function, padding=padding)} if suits else {}
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _unit_stride(x, kernel, padding, platform):
+    return (by_patches if _takes_patches(x, platform) else _convolve)(x, kernel, padding)
 
 
-def _forward(x, kernel, padding):
-    return _unit_stride(x, kernel, padding), (x, kernel)
+def _forward(x, kernel, padding, platform):
+    return _unit_stride(x, kernel, padding, platform), (x, kernel)
 
 
-def _backward(padding, residuals, gradient):
+def _backward(padding, platform, residuals, gradient):
     x, kernel = residuals
-    input_gradient = jax.lax.platform_dependent(
-        x, kernel, gradient,
-        default=lambda x, kernel, gradient: jax.vjp(
-            lambda v: _convolve(v, kernel, 1, padding), x)[1](gradient)[0],
-        **_on_tpu(x, input_gradient_by_patches, padding))
-    few = {"cpu": functools.partial(_kernel_gradient_by_taps, padding=padding)}
-    kernel_gradient = jax.lax.platform_dependent(
-        x, kernel, gradient, **(few if len(x) <= _FEW_PICTURES else {}),
-        default=lambda x, kernel, gradient: jax.vjp(
-            lambda k: _convolve(x, k, 1, padding), kernel)[1](gradient)[0],
-        **_on_tpu(x, kernel_gradient_by_patches, padding))
+    if _takes_patches(x, platform):
+        return (input_gradient_by_patches(x, kernel, gradient, padding),
+                kernel_gradient_by_patches(x, kernel, gradient, padding))
+    _, back = jax.vjp(lambda *both: _convolve(*both, padding), x, kernel)
+    input_gradient, kernel_gradient = back(gradient)
+    if platform == "cpu" and len(x) <= _FEW_PICTURES:
+        kernel_gradient = _kernel_gradient_by_taps(x, kernel, gradient, padding)
     return input_gradient, kernel_gradient
 
 
 _unit_stride.defvjp(_forward, _backward)
 
 
-def _kernel_gradient_by_taps(x, kernel, gradient, *, padding):
+def _kernel_gradient_by_taps(x, kernel, gradient, padding):
     height, width = gradient.shape[1:3]
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     outer = gradient.reshape(-1, gradient.shape[-1]).T  # [Cout, B*H'*W']
@@ -104,20 +99,27 @@ def by_patches(x, kernel, padding):
                       kernel.reshape(-1, kernel.shape[-1]))
 
 
-def input_gradient_by_patches(x, kernel, gradient, *, padding):
-    """The gradient of x: the output's gradient convolved with the kernel turned around."""
-    del x
-    rows, columns = kernel.shape[:2]
+def input_gradient_by_patches(x, kernel, gradient, padding):
+    """The gradient of x: what each tap makes of the output's gradient, added where it was seen.
+
+    No kernel is turned around for it: of a coarse map the kernel is what is large.
+    """
+    rows, columns, _, features = kernel.shape
     (top, bottom), (left, right) = padding
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return by_patches(gradient, turned, ((rows - 1 - top, rows - 1 - bottom),
-                                         (columns - 1 - left, columns - 1 - right)))
+    shares = jnp.einsum("bhwo,po->bhwp", gradient, kernel.reshape(-1, features))
+    shares = iter(jnp.split(shares, rows * columns, axis=-1))
+    moved = [jax.lax.pad(next(shares).astype(jnp.float32), np.float32(0),
+                         ((0, 0, 0), (i - top, rows - 1 - i - bottom, 0),
+                          (j - left, columns - 1 - j - right, 0), (0, 0, 0)))
+             for i in range(rows) for j in range(columns)]
+    return functools.reduce(jnp.add, moved).astype(x.dtype)
 
 
-def kernel_gradient_by_patches(x, kernel, gradient, *, padding):
+def kernel_gradient_by_patches(x, kernel, gradient, padding):
     """The gradient of the kernel: patches times the output's gradient, over all positions."""
-    product = jnp.einsum("bhwp,bhwo->po", _patches(x, kernel, padding), gradient)
-    return product.reshape(kernel.shape)
+    # Not the patches of the forward pass, which are nine times what has to be kept.
+    patches = _patches(jax.lax.optimization_barrier(x), kernel, padding)
+    return jnp.einsum("bhwp,bhwo->po", patches, gradient).reshape(kernel.shape)
 
 
 def _patches(x, kernel, padding):

@@ -5,8 +5,7 @@ transformers), with `.N` written `_N`, so that the map between the two is a rule
 Parameters are created in float32; `dtype` is the type of the computation.
 """
 
-import contextlib
-import contextvars
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from focusdpo_jax.models import attention_by_head, attention_on_tpu
+from focusdpo_jax.models import attention_by_head, attention_on_tpu, platforms
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
-
 
 
 def gelu(x):
@@ -39,33 +37,7 @@ ZEROS = nn.initializers.zeros
 # The parameter of PyTorch's cubic kernel.
 CUBIC = -0.75
 # Keys from which fused attention is taken: text and image tokens are fewer, their logits small.
-LONG = 512
-
-_PLATFORM = contextvars.ContextVar("platform", default=None)
-_DIVIDE = contextvars.ContextVar("divide", default=None)
-
-
-@contextlib.contextmanager
-def compiled_for(platform, divide=None):
-    """While a function is traced inside, it takes the paths for "cpu", "gpu" or "tpu".
-
-    Without it they are those of this machine, which need not be where a program will run.
-
-    Args:
-      divide: from a function of query, key and value, [B, N, H, d] each, to one that runs it on the
-        devices of the program, each with its share. Kernels that the partitioner cannot look into
-        are taken only where it is given.
-    """
-    tokens = _PLATFORM.set(platform), _DIVIDE.set(divide)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(tokens[0])
-        _DIVIDE.reset(tokens[1])
-
-
-def _platform():
-    return _PLATFORM.get() or jax.devices()[0].platform
+LONG = 256
 
 
 class Conv(nn.Module):
@@ -226,7 +198,7 @@ def has_fused_attention(dtype, head_dim):
     It never holds the logits, which at 1024 pixels are 671 MB for one picture and layer of SDXL.
     cuDNN asks for half precision, heads of 8, 16, ... 128 channels and a GPU from Ampere on.
     """
-    if (_platform() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8
+    if (platforms.current() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8
             or head_dim > 128):
         return False
     device = jax.devices()[0]
@@ -248,16 +220,20 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     """
     heads = [split_heads(x, num_heads) for x in (query, key, value)]
     keys, head_dim, over_all = key.shape[1], heads[0].shape[-1], key_mask is None and not causal
-    if not causal and _platform() == "cpu":
+    if not causal and platforms.current() == "cpu":
         out = attention_by_head.attend(*heads, key_mask)
         return _where_seen(out.reshape(query.shape), key_mask)
-    if (over_all and keys >= LONG and _platform() == "tpu" and _DIVIDE.get()
+    if (over_all and keys >= LONG and platforms.current() == "tpu" and platforms.divide()
             and attention_on_tpu.suits(query.shape[1], keys, head_dim)):
-        return _DIVIDE.get()(attention_on_tpu.attend)(*heads).reshape(query.shape)
+        return platforms.divide()(attention_on_tpu.attend)(*heads).reshape(query.shape)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     fused = over_all and keys >= LONG and has_fused_attention(query.dtype, head_dim)
-    out = jax.nn.dot_product_attention(
-        *heads, mask=mask, is_causal=causal, implementation="cudnn" if fused else "xla")
+    if fused:
+        out = jax.nn.dot_product_attention(*heads, implementation="cudnn")
+    else:
+        out = jax.checkpoint(functools.partial(
+            jax.nn.dot_product_attention, is_causal=causal, implementation="xla"))(
+                *heads, mask=mask)
     return _where_seen(out.reshape(query.shape), key_mask)
 
 
@@ -364,15 +340,15 @@ class Upsample(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A dense layer whose second half gates the first (arXiv 2002.05202)."""
+    """The dense layer before a gate (arXiv 2002.05202): what will be gated, then the gate."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        """Maps [..., C] to [..., features]."""
-        return cheap(_gated)(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x))
+        """Maps [..., C] to [..., 2 features]."""
+        return nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
 
 
 def _gated(x):
@@ -409,7 +385,11 @@ class FeedForward(nn.Module):
         """Maps [..., C] to the same shape."""
         first = GEGLU if self.gated else GELU
         h = first(self.expansion * x.shape[-1], self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], use_bias=self.gated, dtype=self.dtype, name="net_2")(h)
+        last = nn.Dense(x.shape[-1], use_bias=self.gated, dtype=self.dtype, name="net_2")
+        if not self.gated:
+            return last(h)
+        # Only what is not gated yet is kept for the backward pass: the rest is half as much again.
+        return nn.remat(lambda last, h: last(_gated(h)))(last, h)
 
 
 class MLP(nn.Module):

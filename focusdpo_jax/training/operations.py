@@ -15,7 +15,7 @@ from jax.interpreters import partial_eval
 _FREE = frozenset((
     "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "device_put",
     "dynamic_slice", "dynamic_update_slice", "gather", "iota", "name", "optimization_barrier",
-    "pad", "platform_index", "random_bits", "random_fold_in", "random_seed", "random_split",
+    "pad", "random_bits", "random_fold_in", "random_seed", "random_split",
     "random_unwrap", "random_wrap", "reshape", "rev", "sharding_constraint", "slice", "split",
     "squeeze", "stop_gradient", "transpose"))
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 
-from focusdpo_jax.models import layers
+from focusdpo_jax.models import platforms
 from focusdpo_jax.sharding import activations, attention
 
 
@@ -15,5 +15,5 @@ def traced_for(mesh):
     """
     platform = mesh.devices.flat[0].platform
     divide = functools.partial(attention.by_example_and_head, mesh)
-    with activations.divided(mesh), layers.compiled_for(platform, divide):
+    with activations.divided(mesh), platforms.compiled_for(platform, divide):
         yield

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focusdpo_jax.models import attention_on_tpu, layers
+from focusdpo_jax.models import attention_on_tpu, layers, platforms
 
 RNG = np.random.default_rng(5)
 
@@ -30,7 +30,7 @@ def test_blocks_divide_what_they_are_of(positions, block):
 
 
 @pytest.mark.parametrize("positions, heads, taken", [
-    (1024, 4, True), (1000, 4, False), (256, 4, False), (1024, 1, False)])
+    (1024, 4, True), (1000, 4, False), (256, 4, True), (128, 4, False), (1024, 1, False)])
 def test_where_it_is_taken(positions, heads, taken):
     """Long rows of whole tiles and heads of at most 128 channels, where the caller divides it."""
     query = jax.ShapeDtypeStruct((2, positions, 256), jnp.bfloat16)
@@ -43,9 +43,9 @@ def test_where_it_is_taken(positions, heads, taken):
     def attend(*x):
         return layers.attend(*x, heads)
 
-    with layers.compiled_for("tpu", divide):
+    with platforms.compiled_for("tpu", divide):
         assert jax.eval_shape(attend, query, query, query).shape == query.shape
     assert asked == [attention_on_tpu.attend] * taken
-    with layers.compiled_for("tpu"):
+    with platforms.compiled_for("tpu"):
         jax.eval_shape(attend, query, query, query)
     assert len(asked) == taken

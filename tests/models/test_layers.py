@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focusdpo_jax.models import attention_by_head, layers
+from focusdpo_jax.models import attention_by_head, layers, platforms
 from focusdpo_jax.models.lora import LoRADense
 
 
@@ -85,6 +85,29 @@ def test_fresh_resnet_is_its_shortcut():
     assert np.any(params["params"]["conv1"]["kernel"] != 0)
 
 
+def kept(function, *arguments):
+    """Shapes of what the backward pass of a function keeps of its arrays, arguments left out."""
+    _, back = jax.vjp(function, *arguments)
+    given = [x.shape for x in jax.tree.leaves(arguments)]
+    return [x.shape for x in jax.tree.leaves(back) if x.shape not in given]
+
+
+def test_feed_forward_keeps_what_is_not_gated_yet():
+    """Of 4 times the width after the gate nothing, of 8 times before it one array."""
+    x = jnp.ones((2, 5, 6))
+    layer = layers.FeedForward()
+    params = layer.init(jax.random.key(0), x)
+    assert kept(layer.apply, params, x) == [(2, 5, 48)]
+
+
+def test_attention_of_few_keys_keeps_no_logits():
+    query, key = jnp.ones((2, 7, 12)), jnp.ones((2, 9, 12))
+    mask = jnp.ones((2, 9), bool).at[0, 3].set(False)
+    with platforms.compiled_for("tpu"):
+        found = kept(lambda *x: layers.attend(*x, 3, key_mask=mask), query, key, key)
+    assert not [shape for shape in found if shape[-2:] == (7, 9)]
+
+
 def test_lora_by_hand():
     x = jnp.array([[1.0, 2.0]])
     layer = LoRADense(2, rank=1, alpha=3.0)
@@ -125,12 +148,12 @@ def test_attention_by_heads_is_attention(dtype, tolerance, few_keys, at_once, ma
         return layers.attend(*arrays, 3, key_mask=mask)
 
     def results(platform):
-        with layers.compiled_for(platform):
+        with platforms.compiled_for(platform):
             out, back = jax.vjp(attend, query, key, value)
             return [np.asarray(x, np.float32) for x in (out, *back(outer))]
 
     def loops(platform):
-        with layers.compiled_for(platform):
+        with platforms.compiled_for(platform):
             return "while" in str(jax.jit(lambda *x: attend(*x)).lower(
                 query, key, value).as_text())
 
