@@ -226,15 +226,13 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     if (over_all and keys >= LONG and platforms.current() == "tpu" and platforms.divide()
             and attention_on_tpu.suits(query.shape[1], keys, head_dim)):
         return platforms.divide()(attention_on_tpu.attend)(*heads).reshape(query.shape)
+    if over_all and keys >= LONG and has_fused_attention(query.dtype, head_dim):
+        return jax.nn.dot_product_attention(*heads, implementation="cudnn").reshape(query.shape)
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    fused = over_all and keys >= LONG and has_fused_attention(query.dtype, head_dim)
-    if fused:
-        out = jax.nn.dot_product_attention(*heads, implementation="cudnn")
-    else:
-        out = jax.checkpoint(functools.partial(
-            jax.nn.dot_product_attention, is_causal=causal, implementation="xla"))(
-                *heads, mask=mask)
-    return _where_seen(out.reshape(query.shape), key_mask)
+    # Logits are not kept for the backward pass, but made again.
+    plain = jax.checkpoint(functools.partial(
+        jax.nn.dot_product_attention, is_causal=causal, implementation="xla"))
+    return _where_seen(plain(*heads, mask=mask).reshape(query.shape), key_mask)
 
 
 def _where_seen(out, key_mask):
