@@ -91,6 +91,9 @@ def _trips(equation):
         return equation.params["length"]
     if equation.primitive.name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid)
+    if equation.primitive.name == "shard_map":  # On each device with its share.
+        mesh = equation.params["mesh"]
+        return math.prod(mesh.shape[axis] for axis in equation.params["newly_manual_axes"])
     return 1
 
 

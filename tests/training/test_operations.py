@@ -36,6 +36,19 @@ def test_a_kernel_counts_every_block_of_its_grid():
     assert found.products == 2 * (2 * 3 * 5 * 2048 * 2048 * 64)
 
 
+def test_what_each_device_does_with_its_share_counts_on_all_of_them():
+    mesh = jax.sharding.AbstractMesh((2, 3), ("data", "tensor"))
+    rows = jax.sharding.PartitionSpec("data")
+    whole = jax.sharding.PartitionSpec()
+
+    def divided(x, y):
+        return jax.shard_map(lambda x, y: x @ y, mesh=mesh, in_specs=(rows, whole),
+                             out_specs=rows)(x, y)
+
+    # The rows are divided by two; all three along "tensor" do the same.
+    assert counted(divided, (4, 5), (5, 7)).products == 3 * (2 * 4 * 5 * 7)
+
+
 def test_what_no_result_depends_on_counts_nothing():
     @jax.jit
     def inner(x, y):
