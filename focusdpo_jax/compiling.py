@@ -28,7 +28,7 @@ def networks_here():
 
 @functools.cache
 def _known_on_cpu():
-    """Whether this XLA still has the experimental option."""
+    """Whether this XLA still has these options, one of which is experimental."""
     try:
         with jax.default_device(jax.devices("cpu")[0]):
             jax.jit(abs).lower(jax.ShapeDtypeStruct((), "float32")).compile(_ON_CPU)

@@ -1,22 +1,17 @@
 """The benchmark on photographs: what its composites are, and one match with trained weights."""
 
 import functools
-import importlib
-import sys
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from tests.shared import shared
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
-    yield importlib.import_module("correspondence")
-    sys.path.remove(str(tiny.ROOT / "benchmarks"))
+def benchmark(import_benchmark):
+    return import_benchmark("correspondence")
 
 
 @pytest.fixture

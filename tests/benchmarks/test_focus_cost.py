@@ -1,19 +1,14 @@
 """What FocusDPO adds to a step, counted before compilation at SDXL's debug sizes."""
 
-import importlib
-import sys
 
 import pytest
-import tiny
 
 from focusdpo_jax.training import operations
 
 
 @pytest.fixture(scope="module")
-def focus_cost():
-    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
-    yield importlib.import_module("focus_cost")
-    sys.path.remove(str(tiny.ROOT / "benchmarks"))
+def focus_cost(import_benchmark):
+    return import_benchmark("focus_cost")
 
 
 def test_focus_adds_at_most_three_percent_to_a_step_of_dpo(focus_cost):

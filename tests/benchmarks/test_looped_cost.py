@@ -1,19 +1,14 @@
 """Bodies of loops count as often as they run."""
 
-import importlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 
 
 @pytest.fixture(scope="module")
-def looped_cost():
-    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
-    yield importlib.import_module("looped_cost")
-    sys.path.remove(str(tiny.ROOT / "benchmarks"))
+def looped_cost(import_benchmark):
+    return import_benchmark("looped_cost")
 
 
 def test_a_loop_in_a_loop_counts_as_often_as_it_runs(looped_cost):

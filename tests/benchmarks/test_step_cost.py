@@ -1,19 +1,14 @@
 """A step costs what the record says, until somebody changes both."""
 
 import copy
-import importlib
 import json
-import sys
 
 import pytest
-import tiny
 
 
 @pytest.fixture(scope="module")
-def step_cost():
-    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
-    yield importlib.import_module("step_cost")
-    sys.path.remove(str(tiny.ROOT / "benchmarks"))
+def step_cost(import_benchmark):
+    return import_benchmark("step_cost")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The study's harness: what it plans, that it goes on where it stopped, what a trial measures."""
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
@@ -16,11 +15,9 @@ from focusdpo_jax.training import models, pretraining
 
 
 @pytest.fixture(scope="module")
-def study():
+def study(import_benchmark):
     """The three files of the study as modules: (toybox_study, study_trial, study_report)."""
-    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
-    yield tuple(map(importlib.import_module, ("toybox_study", "study_trial", "study_report")))
-    sys.path.remove(str(tiny.ROOT / "benchmarks"))
+    return tuple(map(import_benchmark, ("toybox_study", "study_trial", "study_report")))
 
 
 LINE = ("--steps=4 --points=2 --seeds=2 --scenes=6 --validation=5 --learning_rates 0.1 0.2 "
