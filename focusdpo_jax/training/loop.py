@@ -10,7 +10,6 @@ import json
 import time
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
@@ -26,6 +25,7 @@ from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.speed import matmul_peak
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_beside
+from focusdpo_jax.training.windows import Windows
 
 
 def run(config, workdir, *, accept_changes=False):
@@ -89,7 +89,7 @@ def train(config, task, state, step, checkpoints, writer, done):
         start=done, total=config.steps, unit=task.unit,
         per_step=config.batch_size * config.accumulate, devices=task.mesh.size,
         peak=matmul_peak(jax.local_devices()[0], config.dtype))
-    began, seen, products = time.monotonic(), {}, 0.0
+    windows, began = Windows(writer, progress, checkpoints), time.monotonic()
     # What there is lives as long as the run: Python need not look through it for garbage again.
     gc.collect()
     gc.freeze()
@@ -100,23 +100,22 @@ def train(config, task, state, step, checkpoints, writer, done):
                 structure, numbers = task.buckets[bucket]
                 state, metrics = step(structure, state, task.frozen, ahead.batch, numbers, micro)
                 ahead.advance()
-                merge_into(seen.setdefault(bucket, {}), metrics)
-                products += step.products[structure]
-            if number % config.log_every == 0 or number == config.steps:
-                values = summarize(seen)
-                require_finite(values, number, checkpoints)
-                shown = {k: values[k] for k in ("loss", "implicit_accuracy") if k in values}
-                writer.scalars(number, values | progress.show(number, shown, products))
-                seen, products = {}, 0.0
+                windows.add(bucket, metrics, step.products[structure])
+            windows.report()  # That of the step before, while this one runs.
+            last = number == config.steps
+            if number % config.log_every == 0 or last:
+                windows.end(number)
             stop = preempted(number)
-            if stop or number % config.checkpoint_every == 0 or number == config.steps:
+            if stop or number % config.checkpoint_every == 0 or last:
+                windows.report()
                 checkpoints.save(number, state, ahead.state)
             if stop:
                 checkpoints.close()
                 raise preemption.Preempted(
                     f"asked to leave (SIGTERM) after step {number} of {config.steps}, which is "
                     "saved; the same command goes on from there")
-            if number % config.sample_every == 0 and number < config.steps:
+            if number % config.sample_every == 0 and not last:
+                windows.report()
                 task.sample(number, state.evaluated, writer)
                 progress.pause()
     finally:
@@ -126,51 +125,6 @@ def train(config, task, state, step, checkpoints, writer, done):
         gc.unfreeze()
     logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - began))
     return state
-
-
-def merge_into(total, metrics):
-    """Merges {name: clu metric} into `total`, which may lack some of them."""
-    seen = [name for name in metrics if name in total]
-    more = _merged(*({name: tree[name] for name in seen} for tree in (total, metrics)))
-    total.update({**metrics, **more})
-
-
-@jax.jit  # One call to the device, not two a metric.
-def _merged(total, metrics):
-    return {name: total[name].merge(metric) for name, metric in metrics.items()}
-
-
-def summarize(seen):
-    """Means over all steps of a logging window and, with several buckets, over each bucket's.
-
-    Args:
-      seen: {bucket: {name: clu metric}}. What a bucket's structure switches off is averaged over
-        the other buckets.
-
-    Returns:
-      {name: float, "bucket/name": float}.
-    """
-    total = {}
-    for metrics in seen.values():
-        merge_into(total, metrics)
-    # All at once, and not a division on the device for each.
-    total, seen = jax.device_get((total, seen))
-    values = {name: float(metric.compute()) for name, metric in total.items()}
-    if len(seen) > 1:
-        for bucket, metrics in sorted(seen.items()):
-            values |= {f"{bucket}/{name}": float(m.compute()) for name, m in metrics.items()}
-    return values
-
-
-def require_finite(values, step, checkpoints):
-    """Stops a run whose numbers are no longer finite, before anything of it is saved."""
-    wrong = [name for name, value in values.items() if not np.isfinite(value)]
-    if wrong:
-        saved = (f"The checkpoint of step {checkpoints.latest} is intact"
-                 if checkpoints.latest else "No checkpoint had been written yet")
-        checkpoints.close()
-        raise UserError(f"{wrong[0]} = {values[wrong[0]]} at step {step}. {saved}; "
-                        "go on from it with a lower config.learning_rate or config.beta.")
 
 
 def open_workdir(workdir, config, accept_changes=False):

@@ -22,6 +22,8 @@ from flax import traverse_util
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.training import loop, models, runs, state, tasks
+from focusdpo_jax.training.metrics import MetricWriter
+from focusdpo_jax.training.step import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -169,6 +171,18 @@ def test_a_run_that_is_shorter_than_its_warm_up_ends_in_it(tiny_config):
     schedule = state.learning_rate_schedule(
         tiny_config(steps=2, warmup_steps=10, decay="cosine", learning_rate=1.0))
     assert [float(schedule(step)) for step in range(3)] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_a_step_is_reported_while_the_next_one_runs(tiny_config, tmp_path, monkeypatch):
+    events, call, scalars = [], Step.__call__, MetricWriter.scalars
+    monkeypatch.setattr(Step, "__call__", lambda step, *arguments: (
+        events.append(f"start {arguments[-1] + 1}"), call(step, *arguments))[1])
+    monkeypatch.setattr(MetricWriter, "scalars", lambda writer, step, values: (
+        events.append(f"report {step}"), scalars(writer, step, values))[1])
+    loop.run(tiny_config(steps=5, checkpoint_every=3), tmp_path)
+    # Step 3 is reported before it is saved, and the last one before the end.
+    assert events == ["start 1", "start 2", "report 1", "start 3", "report 2", "report 3",
+                      "start 4", "start 5", "report 4", "report 5"]
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(trained, tiny_config, tmp_path):

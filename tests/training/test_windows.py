@@ -1,0 +1,73 @@
+"""A run's numbers: what is averaged over a window, and when it is reported."""
+
+import jax.numpy as jnp
+import pytest
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.training.step import averages
+from focusdpo_jax.training.windows import Windows
+
+
+class Recorder:
+    """In the place of writer, progress and checkpoints."""
+
+    def __init__(self):
+        self.reports, self.shown, self.closed, self.latest = [], [], False, 7
+
+    def scalars(self, step, values):
+        self.reports.append((step, values))
+
+    def show(self, step, values, products):
+        self.shown.append((step, values, products))
+        return {"pairs_per_second": 2.0}
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+def windows(recorder):
+    return Windows(recorder, recorder, recorder)
+
+
+def measured(**values):
+    return averages({name: jnp.float32(value) for name, value in values.items()})
+
+
+def test_means_are_over_a_windows_steps_and_over_each_buckets(windows, recorder):
+    windows.add("noisy", measured(loss=1.0, gate=0.5), 10.0)
+    windows.add("clean", measured(loss=2.0), 20.0)
+    windows.add("noisy", measured(loss=6.0, gate=1.0), 10.0)
+    windows.end(3)
+    windows.report()
+    assert recorder.reports == [(3, {
+        "loss": 3.0, "gate": 0.75, "noisy/loss": 3.5, "noisy/gate": 0.75, "clean/loss": 2.0,
+        "pairs_per_second": 2.0})]
+    assert recorder.shown == [(3, {"loss": 3.0}, 40.0)]
+
+
+def test_a_window_is_reported_once_and_only_when_asked(windows, recorder):
+    windows.add("all", measured(loss=1.0), 1.0)
+    windows.report()
+    assert recorder.reports == []  # It has not ended.
+    windows.end(1)
+    windows.add("all", measured(loss=5.0), 1.0)
+    windows.report()
+    windows.report()
+    assert [(step, values["loss"]) for step, values in recorder.reports] == [(1, 1.0)]
+    windows.end(2)
+    windows.report()
+    assert [(step, values["loss"]) for step, values in recorder.reports] == [(1, 1.0), (2, 5.0)]
+
+
+def test_what_is_not_finite_is_an_error_and_no_report(windows, recorder):
+    windows.add("all", measured(loss=float("nan")), 1.0)
+    windows.end(4)
+    with pytest.raises(UserError, match=r"loss = nan at step 4. The checkpoint of step 7 is intact"):
+        windows.report()
+    assert recorder.closed and recorder.reports == []
