@@ -137,8 +137,11 @@ def compile_beside(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.
     key = meshes.random_key(seed, task.mesh)
     state, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch))
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
         yield pool.submit(_compile, task, optimizer, buckets, state, batch, key, ema_decay)
+    finally:
+        pool.shutdown(wait=False)  # An error of the body is told now, not minutes later.
 
 
 def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
