@@ -338,19 +338,44 @@ class Upsample(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """The dense layer before a gate (arXiv 2002.05202): what will be gated, then the gate."""
+    """The dense layer before a gate (arXiv 2002.05202): what will be gated, and the gate."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        """Maps [..., C] to [..., 2 features]."""
+        """Maps [..., C] to what `_gated` takes: [..., 2 features], on a CPU two of [..., features]."""
+        if platforms.current() == "cpu":
+            return _Halves(self.features, self.dtype, name="proj")(x)
         return nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
 
 
+class _Halves(nn.Module):
+    """A dense layer as two products, with the bias as one more row of the kernel.
+
+    In a loop over layers the bias is a slice of all layers' at a place that is known only then. Added
+    and gated in one go with it, or with halves of one array, XLA's CPU backend computes element by
+    element what it could with vectors: a fifth of a feed-forward's time.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [..., C] to two of [..., features]."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(),
+                            (x.shape[-1], 2 * self.features))
+        bias = self.param("bias", ZEROS, (2 * self.features,))
+        x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1))], axis=-1, dtype=self.dtype)
+        kernel = jnp.concatenate([kernel, bias[None]], dtype=self.dtype)
+        return tuple(x @ half for half in jnp.split(kernel, 2, axis=-1))
+
+
 def _gated(x):
-    x, gate = jnp.split(x, 2, axis=-1)
+    """What GEGLU's dense layer made, gated: [..., features]."""
+    x, gate = x if isinstance(x, tuple) else jnp.split(x, 2, axis=-1)
     return x * gelu(gate)
 
 
