@@ -15,8 +15,8 @@ What depends on the condition alone is made once: keys and values of the caption
 the references a pair and model, embeddings of time a pair.
 
 Our program's operations are those of `training/operations.py`, traced from shapes alone.
-`--topology` is the machine that it is traced for: a CPU's attention computes its logits once more
-in the backward pass, others keep them.
+`--topology` is the machine that it is traced for, since attention and feed-forwards are written
+differently for a CPU.
 """
 
 import argparse
