@@ -3,10 +3,16 @@
     python benchmarks/loop_overhead.py                 # SDXL's debug sizes
     python benchmarks/loop_overhead.py --profile       # and what the loop's thread does
 
-Runs the real loop, which waits for nothing. After every stretch of it the same steps are run once more,
-on the same batches and with nothing else. Printed is by how much a stretch of the
-loop takes longer, the median over stretches and its quartiles. Saving and drawing, which a run does
-seldom, are left out, and so are the first stretches.
+Runs the real loop, which waits for nothing, in rounds of three stretches:
+
+1. of steps as they are;
+2. of the same steps on the same batches once more, with nothing else ("bare");
+3. of steps that return at once what such a step gave before: all that remains is the loop's own time.
+
+The loop's own time is what it would add if nothing of it fell under a step. What it does add is the
+difference of the first two, in which a CPU's noise is many times larger. Printed are medians over rounds
+with 95 % intervals (bootstrap). Saving and drawing, which a run does seldom, are left out, and so are the
+first rounds.
 """
 
 import argparse
@@ -26,38 +32,47 @@ WARMUP = 2
 
 
 class Stretches:
-    """In the place of `Step.__call__`: times stretches of the loop and of bare steps in turn.
+    """In the place of `Step.__call__`: times the three stretches of each round.
 
     Attributes:
-      seconds: [[of the loop, of bare steps]] a step, a pair for each stretch.
+      seconds: [[of the loop, of bare steps, of the loop alone]] a step, a row for each round.
     """
 
     def __init__(self, length, profile):
         self.seconds, self._length, self._profile = [], length, profile
-        self._call, self._seen, self._start = Step.__call__, [], None
+        self._call, self._seen, self._metrics = Step.__call__, [], {}
+        self._count, self._start = 0, None
 
     def __call__(self, step, structure, state, *arguments):
-        """The step's result; where a stretch ends, after its steps have been run again."""
-        if len(self._seen) == self._length:
+        """The step's result, or what it looks like; where a stretch ends, its time is taken."""
+        place, now = self._count % (2 * self._length), time.perf_counter()
+        if place == 0:
+            if self._count:
+                self._profile.disable()
+                self.seconds[-1].append((now - self._start) / self._length)
+            self._seen.clear()
+            self._start = time.perf_counter()
+        elif place == self._length:
             jax.block_until_ready(state)
             end = time.perf_counter()
-            self._profile.disable()
             for before, others in self._seen:
                 state, _ = self._call(step, before, state, *others)
             jax.block_until_ready(state)
             bare = time.perf_counter() - end
             self.seconds.append([(end - self._start) / self._length, bare / self._length])
-            self._seen.clear()
-        if not self._seen:
-            self._start = time.perf_counter()
-            if len(self.seconds) >= WARMUP:
+            if len(self.seconds) > WARMUP:
                 self._profile.enable()
+            self._start = time.perf_counter()
+        self._count += 1
+        if place >= self._length and structure in self._metrics:
+            return state, self._metrics[structure]
         self._seen.append((structure, arguments))
-        return self._call(step, structure, state, *arguments)
+        state, self._metrics[structure] = self._call(step, structure, state, *arguments)
+        return state, self._metrics[structure]
 
 
 def run(config, length, profile):
-    """Seconds [stretches, 2] a step of the loop and of bare steps."""
+    """Seconds [rounds, 3] a step of the loop, of bare steps and of the loop alone."""
     stretches = Stretches(length, profile)
     call = Step.__call__
     Step.__call__ = lambda *arguments: stretches(*arguments)
@@ -71,29 +86,39 @@ def run(config, length, profile):
     return np.array(stretches.seconds)[WARMUP:]
 
 
+def with_interval(statistic, seconds, draws=2000):
+    """A statistic of rounds, as "median (low to high)" in percent."""
+    rows = np.random.default_rng(0).integers(len(seconds), size=(draws, len(seconds)))
+    low, high = np.percentile([statistic(seconds[drawn]) for drawn in rows], [2.5, 97.5])
+    return f"{statistic(seconds):.1%} ({low:.1%} to {high:.1%})"
+
+
 def main():
     """Prints what the loop adds to its steps."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=["sdxl_dpo", "debug"],
                         help="name in configs/, and its argument")
-    parser.add_argument("--stretches", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--length", type=int, default=20, help="steps of a stretch")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     config = load_config(*arguments.config)
     # Of the last step's end only the loop is wanted, neither checkpoint nor picture.
-    steps = (arguments.stretches + WARMUP) * arguments.length + 1
+    steps = (arguments.rounds + WARMUP) * 2 * arguments.length + 1
     config.update({"steps": steps, "log_every": 10, "sample_every": 10**6,
                    "checkpoint_every": 10**6})
     config.evaluation.update({"pictures": 0, "scenes": 0})
     profile = cProfile.Profile()
     if not arguments.profile:
         profile.enable = profile.disable = lambda: None
-    in_loop, bare = run(config, arguments.length, profile).T
-    added = np.percentile(in_loop / bare - 1, [50, 25, 75])
-    print(f"{1e3 * np.median(bare):.1f} ms a bare step, {1e3 * np.median(in_loop):.1f} ms in the "
-          f"loop: {added[0]:.1%} more ({added[1]:.1%} to {added[2]:.1%})")
+    seconds = run(config, arguments.length, profile)
+    in_loop, bare, alone = 1e3 * np.median(seconds, axis=0)
+    print(f"{bare:.1f} ms a bare step, {in_loop:.1f} ms in the loop, {alone:.2f} ms the loop alone")
+    print("the loop alone, of a bare step:",
+          with_interval(lambda s: np.median(s[:, 2] / s[:, 1]), seconds))
+    print("the loop with its steps, more than bare ones:",
+          with_interval(lambda s: np.median(s[:, 0] / s[:, 1]) - 1, seconds))
     if arguments.profile:
         pstats.Stats(profile).sort_stats("cumulative").print_stats(25)
 

@@ -28,6 +28,7 @@ def make_loader(
     batch_size: int,
     seed: int,
     transform: Callable[[Any], Any],
+    batch_transform: Callable[[Any], Any] | None = None,
     process_index: int = 0,
     process_count: int = 1,
     shuffle: bool = True,
@@ -49,11 +50,13 @@ def make_loader(
       seed: determines the order.
       transform: from an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
         preference records, `pair_transform`.
+      batch_transform: from such a batch to the one that is given, where that is not the same.
       process_index, process_count: which part of every batch this process reads.
       shuffle: False keeps the order of the source.
       epochs: passes over the source; None goes on for ever.
       workers: processes that read; 0 reads in this one, by threads.
-      threads: how many of them, in this process alone: a worker has one.
+      threads: how many of them, in this process alone: a worker has one. 0 reads a batch when it is
+        asked for, without any.
       prefetch: how many batches threads, or each worker, read ahead.
 
     Raises:
@@ -70,6 +73,8 @@ def make_loader(
         dataset = _Share(dataset, batch_size, local_size, process_index)
     dataset = dataset.map(transform)
     dataset = dataset.batch(local_size, drop_remainder=True)
+    if batch_transform is not None:
+        dataset = dataset.map(batch_transform)
     return Batches(dataset, workers, grain.ReadOptions(
         num_threads=1 if workers else threads, prefetch_buffer_size=prefetch))
 

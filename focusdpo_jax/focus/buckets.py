@@ -15,6 +15,7 @@ That the focus moves with the timestep, and that detail comes in only at the cle
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -171,9 +172,14 @@ def bucket_for_step(seed: int, step: int, count: int) -> int:
       An index in [0, count).
     """
     block, place = divmod(step, count)
+    return _order(seed, block, count)[place]
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed, block, count):
     # SeedSequence's output is fixed across versions of numpy, a Generator's shuffle is not.
     draws = np.random.SeedSequence((seed, block, _ROLE)).generate_state(count, np.uint64)
-    return int(np.argsort(draws, kind="stable")[place])
+    return np.argsort(draws, kind="stable").tolist()
 
 
 def sample_timesteps(

@@ -133,7 +133,7 @@ def patch_quality(generator, parameters, batch, rejected, references, grid):
 
 
 class EncodedSource:
-    """A data set that was encoded once; a random-access source for the loader."""
+    """A data set that was encoded once, in memory; records by position, also several at once."""
 
     def __init__(self, encoded):
         """`encoded` is an EncodedPairs of numpy arrays over the whole data set."""

@@ -301,11 +301,14 @@ def _rows_at_once(config, records, mesh):
 def _loader(config, mesh, records, transform):
     """The batches of this process."""
     part, parts = meshes.batch_share(mesh, config.batch_size)
-    # What is in memory already would only be copied to other processes.
-    workers = 0 if isinstance(records, encoding.EncodedSource) else config.data.workers
+    order = {"batch_size": config.batch_size, "seed": config.seed,
+             "process_index": part, "process_count": parts}
+    if isinstance(records, encoding.EncodedSource):
+        # In memory, so that nobody waits: the rows of a batch are taken at once, without a thread.
+        return loader.make_loader(range(len(records)), transform=_identity,
+                                  batch_transform=records.__getitem__, threads=0, **order)
     return loader.make_loader(
-        records, batch_size=config.batch_size, seed=config.seed, transform=transform,
-        process_index=part, process_count=parts, workers=workers)
+        records, transform=transform, workers=config.data.workers, **order)
 
 
 def _stacked(row, count):

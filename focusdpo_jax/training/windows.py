@@ -4,6 +4,7 @@ Nobody waits for a window's last step: it is reported while the step after it ru
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax.errors import UserError
@@ -82,13 +83,17 @@ def means(total, seen):
     Returns:
       {name: float, "bucket/name": float}.
     """
-    # All at once, and not a division on the device for each.
-    total, seen = jax.device_get((total, seen))
-    values = {name: float(metric.compute()) for name, metric in total.items()}
+    groups = {"": total}
     if len(seen) > 1:
-        for bucket, metrics in sorted(seen.items()):
-            values |= {f"{bucket}/{name}": float(m.compute()) for name, m in metrics.items()}
-    return values
+        groups |= {f"{bucket}/": metrics for bucket, metrics in sorted(seen.items())}
+    names = [prefix + name for prefix, metrics in groups.items() for name in sorted(metrics)]
+    found = jax.device_get([_computed(metrics) for metrics in groups.values()])
+    return dict(zip(names, np.concatenate(found).tolist(), strict=True))
+
+
+@jax.jit  # One array to bring to the host, not two a metric.
+def _computed(metrics):
+    return jnp.stack([metrics[name].compute() for name in sorted(metrics)])
 
 
 def require_finite(values, step, checkpoints):
