@@ -27,7 +27,7 @@ def make_loader(
     *,
     batch_size: int,
     seed: int,
-    transform: Callable[[Any], Any],
+    transform: Callable[[Any], Any] | None = None,
     batch_transform: Callable[[Any], Any] | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -49,7 +49,7 @@ def make_loader(
       batch_size: pairs a step over all processes; this one yields its share of it.
       seed: determines the order.
       transform: from an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
-        preference records, `pair_transform`.
+        preference records, `pair_transform`. None where the entries are trees already.
       batch_transform: from such a batch to the one that is given, where that is not the same.
       process_index, process_count: which part of every batch this process reads.
       shuffle: False keeps the order of the source.
@@ -71,7 +71,8 @@ def make_loader(
         dataset = _Shuffled(dataset, len(source), seed)
     if process_count > 1:
         dataset = _Share(dataset, batch_size, local_size, process_index)
-    dataset = dataset.map(transform)
+    if transform is not None:
+        dataset = dataset.map(transform)
     dataset = dataset.batch(local_size, drop_remainder=True)
     if batch_transform is not None:
         dataset = dataset.map(batch_transform)

@@ -18,18 +18,13 @@ import jax
 import numpy as np
 import optax
 from absl import logging
-from clu import metrics as clu_metrics
 
 from focusdpo_jax import compiling
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import operations
+from focusdpo_jax.training.measured import measured
 from focusdpo_jax.training.state import TrainState
 from focusdpo_jax.training.tracing import traced_for
-
-
-def averages(values):
-    """{name: scalar} as {name: clu Average}, which merge over steps without leaving the device."""
-    return {name: clu_metrics.Average.from_model_output(value) for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Step:
 
     Attributes:
       guides: {structure: (frozen, batch, numbers, key, number) -> (guidance, metrics)}.
-      update: (state, frozen, batch, guidance, numbers, key) -> (state, metrics); `state` is donated.
+      update: (state, frozen, batch, guidance, numbers, key) -> (state, Measured); `state` is donated.
       key: every random draw of a step derives from it and the number of the batch.
       products: {structure: floating-point operations of all matrix products and convolutions of a
         whole step, over all devices}; see `operations`.
@@ -50,11 +45,11 @@ class Step:
     products: Mapping[Hashable, float]
 
     def __call__(self, structure, state, frozen, batch, numbers, number):
-        """One batch: the new state, and {name: clu Average} still on the device."""
-        guidance, metrics = self.guides[structure](
+        """One batch: the new state, and what was measured (`Measured`s), still on the device."""
+        guidance, first = self.guides[structure](
             frozen, batch, numbers, self.key, np.int32(number))
-        state, more = self.update(state, frozen, batch, guidance, numbers, self.key)
-        return state, {**more, **metrics}
+        state, second = self.update(state, frozen, batch, guidance, numbers, self.key)
+        return state, (first, second)
 
 
 def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
@@ -76,7 +71,7 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
         with traced_for(task.mesh):
             guidance, metrics = task.guide(
                 structure, frozen, batch, numbers, jax.random.fold_in(key, number))
-        return guidance, averages(metrics)
+        return guidance, measured(metrics)
 
     def update(state, frozen, batch, guidance, numbers, key):
         key = jax.random.fold_in(key, state.step)
@@ -89,7 +84,7 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
         if average is not None:
             average = optax.incremental_update(trainable, average, 1.0 - ema_decay)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient), **metrics}
-        return TrainState(state.step + 1, trainable, optimizer_state, average), averages(metrics)
+        return TrainState(state.step + 1, trainable, optimizer_state, average), measured(metrics)
 
     examples, whole = meshes.batch_sharding(task.mesh), meshes.replicated(task.mesh)
     guide = jax.jit(guide, static_argnums=0, out_shardings=(examples, whole))

@@ -164,7 +164,7 @@ def generator_task(config, workdir, mesh, sources):
         pairs, change = sources["train"], transform
         if config.data.cache:
             pairs, change = stored() or _cached(
-                config, pairs, model, at_start, encode_kept, source, transform, mesh), _identity
+                config, pairs, model, at_start, encode_kept, source, transform, mesh), None
             if config.data.source == "toybox":
                 pairs = encoding.in_memory(pairs)
         return _loader(config, mesh, pairs, change)
@@ -305,8 +305,8 @@ def _loader(config, mesh, records, transform):
              "process_index": part, "process_count": parts}
     if isinstance(records, encoding.EncodedSource):
         # In memory, so that nobody waits: the rows of a batch are taken at once, without a thread.
-        return loader.make_loader(range(len(records)), transform=_identity,
-                                  batch_transform=records.__getitem__, threads=0, **order)
+        return loader.make_loader(range(len(records)), batch_transform=records.__getitem__,
+                                  threads=0, **order)
     return loader.make_loader(
         records, transform=transform, workers=config.data.workers, **order)
 
@@ -364,10 +364,6 @@ def encoder_task(config, workdir, mesh, sources):
         open_batches=lambda: _loader(config, mesh, sources["train"], transform),
         prepare=functools.partial(meshes.shard_batch, mesh=mesh),
         start=_nothing, sample=_nothing, finish=finish, mesh=mesh)
-
-
-def _identity(entry):
-    return entry
 
 
 def _unguided(*_):

@@ -1,13 +1,15 @@
-"""The numbers of a run's steps: merged on the device over a logging window, and then reported.
+"""The numbers of a run's steps: added up on the device over a logging window, and then reported.
 
 Nobody waits for a window's last step: it is reported while the step after it runs.
 """
 
+import collections
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.training.measured import added, as_floats
 
 # Of a window's means, what the log's line shows.
 _SHOWN = ("loss", "implicit_accuracy")
@@ -25,24 +27,22 @@ class Windows:
     def _begin(self):
         self._seen, self._products = {}, 0.0
 
-    def add(self, bucket, metrics, products):
+    def add(self, bucket, measured, products):
         """Adds a batch.
 
         Args:
           bucket: its name.
-          metrics: {name: clu metric}, on the device; what the bucket's structure switches off is
-            missing, and will be averaged over the other buckets.
+          measured: of a `Step`, on the device; what the bucket's structure switches off is missing,
+            and will be averaged over the other buckets.
           products: floating-point operations of its matrix products.
         """
-        merge_into(self._seen.setdefault(bucket, {}), metrics)
+        count, total = self._seen.get(bucket, (0, None))
+        self._seen[bucket] = count + 1, added(total, measured) if count else measured
         self._products += products
 
     def end(self, number):
         """Ends the window with step `number`; `report` will report it."""
-        total = {}
-        for metrics in self._seen.values():
-            merge_into(total, metrics)
-        self._ended = number, total, self._seen, self._products
+        self._ended = number, self._seen, self._products
         self._begin()
 
     def report(self):
@@ -53,47 +53,32 @@ class Windows:
         """
         if self._ended is None:
             return
-        number, total, seen, products = self._ended
+        number, seen, products = self._ended
         self._ended = None
-        values = means(total, seen)
+        values = means(seen)
         require_finite(values, number, self._checkpoints)
         shown = {name: values[name] for name in _SHOWN if name in values}
         self._writer.scalars(number, values | self._progress.show(number, shown, products))
 
 
-def merge_into(total, metrics):
-    """Merges {name: clu metric} into `total`, which may lack some of them."""
-    seen = [name for name in metrics if name in total]
-    more = _merged(*({name: tree[name] for name in seen} for tree in (total, metrics)))
-    total.update({**metrics, **more})
-
-
-@jax.jit  # One call to the device, not two a metric.
-def _merged(total, metrics):
-    return {name: total[name].merge(metric) for name, metric in metrics.items()}
-
-
-def means(total, seen):
+def means(seen):
     """Means over all steps of a window and, with several buckets, over each bucket's.
 
     Args:
-      total: {name: clu metric} of all steps.
-      seen: {bucket: {name: clu metric}}.
+      seen: {bucket: (steps, the sums of what they measured)}.
 
     Returns:
       {name: float, "bucket/name": float}.
     """
-    groups = {"": total}
-    if len(seen) > 1:
-        groups |= {f"{bucket}/": metrics for bucket, metrics in sorted(seen.items())}
-    names = [prefix + name for prefix, metrics in groups.items() for name in sorted(metrics)]
-    found = jax.device_get([_computed(metrics) for metrics in groups.values()])
-    return dict(zip(names, np.concatenate(found).tolist(), strict=True))
-
-
-@jax.jit  # One array to bring to the host, not two a metric.
-def _computed(metrics):
-    return jnp.stack([metrics[name].compute() for name in sorted(metrics)])
+    seen = jax.device_get(seen)
+    whole, each = collections.defaultdict(lambda: [0, 0.0]), {}
+    for bucket, (count, total) in sorted(seen.items()):
+        for name, value in as_floats(total).items():
+            whole[name][0] += count
+            whole[name][1] += value
+            each[f"{bucket}/{name}"] = value / count
+    values = {name: value / count for name, (count, value) in sorted(whole.items())}
+    return values | each if len(seen) > 1 else values
 
 
 def require_finite(values, step, checkpoints):

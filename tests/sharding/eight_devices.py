@@ -20,6 +20,7 @@ from focusdpo_jax.sharding import attention, collectives
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
+from focusdpo_jax.training.measured import as_floats
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
@@ -45,7 +46,7 @@ def train(task, optimizer, state):
         structure, numbers = task.buckets[task.bucket_at(number)]
         batch = task.prepare(next(task.batches))
         state, metrics = step(structure, state, task.frozen, batch, numbers, number)
-        losses.append(float(metrics["loss"].compute()))
+        losses.append(as_floats(metrics)["loss"])
     return losses, state, step
 
 

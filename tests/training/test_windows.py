@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.training.step import averages
+from focusdpo_jax.training.measured import measured as measure
 from focusdpo_jax.training.windows import Windows
 
 
@@ -36,7 +36,9 @@ def windows(recorder):
 
 
 def measured(**values):
-    return averages({name: jnp.float32(value) for name, value in values.items()})
+    """Of the two programs of a step."""
+    return (measure({name: jnp.float32(x) for name, x in values.items() if name != "loss"}),
+            measure({"loss": jnp.float32(values["loss"])}))
 
 
 def test_means_are_over_a_windows_steps_and_over_each_buckets(windows, recorder):
