@@ -55,6 +55,16 @@ def test_order_depends_on_the_seed_and_the_epoch_alone():
     assert one != two
 
 
+def test_rows_taken_at_once_are_those_of_the_records():
+    table = np.arange(SIZE * 3).reshape(SIZE, 3)
+    one_by_one = loader.make_loader(list(table), batch_size=4, seed=1)
+    at_once = loader.make_loader(range(SIZE), batch_size=4, seed=1, threads=0,
+                                 batch_transform=lambda positions: table[positions])
+    for _ in range(4):
+        np.testing.assert_array_equal(next(at_once), next(one_by_one))
+    assert at_once.get_state() == one_by_one.get_state()
+
+
 def test_without_shuffling_the_order_is_that_of_the_source():
     assert indices(make(shuffle=False, epochs=1)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
