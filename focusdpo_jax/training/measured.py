@@ -1,6 +1,7 @@
 """The numbers that a step measures: one array on the device, whatever their names.
 
-An array for each would cost a microsecond and more wherever it is returned, added up or fetched.
+On a CPU, adding 28 scalars to 28 others takes 75 microseconds, adding one array to another 8; fetching
+takes 10 an array.
 """
 
 from collections.abc import Iterable, Mapping
