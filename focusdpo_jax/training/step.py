@@ -46,10 +46,10 @@ class Step:
 
     def __call__(self, structure, state, frozen, batch, numbers, number):
         """One batch: the new state, and what was measured (`Measured`s), still on the device."""
-        guidance, first = self.guides[structure](
+        guidance, of_guide = self.guides[structure](
             frozen, batch, numbers, self.key, np.int32(number))
-        state, second = self.update(state, frozen, batch, guidance, numbers, self.key)
-        return state, (first, second)
+        state, of_update = self.update(state, frozen, batch, guidance, numbers, self.key)
+        return state, (of_guide, of_update)
 
 
 def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
