@@ -10,15 +10,17 @@ from focusdpo_jax.checkpoints import pytorch_names
 TOLERANCE = 3e-6
 
 
-def randomised(model, seed=0):
-    """The model in float32, evaluation mode, every parameter moved off its initial value.
+def randomised(kind, *arguments, **named):
+    """The model `kind(*arguments, **named)` in float32, evaluation mode, the same at every call.
 
-    Norms start as ones and biases as zeros, where a confusion of two of them would not show.
+    Every parameter is moved off its initial value: norms start as ones and biases as zeros, where
+    a confusion of two of them would not show.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = kind(*arguments, **named)
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.05 * torch.randn(parameter.shape))
     return model.float().eval().requires_grad_(False)
 
 

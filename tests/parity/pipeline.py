@@ -15,21 +15,22 @@ def parts(vocabulary=1000):
     """{part: PyTorch model} that fit together; the UNet is `test_unet.SMALL`."""
     text = dict(vocab_size=vocabulary, max_position_embeddings=16, bos_token_id=vocabulary - 2,
                 eos_token_id=vocabulary - 1, pad_token_id=1, **TOWER)
-    models = {
+    return {
         "unet": test_unet.peer(test_unet.SMALL),
-        "vae": diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        "vae": oracles.randomised(
+            diffusers.AutoencoderKL, down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(8, 12), norm_num_groups=4, latent_channels=4,
             scaling_factor=0.13025),
-        "text_encoder": transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(hidden_size=8, **text)),
-        "text_encoder_2": transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
-            hidden_size=16, hidden_act="gelu", projection_dim=20, **text)),
-        "image_encoder": transformers.CLIPVisionModelWithProjection(
-            transformers.CLIPVisionConfig(image_size=20, patch_size=5, hidden_size=14,
-                                          hidden_act="gelu", projection_dim=12, **TOWER))}
-    return {name: oracles.randomised(model, seed) for seed, (name, model)
-            in enumerate(models.items())}
+        "text_encoder": oracles.randomised(
+            transformers.CLIPTextModel, transformers.CLIPTextConfig(hidden_size=8, **text)),
+        "text_encoder_2": oracles.randomised(
+            transformers.CLIPTextModelWithProjection, transformers.CLIPTextConfig(
+                hidden_size=16, hidden_act="gelu", projection_dim=20, **text)),
+        "image_encoder": oracles.randomised(
+            transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig(
+                image_size=20, patch_size=5, hidden_size=14, hidden_act="gelu",
+                projection_dim=12, **TOWER))}
 
 
 def save(folder, models, **how):

@@ -48,7 +48,7 @@ def test_text(activation, projection_dim, eos, tmp_path):
         bos_token_id=40, projection_dim=projection_dim or 12, **THEIR_SIZES)
     kind = (transformers.CLIPTextModelWithProjection if projection_dim
             else transformers.CLIPTextModel)
-    model = oracles.randomised(kind(their_config))
+    model = oracles.randomised(kind, their_config)
     ids = np.where(IDS == 41, 22, IDS) if eos == 22 else IDS
     ours = CLIPText(CLIPTextConfig(
         vocab_size=42, max_length=9, activation=activation, projection_dim=projection_dim,
@@ -70,9 +70,10 @@ def test_text(activation, projection_dim, eos, tmp_path):
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_vision(activation, tmp_path):
-    model = oracles.randomised(transformers.CLIPVisionModelWithProjection(
+    model = oracles.randomised(
+        transformers.CLIPVisionModelWithProjection,
         transformers.CLIPVisionConfig(image_size=20, patch_size=5, hidden_act=activation,
-                                      projection_dim=12, **THEIR_SIZES)))
+                                      projection_dim=12, **THEIR_SIZES))
     ours = CLIPVision(CLIPVisionConfig(image_size=20, patch_size=5, activation=activation,
                                        projection_dim=12, **SIZES))
     images = np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)

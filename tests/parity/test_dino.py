@@ -26,10 +26,11 @@ ALL = (0, 1, 2, 3)
 
 def peer(kind):
     if kind == "vit":
-        return oracles.randomised(transformers.ViTModel(
-            transformers.ViTConfig(intermediate_size=40, **SIZES), add_pooling_layer=False))
-    return oracles.randomised(transformers.Dinov2Model(
-        transformers.Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **SIZES)))
+        return oracles.randomised(
+            transformers.ViTModel, transformers.ViTConfig(intermediate_size=40, **SIZES),
+            add_pooling_layer=False)
+    return oracles.randomised(transformers.Dinov2Model, transformers.Dinov2Config(
+        mlp_ratio=2, layerscale_value=0.5, **SIZES))
 
 
 @pytest.fixture(scope="module", params=["vit", "dinov2"])

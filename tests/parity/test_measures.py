@@ -56,11 +56,12 @@ def pixels(processor, files):
 def test_dino(name, files, tmp_path):
     sizes = SIZES | {"image_size": 224, "patch_size": 16}
     if name == "dino":
-        model = transformers.ViTModel(transformers.ViTConfig(intermediate_size=40, **sizes),
-                                      add_pooling_layer=False)
+        model = oracles.randomised(
+            transformers.ViTModel, transformers.ViTConfig(intermediate_size=40, **sizes),
+            add_pooling_layer=False)
     else:
-        model = transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **sizes))
-    model = oracles.randomised(model)
+        model = oracles.randomised(
+            transformers.Dinov2Model, transformers.Dinov2Config(mlp_ratio=2, **sizes))
     model.save_pretrained(tmp_path)
     whole, subject, _ = encoders.load_dino(name, tmp_path, batch_size=2)
     output = model(pixels(DINO_PROCESSOR, files), output_hidden_states=True)
@@ -77,7 +78,7 @@ def test_clip(files, tmp_path):
         text_config=dict(vocab_size=size, max_position_embeddings=12, bos_token_id=size - 2,
                          eos_token_id=size - 1, **tower),
         vision_config=dict(image_size=224, patch_size=32, **tower), projection_dim=16)
-    model = oracles.randomised(transformers.CLIPModel(config))
+    model = oracles.randomised(transformers.CLIPModel, config)
     model.save_pretrained(tmp_path)
     image, text = encoders.load_clip(tmp_path, batch_size=2)
     inputs = pixels(CLIPImageProcessorPil(), files)

@@ -95,8 +95,8 @@ def test_pictures(both, sampler):
     found = np.asarray(draw(ours, sampler), np.float32)
     with torch.no_grad():
         expected = [255 * draw_theirs(theirs, sampler, REFERENCES[:count]) for count in (1, 2)]
-    # The pictures show something, and each reference changes them.
-    assert np.std(expected[0]) > 10 and np.abs(expected[0] - expected[1]).mean() > 1
+    # The pictures show something, and each reference changes them, by far more than ours may.
+    assert np.std(expected[0]) > 10 and np.abs(expected[0] - expected[1]).mean() > 0.5
     for mine, peer in zip(found, expected, strict=True):
         # Ours is rounded; a few values fall on the other side of a half.
-        assert np.abs(mine - np.round(peer)).mean() < 0.02
+        assert np.abs(mine - np.round(peer)).mean() < 0.005

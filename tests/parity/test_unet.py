@@ -26,8 +26,9 @@ SMALL = UNetConfig(
 def peer(config):
     depths = config.transformer_layers_per_block
     down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths)
-    return oracles.randomised(diffusers.UNet2DConditionModel(
-        in_channels=config.in_channels, out_channels=config.out_channels, down_block_types=down,
+    return oracles.randomised(
+        diffusers.UNet2DConditionModel, in_channels=config.in_channels,
+        out_channels=config.out_channels, down_block_types=down,
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
         block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
         transformer_layers_per_block=tuple(max(depth, 1) for depth in depths),
@@ -35,7 +36,7 @@ def peer(config):
         norm_num_groups=config.norm_groups, use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=config.addition_time_embed_dim,
         projection_class_embeddings_input_dim=(
-            config.pooled_dim + 6 * config.addition_time_embed_dim)))
+            config.pooled_dim + 6 * config.addition_time_embed_dim))
 
 
 def inputs(config, height, width):

@@ -21,12 +21,12 @@ CONFIG = VAEConfig(block_out_channels=(8, 16, 24), layers_per_block=2, norm_grou
     CONFIG, dataclasses.replace(CONFIG, layers_per_block=1, mid_attention=False)])
 def test_encode_and_decode(config):
     levels = len(config.block_out_channels)
-    model = oracles.randomised(diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
+    model = oracles.randomised(
+        diffusers.AutoencoderKL, down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels, norm_num_groups=config.norm_groups,
-        mid_block_add_attention=config.mid_attention))
+        mid_block_add_attention=config.mid_attention)
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
     latents = rng.normal(size=(2, 4, 6, config.latent_channels)).astype(np.float32)
