@@ -24,6 +24,16 @@ def test_elsewhere_xla_has_its_way(platform):
     assert compiling.networks_on(platform) == {}
 
 
+def test_what_the_environment_asks_of_xla_is_left_to_it(monkeypatch):
+    ours = {}
+    for flags in "", "--xla_backend_optimization_level=0":
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        ours[flags] = compiling.networks_on("cpu")
+    without, named = ours.values()
+    assert set(without) - set(named) == {"xla_backend_optimization_level"}
+    assert named.items() <= without.items()
+
+
 def test_an_xla_that_has_dropped_the_option_compiles_without(monkeypatch):
     monkeypatch.setattr(compiling, "_ON_CPU", {"xla_cpu_no_longer_there": "1"})
     compiling._known_on_cpu.cache_clear()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from focusdpo_jax import compiling
 from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.focus import complexity, correspondence
 from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
@@ -119,7 +120,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             present=batch.present, prior=prior, prototypes=prototypes, similarity=similarity,
             area=area, detail=detail, quality=found, index=batch.index)
 
-    return jax.jit(encode)
+    return jax.jit(encode, compiler_options=compiling.networks_here())
 
 
 def patch_quality(generator, parameters, batch, rejected, references, grid):
