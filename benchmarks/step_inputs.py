@@ -73,9 +73,9 @@ def inputs(config, generator):
     """EncodedPairs at random."""
     rng = np.random.default_rng(0)
     count, sizes = config.batch_size, generator.config
+    _, encode = tasks.make_encoder(generator, config, tasks.focus_buckets(config))
     shape = jax.eval_shape(
-        lambda parameters, batch: tasks.make_encoder(
-            generator, config, tasks.focus_buckets(config))[1](parameters, batch),
+        encode,
         {part: jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
          for part in ("vae", "image_encoder", "text_encoder", "text_encoder_2")},
         shapes.raw_batch(config, generator))
