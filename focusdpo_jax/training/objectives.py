@@ -139,6 +139,8 @@ class Objective:
         self._pairs = config.objective not in SUPERVISED_OBJECTIVES
         self._compares = config.objective in PREFERENCE_OBJECTIVES
         self._source = source
+        # Jitted to be traced once for all passes that ask alike, in whichever programs.
+        self._denoise = jax.jit(generator.denoise, static_argnames="capture")
 
     @property
     def parts(self):
@@ -264,6 +266,6 @@ class Objective:
             conditioning = drop_conditions(
                 self._generator, parameters, conditioning, self._empty,
                 jax.random.fold_in(key, 1), self._config.condition_dropout)
-        prediction, captured = self._generator.denoise(
+        prediction, captured = self._denoise(
             parameters, noisy.latents, noisy.timesteps, conditioning, capture=capture)
         return losses.error_map(noisy.target, prediction), captured

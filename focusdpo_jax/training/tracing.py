@@ -3,8 +3,13 @@
 import contextlib
 import functools
 
+import jax
+
 from focusdpo_jax.models import platforms
 from focusdpo_jax.sharding import activations, attention
+
+# jax knows of it, and takes no jitted function's trace for one mesh in a program for another.
+_MESH = jax.make_user_context()
 
 
 @contextlib.contextmanager
@@ -15,5 +20,5 @@ def traced_for(mesh):
     """
     platform = mesh.devices.flat[0].platform
     divide = functools.partial(attention.by_example_and_head, mesh)
-    with activations.divided(mesh), platforms.compiled_for(platform, divide):
+    with _MESH(mesh), activations.divided(mesh), platforms.compiled_for(platform, divide):
         yield

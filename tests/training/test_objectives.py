@@ -100,8 +100,9 @@ def listen(latents, **overrides):
         token_ids=None, text=None, pooled=None, time_ids=None, present=None,
         references=jnp.zeros((batch, 1)))
     ((_, numbers),) = tasks.focus_buckets(config).values()
-    objective.loss({}, {"parameters": {}}, encoded, objectives.Guidance(grid, None), numbers,
-                   jax.random.key(0))
+    with jax.disable_jit():  # It listens to values, not to their shapes.
+        objective.loss({}, {"parameters": {}}, encoded, objectives.Guidance(grid, None), numbers,
+                       jax.random.key(0))
     return generator
 
 
