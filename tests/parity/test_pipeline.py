@@ -29,7 +29,7 @@ ADAPTERS = {
                                  num_heads=2, head_dim=64, dropped="blank"),
     "plain": SubjectAdapterConfig(kind="projection", input_dim=12, output_dim=24, num_tokens=4,
                                   dropped="blank")}
-HEIGHT, WIDTH, STEPS, GUIDANCE, PROMPT = 24, 40, 4, 3.0, "a red boat"
+HEIGHT, WIDTH, STEPS, GUIDANCE, PROMPT = 24, 40, 4, 7.5, "a red boat"
 NOISE = np.random.default_rng(0).normal(size=(1, HEIGHT // 2, WIDTH // 2, 4)).astype(np.float32)
 # A dark one and a bright one.
 REFERENCES = np.random.default_rng(1).integers(
@@ -95,8 +95,8 @@ def test_pictures(both, sampler):
     found = np.asarray(draw(ours, sampler), np.float32)
     with torch.no_grad():
         expected = [255 * draw_theirs(theirs, sampler, REFERENCES[:count]) for count in (1, 2)]
-    # The pictures show something, and each reference changes them, by far more than ours may.
-    assert np.std(expected[0]) > 10 and np.abs(expected[0] - expected[1]).mean() > 0.5
+    # The pictures show something, and each reference changes them.
+    assert np.std(expected[0]) > 10 and np.abs(expected[0] - expected[1]).mean() > 1
     for mine, peer in zip(found, expected, strict=True):
         # Ours is rounded; a few values fall on the other side of a half.
         assert np.abs(mine - np.round(peer)).mean() < 0.005
