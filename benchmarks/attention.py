@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from focusdpo_jax.models import layers, platforms
+from focusdpo_jax.models import platforms
+from focusdpo_jax.models.attention import attend
 
 SHAPES = [(2, 1024, 160, 10), (2, 256, 320, 20), (32, 256, 64, 4)]
 
@@ -21,8 +22,8 @@ SHAPES = [(2, 1024, 160, 10), (2, 256, 320, 20), (32, 256, 64, 4)]
 def gradient(platform, heads):
     """The compiled gradient of attention along the path of a platform."""
     def total(query, key, value):
-        with platforms.compiled_for(platform):
-            return jnp.square(layers.attend(query, key, value, heads)).sum()
+        with platforms.compiled_for(platforms.Target(platform)):
+            return jnp.square(attend(query, key, value, heads)).sum()
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
 
 

@@ -163,7 +163,7 @@ def to_flax(updates, template, config, source="LoRA file"):
             up[:size] = np.asarray(update.up, np.float32).T
             up *= np.float32(update.scale / (config.lora_alpha / config.lora_rank))
         flat[*path, "lora_a"], flat[*path, "lora_b"] = down, up
-    return stacking.join(flat)
+    return stacking.join(flat, template)
 
 
 def merge(updates, parameters, strength=1.0):
@@ -185,7 +185,7 @@ def merge(updates, parameters, strength=1.0):
         # [out, in(, h, w)] in our order of axes.
         product = np.moveaxis(product, (0, 1), (-1, -2))
         flat[path] = (kernel + strength * scale * product).astype(kernel.dtype)
-    return stacking.join(flat)
+    return stacking.join(flat, parameters)
 
 
 def from_flax(unet_parameters, config):

@@ -45,8 +45,9 @@ def load_part(folder, name, example=None, *, dtype=None, sharding=None):
                   if k in tensors and tensors[k].shape != expected[k]]
         if wrong:
             raise UserError(f"{path} does not fit model.json: {'; '.join(wrong)}.")
-    return stacking.join({tuple(key.split("/")): tensor for key, tensor in tensors.items()},
-                         place=tensor_file.placement(dtype, sharding))
+    found = {tuple(key.split("/")): tensor for key, tensor in tensors.items()}
+    template = traverse_util.unflatten_dict(found) if example is None else example
+    return stacking.join(found, template, place=tensor_file.placement(dtype, sharding))
 
 
 def save_config(folder, config):

@@ -108,7 +108,8 @@ def to_flax(tensors, template, source="checkpoint", place=stacking.as_it_is):
     unexpected = sorted(set(tensors) - {torch_name(path) for path in expected})
     require_fit(source, {"missing": missing, "unexpected": unexpected,
                          "of another shape": misshaped})
-    return stacking.join(found, lambda pair: np.transpose(np.asarray(pair[0]), pair[1]), place)
+    return stacking.join(
+        found, template, lambda pair: np.transpose(np.asarray(pair[0]), pair[1]), place)
 
 
 def require_fit(source, problems):

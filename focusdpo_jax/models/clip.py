@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
+from focusdpo_jax.models.attention import attend
 
 # transformers' value for files written before it stored the right one: their end of text is the
 # highest id of the vocabulary, whatever the number.
@@ -117,7 +118,7 @@ class SelfAttention(nn.Module):
         """Maps [B, N, C] to the same shape."""
         query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
                              for name in ("q_proj", "k_proj", "v_proj"))
-        out = layers.attend(query, key, value, self.num_heads, causal=self.causal)
+        out = attend(query, key, value, self.num_heads, causal=self.causal)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
 
 

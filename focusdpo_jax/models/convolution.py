@@ -45,7 +45,7 @@ def conv2d(x, kernel, *, stride=1, padding=((1, 1), (1, 1))):
       [B, H', W', Cout] in the type of `x`.
     """
     if stride == 1 and min(kernel.shape[2:]) >= _MIN_CHANNELS and kernel.shape[0] > 1:
-        return _unit_stride(x, kernel, padding, platforms.current())
+        return _unit_stride(x, kernel, padding, platforms.current().platform)
     return _convolve(x, kernel, padding, stride)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
+from focusdpo_jax.models.attention import attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ class SelfAttention(nn.Module):
         """Maps [B, N, C] to the same shape."""
         query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
                              for name in ("query", "key", "value"))
-        return layers.attend(query, key, value, self.num_heads)
+        return attend(query, key, value, self.num_heads)
 
 
 class AttentionOutput(nn.Module):

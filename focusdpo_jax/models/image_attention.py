@@ -6,7 +6,7 @@ Keys and values are those of all slots in a row, T tokens a slot.
 import jax
 import jax.numpy as jnp
 
-from focusdpo_jax.models import layers
+from focusdpo_jax.models import attention, layers
 
 
 def attend_within_masks(query, key, value, key_mask, slot_masks, num_heads):
@@ -25,7 +25,7 @@ def attend_within_masks(query, key, value, key_mask, slot_masks, num_heads):
     def by_slot(x):
         return x.reshape(batch * slots, -1, *x.shape[2:])
 
-    seen = layers.attend(jnp.repeat(query, slots, axis=0), by_slot(key), by_slot(value), num_heads,
+    seen = attention.attend(jnp.repeat(query, slots, axis=0), by_slot(key), by_slot(value), num_heads,
                          key_mask=by_slot(key_mask))
     seen = seen.reshape(batch, slots, positions, -1)
     return (seen * slot_masks[..., None].astype(seen.dtype)).sum(1)
@@ -60,7 +60,7 @@ def slot_attention(query, key, key_mask, num_heads, slots):
       [B, N, slots] in float32; 0 for a slot whose tokens are not valid.
     """
     with jax.named_scope("slot_attention"):
-        query, key = layers.split_heads(query, num_heads), layers.split_heads(key, num_heads)
+        query, key = attention.split_heads(query, num_heads), attention.split_heads(key, num_heads)
         logits = jnp.einsum("bnhd,bkhd->bhnk", query, key, preferred_element_type=jnp.float32)
         logits = (logits * query.shape[-1] ** -0.5).reshape(*logits.shape[:-1], slots, -1)
         mass = jax.nn.logsumexp(logits, axis=-1) - jnp.log(logits.shape[-1])

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from focusdpo_jax.models import attention_by_head, attention_on_tpu, platforms
+from focusdpo_jax.models import platforms
+from focusdpo_jax.models.attention import attend
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
 
@@ -36,8 +37,6 @@ ACTIVATIONS = {
 ZEROS = nn.initializers.zeros
 # The parameter of PyTorch's cubic kernel.
 CUBIC = -0.75
-# Keys from which fused attention is taken: text and image tokens are fewer, their logits small.
-LONG = 256
 
 
 class Conv(nn.Module):
@@ -187,62 +186,6 @@ def bicubic_weights(size, new_size):
     return weights.astype(np.float32)
 
 
-def split_heads(x, num_heads):
-    """[B, N, heads * d] -> [B, N, heads, d]."""
-    return x.reshape(*x.shape[:2], num_heads, x.shape[-1] // num_heads)
-
-
-def has_fused_attention(dtype, head_dim):
-    """Whether this machine has cuDNN's flash attention for such heads.
-
-    It never holds the logits, which at 1024 pixels are 671 MB for one picture and layer of SDXL.
-    cuDNN asks for half precision, heads of 8, 16, ... 128 channels and a GPU from Ampere on.
-    """
-    if (platforms.current() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8
-            or head_dim > 128):
-        return False
-    device = jax.devices()[0]
-    return (device.platform == "gpu" and "cuda" in device.client.platform_version
-            and float(device.compute_capability) >= 8)
-
-
-def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
-    """Multi-head attention on projected queries, keys and values.
-
-    Args:
-      query: [B, Q, C]; key, value: [B, K, C]. C is a multiple of `num_heads`.
-      key_mask: bool [B, K], true where a key may be attended to. Where a row has no such key its
-        output and its gradients are exactly zero.
-      causal: whether a query sees only the keys up to its own position.
-
-    Returns:
-      [B, Q, C].
-    """
-    heads = [split_heads(x, num_heads) for x in (query, key, value)]
-    keys, head_dim, over_all = key.shape[1], heads[0].shape[-1], key_mask is None and not causal
-    if not causal and platforms.current() == "cpu":
-        out = attention_by_head.attend(*heads, key_mask)
-        return _where_seen(out.reshape(query.shape), key_mask)
-    if (over_all and keys >= LONG and platforms.current() == "tpu" and platforms.divide()
-            and attention_on_tpu.suits(query.shape[1], keys, head_dim)):
-        return platforms.divide()(attention_on_tpu.attend)(*heads).reshape(query.shape)
-    if over_all and keys >= LONG and has_fused_attention(query.dtype, head_dim):
-        return jax.nn.dot_product_attention(*heads, implementation="cudnn").reshape(query.shape)
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    # Logits are not kept for the backward pass, but made again.
-    plain = jax.checkpoint(functools.partial(
-        jax.nn.dot_product_attention, is_causal=causal, implementation="xla"))
-    return _where_seen(plain(*heads, mask=mask).reshape(query.shape), key_mask)
-
-
-def _where_seen(out, key_mask):
-    """`out` [B, Q, C] where a row has a valid key, else zero."""
-    if key_mask is None:
-        return out
-    # Over no valid key the softmax is uniform over the masked ones: their mean is no answer.
-    return jnp.where(key_mask.any(-1)[:, None, None], out, 0)
-
-
 class Attention(nn.Module):
     """Attention of tokens to themselves or to a context, with its four projections.
 
@@ -346,7 +289,7 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps [..., C] to what `_gated` takes: [..., 2 features], on a CPU two of [..., features]."""
-        if platforms.current() == "cpu":
+        if platforms.current().platform == "cpu":
             return _Halves(self.features, self.dtype, name="proj")(x)
         return nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
 

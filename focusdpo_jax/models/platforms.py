@@ -1,39 +1,63 @@
-"""Which platform a program is made for: what is fast on one is slow, or not there, on another.
+"""The device that a program is compiled for: what is fast on one is slow, or missing, on another.
 
-Layers ask while they are traced. Whoever compiles for other devices than those of this machine says so.
+Layers read `current()` while they are traced. Whoever compiles for other devices than those of this
+machine sets it with `compiled_for`.
 """
 
 import contextlib
 import contextvars
+from typing import NamedTuple
 
 import jax
 
-_PLATFORM = contextvars.ContextVar("platform", default=None)
+
+class Target(NamedTuple):
+    """A kind of device.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      compute_capability: of an NVIDIA GPU, such as 9.0; None for anything else.
+    """
+
+    platform: str
+    compute_capability: float | None = None
+
+
+_TARGET = contextvars.ContextVar("target", default=None)
 _DIVIDE = contextvars.ContextVar("divide", default=None)
 
 
-@contextlib.contextmanager
-def compiled_for(platform, divide=None):
-    """While a function is traced inside, it takes the paths for "cpu", "gpu" or "tpu".
+def target_of(device):
+    """The `Target` of a `jax.Device`, which may be one to compile for only."""
+    try:
+        return Target(device.platform, float(device.compute_capability))
+    except (AttributeError, ValueError):  # No GPU, or AMD's, whose architectures have names.
+        return Target(device.platform)
 
-    Without it they are those of this machine, which need not be where a program will run.
+
+@contextlib.contextmanager
+def compiled_for(target, divide=None):
+    """While a function is traced inside, layers take the paths for `target`.
+
+    Without it they take those for this machine's devices, which need not be where a program will run.
 
     Args:
+      target: a `Target`.
       divide: from a function of query, key and value, [B, N, H, d] each, to one that runs it on the
         devices of the program, each with its share. Kernels that the partitioner cannot look into
         are taken only where it is given.
     """
-    tokens = _PLATFORM.set(platform), _DIVIDE.set(divide)
+    tokens = _TARGET.set(target), _DIVIDE.set(divide)
     try:
         yield
     finally:
-        _PLATFORM.reset(tokens[0])
+        _TARGET.reset(tokens[0])
         _DIVIDE.reset(tokens[1])
 
 
 def current():
-    """The platform that is traced for: "cpu", "gpu" or "tpu"."""
-    return _PLATFORM.get() or jax.devices()[0].platform
+    """The `Target` that is traced for."""
+    return _TARGET.get() or target_of(jax.devices()[0])
 
 
 def divide():

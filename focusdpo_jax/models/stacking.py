@@ -1,18 +1,16 @@
 """Equal blocks in a row: one parameter with an axis over the blocks here, one each in every file.
 
-The UNet's transformer blocks run in a loop (`nn.scan`), so that ten of them are compiled once. Their
-parameters lie together, [blocks, ...] under `transformer_blocks`; files, people's as well as ours, know
-`transformer_blocks_0`, `transformer_blocks_1`, ... `split` and `join` lead from one to the other.
+With `UNetConfig.scan_layers` transformer blocks run in a loop (`nn.scan`), and ten of them are compiled
+once. Their parameters are stacked, [blocks, ...] under `transformer_blocks`. Without it, and in every
+file, they are `transformer_blocks_0`, `transformer_blocks_1`, ... `split` and `join` convert between the
+two; a tree without stacked parameters passes through both unchanged.
 """
-
-import re
 
 import jax
 import numpy as np
 from flax import traverse_util
 
 STACKED = "transformer_blocks"
-_BLOCK = re.compile(rf"{STACKED}_(\d+)$")
 
 
 def is_vector(path, shape):
@@ -32,13 +30,11 @@ def split(tree):
         if STACKED not in path:
             flat[path] = leaf
             continue
-        where = path.index(STACKED)
         abstract = isinstance(leaf, jax.ShapeDtypeStruct)
         leaf = leaf if abstract else np.asarray(leaf)
         for number in range(leaf.shape[0]):
-            block = (*path[:where], f"{STACKED}_{number}", *path[where + 1:])
-            flat[block] = (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if abstract
-                           else leaf[number])
+            flat[block_path(path, number)] = (
+                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if abstract else leaf[number])
     return traverse_util.unflatten_dict(flat)
 
 
@@ -48,34 +44,38 @@ def as_it_is(path, array):
     return array
 
 
-def join(flat, read=np.asarray, place=as_it_is):
+def join(flat, template, read=np.asarray, place=as_it_is):
     """The tree that `split` took apart; blocks are stacked one parameter after the other.
 
     Args:
-      flat: {path: what `read` makes a numpy array of}. Blocks are numbered from 0 without a gap.
+      flat: {path in `split(template)`: what `read` makes a numpy array of}.
+      template: nested dict of arrays or shapes, whose structure the result has; what `flat` has no
+        block of may be missing.
       place: function of a path of the result and its array; the leaf is what it returns.
     """
-    blocks = {}
-    for path in flat:
-        numbered = [(i, match) for i, part in enumerate(path) if (match := _BLOCK.match(part))]
-        if not numbered:
-            blocks[path] = path
-            continue
-        (where, match), = numbered
-        whole = (*path[:where], STACKED, *path[where + 1:])
-        blocks.setdefault(whole, {})[int(match[1])] = path
     leaves = {}
-    for path, members in blocks.items():
-        leaves[path] = place(path, _stacked(members, flat, read) if isinstance(members, dict)
-                             else read(flat[members]))
+    for path, leaf in traverse_util.flatten_dict(template).items():
+        if STACKED not in path:
+            if path in flat:
+                leaves[path] = place(path, read(flat[path]))
+            continue
+        blocks = [block_path(path, number) for number in range(leaf.shape[0])]
+        if blocks[0] in flat:
+            leaves[path] = place(path, _stacked([flat[block] for block in blocks], read))
     return traverse_util.unflatten_dict(leaves)
 
 
-def _stacked(members, flat, read):
-    """The parameters of {number: path} in one array; no more than one is held besides it."""
-    for number in range(len(members)):
-        block = read(flat[members[number]])
+def block_path(path, number):
+    """The path that a parameter of stacked blocks has in each file, for the block of a number."""
+    where = path.index(STACKED)
+    return (*path[:where], f"{STACKED}_{number}", *path[where + 1:])
+
+
+def _stacked(blocks, read):
+    """The parameters of all blocks in one array; no more than one is held besides it."""
+    for number, block in enumerate(blocks):
+        block = read(block)
         if not number:
-            whole = np.empty((len(members), *block.shape), block.dtype)
+            whole = np.empty((len(blocks), *block.shape), block.dtype)
         whole[number] = block
     return whole

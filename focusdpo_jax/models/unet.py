@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import image_attention, layers, stacking
+from focusdpo_jax.models.attention import attend
 from focusdpo_jax.models.lora import LoRADense
 
 IMAGE_ATTENTION = "image_attention"
@@ -41,6 +42,8 @@ class UNetConfig:
       lora_rank, lora_alpha: low-rank update of the attention projections; rank 0 for none.
       remat: recompute resnets and transformer blocks in the backward pass, and keep only what
         goes into each.
+      scan_layers: run equal transformer blocks in a loop over stacked parameters, which compiles
+        faster and runs slower, instead of one after the other (see `stacking`).
     """
 
     in_channels: int = 4
@@ -58,6 +61,7 @@ class UNetConfig:
     lora_rank: int = 0
     lora_alpha: float = 16.0
     remat: bool = False
+    scan_layers: bool = True
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -121,7 +125,7 @@ class CrossAttention(nn.Module):
         query = dense(False, "to_q")(x).reshape(len(context.text), -1, width)
         key = dense(False, "to_k")(context.text)
         value = dense(False, "to_v")(context.text)
-        out = layers.attend(query, key, value, self.num_heads)
+        out = attend(query, key, value, self.num_heads)
         attention = None
         if self.config.image_context:
             batch, slots, tokens, features = context.image_tokens.shape
@@ -133,7 +137,7 @@ class CrossAttention(nn.Module):
                 scales = jnp.repeat(context.image_scales, tokens, axis=1)
                 value = value * scales[:, :, None].astype(value.dtype)
             if context.image_masks is None:
-                seen = layers.attend(query, key, value, self.num_heads, key_mask=mask)
+                seen = attend(query, key, value, self.num_heads, key_mask=mask)
             else:
                 seen = image_attention.attend_within_masks(
                     query, key, value, mask, context.image_masks, self.num_heads)
@@ -187,17 +191,28 @@ class SpatialTransformer(nn.Module):
             masks = image_attention.masks_on_grid(context.image_masks, (height, width))
             # Once for each of the pictures that ask together.
             context = context._replace(image_masks=jnp.tile(masks, batch // len(masks)))
-        # Inside a loop there is no other computation that a repeated one could be merged with.
-        block = (nn.remat(TransformerBlock, prevent_cse=False) if self.config.remat
-                 else TransformerBlock)
-        blocks = nn.scan(block, length=self.depth, in_axes=nn.broadcast,
-                         variable_axes={"params": 0}, split_rngs={"params": True})
-        h, attention = blocks(self.config, self.num_heads, self.record, self.dtype,
-                              name=stacking.STACKED)(h, context)
-        recorded = [] if attention is None else [
-            one.reshape(batch, height, width, -1) for one in attention]
+        h, attentions = self._blocks(h, context)
+        recorded = [one.reshape(batch, height, width, -1) for one in attentions]
         h = nn.Dense(channels, kernel_init=layers.ZEROS, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape), recorded
+
+    def _blocks(self, h, context):
+        """Tokens [B, N, C] through all blocks, and the `slot_attention` of each if recorded."""
+        arguments = self.config, self.num_heads, self.record, self.dtype
+        if self.config.scan_layers:
+            # Inside a loop there is no other computation that a repeated one could be merged with.
+            block = (nn.remat(TransformerBlock, prevent_cse=False) if self.config.remat
+                     else TransformerBlock)
+            blocks = nn.scan(block, length=self.depth, in_axes=nn.broadcast,
+                             variable_axes={"params": 0}, split_rngs={"params": True})
+            h, attention = blocks(*arguments, name=stacking.STACKED)(h, context)
+            return h, [] if attention is None else list(attention)
+        block = nn.remat(TransformerBlock) if self.config.remat else TransformerBlock
+        attentions = []
+        for i in range(self.depth):
+            h, attention = block(*arguments, name=f"{stacking.STACKED}_{i}")(h, context)
+            attentions += [] if attention is None else [attention]
+        return h, attentions
 
 
 class Stage(nn.Module):

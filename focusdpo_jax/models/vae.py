@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
+from focusdpo_jax.models.attention import attend
 
 EPSILON = 1e-6
 
@@ -60,7 +61,7 @@ class MidAttention(nn.Module):
         width = h.shape[-1]
         dense = {name: nn.Dense(width, dtype=self.dtype, name=name)
                  for name in ("to_q", "to_k", "to_v", "to_out_0")}
-        h = layers.attend(dense["to_q"](query), dense["to_k"](query), dense["to_v"](query), 1)
+        h = attend(dense["to_q"](query), dense["to_k"](query), dense["to_v"](query), 1)
         return x + dense["to_out_0"](h).reshape(x.shape)
 
 

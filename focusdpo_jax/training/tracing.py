@@ -18,7 +18,7 @@ def traced_for(mesh):
 
     They need not be there, nor be of this machine's kind.
     """
-    platform = mesh.devices.flat[0].platform
+    target = platforms.target_of(mesh.devices.flat[0])
     divide = functools.partial(attention.by_example_and_head, mesh)
-    with _MESH(mesh), activations.divided(mesh), platforms.compiled_for(platform, divide):
+    with _MESH(mesh), activations.divided(mesh), platforms.compiled_for(target, divide):
         yield

@@ -28,7 +28,11 @@ def parameters():
         width, features = SHAPES["unet", *path]
         flat["unet", *path, "lora_a"] = RNG.normal(size=(width, 4)).astype(np.float32)
         flat["unet", *path, "lora_b"] = RNG.normal(size=(4, features)).astype(np.float32)
-    return stacking.join(flat)
+    template = {}
+    for (*path, leaf), array in flat.items():
+        path = tuple("transformer_blocks" if "transformer_blocks" in part else part for part in path)
+        template[*path, leaf] = np.zeros((1 if "transformer_blocks" in path else 0, *array.shape))
+    return stacking.join(flat, traverse_util.unflatten_dict(template))
 
 
 def by_block(tree):

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focusdpo_jax.models import attention_on_tpu, layers, platforms
+from focusdpo_jax.models import attention_on_tpu, platforms
+from focusdpo_jax.models.attention import attend
 
 RNG = np.random.default_rng(5)
 
@@ -40,12 +41,9 @@ def test_where_it_is_taken(positions, heads, taken):
         asked.append(attend)
         return jax.nn.dot_product_attention
 
-    def attend(*x):
-        return layers.attend(*x, heads)
-
-    with platforms.compiled_for("tpu", divide):
-        assert jax.eval_shape(attend, query, query, query).shape == query.shape
+    with platforms.compiled_for(platforms.Target("tpu"), divide):
+        assert jax.eval_shape(lambda *x: attend(*x, heads), query, query, query).shape == query.shape
     assert asked == [attention_on_tpu.attend] * taken
-    with platforms.compiled_for("tpu"):
-        jax.eval_shape(attend, query, query, query)
+    with platforms.compiled_for(platforms.Target("tpu")):
+        jax.eval_shape(lambda *x: attend(*x, heads), query, query, query)
     assert len(asked) == taken

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from focusdpo_jax.models import layers
+from focusdpo_jax.models.attention import attend
 from focusdpo_jax.models.generator import Generator, GeneratorConfig
 from focusdpo_jax.models.vae import VAE, VAEConfig
 from focusdpo_jax.training import models, tasks
@@ -20,7 +21,7 @@ def test_softmax_is_float32():
     query = jnp.array([[[16.0, 1, 0, 0]]], jnp.bfloat16) * 2
     key = jnp.array([[[16.0, 0, 0, 0], [16.0, 1, 0, 0]]], jnp.bfloat16)
     value = jnp.array([[[0.0, 0, 0, 0], [1.0, 1, 1, 1]]], jnp.bfloat16)
-    out = layers.attend(query, key, value, 1)
+    out = attend(query, key, value, 1)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(out), 1 / (1 + np.exp(-1)), rtol=0.01)
 
@@ -112,30 +113,3 @@ def test_pictures_of_another_size_are_resized_as_pillow_does():
     found, expected = (np.asarray(x.penultimate) for x in seen)
     # Pillow rounds to 256 levels.
     assert 0 < np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
-
-
-def test_cudnn_where_it_is_worth_it(monkeypatch):
-    """What would be compiled for a GPU, on a machine that has none."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    gpu = ml_collections.ConfigDict({"platform": "gpu", "compute_capability": "9.0",
-                                     "client": {"platform_version": "cuda 12090"}})
-    long, short = (jax.ShapeDtypeStruct((2, tokens, 128), jnp.bfloat16) for tokens in (1024, 77))
-
-    def program(query, key, heads=2, mask=None):
-        def total(query, key, value):
-            return layers.attend(query, key, value, heads, key_mask=mask).astype(jnp.float32).sum()
-        traced = jax.jit(jax.grad(total)).trace(query, key, key)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    assert "cudnn$fmha" not in program(long, long)
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(layers.jax, "devices", lambda: [gpu])
-    text = program(long, long)
-    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
-    assert "cudnn$fmha" not in program(long, short)
-    assert "cudnn$fmha" not in program(long, long, mask=jnp.ones((2, 1024), bool))
-    assert "cudnn$fmha" not in program(long, long, heads=1 << 5)  # Heads of 4 channels.
-    single = jax.ShapeDtypeStruct(long.shape, jnp.float32)
-    assert "cudnn$fmha" not in program(single, single)
-    gpu.compute_capability = "7.5"
-    assert "cudnn$fmha" not in program(long, long)

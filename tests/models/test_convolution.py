@@ -64,7 +64,7 @@ def test_a_tpu_takes_patches_of_coarse_maps_alone(side, taken):
     x, kernel = np.zeros((1, side, side, 32), np.float32), np.zeros((3, 3, 32, 32), np.float32)
 
     def lowered(platform):
-        with platforms.compiled_for(platform):
+        with platforms.compiled_for(platforms.Target(platform)):
             gradients = jax.jit(lambda x, kernel: jax.grad(
                 lambda *both: convolution.conv2d(*both).sum(), argnums=(0, 1))(x, kernel))
             return gradients.trace(x, kernel).lower().as_text()

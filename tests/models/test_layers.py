@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focusdpo_jax.models import attention_by_head, layers, platforms
+from focusdpo_jax.models import layers, platforms
 from focusdpo_jax.models.lora import LoRADense
+from tests.models.weights import kept
 
 
 def test_group_norm_by_hand():
@@ -31,30 +32,6 @@ def test_sinusoidal_embedding_by_hand():
     out = layers.sinusoidal_embedding(jnp.array([0.0, 100.0]), 4)
     np.testing.assert_allclose(
         out, [[1, 1, 0, 0], [np.cos(100), np.cos(1), np.sin(100), np.sin(1)]], atol=1e-5)
-
-
-def test_attention_over_no_key_is_zero_and_has_zero_gradients():
-    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
-    mask = jnp.array([[True, False, True, False], [False] * 4])
-
-    def total(query, key, value):
-        out = layers.attend(query, key, value, 2, key_mask=mask)
-        return out.sum(), out
-
-    gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
-    assert np.all(out[1] == 0) and np.all(np.abs(out[0]).sum(-1) > 0)
-    for gradient in gradients:
-        assert np.all(np.isfinite(gradient)) and np.all(gradient[1] == 0)
-        assert np.any(gradient[0] != 0)
-    # A masked key is one that is not there.
-    kept = layers.attend(query[:1], key[:1, ::2], value[:1, ::2], 2)
-    np.testing.assert_allclose(out[:1], kept, atol=1e-6)
-
-
-def test_causal_attention_sees_no_later_key():
-    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 3, 4))
-    out = layers.attend(query, key, value, 1, causal=True)
-    np.testing.assert_allclose(out[0, 0], value[0, 0], atol=1e-6)
 
 
 def test_downsample_pads_where_asked():
@@ -85,21 +62,14 @@ def test_fresh_resnet_is_its_shortcut():
     assert np.any(params["params"]["conv1"]["kernel"] != 0)
 
 
-def kept(function, *arguments):
-    """Shapes of what the backward pass of a function keeps of its arrays, arguments left out."""
-    _, back = jax.vjp(function, *arguments)
-    given = [x.shape for x in jax.tree.leaves(arguments)]
-    return [x.shape for x in jax.tree.leaves(back) if x.shape not in given]
-
-
 def test_feed_forward_keeps_what_is_not_gated_yet():
     """Of 4 times the width after the gate nothing, of 8 times before it one array, or two halves."""
     x = jnp.ones((2, 5, 6))
     layer = layers.FeedForward()
     params = layer.init(jax.random.key(0), x)
-    with platforms.compiled_for("tpu"):
+    with platforms.compiled_for(platforms.Target("tpu")):
         assert kept(layer.apply, params, x) == [(2, 5, 48)]
-    with platforms.compiled_for("cpu"):
+    with platforms.compiled_for(platforms.Target("cpu")):
         found = kept(lambda x: layer.apply(params, x), x)
     assert [shape for shape in found if shape[0] == 2 and shape[-1] > 6] == [(2, 5, 24)] * 2
 
@@ -113,20 +83,13 @@ def test_feed_forward_is_the_same_on_every_platform():
         jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(flat)])
     results = []
     for platform in ("cpu", "tpu"):
-        with platforms.compiled_for(platform):
+        with platforms.compiled_for(platforms.Target(platform)):
             assert jax.eval_shape(layer.init, jax.random.key(0), x) == shapes
             results.append(jax.value_and_grad(
                 lambda params, x: jnp.sin(layer.apply(params, x)).sum(), argnums=(0, 1))(params, x))
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
 
-
-def test_attention_of_few_keys_keeps_no_logits():
-    query, key = jnp.ones((2, 7, 12)), jnp.ones((2, 9, 12))
-    mask = jnp.ones((2, 9), bool).at[0, 3].set(False)
-    with platforms.compiled_for("tpu"):
-        found = kept(lambda *x: layers.attend(*x, 3, key_mask=mask), query, key, key)
-    assert not [shape for shape in found if shape[-2:] == (7, 9)]
 
 
 def test_lora_by_hand():
@@ -149,35 +112,3 @@ def test_bicubic_weights_by_hand():
     for size, new_size in ((37, 32), (14, 31), (3, 7)):
         weights = layers.bicubic_weights(size, new_size)
         np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("at_once", [1, 3])
-@pytest.mark.parametrize("few_keys", [8, 9])
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-def test_attention_by_heads_is_attention(dtype, tolerance, few_keys, at_once, masked, monkeypatch):
-    """Forward and all three gradients, one of three heads after the other and all at once, with the
-    output kept and not."""
-    rng = np.random.default_rng(4)
-    query, key, value, outer = (
-        jnp.asarray(rng.normal(size=(2, n, 12)), dtype) for n in (5, 9, 9, 5))
-    mask = jnp.asarray(rng.random((2, 9)) < 0.6) if masked else None
-    monkeypatch.setattr(attention_by_head, "_LOGITS", at_once * 2 * 5 * 9)
-    monkeypatch.setattr(attention_by_head, "_FEW_KEYS", few_keys)
-
-    def attend(*arrays):
-        return layers.attend(*arrays, 3, key_mask=mask)
-
-    def results(platform):
-        with platforms.compiled_for(platform):
-            out, back = jax.vjp(attend, query, key, value)
-            return [np.asarray(x, np.float32) for x in (out, *back(outer))]
-
-    def loops(platform):
-        with platforms.compiled_for(platform):
-            return "while" in str(jax.jit(lambda *x: attend(*x)).lower(
-                query, key, value).as_text())
-
-    assert loops("cpu") == (at_once == 1) and not loops("tpu")
-    for ours, plain in zip(results("cpu"), results("tpu"), strict=True):
-        assert np.linalg.norm(ours - plain) < tolerance * np.linalg.norm(plain)

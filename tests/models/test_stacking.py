@@ -18,11 +18,13 @@ def test_blocks_lie_together_here_and_apart_in_files():
     np.testing.assert_array_equal(third["ff"]["net_2"]["kernel"], [[12, 13, 14], [15, 16, 17]])
     # Not in the order of their names, in which 10 comes before 2.
     flat = dict(reversed(traverse_util.flatten_dict(apart).items()))
-    jax.tree.map(np.testing.assert_array_equal, stacking.join(flat), TREE)
+    jax.tree.map(np.testing.assert_array_equal, stacking.join(flat, TREE), TREE)
     seen = []
-    stacking.join(flat, place=lambda path, array: seen.append((path, array.shape)))
+    stacking.join(flat, TREE, place=lambda path, array: seen.append((path, array.shape)))
     assert dict(seen) == {path: leaf.shape
                           for path, leaf in traverse_util.flatten_dict(TREE).items()}
+    # A model whose layers are not scanned has its parameters as files have them.
+    jax.tree.map(np.testing.assert_array_equal, stacking.join(flat, apart), apart)
 
 
 def test_shapes_are_split_alike():

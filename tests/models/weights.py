@@ -14,3 +14,10 @@ def random_tree(shapes, seed=0):
     """float32 leaves of deviation 0.3 in the place of a tree of shapes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+def kept(function, *arguments):
+    """Shapes of what the backward pass of a function keeps of its arrays, arguments left out."""
+    _, back = jax.vjp(function, *arguments)
+    given = [x.shape for x in jax.tree.leaves(arguments)]
+    return [x.shape for x in jax.tree.leaves(back) if x.shape not in given]
