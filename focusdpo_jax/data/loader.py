@@ -4,22 +4,22 @@ The order is that of one global stream, determined by the seed alone. Of every b
 P takes the p-th of P equal parts, so that a step's global batch is the same on any number of processes.
 """
 
-import functools
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
-import grain
 import jax
 import numpy as np
 from absl import flags
 
 from focusdpo_jax.data.record import PreferenceBatch, Tokenize, check_record, encode
 from focusdpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
 
 
 def make_loader(
@@ -63,14 +63,18 @@ def make_loader(
       UserError: the sizes do not fit together; while iterating, a record is corrupt or unfit, or a
         worker has died.
     """
+    # Slow to import, so only where batches are read: planning, sampling and benchmarks have none.
+    import grain
+
+    from focusdpo_jax.data import order
     local_size = _local_size(batch_size, process_count)
     if not len(source):
         raise UserError("the data set is empty; build it with at least one record")
     dataset = grain.MapDataset.source(source).repeat(epochs)
     if shuffle:
-        dataset = _Shuffled(dataset, len(source), seed)
+        dataset = order.Shuffled(dataset, len(source), seed)
     if process_count > 1:
-        dataset = _Share(dataset, batch_size, local_size, process_index)
+        dataset = order.Share(dataset, batch_size, local_size, process_index)
     if transform is not None:
         dataset = dataset.map(transform)
     dataset = dataset.batch(local_size, drop_remainder=True)
@@ -86,7 +90,7 @@ class Batches:
     Nothing is read, and no process started, before the first batch is asked for.
     """
 
-    def __init__(self, dataset: grain.MapDataset, workers: int, options: grain.ReadOptions):
+    def __init__(self, dataset: "grain.MapDataset", workers: int, options: "grain.ReadOptions"):
         """Of a data set of batches; see `make_loader` for the rest."""
         self._dataset, self._workers, self._options = dataset, workers, options
         self._given, self._iterator = 0, None
@@ -127,6 +131,7 @@ class Batches:
     def _open(self):
         rest = self._dataset.slice(slice(self._given, None)).to_iter_dataset(self._options)
         if self._workers:
+            import grain
             if not flags.FLAGS.is_parsed():  # Grain looks at its own, also without a command line.
                 flags.FLAGS.mark_as_parsed()
             rest = rest.mp_prefetch(
@@ -137,6 +142,7 @@ class Batches:
 
 def _start_worker(index: int, count: int) -> None:
     """Leaves accelerators and signals to the process that trains, and the cores to other workers."""
+    import cv2
     del index, count
     jax.config.update("jax_platforms", "cpu")
     for number in (signal.SIGINT, signal.SIGTERM):  # Many are sent to all processes of a run.
@@ -168,46 +174,6 @@ class Ahead:
         """Goes on to the next batch; to be called when the step with this one has been started."""
         self.state = self._batches.get_state()
         self.batch = self._prepare(next(self._batches))
-
-
-class _Shuffled(grain.MapDataset):
-    """A repeated data set, every epoch in an order of its own.
-
-    grain's own shuffle draws one of at least 2^16 places until it is one of the data set, which in a
-    small one takes a millisecond a record.
-    """
-
-    def __init__(self, repeated, epoch_length, seed):
-        super().__init__(repeated)
-        self._epoch_length, self._seed = epoch_length, seed
-
-    def __len__(self):
-        return len(self._parent)
-
-    def __getitem__(self, position):
-        epoch, place = divmod(position, self._epoch_length)
-        order = _order(self._seed, epoch, self._epoch_length)
-        return self._parent[epoch * self._epoch_length + int(order[place])]
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed, epoch, length):
-    return np.random.default_rng((seed, epoch)).permutation(length)
-
-
-class _Share(grain.MapDataset):
-    """The part of every batch of a stream that one process reads."""
-
-    def __init__(self, stream, batch_size, local_size, index):
-        super().__init__(stream)
-        self._batch_size, self._local_size, self._index = batch_size, local_size, index
-
-    def __len__(self):
-        return len(self._parent) // self._batch_size * self._local_size
-
-    def __getitem__(self, position):
-        batch, row = divmod(position, self._local_size)
-        return self._parent[batch * self._batch_size + self._index * self._local_size + row]
 
 
 def pair_transform(
