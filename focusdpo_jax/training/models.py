@@ -13,13 +13,11 @@ from flax import traverse_util
 
 from focusdpo_jax import compiling
 from focusdpo_jax import config as config_rules
-from focusdpo_jax.checkpoints import model_folder, pretrained, single_file
+from focusdpo_jax.checkpoints import model_folder, pretrained, published, single_file
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
-from focusdpo_jax.models.clip import CLIPVisionConfig
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
-from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.tokenizer import Tokenizer
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes, rules
@@ -178,7 +176,8 @@ def _open(config):
 def abstract_model(config, mesh):
     """The generator of a configuration, and its parameters as shapes with shardings.
 
-    Where `config.model.pretrained` is not on this machine the sizes are SDXL's, with IP-Adapter-Plus.
+    Where `config.model.pretrained` is not on this machine the sizes are SDXL's, with the adapter that
+    `config.model.adapter` seems to name (`published.adapter_sizes`).
     """
     config = config_rules.complete(config)
     try:
@@ -187,8 +186,8 @@ def abstract_model(config, mesh):
             config.model.sizes.to_dict())
     except UserError as error:
         logging.warning("%s Planning for SDXL.", str(error).partition(". ")[0] + ".")
-        sizes = GeneratorConfig(**single_file.SDXL, image_encoder=CLIPVisionConfig(),
-                                adapter=SubjectAdapterConfig())
+        adapter, image_encoder = published.adapter_sizes(config.model.adapter)
+        sizes = GeneratorConfig(**single_file.SDXL, image_encoder=image_encoder, adapter=adapter)
     sizes = dataclasses.replace(sizes, unet=dataclasses.replace(
         sizes.unet, lora_rank=config.model.lora_rank or sizes.unet.lora_rank,
         remat=config.model.remat))
