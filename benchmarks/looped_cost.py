@@ -6,36 +6,28 @@ benchmark's means, not a library's.
 """
 
 import itertools
-import re
 
 import jax
 from jaxlib import _hlo, _jax
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*?^}$", re.MULTILINE | re.DOTALL)
-_WHILE = re.compile(r" while\(.*?condition=%?(?P<condition>[\w.\-]+), body=%?(?P<body>[\w.\-]+)")
+from focusdpo_jax.planning import hlo
 
 
 def count(compiled):
     """(operations, bytes accessed) of a `jax.stages.Compiled`.
 
     Raises:
-      ValueError: a loop's condition does not compare with one constant.
+      ValueError: nobody knows how often a loop runs.
     """
-    computations, entry = {}, None
-    for match in _COMPUTATION.finditer(compiled.as_text()):
-        text = match.group()
-        if text.startswith("ENTRY "):
-            entry, text = match["name"], text.removeprefix("ENTRY ")
-        computations[match["name"]] = text
-    once = {}
+    program, once = hlo.Program(compiled.as_text()), {}
 
     def bodies_once(name):
         if name not in once:
             # What a computation calls stands before it.
-            called = itertools.takewhile(lambda other: other != name, computations)
-            module = "\n\n".join(["HloModule counted, is_scheduled=true",
-                                  *(computations[other] for other in called),
-                                  f"ENTRY {computations[name]}"])
+            called = itertools.takewhile(lambda other: other != name, program.texts)
+            texts = [program.texts[other].removeprefix("ENTRY ") for other in (*called, name)]
+            module = "\n\n".join(["HloModule counted, is_scheduled=true", *texts[:-1],
+                                  f"ENTRY {texts[-1]}"])
             found = _jax.hlo_module_cost_analysis(
                 jax.devices("cpu")[0].client, _hlo.hlo_module_from_text(module))
             once[name] = found["flops"], found["bytes accessed"]
@@ -43,18 +35,15 @@ def count(compiled):
 
     def total(name):
         counts = list(bodies_once(name))
-        for loop in _WHILE.finditer(computations[name]):
-            trips = _trips(computations[loop["condition"]])
-            each = zip(total(loop["body"]), bodies_once(loop["body"]), strict=True)
+        for loop in program.computations[name]:
+            if loop.opcode != "while":
+                continue
+            trips, body = program.trips(loop), hlo.body(loop)
+            if trips is None:
+                raise ValueError(f"how often does {loop.name} run?")
+            each = zip(total(body), bodies_once(body), strict=True)
             counts = [sum(counted) for counted in zip(
                 counts, (trips * whole - part for whole, part in each), strict=True)]
         return counts
 
-    return tuple(total(entry))
-
-
-def _trips(condition):
-    constants = re.findall(r" constant\((\d+)\)", condition)
-    if len(constants) != 1:
-        raise ValueError(f"how often does a loop run that goes on while\n{condition}")
-    return int(constants[0])
+    return tuple(total(program.entry))

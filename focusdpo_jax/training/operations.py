@@ -27,10 +27,13 @@ class Operations(NamedTuple):
       products: of matrix products and convolutions.
       others: of everything else that computes: one for each element of an equation's largest
         operand or result, n log2 n to sort n.
+      kernels: those of `products` that are done inside fused kernels (Pallas's and cuDNN's attention),
+        which no compiler can look into.
     """
 
     products: float
     others: float
+    kernels: float = 0.0
 
     @property
     def total(self):
@@ -59,6 +62,9 @@ def _of_jaxpr(jaxpr):
 
 def _of_equation(equation):
     name, inner = equation.primitive.name, list(core.jaxprs_in_params(equation.params))
+    if name.startswith("dot_product_attention_"):
+        products = _of_cudnn(equation, backward="_bwd" in name)
+        return Operations(products, 0, products)
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
@@ -72,10 +78,10 @@ def _of_equation(equation):
     if inner and not name.startswith(("scatter", "reduce")):
         found = [_of_jaxpr(jaxpr) for jaxpr in inner]
         trips = _trips(equation)
-        products, others = (trips * math.fsum(kind) for kind in zip(*found))
+        products, others, kernels = (trips * math.fsum(kind) for kind in zip(*found))
         if name == "while" and products:
             raise NotImplementedError("matrix products in a loop of unknown length")
-        return Operations(products, others)
+        return Operations(products, others, products if name == "pallas_call" else kernels)
     if name in _FREE:
         return Operations(0, 0)
     largest = max((v.aval.size for v in (*equation.invars, *equation.outvars)
@@ -104,3 +110,10 @@ def _of_convolution(equation):
     _, features, *window = (kernel[axis] for axis in numbers.rhs_spec)
     products = equation.outvars[0].aval.size * features * math.prod(window)
     return 2 * products / math.prod(equation.params["lhs_dilation"])
+
+
+def _of_cudnn(equation, backward):
+    """Of cuDNN's fused attention: two products forward, five backward, which makes the logits again."""
+    query, key = (v.aval.shape for v in equation.invars[:2])
+    lengths = 2 if equation.params["layout"] else 1  # Their axis: layout 0 is [B, N, H, d], 1 [B, H, N, d].
+    return ((5 if backward else 2) * 2 * math.prod(query) * key[lengths])

@@ -16,7 +16,8 @@ import numpy as np
 import tiny
 from etils import epath
 
-from focusdpo_jax.sharding import attention, collectives
+from focusdpo_jax.planning import collectives
+from focusdpo_jax.sharding import attention
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.checkpointing import Checkpoints

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.sharding import collectives, mesh, rules
+from focusdpo_jax.sharding import mesh, rules
 
 TESTS = pathlib.Path(__file__).parent.parent
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x8")
@@ -89,40 +89,3 @@ def test_what_cannot_be_is_refused_with_what_can(sizes, batch, message):
 def test_one_axis_takes_what_is_left():
     made = mesh.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, 4)
     assert dict(made.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
-
-
-def test_collectives_are_read_from_a_program():
-    text = """HloModule jit_f, is_scheduled=true
-  %p = f32[1,8]{1,0} parameter(0)
-  %all-gather.1 = f32[8,8]{1,0} all-gather(%p), dimensions={0}, metadata={op_name="jit(f)/a/dot"}
-  %ar = (bf16[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add
-  %s = (f32[1,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%p), dimensions={0}
-  %d = f32[8,8]{1,0} all-gather-done(%s)
-"""
-    first, second, third = collectives.read(text)
-    assert (first.name, first.kind, first.size, first.operands, first.operation) == (
-        "all-gather.1", "all-gather", 256, ("p",), "jit(f)/a/dot")
-    assert (second.kind, second.size, second.operands) == ("all-reduce", 16, ("x", "y"))
-    assert third.size == 256
-    assert collectives.summary([first, second, third]) == {
-        "all-gather": {"count": 2, "bytes": 512}, "all-reduce": {"count": 1, "bytes": 16}}
-
-
-def test_what_is_told_in_a_loop_counts_as_often_as_it_turns():
-    text = """HloModule jit_f, is_scheduled=true
-%inner.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %g = f32[8]{0} all-gather(%x), dimensions={0}
-}
-%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %w2 = (s32[], f32[8]) while(%t), condition=%c, body=%inner.2, backend_config={"known_trip_count":{"n":"3"}}
-  %r = f32[4]{0} all-reduce(%y), to_apply=%add
-}
-ENTRY %main (p: f32[8]) -> f32[8] {
-  %w = (s32[], f32[8]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"10"}}
-  %last = f32[2]{0} all-gather(%z), dimensions={0}
-}
-"""
-    found = collectives.read(text)
-    assert {c.name: c.times for c in found} == {"g": 30, "r": 10, "last": 1}
-    assert collectives.summary(found) == {"all-gather": {"count": 31, "bytes": 30 * 32 + 8},
-                                          "all-reduce": {"count": 10, "bytes": 160}}

@@ -1,0 +1,234 @@
+"""Reads the text of a compiled program: its instructions, and how often each of them runs.
+
+What planning knows of a program beyond its sizes it reads from here: what devices send each other
+(`collectives`), the compiler's estimates (`estimates`), bytes that instructions read and write.
+"""
+
+import collections
+import functools
+import math
+import re
+from typing import NamedTuple
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
+         "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
+         "f8e4m3fn": 8, "f8e5m2": 8}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(
+    r"^\s*(ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9\-]*)"
+    r"\((?P<operands>[^)]*)\)(?P<attributes>.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_OPERATION = re.compile(r'op_name="([^"]*)"')
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CALLS = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.\-]+)"
+                       r"|\bbranch_computations=\{([^}]*)\}")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"^\d+$")
+# Instructions that name, group or wait for what others have made.
+_FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+                   "while", "conditional", "call", "partition-id", "replica-id", "iota"))
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+class Instruction(NamedTuple):
+    """One instruction of a program.
+
+    Attributes:
+      name: of its value.
+      type: of its value, such as "f32[8,8]{1,0}" or a tuple of such.
+      opcode: such as "fusion" or "all-gather-start".
+      operands: names of what goes in; of a constant or a parameter, what stands there.
+      attributes: the rest of the line.
+      computation: name of the computation that it belongs to.
+      line: its number in the text, from 0.
+      root: whether its value is the computation's.
+    """
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    computation: str
+    line: int
+    root: bool
+
+    @property
+    def operation(self):
+        """Where it comes from, such as "jit(update)/jvp(UNet)/mid_block/..."; "" if unknown."""
+        found = _OPERATION.search(self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def size(self):
+        """Bytes of its value on one device."""
+        return sum(array_sizes(self.type))
+
+    @property
+    def called(self):
+        """Name of the computation of a fusion, call, reduction or asynchronous start; None if none."""
+        found = _CALLS.search(self.attributes)
+        return found[1] if found else None
+
+
+class Program:
+    """The computations of a program.
+
+    Attributes:
+      computations: {name: list of Instruction}; instructions outside of any are those of "".
+      entry: name of the computation that is run.
+      texts: {name: text of the computation}.
+    """
+
+    def __init__(self, text):
+        """Parses `compiled.as_text()`."""
+        self.computations, self.texts, self.entry = collections.defaultdict(list), {}, ""
+        inside, lines = "", text.splitlines()
+        first = 0
+        for number, line in enumerate(lines):
+            if not line.startswith(" "):
+                if line == "}":
+                    self.texts[inside] = "\n".join(lines[first:number + 1])
+                    inside = ""
+                elif (computation := _COMPUTATION.match(line)):
+                    inside, first = computation[2], number
+                    self.entry = inside if computation[1] else self.entry
+                    self.computations[inside] = []
+                elif inside and self.computations[inside]:
+                    # The description of a kernel goes on over several lines.
+                    last = self.computations[inside][-1]
+                    self.computations[inside][-1] = last._replace(
+                        attributes=last.attributes + line)
+                continue
+            found = _INSTRUCTION.match(line)
+            if found:
+                operands = tuple(part.strip().split("%")[-1]
+                                 for part in found["operands"].split(",") if part.strip())
+                self.computations[inside].append(Instruction(
+                    found["name"], found["type"], found["opcode"], operands, found["attributes"],
+                    inside, number, bool(found[1])))
+
+    def trips(self, loop):
+        """How often a `while` instruction runs its body; None where the text does not say."""
+        known = _KNOWN_TRIPS.search(loop.attributes)
+        if known:
+            return int(known[1])
+        # It counts from 0 to the one constant that its condition compares with.
+        condition = _CONDITION.search(loop.attributes)
+        bounds = {int(operand) for name in self._reached(condition and condition[1])
+                  for instruction in self.computations[name] if instruction.opcode == "constant"
+                  for operand in instruction.operands if _CONSTANT.match(operand)}
+        return bounds.pop() if len(bounds) == 1 else None
+
+    def _reached(self, name):
+        """A computation and those that it calls."""
+        found = []
+        if name in self.computations:
+            found.append(name)
+            for instruction in self.computations[name]:
+                found += self._reached(instruction.called)
+        return found
+
+    @functools.cached_property
+    def runs(self):
+        """[(Instruction, how often it runs)] of what is executed by itself.
+
+        That is everything but the insides of fusions and reductions. Bodies of loops count as often
+        as they run, once where that is not known (`unknown_loops`), and so does each branch of a
+        conditional.
+        """
+        return list(self._runs(self.entry, 1))
+
+    def _runs(self, name, times):
+        for instruction in self.computations.get(name, ()):
+            yield instruction, times
+            if instruction.opcode == "while":
+                yield from self._runs(body(instruction), times * (self.trips(instruction) or 1))
+            elif instruction.opcode == "conditional":
+                for one, several in _BRANCHES.findall(instruction.attributes):
+                    for branch in [one] if one else several.split(","):
+                        yield from self._runs(branch.strip().lstrip("%"), times)
+            elif instruction.opcode in ("call", "async-start"):
+                yield from self._runs(instruction.called, times)
+
+    @functools.cached_property
+    def unknown_loops(self):
+        """Names of the loops that count once because nobody knows how often they run."""
+        return [instruction.name for instruction, _ in self.runs
+                if instruction.opcode == "while" and self.trips(instruction) is None]
+
+    def inside(self, instruction):
+        """All instructions of a fusion, those of nested ones too; none of anything else."""
+        if instruction.opcode != "fusion":
+            return []
+        return [inner for name in self._reached(instruction.called)
+                for inner in self.computations[name]]
+
+    @functools.cached_property
+    def bytes_accessed(self):
+        """Bytes that instructions read and write, loops as often as they run.
+
+        Of a slice, and of a fusion's operand of which only slices are used, only they count; what
+        is updated in place counts as the update. Caches are not modelled.
+        """
+        return sum(times * self._accessed(instruction) for instruction, times in self.runs)
+
+    def _accessed(self, instruction):
+        if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+            return 0
+        sizes = self._sizes(instruction.computation)
+        if instruction.opcode in _SLICES:
+            return 2 * instruction.size
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * sizes.get(instruction.operands[1], 0)
+        called = self.computations.get(instruction.called, ())
+        if instruction.opcode != "fusion" or not called:
+            return sum(array_sizes(instruction.type)) + sum(
+                sizes.get(operand, 0) for operand in instruction.operands)
+        inner, users = self._sizes(instruction.called), collections.defaultdict(list)
+        for each in called:
+            for operand in each.operands:
+                users[operand].append(each)
+        read = 0
+        for each in called:
+            if each.opcode != "parameter" or not users[each.name]:
+                continue
+            read += min(each.size, sum(
+                user.size if user.opcode in _SLICES and user.operands[0] == each.name
+                else 0 if user.opcode == "dynamic-update-slice" and user.operands[0] == each.name
+                else each.size for user in users[each.name]))
+        root = next((each for each in called if each.root), called[-1])
+        by_name = {each.name: each for each in called}
+        outputs = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        written = sum(inner.get(each.operands[1], 0) if each.opcode == "dynamic-update-slice"
+                      else each.size for each in outputs)
+        return read + written
+
+    def _sizes(self, name):
+        if name not in self._known_sizes:
+            self._known_sizes[name] = {
+                each.name: each.size for each in self.computations.get(name, ())}
+        return self._known_sizes[name]
+
+    @functools.cached_property
+    def _known_sizes(self):
+        return {}
+
+    @functools.cached_property
+    def parameter_bytes(self):
+        """Bytes of the program's arguments on one device, without the padding of their layouts."""
+        return sum(each.size for each in self.computations.get(self.entry, ())
+                   if each.opcode == "parameter")
+
+
+def body(loop):
+    """Name of the computation that a `while` instruction repeats."""
+    return _BODY.search(loop.attributes)[1]
+
+
+def array_sizes(text):
+    """Bytes of each array of a type, in order."""
+    return [math.prod(int(n) for n in dimensions.split(",") if n) * _BITS[dtype] // 8
+            for dtype, dimensions in _ARRAY.findall(text) if dtype in _BITS]
