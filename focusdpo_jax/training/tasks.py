@@ -114,7 +114,7 @@ def generator_task(config, workdir, mesh, sources):
     buckets = focus_buckets(config)
     names = list(buckets)
     source, encode_placed = make_encoder(generator, config, buckets)
-    encode_kept = _kept_encoder(config, model, source, encode_placed)
+    encode_kept = kept_encoder(config, generator, source, encode_placed)
     objective = objectives.Objective(generator, config, empty, source)
 
     # Where everything is encoded once, steps leave encoders alone; otherwise they ask them.
@@ -148,7 +148,7 @@ def generator_task(config, workdir, mesh, sources):
             encoded = jax.eval_shape(
                 encode_kept if config.data.cache else encode_placed, at_start(),
                 _stacked(transform(sources["train"][0]),
-                         _rows_at_once(config, sources["train"], mesh)))
+                         rows_at_once(config, sources["train"], mesh)))
         return _batch_of(encoded, config.batch_size, mesh)
 
     if config.data.cache:
@@ -177,12 +177,16 @@ def generator_task(config, workdir, mesh, sources):
         with traced_for(mesh):
             return draw(*arguments)
 
-    focus_maps = jax.jit(objective.focus_maps, static_argnums=0,
-                         compiler_options=compiling.FAST_TO_COMPILE)
+    look = jax.jit(objective.focus_maps, static_argnums=0,
+                   compiler_options=compiling.FAST_TO_COMPILE)
+
+    def focus_maps(structure, *arguments):
+        with traced_for(mesh):
+            return look(structure, fixed, *arguments)
+
     showcase = Showcase(config, workdir, model, sources, mesh, _by_rows(encode_placed, mesh),
-                        transform, generate, buckets,
-                        lambda structure, *arguments: focus_maps(structure, fixed, *arguments),
-                        merged, at_start, fixed.get("reference"))
+                        transform, generate, buckets, focus_maps, merged, at_start,
+                        fixed.get("reference"))
 
     def finish(step, tree, writer):
         models.save_model(workdir / "model", model, merge_parameters(tree, frozen),
@@ -235,8 +239,8 @@ def _by_rows(encode, mesh):
 def _cached(config, records, model, parameters, encode, source, transform, mesh):
     """What the encoders say of every pair, beside the data set where it can be kept."""
     batches = loader.evaluation_batches(records, transform=transform,
-                                        batch_size=_rows_at_once(config, records, mesh))
-    place = _place(config, records, model, _kept_source(config, model, source)[0])
+                                        batch_size=rows_at_once(config, records, mesh))
+    place = _place(config, records, model, _kept_source(config, model.generator, source)[0])
     if place is None:
         return encoding.cached(_by_rows(encode, mesh), parameters(), batches)
     return encoding_cache.cached(
@@ -245,11 +249,11 @@ def _cached(config, records, model, parameters, encode, source, transform, mesh)
 
 def _stored(config, records, model, source):
     """What `_cached` will find without asking an encoder, or None."""
-    place = _place(config, records, model, _kept_source(config, model, source)[0])
+    place = _place(config, records, model, _kept_source(config, model.generator, source)[0])
     return place and encoding_cache.complete(*place, len(records))
 
 
-def _kept_source(config, model, source):
+def _kept_source(config, generator, source):
     """The source of the similarity that is kept, and whether more is kept than a run looks at.
 
     Of a prepared set everything is kept that any objective of pairs looks at, so that rivals share
@@ -257,15 +261,15 @@ def _kept_source(config, model, source):
     """
     if config.data.source == "toybox" or config.objective in config_rules.SUPERVISED_OBJECTIVES:
         return source, False
-    return source or EncoderSource(model.generator, config.focus.prototypes), True
+    return source or EncoderSource(generator, config.focus.prototypes), True
 
 
-def _kept_encoder(config, model, source, encode):
+def kept_encoder(config, generator, source, encode):
     """`encode`, or what encodes all that is kept where that is more."""
-    source, widened = _kept_source(config, model, source)
+    source, widened = _kept_source(config, generator, source)
     if not widened:
         return encode
-    return encoding.encoder(model.generator, config, source, dpce=True, quality=True)
+    return encoding.encoder(generator, config, source, dpce=True, quality=True)
 
 
 def _place(config, records, model, source):
@@ -291,7 +295,7 @@ def _place(config, records, model, source):
     return path / "encoded" / f"toybox-{name}", key, parts, files
 
 
-def _rows_at_once(config, records, mesh):
+def rows_at_once(config, records, mesh):
     """Pairs that are encoded together; each device has as many as the others."""
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
     size = min(len(records), config.evaluation.batch_size)
