@@ -2,11 +2,15 @@
 
     python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=v5e:4x4 --config.mesh.fsdp=16 \
         --config.mesh.data=1 --config.batch_size=16
+    python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=h100 --config.batch_size=1
     python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py:lora --topology=v6e:2x4 --search
 
-Compiles the run's own step, from shapes alone, for a TPU topology (with libtpu, which
-`pip install 'focusdpo_jax[plan]'` brings) or for this machine's devices, and prints what every chip
-would hold and tell the others. Where the model's files are not here it plans for SDXL's sizes.
+Compiles every program of the run, from shapes alone, for a TPU topology (with libtpu, which
+`pip install 'focusdpo_jax[plan]'` brings), for NVIDIA GPUs (with jax's CUDA plugin, which
+`pip install 'focusdpo_jax[plan-gpu]'` brings, and without a GPU) or for this machine's devices. It prints
+what every chip would hold, exchange with the others and, for TPUs, the time that the compiler estimates. Where
+the model's files are not here it plans for SDXL's sizes. What does not fit is refused with what would make it
+fit, and exit status 2.
 """
 
 import json
@@ -21,20 +25,23 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/sdxl_dpo.py; override fields by "
     "--config.FIELD=VALUE, for example --config.mesh.fsdp=16.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "local", "TPU slice such as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2; or local, this "
-    "machine's devices.")
+    "topology", "local", "TPU slice such as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2; GPUs such as h100:8 (h100, "
+    "h100-pcie, h200, b200, a100-40, a100-80, a6000, l4, l40s, rtx4090, rtx5090, rtx6000pro; more than eight "
+    "are several machines of eight); or local, this machine's devices.")
 _UTILISATION = flags.DEFINE_float(
-    "utilisation", 0.4, "Share of the chip's speed on paper that is expected of it; it decides the "
-    "pairs a second, and nothing else.", lower_bound=0.01, upper_bound=1.0)
+    "utilisation", 0.4, "Share of the chip's speed on paper that is expected of it where no compiler estimates "
+    "time (GPUs); it decides the pairs a second, and nothing else.", lower_bound=0.01, upper_bound=1.0)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and not a table.")
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Try splits into data and fsdp, --batches pairs a chip, and remat off and on, each "
-    "as far as it may fit; recommend what fits, promises most pairs a second and tells other chips "
-    "least.")
+    "search", False, "Try splits into data and fsdp and --batches pairs a chip; where nothing fits also remat, "
+    "cached encoders and no accumulation, in this order. Recommends what fits, promises most pairs a second and "
+    "exchanges least, planned as a whole.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "2", "4"], "Pairs a chip that --search tries.")
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "Compile the policy's update alone, which needs most memory; what the reference "
-    "model's passes tell other chips is then left out.")
+    "quick", False, "Compile the policy's update alone, which is --programs=update.")
+_PROGRAMS = flags.DEFINE_list(
+    "programs", None, "Programs to compile, of update, sampling, encoding, guide, focus maps, probe; all that "
+    "the run has by default.")
 
 
 def main():
@@ -46,16 +53,19 @@ def main():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from focusdpo_jax import config as config_rules
     from focusdpo_jax.errors import UserError
-    from focusdpo_jax.planning import planner
+    from focusdpo_jax.planning import planner, programs, report
     config = _CONFIG.value
     config_rules.validate(config)
     if config.objective not in config_rules.GENERATOR_OBJECTIVES:
         raise UserError(f"config.objective = {config.objective!r}: a plan is for the training of a "
                         f"generator; choose one of {', '.join(config_rules.GENERATOR_OBJECTIVES)}")
-    options = {"utilisation": _UTILISATION.value, "structures": 0 if _QUICK.value else None}
+    options = {"utilisation": _UTILISATION.value}
+    only = ["update"] if _QUICK.value else _PROGRAMS.value
+    unknown = sorted(set(only or ()) - set(programs.NAMES))
+    if unknown:
+        raise UserError(f"--programs={','.join(only)}: {unknown[0]!r} is none of {', '.join(programs.NAMES)}")
     if not _SEARCH.value:
-        found = planner.plan(config, _TOPOLOGY.value, **options)
-        print(json.dumps(found, indent=2) if _JSON.value else planner.table(found))
+        _show(planner.plan(config, _TOPOLOGY.value, only=only, **options))
         return
     try:
         batches = [int(value) for value in _BATCHES.value]
@@ -63,16 +73,33 @@ def main():
         raise UserError(f"--batches={','.join(_BATCHES.value)}: give whole numbers") from error
     quiet = _JSON.value
 
-    def report(found):
+    def show(found):
         if not quiet:
-            print(planner.table(found) if isinstance(found, dict)
+            print(report.table(found) if isinstance(found, dict)
                   else f"refused: {str(found).strip().splitlines()[0][:200]}", flush=True)
 
-    plans = planner.search(config, _TOPOLOGY.value, batches=batches, report=report, **options)
+    plans = planner.search(config, _TOPOLOGY.value, batches=batches, report=show, only=("update",),
+                           **options)
+    best = plans[0] if _QUICK.value else planner.plan_recommended(
+        config, _TOPOLOGY.value, plans[0]["changes"], **options)
     if quiet:
-        print(json.dumps({"recommended": plans[0], "all": plans}, indent=2))
+        print(json.dumps({"recommended": best, "all": plans}, indent=2))
     else:
-        print("\nrecommended:\n" + planner.table(plans[0]))
+        print("\nrecommended: " + " ".join(
+            f"--config.{field}={value}" for field, value in best["changes"].items()))
+        _show(best)
+
+
+def _show(found):
+    """Prints a plan, and refuses what does not fit."""
+    from focusdpo_jax.errors import UserError
+    from focusdpo_jax.planning import report
+    if _JSON.value:
+        print(json.dumps(found, indent=2))
+        return
+    print(report.table(found), flush=True)
+    if found["fits"] is False:
+        raise UserError(f"--topology={_TOPOLOGY.value}: {report.refusal(found)}")
 
 
 if __name__ == "__main__":

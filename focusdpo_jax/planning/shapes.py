@@ -23,8 +23,10 @@ def abstract_step(config, mesh):
       mesh: of devices that may not be there.
 
     Returns:
-      A namespace: task, optimizer, state, batch, key; and encoders, the parameters that the step does
-      not read and a run holds nevertheless, to encode its batches.
+      A namespace: task, optimizer, state, batch, key; encoders, the parameters that the step does not
+      read and a run holds nevertheless, to encode its batches; and for the run's other programs: others,
+      the parameters that the step does not read, whether held or not, generator, objective, source,
+      empty (the empty prompt) and encode.
     """
     config = config_rules.complete(config)
     generator, parameters = models.abstract_model(config, mesh)
@@ -32,26 +34,27 @@ def abstract_step(config, mesh):
     buckets = tasks.focus_buckets(config)
     source, encode = tasks.make_encoder(generator, config, buckets)
     length = generator.config.text_encoder.max_length
-    objective = objectives.Objective(generator, config, np.zeros((2, length), np.int32), source)
+    empty = np.zeros((2, length), np.int32)
+    objective = objectives.Objective(generator, config, empty, source)
     fixed = {"parameters": {part: tree for part, tree in frozen.items()
                             if part in objective.parts}}
     if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
-        fixed["reference"] = _placed(kept, rules.tree_shardings(kept, mesh))
+        fixed["reference"] = placed(kept, rules.tree_shardings(kept, mesh))
     encoded = jax.eval_shape(
         encode, merge_parameters(trainable, frozen), raw_batch(config, generator))
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
     whole = meshes.replicated(mesh)
-    encoders = {} if config.data.cache else {
-        part: tree for part, tree in frozen.items() if part not in objective.parts}
+    others = {part: tree for part, tree in frozen.items() if part not in objective.parts}
     return types.SimpleNamespace(
-        encoders=encoders,
+        encoders={} if config.data.cache else others, others=others, generator=generator,
+        objective=objective, source=source, empty=empty, encode=encode,
         task=types.SimpleNamespace(trainable=trainable, frozen=fixed, guide=objective.guide,
                                    loss=objective.loss, buckets=buckets, mesh=mesh),
-        optimizer=optimizer, state=_placed(state, state_shardings(state, mesh)),
-        batch=_placed(encoded, jax.tree.map(lambda _: meshes.batch_sharding(mesh), encoded)),
-        key=_placed(jax.eval_shape(lambda: jax.random.key(0)), whole))
+        optimizer=optimizer, state=placed(state, state_shardings(state, mesh)),
+        batch=placed(encoded, jax.tree.map(lambda _: meshes.batch_sharding(mesh), encoded)),
+        key=placed(jax.eval_shape(lambda: jax.random.key(0)), whole))
 
 
 def state_shardings(state, mesh):
@@ -68,9 +71,13 @@ def state_shardings(state, mesh):
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def raw_batch(config, generator):
-    """A PreferenceBatch of shapes, of as many subject slots as the data may need."""
-    count, slots = config.batch_size, len(config.data.subject_counts)
+def raw_batch(config, generator, count=None):
+    """A PreferenceBatch of shapes, of as many subject slots as the data may need.
+
+    Args:
+      count: pairs; `config.batch_size` if None.
+    """
+    count, slots = count or config.batch_size, len(config.data.subject_counts)
     side, size = config.resolution, generator.config.image_encoder.image_size
     length = generator.config.text_encoder.max_length
 
@@ -86,7 +93,8 @@ def raw_batch(config, generator):
         index=array(jnp.int32), truth={})
 
 
-def _placed(tree, shardings):
+def placed(tree, shardings):
+    """A tree of shapes with these shardings, a tree or one for all."""
     shardings = (jax.tree.map(lambda _: shardings, tree)
                  if isinstance(shardings, jax.sharding.Sharding) else shardings)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -11,10 +11,11 @@ import tiny
 from etils import epath
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import planner, shapes
+from focusdpo_jax.planning import planner, programs, report, shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import tasks
+from focusdpo_jax.training import operations, tasks
 from focusdpo_jax.training.state import create_state, make_optimizer
+from focusdpo_jax.training.step import compile_step
 
 
 def described(tree):
@@ -45,8 +46,8 @@ def test_encoders_are_held_unless_all_is_encoded_before(tiny_config, cache):
         "vae", "image_encoder", "text_encoder", "text_encoder_2"})
 
 
-def test_a_plan_adds_up(tiny_config):
-    found = planner.plan(tiny_config(), "local")
+def test_a_plan_of_a_whole_run_adds_up(tiny_config):
+    found = planner.plan(tiny_config(evaluation__scenes=4), "local")
     json.dumps(found)
     memory = found["bytes_per_chip"]
     kinds = [size for name, size in memory.items() if name not in ("peak", "limit")]
@@ -55,7 +56,60 @@ def test_a_plan_adds_up(tiny_config):
     assert 0 <= memory["optimizer"] - 2 * memory["trained parameters"] < 100
     assert found["fits"] is None and found["pairs_per_second"] is None
     assert found["flops_per_pair"] > 1e6 and found["compile_seconds"] > 0
-    assert "does NOT fit" not in planner.table(found)
+    assert list(found["programs"]) == list(programs.NAMES) and not found["not_planned"]
+    assert memory["peak"] == max(made["peak"] for made in found["programs"].values())
+    # Encoders lie on the chips while something is drawn, and are cached while it trains.
+    held = {name: made["held"] for name, made in found["programs"].items()}
+    assert held["sampling"] > held["update"]
+    text = report.table(found)
+    assert "does NOT fit" not in text and report.refusal(found) is None
+    assert all(f"\n  {name} " in text for name in programs.NAMES)
+
+
+def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
+    """What is traced for a plan has the run's own products, in the steps and in the sampler."""
+    config = tiny_config()
+    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    planned = {name: operations.count(program.trace()).products
+               for name, program in programs.run_programs(config, mesh)[0].items()}
+    task = tasks.make_task(config, epath.Path(tmp_path))
+    state = create_state(task.trainable, make_optimizer(config), config.ema_decay)
+    step = compile_step(task, make_optimizer(config), task.buckets, state, task.example(), seed=0)
+    assert planned["update"] + planned["guide"] == max(step.products.values())
+
+
+def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(tiny_config, monkeypatch):
+    config = tiny_config(batch_size=1, evaluation__batch_size=64)
+    roomy = planner.plan(config, "local", only=("update", "sampling"))
+    peaks = {name: made["peak"] for name, made in roomy["programs"].items()}
+    limit = (peaks["update"] + peaks["sampling"]) / 2
+    assert peaks["update"] < limit < peaks["sampling"]
+    small = planner.chips.Chip("small", limit, 1e12, 1e11)
+    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    found = planner.plan(config, "local", only=("update", "sampling"))
+    assert found["programs"]["update"]["fits"] and not found["programs"]["sampling"]["fits"]
+    assert found["fits"] is False
+    cure = found["programs"]["sampling"]["cure"]
+    (rows,) = cure["changes"].values()
+    assert list(cure["changes"]) == ["evaluation.batch_size"] and rows < 64
+    assert "sampling does not fit" in report.refusal(found)
+    assert f"give config.evaluation.batch_size = {rows}" in report.refusal(found)
+    assert cure["peak"] <= limit
+
+
+def test_what_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
+    def refuse(*arguments, **options):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(40.00G) exceeds available HBM (15.75G).")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    small = planner.chips.Chip("small", 15.75 * 2**30, 1e12)
+    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    found = planner.plan(tiny_config(), "local", only=("update",))
+    made = found["programs"]["update"]
+    assert (made["fits"], made["peak"], made["needs_at_least"]) == (False, None, 40 * 2**30)
+    assert "the compiler refuses it, it needs more than 42.9 GB" in report.table(found)
 
 
 def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch):
@@ -101,4 +155,26 @@ def test_mistakes_are_one_line(tiny_folder):
 
     result = run("--topology=v9:4x4")
     assert result.returncode == 2
-    assert "error: --topology=v9:4x4: give one of v4, v5e, v5p, v6e with its shape" in result.stderr
+    assert "error: --topology=v9:4x4: give a TPU slice, v4, v5e, v5p, v6e with its sh" in result.stderr
+    result = run("--programs=training")
+    assert result.returncode == 2 and "'training' is none of update, sampling" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "h100:2"])
+def test_a_debug_run_is_planned_as_a_whole(topology):
+    """By the real compilers, which have to be installed."""
+    pytest.importorskip("libtpu" if topology.startswith("v") else "jax_cuda12_plugin",
+                        reason="pip install -e '.[plan,plan-gpu]'")
+    config = tiny.load_config("sdxl_dpo", "debug")
+    found = planner.plan(config, topology)
+    assert found["fits"] and not found["not_planned"]
+    assert found["collectives"]["update"]["all-reduce"]["bytes"] > 0
+    assert 0 < found["pairs_per_second"]
+    update = found["programs"]["update"]["estimate"]
+    if topology.startswith("v"):
+        assert update["unknown_loops"] == 0 and len(update["most_expensive"]) == planner.MOST_EXPENSIVE
+        assert sum(update["kinds"].values()) == update["cycles"]
+    else:
+        assert update["roofline"]["bytes"] > 0 and "the compiler for GPUs estimates no time" in (
+            report.table(found))

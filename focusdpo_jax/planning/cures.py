@@ -1,0 +1,123 @@
+"""What would make a program fit: changes of fields, tried from the cheapest to the dearest."""
+
+import math
+
+from focusdpo_jax.errors import UserError
+
+# What remat leaves of the update's temporaries, at best: a guess that only decides what is compiled.
+_REMAT = 0.2
+# Compilations that one cure may cost.
+_MOST = 3
+
+
+def candidates(config, name, chips):
+    """Changes that may make a program fit, each {field: value}; first each alone, then together.
+
+    Args:
+      config: of the run.
+      name: of the program, one of `programs.NAMES`.
+      chips: how many there are.
+    """
+    shares = chips // max(config.mesh.tensor, 1)
+    if name in ("sampling", "probe"):
+        own = _fewer_rows("evaluation.batch_size", config.evaluation.batch_size, shares)
+    elif name == "focus maps":
+        own = _fewer_rows("evaluation.pictures", config.evaluation.pictures, shares)
+    elif name == "encoding" and config.data.cache:
+        own = _fewer_rows("evaluation.batch_size", config.evaluation.batch_size, shares)
+    else:
+        own = _of_a_step(config, name, shares)
+    divided = [{"mesh.data": chips // (size * config.mesh.tensor), "mesh.fsdp": size}
+               for size in range(2, shares + 1)
+               if shares % size == 0 and size > max(config.mesh.fsdp, 1)]
+    last = [{"accumulate": 1}] if config.accumulate > 1 else []
+    if config.trainable != "lora":
+        last.append({"trainable": "lora", "model.lora_rank": config.model.lora_rank or 32})
+    alone = [*own, *divided, *last]
+    # Together: of each field the furthest, one after the other.
+    together, combined = {}, []
+    for change in (*_furthest(own), *divided[-1:], *last):
+        together = together | change
+        combined.append(together)
+    return [*alone, *(change for change in combined if change not in alone)]
+
+
+def _fewer_rows(field, count, shares):
+    """Smaller values of a field, and one row for each chip where all chips do all rows now."""
+    options = [{field: shares}] if shares > 1 and count % shares else []
+    while count > 1:
+        count //= 2
+        options.append({field: count})
+    return options
+
+
+def _of_a_step(config, name, shares):
+    options = []
+    if name == "update" and not config.model.remat:
+        options.append({"model.remat": True})
+    if not config.data.cache:
+        options.append({"data.cache": True})
+    size, accumulate = config.batch_size, config.accumulate
+    while size % (2 * shares) == 0:
+        # As many pairs an update of the parameters as before.
+        size, accumulate = size // 2, accumulate * 2
+        options.append({"batch_size": size, "accumulate": accumulate})
+    return options
+
+
+def _furthest(options):
+    """Of changes that name the same fields the last, in the order of their first."""
+    return {tuple(change): change for change in options}.values()
+
+
+def find(options, made, limit, try_out):
+    """The first of some changes with which a program fits; it is compiled with them.
+
+    Args:
+      options: of `candidates`.
+      made: what `planner.plan` says of the program as it is.
+      limit: bytes of a chip.
+      try_out: from changes to (bytes held, rows a chip, function that compiles it and returns the peak
+        or None where the compiler refuses it).
+
+    Returns:
+      {"changes": {field: value}, "peak": bytes}, or None.
+    """
+    compiled = 0
+    for changes in options:
+        try:
+            held, rows, peak_of = try_out(changes)
+        except UserError:  # A mesh or a batch that cannot be.
+            continue
+        temporaries = made["temporaries"]
+        if temporaries is None:
+            guess = held
+        else:
+            scale = rows / made["rows_per_chip"] * (_REMAT if changes.get("model.remat") else 1)
+            guess = held + temporaries * scale
+        if guess > limit:
+            continue
+        peak, compiled = peak_of(), compiled + 1
+        if (peak if peak is not None else math.inf) <= limit:
+            return {"changes": changes, "peak": peak}
+        if compiled == _MOST:
+            break
+    return None
+
+
+def in_words(name, made, limit):
+    """One sentence on a program that does not fit."""
+    if made["peak"] is None:
+        needs = "the compiler refuses it"
+        if made["needs_at_least"]:
+            needs += f", it needs more than {made['needs_at_least'] / 1e9:.1f} GB"
+    else:
+        needs = f"it needs {made['peak'] / 1e9:.1f} GB"
+    needs += f" of the chip's {limit / 1e9:.1f} GB"
+    cure = made.get("cure")
+    if not cure:
+        return (f"{name} does not fit: {needs}; nothing that was tried makes it fit: take more chips or a "
+                "smaller config.resolution")
+    fields = ", ".join(f"config.{field} = {value!r}" for field, value in cure["changes"].items())
+    peak = f" ({cure['peak'] / 1e9:.1f} GB)" if cure["peak"] else ""
+    return f"{name} does not fit: {needs}; give {fields}{peak}"

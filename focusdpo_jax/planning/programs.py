@@ -1,0 +1,193 @@
+"""The programs of a whole run, and what lies on the chips while each of them runs.
+
+They are the run's own functions, traced from shapes: encoding, the two halves of a step, and what is
+drawn and looked at in between and at the end.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from focusdpo_jax import compiling
+from focusdpo_jax.evaluation.generate import make_generate
+from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
+from focusdpo_jax.models.generator import merge_parameters
+from focusdpo_jax.planning import shapes
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import tasks
+from focusdpo_jax.training.step import trace_step
+from focusdpo_jax.training.tracing import traced_for
+
+# Without a device XLA cannot try out tile sizes of its own kernels for matrix products, and for some finds
+# none: cuBLAS's are taken.
+_ON_ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
+# In the order in which they are compiled: what most often decides comes first.
+NAMES = ("update", "sampling", "encoding", "guide", "focus maps", "probe")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunProgram:
+    """One program of a run.
+
+    Attributes:
+      name: one of `NAMES`.
+      when: what of a run it is.
+      trace: () -> `jax.stages.Traced`.
+      held: {kind: tree of shapes with shardings} of all that lies on the chips while it runs, its
+        arguments included.
+      options: for the compiler.
+      field: of the configuration that says how many rows it takes, and `rows`, how many.
+      rows_per_chip: of these, how many each chip has.
+    """
+
+    name: str
+    when: str
+    trace: Callable[[], jax.stages.Traced]
+    held: Mapping[str, Any]
+    options: Mapping[str, Any]
+    field: str
+    rows: int
+    rows_per_chip: int
+
+
+def run_programs(config, mesh):
+    """({name: RunProgram} of a run, [function that traces a guide, for every structure]).
+
+    Of a run's guides, and of what looks at their focus maps, the one with most terms stands for all;
+    they differ in what is done with the reference model's pass, which takes most memory.
+
+    Args:
+      config: of a generator's objective, complete.
+      mesh: of devices that may not be there.
+    """
+    step = shapes.abstract_step(config, mesh)
+    guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state, step.batch,
+                                step.key, ema_decay=config.ema_decay)
+    fullest = max(guides, key=lambda structure: sum(dataclasses.astuple(structure.weight)))
+    frozen = dict(step.task.frozen)
+    resident = {
+        "frozen parameters": frozen["parameters"], "encoders": step.encoders,
+        "reference": frozen.get("reference", {}),
+        "trained parameters": (step.state.trainable, step.state.average),
+        "optimizer": step.state.optimizer,
+        # This one, and the next, which is made while this one is trained on.
+        "batch": (step.batch, step.batch)}
+    drawing = resident | {"encoders": step.others}
+    platform = mesh.devices.flat[0].platform
+    networks = compiling.networks_on(platform)
+    found, shares = {}, math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+
+    absent = platform == "gpu" and mesh.devices.flat[0] not in jax.devices()
+
+    def add(name, when, trace, held, field, rows, options=networks):
+        found[name] = RunProgram(
+            name, when, trace, held, {**options, **(_ON_ABSENT_GPU if absent else {})}, field, rows,
+            rows // shares if rows % shares == 0 else rows)
+
+    add("update", "of every batch", update, resident, "batch_size", config.batch_size)
+    add("guide", "of every batch", guides[fullest], resident, "batch_size", config.batch_size)
+
+    # Of encoding: over the data before training, or of every batch; and of scenes to draw.
+    evaluated, encode = config.evaluation.batch_size, step.encode
+    if config.data.cache:
+        encode = tasks.kept_encoder(config, step.generator, step.source, encode)
+        size = config.data.train_size if config.data.source == "toybox" else evaluated
+        rows = tasks.rows_at_once(config, range(size), mesh)
+        add("encoding", "once over the data", functools.partial(
+            _trace_encoding, config, mesh, step, encode, rows),
+            drawing | {"batch": {}, "inputs": _raw(config, mesh, step, rows)},
+            "evaluation.batch_size", rows)
+    else:
+        rows = config.batch_size
+        add("encoding", "of every batch", functools.partial(
+            _trace_encoding, config, mesh, step, encode, rows),
+            resident | {"batch": step.batch, "inputs": _raw(config, mesh, step, rows)},
+            "batch_size", rows)
+
+    scenes = config.evaluation.scenes if config.data.source == "toybox" else 0
+    if config.evaluation.pictures or scenes:
+        inputs = _drawn(config, mesh, step)
+        add("sampling", "of every sample", functools.partial(_trace_sampling, config, mesh, step, inputs),
+            drawing | {"inputs": inputs}, "evaluation.batch_size", evaluated)
+    if config.evaluation.pictures:
+        rows = config.evaluation.pictures
+        pairs = shapes.placed(_encoded(config, step, rows), _rows_sharding(mesh, rows))
+        add("focus maps", "of every sample", functools.partial(
+            _trace_maps, mesh, step, fullest, pairs), resident | {"inputs": pairs},
+            "evaluation.pictures", rows, compiling.FAST_TO_COMPILE)
+    if scenes:
+        side = config.resolution
+        pixels = jax.ShapeDtypeStruct((evaluated, side, side, 3), jnp.float32)
+        probe = Probe(TOYBOX)
+        weights = jax.eval_shape(probe.init, jax.random.key(0), pixels)["params"]
+        one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+        arguments = shapes.placed((weights, pixels), one)
+        add("probe", "at the end", lambda: jax.jit(lambda p, x: read(probe.apply({"params": p}, x))).trace(
+            *arguments), resident | {"inputs": arguments}, "evaluation.batch_size", evaluated, {})
+    return {name: found[name] for name in NAMES if name in found}, list(guides.values())
+
+
+def _first_of(buckets, structure):
+    return next(name for name, (other, _) in buckets.items() if other == structure)
+
+
+def _rows_sharding(mesh, rows):
+    """Where `meshes.shard_rows` puts so many rows."""
+    shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+    return meshes.replicated(mesh) if rows % shares else meshes.batch_sharding(mesh)
+
+
+def _raw(config, mesh, step, rows):
+    return shapes.placed(shapes.raw_batch(config, step.generator, rows), _rows_sharding(mesh, rows))
+
+
+def _at_start(step):
+    """The parameters that encoding reads."""
+    return merge_parameters(step.task.frozen.get("reference", {}),
+                            step.task.frozen["parameters"] | step.others)
+
+
+def _encoded(config, step, rows):
+    """EncodedPairs of so many scenes, as shapes."""
+    return jax.eval_shape(step.encode, _at_start(step), shapes.raw_batch(config, step.generator, rows))
+
+
+def _drawn(config, mesh, step):
+    """What the sampler takes besides parameters."""
+    rows = config.evaluation.batch_size
+    scenes = _encoded(config, step, rows)
+    noise = jax.ShapeDtypeStruct((rows, *step.generator.latent_shape(config.resolution)), jnp.float32)
+    return shapes.placed((scenes.token_ids, scenes.time_ids, scenes.references, scenes.present, noise),
+                         _rows_sharding(mesh, rows))
+
+
+def _unjitted(function):
+    """What a run jits for this machine's devices."""
+    return function.__wrapped__
+
+
+def _trace_encoding(config, mesh, step, encode, rows):
+    with traced_for(mesh):
+        return jax.jit(_unjitted(encode)).trace(_at_start(step), _raw(config, mesh, step, rows))
+
+
+def _trace_sampling(config, mesh, step, inputs):
+    generate = make_generate(
+        step.generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
+        negative_token_ids=step.empty)
+    parameters = merge_parameters(
+        step.state.evaluated, step.task.frozen["parameters"] | step.others)
+    with traced_for(mesh):
+        return jax.jit(_unjitted(generate)).trace(parameters, *inputs)
+
+
+def _trace_maps(mesh, step, structure, pairs):
+    numbers = step.task.buckets[_first_of(step.task.buckets, structure)][1]
+    with traced_for(mesh):
+        return jax.jit(step.objective.focus_maps, static_argnums=0).trace(
+            structure, step.task.frozen, pairs, numbers, step.key)

@@ -1,0 +1,75 @@
+"""What does not fit is refused with the field that makes it fit, once that has been compiled."""
+
+import pytest
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.planning import cures
+
+
+def made(**changes):
+    return {"temporaries": 8e9, "peak": 20e9, "rows_per_chip": 4, "needs_at_least": None} | changes
+
+
+def trial(peaks, held=10e9, rows=None):
+    """try_out of `cures.find`, and the changes that were compiled."""
+    compiled = []
+
+    def try_out(changes):
+        if changes.get("mesh.fsdp") == 3:
+            raise UserError("no such mesh")
+        count = next((v for k, v in changes.items() if k in ("evaluation.batch_size", "batch_size")), 4)
+
+        def peak():
+            compiled.append(changes)
+            return peaks(changes)
+
+        return held, rows or count, peak
+
+    return try_out, compiled
+
+
+def test_the_first_that_fits_when_compiled():
+    try_out, compiled = trial(lambda changes: 10e9 + 3e9 * changes["evaluation.batch_size"])
+    options = [{"evaluation.batch_size": 2}, {"evaluation.batch_size": 1}]
+    # In proportion two rows would fit; compiled they do not.
+    assert cures.find(options, made(), 15e9, try_out) == {
+        "changes": {"evaluation.batch_size": 1}, "peak": 13e9}
+    assert compiled == options
+
+
+def test_nothing_hopeless_is_compiled():
+    try_out, compiled = trial(lambda changes: 1e9)
+    assert cures.find([{"evaluation.batch_size": 2}], made(), 11e9, try_out) is None
+    assert cures.find([{"mesh.fsdp": 3}], made(), 100e9, try_out) is None
+    assert not compiled
+
+
+def test_what_the_compiler_refused_is_tried_at_most_three_times():
+    try_out, compiled = trial(lambda changes: None)
+    options = [{"batch_size": n} for n in (8, 4, 2, 1)]
+    assert cures.find(options, made(temporaries=None, peak=None), 15e9, try_out) is None
+    assert len(compiled) == 3
+
+
+def test_candidates_begin_with_what_costs_least(tiny_config):
+    config = tiny_config(evaluation__batch_size=4, accumulate=4, batch_size=8)
+    assert cures.candidates(config, "sampling", 1)[:2] == [
+        {"evaluation.batch_size": 2}, {"evaluation.batch_size": 1}]
+    config.data.cache = False
+    first, second, third, *others = cures.candidates(config, "update", 2)
+    assert (first, second) == ({"model.remat": True}, {"data.cache": True})
+    # Updates of as many pairs as before.
+    assert third == {"batch_size": 4, "accumulate": 8}
+    assert {"mesh.data": 1, "mesh.fsdp": 2} in others and {"accumulate": 1} in others
+    # Four chips that would draw the same three pictures each draw one of four.
+    config = tiny_config(evaluation__batch_size=3)
+    assert cures.candidates(config, "sampling", 4)[0] == {"evaluation.batch_size": 4}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"cure": {"changes": {"evaluation.batch_size": 1}, "peak": 13e9}},
+     "it needs 20.0 GB of the chip's 16.0 GB; give config.evaluation.batch_size = 1 (13.0 GB)"),
+    ({"cure": None}, "nothing that was tried makes it fit: take more chips"),
+    ({"peak": None, "needs_at_least": 40e9}, "the compiler refuses it, it needs more than 40.0 GB")])
+def test_words(changes, message):
+    assert message in cures.in_words("sampling", made(**changes), 16e9)
