@@ -40,6 +40,10 @@ FETCH = (
     "the same. Give config.model.pretrained=DIR of a folder that has them, or "
     "config.model.image_encoder, config.model.adapter and config.model.tokenizer where they lie "
     "elsewhere.")
+# Which of IP-Adapter's releases belong together.
+PAIRS = ("Of h94/IP-Adapter, sdxl_models/ip-adapter*_vit-h.safetensors were trained with "
+         "models/image_encoder, and sdxl_models/ip-adapter_sdxl.safetensors with "
+         "sdxl_models/image_encoder.")
 # A repository, and perhaps a path in it.
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?$")
 
@@ -147,9 +151,29 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
     index = folder / "model_index.json"
     # What diffusers takes for granted where the file is silent.
     zeros = not index.exists() or _read_json(index).get("force_zeros_for_empty_prompt", True)
-    return GeneratorConfig(
-        **parts, adapter=adapter_config(adapter or folder / ADAPTER, parts),
-        zero_empty_prompt=zeros, **noise)
+    return generator_config(parts, adapter or folder / ADAPTER, folders["image_encoder"],
+                            zero_empty_prompt=zeros, **noise)
+
+
+def generator_config(parts, adapter, image_encoder, **others):
+    """The `GeneratorConfig` of parts and a subject adapter.
+
+    Args:
+      parts: {part: configuration} of all parts but the adapter.
+      adapter: path of an IP-Adapter file, which need not exist; see `adapter_config`.
+      image_encoder: folder of the image encoder.
+      others: the other fields.
+
+    Raises:
+      UserError: the adapter was trained with another image encoder or another UNet.
+    """
+    read = adapter_config(adapter, parts)
+    try:
+        return GeneratorConfig(**parts, adapter=read, **others)
+    except UserError as error:
+        raise UserError(f"{adapter} does not fit the model with the image encoder {image_encoder}: "
+                        f"{error}. {PAIRS} Set config.model.adapter and config.model.image_encoder "
+                        "to two that belong together.") from error
 
 
 def read_part_config(folder, part):
@@ -170,9 +194,8 @@ def adapter_config(file, parts):
                                 output_dim=parts["unet"].cross_attention_dim, dropped="blank")
 
 
-def load_part(folder, part, example, *, adapter=None, image_encoder=None, variant=None,
-              dtype=None, sharding=None):
-    """Reads one part, tensor by tensor.
+def open_part(folder, part, example, *, adapter=None, image_encoder=None, variant=None):
+    """Finds the tensors of one part and checks names and shapes; only headers are read.
 
     The image branch of the UNet comes from the IP-Adapter file. Without one it starts as a copy
     of the projections of the text, as IP-Adapter's own training does.
@@ -182,6 +205,32 @@ def load_part(folder, part, example, *, adapter=None, image_encoder=None, varian
       example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s, without "params".
       adapter, image_encoder: see `load_config`.
       variant: see `weight_files`.
+
+    Returns:
+      {path in `stacking.split(example)`: LazyTensor}, for `tensor_file.load`; None for "adapter"
+      where there is no such file.
+
+    Raises:
+      UserError: a file is damaged, or tensors are missing, unexpected or of another shape; it names
+        all of them.
+    """
+    file = epath.Path(adapter or epath.Path(folder) / ADAPTER)
+    if part == "adapter":
+        return open_adapter(file, example) if file.exists() else None
+    folder = part_folders(folder, image_encoder)[part]
+    tensors = read_tensors(folder, part, variant)
+    if part == "unet" and file.exists():
+        tensors |= ip_adapter.to_diffusers(tensor_file.read(file)[0], example, str(file))[0]
+    elif part == "unet":
+        tensors |= ip_adapter.fresh_branch(tensors, example)
+    return pytorch_names.fit(tensors, example, str(folder))
+
+
+def load_part(folder, part, example, *, dtype=None, sharding=None, **files):
+    """Reads one part, tensor by tensor.
+
+    Args:
+      folder, part, example, files: see `open_part`.
       dtype: of every leaf, or a tree of types like `example`; None leaves the file's.
       sharding: of every leaf, or a tree of shardings like `example`. Each process reads all of a
         tensor and keeps its own shards.
@@ -191,19 +240,9 @@ def load_part(folder, part, example, *, adapter=None, image_encoder=None, varian
       "adapter" where there is no such file.
 
     Raises:
-      UserError: naming every tensor that is missing, unexpected or of another shape.
+      UserError: see `open_part`.
     """
-    file = epath.Path(adapter or epath.Path(folder) / ADAPTER)
-    place = tensor_file.placement(dtype, sharding)
-    if part == "adapter":
-        return load_adapter(file, example, place) if file.exists() else None
-    folder = part_folders(folder, image_encoder)[part]
-    tensors = read_tensors(folder, part, variant)
-    if part == "unet" and file.exists():
-        tensors |= ip_adapter.to_diffusers(tensor_file.read(file)[0], example, str(file))[0]
-    elif part == "unet":
-        tensors |= ip_adapter.fresh_branch(tensors, example)
-    return pytorch_names.to_flax(tensors, example, str(folder), place)
+    return tensor_file.load(open_part(folder, part, example, **files), example, dtype, sharding)
 
 
 def read_tensors(folder, part, variant=None):
@@ -214,10 +253,10 @@ def read_tensors(folder, part, variant=None):
     return tensors
 
 
-def load_adapter(file, example, place):
-    """The subject adapter of an IP-Adapter file; see `pytorch_names.to_flax`."""
+def open_adapter(file, example):
+    """The tensors of the subject adapter of an IP-Adapter file; see `pytorch_names.fit`."""
     tensors = ip_adapter.image_projection(tensor_file.read(file)[0])
-    return pytorch_names.to_flax(tensors, example, str(file), place)
+    return pytorch_names.fit(tensors, example, str(file))
 
 
 def save_part(folder, part, parameters, config, resolution):

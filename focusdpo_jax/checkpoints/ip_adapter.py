@@ -14,7 +14,7 @@ import re
 import flax.traverse_util
 import numpy as np
 
-from focusdpo_jax.checkpoints import pytorch_names
+from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
@@ -85,7 +85,7 @@ def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
 
 
 def image_projection(tensors):
-    """The subject adapter's tensors of a file, under diffusers' names."""
+    """The subject adapter's tensors of a file under diffusers' names; none of them is read."""
     adapter = {}
     for theirs, value in tensors.items():
         if not theirs.startswith(_PROJECTION):
@@ -93,8 +93,9 @@ def image_projection(tensors):
         name = theirs.removeprefix(_PROJECTION)
         layer = _LAYER.match(name)
         if layer and layer[2] == "0.to_kv":
-            adapter[f"{layer[1]}.attn.to_k.weight"], adapter[f"{layer[1]}.attn.to_v.weight"] = (
-                np.split(np.asarray(value), 2))
+            both, half = tensor_file.LazyTensor.of(value), value.shape[0] // 2
+            adapter[f"{layer[1]}.attn.to_k.weight"] = both.map(lambda x, n=half: x[:n])
+            adapter[f"{layer[1]}.attn.to_v.weight"] = both.map(lambda x, n=half: x[n:])
             continue
         if layer and layer[2] in _RESAMPLER:
             name = f"{layer[1]}.{_RESAMPLER[layer[2]]}.{layer[3]}"

@@ -22,12 +22,15 @@ def save_part(folder, name, tree):
                       traverse_util.flatten_dict(stacking.split(tree), sep="/"))
 
 
-def load_part(folder, name, example=None, *, dtype=None, sharding=None):
-    """Reads one part, tensor by tensor, or returns None where the folder has no such file.
+def open_part(folder, name, example=None):
+    """Finds the tensors of one part and checks names and shapes; only the header is read.
 
     Args:
-      example: a tree of the shapes that are expected; what lies in the file must match it.
-      dtype, sharding: see `tensor_file.placement`.
+      example: a tree of the shapes that are expected, which the file must match; None takes what it
+        has.
+
+    Returns:
+      {path in `stacking.split(example)`: LazyTensor}; None where the folder has no such file.
 
     Raises:
       UserError: the file cannot be read, or tensors are missing, unexpected or of another shape.
@@ -45,9 +48,23 @@ def load_part(folder, name, example=None, *, dtype=None, sharding=None):
                   if k in tensors and tensors[k].shape != expected[k]]
         if wrong:
             raise UserError(f"{path} does not fit model.json: {'; '.join(wrong)}.")
-    found = {tuple(key.split("/")): tensor for key, tensor in tensors.items()}
-    template = traverse_util.unflatten_dict(found) if example is None else example
-    return stacking.join(found, template, place=tensor_file.placement(dtype, sharding))
+    return {tuple(key.split("/")): tensor for key, tensor in tensors.items()}
+
+
+def load_part(folder, name, example=None, *, dtype=None, sharding=None):
+    """Reads one part, tensor by tensor, or returns None where the folder has no such file.
+
+    Args:
+      folder, name, example: see `open_part`.
+      dtype, sharding: see `tensor_file.placement`.
+
+    Raises:
+      UserError: see `open_part`.
+    """
+    opened = open_part(folder, name, example)
+    if example is None and opened is not None:
+        example = traverse_util.unflatten_dict(opened)
+    return tensor_file.load(opened, example, dtype, sharding)
 
 
 def save_config(folder, config):

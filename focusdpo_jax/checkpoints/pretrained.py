@@ -12,7 +12,7 @@ import dataclasses
 
 from etils import epath
 
-from focusdpo_jax.checkpoints import diffusers_folder, model_folder, single_file
+from focusdpo_jax.checkpoints import diffusers_folder, model_folder, single_file, tensor_file
 from focusdpo_jax.errors import UserError
 
 _OWN = "toybox"  # Ships with this package.
@@ -72,18 +72,28 @@ class Pretrained:
             own = diffusers_folder.weight_files(folders[part], part)
         return own + adapter if part == "unet" else own  # Its image branch is the adapter's.
 
-    def load_part(self, part, example, *, config, dtype=None, sharding=None):
-        """Reads one part, or returns None where it has to be made; `config` is that of `config()`.
+    def open_part(self, part, example, *, config):
+        """Checks the headers of one part's files; None where the part has to be made.
 
-        See `diffusers_folder.load_part` for the other arguments and errors.
+        Args:
+          config: that of `config()`.
+
+        See `diffusers_folder.open_part` for the other arguments and errors.
         """
-        how = {"dtype": dtype, "sharding": sharding}
         if self.layout is model_folder:
-            return model_folder.load_part(self.path, part, example, **how)
+            return model_folder.open_part(self.path, part, example)
         if self.layout is single_file:
-            return single_file.load_part(self.path, part, example, getattr(config, part),
-                                         **self._pieces, **how)
-        return diffusers_folder.load_part(self.path, part, example, **self._pieces, **how)
+            return single_file.open_part(self.path, part, example, getattr(config, part),
+                                         **self._pieces)
+        return diffusers_folder.open_part(self.path, part, example, **self._pieces)
+
+    def load_part(self, part, example, *, config, dtype=None, sharding=None):
+        """Reads one part, or returns None where it has to be made.
+
+        See `open_part` and `tensor_file.placement` for the arguments and errors.
+        """
+        return tensor_file.load(
+            self.open_part(part, example, config=config), example, dtype, sharding)
 
 
 def is_model(path):

@@ -9,11 +9,13 @@ stored as [out, in, h, w], a norm's `scale` and an embedding table are stored as
 `weight`. The exceptions are listed in `_RENAMED`, and IP-Adapter's own layout has a function.
 """
 
+import functools
 import re
 
 import flax.traverse_util
 import numpy as np
 
+from focusdpo_jax.checkpoints import tensor_file
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 
@@ -75,15 +77,30 @@ def to_flax(tensors, template, source="checkpoint", place=stacking.as_it_is):
     """Names and lays out PyTorch tensors as our parameter tree.
 
     Args:
-      tensors: dict from PyTorch name to numpy array or `tensor_file.LazyTensor`, which is read
-        only when everything fits, one after the other.
-      template: the tree expected, of arrays or `jax.ShapeDtypeStruct`s (see `jax.eval_shape`),
-        without the outer "params".
-      source: what to call the file in a message.
+      tensors, template, source: see `fit`; tensors are read only when all of them fit, one after
+        the other.
       place: function of a path and a numpy array in our layout; the leaf is what it returns.
 
     Returns:
       A tree like `template`; by itself of numpy arrays in the types of `tensors`.
+
+    Raises:
+      UserError: naming every tensor that is missing, unexpected or of another shape.
+    """
+    return stacking.join(fit(tensors, template, source), template, place=place)
+
+
+def fit(tensors, template, source="checkpoint"):
+    """Finds the tensor of every parameter by names and shapes alone; no tensor is read.
+
+    Args:
+      tensors: dict from PyTorch name to numpy array or `tensor_file.LazyTensor`.
+      template: the tree expected, of arrays or `jax.ShapeDtypeStruct`s (see `jax.eval_shape`),
+        without the outer "params".
+      source: what to call the file in a message.
+
+    Returns:
+      {path in `stacking.split(template)`: LazyTensor in our order of axes}.
 
     Raises:
       UserError: naming every tensor that is missing, unexpected or of another shape.
@@ -104,12 +121,12 @@ def to_flax(tensors, template, source="checkpoint", place=stacking.as_it_is):
         if tensors[name].shape != shape:
             misshaped.append(f"{name} is {tensors[name].shape}, not {shape}")
             continue
-        found[path] = tensors[name], np.argsort(axes)
+        found[path] = tensor_file.LazyTensor.of(tensors[name]).map(
+            functools.partial(np.transpose, axes=np.argsort(axes)))
     unexpected = sorted(set(tensors) - {torch_name(path) for path in expected})
     require_fit(source, {"missing": missing, "unexpected": unexpected,
                          "of another shape": misshaped})
-    return stacking.join(
-        found, template, lambda pair: np.transpose(np.asarray(pair[0]), pair[1]), place)
+    return found
 
 
 def require_fit(source, problems):

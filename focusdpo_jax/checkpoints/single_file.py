@@ -16,7 +16,6 @@ from focusdpo_jax.checkpoints import (
 )
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.clip import CLIPTextConfig
-from focusdpo_jax.models.generator import GeneratorConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
 
@@ -37,7 +36,7 @@ def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None):
       adapter: an IP-Adapter file; None is a new adapter.
 
     Raises:
-      UserError: something is missing or damaged.
+      UserError: something is missing or damaged, or does not fit the rest.
     """
     path = epath.Path(path)
     missing = [f"config.model.{field}" for field, folder
@@ -51,13 +50,11 @@ def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None):
         raise UserError(f"{path} needs {', '.join(missing)}. {diffusers_folder.FETCH}")
     parts = SDXL | {"image_encoder": diffusers_folder.read_part_config(
         epath.Path(image_encoder), "image_encoder")}
-    return GeneratorConfig(**parts, adapter=diffusers_folder.adapter_config(adapter, parts),
-                           zero_empty_prompt=True)
+    return diffusers_folder.generator_config(parts, adapter, image_encoder, zero_empty_prompt=True)
 
 
-def load_part(path, part, example, config, *, adapter=None, image_encoder=None, dtype=None,
-              sharding=None):
-    """Reads one part, tensor by tensor.
+def open_part(path, part, example, config, *, adapter=None, image_encoder=None):
+    """Finds the tensors of one part and checks names and shapes; only headers are read.
 
     Args:
       path: the file.
@@ -67,21 +64,20 @@ def load_part(path, part, example, config, *, adapter=None, image_encoder=None, 
       adapter: path of an IP-Adapter file for the UNet's image branch, which otherwise starts as a
         copy of the text's projections.
       image_encoder: folder of the image encoder.
-      dtype, sharding: see `tensor_file.placement`.
 
     Returns:
-      A tree like `example`; None for "adapter" without such a file.
+      {path in `stacking.split(example)`: LazyTensor}, for `tensor_file.load`; None for "adapter"
+      without such a file.
 
     Raises:
       UserError: naming every tensor that is missing, unexpected or of another shape. Missing ones
         are called by diffusers' names.
     """
-    place = tensor_file.placement(dtype, sharding)
     if part == "adapter":
-        return None if adapter is None else diffusers_folder.load_adapter(adapter, example, place)
+        return None if adapter is None else diffusers_folder.open_adapter(adapter, example)
     if part == "image_encoder":
         tensors = diffusers_folder.read_tensors(image_encoder, part)
-        return pytorch_names.to_flax(tensors, example, str(image_encoder), place)
+        return pytorch_names.fit(tensors, example, str(image_encoder))
     tensors, _ = tensor_file.read(path)
     pytorch_names.require_fit(str(path), {"unexpected": original_names.foreign(tensors)})
     found = original_names.to_diffusers(tensors, pytorch_names.names(example), part, config)
@@ -90,4 +86,21 @@ def load_part(path, part, example, config, *, adapter=None, image_encoder=None, 
         found |= ip_adapter.to_diffusers(projections, example, str(adapter))[0]
     elif part == "unet":
         found |= ip_adapter.fresh_branch(found, example)
-    return pytorch_names.to_flax(found, example, f"{path}, {part},", place)
+    return pytorch_names.fit(found, example, f"{path}, {part},")
+
+
+def load_part(path, part, example, config, *, dtype=None, sharding=None, **files):
+    """Reads one part, tensor by tensor.
+
+    Args:
+      path, part, example, config, files: see `open_part`.
+      dtype, sharding: see `tensor_file.placement`.
+
+    Returns:
+      A tree like `example`; None for "adapter" without such a file.
+
+    Raises:
+      UserError: see `open_part`.
+    """
+    return tensor_file.load(
+        open_part(path, part, example, config, **files), example, dtype, sharding)

@@ -16,6 +16,7 @@ from etils import epath
 from flax import traverse_util
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 
 _TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -37,6 +38,11 @@ class LazyTensor:
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self._read = read
+
+    @classmethod
+    def of(cls, value):
+        """A numpy array as a `LazyTensor`; one that already is stays what it is."""
+        return value if isinstance(value, cls) else cls(value.shape, value.dtype, lambda: value)
 
     def __array__(self, dtype=None, copy=None):
         value = self._read()
@@ -75,7 +81,8 @@ def read(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}).") from error
+        raise UserError(f"{path} is not a readable safetensors file ({error}). It is damaged or "
+                        "incomplete: fetch or copy it again.") from error
     return tensors, metadata
 
 
@@ -119,6 +126,22 @@ def placement(dtype=None, sharding=None):
         return array.block_until_ready()
 
     return place
+
+
+def load(opened, example, dtype=None, sharding=None):
+    """Reads the tensors of an opened part, one after the other.
+
+    Args:
+      opened: {path in `stacking.split(example)`: LazyTensor}, or None.
+      example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s.
+      dtype, sharding: see `placement`.
+
+    Returns:
+      A tree like `example`; None where nothing was opened.
+    """
+    if opened is None:
+        return None
+    return stacking.join(opened, example, place=placement(dtype, sharding))
 
 
 def write(path, tensors, metadata=None):

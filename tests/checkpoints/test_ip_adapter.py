@@ -47,7 +47,7 @@ def test_the_way_back():
     np.testing.assert_array_equal(unet[name], -2.0)
     assert len(unet) == 8
     assert adapter["layers.0.attn.to_v.weight"].shape == (4, 2)
-    assert np.all(adapter["layers.0.attn.to_v.weight"] == 3.0)
+    assert np.all(np.asarray(adapter["layers.0.attn.to_v.weight"]) == 3.0)
     assert "layers.0.ff.1.net.2.weight" in adapter
 
 
