@@ -13,7 +13,13 @@ from flax import traverse_util
 
 from focusdpo_jax import compiling
 from focusdpo_jax import config as config_rules
-from focusdpo_jax.checkpoints import model_folder, pretrained, published, single_file
+from focusdpo_jax.checkpoints import (
+    model_folder,
+    pretrained,
+    published,
+    single_file,
+    tensor_file,
+)
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
@@ -21,6 +27,10 @@ from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, Generator
 from focusdpo_jax.models.tokenizer import Tokenizer
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes, rules
+from focusdpo_jax.training.part_shapes import part_shapes
+
+# Fields of config.model that name files.
+_FILES = ("pretrained", "adapter", "image_encoder", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +75,15 @@ def stored_type(config, path, shape):
     return jnp.bfloat16
 
 
+def generator_config(config):
+    """The `GeneratorConfig` of a configuration, from the configuration files of its model.
+
+    Raises:
+      UserError: files are missing or damaged, or parts do not fit together.
+    """
+    return _open(config_rules.complete(config))[1]
+
+
 def load_model(config, place=None):
     """Reads `config.model.pretrained`, or makes a model of `config.model.sizes` at random.
 
@@ -78,7 +97,8 @@ def open_model(config):
     """The model of a configuration without its generator's parameters, which are not read.
 
     Raises:
-      UserError: the folder or one of its files is missing, damaged or of other sizes.
+      UserError: the folder or one of its files is missing, damaged or of other sizes, or the
+        vocabulary is not that of the text encoders.
     """
     config = config_rules.complete(config)
     source, sizes, _ = _open(config)
@@ -86,8 +106,14 @@ def open_model(config):
     length = sizes.text_encoder.max_length
     if source is None:
         return Model(generator, {}, Tokenizer.of_words(toybox.vocabulary(), length), None)
-    return Model(generator, {}, Tokenizer(source.tokenizer, length),
-                 model_folder.load_part(source.path, "probe"))
+    tokenizer = Tokenizer(source.tokenizer, length)
+    # The end of a text is the last word of a vocabulary.
+    words = int(tokenizer("").max()) + 1
+    known = min(sizes.text_encoder.vocab_size, sizes.text_encoder_2.vocab_size)
+    if words > known:
+        raise UserError(f"{source.tokenizer} has a vocabulary of {words}, and the text encoders read "
+                        f"{known}: set config.model.tokenizer to the one that they were trained with")
+    return Model(generator, {}, tokenizer, model_folder.load_part(source.path, "probe"))
 
 
 def load_parts(config, parts, place=None):
@@ -118,15 +144,13 @@ def load_parts(config, parts, place=None):
             continue
         init = functools.partial(generator.init_part, part)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        shapes = traverse_util.flatten_dict(jax.eval_shape(init, key))
+        shapes = part_shapes(sizes, part)
         types = {path: stored_type(config, (part, *path), leaf.shape)
                  for path, leaf in shapes.items()}
-        published = {p: v for p, v in shapes.items()
-                     if stored or p[-1] not in ("lora_a", "lora_b")}
         shardings = {path: place and place((part, *path), leaf.shape)
                      for path, leaf in shapes.items()}
         tree = source and source.load_part(
-            part, traverse_util.unflatten_dict(published), config=sizes,
+            part, _published(shapes, stored), config=sizes,
             dtype=traverse_util.unflatten_dict(types),
             sharding=place and traverse_util.unflatten_dict(shardings))
         flat = {} if tree is None else traverse_util.flatten_dict(tree)
@@ -136,6 +160,37 @@ def load_parts(config, parts, place=None):
             flat |= _draw(init, key, missing, types, shardings)
         parameters[part] = traverse_util.unflatten_dict({path: flat[path] for path in shapes})
     return parameters
+
+
+def check_files(config):
+    """Checks from headers alone that the files of a configuration are what `load_parts` expects.
+
+    Whether all files are complete is checked first, which takes no time; names and shapes then need
+    the shapes of the model.
+
+    Raises:
+      UserError: a file is missing or damaged, or tensors are missing, unexpected or of another
+        shape.
+    """
+    config = config_rules.complete(config)
+    source, sizes, stored = _open(config)
+    if source is None:
+        return
+    for path in dict.fromkeys(path for part in PARTS for path in source.files(part)):
+        tensor_file.read(path)
+    try:
+        for part in PARTS:
+            source.open_part(part, _published(part_shapes(sizes, part), stored), config=sizes)
+    except UserError as error:
+        given = ", ".join(f"config.model.{field} = {config.model[field]!r}"
+                          for field in _FILES if config.model[field])
+        raise UserError(f"{error} ({given}). Give files that belong to one model.") from error
+
+
+def _published(shapes, stored):
+    """Of the shapes of a part the tree that files have: low-rank updates only where `stored`."""
+    return traverse_util.unflatten_dict({path: leaf for path, leaf in shapes.items()
+                                         if stored or path[-1] not in ("lora_a", "lora_b")})
 
 
 def files_digest(config, part):
@@ -194,12 +249,10 @@ def abstract_model(config, mesh):
     generator = Generator(sizes, jnp.dtype(config.dtype))
     parameters = {}
     for part in PARTS:
-        shapes = traverse_util.flatten_dict(jax.eval_shape(
-            functools.partial(generator.init_part, part), jax.random.key(0)))
         parameters[part] = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(
             leaf.shape, stored_type(config, (part, *path), leaf.shape),
             sharding=rules.parameter_sharding((part, *path), leaf.shape, mesh))
-            for path, leaf in shapes.items()})
+            for path, leaf in part_shapes(sizes, part).items()})
     return generator, parameters
 
 
@@ -217,8 +270,7 @@ def _locate(config):
     """The files that a complete configuration names; None where its weights are random."""
     if not config.model.pretrained:
         return None
-    fields = ("pretrained", "adapter", "image_encoder", "tokenizer")
-    return pretrained.locate({field: config.model[field] for field in fields}, shipped)
+    return pretrained.locate({field: config.model[field] for field in _FILES}, shipped)
 
 
 def _draw(init, key, paths, types, shardings):
