@@ -1,0 +1,245 @@
+"""Whether a run's parameters and optimiser fit in memory, from shapes alone and before anything is built.
+
+What is counted is a lower bound: what a device holds during every step. Activations and temporaries
+need the compiled program; `planner` has them.
+"""
+
+import math
+import resource
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from focusdpo_jax import config as config_rules
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.generator import split_parameters
+from focusdpo_jax.planning import shapes
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.sharding import rules
+from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training.state import create_state, make_optimizer
+
+# A limit of a control group that stands for none is a number near the largest there is.
+_NO_LIMIT = 1 << 60
+# Limits of a process, and where Linux reports what it uses of them.
+_PROCESS_LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
+# Rank of the low-rank updates that a message proposes.
+_RANK = 32
+
+
+def held(config, mesh):
+    """What each device holds during every step.
+
+    Args:
+      config: ConfigDict of a generator's objective, whose files are there.
+      mesh: of devices.
+
+    Returns:
+      {kind: bytes}: "frozen parameters", "encoders", "reference", "trained parameters", "optimizer",
+      "gradient" and "images".
+
+    Raises:
+      UserError: the model has nothing of what `config.trainable` names.
+    """
+    config = config_rules.complete(config)
+    config.model.scan_layers = True  # The same bytes in fewer arrays.
+    generator, parameters = models.abstract_model(config, mesh)
+    trainable, frozen = split_parameters(parameters, config.trainable)
+    source, _ = tasks.make_encoder(generator, config, tasks.focus_buckets(config))
+    length = generator.config.text_encoder.max_length
+    parts = objectives.Objective(
+        generator, config, np.zeros((2, length), np.int32), source).parts
+    optimizer = make_optimizer(config)
+    state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
+    lies = shapes.state_shardings(state, mesh)
+    sizes = {
+        "frozen parameters": bytes_per_device(
+            {part: tree for part, tree in frozen.items() if part in parts}),
+        "encoders": 0 if config.data.cache else bytes_per_device(
+            {part: tree for part, tree in frozen.items() if part not in parts}),
+        "reference": 0,
+        "trained parameters": bytes_per_device((state.trainable, state.average),
+                                               (lies.trainable, lies.average)),
+        "optimizer": bytes_per_device(state.optimizer, lies.optimizer),
+        # Clipping by the global norm reads all of it before any of it is used; where gradients are
+        # accumulated, the optimiser's sum of them takes its place.
+        "gradient": 0 if config.accumulate > 1 else bytes_per_device(trainable),
+        # Encoders that see every batch read it from the device.
+        "images": 0 if config.data.cache else bytes_per_device(
+            shapes.raw_batch(config, generator), meshes.batch_sharding(mesh))}
+    if config.objective in config_rules.PREFERENCE_OBJECTIVES:
+        kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
+        sizes["reference"] = bytes_per_device(kept, rules.tree_shardings(kept, mesh))
+    return sizes
+
+
+def bytes_per_device(tree, shardings=None):
+    """Bytes of the shards that each device has of a tree of arrays or shapes.
+
+    Args:
+      shardings: a tree of shardings like `tree`, or one for all; None takes the leaves' own.
+    """
+    leaves = jax.tree.leaves(tree)
+    if shardings is None:
+        shardings = [leaf.sharding for leaf in leaves]
+    elif isinstance(shardings, jax.sharding.Sharding):
+        shardings = [shardings] * len(leaves)
+    else:
+        shardings = jax.tree.leaves(shardings)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf, sharding in zip(leaves, shardings, strict=True))
+
+
+def limit(device):
+    """Bytes that a device of this process can hold, or None where that is unknown.
+
+    Of a CPU it is the memory of this machine that is free, under the limits of the process and of its
+    control group; all CPU devices of a process share it.
+    """
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    found = [*_machine(), *_process(), *_control_groups()]
+    return min(found) if found else None
+
+
+def require_fit(config, mesh):
+    """Compares what a run holds with the memory of the devices.
+
+    Args:
+      config, mesh: see `held`.
+
+    Returns:
+      (bytes held, bytes there are or None), of each device.
+
+    Raises:
+      UserError: the devices hold less; it names the fields that would change that.
+    """
+    device = mesh.local_devices[0]
+    available = limit(device)
+    if available is not None and device.platform == "cpu":
+        available //= len(mesh.local_devices)
+    needed = held(config, mesh)
+    total = sum(needed.values())
+    if available is None or total <= available:
+        return total, available
+    listed = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in needed.items() if size)
+    raise UserError(
+        f"config.trainable = {config.trainable!r} with config.batch_size = {config.batch_size} and "
+        f"config.data.cache = {config.data.cache} holds {total / 1e9:.1f} GB on each device before "
+        f"activations ({listed}), and {device.device_kind} has {available / 1e9:.1f} GB: "
+        f"{_cure(config, mesh, total, available)}")
+
+
+def _cure(config, mesh, total, available):
+    """The end of a message: which fields would make a run fit that holds `total` bytes."""
+    savings = list(_savings(config, mesh))
+    alone = [(_named(changes), _total(_changed(config, changes), mesh)) for changes in savings]
+    fitting = [f"{name} ({size / 1e9:.1f} GB)" for name, size in alone if size <= available]
+    if fitting:
+        return "give " + ", or ".join(fitting)
+    together, least = {}, total
+    for changes in savings:
+        size = _total(_changed(config, together | changes), mesh)
+        if size < least:
+            together, least = together | changes, size
+        if least <= available:
+            return f"give {_named(together)} ({least / 1e9:.1f} GB)"
+    even = f"even with {_named(together)} it is {least / 1e9:.1f} GB; " if together else ""
+    return even + "use devices with more memory, or more of them with config.mesh.fsdp"
+
+
+def _savings(config, mesh):
+    """Changes of a configuration that save memory, those first that change least of what is trained."""
+    if not config.data.cache:
+        yield {"data.cache": True}
+    shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+    if mesh.shape["fsdp"] < shares:
+        yield {"mesh.data": 1, "mesh.fsdp": shares}
+    if config.batch_size > shares:  # As many pairs an update as before.
+        yield {"batch_size": shares,
+               "accumulate": config.accumulate * (config.batch_size // shares)}
+    if config.dtype == "float32":
+        yield {"dtype": "bfloat16"}
+    if config.ema_decay:
+        yield {"ema_decay": 0.0}
+    if config.trainable in ("adapter", "full"):
+        yield {"trainable": "lora"} | (
+            {} if config.model.lora_rank else {"model.lora_rank": _RANK})
+
+
+def _changed(config, changes):
+    """A copy of a configuration with {"group.field": value} changed."""
+    copy = ml_collections.ConfigDict(config.to_dict())
+    copy.update_from_flattened_dict(changes)
+    return copy
+
+
+def _total(config, mesh):
+    """Bytes held by a configuration on the devices of a mesh, which it divides as it says."""
+    mesh = meshes.make_mesh(config.mesh, config.batch_size, list(mesh.devices.flat))
+    return sum(held(config, mesh).values())
+
+
+def _named(changes):
+    return " and ".join(f"config.{field} = {value!r}" for field, value in changes.items())
+
+
+def _machine():
+    """Bytes of memory and swap that are free."""
+    entries = dict(_entries("/proc/meminfo"))
+    if "MemAvailable" in entries:
+        yield entries["MemAvailable"] + entries.get("SwapFree", 0)
+
+
+def _process():
+    """Bytes that the limits of the process (ulimit -v, ulimit -d) leave to it."""
+    used = dict(_entries("/proc/self/status"))
+    for kind, name in _PROCESS_LIMITS:
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY and name in used:
+            yield max(soft - used[name], 0)
+
+
+def _control_groups():
+    """Bytes that the limits of this process's control groups, of either version, leave to it.
+
+    Pages of files count as used there, but are given back when memory is needed.
+    """
+    swap = dict(_entries("/proc/meminfo")).get("SwapFree", 0)
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            root, most, now, prefix = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes",
+                                       "memory.usage_in_bytes", "total_")
+        elif not controllers:
+            root, most, now, prefix = "/sys/fs/cgroup", "memory.max", "memory.current", ""
+        else:
+            continue
+        folder = epath.Path(root) / path.strip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root):
+                break
+            allowed, used = _text(group / most).strip(), _text(group / now).strip()
+            if not (allowed.isdigit() and used.isdigit()) or int(allowed) >= _NO_LIMIT:
+                continue
+            stat = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            yield max(int(allowed) - int(used) + files, 0) + swap
+
+
+def _entries(path):
+    """(name, bytes) of the lines of a file of Linux such as "MemTotal:  16384 kB"."""
+    for line in _text(path).splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            yield name, 1024 * int(value.split()[0])
+
+
+def _text(path):
+    """The content of a file, empty where there is none."""
+    try:
+        return epath.Path(path).read_text()
+    except OSError:
+        return ""
