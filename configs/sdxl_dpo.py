@@ -24,7 +24,7 @@ def get_config(argument=""):
     config = ml_collections.ConfigDict()
     # Every random draw of a run derives from it.
     config.seed = 0
-    # Side of the pictures in pixels, a multiple of 16.
+    # Side of the images in pixels, a multiple of 8 (of what a latent covers).
     config.resolution = 64 if debug else 1024
     # Type of the computation, and of what is not trained: "float32" or "bfloat16". What is
     # trained, losses, norms, softmax and noise schedules are float32 in both.
@@ -72,7 +72,9 @@ def get_config(argument=""):
     # Moving average of the trained parameters, kept in their place; 0 keeps none.
     config.ema_decay = 0.0
 
-    # How often (in steps) to log, to save, to draw; how many checkpoints to keep.
+    # After how many steps to log, to save and to draw samples; 0, or more than there are, is never on
+    # the way. The last step is always logged and saved, and its samples drawn (evaluation.pictures = 0
+    # draws none). Every saved step is logged. How many checkpoints to keep.
     config.log_every = 1 if debug else 10
     config.checkpoint_every = 3 if debug else 100
     config.keep_checkpoints = 2

@@ -65,7 +65,9 @@ def get_config(stage="generator"):
     # Moving average of the parameters, which is what is kept.
     config.ema_decay = 0.999 if stage == "generator" else 0.995
 
-    # How often (in steps) to log, to save, to draw; how many checkpoints to keep.
+    # After how many steps to log, to save and to draw samples; 0, or more than there are, is never on
+    # the way. The last step is always logged and saved, and its samples drawn (evaluation.pictures = 0
+    # draws none). Every saved step is logged. How many checkpoints to keep.
     config.log_every = 50
     config.checkpoint_every = 200
     config.keep_checkpoints = 2

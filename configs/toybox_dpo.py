@@ -57,7 +57,9 @@ def get_config():
     # Moving average of the trained parameters, kept in their place; 0 keeps none.
     config.ema_decay = 0.0
 
-    # How often (in steps) to log, to save, to draw; how many checkpoints to keep.
+    # After how many steps to log, to save and to draw samples; 0, or more than there are, is never on
+    # the way. The last step is always logged and saved, and its samples drawn (evaluation.pictures = 0
+    # draws none). Every saved step is logged. How many checkpoints to keep.
     config.log_every = 10
     config.checkpoint_every = 20
     config.keep_checkpoints = 2

@@ -98,10 +98,10 @@ RULES = {
     "adam_b2": _number(0, 1),
     "gradient_clip": _number(0, above=True),
     "ema_decay": _number(0, 1),
-    "log_every": _integer(1),
-    "checkpoint_every": _integer(1),
+    "log_every": _integer(0),
+    "checkpoint_every": _integer(0),
     "keep_checkpoints": _integer(1),
-    "sample_every": _integer(1),
+    "sample_every": _integer(0),
     "model.pretrained": _text(),
     "model.adapter": _text(),
     "model.image_encoder": _text(),
@@ -174,10 +174,6 @@ def validate(config):
 
 
 def _validate_together(config):
-    if config.checkpoint_every % config.log_every:
-        raise UserError(
-            f"config.checkpoint_every = {config.checkpoint_every}: give a multiple of "
-            f"config.log_every = {config.log_every}, so that a resumed run logs the same means")
     if config.dtype != "float32" and config.objective in ENCODER_OBJECTIVES:
         raise UserError(f"config.dtype = {config.dtype!r}: config.objective = "
                         f"{config.objective!r} trains an encoder; give 'float32'")

@@ -23,6 +23,14 @@ def test_the_configurations_that_come_with_it_are_valid(name, argument):
     config_rules.validate(tiny.load_config(name, *([] if argument is None else [argument])))
 
 
+@pytest.mark.parametrize("name", ["log_every", "checkpoint_every", "sample_every"])
+def test_intervals_may_be_zero_and_beyond_the_end(name):
+    for value in (0, 3, 10**9):
+        check(**{name: value})
+    with pytest.raises(UserError, match=f"config.{name} = -1: give a whole number >= 0"):
+        check(**{name: -1})
+
+
 @pytest.mark.parametrize("value", [(), (0.6, 1.0), (-1, 2)])
 def test_timestep_logits_are_nothing_or_two_numbers(value):
     check(objective="sft", timestep_logits=value)

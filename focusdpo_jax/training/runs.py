@@ -77,5 +77,6 @@ class Run:
             if checkpoints.latest is not None:
                 return checkpoints
             checkpoints.close()
+        first = min(self.config.checkpoint_every or self.config.steps, self.config.steps)
         raise UserError(f"--workdir={self._workdir}: the run has no checkpoint yet; it writes its "
-                        f"first at step {self.config.checkpoint_every}.")
+                        f"first at step {first}.")
