@@ -19,7 +19,7 @@ from focusdpo_jax.data.loader import Ahead
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.sharding import processes
-from focusdpo_jax.training import preemption, tasks
+from focusdpo_jax.training import preemption, preflight, tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.speed import matmul_peak
@@ -44,7 +44,10 @@ def run(config, workdir, *, accept_changes=False):
     config_rules.validate(config)
     workdir = epath.Path(workdir)
     if processes.is_first():
-        open_workdir(workdir, config, accept_changes)
+        require_same_run(workdir, config, accept_changes)
+    preflight.check(config)
+    if processes.is_first():
+        open_workdir(workdir, config)
     processes.wait("run folder")
     logging.info("focusdpo_jax on %d x %s, run folder %s",
                  jax.device_count(), jax.devices()[0].device_kind, workdir)
@@ -102,11 +105,12 @@ def train(config, task, state, step, checkpoints, writer, done):
                 ahead.advance()
                 windows.add(bucket, metrics, step.products[structure])
             windows.report()  # That of the step before, while this one runs.
-            last = number == config.steps
-            if number % config.log_every == 0 or last:
+            last, stop = number == config.steps, preempted(number)
+            saves = stop or last or is_due(config.checkpoint_every, number)
+            # What is saved is logged, so that a resumed run logs the same means.
+            if saves or is_due(config.log_every, number):
                 windows.end(number)
-            stop = preempted(number)
-            if stop or number % config.checkpoint_every == 0 or last:
+            if saves:
                 windows.report()
                 checkpoints.save(number, state, ahead.state)
             if stop:
@@ -114,7 +118,7 @@ def train(config, task, state, step, checkpoints, writer, done):
                 raise preemption.Preempted(
                     f"asked to leave (SIGTERM) after step {number} of {config.steps}, which is "
                     "saved; the same command goes on from there")
-            if number % config.sample_every == 0 and not last:
+            if is_due(config.sample_every, number) and not last:
                 windows.report()
                 task.sample(number, state.evaluated, writer)
                 progress.pause()
@@ -127,30 +131,48 @@ def train(config, task, state, step, checkpoints, writer, done):
     return state
 
 
-def open_workdir(workdir, config, accept_changes=False):
-    """Creates the run folder and its `config.json`, or checks that it holds the same run.
+def is_due(every, number):
+    """Whether something that happens at every `every` steps, or never if 0, does at step `number`."""
+    return every > 0 and number % every == 0
+
+
+def require_same_run(workdir, config, accept_changes=False):
+    """Checks that a run folder is new or holds the run of this configuration; writes nothing.
 
     Raises:
-      UserError: the folder cannot be written, belongs to a run with another configuration, or its
-        `config.json` is damaged.
+      UserError: it cannot be read, belongs to a run with another configuration, or its `config.json`
+        is damaged.
     """
-    written = config_rules.to_json(config)
-    path = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         # A start that failed before it had data and model leaves nothing that depends on them.
         kept = [workdir / "base.npz", *(workdir / "checkpoints").glob("*")]
-        if path.exists() and any(file.exists() for file in kept):
-            changed = config_rules.changed_fields(
-                run_folder.read_config(workdir), json.loads(written))
-            if changed and accept_changes:
-                logging.warning("going on with another %s", ", ".join(changed))
-            elif changed:
-                raise UserError(
-                    f"{workdir} holds a run with another {', '.join(changed)}. Give another "
-                    "--workdir, remove the folder to start again, or go on with what is new by "
-                    "--accept_changes.")
-        replace_file(path, written)
+        if not (workdir / "config.json").exists() or not any(file.exists() for file in kept):
+            return
+        changed = config_rules.changed_fields(
+            run_folder.read_config(workdir), json.loads(config_rules.to_json(config)))
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror or error}). "
-                        "Give a folder that you may write.") from error
+        raise _unusable(workdir, error) from error
+    if changed and accept_changes:
+        logging.warning("going on with another %s", ", ".join(changed))
+    elif changed:
+        raise UserError(
+            f"{workdir} holds a run with another {', '.join(changed)}. Give another "
+            "--workdir, remove the folder to start again, or go on with what is new by "
+            "--accept_changes.")
+
+
+def open_workdir(workdir, config):
+    """Creates the run folder and its `config.json`.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        replace_file(workdir / "config.json", config_rules.to_json(config))
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+
+
+def _unusable(workdir, error):
+    return UserError(f"--workdir={workdir}: cannot write there ({error.strerror or error}). "
+                     "Give a folder that you may write.")

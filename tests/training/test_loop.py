@@ -203,8 +203,39 @@ def test_another_configuration_is_refused(finished, tiny_config):
 
 def test_another_configuration_is_accepted_when_asked_for(finished, tiny_config, tmp_path):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    loop.open_workdir(tmp_path, tiny_config(beta=7.0), accept_changes=True)
+    loop.run(tiny_config(beta=7.0), tmp_path, accept_changes=True)
     assert json.loads((tmp_path / "config.json").read_text())["beta"] == 7.0
+
+
+def left_by(workdir):
+    """(logged steps, saved steps, steps whose samples were drawn) of a run."""
+    saved = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+    drawn = {int(path.stem.removeprefix("step_"))
+             for path in (workdir / "samples").glob("step_*.png")}
+    return set(tiny.losses(workdir)), saved, drawn
+
+
+@pytest.mark.parametrize("every", [0, 100])
+def test_intervals_of_zero_or_beyond_the_end_leave_the_last_step(tiny_config, tmp_path, every):
+    loop.run(tiny_config(steps=3, log_every=every, checkpoint_every=every, sample_every=every),
+             tmp_path)
+    assert left_by(tmp_path) == ({3}, {3}, {3})
+
+
+def test_samples_can_be_drawn_on_the_way(tiny_config, tmp_path):
+    loop.run(tiny_config(sample_every=3, evaluation__pictures=1, keep_checkpoints=1), tmp_path)
+    assert left_by(tmp_path) == ({1, 2, 3, 4}, {4}, {3, 4})
+
+
+def test_saved_steps_are_logged_so_that_a_resumed_run_logs_the_same(tiny_config, tmp_path):
+    intervals = {"log_every": 3, "checkpoint_every": 2, "evaluation__pictures": 0}
+    loop.run(tiny_config(steps=5, **intervals), tmp_path / "whole")
+    assert left_by(tmp_path / "whole") == ({2, 3, 4, 5}, {4, 5}, set())
+    # As a run that was killed after step 4 has left it.
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "5")
+    loop.run(tiny_config(steps=5, **intervals), tmp_path / "killed")
+    assert tiny.losses(tmp_path / "killed") == tiny.losses(tmp_path / "whole")
 
 
 def test_sigterm_saves_and_leaves(tiny_folder, tmp_path):

@@ -1,0 +1,59 @@
+"""Checks of a run that need only its configuration and the headers of its files, in seconds.
+
+They come before anything is written, built or compiled, the cheapest first.
+"""
+
+import time
+
+from absl import logging
+
+from focusdpo_jax import config as config_rules
+from focusdpo_jax.data import dataset
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.planning import memory
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import models, tasks
+
+
+def check(config):
+    """Checks model, data set, devices, weights, memory and vocabulary of a run.
+
+    Args:
+      config: a ConfigDict that `config.validate` has passed.
+
+    Raises:
+      UserError: the run would fail; it names the field or file, its value and the cure.
+    """
+    start = time.monotonic()
+    try:
+        room = _check(config)
+    except UserError:
+        logging.info("checked for %.1f s; nothing was built", time.monotonic() - start)
+        raise
+    logging.info("checked configuration, weights and memory in %.1f s%s",
+                 time.monotonic() - start, room)
+
+
+def _check(config):
+    """`check`; returns what is to be added to the log's line about memory."""
+    sizes = models.generator_config(config)
+    if config.resolution % sizes.vae.factor:
+        nearest = max(1, round(config.resolution / sizes.vae.factor)) * sizes.vae.factor
+        raise UserError(f"config.resolution = {config.resolution}: a latent of this model covers "
+                        f"{sizes.vae.factor} pixels in each direction; give a multiple of "
+                        f"{sizes.vae.factor}, such as {nearest}")
+    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    if config.data.source == "prepared":
+        tasks.open_data(config)
+    else:
+        dataset.toybox_world(config)
+    models.check_files(config)
+    room = ""
+    # Those that train an encoder are small, Toybox's alone.
+    if config.objective in config_rules.GENERATOR_OBJECTIVES:
+        held, available = memory.require_fit(config, mesh)
+        room = f": {held / 1e9:.2f} GB are held on each device before activations" + (
+            f", of {available / 1e9:.1f}" if available is not None else "")
+    # Its vocabulary; the library that reads it takes a second to import.
+    models.open_model(config)
+    return room
