@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from focusdpo_jax.models import attention_on_tpu
+from focusdpo_jax.models import attention, attention_on_tpu, platforms
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.training import operations
 
@@ -16,7 +16,7 @@ def counted(function, *shapes):
 
 def test_products_and_others_are_counted_apart():
     found = counted(lambda x, y: jnp.tanh(x @ y).sum(), (3, 5), (5, 7))
-    assert found == (2 * 3 * 5 * 7, 21 + 21)
+    assert found == (2 * 3 * 5 * 7, 21 + 21, 0)
     assert found.total == 252
 
 
@@ -33,7 +33,23 @@ def test_a_loop_counts_as_often_as_it_runs():
 def test_a_kernel_counts_every_block_of_its_grid():
     """Splash attention: logits and values, in as many blocks as there are heads, queries and keys."""
     found = counted(attention_on_tpu.attend, *[(3, 2048, 5, 64)] * 3)
-    assert found.products == 2 * (2 * 3 * 5 * 2048 * 2048 * 64)
+    assert found.products == found.kernels == 2 * (2 * 3 * 5 * 2048 * 2048 * 64)
+
+
+def test_cudnns_attention_counts_though_nobody_can_look_into_it():
+    target = platforms.Target("gpu", 9.0)
+
+    def attend(query, key, value):
+        with platforms.compiled_for(target):
+            return attention.attend(query, key, value, 4).astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct((2, length, 256), jnp.bfloat16) for length in (1024, 512, 512)]
+    product = 2 * 2 * 1024 * 512 * 256
+    forward = operations.count(jax.jit(attend).trace(*shapes))
+    assert forward.products == forward.kernels == 2 * product
+    # The logits once more, and four gradients.
+    gradient = operations.count(jax.jit(jax.grad(attend, (0, 1, 2))).trace(*shapes))
+    assert gradient.products == gradient.kernels == (2 + 5) * product
 
 
 def test_what_each_device_does_with_its_share_counts_on_all_of_them():
