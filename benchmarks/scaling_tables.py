@@ -85,9 +85,13 @@ def printed(line):
 
 
 def commit():
-    """The commit of the checkout."""
-    return subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                          check=True).stdout.strip()
+    """The commit of the checkout, marked where what is planned has changes that are in none."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "focusdpo_jax", "configs")
+    return git("rev-parse", "--short=10", "HEAD") + ("-changed" if changed else "")
 
 
 def versions():
@@ -183,7 +187,7 @@ def write(found, document, commit_hash):
         stamp = ", ".join(f"{name} {version}" for name, version in made[0]["versions"].items())
         dates = sorted({each["date"] for each in made})
         lines = [*TABLES[group](made), "",
-                 f"Commit {commit_hash}, {stamp}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Made by "
+                 f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Made by "
                  f"`python benchmarks/scaling_tables.py --rows {group} --output=FOLDER`."]
         begin, end = f"<!-- {group}: begin -->", f"<!-- {group}: end -->"
         if begin not in text or end not in text:

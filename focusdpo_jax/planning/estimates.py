@@ -7,7 +7,7 @@ Pallas kernels, of which the products at the chip's full speed are added, a lowe
 been held beside these estimates.
 
 The compiler for GPUs estimates nothing. What remains is the roofline: products at full speed, or bytes at
-full bandwidth, whichever takes longer, which no program reaches.
+full bandwidth, as if no cache served any, whichever takes longer.
 """
 
 import collections
@@ -135,13 +135,13 @@ def seconds(estimate, chip, kernel_products):
 
 
 def roofline(chip, products, accessed):
-    """Seconds that a program takes at least on one chip.
+    """What a program's products and bytes would take on one chip, each at full speed.
 
     Args:
       products: floating-point operations on one chip.
       accessed: bytes that it reads and writes there.
 
     Returns:
-      {"products": seconds, "bytes": seconds}, the larger of which is the bound.
+      {"products": seconds, "bytes": seconds}.
     """
     return {"products": products / chip.flops, "bytes": accessed / chip.bandwidth}

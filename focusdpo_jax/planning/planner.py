@@ -197,8 +197,9 @@ def _speed(config, chip, devices, found, update_work, guide_work, model_flops, f
             source += "; the reference pass, not compiled, in proportion to its operations"
         total = seconds + links
     else:
-        total, links = flops * config.batch_size / devices / (utilisation * chip.flops), None
-        source = f"{utilisation:.0%} of the chip's speed on paper, assumed"
+        total = flops * config.batch_size / devices / (utilisation * chip.flops)
+        return nothing | {"seconds_per_batch": total, "pairs_per_second": config.batch_size / total,
+                          "speed_from": f"{utilisation:.0%} of the chip's speed on paper, assumed"}
     return {"seconds_per_batch": total, "seconds_links": links,
             "pairs_per_second": config.batch_size / total,
             "model_flops_utilisation": model_flops * config.batch_size / devices / total / chip.flops,

@@ -26,9 +26,10 @@ def table(found):
               for name, made in found["programs"].items() if made["fits"] is False]
     lines += _speed(found)
     for program, kinds in found["collectives"].items():
-        lines.append(f"  {program}: " + (", ".join(
-            f"{k['count']} {kind} ({k['bytes'] / 1e6:.4g} MB)" for kind, k in kinds.items())
-            or "no collectives"))
+        if found["chips"] > 1:
+            lines.append(f"  {program}: " + (", ".join(
+                f"{k['count']} {kind} ({k['bytes'] / 1e6:.4g} MB)" for kind, k in kinds.items())
+                or "no collectives"))
     lines.append(f"  compiled in {found['compile_seconds']:.0f} s, with at most "
                  f"{found['host_bytes'] / 1e9:.1f} GB of this machine's memory")
     return "\n".join(lines)
@@ -48,7 +49,7 @@ def _program_row(name, made):
     if seconds is None and "roofline" in estimate:
         seconds = max(estimate["roofline"].values())
     verdict = {True: "fits", False: "NO", None: ""}[made["fits"]]
-    bound = ">" if "roofline" in estimate else ""
+    bound = "~" if "roofline" in estimate else ""
     return (f"  {name:12s} {made['when'].removeprefix('of every '):18s} {made['rows_per_chip']:11d} "
             f"{_gb(made['held']):>8s} {_gb(made['temporaries']):>11s} {_gb(made['peak']):>8s}  "
             f"{verdict:9s} {bound + _number(seconds):>9s} {_number(estimate.get('links')):>9s}")
@@ -64,10 +65,12 @@ def _speed(found):
              + (f", {found['model_flops_per_pair'] / 1e12:.4g} without what remat computes again"
                 if found["model_flops_per_pair"] != found["flops_per_pair"] else "")]
     if found["pairs_per_second"]:
+        share = found["model_flops_utilisation"]
         lines.append(
             f"  ESTIMATE, not measured: {found['seconds_per_batch']:.3g} s a batch, "
-            f"{found['pairs_per_second']:.3g} pairs/s, {found['model_flops_utilisation']:.0%} of the chips' "
-            f"speed on paper ({found['speed_from']})")
+            f"{found['pairs_per_second']:.3g} pairs/s"
+            + (f", {share:.0%} of the chips' speed on paper" if share else "")
+            + f" ({found['speed_from']})")
     for name, made in found["programs"].items():
         estimate = made.get("estimate", {})
         if estimate.get("kernels"):
@@ -77,8 +80,8 @@ def _speed(found):
         if estimate.get("unknown_loops"):
             lines.append(f"  {name}: {estimate['unknown_loops']} loops of unknown length count once")
     if any("roofline" in made.get("estimate", {}) for made in found["programs"].values()):
-        lines.append("  > marks a roofline and no estimate: products at full speed or bytes at full bandwidth, "
-                     "whichever takes longer; the compiler for GPUs estimates no time")
+        lines.append("  ~ marks a roofline and no estimate: products at full speed or, as if no cache served any, "
+                     "bytes at full bandwidth, whichever takes longer; the compiler for GPUs estimates no time")
     update = found["programs"].get("update", {}).get("estimate", {})
     if update.get("most_expensive"):
         lines.append(f"  the update's most expensive operations, of {update['seconds']:.3g} s:")
