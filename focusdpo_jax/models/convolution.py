@@ -6,11 +6,10 @@ that sums over pictures as if they were channels. Of few pictures, with stride o
 more, that gradient is here, for each of the kernel's taps, one matrix product of the shifted input with
 the output's gradient; `benchmarks/convolutions.py` shows the ratios.
 
-XLA's TPU backend first spreads the few positions of a coarse feature map over a larger batch, whose
-borders overlap: a fifth more operations at 32 x 32 positions, two fifths at 16 x 16, and a program that
-takes several times as long to compile. There a convolution and both gradients are one matrix product
-each, of all positions' patches with the kernel or of their gradient with it, as a TPU's compiler takes
-it best (`benchmarks/tpu_unet.py`; counted, not timed).
+XLA's TPU backend spreads the positions of one or two feature maps over a larger batch, and pads and copies
+them for it; by its own estimate that takes half of a convolution's time or more. There a convolution, and
+the gradient of its input, is the sum of one matrix product for each tap, of shifted slices that are read in
+place: 0.3 to 0.6 of the estimated time at SDXL's widths (`benchmarks/tpu_convolutions.py`).
 
 Every other case and every other platform keeps XLA's own.
 """
@@ -19,7 +18,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from focusdpo_jax.models import platforms
 
@@ -28,8 +26,8 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _MIN_CHANNELS = 32
 # Up to so many pictures a CPU takes the gradient of the kernel tap by tap (measured).
 _FEW_PICTURES = 4
-# Up to so many positions of a picture a TPU takes patches: they are nine times as large as the map.
-_MAX_POSITIONS = 1024
+# Up to so many positions of a picture a TPU adds up taps: the sum is in float32.
+_MAX_POSITIONS = 128 * 128
 
 
 def conv2d(x, kernel, *, stride=1, padding=((1, 1), (1, 1))):
@@ -54,13 +52,13 @@ def _convolve(x, kernel, padding, stride=1):
         x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)
 
 
-def _takes_patches(x, platform):
+def _adds_taps(x, platform):
     return platform == "tpu" and x.shape[1] * x.shape[2] <= _MAX_POSITIONS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _unit_stride(x, kernel, padding, platform):
-    return (by_patches if _takes_patches(x, platform) else _convolve)(x, kernel, padding)
+    return (by_taps if _adds_taps(x, platform) else _convolve)(x, kernel, padding)
 
 
 def _forward(x, kernel, padding, platform):
@@ -69,11 +67,10 @@ def _forward(x, kernel, padding, platform):
 
 def _backward(padding, platform, residuals, gradient):
     x, kernel = residuals
-    if _takes_patches(x, platform):
-        return (input_gradient_by_patches(x, kernel, gradient, padding),
-                kernel_gradient_by_patches(x, kernel, gradient, padding))
     _, back = jax.vjp(lambda *both: _convolve(*both, padding), x, kernel)
     input_gradient, kernel_gradient = back(gradient)
+    if _adds_taps(x, platform):
+        input_gradient = input_gradient_by_taps(kernel, gradient, padding)
     if platform == "cpu" and len(x) <= _FEW_PICTURES:
         kernel_gradient = _kernel_gradient_by_taps(x, kernel, gradient, padding)
     return input_gradient, kernel_gradient
@@ -93,39 +90,25 @@ def _kernel_gradient_by_taps(x, kernel, gradient, padding):
     return jnp.stack(taps).swapaxes(1, 2).reshape(kernel.shape)
 
 
-def by_patches(x, kernel, padding):
-    """`conv2d` of stride 1 as one matrix product."""
-    return jnp.einsum("bhwp,po->bhwo", _patches(x, kernel, padding),
-                      kernel.reshape(-1, kernel.shape[-1]))
+def by_taps(x, kernel, padding):
+    """`conv2d` of stride 1: each tap's share of the output, added up in float32."""
+    return _sum_of_taps(x, [[tap for tap in row] for row in kernel], padding, "bhwc,co->bhwo")
 
 
-def input_gradient_by_patches(x, kernel, gradient, padding):
-    """The gradient of x: what each tap makes of the output's gradient, added where it was seen.
-
-    No kernel is turned around for it: of a coarse map the kernel is what is large.
-    """
-    rows, columns, _, features = kernel.shape
-    (top, bottom), (left, right) = padding
-    shares = jnp.einsum("bhwo,po->bhwp", gradient, kernel.reshape(-1, features))
-    shares = iter(jnp.split(shares, rows * columns, axis=-1))
-    moved = [jax.lax.pad(next(shares).astype(jnp.float32), np.float32(0),
-                         ((0, 0, 0), (i - top, rows - 1 - i - bottom, 0),
-                          (j - left, columns - 1 - j - right, 0), (0, 0, 0)))
-             for i in range(rows) for j in range(columns)]
-    return functools.reduce(jnp.add, moved).astype(x.dtype)
+def input_gradient_by_taps(kernel, gradient, padding):
+    """The gradient of the input of `conv2d`: a convolution with the kernel turned around."""
+    padding = tuple((size - 1 - before, size - 1 - after) for size, (before, after)
+                    in zip(kernel.shape[:2], padding, strict=True))
+    taps = [[tap for tap in row[::-1]] for row in kernel[::-1]]
+    return _sum_of_taps(gradient, taps, padding, "bhwo,co->bhwc")
 
 
-def kernel_gradient_by_patches(x, kernel, gradient, padding):
-    """The gradient of the kernel: patches times the output's gradient, over all positions."""
-    # Not the patches of the forward pass, which are nine times what has to be kept.
-    patches = _patches(jax.lax.optimization_barrier(x), kernel, padding)
-    return jnp.einsum("bhwp,bhwo->po", patches, gradient).reshape(kernel.shape)
-
-
-def _patches(x, kernel, padding):
-    """What the kernel sees at each position: [B, H', W', kh * kw * Cin]."""
-    rows, columns = kernel.shape[:2]
+def _sum_of_taps(x, taps, padding, product):
+    """Sums `product` of the slice of x that each tap sees and the tap, a matrix [Cin, Cout]."""
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = padded.shape[1] - rows + 1, padded.shape[2] - columns + 1
-    return jnp.concatenate([padded[:, i:i + height, j:j + width] for i in range(rows)
-                            for j in range(columns)], axis=-1)
+    height = padded.shape[1] - len(taps) + 1
+    width = padded.shape[2] - len(taps[0]) + 1
+    shares = [jnp.einsum(product, padded[:, i:i + height, j:j + width], tap,
+                         preferred_element_type=jnp.float32)
+              for i, row in enumerate(taps) for j, tap in enumerate(row)]
+    return functools.reduce(jnp.add, shares).astype(x.dtype)

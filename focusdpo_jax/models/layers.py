@@ -5,17 +5,16 @@ transformers), with `.N` written `_N`, so that the map between the two is a rule
 Parameters are created in float32; `dtype` is the type of the computation.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from focusdpo_jax.models import platforms
+from focusdpo_jax.models import normalisation, platforms
 from focusdpo_jax.models.attention import attend
+from focusdpo_jax.models.bias import add_bias
 from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
 
@@ -27,7 +26,12 @@ def gelu(x):
     is more exact only where the result is below 1e-6.
     """
     wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + jax.lax.erf(wide * np.float32(np.sqrt(0.5))))).astype(x.dtype)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _normal_cdf(x):
+    """The standard normal distribution's probability of less than float32 x."""
+    return 0.5 * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
 
 
 ACTIVATIONS = {
@@ -64,23 +68,8 @@ class Conv(nn.Module):
                    stride=self.stride, padding=padding)
         if self.use_bias:
             bias = self.param("bias", ZEROS, (self.features,))
-            y = y + bias.astype(self.dtype)
+            y = add_bias(y, bias.astype(self.dtype))
         return y
-
-
-def cheap(function):
-    """The same function, made again in the backward pass: inputs and `statistics` are all it keeps.
-
-    For what is bound by memory, not by arithmetic: otherwise every step on the way from a norm's
-    input to the activation after it is written, kept, and read again.
-    """
-    return jax.checkpoint(
-        function, policy=jax.checkpoint_policies.save_only_these_names("statistics"))
-
-
-def statistics(*values):
-    """Marks what `cheap` keeps."""
-    return tuple(checkpoint_name(value, "statistics") for value in values)
 
 
 class GroupNorm(nn.Module):
@@ -97,31 +86,10 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps [B, ..., C] to the same shape; C is a multiple of `groups`."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", ZEROS, (channels,))
-        return cheap(self._normed)(x, scale, bias)
-
-    def _normed(self, x, scale, bias):
-        channels = x.shape[-1]
-        pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
-        # First each channel over the positions, then the few channels of a group: reducing over
-        # both at once makes XLA walk across memory, and costs a CPU three times the whole step.
-        mean = pixels.mean(1, keepdims=True)
-        mean, variance = statistics(mean, jnp.square(pixels - mean).mean(1, keepdims=True))
-
-        def grouped(values):
-            return values.reshape(-1, 1, self.groups, channels // self.groups)
-
-        group_mean = grouped(mean).mean(-1, keepdims=True)
-        spread = jnp.square(grouped(mean) - group_mean)
-        group_variance = (grouped(variance) + spread).mean(-1, keepdims=True)
-        gain = jnp.broadcast_to(jax.lax.rsqrt(group_variance + self.epsilon), spread.shape)
-        gain = gain.reshape(mean.shape) * scale.astype(jnp.float32)
-        offset = jnp.broadcast_to(group_mean, spread.shape).reshape(mean.shape)
-        normed = pixels * gain + (bias.astype(jnp.float32) - offset * gain)
-        normed = normed.reshape(x.shape).astype(self.dtype)
-        return normed if self.activation is None else self.activation(normed)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", ZEROS, (x.shape[-1],))
+        return normalisation.group_norm(
+            x, scale, bias, self.groups, self.epsilon, self.dtype, self.activation)
 
 
 class LayerNorm(nn.Module):
@@ -135,14 +103,7 @@ class LayerNorm(nn.Module):
         """Maps [..., C] to the same shape."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", ZEROS, (x.shape[-1],))
-        return cheap(self._normed)(x, scale, bias)
-
-    def _normed(self, x, scale, bias):
-        x = x.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        mean, variance = statistics(mean, jnp.square(x - mean).mean(-1, keepdims=True))
-        normed = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+        return normalisation.layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
 def sinusoidal_embedding(values, width):
@@ -291,7 +252,7 @@ class GEGLU(nn.Module):
         """Maps [..., C] to what `_gated` takes: [..., 2 features], on a CPU two of [..., features]."""
         if platforms.current().platform == "cpu":
             return _Halves(self.features, self.dtype, name="proj")(x)
-        return nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
+        return LoRADense(2 * self.features, dtype=self.dtype, name="proj")(x)
 
 
 class _Halves(nn.Module):
@@ -318,8 +279,28 @@ class _Halves(nn.Module):
 
 def _gated(x):
     """Gates what `GEGLU` returned, to [..., features]."""
-    x, gate = x if isinstance(x, tuple) else jnp.split(x, 2, axis=-1)
+    return _gate(*(x if isinstance(x, tuple) else jnp.split(x, 2, axis=-1)))
+
+
+@jax.custom_vjp
+def _gate(x, gate):
+    """x times the GELU of gate, elementwise."""
     return x * gelu(gate)
+
+
+def _gate_gradients(inputs, gradient):
+    """Both gradients from one evaluation of the error function.
+
+    Left to itself, XLA's TPU backend writes the gradient of the activation between two passes.
+    """
+    x, gate, gradient = (array.astype(jnp.float32) for array in (*inputs, gradient))
+    below = _normal_cdf(gate)
+    density = jnp.exp(-0.5 * jnp.square(gate)) * np.float32(1 / np.sqrt(2 * np.pi))
+    return ((gradient * gate * below).astype(inputs[0].dtype),
+            (gradient * x * (below + gate * density)).astype(inputs[1].dtype))
+
+
+_gate.defvjp(lambda x, gate: (_gate(x, gate), (x, gate)), _gate_gradients)
 
 
 class GELU(nn.Module):
@@ -351,7 +332,7 @@ class FeedForward(nn.Module):
         """Maps [..., C] to the same shape."""
         first = GEGLU if self.gated else GELU
         h = first(self.expansion * x.shape[-1], self.dtype, name="net_0")(x)
-        last = nn.Dense(x.shape[-1], use_bias=self.gated, dtype=self.dtype, name="net_2")
+        last = LoRADense(x.shape[-1], self.gated, dtype=self.dtype, name="net_2")
         if not self.gated:
             return last(h)
         # Only what is not gated yet is kept for the backward pass: the rest is half as much again.

@@ -5,6 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from focusdpo_jax.models.bias import add_bias
+
 
 class LoRADense(nn.Module):
     """A dense layer with an optional trainable low-rank update.
@@ -41,5 +43,5 @@ class LoRADense(nn.Module):
             y = y + (self.alpha / self.rank) * update
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype)
+            y = add_bias(y, bias.astype(self.dtype))
         return y
