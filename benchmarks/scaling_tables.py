@@ -124,13 +124,18 @@ def make(path, row, prefix):
     found |= {"command": printed(line), "versions": versions(), "row_seconds": time.monotonic() - start,
               "date": datetime.date.today().isoformat()}
     path.write_text(json.dumps(found, indent=1) + "\n")
-    peak = found["bytes_per_chip"]["peak"]
-    print(f"  {peak / 1e9:.1f} GB, fits: {found['fits']}, {found['row_seconds']:.0f} s", flush=True)
+    print(f"  {found['bytes_per_chip']['peak'] / 1e9:.1f} GB, fits: {found['fits']}, {found['row_seconds']:.0f} s", flush=True)
 
 
 def gigabytes(size):
     """A number of bytes in a cell."""
-    return "refused" if size is None else f"{size / 1e9:.1f}"
+    return f"{size / 1e9:.1f}"
+
+
+def peak(program):
+    """A program's peak in a cell, or what it needs at least where it was refused."""
+    return (gigabytes(program["peak"]) if program["peak"]
+            else "> " + gigabytes(program["needs_at_least"] or program["held"]))
 
 
 def peaks_table(found):
@@ -139,7 +144,7 @@ def peaks_table(found):
     lines = ["| machine | trained | encoders | " + " | ".join(f"{name}, GB" for name in names)
              + " | usable, GB | fits | what makes it fit |", "| --- " * (len(names) + 6) + "|"]
     for made in found:
-        cells = [gigabytes(made["programs"][name]["peak"]) if name in made["programs"] else "" for name in names]
+        cells = [peak(made["programs"][name]) if name in made["programs"] else "" for name in names]
         cured = "; ".join(
             f"{name}: " + (", ".join(f"`{field} = {value}`" for field, value in program["cure"]["changes"].items())
                            if program.get("cure") else "nothing that was tried")
@@ -167,7 +172,7 @@ def step_table(found):
         mesh = ", ".join(f"`{axis}` = {size}" for axis, size in made["mesh"].items() if size > 1) or "whole"
         lines.append("| " + " | ".join([
             made["topology"], str(made["chips"]), made["row"][1], f"{mesh}; {made['batch_size']} pairs",
-            "on" if made["remat"] else "off", gigabytes(update["held"]), gigabytes(update["peak"]),
+            "on" if made["remat"] else "off", gigabytes(update["held"]), peak(update),
             gigabytes(made["bytes_per_chip"]["limit"]), f"{told / 1e9:.2f}",
             *(["", "", "", "", ""] if compute is None else [
                 f"{compute:.3g}", f"{links:.3g}", f"{made['pairs_per_second'] / made['chips']:.3g}",

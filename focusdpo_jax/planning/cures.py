@@ -8,6 +8,8 @@ from focusdpo_jax.errors import UserError
 _REMAT = 0.2
 # Compilations that one cure may cost.
 _MOST = 3
+# Share of a chip that has to stay free, in proportion to what was compiled, to spare the compilation.
+_SPARE = 0.2
 
 
 def candidates(config, name, chips):
@@ -71,7 +73,9 @@ def _furthest(options):
 
 
 def find(options, made, limit, try_out):
-    """The first of some changes with which a program fits; it is compiled with them.
+    """The first of some changes with which a program fits.
+
+    It is compiled with them unless it would fit easily if temporaries grow with the rows.
 
     Args:
       options: of `candidates`.
@@ -81,7 +85,7 @@ def find(options, made, limit, try_out):
         or None where the compiler refuses it).
 
     Returns:
-      {"changes": {field: value}, "peak": bytes}, or None.
+      {"changes": {field: value}, "peak": bytes, "compiled": bool}, or None.
     """
     compiled = 0
     for changes in options:
@@ -97,9 +101,11 @@ def find(options, made, limit, try_out):
             guess = held + temporaries * scale
         if guess > limit:
             continue
+        if temporaries is not None and guess <= (1 - _SPARE) * limit and "model.remat" not in changes:
+            return {"changes": changes, "peak": guess, "compiled": False}
         peak, compiled = peak_of(), compiled + 1
         if (peak if peak is not None else math.inf) <= limit:
-            return {"changes": changes, "peak": peak}
+            return {"changes": changes, "peak": peak, "compiled": True}
         if compiled == _MOST:
             break
     return None
@@ -108,9 +114,7 @@ def find(options, made, limit, try_out):
 def in_words(name, made, limit):
     """One sentence on a program that does not fit."""
     if made["peak"] is None:
-        needs = "the compiler refuses it"
-        if made["needs_at_least"]:
-            needs += f", it needs more than {made['needs_at_least'] / 1e9:.1f} GB"
+        needs = f"it needs more than {(made['needs_at_least'] or made['held']) / 1e9:.1f} GB"
     else:
         needs = f"it needs {made['peak'] / 1e9:.1f} GB"
     needs += f" of the chip's {limit / 1e9:.1f} GB"
@@ -119,5 +123,5 @@ def in_words(name, made, limit):
         return (f"{name} does not fit: {needs}; nothing that was tried makes it fit: take more chips or a "
                 "smaller config.resolution")
     fields = ", ".join(f"config.{field} = {value!r}" for field, value in cure["changes"].items())
-    peak = f" ({cure['peak'] / 1e9:.1f} GB)" if cure["peak"] else ""
+    peak = (f" ({'' if cure['compiled'] else 'about '}{cure['peak'] / 1e9:.1f} GB)" if cure["peak"] else "")
     return f"{name} does not fit: {needs}; give {fields}{peak}"

@@ -17,6 +17,7 @@ from focusdpo_jax.sharding.mesh import AXES, make_mesh
 from focusdpo_jax.training import operations
 
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])|required[^(]*\(([\d.]+)([KMG])\)")
+_HELD_ALONE = "what is held alone has no room"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 # Programs of which a batch's time is made.
 _OF_A_BATCH = ("encoding", "guide", "update")
@@ -80,7 +81,7 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
     verdicts = [made["fits"] for made in found.values()]
     fits = None if None in verdicts else all(verdicts)
 
-    if "update" not in work:
+    if not work.get("update"):
         work["update"] = operations.count(of_run["update"].trace())
     guides_work = [operations.count(trace()).products for trace in guides]
     guide_work = sum(guides_work) / len(guides_work)
@@ -118,10 +119,14 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
 def _compiled(program, chip, devices):
     """Compiles a RunProgram: what `plan` says of it, its `hlo.Program` and its Operations."""
     held, start = _bytes_per_chip(program.held), time.monotonic()
-    traced = program.trace()
-    work = operations.count(traced)
     made = {"when": program.when, "rows_per_chip": program.rows_per_chip,
             "field": f"config.{program.field}", "held": held["total"]}
+    refused = {"temporaries": None, "outputs": None, "padding": None, "peak": None, "fits": False, "code": 0}
+    if chip.memory and held["total"] > chip.memory:
+        return made | refused | {"needs_at_least": held["total"], "refused": _HELD_ALONE,
+                                 "compile_seconds": 0.0}, None, None
+    traced = program.trace()
+    work = operations.count(traced)
     try:
         compiled = traced.lower().compile(dict(program.options))
     except jax.errors.JaxRuntimeError as error:
@@ -131,9 +136,8 @@ def _compiled(program, chip, devices):
         reason = " ".join(str(error).split())
         used = _USED.search(reason)
         used = used and float(used[1] or used[3]) * _UNITS[used[2] or used[4]]
-        return made | {"temporaries": None, "outputs": None, "padding": None, "peak": None,
-                       "needs_at_least": used, "fits": False, "refused": reason[:300], "code": 0,
-                       "compile_seconds": time.monotonic() - start}, None, work
+        return made | refused | {"needs_at_least": used, "refused": reason[:300],
+                                 "compile_seconds": time.monotonic() - start}, None, work
     memory, text = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     made |= {
         "temporaries": memory.temp_size_in_bytes,
@@ -232,11 +236,17 @@ def _add_cures(config, topology, chip, result, of_run):
         return (_bytes_per_chip(program.held)["total"], program.rows_per_chip,
                 lambda: _compiled(program, chip, mesh.size)[0]["peak"])
 
+    before = []
     for name, made in result["programs"].items():
-        if made["fits"] is False:
-            made["cure"] = cures.find(
-                cures.candidates(config, name, result["chips"]), made, chip.memory,
-                lambda changes, name=name: try_out(name, changes))
+        if made["fits"] is not False:
+            continue
+        if made.get("refused") == _HELD_ALONE and before:
+            made["cure"] = before[0]  # Nothing is known of this one but what it has in common.
+            continue
+        options = [*(cure["changes"] for cure in before), *cures.candidates(config, name, result["chips"])]
+        made["cure"] = cures.find(options, made, chip.memory,
+                                  lambda changes, name=name: try_out(name, changes))
+        before += [made["cure"]] if made["cure"] else []
 
 
 def changed(config, changes):

@@ -40,7 +40,7 @@ def _on(flag):
 
 
 def _gb(size):
-    return f"{size / 1e9:.3f}" if size is not None else "refused"
+    return f"{size / 1e9:.3f}" if size is not None else "?"
 
 
 def _program_row(name, made):
@@ -51,7 +51,8 @@ def _program_row(name, made):
     verdict = {True: "fits", False: "NO", None: ""}[made["fits"]]
     bound = "~" if "roofline" in estimate else ""
     return (f"  {name:12s} {made['when'].removeprefix('of every '):18s} {made['rows_per_chip']:11d} "
-            f"{_gb(made['held']):>8s} {_gb(made['temporaries']):>11s} {_gb(made['peak']):>8s}  "
+            f"{_gb(made['held']):>8s} {_gb(made['temporaries']):>11s} "
+            f"{_gb(made['peak']) if made['peak'] else '>' + _gb(made['needs_at_least'] or made['held']):>8s}  "
             f"{verdict:9s} {bound + _number(seconds):>9s} {_number(estimate.get('links')):>9s}")
 
 

@@ -32,9 +32,20 @@ def test_the_first_that_fits_when_compiled():
     try_out, compiled = trial(lambda changes: 10e9 + 3e9 * changes["evaluation.batch_size"])
     options = [{"evaluation.batch_size": 2}, {"evaluation.batch_size": 1}]
     # In proportion two rows would fit; compiled they do not.
-    assert cures.find(options, made(), 15e9, try_out) == {
-        "changes": {"evaluation.batch_size": 1}, "peak": 13e9}
+    assert cures.find(options, made(), 14.5e9, try_out) == {
+        "changes": {"evaluation.batch_size": 1}, "peak": 13e9, "compiled": True}
     assert compiled == options
+
+
+def test_what_fits_easily_is_not_compiled():
+    try_out, compiled = trial(lambda changes: 99e9)
+    # 10 GB held and 2 of 8 GB of temporaries, of 15 GB or of 14.9.
+    found = cures.find([{"evaluation.batch_size": 1}], made(), 15e9, try_out)
+    assert found == {"changes": {"evaluation.batch_size": 1}, "peak": 12e9, "compiled": False}
+    assert not compiled
+    assert cures.find([{"evaluation.batch_size": 1}], made(), 14.9e9, try_out) is None
+    # What remat leaves is a guess.
+    assert cures.find([{"model.remat": True}], made(), 99e8 * 2, try_out) is None and len(compiled) == 2
 
 
 def test_nothing_hopeless_is_compiled():
@@ -67,9 +78,10 @@ def test_candidates_begin_with_what_costs_least(tiny_config):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"cure": {"changes": {"evaluation.batch_size": 1}, "peak": 13e9}},
+    ({"cure": {"changes": {"evaluation.batch_size": 1}, "peak": 13e9, "compiled": True}},
      "it needs 20.0 GB of the chip's 16.0 GB; give config.evaluation.batch_size = 1 (13.0 GB)"),
     ({"cure": None}, "nothing that was tried makes it fit: take more chips"),
-    ({"peak": None, "needs_at_least": 40e9}, "the compiler refuses it, it needs more than 40.0 GB")])
+    ({"cure": {"changes": {"data.cache": True}, "peak": 13e9, "compiled": False}}, "True (about 13.0 GB)"),
+    ({"peak": None, "needs_at_least": 40e9}, "it needs more than 40.0 GB of the chip's 16.0 GB")])
 def test_words(changes, message):
     assert message in cures.in_words("sampling", made(**changes), 16e9)

@@ -97,6 +97,22 @@ def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(tiny
     assert cure["peak"] <= limit
 
 
+def test_what_is_held_alone_without_room_is_not_compiled(tiny_config, monkeypatch):
+    """Nor is a cure looked for more than once."""
+    whole = planner.programs.run_programs(tiny_config(trainable="full"), meshes.make_mesh(
+        {"data": 1, "fsdp": 1, "tensor": 1}, 4))[0]["update"].held
+    small = planner.chips.Chip("small", planner._bytes_per_chip(whole)["total"] - 1, 1e12, 1e11)
+    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    compiled = []
+    monkeypatch.setattr(planner.cures, "find", lambda *arguments: compiled.append(1) or {
+        "changes": {"trainable": "lora", "model.lora_rank": 32}, "peak": 1.0, "compiled": True})
+    found = planner.plan(tiny_config(trainable="full"), "local")
+    assert [made["refused"] for made in found["programs"].values()] == [planner._HELD_ALONE] * 5
+    # One cure, for what all have in common.
+    assert len(compiled) == 1 and found["compile_seconds"] < 5
+    assert report.refusal(found).count("config.trainable = 'lora'") == 5
+
+
 def test_what_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
     def refuse(*arguments, **options):
         raise jax.errors.JaxRuntimeError(
@@ -109,7 +125,7 @@ def test_what_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
     found = planner.plan(tiny_config(), "local", only=("update",))
     made = found["programs"]["update"]
     assert (made["fits"], made["peak"], made["needs_at_least"]) == (False, None, 40 * 2**30)
-    assert "the compiler refuses it, it needs more than 42.9 GB" in report.table(found)
+    assert "it needs more than 42.9 GB of the chip's 16.9 GB" in report.table(found)
 
 
 def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch):
