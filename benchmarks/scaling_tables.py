@@ -8,7 +8,7 @@ r"""The tables of docs/scaling.md: plans for machines that are not here, one com
 Every row is a plan by `python -m focusdpo_jax.plan --json`, kept in FOLDER under its arguments and the commit,
 and is not made again there. Then the tables between the markers of docs/scaling.md are written from the rows
 of that commit (`--commit` takes those of another one). SDXL's programs take minutes of a core each to compile:
-gpus about 4 h, tpus 3 h, chips 6 h on two cores; nothing is lost when it is stopped. `--prefix="nice -n 5"` is
+gpus about 3 h, tpus 4 h, chips 8 h on two cores; nothing is lost when it is stopped. `--prefix="nice -n 5"` is
 put before each command.
 """
 
@@ -29,10 +29,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "scaling.md"
 PROJECTION = "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors"
 # What is trained: the argument of configs/sdxl_dpo.py, and fields.
-TRAINED = {"adapter": ("", {}), "projection": ("", {"model.adapter": PROJECTION}), "lora": ("lora", {}),
-           "full": ("full", {})}
-WORDS = {"adapter": "resampler adapter", "projection": "projection adapter", "lora": "LoRA", "full": "full"}
-STEP = "update,guide"
+TRAINED = {"adapter": ("", {}), "projection": ("", {"model.adapter": PROJECTION}),
+           "lora": ("lora", {}), "full": ("full", {})}
+WORDS = {"adapter": "resampler adapter", "projection": "projection adapter", "lora": "LoRA",
+         "full": "full"}
+STEP = "update,guide,encoding"
 VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
 
@@ -50,9 +51,11 @@ def rows(group):
                 for trained in TRAINED]
     if group == "tpus":
         found = []
-        for machine, count, remat in (("v5e:4x4", 16, True), ("v5p:2x2x1", 4, False), ("v6e:2x4", 8, True)):
+        for machine, count, remat in (
+                ("v5e:4x4", 16, True), ("v5p:2x2x1", 4, False), ("v6e:2x4", 8, True)):
             for trained in ("adapter", "lora", "full"):
-                fsdp = count if trained == "full" else 4 if machine == "v5e:4x4" and trained == "adapter" else 1
+                narrow = machine == "v5e:4x4" and trained == "adapter"
+                fsdp = count if trained == "full" else 4 if narrow else 1
                 found.append((machine, trained, _fields(
                     batch_size=count, **{"model.remat": remat}, **_split(count // fsdp, fsdp))
                     | {"programs": STEP}))
@@ -124,7 +127,8 @@ def make(path, row, prefix):
     found |= {"command": printed(line), "versions": versions(), "row_seconds": time.monotonic() - start,
               "date": datetime.date.today().isoformat()}
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"  {found['bytes_per_chip']['peak'] / 1e9:.1f} GB, fits: {found['fits']}, {found['row_seconds']:.0f} s", flush=True)
+    print(f"  {gigabytes(found['bytes_per_chip']['peak'])} GB, fits: {found['fits']}, "
+          f"{found['row_seconds']:.0f} s", flush=True)
 
 
 def gigabytes(size):
@@ -138,6 +142,13 @@ def peak(program):
             else "> " + gigabytes(program["needs_at_least"] or program["held"]))
 
 
+def cure_of(program):
+    """What makes a program fit, in a cell."""
+    if not program.get("cure"):
+        return "nothing that was tried"
+    return ", ".join(f"`{field} = {value}`" for field, value in program["cure"]["changes"].items())
+
+
 def peaks_table(found):
     """Peaks of every program: rows of gpus."""
     names = list(dict.fromkeys(name for made in found for name in made["programs"]))
@@ -145,10 +156,8 @@ def peaks_table(found):
              + " | usable, GB | fits | what makes it fit |", "| --- " * (len(names) + 6) + "|"]
     for made in found:
         cells = [peak(made["programs"][name]) if name in made["programs"] else "" for name in names]
-        cured = "; ".join(
-            f"{name}: " + (", ".join(f"`{field} = {value}`" for field, value in program["cure"]["changes"].items())
-                           if program.get("cure") else "nothing that was tried")
-            for name, program in made["programs"].items() if program["fits"] is False)
+        cured = "; ".join(f"{name}: {cure_of(program)}" for name, program in made["programs"].items()
+                          if program["fits"] is False)
         limit = made["bytes_per_chip"]["limit"]
         lines.append(f"| {made['chips']} x {made['chip'].removeprefix('NVIDIA ')} | {made['row'][1]} | "
                      f"{'cached' if made['cache'] else 'held'} | " + " | ".join(cells)
@@ -163,9 +172,8 @@ def step_table(found):
              "| --- " * 14 + "|"]
     for made in found:
         update = made["programs"]["update"]
-        estimates = [program.get("estimate", {}) for name, program in made["programs"].items()
-                     if name in ("update", "guide")]
-        told = sum(each.get("bytes", 0) for each in estimates)
+        told = sum(program.get("estimate", {}).get("bytes", 0) for program in made["programs"].values()
+                   if program["when"] == "of every batch")
         links = made["seconds_links"] or 0
         compute = made["seconds_per_batch"] - links if update.get("estimate", {}).get("seconds") else None
         hours = campaign.cost(made, made["chips_per_host"])["chip_hours"] if compute else None

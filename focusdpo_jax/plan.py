@@ -25,23 +25,23 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/sdxl_dpo.py; override fields by "
     "--config.FIELD=VALUE, for example --config.mesh.fsdp=16.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "local", "TPU slice such as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2; GPUs such as h100:8 (h100, "
-    "h100-pcie, h200, b200, a100-40, a100-80, a6000, l4, l40s, rtx4090, rtx5090, rtx6000pro; more than eight "
-    "are several machines of eight); or local, this machine's devices.")
+    "topology", "local", "TPU slice such as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2; GPUs such as h100:8 "
+    "(h100, h100-pcie, h200, b200, a100-40, a100-80, a6000, l4, l40s, rtx4090, rtx5090, rtx6000pro; more "
+    "than eight are several machines of eight); or local, this machine's devices.")
 _UTILISATION = flags.DEFINE_float(
-    "utilisation", 0.4, "Share of the chip's speed on paper that is expected of it where no compiler estimates "
-    "time (GPUs); it decides the pairs a second, and nothing else.", lower_bound=0.01, upper_bound=1.0)
+    "utilisation", 0.4, "Share of the chip's speed on paper that is expected of it where no compiler "
+    "estimates time (GPUs); it decides the pairs a second, and nothing else.", lower_bound=0.01, upper_bound=1.0)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and not a table.")
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Try splits into data and fsdp and --batches pairs a chip; where nothing fits also remat, "
-    "cached encoders and no accumulation, in this order. Recommends what fits, promises most pairs a second and "
-    "exchanges least, planned as a whole.")
+    "search", False, "Try splits into data and fsdp and --batches pairs a chip; where nothing fits also "
+    "remat, cached encoders and no accumulation, in this order. Recommends what fits, promises most pairs a "
+    "second and exchanges least, planned as a whole.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "2", "4"], "Pairs a chip that --search tries.")
 _QUICK = flags.DEFINE_bool(
     "quick", False, "Compile the policy's update alone, which is --programs=update.")
 _PROGRAMS = flags.DEFINE_list(
-    "programs", None, "Programs to compile, of update, sampling, encoding, guide, focus maps, probe; all that "
-    "the run has by default.")
+    "programs", None, "Programs to compile, of update, sampling, encoding, guide, focus maps, probe; all "
+    "that the run has by default.")
 
 
 def main():
@@ -63,7 +63,8 @@ def main():
     only = ["update"] if _QUICK.value else _PROGRAMS.value
     unknown = sorted(set(only or ()) - set(programs.NAMES))
     if unknown:
-        raise UserError(f"--programs={','.join(only)}: {unknown[0]!r} is none of {', '.join(programs.NAMES)}")
+        raise UserError(f"--programs={','.join(only)}: {unknown[0]!r} is none of "
+                        f"{', '.join(programs.NAMES)}")
     if not _SEARCH.value:
         _show(planner.plan(config, _TOPOLOGY.value, only=only, **options))
         return

@@ -199,6 +199,8 @@ def _speed(config, chip, devices, found, update_work, guide_work, model_flops, f
             share = 1 + guide_work / update_work
             seconds, links = seconds * share, links * share
             source += "; the reference pass, not compiled, in proportion to its operations"
+        if "encoding" not in names and not config.data.cache:
+            source += "; without the encoding of every batch, which was not compiled"
         total = seconds + links
     else:
         total = flops * config.batch_size / devices / (utilisation * chip.flops)

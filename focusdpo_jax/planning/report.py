@@ -76,18 +76,19 @@ def _speed(found):
         estimate = made.get("estimate", {})
         if estimate.get("kernels"):
             count = sum(estimate["kernels"].values())
-            lines.append(f"  {name}: {count} fused kernels carry no estimate; their products at the chip's full "
-                         f"speed, {estimate['kernel_seconds']:.3g} s, are in the sum, a lower bound")
+            lines.append(f"  {name}: {count} fused kernels carry no estimate; their products at the chip's "
+                         f"full speed, {estimate['kernel_seconds']:.3g} s, are in the sum, a lower bound")
         if estimate.get("unknown_loops"):
             lines.append(f"  {name}: {estimate['unknown_loops']} loops of unknown length count once")
     if any("roofline" in made.get("estimate", {}) for made in found["programs"].values()):
-        lines.append("  ~ marks a roofline and no estimate: products at full speed or, as if no cache served any, "
-                     "bytes at full bandwidth, whichever takes longer; the compiler for GPUs estimates no time")
+        lines.append("  ~ marks a roofline and no estimate: products at full speed or, as if no cache served "
+                     "any, bytes at full bandwidth, whichever takes longer; the compiler for GPUs estimates "
+                     "no time")
     update = found["programs"].get("update", {}).get("estimate", {})
     if update.get("most_expensive"):
         lines.append(f"  the update's most expensive operations, of {update['seconds']:.3g} s:")
-        lines += [f"    {each['share']:6.1%} {each['seconds'] * 1e3:9.3f} ms {each['count']:6d} x {each['name']}"
-                  for each in update["most_expensive"]]
+        lines += [f"    {each['share']:6.1%} {each['seconds'] * 1e3:9.3f} ms {each['count']:6d} x "
+                  f"{each['name']}" for each in update["most_expensive"]]
     return lines
 
 

@@ -154,6 +154,21 @@ def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch)
         searched([100])
 
 
+def test_a_recommendation_is_planned_as_a_whole_with_its_cures(tiny_config, monkeypatch):
+    planned = []
+
+    def plan(config, topology, **options):
+        planned.append((config.batch_size, config.evaluation.batch_size))
+        fits = config.evaluation.batch_size == 1
+        cure = None if fits else {"changes": {"evaluation.batch_size": 1}}
+        return {"fits": fits, "programs": {"update": {"fits": True}, "sampling": {"fits": fits, "cure": cure}}}
+
+    monkeypatch.setattr(planner, "plan", plan)
+    made = planner.plan_recommended(tiny_config(), "v5e:2x2", {"batch_size": 8})
+    assert made["fits"] and made["changes"] == {"batch_size": 8, "evaluation.batch_size": 1}
+    assert planned == [(8, 2), (8, 1)]
+
+
 def test_no_compilation_where_there_is_no_room(tiny_config, monkeypatch):
     small = planner.chips.Chip("small", 1000.0, 1.0)
     monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
@@ -178,11 +193,11 @@ def test_mistakes_are_one_line(tiny_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "h100:2"])
-def test_a_debug_run_is_planned_as_a_whole(topology):
+def test_a_whole_run_is_planned_for_machines_that_are_not_here(topology, tmp_path):
     """By the real compilers, which have to be installed."""
     pytest.importorskip("libtpu" if topology.startswith("v") else "jax_cuda12_plugin",
                         reason="pip install -e '.[plan,plan-gpu]'")
-    config = tiny.load_config("sdxl_dpo", "debug")
+    config = tiny.tiny_config(tmp_path, model__pretrained="", dtype="bfloat16", trainable="full")
     found = planner.plan(config, topology)
     assert found["fits"] and not found["not_planned"]
     assert found["collectives"]["update"]["all-reduce"]["bytes"] > 0
