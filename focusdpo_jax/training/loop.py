@@ -76,7 +76,8 @@ def run(config, workdir, *, accept_changes=False):
             task.start(writer)
             state, _ = checkpoints.restore(state, release=True)
         checkpoints.close()
-        task.finish(config.steps, state.evaluated, writer)
+        # A run that goes on with fewer steps than it has made has made no fewer.
+        task.finish(max(done, config.steps), state.evaluated, writer)
         # Whoever left now would take the others for dead, or process 0 from them.
         processes.wait("end")
     finally:

@@ -203,8 +203,10 @@ def test_another_configuration_is_refused(finished, tiny_config):
 
 def test_another_configuration_is_accepted_when_asked_for(finished, tiny_config, tmp_path):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    loop.run(tiny_config(beta=7.0), tmp_path, accept_changes=True)
+    loop.run(tiny_config(beta=7.0, steps=2), tmp_path, accept_changes=True)
     assert json.loads((tmp_path / "config.json").read_text())["beta"] == 7.0
+    # Fewer steps than there are make no fewer.
+    assert left_by(tmp_path) == ({1, 2, 3, 4}, {2, 4}, {4})
 
 
 def left_by(workdir):
