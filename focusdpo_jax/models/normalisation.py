@@ -64,7 +64,7 @@ def group_norm(x, scale, bias, groups, epsilon, dtype, activation):
     Args:
       scale, bias: [C].
       groups: into how many the channels are divided.
-      activation: elementwise function of the result, or None.
+      activation: elementwise function of the result, applied in float32, or None.
 
     Returns:
       [B, ..., C] in `dtype`.
@@ -80,8 +80,10 @@ def _group_norm(x, scale, bias, groups, epsilon, dtype, activation):
     group_mean = _group_means(mean, groups)
     group_variance = _group_means(variance + jnp.square(mean - group_mean), groups)
     rate = jax.lax.rsqrt(group_variance + epsilon)
-    out = _activated(pixels, scale, bias, group_mean, rate, dtype, activation)
-    return out.reshape(x.shape), (x, scale, bias, group_mean, rate)
+    out = _normed(pixels, scale, bias, group_mean, rate)
+    if activation is not None:
+        out = activation(out)
+    return out.astype(dtype).reshape(x.shape), (x, scale, bias, group_mean, rate)
 
 
 def _group_means(values, groups):
@@ -90,23 +92,19 @@ def _group_means(values, groups):
     return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(values.shape)
 
 
-def _activated(pixels, scale, bias, mean, rate, dtype, activation):
+def _normed(pixels, scale, bias, mean, rate):
     gain = rate * scale.astype(jnp.float32)
-    out = pixels.astype(jnp.float32) * gain + (bias.astype(jnp.float32) - mean * gain)
-    out = out.astype(dtype)
-    return out if activation is None else activation(out)
+    return pixels.astype(jnp.float32) * gain + (bias.astype(jnp.float32) - mean * gain)
 
 
 def _group_norm_gradients(groups, epsilon, dtype, activation, residuals, gradient):
-    del epsilon
+    del epsilon, dtype
     x, scale, bias, mean, rate = residuals
     pixels = x.reshape(x.shape[0], -1, x.shape[-1])
-    gradient = gradient.reshape(pixels.shape)
+    gradient = gradient.reshape(pixels.shape).astype(jnp.float32)
     if activation is not None:
-        gain = rate * scale.astype(jnp.float32)
-        normed = pixels.astype(jnp.float32) * gain + (bias.astype(jnp.float32) - mean * gain)
-        gradient, = jax.vjp(activation, normed.astype(dtype))[1](gradient)
-    gradient = gradient.astype(jnp.float32)
+        _, back = jax.vjp(activation, _normed(pixels, scale, bias, mean, rate))
+        gradient, = back(gradient)
     total = gradient.sum(1, keepdims=True)
     along = (gradient * (pixels.astype(jnp.float32) - mean)).sum(1, keepdims=True) * rate
     positions, scaled = pixels.shape[1], scale.astype(jnp.float32)
