@@ -105,6 +105,9 @@ def get_config(argument=""):
     # Compute resnets and transformer blocks of the UNet again in the backward pass and keep only
     # what goes into each: a third more work, several times less memory.
     config.model.remat = True
+    # Run equal transformer blocks in a loop over stacked parameters. It compiles several times as fast,
+    # which suits debugging; a step then takes about twice as long on a TPU (docs/performance.md).
+    config.model.scan_layers = debug
     if debug:
         config.model.sizes = sizes()
 

@@ -26,7 +26,7 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
 
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
-          "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
+          "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
           "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5, "focus.features": "vit",
           "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
@@ -108,6 +108,7 @@ RULES = {
     "model.tokenizer": _text(),
     "model.lora_rank": _integer(0),
     "model.remat": _flag(),
+    "model.scan_layers": _flag(),
     "model.sizes": _anything(),
     "mesh.data": _devices(),
     "mesh.fsdp": _devices(),

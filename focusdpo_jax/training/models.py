@@ -225,7 +225,8 @@ def _open(config):
                         f"{source.path if source else 'config.model.sizes'} has low-rank updates "
                         f"of rank {stored}; give {stored}, or start from a model without updates.")
     return source, dataclasses.replace(sizes, unet=dataclasses.replace(
-        sizes.unet, lora_rank=wanted or stored, remat=config.model.remat)), stored
+        sizes.unet, lora_rank=wanted or stored, remat=config.model.remat,
+        scan_layers=config.model.scan_layers)), stored
 
 
 def abstract_model(config, mesh):
@@ -245,7 +246,7 @@ def abstract_model(config, mesh):
         sizes = GeneratorConfig(**single_file.SDXL, image_encoder=image_encoder, adapter=adapter)
     sizes = dataclasses.replace(sizes, unet=dataclasses.replace(
         sizes.unet, lora_rank=config.model.lora_rank or sizes.unet.lora_rank,
-        remat=config.model.remat))
+        remat=config.model.remat, scan_layers=config.model.scan_layers))
     generator = Generator(sizes, jnp.dtype(config.dtype))
     parameters = {}
     for part in PARTS:
