@@ -1,16 +1,17 @@
-r"""SDXL's UNet compiled for a TPU that is not there, here and by MaxDiffusion: counts, not times.
+r"""SDXL's UNet compiled for a TPU that is not there, here and by MaxDiffusion: the compiler's estimates.
 
     pip install -e ".[plan]" chex qwix tokamax aqtp google-cloud-storage tensorboardX
     python benchmarks/tpu_unet.py --maxdiffusion=FOLDER            # a checkout of its repository
     python benchmarks/tpu_unet.py --sides 1024 --programs forward  # ours alone
 
-One picture a chip on v5e:2x2, bfloat16 parameters, all of them differentiated, nothing computed again
-in the backward pass. Each program is compiled in a process of its own, ours and theirs one after the
-other. The peer attends as its configuration for SDXL says, "flash" (over more than `flash_min_seq_length`
-positions) or, as its default is, "dot_product": both are shown.
+One image a chip on v5e:2x2, bfloat16 parameters, all of them differentiated, nothing computed again in the
+backward pass. Each program is compiled in a process of its own, ours and theirs one after the other. The
+peer attends as its configuration for SDXL says, "flash" (over more than `flash_min_seq_length` positions)
+or, as its default is, "dot_product".
 
-Ours runs equal transformer blocks in loops, whose bodies XLA counts once; here they count as often as
-they run (`looped_cost.py`). Operations inside a fused attention kernel are in no count.
+The first column is the compiler's estimate of time, `planning.estimates`: cycles of all instructions. Fused
+attention kernels (ours, and theirs with "flash") carry no estimate; the second column adds their products
+at the chip's full speed, and is a lower bound where there are any. The others are counts.
 """
 
 import argparse
@@ -34,6 +35,9 @@ def compiled(network, program, side, topology):
     import looped_cost
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from focusdpo_jax.planning import chips, estimates, hlo
+    from focusdpo_jax.training import operations as traced_operations
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh([[[device]] for device in devices], ("data", "fsdp", "tensor"))
     count, size = len(devices), side // 8
@@ -63,12 +67,19 @@ def compiled(network, program, side, topology):
     arguments = placed((latents, timesteps, inputs), PartitionSpec("data"))
     start, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     with mesh:
-        program = jax.jit({"forward": forward, "gradient": gradient}[program]).lower(
-            parameters, *arguments).compile()
+        traced = jax.jit({"forward": forward, "gradient": gradient}[program]).trace(
+            parameters, *arguments)
+        compiled_program = traced.lower().compile()
     seconds, use = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF)
-    operations, accessed = looped_cost.count(program)
-    return {"operations": operations, "bytes": accessed,
-            "temporaries": program.memory_analysis().temp_size_in_bytes,
+    operations, accessed = looped_cost.count(compiled_program)
+    estimate = estimates.read(hlo.Program(compiled_program.as_text()))
+    kernels = traced_operations.count(traced).kernels / count
+    chip = chips.TPUS[topology.partition(":")[0]]
+    return {"cycles": estimate.cycles, "kernels": kernels,
+            "estimated": estimates.seconds(estimate, chip, kernels),
+            "most_expensive": estimate.sources[:10], "peak": chip.flops,
+            "operations": operations, "bytes": accessed,
+            "temporaries": compiled_program.memory_analysis().temp_size_in_bytes,
             "seconds": seconds, "processor": use.ru_utime - used, "host": use.ru_maxrss * 1024}
 
 
@@ -79,7 +90,7 @@ def ours(mesh, example):
 
     from focusdpo_jax.models.unet import UNet, UNetConfig
     from focusdpo_jax.training.tracing import traced_for
-    unet = UNet(UNetConfig(), jnp.bfloat16)
+    unet = UNet(UNetConfig(scan_layers=False), jnp.bfloat16)
 
     def apply(parameters, latents, timesteps, inputs):
         with traced_for(mesh):
@@ -129,6 +140,8 @@ def main():
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
     parser.add_argument("--networks", nargs="+", choices=SIDES)
     parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--most-expensive", action="store_true",
+                        help="list the ten most expensive kinds of operations of each program")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -140,7 +153,8 @@ def main():
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(pathlib.Path(arguments.maxdiffusion) / "src"), environment.get("PYTHONPATH", "")])
     networks = arguments.networks or SIDES[:3 if arguments.maxdiffusion else 1]
-    print(f"{'':30s} TFLOP  GB accessed  temporaries GB  seconds  (processor)  host GB")
+    print(f"{'':30s} M cycles  ms with kernels  of peak  TFLOP  GB accessed  temporaries GB  "
+          "seconds  (processor)  host GB")
     for side in arguments.sides:
         for program in arguments.programs:
             for network in networks:
@@ -151,10 +165,17 @@ def main():
                 if run.returncode:
                     raise SystemExit(f"{network}, {program}:\n{run.stderr[-3000:]}")
                 found = json.loads(run.stdout.splitlines()[-1])
-                print(f"{side:5d} {program:9s} {network:14s} {found['operations'] / 1e12:6.3f} "
+                done = found["operations"] + found["kernels"]
+                print(f"{side:5d} {program:9s} {network:14s} {found['cycles'] / 1e6:8.1f} "
+                      f"{1e3 * found['estimated']:16.1f} "
+                      f"{done / found['peak'] / found['estimated']:8.0%} {done / 1e12:6.3f} "
                       f"{found['bytes'] / 1e9:12.2f} {found['temporaries'] / 1e9:15.3f} "
                       f"{found['seconds']:8.0f} {found['processor']:12.0f} "
                       f"{found['host'] / 1e9:8.1f}", flush=True)
+                if arguments.most_expensive:
+                    for name, cycles, times in found["most_expensive"]:
+                        print(f"      {cycles / 1e6:8.2f} M cycles in {times:4d}: {name}")
+
 
 
 if __name__ == "__main__":
