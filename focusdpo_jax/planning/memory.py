@@ -129,19 +129,26 @@ def require_fit(config, mesh):
         f"config.trainable = {config.trainable!r} with config.batch_size = {config.batch_size} and "
         f"config.data.cache = {config.data.cache} holds {total / 1e9:.1f} GB on each device before "
         f"activations ({listed}), and {device.device_kind} has {available / 1e9:.1f} GB: "
-        f"{_cure(config, mesh, total, available)}")
+        f"{_cure(config, mesh, needed, available)}")
 
 
-def _cure(config, mesh, total, available):
-    """The end of a message: which fields would make a run fit that holds `total` bytes."""
-    savings = list(_savings(config, mesh))
-    alone = [(_named(changes), _total(_changed(config, changes), mesh)) for changes in savings]
-    fitting = [f"{name} ({size / 1e9:.1f} GB)" for name, size in alone if size <= available]
+def _cure(config, mesh, needed, available):
+    """The end of a message: which fields would make a run fit.
+
+    Args:
+      config, mesh, needed: arguments and result of `held`.
+      available: bytes of a device.
+    """
+    alone = [(changes, _total(_changed(config, changes), mesh))
+             for changes in _savings(config, mesh, needed)]
+    fitting = [f"{_named(changes)} ({size / 1e9:.1f} GB)"
+               for changes, size in alone if size <= available]
     if fitting:
         return "give " + ", or ".join(fitting)
-    together, least = {}, total
-    for changes in savings:
-        size = _total(_changed(config, together | changes), mesh)
+    together, least = {}, sum(needed.values())
+    for changes, size in alone:
+        if together:
+            size = _total(_changed(config, together | changes), mesh)
         if size < least:
             together, least = together | changes, size
         if least <= available:
@@ -150,14 +157,15 @@ def _cure(config, mesh, total, available):
     return even + "use devices with more memory, or more of them with config.mesh.fsdp"
 
 
-def _savings(config, mesh):
+def _savings(config, mesh, needed):
     """Changes of a configuration that save memory, those first that change least of what is trained."""
     if not config.data.cache:
         yield {"data.cache": True}
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
     if mesh.shape["fsdp"] < shares:
         yield {"mesh.data": 1, "mesh.fsdp": shares}
-    if config.batch_size > shares:  # As many pairs an update as before.
+    if config.batch_size > shares and needed["images"] > sum(needed.values()) / 100:
+        # As many pairs an update as before.
         yield {"batch_size": shares,
                "accumulate": config.accumulate * (config.batch_size // shares)}
     if config.dtype == "float32":

@@ -55,10 +55,17 @@ def test_more_devices_are_a_cure(tmp_path, monkeypatch):
 
         shape = {"data": 4, "fsdp": 1, "tensor": 1}
 
-    monkeypatch.setattr(memory, "_total", lambda config, mesh: 100 // max(config.mesh.fsdp, 1))
-    config = tiny_run(tmp_path, trainable="lora", model__lora_rank=2, dtype="bfloat16")
-    assert memory._cure(config, Mesh, 100, 30) == (
-        "give config.mesh.data = 1 and config.mesh.fsdp = 4 (0.0 GB)")
+    monkeypatch.setattr(memory, "_total", lambda config, mesh: (
+        8e9 / config.mesh.fsdp - 2e9 * config.data.cache + 1e9 * config.batch_size))
+    config = tiny_run(tmp_path, trainable="lora", model__lora_rank=2, dtype="bfloat16", batch_size=8,
+                      data__cache=False)
+    needed = {"parameters": 8e9, "images": 8e9}
+    assert memory._cure(config, Mesh, needed, 12e9) == (
+        "give config.mesh.data = 1 and config.mesh.fsdp = 4 (10.0 GB), or config.batch_size = 4 and "
+        "config.accumulate = 2 (12.0 GB)")
+    assert memory._cure(config, Mesh, needed, 5e9) == (
+        "give config.data.cache = True and config.mesh.data = 1 and config.mesh.fsdp = 4 and "
+        "config.batch_size = 4 and config.accumulate = 2 (4.0 GB)")
 
 
 def test_what_just_fits_is_not_refused(tmp_path, monkeypatch):
