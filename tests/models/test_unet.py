@@ -8,6 +8,7 @@ import pytest
 from flax import traverse_util
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import stacking
 from focusdpo_jax.models.image_attention import slot_attention
 from focusdpo_jax.models.unet import UNet, UNetConfig
 from tests.models.weights import random_params
@@ -160,3 +161,30 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="image_tokens"):
         jax.eval_shape(UNet(CONFIG).init, jax.random.key(0),
                        **dict(inputs(), image_tokens=None, image_present=None))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_compute_the_same_scanned_or_not(remat):
+    """Output, captured attention and all gradients, with the parameters stacked or apart."""
+    scanned = dataclasses.replace(CONFIG, transformer_layers_per_block=(0, 2), remat=remat)
+    apart = dataclasses.replace(scanned, scan_layers=False)
+    params = random_params(UNet(scanned), **inputs())
+    shapes = jax.eval_shape(UNet(apart).init, jax.random.key(0), **inputs())["params"]
+    split = stacking.split(params)
+    assert jax.tree.map(np.shape, split) == jax.tree.map(np.shape, shapes)
+    assert "transformer_blocks_1" in split["up_blocks_0"]["attentions_0"]
+
+    def results(params, config):
+        def loss(params):
+            prediction, captured = run(params, inputs(), config=config)
+            return jnp.sin(prediction).sum(), (prediction, captured["image_attention"])
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradient, outputs = results(split, apart)
+    expected_gradient, expected = results(params, scanned)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    joined = stacking.join(traverse_util.flatten_dict(gradient), params)
+    for ours, theirs in zip(jax.tree.leaves(joined), jax.tree.leaves(expected_gradient), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
