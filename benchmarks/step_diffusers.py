@@ -1,6 +1,6 @@
 """PyTorch's side of `step.py`: the same step with diffusers' UNet and IP-Adapter.
 
-    step_diffusers.py CASE FOLDER eager|compiled DTYPE REMAT
+    step_diffusers.py CASE FOLDER eager|regional|compiled DTYPE REMAT
 """
 
 import copy
@@ -31,6 +31,17 @@ class Given(torch.nn.Module):
 def load_unet(sizes, folder):
     """diffusers' UNet with IP-Adapter's attention."""
     depths = sizes["transformer_layers_per_block"]
+    # Copies lie in memory as kernels like it, which the file's bytes need not.
+    tensors = {name: tensor.clone()
+               for name, tensor in load_file(folder / "unet.safetensors").items()}
+    with torch.device("meta"):  # Random parameters of this size would take a minute.
+        model = _unet(sizes, depths, tensors)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _unet(sizes, depths, tensors):
+    """The module, whose attention has an image branch where `tensors` have one."""
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
     model = diffusers.UNet2DConditionModel(
         in_channels=sizes["in_channels"], out_channels=sizes["out_channels"],
@@ -42,7 +53,6 @@ def load_unet(sizes, folder):
         addition_embed_type="text_time", addition_time_embed_dim=sizes["addition_time_embed_dim"],
         projection_class_embeddings_input_dim=(
             sizes["pooled_dim"] + 6 * sizes["addition_time_embed_dim"]))
-    tensors = load_file(folder / "unet.safetensors")
     processors = {}
     for name in model.attn_processors:
         key = tensors.get(f"{name}.to_k_ip.0.weight")
@@ -51,7 +61,6 @@ def load_unet(sizes, folder):
     model.set_attn_processor(processors)
     model.encoder_hid_proj = Given()
     model.config.encoder_hid_dim_type = "ip_image_proj"
-    model.load_state_dict(tensors)
     return model
 
 
@@ -115,6 +124,9 @@ def make(folder, how, dtype, remat, device):
 
     if how == "compiled":
         loss_of = torch.compile(loss_of)
+    elif how == "regional":
+        for model in (unet, reference):
+            model.compile_repeated_blocks(dynamic=False)
     number = 0
 
     def step():

@@ -71,29 +71,51 @@ def draw(path, leaf):
 
 def inputs(config, generator):
     """EncodedPairs at random."""
-    rng = np.random.default_rng(0)
-    count, sizes = config.batch_size, generator.config
     _, encode = tasks.make_encoder(generator, config, tasks.focus_buckets(config))
-    shape = jax.eval_shape(
+    return filled(jax.eval_shape(
         encode,
         {part: jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
          for part in ("vae", "image_encoder", "text_encoder", "text_encoder_2")},
-        shapes.raw_batch(config, generator))
+        shapes.raw_batch(config, generator)), config, generator.config.unet)
 
-    def normal(leaf):
-        return rng.standard_normal(leaf.shape, np.float32)
 
-    slots = shape.present.shape[1]
+def filled(shape, config, unet):
+    """Random EncodedPairs on the host, all references present.
+
+    Args:
+      shape: EncodedPairs of shapes.
+      unet: UNetConfig, whose widths text and pooled text have.
+    """
+    rng = np.random.default_rng(0)
+    count, length = shape.text.shape[:2]
+
+    def normal(leaf, *size):
+        return rng.standard_normal(size or leaf.shape, np.float32).astype(leaf.dtype)
+
     side = config.resolution
     return dataclasses.replace(
         jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shape),
         latents_mean=normal(shape.latents_mean),
         references=ImageView(normal(shape.references.features)),
-        text=rng.standard_normal((*shape.text.shape[:2], sizes.unet.cross_attention_dim),
-                                 np.float32),
-        pooled=rng.standard_normal((count, sizes.unet.pooled_dim), np.float32),
-        present=np.ones((count, slots), bool),
+        text=normal(shape.text, count, length, unet.cross_attention_dim),
+        pooled=normal(shape.pooled, count, unet.pooled_dim),
+        present=np.ones(shape.present.shape, bool),
         time_ids=np.tile(np.float32([side, side, 0, 0, side, side]), (count, 1)))
+
+
+def write_sizes(folder, config, sizes):
+    """What `step_diffusers` reads of a GeneratorConfig and of the run's."""
+    (folder / "sizes.json").write_text(json.dumps({
+        "unet": dataclasses.asdict(sizes.unet), "adapter": dataclasses.asdict(sizes.adapter),
+        "learning_rate": config.learning_rate, "weight_decay": config.weight_decay,
+        "adam_b2": config.adam_b2, "gradient_clip": config.gradient_clip, "beta": config.beta}))
+
+
+def write_conditioning(folder, pairs):
+    """EncodedPairs, of numpy arrays, as `step_diffusers` reads them."""
+    np.savez(folder / "conditioning.npz", **{name: np.asarray(value, np.float32) for name, value in {
+        "text": pairs.text, "pooled": pairs.pooled, "time_ids": pairs.time_ids,
+        "features": pairs.references.features}.items()})
 
 
 def main():
@@ -102,10 +124,7 @@ def main():
     folder = pathlib.Path(folder)
     config, sizes = configuration(case, dtype, remat == "1")
     generator = Generator(sizes, jnp.dtype(dtype))
-    (folder / "sizes.json").write_text(json.dumps({
-        "unet": dataclasses.asdict(sizes.unet), "adapter": dataclasses.asdict(sizes.adapter),
-        "learning_rate": config.learning_rate, "weight_decay": config.weight_decay,
-        "adam_b2": config.adam_b2, "gradient_clip": config.gradient_clip, "beta": config.beta}))
+    write_sizes(folder, config, sizes)
     for part in PARTS:
         shape = jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
         tree = jax.tree_util.tree_map_with_path(
@@ -113,8 +132,7 @@ def main():
         tensor_file.write(folder / f"{part}.safetensors", pytorch_names.from_flax(tree))
     pairs = inputs(config, generator)
     (folder / "pairs.pickle").write_bytes(pickle.dumps(pairs))
-    np.savez(folder / "conditioning.npz", text=pairs.text, pooled=pairs.pooled,
-             time_ids=pairs.time_ids, features=pairs.references.features)
+    write_conditioning(folder, pairs)
     objective = make_objective(config, sizes)
     ((_, numbers),) = tasks.focus_buckets(config).values()
     key = meshes.random_key(config.seed, meshes.make_mesh(

@@ -1,0 +1,1 @@
+"""Benchmarks. Most are scripts, `python benchmarks/NAME.py`; `accelerator` is a package."""

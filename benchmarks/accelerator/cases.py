@@ -1,0 +1,51 @@
+"""Configurations of the cases: SDXL with IP-Adapter-Plus, or its anatomy at debugging sizes."""
+
+import jax
+from benchmark_cases import load_config
+
+from focusdpo_jax import config as config_rules
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import models
+
+# The anatomy with fewest blocks, so that a rehearsal compiles in seconds.
+_FEWEST = {"block_out_channels": (16, 32), "transformer_layers_per_block": (0, 1),
+           "mid_transformer_layers": 1, "num_heads": (1, 2), "layers_per_block": 1}
+
+
+def configuration(settings):
+    """The complete configuration of a step or of sampling.
+
+    Args:
+      settings: of a job; "size" and "resolution" are needed, "dtype", "batch", "trainable",
+        "objective", "remat" and "scan_layers" may be given.
+    """
+    debug = settings["size"] == "debug"
+    config = load_config("sdxl_dpo", *(["debug"] if debug else []))
+    # SDXL's beta would show what rounding does to an error 5000 times larger.
+    config.update({
+        "dtype": settings.get("dtype", "bfloat16"), "objective": settings.get("objective", "dpo"),
+        "trainable": settings.get("trainable", "adapter"), "anchor": 0.0, "beta": 100.0,
+        "accumulate": 1, "learning_rate": 1e-6, "warmup_steps": 0, "weight_decay": 1e-2,
+        "resolution": settings["resolution"], "batch_size": settings.get("batch", 1)})
+    if debug:
+        config.model.sizes.unet.update(_FEWEST)
+        config.model.sizes.adapter.depth = 1
+    # Encoders are asked once, so that a step is a step.
+    config.data.cache = True
+    config.model.remat = settings.get("remat", True)
+    config.model.scan_layers = settings.get("scan_layers", True)
+    if config.trainable == "lora":
+        config.model.lora_rank = 4 if debug else 32
+    config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1})
+    return config_rules.complete(config)
+
+
+def one_device(config):
+    """The mesh of this process's first device."""
+    return meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+
+
+def generator_sizes(size):
+    """The GeneratorConfig of a size."""
+    config = configuration({"size": size, "resolution": 64})
+    return models.abstract_model(config, one_device(config))[0].config

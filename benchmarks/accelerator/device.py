@@ -1,0 +1,27 @@
+"""Which device and libraries there are, and how fast the device multiplies matrices."""
+
+import importlib.metadata
+import os
+
+import jax
+
+from focusdpo_jax.training.speed import matmul_peak
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "numpy")
+
+
+def measure(settings, context):
+    """Yields the one row."""
+    del settings, context
+    device = jax.devices()[0]
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    yield {
+        "key": "device", "name": device.device_kind, "platform": device.platform,
+        "platform_version": device.client.platform_version,
+        "memory": (device.memory_stats() or {}).get("bytes_limit"), "processors": os.cpu_count(),
+        "versions": versions, "matmul_peak": matmul_peak(device, "bfloat16")}
