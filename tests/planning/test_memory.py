@@ -19,7 +19,7 @@ def tiny_run(tmp_path, **overrides):
 
 @pytest.mark.parametrize("overrides", [
     {}, {"trainable": "full", "ema_decay": 0.9, "data__cache": False},
-    {"dtype": "bfloat16", "accumulate": 2},
+    {"dtype": "bfloat16", "accumulate": 2, "model__scan_layers": False},
     {"objective": "sft", "trainable": "generator"}])
 def test_what_is_held_is_what_the_step_takes(tmp_path, overrides):
     config = tiny_run(tmp_path, **overrides)
