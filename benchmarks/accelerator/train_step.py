@@ -235,7 +235,7 @@ def _beside(ours, how, side, settings, *, asked):
             times.append((mine, seconds))
             losses.append(loss)
         memory = side.ask("memory")
-    except SystemExit as error:
+    except (SystemExit, BrokenPipeError) as error:  # It has ended: its error is in the log.
         return row | {"error": str(error)}
     side.close()
     mine, theirs = np.transpose(times)
