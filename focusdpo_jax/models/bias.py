@@ -1,8 +1,8 @@
 """Adding a bias, with a gradient that suits each platform.
 
-The gradient of a bias is the sum of its output's gradient over all rows, which XLA's TPU backend takes
-in the vector unit, by its own estimate ten times as long as the matrix unit takes for a product with
-ones. That product adds up the same numbers in float32.
+The gradient of a bias is the sum of its output's gradient over all rows. XLA's TPU backend takes such a
+sum in the vector unit, which by its own estimate is ten times as long as the matrix unit takes for a
+product with ones. That product adds up the same numbers in float32.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from focusdpo_jax.models import platforms
 
-# Rows of ones: a single one becomes a sum again.
+# Rows of ones: of a single one XLA makes a sum again.
 _ROWS = 8
 
 
@@ -26,12 +26,11 @@ def _add_bias(x, bias):
     return x + bias
 
 
-_add_bias.defvjp(lambda x, bias: (x + bias, None),
-                 lambda _, gradient: (gradient, sum_of_rows(gradient).astype(gradient.dtype)))
+def _gradients(_, gradient):
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    ones = jnp.ones((_ROWS, len(rows)), rows.dtype)
+    total = jnp.einsum("rn,nc->rc", ones, rows, preferred_element_type=jnp.float32)[0]
+    return gradient, total.astype(gradient.dtype)
 
 
-def sum_of_rows(x):
-    """The sum of x [..., C] over all axes but the last: float32 [C]."""
-    x = x.reshape(-1, x.shape[-1])
-    ones = jnp.ones((_ROWS, len(x)), x.dtype)
-    return jnp.einsum("rn,nc->rc", ones, x, preferred_element_type=jnp.float32)[0]
+_add_bias.defvjp(lambda x, bias: (x + bias, None), _gradients)

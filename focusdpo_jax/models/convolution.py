@@ -92,14 +92,17 @@ def _kernel_gradient_by_taps(x, kernel, gradient, padding):
 
 def by_taps(x, kernel, padding):
     """`conv2d` of stride 1: each tap's share of the output, added up in float32."""
-    return _sum_of_taps(x, [[tap for tap in row] for row in kernel], padding, "bhwc,co->bhwo")
+    rows, columns = kernel.shape[:2]
+    taps = [[kernel[i, j] for j in range(columns)] for i in range(rows)]
+    return _sum_of_taps(x, taps, padding, "bhwc,co->bhwo")
 
 
 def input_gradient_by_taps(kernel, gradient, padding):
     """The gradient of the input of `conv2d`: a convolution with the kernel turned around."""
+    rows, columns = kernel.shape[:2]
     padding = tuple((size - 1 - before, size - 1 - after) for size, (before, after)
-                    in zip(kernel.shape[:2], padding, strict=True))
-    taps = [[tap for tap in row[::-1]] for row in kernel[::-1]]
+                    in zip((rows, columns), padding, strict=True))
+    taps = [[kernel[i, j] for j in reversed(range(columns))] for i in reversed(range(rows))]
     return _sum_of_taps(gradient, taps, padding, "bhwo,co->bhwc")
 
 

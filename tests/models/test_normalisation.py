@@ -73,10 +73,10 @@ def test_the_gradient_of_a_bias_is_the_sum_of_rows():
                        for shape in ((3, 40, 16), (16,), (3, 40, 16)))
     with platforms.compiled_for(platforms.Target("tpu")):
         out, back = jax.vjp(bias.add_bias, x, shift)
+        of_x, of_shift = back(outer)
         text = jax.jit(lambda outer: back(outer)).lower(outer).as_text()
     assert "dot_general" in text
     np.testing.assert_array_equal(out, x + shift)
-    of_x, of_shift = back(outer)
     np.testing.assert_array_equal(of_x, outer)
     exact = np.float64(outer).sum((0, 1))
     assert np.all(np.abs(np.float64(of_shift) - exact) <= 2**-8 * np.abs(exact))
