@@ -9,7 +9,7 @@ the output's gradient; `benchmarks/convolutions.py` shows the ratios.
 XLA's TPU backend spreads the positions of one or two feature maps over a larger batch, and pads and copies
 them for it; by its own estimate that takes half of a convolution's time or more. There a convolution, and
 the gradient of its input, is the sum of one matrix product for each tap, of shifted slices that are read in
-place: 0.3 to 0.6 of the estimated time at SDXL's widths (`benchmarks/tpu_convolutions.py`).
+place: about half of the estimated time at most of SDXL's sizes (`benchmarks/tpu_layers.py`).
 
 Every other case and every other platform keeps XLA's own.
 """
