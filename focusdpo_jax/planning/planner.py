@@ -13,6 +13,7 @@ from absl import logging
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import chips, collectives, cures, estimates, hlo, programs
+from focusdpo_jax.planning.memory import bytes_per_device
 from focusdpo_jax.sharding.mesh import AXES, make_mesh
 from focusdpo_jax.training import operations
 
@@ -364,6 +365,5 @@ def _record_bytes(config, of_run):
 
 def _bytes_per_chip(held):
     """{kind: bytes} of {kind: tree of shapes with shardings}, and their "total"."""
-    sizes = {kind: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-                       for x in jax.tree.leaves(tree)) for kind, tree in held.items()}
+    sizes = {kind: bytes_per_device(tree) for kind, tree in held.items()}
     return sizes | {"total": sum(sizes.values())}
