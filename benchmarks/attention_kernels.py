@@ -5,14 +5,16 @@
 
 Every network that a run traces is traced here, at full size and from shapes alone, for each device, in
 bfloat16. "Training" is what is differentiated, "inference" the same attention in sampling, or a network
-that is frozen. Nothing is compiled, and no device is needed.
+that is frozen. Nothing is compiled, and neither a device nor its libraries are needed.
 """
 
 import argparse
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 
 from focusdpo_jax.checkpoints.single_file import SDXL
 from focusdpo_jax.models import attention, platforms
@@ -78,13 +80,24 @@ def _parameters(name, side):
     return jax.eval_shape(functools.partial(module.init, **init), jax.random.key(0), *inputs)
 
 
+@contextlib.contextmanager
+def cudnn_to_trace():
+    """While a function is traced inside, JAX takes cuDNN for installed, whose version it reads."""
+    checked = fused_attention_stablehlo.check_cudnn_version
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91000
+    try:
+        yield
+    finally:
+        fused_attention_stablehlo.check_cudnn_version = checked
+
+
 def calls(name, side, target):
     """The `attention.Call`s of a network, forward; `divided` kernels are allowed, as in a run."""
     module, inputs, keywords = networks(side)[name]
     method = {key: value for key, value in keywords.items() if key == "method"}
     arrays = {key: value for key, value in keywords.items() if key != "method"}
     parameters = _parameters(name, SIDES[0])  # Before recording: initialisation attends as well.
-    with (platforms.compiled_for(target, lambda attend: attend),
+    with (cudnn_to_trace(), platforms.compiled_for(target, lambda attend: attend),
           attention.recorded_calls() as found):
         jax.eval_shape(lambda parameters, inputs, arrays: module.apply(
             parameters, *inputs, **arrays, **method), parameters, inputs, arrays)

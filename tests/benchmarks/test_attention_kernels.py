@@ -46,10 +46,8 @@ def test_maps_of_768_px_have_no_whole_tiles_at_the_coarsest_level(kernels):
 
 
 @pytest.mark.parametrize("name", ["resampler (IP-Adapter-Plus)", "UNet"])
-def test_training_can_be_lowered_for_gpus(kernels, name, monkeypatch):
+def test_training_can_be_lowered_for_gpus(kernels, name):
     """The gradient of SDXL's UNet and of the resampler, at full size, without a GPU or its compiler."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     module, inputs, _ = kernels.networks(512)[name]
 
     def gradient(parameters, *inputs):
@@ -57,8 +55,9 @@ def test_training_can_be_lowered_for_gpus(kernels, name, monkeypatch):
             return jax.grad(lambda x: jnp.square(jax.tree.leaves(module.apply(
                 parameters, x, *inputs[1:]))[0].astype(jnp.float32)).mean())(inputs[0])
 
-    text = jax.jit(gradient).trace(kernels._parameters(name, 512), *inputs).lower(
-        lowering_platforms=("cuda",)).as_text()
+    with kernels.cudnn_to_trace():
+        text = jax.jit(gradient).trace(kernels._parameters(name, 512), *inputs).lower(
+            lowering_platforms=("cuda",)).as_text()
     assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name == "UNet")
 
 
