@@ -57,3 +57,10 @@ def tiny_config(tiny_folder):
         return tiny.tiny_config(tiny_folder, **overrides)
 
     return make
+
+
+@pytest.fixture
+def cudnn_to_trace(monkeypatch):
+    """JAX takes cuDNN for installed, whose version it reads while attention is traced."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)

@@ -152,6 +152,7 @@ def test_results_of_another_device_are_kept_aside(accelerator, tmp_path):
     assert running.Record(tmp_path).values["device"]["name"] == "two"
 
 
+@pytest.mark.usefixtures("cudnn_to_trace")
 def test_the_shapes_are_those_of_every_network(accelerator):
     from focusdpo_jax.models import platforms
     attention, cases = accelerator("attention"), accelerator("cases")

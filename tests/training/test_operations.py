@@ -36,6 +36,7 @@ def test_a_kernel_counts_every_block_of_its_grid():
     assert found.products == found.kernels == 2 * (2 * 3 * 5 * 2048 * 2048 * 64)
 
 
+@pytest.mark.usefixtures("cudnn_to_trace")
 def test_cudnns_attention_counts_though_nobody_can_look_into_it():
     target = platforms.Target("gpu", 9.0)
 
