@@ -17,7 +17,7 @@ def count(compiled):
     """(operations, bytes accessed) of a `jax.stages.Compiled`.
 
     Raises:
-      ValueError: nobody knows how often a loop runs.
+      ValueError: the trip count of a loop is unknown.
     """
     program, once = hlo.Program(compiled.as_text()), {}
 

@@ -3,8 +3,8 @@
 The compiler for TPUs writes `estimated_cycles` beside every fusion, convolution, copy and so on, by a
 model of the chip. Their sum, loops as often as they run, is the time of a program in which nothing
 waits: transfers between memories and between chips, which run beside, have no estimate. Neither have
-Pallas kernels, of which the products at the chip's full speed are added, a lower bound. No clock has
-been held beside these estimates.
+Pallas kernels, of which the products at the chip's full speed are added, a lower bound. These
+estimates have not been compared with measured times.
 
 The compiler for GPUs estimates nothing. What remains is the roofline: products at full speed, or bytes at
 full bandwidth, as if no cache served any, whichever takes longer.
@@ -28,7 +28,7 @@ _WRAPPERS = ("checkpoint", "rematted_computation", "while", "body", "closed_call
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What the compiler says about the time of a program on one chip.
+    """The compiler's estimate of the time of a program on one chip.
 
     Attributes:
       cycles: of all instructions with an estimate.

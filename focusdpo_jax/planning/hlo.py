@@ -1,6 +1,6 @@
 """Reads the text of a compiled program: its instructions, and how often each of them runs.
 
-What planning knows of a program beyond its sizes it reads from here: what devices send each other
+Planning takes from it what the sizes of a program do not show: what devices exchange
 (`collectives`), the compiler's estimates (`estimates`), bytes that instructions read and write.
 """
 
@@ -155,7 +155,7 @@ class Program:
 
     @functools.cached_property
     def unknown_loops(self):
-        """Names of the loops that count once because nobody knows how often they run."""
+        """Names of the loops whose trip count is unknown; they count once."""
         return [instruction.name for instruction, _ in self.runs
                 if instruction.opcode == "while" and self.trips(instruction) is None]
 

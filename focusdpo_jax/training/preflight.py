@@ -35,7 +35,7 @@ def check(config):
 
 
 def _check(config):
-    """`check`; returns what is to be added to the log's line about memory."""
+    """Runs the checks of `check`; returns the part of its log line about memory."""
     sizes = models.generator_config(config)
     if config.resolution % sizes.vae.factor:
         nearest = max(1, round(config.resolution / sizes.vae.factor)) * sizes.vae.factor

@@ -15,7 +15,7 @@ AMPERE, HOPPER = (platforms.Target("gpu", capability) for capability in (8.0, 9.
     # SDXL's self-attention at 1024 px.
     (platforms.Target("cpu"), 4096, 4096, 64, {}, "by_head"),
     (TPU, 4096, 4096, 64, {"divided": True}, "splash"),
-    (TPU, 4096, 4096, 64, {}, "xla"),  # Nobody has said how the kernel is divided.
+    (TPU, 4096, 4096, 64, {}, "xla"),  # No division among devices is given.
     (AMPERE, 4096, 4096, 64, {}, "cudnn"),
     (HOPPER, 4096, 4096, 64, {}, "cudnn"),
     (platforms.Target("gpu", 7.5), 4096, 4096, 64, {}, "xla"),  # Turing.

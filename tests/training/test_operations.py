@@ -37,7 +37,7 @@ def test_a_kernel_counts_every_block_of_its_grid():
 
 
 @pytest.mark.usefixtures("cudnn_to_trace")
-def test_cudnns_attention_counts_though_nobody_can_look_into_it():
+def test_products_inside_cudnns_attention_are_counted():
     target = platforms.Target("gpu", 9.0)
 
     def attend(query, key, value):
