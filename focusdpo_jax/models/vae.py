@@ -149,7 +149,9 @@ class VAE(nn.Module):
     """A variational autoencoder; call `encode` and `decode` with `apply(..., method=...)`.
 
     The latents here are the encoder's own: a diffusion model works on them multiplied by
-    `config.scaling_factor`. SDXL's published weights overflow in float16; bfloat16 is safe.
+    `config.scaling_factor`. `dtype` is the decoder's. The encoder computes in float32, as trainers do: its
+    latents are what every step learns from, and bfloat16 leaves noise in them that training cannot
+    average out. SDXL's published weights overflow in float16; bfloat16 is safe for decoding.
     """
 
     config: VAEConfig
@@ -157,9 +159,9 @@ class VAE(nn.Module):
 
     def setup(self):
         config = self.config
-        self.encoder = Encoder(config, self.dtype)
+        self.encoder = Encoder(config, jnp.float32)
         self.decoder = Decoder(config, self.dtype)
-        self.quant_conv = layers.Conv(2 * config.latent_channels, kernel_size=1, dtype=self.dtype)
+        self.quant_conv = layers.Conv(2 * config.latent_channels, kernel_size=1)
         self.post_quant_conv = layers.Conv(config.latent_channels, kernel_size=1, dtype=self.dtype)
 
     def encode(self, images):
@@ -172,7 +174,7 @@ class VAE(nn.Module):
           Mean and logarithm of the variance, in [-30, 20], each [B, H / factor, W / factor,
           latent_channels] in float32.
         """
-        moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(images))
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 

@@ -6,6 +6,8 @@ result in memory, so that later epochs pay nothing. Nothing is rounded: training
 training on the pictures.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -95,7 +97,9 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             """[B * P, ...] as [B, P, ...]."""
             return x.reshape(-1, len(images), *x.shape[1:])
 
-        mean, deviation = map(grouped, generator.encode_image(parameters, flat))
+        # One image of each pair at a time: in float32, the encoder of both would take twice the memory.
+        mean, deviation = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(
+            functools.partial(generator.encode_image, parameters), jnp.moveaxis(pair, 1, 0)))
         marked = batch.masks.any(1) if supervised else batch.prior_mask
         prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
         references = generator.view(parameters, batch.references.astype(jnp.float32) / 255)

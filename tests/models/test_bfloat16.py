@@ -92,6 +92,8 @@ def test_what_is_stored_in_which_type(tiny_folder):
     assert block["norm1"]["scale"].dtype == jnp.float32
     assert model.parameters["adapter"]["proj_in"]["kernel"].dtype == jnp.float32
     assert model.parameters["vae"]["decoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    assert model.parameters["vae"]["encoder"]["conv_in"]["kernel"].dtype == jnp.float32
+    assert model.parameters["vae"]["quant_conv"]["kernel"].dtype == jnp.float32
     assert model.generator.unet.dtype == jnp.bfloat16
     plain = models.load_model(tiny.tiny_config(tiny_folder))
     assert {x.dtype for x in jax.tree.leaves(plain.parameters)} == {np.dtype("float32")}
@@ -113,3 +115,16 @@ def test_pictures_of_another_size_are_resized_as_pillow_does():
     found, expected = (np.asarray(x.penultimate) for x in seen)
     # Pillow rounds to 256 levels.
     assert 0 < np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+
+
+def test_images_are_encoded_in_float32(tiny_folder):
+    models_of = [models.load_model(tiny.tiny_config(tiny_folder, dtype=dtype))
+                 for dtype in ("float32", "bfloat16")]
+    images = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    wide, narrow = (jax.jit(model.generator.encode_image)(model.parameters, images)
+                    for model in models_of)
+    for expected, got in zip(wide, narrow, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    # Decoding is in bfloat16.
+    decoded = [model.generator.decode_latents(model.parameters, wide[0]) for model in models_of]
+    assert np.any(decoded[0] != decoded[1])
