@@ -80,8 +80,11 @@ def diffusion_dpo(
     Returns:
       The loss of each pair [B], and per-pair diagnostics [B]:
         margin: negative where the policy prefers the chosen image more than the reference does.
-        implicit_accuracy: 1 where margin < 0, so that the mean is the share of pairs won.
-          Without meaning while policy and reference are one model: 0, or rounding noise.
+        logit_scale: |beta / 2 margin|. It compares values of beta between objectives: far below 1
+          the loss is linear in the margin, and beta only scales the gradient; above about 4 a
+          pair's gradient vanishes or has its full size.
+        implicit_accuracy: 1 where margin < 0, 0.5 where it is 0 and 0 elsewhere, so that the mean
+          is the share of pairs won. Policy and reference that are one model tie: 0.5.
         winner_error_difference, loser_error_difference: the margin's two terms. A loser's that
           grows while the winner's does not fall is DPO's known failure.
         reference_error: the reference model's weighted error, mean of both images.
@@ -97,7 +100,8 @@ def diffusion_dpo(
                              + weighted_mean(weights_rejected, reference_rejected))
     diagnostics = {
         "margin": margin,
-        "implicit_accuracy": (margin < 0).astype(margin.dtype),
+        "logit_scale": jnp.abs(0.5 * beta * margin),
+        "implicit_accuracy": jnp.where(margin == 0, 0.5, margin < 0).astype(margin.dtype),
         "winner_error_difference": winner,
         "loser_error_difference": loser,
         "reference_error": reference_error,

@@ -93,7 +93,7 @@ def train(config, task, state, step, checkpoints, writer, done):
         start=done, total=config.steps, unit=task.unit,
         per_step=config.batch_size * config.accumulate, devices=task.mesh.size,
         peak=matmul_peak(jax.local_devices()[0], config.dtype))
-    windows, began = Windows(writer, progress, checkpoints), time.monotonic()
+    windows, began = Windows(writer, progress, checkpoints, task.buckets), time.monotonic()
     # What there is lives as long as the run: Python need not look through it for garbage again.
     gc.collect()
     gc.freeze()

@@ -7,6 +7,7 @@ import collections
 
 import jax
 import numpy as np
+from absl import logging
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.training.measured import added, as_floats
@@ -18,10 +19,15 @@ _SHOWN = ("loss", "implicit_accuracy")
 class Windows:
     """The logging windows of a run, one after the other."""
 
-    def __init__(self, writer, progress, checkpoints):
-        """Takes where a report goes (`MetricWriter`, `Progress`) and what is there to go back to."""
+    def __init__(self, writer, progress, checkpoints, buckets=()):
+        """Takes where a report goes (`MetricWriter`, `Progress`) and what is there to go back to.
+
+        Args:
+          buckets: names of those whose logit scale is logged once all of them were seen.
+        """
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._ended = None
+        self._scales = dict.fromkeys(buckets)
         self._begin()
 
     def _begin(self):
@@ -57,8 +63,23 @@ class Windows:
         self._ended = None
         values = means(seen)
         require_finite(values, number, self._checkpoints)
+        self._log_scales(number, values)
         shown = {name: values[name] for name in _SHOWN if name in values}
         self._writer.scalars(number, values | self._progress.show(number, shown, products))
+
+
+    def _log_scales(self, number, values):
+        """Logs each bucket's mean logit scale (`focus.losses.diffusion_dpo`) once."""
+        if not self._scales or "logit_scale" not in values:
+            return
+        for bucket, scale in self._scales.items():
+            if scale is None:
+                single = values["logit_scale"] if len(self._scales) == 1 else None
+                self._scales[bucket] = values.get(f"{bucket}/logit_scale", single)
+        if None not in self._scales.values():
+            logging.info("logit scale (mean of |beta / 2 margin|) of the first %d steps: %s", number,
+                         ", ".join(f"{bucket} {scale:.2g}" for bucket, scale in self._scales.items()))
+            self._scales = {}
 
 
 def means(seen):

@@ -89,6 +89,7 @@ def test_margin_and_diagnostics_by_hand():
     assert diagnostics["winner_error_difference"] == pytest.approx([-0.875])
     assert diagnostics["loser_error_difference"] == pytest.approx([1.2])
     assert diagnostics["margin"] == pytest.approx([-2.075])
+    assert diagnostics["logit_scale"] == pytest.approx([2.075])
     assert diagnostics["implicit_accuracy"] == pytest.approx([1.0])
     # references: (3 * 2 + 2.5) / 4 = 2.125 and (1 + 16) / 5 = 3.4
     assert diagnostics["reference_error"] == pytest.approx([2.7625])
@@ -130,13 +131,14 @@ def test_only_weighted_locations_count():
     assert jnp.abs(base[2][:, :2]).min() > 0
 
 
-def test_equal_models_give_log_two_and_win_nothing():
+def test_equal_models_give_log_two_and_tie():
     target, prediction, _ = as_jax(predictions(), jnp.float32)["chosen"]
     errors, ones = losses.error_map(target, prediction), jnp.ones((3, 4, 5))
     loss, diagnostics = losses.diffusion_dpo(
         errors, errors, errors * 2, errors * 2, ones, ones, 5000.0)
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
-    np.testing.assert_array_equal(diagnostics["implicit_accuracy"], 0)
+    np.testing.assert_array_equal(diagnostics["implicit_accuracy"], 0.5)
+    np.testing.assert_array_equal(diagnostics["logit_scale"], 0)
 
 
 def test_extreme_margins_stay_finite():
