@@ -41,15 +41,19 @@ def get_config(argument=""):
     # adapter, 3 billion: 16 bytes each with gradient and optimiser). A random UNet lets no gradient
     # through to an adapter, so debugging trains all.
     config.trainable = {"": "adapter", "debug": "full"}.get(argument, argument)
-    # Pull towards the reference model. Diffusion-DPO's value for SDXL.
+    # Pull towards the reference model. Diffusion-DPO's value for SDXL, where every location counts the
+    # same. "focus_dpo" and "prior_dpo" leave out the background, which makes the same beta 2 to 3 times as
+    # strong; the log's logit scale shows it (docs/method.md).
     config.beta = 5000.0
     # Weight of the chosen picture's plain denoising error beside the preference (focus/losses.py);
     # 0 leaves FocusDPO as it is in the paper.
     config.anchor = 0.0
-    # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; chance
-    # to learn from the rejected picture of a pair and not from the chosen one; mean and deviation
-    # of a logit-normal draw of timesteps, where () draws them uniformly.
-    config.condition_dropout = 0.0
+    # Chances that a pair loses its caption, its references, and both: what guidance's unconditional
+    # branch learns from. Chosen and rejected image, policy and reference model lose the same.
+    config.condition_dropout = (0.0, 0.0, 0.0)
+    # For "sft" and "subject_sft" alone: chance to learn from the rejected picture of a pair and not
+    # from the chosen one; mean and deviation of a logit-normal draw of timesteps, where () draws
+    # them uniformly.
     config.rejected_share = 0.0
     config.timestep_logits = ()
 
@@ -91,8 +95,8 @@ def get_config(argument=""):
     # folder that a run left. Empty makes one of `sizes` at random.
     config.model.pretrained = "" if debug else "stabilityai/stable-diffusion-xl-base-1.0"
     # IP-Adapter file, such as h94/IP-Adapter/sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors; as
-    # above a path or what was fetched from the hub. Empty: ip_adapter.safetensors of the folder, or
-    # a new adapter where it has none, which has to learn to see before preferences mean anything.
+    # above a path or what was fetched from the hub. Empty: ip_adapter.safetensors of the folder. Where it
+    # has none, "sft" starts with a new adapter, and preference objectives are refused.
     config.model.adapter = ""
     # Folder of the image encoder that the adapter reads, such as
     # h94/IP-Adapter/models/image_encoder. Empty: image_encoder/ of the folder.
@@ -102,6 +106,9 @@ def get_config(argument=""):
     config.model.tokenizer = ""
     # Rank of the low-rank updates; 0 leaves them out.
     config.model.lora_rank = 32 if argument == "lora" else 0
+    # Alpha of the low-rank updates: they are scaled by alpha / rank, and so is the effect of a learning rate.
+    # 0 takes that of the updates which the model has, or 16 for new ones.
+    config.model.lora_alpha = 0.0
     # Compute resnets and transformer blocks of the UNet again in the backward pass and keep only
     # what goes into each: a third more work, several times less memory.
     config.model.remat = True
@@ -155,7 +162,7 @@ def get_config(argument=""):
     # Alignment score from which detail counts; width of the gate (0: open or shut).
     config.focus.tau = 0.5
     config.focus.gate_width = 0.0
-    # Weight outside the mask, where it holds the policy to the reference model.
+    # Weight outside the mask, where both images are equal: it divides beta.
     config.focus.background = 0.5
     # Weight of what matches already, while the gate is shut.
     config.focus.matched = 0.5

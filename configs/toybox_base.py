@@ -33,8 +33,8 @@ def get_config(stage="generator"):
     # For "subject_sft": UNet, subject adapter and both text encoders; at last the subject adapter
     # and the image keys and values of the UNet alone.
     config.trainable = "adapter" if stage == "confusion" else "generator"
-    # Chance to drop the caption, the references, or both, for classifier-free guidance.
-    config.condition_dropout = 0.07 if generates else 0.0
+    # Chances to drop the caption, the references, and both, for classifier-free guidance.
+    config.condition_dropout = (0.07,) * 3 if generates else (0.0,) * 3
     # Chance that a scene is learnt from its rejected picture, in which some subjects are not those
     # of the references. The last stage learns from nothing else: it gives the generator the fault
     # that preference training is there to mend, as large ones have it from unfiltered data.
@@ -90,6 +90,9 @@ def get_config(stage="generator"):
     config.model.image_encoder = ""
     config.model.tokenizer = ""
     config.model.lora_rank = 0
+    # Alpha of the low-rank updates: they are scaled by alpha / rank, and so is the effect of a learning rate.
+    # 0 takes that of the updates which the model has, or 16 for new ones.
+    config.model.lora_alpha = 0.0
     config.model.remat = False
     # Run equal transformer blocks in a loop: compiles faster, and on a CPU runs as fast.
     config.model.scan_layers = True

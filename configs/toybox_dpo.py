@@ -33,10 +33,12 @@ def get_config():
     # Weight of the chosen picture's plain denoising error beside the preference (focus/losses.py);
     # 0 leaves FocusDPO as it is in the paper.
     config.anchor = 1.0
-    # For "sft" and "subject_sft" alone: chance to drop the caption, the references, or both; chance
-    # to learn from the rejected picture of a pair and not from the chosen one; mean and deviation
-    # of a logit-normal draw of timesteps, where () draws them uniformly.
-    config.condition_dropout = 0.0
+    # Chances that a pair loses its caption, its references, and both: what guidance's unconditional
+    # branch learns from. Chosen and rejected image, policy and reference model lose the same.
+    config.condition_dropout = (0.0, 0.0, 0.0)
+    # For "sft" and "subject_sft" alone: chance to learn from the rejected picture of a pair and not
+    # from the chosen one; mean and deviation of a logit-normal draw of timesteps, where () draws
+    # them uniformly.
     config.rejected_share = 0.0
     config.timestep_logits = ()
 
@@ -79,6 +81,9 @@ def get_config():
     config.model.tokenizer = ""
     # Rank of the low-rank updates to add; 0 adds none. Those that the model above has stay.
     config.model.lora_rank = 0
+    # Alpha of the low-rank updates: they are scaled by alpha / rank, and so is the effect of a learning rate.
+    # 0 takes that of the updates which the model has, or 16 for new ones.
+    config.model.lora_alpha = 0.0
     # Whether to compute parts of the UNet again in the backward pass instead of keeping them.
     config.model.remat = False
     # Run equal transformer blocks in a loop: compiles faster, and on a CPU runs as fast.
@@ -128,7 +133,7 @@ def get_config():
     # Alignment score from which detail counts; width of the gate (0: open or shut).
     config.focus.tau = 0.5
     config.focus.gate_width = 0.0
-    # Weight outside the mask, where it holds the policy to the reference model.
+    # Weight outside the mask, where both images are equal: it divides beta.
     config.focus.background = 0.5
     # Weight of what matches already, while the gate is shut.
     config.focus.matched = 0.5

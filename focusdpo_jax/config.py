@@ -27,6 +27,7 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
+          "model.lora_alpha": 0.0,
           "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5, "focus.features": "vit",
           "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
@@ -66,6 +67,23 @@ def _shares():
             "give probabilities that add up to 1")
 
 
+def _dropout():
+    def check(value):
+        chances = value if isinstance(value, (tuple, list)) else (value,)
+        chance = _number(0, 1)[0]
+        return (len(chances) in (1, 3) and all(map(chance, chances))
+                and sum(chances) * 3 / len(chances) <= 1 + 1e-9)
+    return check, ("give the chance of losing the caption, the references and both, such as "
+                   "(0.05, 0.05, 0.05), or one number for each of them; their sum is at most 1")
+
+
+def dropout_chances(config):
+    """Chances of losing the caption alone, the references alone, and both (`condition_dropout`)."""
+    value = config.condition_dropout
+    chances = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return chances * (3 // len(chances))
+
+
 def _mean_and_deviation():
     mean, deviation = _number(-float("inf"))[0], _number(0, above=True)[0]
     return ((lambda v: isinstance(v, (tuple, list)) and (
@@ -88,7 +106,7 @@ RULES = {
     "trainable": _one_of("adapter", "lora", "full", "generator"),
     "beta": _number(0, above=True),
     "anchor": _number(0),
-    "condition_dropout": _number(0, 0.3),
+    "condition_dropout": _dropout(),
     "rejected_share": _number(0, 1),
     "timestep_logits": _mean_and_deviation(),
     "learning_rate": _number(0, above=True),
@@ -107,6 +125,7 @@ RULES = {
     "model.image_encoder": _text(),
     "model.tokenizer": _text(),
     "model.lora_rank": _integer(0),
+    "model.lora_alpha": _number(0),
     "model.remat": _flag(),
     "model.scan_layers": _flag(),
     "model.sizes": _anything(),
@@ -187,9 +206,6 @@ def _validate_together(config):
         raise UserError("config.data.cache = False: config.focus.features = 'unet' denoises every "
                         "reference once in each bucket, which no step can afford; give True")
     if config.objective not in (*SUPERVISED_OBJECTIVES, *ENCODER_OBJECTIVES):
-        if config.condition_dropout:
-            raise UserError(f"config.condition_dropout = {config.condition_dropout}: "
-                            f"{config.objective} learns from pairs under their captions; give 0")
         if config.rejected_share:
             raise UserError(f"config.rejected_share = {config.rejected_share}: "
                             f"{config.objective} learns from both images of a pair; give 0")
@@ -250,6 +266,9 @@ def to_json(config):
 def changed_fields(old, new):
     """Fields whose change makes another run of it: ["config.beta = 2.0 (now 3.0)", ...]."""
     old, new = (_ADDED | dict(_flatten(values)) for values in (old, new))
+    for values in (old, new):  # Older runs have one number.
+        if isinstance(chance := values.get("condition_dropout"), numbers.Real):
+            values["condition_dropout"] = [chance] * 3
     return [f"config.{name} = {old.get(name)!r} (now {new.get(name)!r})"
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name) and name not in _MAY_CHANGE]

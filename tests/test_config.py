@@ -1,5 +1,6 @@
 """The rules of a configuration: what they let pass and what they say."""
 
+import json
 import pathlib
 
 import ml_collections
@@ -43,6 +44,32 @@ def test_other_timestep_logits_are_refused(value):
         check(objective="sft", timestep_logits=value)
     assert str(error.value) == (f"config.timestep_logits = {value!r}: give () or a mean and a "
                                 "deviation > 0, such as (0.6, 1.0)")
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "focus_dpo", "patch_dpo"])
+@pytest.mark.parametrize("value, expected", [
+    ((0.1,), (0.1, 0.1, 0.1)), ((0.05, 0.1, 0.2), (0.05, 0.1, 0.2)), ((0.0, 1.0, 0.0), (0.0, 1.0, 0.0))])
+def test_conditions_are_dropped_by_one_chance_or_three(objective, value, expected):
+    check(objective=objective, condition_dropout=value)
+    config = tiny.tiny_config(pathlib.Path("nowhere"), condition_dropout=value)
+    assert config_rules.dropout_chances(config) == expected
+
+
+@pytest.mark.parametrize("value", [(), (0.1, 0.1), (-0.1,), (0.34,), (0.5, 0.4, 0.2), ("0.1",)])
+def test_other_chances_of_dropout_are_refused(value):
+    with pytest.raises(UserError) as error:
+        check(condition_dropout=value)
+    assert str(error.value) == (
+        f"config.condition_dropout = {value!r}: give the chance of losing the caption, the references and "
+        "both, such as (0.05, 0.05, 0.05), or one number for each of them; their sum is at most 1")
+
+
+def test_a_run_with_one_number_for_dropout_goes_on():
+    config = tiny.tiny_config(pathlib.Path("nowhere"), condition_dropout=(0.1, 0.1, 0.1))
+    new = json.loads(config_rules.to_json(config))
+    assert config_rules.changed_fields(new | {"condition_dropout": 0.1}, new) == []
+    assert config_rules.changed_fields(new | {"condition_dropout": 0.0}, new) == [
+        "config.condition_dropout = [0.0, 0.0, 0.0] (now [0.1, 0.1, 0.1])"]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "prior_dpo", "focus_dpo"])

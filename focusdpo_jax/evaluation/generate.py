@@ -86,7 +86,8 @@ def conditioned_denoiser(generator, parameters, token_ids, time_ids, references,
             parameters, jnp.asarray(negative_token_ids)[None])
         without = generator.drop_references(parameters, conditioning.replace(
             text=jnp.broadcast_to(other_text, text.shape),
-            pooled=jnp.broadcast_to(other_pooled, pooled.shape)), jnp.ones(len(present), bool))
+            pooled=jnp.broadcast_to(other_pooled, pooled.shape)), jnp.ones(len(present), bool),
+            generator.blank_reference(parameters))
         conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
         if inpainting is not None:
             inpainting = jnp.concatenate([inpainting, inpainting])

@@ -306,15 +306,26 @@ class Generator:
         phrases = encoded.pooled.reshape(*phrase_ids.shape[:-1], -1)
         return view.replace(phrases=phrases, boxes=boxes)
 
-    def drop_references(self, parameters, conditioning, dropped):
-        """Takes the references away where `dropped`, bool [B], as `config.adapter.dropped` says."""
+    def blank_reference(self, parameters):
+        """What the subject adapter reads in place of a dropped reference.
+
+        Returns:
+          `ImageView` [1, 1] of an image of CLIP's mean color, its embedding zero; None where
+          `config.adapter.dropped` is "absent", and a dropped reference is an absent one.
+        """
         if self.config.adapter.dropped == "absent":
-            return conditioning.replace(
-                image_present=conditioning.image_present & ~dropped[:, None])
+            return None
         size = self.config.image_encoder.image_size
         blank = self.view(parameters, jnp.broadcast_to(jnp.array(clip.MEAN), (1, 1, size, size, 3)))
         if blank.embedding is not None:
             blank = blank.replace(embedding=jnp.zeros_like(blank.embedding))
+        return blank
+
+    def drop_references(self, parameters, conditioning, dropped, blank):
+        """Takes the references away where `dropped`, bool [B]; `blank` is of `blank_reference`."""
+        if blank is None:
+            return conditioning.replace(
+                image_present=conditioning.image_present & ~dropped[:, None])
         tokens = self.subject_tokens(parameters, blank)
         return conditioning.replace(image_tokens=jnp.where(
             dropped[:, None, None, None], tokens, conditioning.image_tokens))

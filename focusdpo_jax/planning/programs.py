@@ -71,7 +71,8 @@ def run_programs(config, mesh):
     fullest = max(guides, key=lambda structure: sum(dataclasses.astuple(structure.weight)))
     frozen = dict(step.task.frozen)
     resident = {
-        "frozen parameters": frozen["parameters"], "encoders": step.encoders,
+        "frozen parameters": (frozen["parameters"], frozen.get("unconditional", ())),
+        "encoders": step.encoders,
         "reference": frozen.get("reference", {}),
         "trained parameters": (step.state.trainable, step.state.average),
         "optimizer": step.state.optimizer,

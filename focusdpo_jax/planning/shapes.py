@@ -41,6 +41,9 @@ def abstract_step(config, mesh):
     if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
         fixed["reference"] = placed(kept, rules.tree_shardings(kept, mesh))
+    if objective.drops:
+        fixed["unconditional"] = placed(jax.eval_shape(
+            objective.unconditional, merge_parameters(trainable, frozen)), meshes.replicated(mesh))
     encoded = jax.eval_shape(
         encode, merge_parameters(trainable, frozen), raw_batch(config, generator))
     optimizer = make_optimizer(config)

@@ -63,13 +63,15 @@ def stored_type(config, path, shape):
     """The type in which a parameter is kept.
 
     What is trained is float32, and so is all of a float32 model. In a bfloat16 model the rest is
-    bfloat16, but for vectors: norms use theirs in float32, and they take no room.
+    bfloat16, but for the autoencoder's encoder, which computes in float32, and for vectors: norms use
+    theirs in float32, and they take no room.
 
     Args:
       config: the run's; `dtype` and `trainable` matter.
       path: of the parameter, from its part on.
     """
     if (config.dtype == "float32" or stacking.is_vector(path, shape)
+            or path[:2] in (("vae", "encoder"), ("vae", "quant_conv"))
             or TRAINABLE[config.trainable](path)):
         return jnp.float32
     return jnp.bfloat16
@@ -169,8 +171,8 @@ def check_files(config):
     the shapes of the model.
 
     Raises:
-      UserError: a file is missing or damaged, or tensors are missing, unexpected or of another
-        shape.
+      UserError: a file is missing or damaged, tensors are missing, unexpected or of another shape, or
+        a preference objective would start from a part that is drawn at random.
     """
     config = config_rules.complete(config)
     source, sizes, stored = _open(config)
@@ -179,12 +181,24 @@ def check_files(config):
     for path in dict.fromkeys(path for part in PARTS for path in source.files(part)):
         tensor_file.read(path)
     try:
-        for part in PARTS:
-            source.open_part(part, _published(part_shapes(sizes, part), stored), config=sizes)
+        new = [part for part in PARTS if source.open_part(
+            part, _published(part_shapes(sizes, part), stored), config=sizes) is None]
     except UserError as error:
         given = ", ".join(f"config.model.{field} = {config.model[field]!r}"
                           for field in _FILES if config.model[field])
         raise UserError(f"{error} ({given}). Give files that belong to one model.") from error
+    if new and config.objective in config_rules.PREFERENCE_OBJECTIVES:
+        _refuse_new(config, source, new[0])
+
+
+def _refuse_new(config, source, part):
+    """Raises the UserError of a preference objective whose reference model is partly random."""
+    field = part if part in _FILES else "pretrained"
+    cure = ("an IP-Adapter file; a new adapter has to be trained with config.objective = 'sft' first"
+            if part == "adapter" else "files that have it")
+    raise UserError(
+        f"config.model.{field} = {config.model[field]!r}: {source.path} has no {part}. It would be drawn "
+        f"at random, and {config.objective} compares with a reference model that has it. Give {cure}.")
 
 
 def _published(shapes, stored):
@@ -224,9 +238,19 @@ def _open(config):
         raise UserError(f"config.model.lora_rank = {wanted}: "
                         f"{source.path if source else 'config.model.sizes'} has low-rank updates "
                         f"of rank {stored}; give {stored}, or start from a model without updates.")
-    return source, dataclasses.replace(sizes, unet=dataclasses.replace(
-        sizes.unet, lora_rank=wanted or stored, remat=config.model.remat,
-        scan_layers=config.model.scan_layers)), stored
+    if stored and config.model.lora_alpha not in (0, sizes.unet.lora_alpha):
+        raise UserError(f"config.model.lora_alpha = {config.model.lora_alpha}: the low-rank updates of "
+                        f"{source.path if source else 'config.model.sizes'} have alpha "
+                        f"{sizes.unet.lora_alpha}; give that, or 0, which takes it.")
+    return source, _as_configured(sizes, config), stored
+
+
+def _as_configured(sizes, config):
+    """The generator's sizes with the fields of `config.model` that change the UNet."""
+    return dataclasses.replace(sizes, unet=dataclasses.replace(
+        sizes.unet, lora_rank=config.model.lora_rank or sizes.unet.lora_rank,
+        lora_alpha=config.model.lora_alpha or sizes.unet.lora_alpha,
+        remat=config.model.remat, scan_layers=config.model.scan_layers))
 
 
 def abstract_model(config, mesh):
@@ -244,9 +268,7 @@ def abstract_model(config, mesh):
         logging.warning("%s Planning for SDXL.", str(error).partition(". ")[0] + ".")
         adapter, image_encoder = published.adapter_sizes(config.model.adapter)
         sizes = GeneratorConfig(**single_file.SDXL, image_encoder=image_encoder, adapter=adapter)
-    sizes = dataclasses.replace(sizes, unet=dataclasses.replace(
-        sizes.unet, lora_rank=config.model.lora_rank or sizes.unet.lora_rank,
-        remat=config.model.remat, scan_layers=config.model.scan_layers))
+    sizes = _as_configured(sizes, config)
     generator = Generator(sizes, jnp.dtype(config.dtype))
     parameters = {}
     for part in PARTS:

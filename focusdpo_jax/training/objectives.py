@@ -7,14 +7,15 @@ the weight maps. Which of them an objective needs is decided before anything is 
 import dataclasses
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from focusdpo_jax.config import PREFERENCE_OBJECTIVES, SUPERVISED_OBJECTIVES
+from focusdpo_jax.config import PREFERENCE_OBJECTIVES, SUPERVISED_OBJECTIVES, dropout_chances
 from focusdpo_jax.diffusion.schedule import logit_normal_timesteps
 from focusdpo_jax.focus import correspondence, losses, weighting
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps
-from focusdpo_jax.models.generator import Conditioning, merge_parameters
+from focusdpo_jax.models.generator import Conditioning, ImageView, merge_parameters
 from focusdpo_jax.training.encoding import text_is_frozen
 
 
@@ -58,20 +59,46 @@ def condition(generator, parameters, encoded):
                         image_tokens=tokens, image_present=encoded.present)
 
 
-def drop_conditions(generator, parameters, conditioning, empty, key, probability):
-    """Takes text, references or both away from some examples, for classifier-free guidance.
+@flax.struct.dataclass
+class Unconditional:
+    """What dropped conditions become: the conditions of guidance's unconditional branch.
 
-    Each of the three happens with `probability`. Text is replaced by that of `empty` [1, 2, L],
-    references as the adapter's configuration says.
+    Attributes:
+      text, pooled: [1, L, D] and [1, P], of the empty caption; None where the text encoders are
+        trained, which then encode it in every step.
+      blank: of `Generator.blank_reference`.
     """
-    draw = jax.random.uniform(key, conditioning.pooled.shape[:1])
-    no_text = draw < 2 * probability
-    no_references = (draw >= probability) & (draw < 3 * probability)
-    text, pooled = generator.encode_negative(parameters, empty)
-    conditioning = conditioning.replace(
-        text=jnp.where(no_text[:, None, None], text, conditioning.text),
-        pooled=jnp.where(no_text[:, None], pooled, conditioning.pooled))
-    return generator.drop_references(parameters, conditioning, no_references)
+
+    text: jax.Array | None
+    pooled: jax.Array | None
+    blank: ImageView | None
+
+
+def encode_unconditional(generator, config, parameters, empty):
+    """`Unconditional` of a run, which is the same in every step.
+
+    Args:
+      parameters: of the frozen encoders at least.
+      empty: int [1, 2, L], tokens of the empty caption.
+    """
+    text = pooled = None
+    if text_is_frozen(config):
+        text, pooled = generator.encode_negative(parameters, empty)
+    return Unconditional(text, pooled, generator.blank_reference(parameters))
+
+
+def drawn_dropout(key, batch, chances):
+    """Which of a batch's pairs lose their caption, and which their references.
+
+    Args:
+      chances: of losing the caption alone, the references alone, and both.
+
+    Returns:
+      Two bool [batch].
+    """
+    caption, references, both = chances
+    draw = jax.random.uniform(key, (batch,))
+    return draw < caption + both, (draw >= caption) & (draw < caption + both + references)
 
 
 class Noisy(NamedTuple):
@@ -125,8 +152,10 @@ class Objective:
     `guide` needs no gradient and depends on the bucket's structure; `loss` needs one and does not.
     So the expensive program, the policy's backward pass, is compiled once for all structures.
 
-    `frozen` holds `parameters` (what is not trained, of `parts`) and, for the preference objectives,
-    `reference` (the trainable parameters as they were at the start).
+    `frozen` holds `parameters` (what is not trained, of `parts`), for the preference objectives
+    `reference` (the trainable parameters as they were at the start), and where conditions are dropped
+    `unconditional`. A pair loses the same conditions in the passes of the policy and of the reference
+    model, of its chosen image and of its rejected.
     """
 
     def __init__(self, generator, config, empty_token_ids, source=None):
@@ -136,6 +165,8 @@ class Objective:
         """
         self._generator, self._config = generator, config
         self._empty = jnp.asarray(empty_token_ids)[None]
+        self._chances = dropout_chances(config)
+        self.drops = any(self._chances)
         self._pairs = config.objective not in SUPERVISED_OBJECTIVES
         self._compares = config.objective in PREFERENCE_OBJECTIVES
         self._source = source
@@ -145,13 +176,14 @@ class Objective:
     @property
     def parts(self):
         """Of the generator, whose parameters the step reads; the others need not be there."""
-        dropout = bool(self._config.condition_dropout)
         parts = {"unet", "adapter"}
-        if dropout or not text_is_frozen(self._config):
+        if not text_is_frozen(self._config):
             parts |= {"text_encoder", "text_encoder_2"}
-        if dropout and self._generator.config.adapter.dropped != "absent":
-            parts |= {"image_encoder"}
         return parts
+
+    def unconditional(self, parameters):
+        """`encode_unconditional` of this run, which goes into `frozen` where the run `drops`."""
+        return encode_unconditional(self._generator, self._config, parameters, self._empty)
 
     def guide(self, structure, frozen, encoded, numbers, key):
         """Weights and reference errors of a batch.
@@ -165,13 +197,13 @@ class Objective:
           Guidance, and a dict of scalar diagnostics.
         """
         reference, captured = self._reference(structure, frozen, encoded, numbers, key)
-        maps, diagnostics = self._weigh(structure, numbers, encoded, captured)
+        maps, diagnostics = self._weigh(structure, numbers, encoded, captured, key)
         return Guidance(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
 
     def focus_maps(self, structure, frozen, encoded, numbers, key):
         """`FocusMaps` of a batch, to look at: those that `guide` makes of the same arguments."""
         _, captured = self._reference(structure, frozen, encoded, numbers, key)
-        return self._weigh(structure, numbers, encoded, captured)[0]
+        return self._weigh(structure, numbers, encoded, captured, key)[0]
 
     def loss(self, trainable, frozen, encoded, guidance, numbers, key):
         """The scalar loss of a batch, and a dict of scalar diagnostics; see `focus.losses`."""
@@ -204,7 +236,7 @@ class Objective:
             frozen["reference"], frozen, encoded, self.noisy(encoded, numbers, key), key,
             capture=self._source.capture if structure.weight.spaf else ())
 
-    def _weigh(self, structure, numbers, encoded, captured):
+    def _weigh(self, structure, numbers, encoded, captured, key):
         """FocusMaps and per-image diagnostics [B * P]."""
         prior = encoded.prior.astype(jnp.float32)
         if self._pairs:
@@ -220,7 +252,7 @@ class Objective:
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
                 similarity, background, known = self._source.similarity(
-                    encoded, captured, numbers.index)
+                    self._conditioned(encoded, key), captured, numbers.index)
                 cells = similarity.shape[2] * similarity.shape[3]
                 area = encoded.area.astype(jnp.float32) * cells
                 match = correspondence.to_grid(correspondence.match(
@@ -232,6 +264,16 @@ class Objective:
         weights, diagnostics = weighting.focus_weights(
             structure.weight, numbers, prior, match, detail)
         return FocusMaps(weights, similarity, match, unmatched, detail), diagnostics
+
+    def _conditioned(self, encoded, key):
+        """The pairs as a source sees them that reads their references in the denoiser's pass."""
+        if not (self.drops and self._source.reads_references):
+            return encoded
+        _, dropped = self._dropped(encoded, key)
+        return encoded.replace(present=encoded.present & ~dropped[:, None])
+
+    def _dropped(self, encoded, key):
+        return drawn_dropout(jax.random.fold_in(key, 1), len(encoded.present), self._chances)
 
     def noisy(self, encoded, numbers, key):
         """`Noisy` of a batch: what `guide` and `loss` ask the denoisers about with this key."""
@@ -262,10 +304,20 @@ class Objective:
         """Error map [B * P, h, w] of a model with these trainable parameters; what it captured."""
         parameters = merge_parameters(trainable, frozen["parameters"])
         conditioning = condition(self._generator, parameters, encoded)
-        if self._config.condition_dropout:
-            conditioning = drop_conditions(
-                self._generator, parameters, conditioning, self._empty,
-                jax.random.fold_in(key, 1), self._config.condition_dropout)
+        if self.drops:
+            conditioning = self._drop(frozen["unconditional"], parameters, conditioning,
+                                      *self._dropped(encoded, key))
         prediction, captured = self._denoise(
             parameters, noisy.latents, noisy.timesteps, conditioning, capture=capture)
         return losses.error_map(noisy.target, prediction), captured
+
+    def _drop(self, instead, parameters, conditioning, no_caption, no_references):
+        """Takes captions and references away from the examples that `no_...`, bool [B], name."""
+        text, pooled = instead.text, instead.pooled
+        if text is None:
+            text, pooled = self._generator.encode_negative(parameters, self._empty)
+        conditioning = conditioning.replace(
+            text=jnp.where(no_caption[:, None, None], text, conditioning.text),
+            pooled=jnp.where(no_caption[:, None], pooled, conditioning.pooled))
+        return self._generator.drop_references(
+            parameters, conditioning, no_references, instead.blank)

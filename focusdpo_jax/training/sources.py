@@ -37,6 +37,8 @@ def make_source(generator, config, numbers):
         capture: names of what the reference model's pass must keep (`Generator.denoise`).
         parts: of the generator, whose parameters `encode` reads.
         settings: JSON values; what `encode` depends on besides parameters and pictures.
+        reads_references: whether what it captures depends on the references that the pass is
+          given, so that where they are dropped there is nothing to match.
         encode(parameters, batch, pictures, references) -> (prototypes, similarity): of a
           PreferenceBatch, its pictures [B * P, H, W, 3] in [0, 1], those of a pair one after the
           other, and the `ImageView` [B, S] of its references. [B, K, S, 2, count, D] for K buckets
@@ -59,6 +61,7 @@ class EncoderSource:
     """Features of the frozen image encoder on clean pictures."""
 
     capture, parts = (), ("image_encoder",)
+    reads_references = False
 
     def __init__(self, generator, count):
         """`count` is the number of prototypes a subject."""
@@ -87,6 +90,7 @@ class UNetSource:
     """Features of a block of the reference model, both sides at like noise."""
 
     parts = ("unet", "adapter", "text_encoder", "text_encoder_2", "vae", "image_encoder")
+    reads_references = False
 
     def __init__(self, generator, timesteps, count, seed):
         """`timesteps` has one timestep for each bucket; `count` prototypes stand for a subject."""
@@ -150,6 +154,7 @@ class AttentionSource:
     """
 
     parts, settings = (), ["attention"]
+    reads_references = True
 
     def __init__(self, generator):
         self._name = generator.match_captures["attention"]

@@ -138,6 +138,11 @@ def generator_task(config, workdir, mesh, sources):
         """What encoding reads: the generator as it was before the first step."""
         return merged(fixed.get("reference", {}))
 
+    if objective.drops:
+        with traced_for(mesh):
+            fixed["unconditional"] = jax.jit(
+                objective.unconditional, out_shardings=meshes.replicated(mesh))(at_start())
+
     stored = functools.cache(functools.partial(
         _stored, config, sources["train"], model, source))
 

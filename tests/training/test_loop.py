@@ -21,6 +21,7 @@ from flax import traverse_util
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
+from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import loop, models, runs, state, tasks
 from focusdpo_jax.training.metrics import MetricWriter
 from focusdpo_jax.training.step import Step
@@ -161,6 +162,19 @@ def test_low_rank_updates_are_read_again(trained, tiny_config):
     with pytest.raises(UserError, match=r"config.model.lora_rank = 3: .*model has low-rank updates "
                                         r"of rank 2; give 2, or"):
         models.load_model(goes_on)
+    goes_on.model.lora_rank, goes_on.model.lora_alpha = 2, 4.0
+    with pytest.raises(UserError, match=r"config.model.lora_alpha = 4.0: the low-rank updates of .*model "
+                                        r"have alpha 16.0; give that, or 0"):
+        models.load_model(goes_on)
+
+
+@pytest.mark.parametrize("alpha, expected", [(0.0, 16.0), (2.0, 2.0)])
+def test_alpha_of_new_low_rank_updates_is_a_field(tiny_config, alpha, expected):
+    config = tiny_config(model__lora_rank=2, model__lora_alpha=alpha)
+    model = models.open_model(config)
+    assert model.generator.config.unet.lora_alpha == expected
+    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    assert models.abstract_model(config, mesh)[0].config.unet.lora_alpha == expected
 
 
 def test_accumulation_averages_over_buckets(tiny_config, tmp_path):

@@ -1,5 +1,6 @@
 """What tells the objectives apart: their weights, and what is encoded for them."""
 
+import functools
 import pathlib
 import types
 
@@ -126,3 +127,85 @@ def test_a_share_of_the_pictures_learnt_are_rejected_ones(share):
     rejected = np.abs(listen(latents, rejected_share=share).latents) > 20
     assert rejected.shape == (2000, 1, 1, 1)
     assert rejected.mean() == 0 if share == 0 else within_chance(rejected.mean(), share, 2000)
+
+
+@pytest.fixture(scope="module")
+def preference(tiny_folder):
+    """preference(chances, **overrides): an objective that drops conditions, and what it takes."""
+
+    @functools.cache
+    def opened(**overrides):
+        config = tiny.tiny_config(tiny_folder, **overrides)
+        model = models.load_model(config)
+        transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
+        records = tasks.open_data(config)["train"]
+        (batch,) = loader.evaluation_batches(
+            [records[i] for i in range(4)], batch_size=4, transform=transform)
+        buckets = tasks.focus_buckets(config)
+        source, encode = tasks.make_encoder(model.generator, config, buckets)
+        return config, model, source, buckets, encode(model.parameters, jax.tree.map(jnp.asarray, batch))
+
+    def make(chances, **overrides):
+        config, model, source, buckets, pairs = opened(**overrides)
+        config = config.copy_and_resolve_references()
+        config.condition_dropout = chances
+        objective = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        trainable, frozen = split_parameters(model.parameters, "full")
+        # Another reference model than the policy, so that the margin is not zero.
+        reference = jax.tree.map(lambda x: 1.3 * x, trainable)
+        frozen = {"parameters": frozen, "reference": reference}
+        if objective.drops:
+            frozen["unconditional"] = objective.unconditional(model.parameters)
+        structure, numbers = next(iter(buckets.values()))
+
+        def step(pairs, key=jax.random.key(3)):
+            guidance, _ = objective.guide(structure, frozen, pairs, numbers, key)
+            loss, found = objective.loss(trainable, frozen, pairs, guidance, numbers, key)
+            return guidance, loss, found["margin"]
+
+        return step, pairs, model
+
+    return make
+
+
+def without(pairs, model, caption, references):
+    """Pairs that have the empty caption, and no references, where asked for."""
+    if caption:
+        text, pooled = model.generator.encode_negative(
+            model.parameters, jnp.asarray(model.tokenizer(""))[None])
+        pairs = pairs.replace(text=jnp.broadcast_to(text, pairs.text.shape),
+                              pooled=jnp.broadcast_to(pooled, pairs.pooled.shape))
+    return pairs.replace(present=jnp.zeros_like(pairs.present)) if references else pairs
+
+
+@pytest.mark.parametrize("chances, caption, references", [
+    ((1.0, 0.0, 0.0), True, False), ((0.0, 1.0, 0.0), False, True), ((0.0, 0.0, 1.0), True, True)])
+def test_a_preference_loses_its_conditions_on_both_sides(preference, chances, caption, references):
+    step, pairs, model = preference(chances, objective="dpo")
+    plain, _, _ = preference((0.0, 0.0, 0.0), objective="dpo")
+    guidance, loss, margin = step(pairs)
+    expected_guidance, expected, expected_margin = plain(without(pairs, model, caption, references))
+    np.testing.assert_allclose(
+        guidance.reference_error, expected_guidance.reference_error, rtol=1e-5)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert margin == pytest.approx(float(expected_margin), rel=1e-4) and abs(margin) > 1e-6
+    whole, _, _ = plain(pairs)
+    assert np.abs(guidance.reference_error - whole.reference_error).max() > 1e-4
+
+
+def test_weights_of_the_attention_source_match_nothing_without_references(preference):
+    fields = {"focus__features": "attention", "focus__dpce": False}
+    dropped, pairs, _ = preference((0.0, 1.0, 0.0), **fields)
+    kept, _, _ = preference((0.0, 0.0, 0.0), **fields)
+    # background + prior (1 + lambda_s)
+    np.testing.assert_allclose(
+        dropped(pairs)[0].weights, 0.5 + 2 * np.repeat(pairs.prior, 2, axis=0), rtol=1e-6)
+    assert np.abs(kept(pairs)[0].weights - dropped(pairs)[0].weights).max() > 0.5
+
+
+def test_conditions_are_dropped_as_often_as_asked():
+    no_caption, no_references = map(np.asarray, objectives.drawn_dropout(
+        jax.random.key(1), 4000, (0.1, 0.2, 0.3)))
+    for drawn, expected in ((no_caption & ~no_references, 0.1), (no_references & ~no_caption, 0.2),
+                            (no_caption & no_references, 0.3)):
+        assert within_chance(drawn.mean(), expected, 4000)

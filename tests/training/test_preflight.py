@@ -155,6 +155,19 @@ def test_an_adapter_of_another_kind(refused, folder):
     assert "Set config.model.adapter and config.model.image_encoder" in message
 
 
+@pytest.mark.parametrize("argument", ["", "lora", "full"])
+def test_preferences_need_an_adapter_that_was_trained(refused, folder, monkeypatch, argument):
+    (folder / "sdxl/ip_adapter.safetensors").unlink()
+    config = config_of(folder)
+    config.trainable, config.model.lora_rank = argument or "adapter", 2 * (argument == "lora")
+    assert refused(config, folder) == (
+        f"config.model.adapter = '': {folder}/sdxl has no adapter. It would be drawn at random, and focus_dpo "
+        "compares with a reference model that has it. Give an IP-Adapter file; a new adapter has to be "
+        "trained with config.objective = 'sft' first.")
+    config.objective = "sft"
+    models.check_files(config)
+
+
 def test_tensors_that_do_not_fit(refused, folder):
     path = folder / "sdxl" / VAE
     tensors, _ = tensor_file.read(path)
