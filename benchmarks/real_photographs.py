@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from focusdpo_jax.data import images
 from focusdpo_jax.evaluation import dreambench, encoders, scoring
 from focusdpo_jax.evaluation import places as subject_places
 from focusdpo_jax.evaluation.scenes import Scene, Subject
@@ -58,7 +59,7 @@ class Remembering:
 def alike(whole, subject, photos):
     """Question 1."""
     names = np.array([name for name, paths in photos.items() for _ in paths])
-    pictures = [(path, subject_places.read_picture(path)) for paths in photos.values()
+    pictures = [(path, images.read_picture(path)) for paths in photos.values()
                 for path in paths]
     print_alike("whole photographs", whole([picture for _, picture in pictures]), names)
     vectors = subject([subject_places.cut(picture, subject_places.of_photograph(path, picture))
@@ -138,11 +139,11 @@ def report(what, passed, same):
 
 def paste(paths, background):
     """Two subjects side by side on a blurred photograph, and their masks."""
-    canvas = subject_places.read_picture(background)
+    canvas = images.read_picture(background)
     canvas = Image.fromarray(canvas).resize((16, 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     canvas, masks = np.array(canvas), []
     for i, path in enumerate(paths):
-        picture = subject_places.read_picture(path)
+        picture = images.read_picture(path)
         place = subject_places.of_photograph(path, picture)
         rows, columns = np.nonzero(place.mask)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)

@@ -23,8 +23,8 @@ _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
     "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
     "PATH:PHRASE@MASK.png keeps its looks to a part of the picture, and *0.7 behind all of that is "
-    "its own weight. Transparent parts of a PNG count as white, so that a cut-out shows the "
-    "subject alone.")
+    "its own weight. Pictures and masks are read as prepare reads them (docs/data.md): transparent "
+    "parts count as white, so that a cut-out shows the subject alone, and are black in a mask.")
 _PROMPTS = flags.DEFINE_string(
     "prompts", None, "File of JSON lines, many prompts at once: prompt, references (texts as for "
     "--reference, or objects with path, phrase, box, mask, scale), seed.")

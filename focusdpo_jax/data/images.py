@@ -1,23 +1,29 @@
 """Files of pictures and masks to arrays, and back: whatever people bring, and nothing unsafe.
 
-A picture becomes RGB of 8 bits as its owner sees it: turned as its EXIF data says, transparency
-over white. Its size is looked at before its pixels are, so that a small file cannot become a huge
-array.
+A picture becomes sRGB of 8 bits as its owner sees it: turned as its EXIF data says, converted by its
+ICC profile, transparency over white. Its size is looked at before its pixels are, so that a small
+file cannot become a huge array. Every command reads pictures and masks by this module alone.
 """
 
 import io
 import warnings
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+from absl import logging
+from etils import epath
 from PIL import Image, ImageOps
+
+from focusdpo_jax.data import colours
+from focusdpo_jax.errors import UserError
 
 MAX_PIXELS = 64_000_000
 """Most pixels of a picture; 192 MB as RGB."""
 
 # What cameras, editors and networks write. Pillow knows more, some of it by calling other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-_PLAIN = ("RGB", "L", "1")
+_GREYS = ("1", "L", "LA", "La")
 _PICTURE = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP,
             cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE)
 _MASK = (cv2.IMWRITE_PNG_BILEVEL, 1)
@@ -27,23 +33,45 @@ class UnreadableImage(Exception):
     """Its message says what is wrong with a file, without naming the file."""
 
 
+class _Opened(NamedTuple):
+    """A decoded and turned image of 8 bits a channel.
+
+    Attributes:
+      image: of any of Pillow's modes with 8 bits or fewer.
+      profile: its ICC profile, empty where there is none.
+      changes: what was changed so far.
+    """
+
+    image: Image.Image
+    profile: bytes
+    changes: list[str]
+
+
 def decode_picture(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     """The picture in a file's content.
 
     Returns:
       uint8 [H, W, 3], and what had to be changed to get there: any of "rotated", "alpha",
-      "palette", "cmyk", "16 bit", "grey", "other mode".
+      "palette", "cmyk", "16 bit", "grey", "other mode", `colours.CONVERTED`, `colours.IGNORED`.
 
     Raises:
       UnreadableImage: it is no picture, damaged, too large, or of several frames.
     """
-    image, changes = _open(content)
-    if _has_alpha(image):
+    image, profile, changes = _open(content)
+    alpha = None
+    if image.has_transparency_data:
         changes.append("alpha")
-        image = image.convert("RGBA")
+        grey, image = image.mode in _GREYS, image.convert("RGBA")
+        alpha, image = image.getchannel("A"), image.convert("L" if grey else "RGB")
+    if profile:
+        image, change = colours.to_srgb(image, profile)
+        changes.extend(change)
+    image = image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB")), tuple(changes)
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return np.asarray(image), tuple(changes)
 
 
 def decode_mask(content: bytes) -> np.ndarray:
@@ -57,17 +85,78 @@ def decode_mask(content: bytes) -> np.ndarray:
     Raises:
       UnreadableImage: as in `decode_picture`; also where a mask is marked with small numbers.
     """
-    image, _ = _open(content)
-    if _has_alpha(image):
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    return decode_mask_levels(content) >= 128
+
+
+def decode_mask_levels(content: bytes) -> np.ndarray:
+    """As `decode_mask`, but how light the mask is: uint8 [H, W]."""
+    image = _open(content).image  # A mask is no colour: profiles do not change it.
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))
         if alpha.min() < 128:
-            return alpha >= 128
+            return alpha
         image = image.convert("RGB")
     grey = np.asarray(image.convert("L"))
     if 0 < grey.max() < 128:
         raise UnreadableImage(f"is no mask: its lightest value is {grey.max()}; white (128 to "
                               "255) marks the subject")
-    return grey >= 128
+    return grey
+
+
+def read_picture(path: epath.PathLike, kind: str = "") -> np.ndarray:
+    """The picture in a file, uint8 [H, W, 3]; logs where its colour profile is damaged.
+
+    Args:
+      path: of the file.
+      kind: what it is, for messages ("reference").
+
+    Raises:
+      UserError: names the file and what is wrong with it.
+    """
+    picture, changes = _read(path, kind, decode_picture)
+    warn_of_profiles(path, changes)
+    return picture
+
+
+def read_mask_levels(path: epath.PathLike, kind: str = "") -> np.ndarray:
+    """The mask in a file by `decode_mask_levels`; see `read_picture` for the rest."""
+    return _read(path, kind, decode_mask_levels)
+
+
+def warn_of_profiles(path: epath.PathLike, changes: tuple[str, ...]) -> None:
+    """Logs a file whose colour profile could not be used."""
+    if colours.IGNORED in changes:
+        logging.warning("%s: its ICC colour profile is damaged or of another kind of picture; it "
+                        "is read as sRGB", path)
+
+
+def is_converted(content: bytes) -> bool:
+    """Whether a file's content has a colour profile that changes its colours; False if unreadable.
+
+    Such files were read without their profiles once: what was made of them then is no longer what
+    would be made now. No pixel is decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                profile = image.info.get("icc_profile")
+                return bool(profile) and colours.converts(image.mode, profile)
+    except Exception:  # As in `_open`, which says what is wrong.
+        return False
+
+
+def _read(path, kind, decode):
+    name = f"{kind} {path}".strip()
+    try:
+        return decode(epath.Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: no such file.") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror or error}).") from error
+    except UnreadableImage as error:
+        raise UserError(f"{name} {error}.") from error
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -99,7 +188,7 @@ def decode_png(content: bytes) -> np.ndarray:
     return image > 0 if mask else image
 
 
-def _open(content: bytes) -> tuple[Image.Image, list[str]]:
+def _open(content: bytes) -> _Opened:
     """The decoded and turned image, with 16 bits brought to 8, and what was changed."""
     changes = []
     try:
@@ -112,6 +201,7 @@ def _open(content: bytes) -> tuple[Image.Image, list[str]]:
                     raise UnreadableImage("has several frames; save one of them")
                 orientation = image.getexif().get(0x0112, 1)
                 image.load()
+                profile = image.info.get("icc_profile") or b""
                 if orientation in range(2, 9):
                     image = ImageOps.exif_transpose(image)
                     changes.append("rotated")
@@ -125,13 +215,15 @@ def _open(content: bytes) -> tuple[Image.Image, list[str]]:
         raise UnreadableImage("does not fit into memory; scale it down") from error
     except Exception as error:  # Every format of Pillow's raises its own.
         raise UnreadableImage(_describe(content, error)) from error
-    return _eight_bits(image, changes), changes
+    return _Opened(_eight_bits(image, changes), profile, changes)
 
 
 def _describe(content: bytes, error: Exception) -> str:
     if not content:
         return "is an empty file; copy it again"
     if isinstance(error, Image.UnidentifiedImageError):
+        if content[:4] in (b"II*\0", b"MM\0*"):
+            return "is a TIFF of a kind that is not read, such as floats; save it with 8 bits"
         return "is no picture in PNG, JPEG, WebP, TIFF, BMP or GIF; convert it"
     if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return "is truncated; copy it again"
@@ -157,12 +249,17 @@ def _check_size(image: Image.Image) -> None:
 
 def _eight_bits(image: Image.Image, changes: list[str]) -> Image.Image:
     mode = image.mode
-    if mode.startswith("I;16") or mode == "I" and image.format in (None, "PNG"):
+    if mode.startswith("I;16"):
         changes.append("16 bit")
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UnreadableImage("has more than 16 bits a channel; save it with 8")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        if 0 < values.max() < 256:
+            raise UnreadableImage(f"has 16 bits a channel but no value above {values.max()} of "
+                                  "65535, as if 8 were meant; save it with 8")
+        grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        if isinstance(image.info.get("transparency"), int):  # The one value that is transparent.
+            shown = values != image.info["transparency"]
+            grey.putalpha(Image.fromarray(shown.astype(np.uint8) * 255))
+        return grey
     if mode in ("I", "F"):
         raise UnreadableImage("has 32 bits a channel; save it with 8")
     named = {"P": "palette", "PA": "palette", "CMYK": "cmyk", "L": "grey", "1": "grey",
@@ -172,7 +269,3 @@ def _eight_bits(image: Image.Image, changes: list[str]) -> Image.Image:
     elif mode not in ("RGB", "RGBA"):
         changes.append("other mode")
     return image
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode not in _PLAIN and image.has_transparency_data

@@ -11,7 +11,12 @@ import cv2
 import numpy as np
 
 from focusdpo_jax.data import geometry
-from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture
+from focusdpo_jax.data.images import (
+    UnreadableImage,
+    decode_mask,
+    decode_picture,
+    warn_of_profiles,
+)
 from focusdpo_jax.data.manifest import Line, Refused
 
 VISIBLE = 16
@@ -111,6 +116,7 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
                 masks[field] = decode_mask(content)
             else:
                 pictures[field], changed = decode_picture(content)
+                warn_of_profiles(files[field], changed)
                 changes.extend(changed)
         except UnreadableImage as error:
             raise Refused(field, f"= {files[field][:80]!r} {error}") from error

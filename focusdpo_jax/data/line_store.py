@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from focusdpo_jax.data import manifest
-from focusdpo_jax.data.images import encode_png
+from focusdpo_jax.data.images import encode_png, is_converted
 from focusdpo_jax.data.line_record import Sizes, make_record
 from focusdpo_jax.data.manifest import Refused
 
@@ -61,6 +61,8 @@ def work(task: Task) -> dict:
                     for field, path in line.files().items()}
         settings = [_FORMAT, *dataclasses.astuple(task.sizes)]
         parts = [hashlib.sha256(content).hexdigest() for content in contents.values()]
+        if any(map(is_converted, contents.values())):
+            settings.append("colour profiles")  # Records from before they were read differ.
         outcome["digest"] = hashlib.sha256(
             json.dumps([settings, outcome["digest"], parts]).encode()).hexdigest()
         if task.store is None:

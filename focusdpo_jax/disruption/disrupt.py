@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from focusdpo_jax.data import geometry, manifest, scene
-from focusdpo_jax.data.images import decode_mask, decode_picture, encode_png
+from focusdpo_jax.data.images import decode_mask, decode_picture, encode_png, is_converted
 from focusdpo_jax.data.manifest import Refused
 from focusdpo_jax.data.report import complaint
 from focusdpo_jax.disruption.choice import Judge, choose
@@ -165,6 +165,8 @@ class _Work:
         line, contents, opened = self.read(text)
         folder = self._output / "scenes" / f"{number:06d}"
         digests = [hashlib.sha256(content).hexdigest() for content in (text, *contents.values())]
+        if any(map(is_converted, contents.values())):
+            digests.append("colour profiles")  # Pairs from before they were read differ.
         digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
         made = _read_json(folder / "line.json")
         if made.get("digest") == digest:

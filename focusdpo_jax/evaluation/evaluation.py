@@ -7,6 +7,7 @@ several processes that see one folder.
 
 from absl import logging
 
+from focusdpo_jax.data.images import read_picture
 from focusdpo_jax.evaluation import places as subject_places
 from focusdpo_jax.evaluation import report, summaries
 from focusdpo_jax.evaluation import scenes as scene_files
@@ -151,7 +152,7 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
     progress = Progress(f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
                          sum(len(batch) for _, batch in work))
     for number, batch in work:
-        images = [subject_places.read_picture(pictures.picture_path(side, s)) for s in batch]
+        images = [read_picture(pictures.picture_path(side, s)) for s in batch]
         found = [places(scene, image) for scene, image in zip(batch, images)]
         values = scorer.score(batch, images, found)
         folder.save_scores(side, scorer.name, number,

@@ -6,9 +6,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from focusdpo_jax.data import dreambench, geometry
-from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture
-from focusdpo_jax.errors import UserError
+from focusdpo_jax.data import dreambench, geometry, images
 
 _MARGIN = 0.05  # Around a box, as a share of its longer side.
 _SMALLEST = 0.01  # Share of the picture's patches that a subject covers at least.
@@ -59,28 +57,13 @@ def cut(picture, place):
     return square
 
 
-def read_picture(path):
-    """uint8 [H, W, 3]; raises a UserError that names the file."""
-    try:
-        return decode_picture(path.read_bytes())[0]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except UnreadableImage as error:
-        raise UserError(f"{path} {error}.") from error
-
-
 def read_mask(path, size):
     """The mask in a file as bool of `size` (height, width), or None where it is empty.
 
     Raises:
       UserError: it cannot be read.
     """
-    try:
-        mask = decode_mask(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except UnreadableImage as error:
-        raise UserError(f"{path} {error}.") from error
+    mask = images.read_mask_levels(path) >= 128
     if mask.shape != tuple(size):
         mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
     return mask if mask.any() else None

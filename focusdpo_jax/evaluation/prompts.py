@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from focusdpo_jax.data.geometry import box_mask
+from focusdpo_jax.data.images import read_mask_levels, read_picture
 from focusdpo_jax.errors import UserError
 
 _KEYS = ("path", "phrase", "box", "mask", "scale")
@@ -160,41 +161,28 @@ def read_prompts(path, default_references=(), seed=0):
 def load_reference(path, size):
     """A reference as the image encoder takes it: uint8 [size, size, 3].
 
-    The camera's rotation is applied, transparency becomes white, and white fills up to a square.
+    It is read by `data.images`, as `prepare` reads; white fills up to a square.
 
     Raises:
-      UserError: the file is missing or is not a picture.
+      UserError: the file is missing or cannot be used.
     """
-    picture = _open(path, "reference")
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    picture = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color="white")
-    return np.asarray(picture)
+    picture = Image.fromarray(read_picture(path, "reference"))
+    return np.asarray(ImageOps.pad(
+        picture, (size, size), Image.Resampling.BICUBIC, color="white"))
 
 
 def load_place(reference, side):
     """Where a reference may show itself in a square picture: float32 [side, side] in [0, 1].
 
     Raises:
-      UserError: its mask is missing, no picture, or black all over.
+      UserError: its mask is missing, cannot be used, or is black all over.
     """
     if not reference.mask:
         inside = box_mask(reference.box or (0, 0, 1, 1), side, side)
         return inside.astype(np.float32)
-    grey = _open(reference.mask, "mask").convert("L")
-    mask = np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
+    levels = Image.fromarray(read_mask_levels(reference.mask, "mask"))
+    mask = np.asarray(levels.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
     if mask.max() < 0.5:
         raise UserError(f"mask {reference.mask} is dark all over; its light pixels say where the "
                         "subject may be.")
     return mask
-
-
-def _open(path, kind):
-    """The picture in a file, turned as its camera was held, in RGBA."""
-    try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGBA")
-    except FileNotFoundError as error:
-        raise UserError(f"{kind} {path}: no such file.") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        raise UserError(f"{kind} {path} cannot be read as a picture ({error}).") from error

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from focusdpo_jax.data.images import read_picture
 from focusdpo_jax.evaluation import charts, measures
-from focusdpo_jax.evaluation.places import read_picture
 from focusdpo_jax.evaluation.tables import certain
 from focusdpo_jax.files import replace_file
 

@@ -12,6 +12,7 @@ import json
 import numpy as np
 from etils import epath
 
+from focusdpo_jax.data.images import read_picture
 from focusdpo_jax.evaluation import places as subject_places
 
 
@@ -145,7 +146,7 @@ class MissingScorer:
 def read_photograph(path):
     """The picture of a file and its subject's `Place`, None without a mask beside it."""
     path = epath.Path(path)
-    picture = subject_places.read_picture(path)
+    picture = read_picture(path)
     return picture, subject_places.of_photograph(path, picture)
 
 

@@ -2,10 +2,12 @@
 
 import json
 
+import example_pairs
 import numpy as np
 import pytest
 from PIL import Image
 
+from focusdpo_jax.data.images import decode_picture
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import prompts
 from focusdpo_jax.evaluation.prompts import Prompt, Reference
@@ -80,11 +82,36 @@ def test_bad_pictures_are_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:5000])
-    for name, reason in (("none", "no such file"), ("text", "cannot be read"),
-                         ("half", "cannot be read")):
+    for name, reason in (("none", "no such file"), ("text", "is no picture in PNG"),
+                         ("half", "is truncated")):
         with pytest.raises(UserError, match=reason) as error:
             prompts.load_reference(tmp_path / f"{name}.png", 64)
         assert name in str(error.value)
+
+
+def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
+    """16 bits were white, floats black, and a cut-out's transparency no mask."""
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(grey).save(tmp_path / name)
+        loaded = prompts.load_reference(tmp_path / name, 8)
+        np.testing.assert_array_equal(loaded[..., 0], np.rint(grey / 257))
+        place = prompts.load_place(Reference("a.png", mask=str(tmp_path / name)), 8)
+        np.testing.assert_array_equal(place, np.float32(np.rint(grey / 257)) / 255)
+    profile = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    (tmp_path / "adobe.png").write_bytes(example_pairs.encoded(pixels, icc_profile=profile))
+    np.testing.assert_array_equal(
+        prompts.load_reference(tmp_path / "adobe.png", 8),
+        decode_picture(example_pairs.encoded(pixels, icc_profile=profile))[0])
+    Image.fromarray(np.float32(grey) / 65535).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match=r"reference .*float.tiff has 32 bits a channel"):
+        prompts.load_reference(tmp_path / "float.tiff", 8)
+    alpha = np.zeros((8, 8), np.uint8)
+    alpha[2:5, 3:7] = 255
+    Image.fromarray(np.dstack([np.zeros_like(pixels), alpha])).save(tmp_path / "cut.png")
+    place = prompts.load_place(Reference("a.png", mask=str(tmp_path / "cut.png")), 8)
+    np.testing.assert_array_equal(place, alpha / np.float32(255))
 
 
 @pytest.mark.parametrize(("text", "reason"), [
