@@ -6,9 +6,12 @@ objects and 25 for animals. Scenes of several subjects come as github.com/byteda
 JSON list of {"prompt", "image_paths"}, paths relative to the file.
 """
 
+import collections
 import json
+import os
 import re
 
+from absl import logging
 from etils import epath
 
 from focusdpo_jax.data import dreambench
@@ -70,7 +73,9 @@ def listed(path, folder, *, protocol, samples, seed):
       protocol, samples, seed: as in `single`.
 
     Returns:
-      A list of Scene; scenes of the same subjects are one group.
+      A list of Scene; scenes of the same subjects are one group. The pictures of a folder are
+      photographs of one subject, its name is the folder's; or each shows a subject of its own,
+      with its file's name (see `_is_flat`).
 
     Raises:
       UserError: names the entry and what is wrong with it.
@@ -86,21 +91,24 @@ def listed(path, folder, *, protocol, samples, seed):
         raise UserError(f"--scenes={path}: give a list of scenes, such as "
                         '[{"prompt": "a dog and a cat", "image_paths": ["dog/00.jpg", '
                         '"cat/00.jpg"]}].')
-    table = _listing(folder)
-    scenes = []
+    found = []
     for number, entry in enumerate(entries):
         try:
-            given = _entry(entry, path.parent, folder, table, protocol)
+            found.append(_entry(entry, path.parent, folder))
         except UserError as error:
             raise UserError(f"--scenes={path}, entry {number}: {error}") from error
+    subjects = _Subjects(path, _listing(folder), entries, found, protocol)
+    scenes = []
+    for number, (entry, references) in enumerate(zip(entries, found)):
+        given = tuple(subjects(reference, box) for reference, box in references)
         for sample in range(samples):
             scenes.append(Scene(f"{number:04d}_{sample}", entry["prompt"], given,
                                 seed + len(scenes), "+".join(s.name for s in given)))
     return scenes
 
 
-def _entry(entry, base, folder, table, protocol):
-    """The subjects of an entry."""
+def _entry(entry, base, folder):
+    """[(path, box or None)] of the references of an entry."""
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise UserError("it has no prompt.")
     if set(entry) - _FIELDS:
@@ -112,7 +120,7 @@ def _entry(entry, base, folder, table, protocol):
     boxes = entry.get("boxes", [None] * len(paths))
     if not isinstance(boxes, list) or len(boxes) != len(paths):
         raise UserError(f"boxes must be a list of {len(paths)}, one for each of image_paths.")
-    subjects = []
+    references = []
     for name, box in zip(paths, boxes):
         candidates = [base / name] + ([] if folder is None else [
             epath.Path(folder).joinpath(*epath.Path(name).parts[-2:])])
@@ -120,17 +128,100 @@ def _entry(entry, base, folder, table, protocol):
         if found is None:
             raise UserError(f"{name} is not there; give --dreambench with the folder of the "
                             "subjects, or paths relative to the file.")
-        around = _pictures(found.parent) or [found]
-        kind = dreambench.classes(table, [found.parent.name])[found.parent.name]
         box = None if box is None else tuple(box) if isinstance(box, list) else (box,)
         Reference(str(found), box=box)  # Names a box that is none.
-        subjects.append(_subject(around, found, kind, protocol, box))
-    return tuple(subjects)
+        references.append((found, box))
+    return references
 
 
-def _subject(photos, reference, kind, protocol, box=None):
+class _Subjects:
+    """From the references of a list to subjects: whose photographs lie beside them."""
+
+    def __init__(self, path, table, entries, found, protocol):
+        self._table, self._protocol = table, protocol
+        uses = collections.defaultdict(list)  # Folder to [(prompt, its pictures in the entry)].
+        for entry, references in zip(entries, found):
+            inside = collections.defaultdict(set)
+            for reference, _ in references:
+                inside[_key(reference.parent)].add(reference)
+            for key, pictures in inside.items():
+                uses[key].append((entry["prompt"], pictures))
+        self._flat = {key for key, used in uses.items()
+                      if _is_flat(key, used, table) or key == _key(path.parent)}
+        # {what is one subject: its name}, longer where two have one name.
+        keys = {self._identity(reference) for references in found for reference, _ in references}
+        named = collections.Counter(map(_name, keys))
+        self._names = {key: _name(key) if named[_name(key)] == 1 else _name(key, 2) for key in keys}
+        for key, used in uses.items():
+            pictures = sorted({p.name for _, pictures in used for p in pictures})
+            if key in self._flat:
+                logging.info("--scenes: every picture in %s is a subject of its own", key)
+            elif len(pictures) > 1:
+                logging.warning(
+                    "--scenes: the pictures in %s (%s and others) are taken for photographs of one "
+                    "subject; if they show several, name each after what it shows", key,
+                    " and ".join(pictures[:2]))
+
+    def _identity(self, reference):
+        parent = _key(reference.parent)
+        return _key(reference.with_suffix("")) if parent in self._flat else parent
+
+    def __call__(self, reference, box):
+        flat = _key(reference.parent) in self._flat
+        around = [] if flat else _pictures(reference.parent)
+        if reference not in around:
+            around = [reference, *around]
+        own = reference.stem if flat else reference.parent.name
+        kind = dreambench.classes(self._table, [own])[own].strip(" -") or "subject"
+        return _subject(around, reference, kind, self._protocol, box,
+                        self._names[self._identity(reference)])
+
+
+def _is_flat(folder, used, table):
+    """Whether each picture of a folder shows a subject of its own, rather than all the same one.
+
+    The list's layout does not say. It is so if an entry names two pictures of the folder. Otherwise
+    it is not where every prompt has the folder's name; and it is if the pictures that are named
+    differ by more than numbers (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the
+    file's name ("a dog", references/dog.png). A folder that prompts_and_classes.txt lists is one
+    subject's.
+
+    Args:
+      folder: its path.
+      used: [(prompt, set of the folder's pictures that the entry names)].
+      table: text of prompts_and_classes.txt, or "".
+    """
+    name = os.path.basename(folder)
+    if re.search(rf"^\s*{re.escape(name)},", table, re.MULTILINE):
+        return False
+    if any(len(pictures) > 1 for _, pictures in used):
+        return True
+    if all(_words(name) & _words(prompt) for prompt, _ in used):
+        return False
+    if len({_words(p.stem) for _, pictures in used for p in pictures}) > 1:
+        return True
+    return any(_words(p.stem) and _words(p.stem) <= _words(prompt)
+               for prompt, pictures in used for p in pictures)
+
+
+def _words(text):
+    """The words in a name or a prompt, without numbers."""
+    return frozenset(re.findall(r"[^\W\d_]+", text.lower()))
+
+
+def _key(path):
+    """A path as text, the same for `a/../b` and `b`."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.normpath(text)
+
+
+def _name(key, parts=1):
+    return "/".join(epath.Path(key).parts[-parts:])
+
+
+def _subject(photos, reference, kind, protocol, box=None, name=None):
     compared = photos if protocol == "all" else [reference]
-    return Subject(reference.parent.name, dreambench.with_article(kind), str(reference),
+    return Subject(name or reference.parent.name, dreambench.with_article(kind), str(reference),
                    tuple(map(str, compared)), box)
 
 
