@@ -18,7 +18,8 @@ from focusdpo_jax.errors import UserError
 _WORKDIR = flags.DEFINE_string(
     "workdir", "base", "Folder of a run, or a model: a run's model/, a pipeline of diffusers such "
     "as export --whole writes, or base, the small Toybox generator that ships with the package.")
-_PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject.")
+_PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject. A model reads so many tokens (SDXL 77, base "
+    "16); what is beyond them is told in a warning.")
 _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
     "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
@@ -54,6 +55,7 @@ def main():
     """Flags, then `evaluation.sampling.Sampler`."""
     from focusdpo_jax.evaluation import prompts  # After the flags, so that --help is quick.
     from focusdpo_jax.evaluation.sampling import Sampler
+    from focusdpo_jax.models import truncation
     wanted = read_wanted(prompts)
     model, base, settings = open_models()
     settings |= {"steps": _STEPS.value, "sampler": _SAMPLER.value,
@@ -67,6 +69,10 @@ def main():
     sampler = Sampler(
         model, slots=max(1, *(len(p.references) for p in wanted)), negative=_NEGATIVE.value,
         batch_size=min(_BATCH_SIZE.value, len(wanted)), **settings)
+    texts = [(prompt.text, [r.phrase for r in prompt.references]) for prompt in wanted]
+    truncation.warn(model.tokenizer, texts, "--prompt" if _PROMPT.value is not None
+                    else f"--prompts={_PROMPTS.value}")
+    truncation.warn(model.tokenizer, [(_NEGATIVE.value, ())], "--negative_prompt")
     policy = list(sampler.draw(wanted))
     settings |= {"workdir": _WORKDIR.value, "negative_prompt": _NEGATIVE.value}
     write(wanted, policy, list(sampler.draw(wanted, base.parameters)) if base else None, settings)

@@ -74,6 +74,18 @@ def test_a_reference_is_weighed_and_kept_to_its_place(reference, tiny_folder, tm
     assert np.abs(drawn["less"] - drawn["everywhere"]).mean() > 0.5
 
 
+def test_a_prompt_that_is_cut_is_told_once(reference, run_folder, tmp_path, caplog):
+    """Of the program of the comparison below."""
+    long = "a ball and a star and a ring and a cross and a heart and a box on grass"
+    draw(workdir=str(run_folder), prompt=long, reference=[f"{reference}:a box"], samples=2,
+         compare=True, output=str(tmp_path), negative_prompt="snow " * 15)
+    cut = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+    assert len(cut) == 2
+    assert cut[0].startswith("--prompt: 1 of 1 texts are longer than the 16 tokens")
+    assert "loses 'and a box on grass'. The model is not told of 'a box'" in cut[0]
+    assert cut[1].startswith("--negative_prompt: 1 of 1") and cut[1].endswith("loses 'snow'")
+
+
 @pytest.fixture(scope="module")
 def run_folder(tiny_folder, tmp_path_factory):
     import tiny

@@ -184,6 +184,32 @@ class StoredSource:
             ) from error
 
 
+    def texts(self, seconds: float = 10) -> list[tuple[str, list[str]]]:
+        """Captions with the phrases of their subjects, of the records that can be read in a time.
+
+        Pictures are not decoded. Damaged records end the list; `__getitem__` names them.
+        """
+        import tensorflow_datasets as tfds
+
+        from focusdpo_jax.data import preference_pairs
+
+        with _quiet():
+            source = tfds.builder_from_directory(self._path).as_data_source(
+                self._split, decoders=preference_pairs.skipping_pictures())
+        found, end = [], time.monotonic() + seconds
+        try:
+            for index in range(len(self)):
+                record = source[index]
+                found.append((record["caption"].decode(),
+                              [phrase.decode() for phrase in record["subjects"]["phrase"]]))
+                if time.monotonic() > end:
+                    break
+        except Exception as error:  # As in `__getitem__`.
+            logging.warning("%s: record %d cannot be read (%s)", self._path, len(found),
+                            type(error).__name__)
+        return found
+
+
 def open_source(path: epath.PathLike, split: str) -> StoredSource:
     """Opens a split of a built data set; see `StoredSource`."""
     return StoredSource(path, split)

@@ -27,20 +27,32 @@ def config(name: str, settings: Mapping[str, Any]) -> tfds.core.BuilderConfig:
 class _Decoder(tfds.decode.Decoder):
     """Decodes pictures and masks at once to what a record has, in a third less time than TFDS."""
 
+    def __init__(self, decode=True):
+        super().__init__()
+        self._decode = decode_png if decode else bytes
+
     def decode_example(self, example):
         """TensorFlow's part, which nobody needs here."""
         raise NotImplementedError
 
     def decode_example_np(self, example):
-        return decode_png(example)
+        return self._decode(example)
 
     def decode_batch_example_np(self, examples):
-        return [decode_png(example) for example in examples]
+        return [self._decode(example) for example in examples]
 
 
 def decoders() -> dict[str, Any]:
     """For `as_data_source`: how to read the pictures and masks of a data set."""
-    decode = _Decoder()
+    return _for_pictures(_Decoder())
+
+
+def skipping_pictures() -> dict[str, Any]:
+    """For `as_data_source`: leaves pictures and masks as the contents of files."""
+    return _for_pictures(_Decoder(decode=False))
+
+
+def _for_pictures(decode):
     return {**dict.fromkeys(("chosen", "rejected", "prior_mask"), decode),
             "subjects": dict.fromkeys(("reference", "reference_mask", "mask"), decode)}
 

@@ -12,6 +12,8 @@ import json
 from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import dreambench, encoders, scoring, toybox_scenes
+from focusdpo_jax.evaluation import scenes as scene_files
+from focusdpo_jax.models import truncation
 
 
 class Toybox:
@@ -89,8 +91,7 @@ class Photographs:
         else:
             self._scenes = dreambench.listed(scenes, folder, **how)
         self._scenes = self._scenes[:limit]
-        self.scorers, self.place_scorer = _load_scorers(
-            networks, batch_size, any(len(scene.subjects) > 1 for scene in self._scenes))
+        self.scorers, self.place_scorer = _load_scorers(networks, batch_size, self._scenes)
         digest = hashlib.sha256(json.dumps(
             [dataclasses.asdict(scene) for scene in self._scenes]).encode()).hexdigest()[:12]
         self.settings = {
@@ -107,9 +108,9 @@ class Photographs:
         return self._scenes
 
 
-def _load_scorers(networks, batch_size, several):
+def _load_scorers(networks, batch_size, scenes):
     """One a network; and where scenes have several subjects one that finds them, or None."""
-    scorers, places = [], None
+    scorers, places, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
     for name in ("dinov2", "dino"):
         if networks[name]:
             whole, subject, patches = encoders.load_dino(name, networks[name], batch_size)
@@ -118,6 +119,7 @@ def _load_scorers(networks, batch_size, several):
             scorers.append(scoring.SimilarityScorer(whole, subject, places and places.name))
     if networks["clip"]:
         image, text = encoders.load_clip(networks["clip"], batch_size)
+        truncation.warn(text.tokenize, scene_files.texts(scenes), "clip_t")
         scorers += [scoring.SimilarityScorer(image, needs=places and places.name),
                     scoring.PromptScorer(image, text)]
     if places:

@@ -16,6 +16,7 @@ from focusdpo_jax.evaluation.output_folder import ImagesFolder
 from focusdpo_jax.evaluation.places import Place
 from focusdpo_jax.evaluation.progress import Progress
 from focusdpo_jax.evaluation.sampling import Sampler
+from focusdpo_jax.models import truncation
 
 
 def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=None, workdir=None,
@@ -71,9 +72,10 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
 def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share):
     """Draws with one model and lets go of it; returns the sampler, which needs none of its own."""
     model = load()
-    sampler = sampler or Sampler(
-        model.with_parameters({}), batch_size=batch_size, **sampling,
-        slots=max(len(scene.subjects) for scene in scenes))
+    if sampler is None:
+        sampler = Sampler(model.with_parameters({}), batch_size=batch_size, **sampling,
+                          slots=max(len(scene.subjects) for scene in scenes))
+        truncation.warn(model.tokenizer, scene_files.texts(scenes), "the scenes")
     # Not before the sampler is there, which refuses what cannot be.
     folder.claim({"sampling": sampling, f"{side} model": digest_of(model.parameters)})
     parameters = sampler.place(model.parameters)

@@ -53,6 +53,11 @@ class Scene:
             Reference(s.reference, s.phrase, box=s.box) for s in self.subjects), self.seed)
 
 
+def texts(scenes):
+    """[(prompt, phrases of its subjects)] of scenes, as `models.truncation.warn` takes them."""
+    return [(scene.prompt, [s.phrase for s in scene.subjects]) for scene in scenes]
+
+
 def write(path, scenes):
     """Writes scenes as JSON lines, with the fields of `Scene`."""
     replace_file(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in scenes))

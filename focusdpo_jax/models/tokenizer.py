@@ -60,6 +60,14 @@ class Tokenizer:
         """How many tokens a caption has, start and end among them, however many are read."""
         return len(self._encoders[0](caption)["input_ids"])
 
+    def spell(self, caption):
+        """A caption as its tokens spell it, in two texts: what is read of it, and what is cut off."""
+        tokens = self._encoders[0](caption)["input_ids"][1:-1]
+        kept, whole = (self._encoders[0].decode(part, clean_up_tokenization_spaces=False)
+                       for part in (tokens[:self.length - 2], tokens))
+        # The end of what is read may be a part of a letter.
+        return kept, whole[len(kept.rstrip("\ufffd")):] if len(tokens) > self.length - 2 else ""
+
     def __call__(self, caption):
         """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""
         return np.array([encoder(caption, truncation=True, max_length=self.length,

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 
@@ -18,7 +19,7 @@ from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
-from focusdpo_jax.models import stacking
+from focusdpo_jax.models import stacking, truncation
 from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
 from focusdpo_jax.sharding import processes, rules
 from focusdpo_jax.sharding import mesh as meshes
@@ -107,6 +108,7 @@ def generator_task(config, workdir, mesh, sources):
     """Trains the generator on pairs that the frozen encoders have seen once."""
     model = models.open_model(config)
     generator = model.generator
+    _warn_of_long_captions(config, model, sources)
     transform = loader.pair_transform(
         tokenize=model.tokenizer, num_subjects=subject_slots(config, sources),
         reference_size=generator.config.image_encoder.image_size)
@@ -205,6 +207,20 @@ def generator_task(config, workdir, mesh, sources):
         bucket_at=lambda number: names[bucket_for_step(config.seed, number, len(names))],
         start=lambda writer: showcase.start(trainable), sample=showcase.sample, finish=finish,
         mesh=mesh)
+
+
+def _warn_of_long_captions(config, model, sources):
+    """One warning about people's captions that the model does not read to their ends.
+
+    Toybox's own captions fit: its tokenizer was made for them.
+    """
+    if config.data.source == "prepared" and processes.is_first():
+        by_path = {id(source): source for source in sources.values()}  # Splits may be one.
+        found = [source.texts() for source in by_path.values()]
+        seen, count = sum(map(len, found)), sum(map(len, by_path.values()))
+        among = "" if seen == count else f", the first {seen} of {count} pairs"
+        truncation.warn(model.tokenizer, itertools.chain(*found),
+                        f"config.data.path = {config.data.path!r}{among}")
 
 
 def as_computed(parameters, dtype):

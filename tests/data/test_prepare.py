@@ -214,6 +214,28 @@ def test_tokens_are_counted_by_a_tokenizer_where_there_is_one(tmp_path):
         run(manifest, tmp_path / "output", count_tokens=lambda caption: 78 if "2" in caption else 7)
 
 
+def test_training_tells_of_captions_that_the_model_does_not_read(
+        tiny_config, tmp_path, caplog):
+    """Once for all splits of a data set, from the texts alone."""
+    from focusdpo_jax.training import tasks
+    lines, files = example_pairs.make(6)
+    for line in lines[:2]:
+        line["caption"] = "a ball and a star and a ring and a cross and a heart and a thing on grass"
+    run(example_pairs.write(tmp_path / "pairs", lines, files), tmp_path / "data",
+        prepare.Settings(resolution=32))
+    source = dataset.open_prepared(tmp_path / "data")["train"]
+    assert source.texts() == [
+        (record["caption"], [s["phrase"] for s in record["subjects"]])
+        for record in (source[i] for i in range(len(source)))]
+    config = tiny_config(**{"data.source": "prepared", "data.path": str(tmp_path / "data"),
+                            "batch_size": 1})
+    tasks.make_task(config, tmp_path / "run")
+    message, = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+    assert message.startswith(f"config.data.path = '{tmp_path / 'data'}': 1 of 5 texts are longer "
+                              "than the 16 tokens that the model reads and are cut")
+    assert "The model is not told of 'a thing'" in message
+
+
 def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch):
     """The command as the docs give it, its contact sheet, and two steps of training."""
     import tiny

@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import benchmarks, comparison, evaluation, summaries, tables
+from focusdpo_jax.evaluation import benchmarks, comparison, evaluation, scoring, summaries, tables
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.evaluation.scenes import Scene, Subject
 from focusdpo_jax.training import models, pretraining, tasks
@@ -119,6 +119,25 @@ def test_shares_add_up(config, probe, sides, whole, tmp_path):
     assert not (tmp_path / "results.json").exists()
     evaluate(tmp_path, config, probe, sides, share=(0, 2))
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
+
+
+def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
+    """Of both sides together; a benchmark of two scenes in which nothing is found."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "box.png")
+    box = Subject("box", "a box", str(tmp_path / "box.png"))
+    long = "a ball and a star and a ring and a cross and a heart and a box on grass"
+
+    class TwoScenes:
+        settings, place_scorer, about = {"seed": 0}, None, "Two scenes."
+        scorers = [scoring.MissingScorer("nothing")]
+
+        def scenes(self, folder):
+            return [Scene("a", long, (box, box), 0, "a"), Scene("b", "a box", (box,), 1, "b")]
+
+    evaluation.run(OutputFolder(tmp_path / "out"), TwoScenes(), sides, SAMPLING, batch_size=2)
+    message, = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+    assert message.startswith("the scenes: 1 of 2 texts are longer than the 16 tokens")
+    assert "The model is not told of 'a box'" in message
 
 
 def test_pictures_of_another_program(config, probe, whole, tmp_path):

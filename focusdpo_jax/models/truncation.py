@@ -1,0 +1,44 @@
+"""Texts that are longer than a model reads: one warning that says how many, and what is lost."""
+
+from collections.abc import Iterable, Sequence
+
+from absl import logging
+
+from focusdpo_jax.models.tokenizer import Tokenizer
+
+
+def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], source: str) -> int:
+    """Logs one warning if any of the texts is cut, with the first and what is not read of it.
+
+    Args:
+      tokenizer: of the model that reads them.
+      texts: (text, phrases of the subjects that it names).
+      source: where the texts come from, for the message ("--prompt").
+
+    Returns:
+      How many of the texts are cut; equal ones count once.
+    """
+    texts = dict.fromkeys((text, tuple(phrases)) for text, phrases in texts)
+    whole = {text: tokenizer.spell(text) for text in dict.fromkeys(text for text, _ in texts)}
+    cut = [text for text, (_, lost) in whole.items() if lost]
+    if not cut:
+        return 0
+    lost = {(text, phrase): None for text, phrases in texts if whole[text][1]
+            for phrase in phrases if _is_lost(tokenizer, phrase, *whole[text])}
+    phrases = ""
+    if lost:
+        named = list(dict.fromkeys(phrase for _, phrase in lost))
+        phrases = (f". The model is not told of {', '.join(map(repr, named[:5]))}"
+                   f"{' and others' if len(named) > 5 else ''}: {len({t for t, _ in lost})} of them "
+                   "lose the phrase of a subject")
+    logging.warning(
+        "%s: %d of %d texts are longer than the %d tokens that the model reads and are cut. The "
+        "first, %r, has %d and loses %r%s", source, len(cut), len(whole), tokenizer.length, cut[0],
+        tokenizer.count(cut[0]), whole[cut[0]][1].strip(), phrases)
+    return len(cut)
+
+
+def _is_lost(tokenizer, phrase, kept, lost):
+    """Whether a text has a phrase, and what is kept of the text has not."""
+    phrase = f" {''.join(tokenizer.spell(phrase))} "
+    return bool(phrase.strip()) and phrase in f" {kept}{lost} " and phrase not in f" {kept} "
