@@ -172,7 +172,7 @@ def get_config(argument=""):
     config.focus.detail_bins = 16
     config.focus.detail_sigma = 8.0
 
-    # How pictures are drawn: DDIM steps and guidance scale.
+    # How pictures are drawn: DDIM steps and guidance scale; 1 or less is none.
     config.sampling = ml_collections.ConfigDict(
         {"steps": 4 if debug else 30, "guidance": 5.0})
     # Test scenes measured before and after (none: only Toybox's own models have the probe for it),

@@ -125,7 +125,7 @@ def get_config(stage="generator"):
         "gate_width": 0.0, "background": 0.25, "matched": 0.5, "detail_fraction": 0.5,
         "detail_bins": 16, "detail_sigma": 3.0})
 
-    # Pictures drawn on the way: DDIM steps and guidance scale.
+    # Pictures drawn on the way: DDIM steps and guidance scale; 1 or less is none.
     config.sampling = ml_collections.ConfigDict({"steps": 16, "guidance": 2.0})
     # Test scenes measured at the end, scenes drawn at once, scenes shown in pictures.
     config.evaluation = ml_collections.ConfigDict(

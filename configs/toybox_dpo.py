@@ -143,7 +143,8 @@ def get_config():
     config.focus.detail_bins = 16
     config.focus.detail_sigma = 3.0
 
-    # How pictures are drawn: DDIM steps and guidance scale; 1 is none, at half the cost.
+    # How pictures are drawn: DDIM steps and guidance scale; 1 or less is none, at
+    # half the cost.
     config.sampling = ml_collections.ConfigDict({"steps": 8, "guidance": 1.0})
     # Test scenes measured before and after, scenes drawn at once, scenes shown (0: none).
     config.evaluation = ml_collections.ConfigDict(

@@ -55,7 +55,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Another one, other individuals.")
 _STEPS = flags.DEFINE_integer(
     "steps", 30, "Denoiser calls of a whole picture; of them the share --strength is made.",
     lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 5.0, "Classifier-free guidance; 1 is none.")
+_GUIDANCE = flags.DEFINE_float("guidance", 5.0, "Classifier-free guidance; 1 or less is none.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp_2m.")
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", None, "Side in pixels of the squares that the model draws: 1024 for SDXL. "

@@ -49,7 +49,9 @@ _CLIP = flags.DEFINE_string("clip", None, "Folder of CLIP ViT-B/32 in transforme
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first picture's noise, and of the bootstrap.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoiser calls. Default: config.sampling.steps.",
                               lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Default: config.sampling.guidance.")
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Classifier-free guidance; 1 or less is none. Default: "
+    "config.sampling.guidance.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp_2m.")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Pictures drawn or scored at once, divided among the devices. Default: "

@@ -18,8 +18,9 @@ from focusdpo_jax.errors import UserError
 _WORKDIR = flags.DEFINE_string(
     "workdir", "base", "Folder of a run, or a model: a run's model/, a pipeline of diffusers such "
     "as export --whole writes, or base, the small Toybox generator that ships with the package.")
-_PROMPT = flags.DEFINE_string("prompt", None, "What to draw, naming every subject. A model reads so many tokens (SDXL 77, base "
-    "16); what is beyond them is told in a warning.")
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "What to draw, naming every subject. A model reads so many tokens (SDXL 77, "
+    "base 16); a warning tells what is beyond them.")
 _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
     "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
@@ -29,7 +30,7 @@ _REFERENCES = flags.DEFINE_multi_string(
 _PROMPTS = flags.DEFINE_string(
     "prompts", None, "File of JSON lines, many prompts at once: prompt, references (texts as for "
     "--reference, or objects with path, phrase, box, mask, scale), seed.")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from; needs --guidance above 1.")
 _OUTPUT = flags.DEFINE_string(
     "output", "sample.png", "The picture; for several, a folder for 0000.png and so on, and "
     "all.png.")
@@ -43,8 +44,8 @@ _SAMPLER = flags.DEFINE_string(
     "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer "
     "steps).")
 _GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Classifier-free guidance; 1 is none. Default: the run's, 2 for base, 5 for "
-    "other models.")
+    "guidance", None, "Classifier-free guidance; 1 or less (0, as in diffusers) is none: one pass "
+    "under prompt and references. Default: the run's, 2 for base, 5 for other models.")
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", None, "Side of the pictures in pixels. Default: the run's.")
@@ -73,6 +74,9 @@ def main():
     truncation.warn(model.tokenizer, texts, "--prompt" if _PROMPT.value is not None
                     else f"--prompts={_PROMPTS.value}")
     truncation.warn(model.tokenizer, [(_NEGATIVE.value, ())], "--negative_prompt")
+    if _NEGATIVE.value and settings["guidance"] <= 1:
+        logging.warning("--negative_prompt is not read: guidance is %s, and only above 1 is there "
+                        "any", settings["guidance"])
     policy = list(sampler.draw(wanted))
     settings |= {"workdir": _WORKDIR.value, "negative_prompt": _NEGATIVE.value}
     write(wanted, policy, list(sampler.draw(wanted, base.parameters)) if base else None, settings)

@@ -156,6 +156,20 @@ def sampling_timesteps(
     return visited[:steps].astype(np.int32)
 
 
+def guides(scale: float) -> bool:
+    """Whether a scale asks for guidance: above 1. Otherwise the denoiser is conditional alone.
+
+    As in diffusers, where `guidance_scale` 0 means no guidance too, rather than the unconditional
+    half by itself.
+
+    Raises:
+      UserError: it is no finite number.
+    """
+    if not np.isfinite(scale):
+        raise UserError(f"guidance is {scale}; give a finite number, 1 or less for none")
+    return scale > 1
+
+
 def classifier_free_guidance(
     denoise_fn: DenoiseFn, scale: Float[Array, ""] | float
 ) -> DenoiseFn:

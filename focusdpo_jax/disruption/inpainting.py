@@ -74,6 +74,7 @@ def make_inpaint(generator, *, steps, strength, guidance, negative_token_ids, sa
       is looked at) there is one for all; noise is [K, h, w, C], keys [K].
     """
     reads_mask, spacing = inpaints(generator), timestep_spacing(generator)
+    guided = samplers.guides(guidance)
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
     samplers.first_step(steps, strength)
@@ -94,9 +95,9 @@ def make_inpaint(generator, *, steps, strength, guidance, negative_token_ids, sa
         denoise = conditioned_denoiser(
             generator, parameters, for_all(token_ids[None]), for_all(time_ids[None]),
             jax.tree.map(for_all, view), for_all(jnp.reshape(present, (1, 1))),
-            negative_token_ids=negative_token_ids if guidance != 1 else None,
+            negative_token_ids=negative_token_ids if guided else None,
             image_scale=image_scale, inpainting=inpainting)
-        if guidance != 1:
+        if guided:
             denoise = samplers.classifier_free_guidance(denoise, guidance)
         latents = samplers.sample(
             denoise, generator.schedule, noise, steps, spacing, sampler=sampler, keys=keys,

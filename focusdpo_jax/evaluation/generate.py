@@ -18,7 +18,7 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
 
     Args:
       steps: denoiser calls.
-      guidance: classifier-free guidance scale; 1 is none, and costs half.
+      guidance: classifier-free guidance scale; 1 or less is none, as in diffusers, and costs half.
       negative_token_ids: int [2, L], what guidance leads away from: the empty prompt, or one that
         says what not to show. The references are dropped there (see `SubjectAdapterConfig`).
       image_scale: weight of the references' part of cross-attention.
@@ -34,7 +34,7 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
       be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
       and masks are those of `Conditioning`.
     """
-    spacing = timestep_spacing(generator)
+    spacing, guided = timestep_spacing(generator), samplers.guides(guidance)
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
@@ -43,9 +43,9 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
                  scales=None, masks=None):
         denoise = conditioned_denoiser(
             generator, parameters, token_ids, time_ids, references, present,
-            negative_token_ids=negative_token_ids if guidance != 1 else None,
+            negative_token_ids=negative_token_ids if guided else None,
             image_scale=image_scale, scales=scales, masks=masks)
-        if guidance != 1:
+        if guided:
             denoise = samplers.classifier_free_guidance(denoise, guidance)
         latents = samplers.sample(denoise, generator.schedule, noise, steps, spacing,
                                   sampler=sampler, keys=keys)

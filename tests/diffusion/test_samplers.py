@@ -186,6 +186,13 @@ def test_guidance_is_one_call_with_the_conditional_half_first():
     np.testing.assert_allclose(plain, z)
 
 
+def test_only_above_one_there_is_guidance():
+    assert [samplers.guides(scale) for scale in (-1, 0, 0.5, 1, 1.01, 7)] == [False] * 4 + [True] * 2
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"guidance is {scale}; give a finite number"):
+            samplers.guides(scale)
+
+
 def test_the_first_step_of_a_strength():
     assert [samplers.first_step(10, s) for s in (1.0, 0.8, 0.55, 0.1)] == [0, 2, 5, 9]
     for strength in (0.0, 1.1, 0.05):

@@ -59,10 +59,10 @@ def both(request, tmp_path_factory):
     return ours, theirs
 
 
-def draw(ours, sampler, strength):
+def draw(ours, sampler, strength, guidance=GUIDANCE):
     """uint8 [H, W, 3]."""
     generator, parameters, tokenizer = ours
-    inpaint = make_inpaint(generator, steps=STEPS, strength=strength, guidance=GUIDANCE,
+    inpaint = make_inpaint(generator, steps=STEPS, strength=strength, guidance=guidance,
                            sampler=sampler, negative_token_ids=tokenizer(""))
     return np.asarray(inpaint(
         parameters, PICTURE, MASK, tokenizer(PROMPT),
@@ -83,6 +83,11 @@ def draw_theirs(theirs, sampler, strength, monkeypatch):
             PROMPT, image=Image.fromarray(PICTURE), mask_image=Image.fromarray(MASK),
             strength=strength, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS,
             guidance_scale=GUIDANCE, output_type="np").images[0]
+
+
+@pytest.mark.parametrize("both", [4], indirect=True)
+def test_guidance_of_zero_is_none(both):
+    np.testing.assert_array_equal(draw(both[0], "ddim", 0.6, 0.0), draw(both[0], "ddim", 0.6, 1.0))
 
 
 @pytest.mark.parametrize("both, sampler, strength", [

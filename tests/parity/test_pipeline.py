@@ -65,11 +65,11 @@ def both(request, tmp_path_factory):
     return ours, theirs
 
 
-def draw(ours, sampler):
+def draw(ours, sampler, guidance=GUIDANCE):
     """Two pictures from one noise: with one reference and with two. uint8 [2, H, W, 3]."""
     generator, parameters, tokenizer = ours
     view = jax.jit(generator.view)(parameters, np.float32([REFERENCES] * 2) / 255)
-    generate = make_generate(generator, steps=STEPS, guidance=GUIDANCE, sampler=sampler,
+    generate = make_generate(generator, steps=STEPS, guidance=guidance, sampler=sampler,
                              negative_token_ids=tokenizer(""))
     return generate(
         parameters, np.stack([tokenizer(PROMPT)] * 2), np.float32([[HEIGHT, WIDTH, 0, 0, HEIGHT,
@@ -77,14 +77,28 @@ def draw(ours, sampler):
         view, np.array([[True, False], [True, True]]), np.concatenate([NOISE] * 2))
 
 
-def draw_theirs(theirs, sampler, references):
+def draw_theirs(theirs, sampler, references, guidance=GUIDANCE):
     """The same of a pipeline, float32 [H, W, 3] in [0, 1]."""
     # Of SDXL's scheduler_config.json; Euler and DPM-Solver have another default.
     theirs.scheduler = test_samplers.scheduler(sampler, timestep_spacing="leading")
     images = [Image.fromarray(image) for image in references]
     return theirs(PROMPT, ip_adapter_image=[images], latents=oracles.nchw(NOISE), height=HEIGHT,
-                  width=WIDTH, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+                  width=WIDTH, num_inference_steps=STEPS, guidance_scale=guidance,
                   output_type="np").images[0]
+
+
+@pytest.mark.parametrize("both", ["plus"], indirect=True)
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_pictures_without_guidance(both, guidance):
+    """At 1 and below diffusers makes one pass under prompt and references."""
+    ours, theirs = both
+    found = np.asarray(draw(ours, "ddim", guidance), np.float32)
+    with torch.no_grad():
+        expected = [255 * draw_theirs(theirs, "ddim", REFERENCES[:count], guidance)
+                    for count in (1, 2)]
+    for mine, peer in zip(found, expected, strict=True):
+        assert np.abs(mine - np.round(peer)).mean() < 0.005
+    np.testing.assert_array_equal(found, draw(ours, "ddim", 1.0))
 
 
 @pytest.mark.parametrize("both, sampler", [
