@@ -8,6 +8,7 @@ import json
 
 from etils import epath
 
+from focusdpo_jax.diffusion.samplers import SPACINGS
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from focusdpo_jax.models.unet import UNetConfig
@@ -35,6 +36,25 @@ _CLIP = {"layer_norm_eps": 1e-5, "num_channels": 3}
 _SCHEDULER = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "num_train_timesteps": 1000, "trained_betas": None}
+# What changes the noise, the timesteps or what the UNet is told, and has one value that is
+# implemented here.
+_SAMPLING = {
+    "clip_sample": False, "final_sigmas_type": "zero", "interpolation_type": "linear",
+    "sigma_max": None, "sigma_min": None, "thresholding": False, "timestep_type": "discrete",
+    "use_beta_sigmas": False, "use_exponential_sigmas": False, "use_flow_sigmas": False,
+    "use_karras_sigmas": False, "use_lu_lambdas": False}
+# The same of DPM-Solver's own classes.
+_DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+               "lambda_min_clipped": -float("inf")}
+# Classes whose files speak of this noise, and the spacing that each takes where its file is silent.
+# They do not decide what is drawn with: `diffusion.samplers` does.
+SCHEDULERS = dict.fromkeys(
+    ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
+     "PNDMScheduler"), "leading") | dict.fromkeys(
+    ("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
+     "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+     "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+     "LMSDiscreteScheduler", "UniPCMultistepScheduler"), "linspace")
 _STATED = {"addition_embed_type", "use_linear_projection", "beta_end", "beta_schedule",
            "beta_start"}
 # What transformers takes where a file is silent; its files once stated differences alone.
@@ -223,19 +243,52 @@ def write_clip_vision(config):
 
 
 def read_scheduler(values, source):
-    """`prediction_type` and `zero_terminal_snr` from a scheduler_config.json.
+    """`GeneratorConfig`'s fields about noise and timesteps from a scheduler_config.json.
+
+    Where the file is silent they are the defaults of its class in diffusers, as a pipeline has them.
 
     Raises:
-      UserError: its noise levels are not SDXL's.
+      UserError: its noise levels are not SDXL's, or a field asks for what is not implemented.
     """
+    kind = values.get("_class_name", "DDIMScheduler")
+    if kind not in SCHEDULERS:
+        raise UserError(f"{source} has _class_name = {kind!r}, which draws in another way than "
+                        f"this package can; known: {', '.join(sorted(SCHEDULERS))}")
     _require(values, _SCHEDULER, source)
-    return {"prediction_type": values.get("prediction_type", "epsilon"),
-            "zero_terminal_snr": bool(values.get("rescale_betas_zero_snr", False))}
+    fixed = _SAMPLING | (_DPM_SOLVER if kind.startswith("DPMSolver") else {})
+    wrong = [f"{name} = {values[name]!r} (only {value!r})" for name, value in fixed.items()
+             if (values.get(name) or None) not in (None, value)]
+    prediction_type = values.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        wrong.append(f"prediction_type = {prediction_type!r} (only 'epsilon' or 'v_prediction')")
+    offset, spacing = values.get("steps_offset", 0), values.get(
+        "timestep_spacing", SCHEDULERS[kind])
+    if not isinstance(offset, int) or offset < 0:
+        wrong.append(f"steps_offset = {offset!r} (a whole number >= 0)")
+    if spacing not in SPACINGS:
+        wrong.append(f"timestep_spacing = {spacing!r} (only {', '.join(map(repr, SPACINGS))})")
+    zero_snr = bool(values.get("rescale_betas_zero_snr", False))
+    if zero_snr and prediction_type == "epsilon":
+        wrong.append("rescale_betas_zero_snr = True (only with prediction_type = 'v_prediction')")
+    if wrong:
+        raise UserError(f"{source} asks for what is not implemented: {', '.join(wrong)}. If the "
+                        "model was not trained with it, set it to what is")
+    # None is what follows from the signal-to-noise ratio (see GeneratorConfig).
+    usual = "trailing" if zero_snr else "leading"
+    return {"prediction_type": prediction_type, "zero_terminal_snr": zero_snr,
+            "timestep_spacing": None if spacing == usual else spacing, "steps_offset": offset,
+            "set_alpha_to_one": bool(values.get("set_alpha_to_one", True))}
 
 
-def write_scheduler(prediction_type, zero_terminal_snr):
-    """The scheduler_config.json of the sampler that this package draws with, DDIM."""
+def write_scheduler(config):
+    """The scheduler_config.json of the sampler that this package draws with by default, DDIM.
+
+    Args:
+      config: a `GeneratorConfig`.
+    """
+    spacing = config.spacing
     return {"_class_name": "DDIMScheduler", **_SCHEDULER, "clip_sample": False,
-            "set_alpha_to_one": True, "steps_offset": 1, "thresholding": False,
-            "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr,
-            "timestep_spacing": "trailing" if zero_terminal_snr else "leading"}
+            "set_alpha_to_one": spacing.set_alpha_to_one, "steps_offset": spacing.steps_offset,
+            "thresholding": False, "prediction_type": config.prediction_type,
+            "rescale_betas_zero_snr": config.zero_terminal_snr,
+            "timestep_spacing": spacing.name}

@@ -144,13 +144,18 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}. {FETCH}")
     parts = {part: read_part_config(folders[part], part) for part in _READERS}
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    noise = (_read_config(scheduler, diffusers_configs.read_scheduler)
-             if scheduler.exists() else {})
-    parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
     index = folder / "model_index.json"
+    index = _read_json(index) if index.exists() else {}
+    scheduler, noise = folder / "scheduler" / "scheduler_config.json", {}
+    if scheduler.exists():
+        # A pipeline's scheduler is of the class that its index names, whoever wrote the file.
+        named = index.get("scheduler") or ()
+        named = {"_class_name": named[1]} if len(named) > 1 and isinstance(named[1], str) else {}
+        noise = _read_config(scheduler, lambda values, source: diffusers_configs.read_scheduler(
+            values | named, source))
+    parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
     # What diffusers takes for granted where the file is silent.
-    zeros = not index.exists() or _read_json(index).get("force_zeros_for_empty_prompt", True)
+    zeros = index.get("force_zeros_for_empty_prompt", True)
     return generator_config(parts, adapter or folder / ADAPTER, folders["image_encoder"],
                             zero_empty_prompt=zeros, **noise)
 
@@ -322,7 +327,7 @@ def save_surroundings(folder, config, tokenizer):
     size = config.image_encoder.image_size
     for name, file, values in (
             ("scheduler", "scheduler_config.json", diffusers_configs.write_scheduler(
-                config.prediction_type, config.zero_terminal_snr)),
+                config)),
             ("feature_extractor", "preprocessor_config.json", {
                 "image_processor_type": "CLIPImageProcessor", "do_resize": True,
                 "size": {"shortest_edge": size}, "do_center_crop": True,

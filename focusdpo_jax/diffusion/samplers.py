@@ -19,7 +19,10 @@ normal noise n, a step goes from timestep t to the next one, s:
     rho = exp(-h) = (sigma_s / alpha_s) / (sigma_t / alpha_t)
 
 (h is the step in log(alpha / sigma); x0' and h' are those of the step before.) The last step goes
-all the way to the clean latents, x0.
+all the way to the clean latents, x0. Timesteps and levels are those of diffusers' scheduler of the
+same name, to the letter: its DDIM steps from t to the level at t - T // steps, which with some
+spacings is not quite the timestep that it visits next, and its Euler samplers visit fractions of
+timesteps with `linspace`.
 
 The Euler samplers are usually written for x = z / alpha, of noise level sigma / alpha. There a
 denoiser's input has to be scaled, the noise begins at `init_noise_sigma`, and zero terminal SNR is
@@ -46,8 +49,27 @@ DenoiseFn = Callable[[Latents, Int[Array, "batch"]], Latents]
 
 SPACINGS = ("leading", "trailing", "linspace")
 
-# SDXL's scheduler config counts "leading" timesteps from 1.
-_STEPS_OFFSET = 1
+
+@dataclasses.dataclass(frozen=True)
+class Spacing:
+    """Which timesteps are visited, in the terms of a scheduler_config.json of diffusers.
+
+    Attributes:
+      name: one of `SPACINGS` (arXiv 2305.08891, table 2).
+      steps_offset: the last timestep of `leading`, 1 for SDXL; the others have none.
+      set_alpha_to_one: whether DDIM's last step goes to the clean latents; otherwise it goes to
+        timestep 0. The others always go to the clean latents.
+    """
+
+    name: str = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = True
+
+    def __post_init__(self):
+        if self.name not in SPACINGS:
+            raise UserError(f"timestep spacing is {self.name!r}; choose one of "
+                            f"{', '.join(SPACINGS)}")
+
 
 
 class _Coefficients(NamedTuple):
@@ -99,18 +121,22 @@ class _Sampler:
       starts_without_signal: begins at z = sigma n rather than z = n where the spacing begins at the
         noisiest timestep, which is what diffusers' `init_noise_sigma` comes to.
       lays_the_end: spreads steps + 1 timesteps, of which the last stands for the clean end.
+      steps_back: goes from t to t - T // steps, wherever the next timestep lies.
+      between: `linspace` does not round, and levels lie between two timesteps.
     """
 
     coefficients: Callable[[Float[Array, "ends"], Float[Array, "ends"]], _Coefficients]
     starts_without_signal: bool = False
     lays_the_end: bool = False
+    steps_back: bool = False
+    between: bool = False
 
 
 # Start and timesteps are those of diffusers' scheduler for each, so that pictures can be compared.
 _SAMPLERS = {
-    "ddim": _Sampler(_first_order),
-    "euler": _Sampler(_first_order, starts_without_signal=True),
-    "euler_a": _Sampler(_ancestral, starts_without_signal=True),
+    "ddim": _Sampler(_first_order, steps_back=True),
+    "euler": _Sampler(_first_order, starts_without_signal=True, between=True),
+    "euler_a": _Sampler(_ancestral, starts_without_signal=True, between=True),
     "dpmpp_2m": _Sampler(_second_order, lays_the_end=True),
 }
 SAMPLERS = tuple(_SAMPLERS)
@@ -123,17 +149,18 @@ def _sampler_named(name: str) -> _Sampler:
 
 
 def sampling_timesteps(
-    timesteps: int, steps: int, spacing: str = "leading", sampler: str = "ddim"
+    timesteps: int, steps: int, spacing: Spacing | str = "leading", sampler: str = "ddim"
 ) -> np.ndarray:
-    """The timesteps that a sampler visits, from noise to image, int32 [steps].
+    """The timesteps that a sampler visits, from noise to image: [steps], int32.
 
     Args:
       timesteps: number of training timesteps T.
       steps: number of denoiser calls, 1 to T - 1 (T - 2 with `dpmpp_2m`).
-      spacing: one of `SPACINGS` (arXiv 2305.08891, table 2).
-        `leading`: multiples of T // steps, plus 1 (SDXL); the noisiest lies below T - 1.
+      spacing: a `Spacing`, or the name of one:
+        `leading`: multiples of T // steps, plus the offset; the noisiest lies below T - 1.
         `trailing`: begins at T - 1, as few steps and zero terminal SNR need.
-        `linspace`: from T - 1 to 0, rounded.
+        `linspace`: from T - 1 to 0, rounded; with the Euler samplers not rounded, float32. (A single
+        step of those and of `ddim` is at 0.)
         `dpmpp_2m` reads `leading` and `linspace` with steps + 1 for steps and visits all but the
         last.
       sampler: one of `SAMPLERS`.
@@ -141,19 +168,43 @@ def sampling_timesteps(
     Raises:
       UserError: steps out of range, unknown spacing or sampler.
     """
-    laid = steps + _sampler_named(sampler).lays_the_end
+    chosen = _sampler_named(sampler)
+    spacing = _as_spacing(spacing)
+    laid = steps + chosen.lays_the_end
     if steps < 1 or laid >= timesteps:
         raise UserError(
             f"sampling steps is {steps}; choose 1 to {timesteps - 1 - (laid - steps)}")
-    if spacing == "leading":
-        visited = np.arange(laid)[::-1] * (timesteps // laid) + _STEPS_OFFSET
-    elif spacing == "trailing":
-        visited = np.rint(timesteps - np.arange(steps) * (timesteps / steps)) - 1
-    elif spacing == "linspace":
-        visited = np.rint(np.linspace(timesteps - 1, 0, laid))
+    # In the arithmetic of diffusers, whose rounding decides between two timesteps at some counts.
+    if spacing.name == "leading":
+        visited = np.arange(laid)[::-1] * (timesteps // laid) + spacing.steps_offset
+    elif spacing.name == "trailing":
+        visited = np.round(np.arange(timesteps, 0, -timesteps / steps)) - 1
+    elif chosen.between:
+        return np.linspace(0, timesteps - 1, laid, dtype=np.float32)[::-1]
     else:
-        raise UserError(f"timestep spacing is {spacing!r}; choose one of {', '.join(SPACINGS)}")
+        visited = np.linspace(0, timesteps - 1, laid).round()[::-1]
+    if visited[0] >= timesteps:
+        raise UserError(f"steps_offset is {spacing.steps_offset}: {steps} steps would begin at "
+                        f"timestep {visited[0]}, of {timesteps}; give fewer steps")
     return visited[:steps].astype(np.int32)
+
+
+def _as_spacing(spacing):
+    return Spacing(spacing) if isinstance(spacing, str) else spacing
+
+
+def _levels(schedule, visited):
+    """alpha and sigma at timesteps, each [steps]; between two of them sigma / alpha is linear."""
+    abar = jnp.asarray(schedule.alphas_cumprod)
+    low = np.floor(visited).astype(np.int32)
+    share = visited - low
+    if not share.any():
+        return jnp.sqrt(abar[low]), jnp.sqrt(1 - abar[low])
+    ratio = jnp.sqrt((1 - abar) / abar)  # Infinite where there is no signal.
+    high = np.minimum(low + 1, len(abar) - 1)
+    ratio = jnp.where(share == 0, ratio[low], (1 - share) * ratio[low] + share * ratio[high])
+    alpha = 1 / jnp.sqrt(1 + jnp.square(ratio))
+    return alpha, jnp.where(jnp.isinf(ratio), 1, ratio * alpha)
 
 
 def guides(scale: float) -> bool:
@@ -239,7 +290,7 @@ def sample(
     schedule: NoiseSchedule,
     noise: Latents,
     steps: int,
-    spacing: str = "leading",
+    spacing: Spacing | str = "leading",
     *,
     sampler: str = "ddim",
     keys: Key[Array, "batch"] | None = None,
@@ -248,7 +299,8 @@ def sample(
     """Clean latents from noise; the module's docstring has the update.
 
     Args:
-      denoise_fn: (z_t [B, h, w, c] float32, t [B] int32) -> prediction of the schedule's type.
+      denoise_fn: (z_t [B, h, w, c] float32, t [B] int32, or float32 where timesteps have fractions)
+        -> prediction of the schedule's type.
       schedule: the one the denoiser was trained with. Zero terminal SNR is met only where the
         spacing begins at the last timestep: `trailing` or `linspace`.
       noise: standard normal, whatever the sampler and spacing.
@@ -266,37 +318,43 @@ def sample(
       UserError: see `sampling_timesteps` and `first_step`.
       ValueError: `euler_a` without keys.
     """
-    chosen = _sampler_named(sampler)
+    chosen, spacing = _sampler_named(sampler), _as_spacing(spacing)
     first = 0 if known is None else first_step(steps, known.strength)
     visited = sampling_timesteps(schedule.timesteps, steps, spacing, sampler)[first:]
-    abar = jnp.append(jnp.asarray(schedule.alphas_cumprod)[visited], 1.0)
-    alpha, sigma = jnp.sqrt(abar), jnp.sqrt(1 - abar)
-    coefficients = chosen.coefficients(alpha, sigma)
+    alpha, sigma = (jnp.append(level, end) for level, end
+                    in zip(_levels(schedule, visited), (1.0, 0.0)))
+    coefficients, alpha_next = chosen.coefficients(alpha, sigma), alpha[1:]
+    if chosen.steps_back:
+        back = visited - schedule.timesteps // steps
+        abar = jnp.asarray(schedule.alphas_cumprod)
+        abar = jnp.where(back >= 0, abar[np.maximum(back, 0)],
+                         1.0 if spacing.set_alpha_to_one else abar[0])
+        alpha_next, coefficients = jnp.sqrt(abar), _Coefficients(kept=jnp.sqrt(1 - abar))
     if coefficients.fresh is not None and keys is None:
         raise ValueError(f"sampler {sampler!r} draws noise at every step; pass keys, one for each "
                          "of the latents: jax.random.split(key, len(noise))")
 
     def step(carry, now):
         latents, x0_before = carry
-        number, timestep, alpha_next, sigma_next, (kept, fresh, correction) = now
-        t = jnp.full((latents.shape[0],), timestep, jnp.int32)
-        prediction = denoise_fn(latents, t)
-        x0 = schedule.to_x0(prediction, latents, t)
-        latents = alpha_next * x0 + kept * schedule.to_epsilon(prediction, latents, t)
+        number, timestep, here, there, alpha_next, (kept, fresh, correction) = now
+        prediction = denoise_fn(latents, jnp.full((latents.shape[0],), timestep))
+        x0 = schedule.x0_at(prediction, latents, *here)
+        latents = alpha_next * x0 + kept * schedule.epsilon_at(prediction, latents, *here)
         if correction is not None:
             latents += correction * (x0 - x0_before)
         if fresh is not None:
             latents += fresh * step_noise(keys, number, latents.shape[1:])
         if known is not None and known.kept is not None:
-            there = alpha_next * known.latents + sigma_next * noise
-            latents = known.kept * there + (1 - known.kept) * latents
+            noised = there[0] * known.latents + there[1] * noise
+            latents = known.kept * noised + (1 - known.kept) * latents
         return (latents, x0), None
 
     start = noise.astype(jnp.float32)
     if first:
         start = alpha[0] * known.latents + sigma[0] * start
-    elif chosen.starts_without_signal and spacing != "leading":
+    elif chosen.starts_without_signal and spacing.name != "leading":
         start = sigma[0] * start
-    table = jnp.arange(first, steps), jnp.asarray(visited), alpha[1:], sigma[1:], coefficients
+    table = (jnp.arange(first, steps), jnp.asarray(visited), (alpha[:-1], sigma[:-1]),
+             (alpha[1:], sigma[1:]), alpha_next, coefficients)
     (latents, _), _ = jax.lax.scan(step, (start, jnp.zeros_like(start)), table)
     return latents

@@ -81,13 +81,7 @@ class NoiseSchedule:
         t: Int[Array, "batch"],
     ) -> Float[Array, "batch height width channels"]:
         """The clean latents that a prediction for `noisy` = z_t implies."""
-        prediction, noisy = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
-        if self.prediction_type == "sample":
-            return prediction
-        alpha, sigma = self.signal_and_noise(t)
-        if self.prediction_type == "epsilon":
-            return (noisy - sigma * prediction) / alpha
-        return alpha * noisy - sigma * prediction
+        return self.x0_at(prediction, noisy, *self.signal_and_noise(t))
 
     def to_epsilon(
         self,
@@ -96,10 +90,22 @@ class NoiseSchedule:
         t: Int[Array, "batch"],
     ) -> Float[Array, "batch height width channels"]:
         """The noise that a prediction for `noisy` = z_t implies."""
+        return self.epsilon_at(prediction, noisy, *self.signal_and_noise(t))
+
+    def x0_at(self, prediction, noisy, alpha, sigma):
+        """As `to_x0`, at alpha_t and sigma_t, of a broadcastable shape, that may lie between two t."""
+        prediction, noisy = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
+        if self.prediction_type == "sample":
+            return prediction
+        if self.prediction_type == "epsilon":
+            return (noisy - sigma * prediction) / alpha
+        return alpha * noisy - sigma * prediction
+
+    def epsilon_at(self, prediction, noisy, alpha, sigma):
+        """As `to_epsilon`, at alpha_t and sigma_t; see `x0_at`."""
         prediction, noisy = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
         if self.prediction_type == "epsilon":
             return prediction
-        alpha, sigma = self.signal_and_noise(t)
         if self.prediction_type == "sample":
             return (noisy - alpha * prediction) / sigma
         return alpha * prediction + sigma * noisy

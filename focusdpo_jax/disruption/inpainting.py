@@ -10,7 +10,6 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import (
     conditioned_denoiser,
     scene_noise,
-    timestep_spacing,
 )
 from focusdpo_jax.evaluation.sampling import check_resolution
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
@@ -73,7 +72,7 @@ def make_inpaint(generator, *, steps, strength, guidance, negative_token_ids, sa
       [R, R, 3] in [0, 1], of the image encoder's size) and present (bool, whether the reference
       is looked at) there is one for all; noise is [K, h, w, C], keys [K].
     """
-    reads_mask, spacing = inpaints(generator), timestep_spacing(generator)
+    reads_mask, spacing = inpaints(generator), generator.config.spacing
     guided = samplers.guides(guidance)
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)

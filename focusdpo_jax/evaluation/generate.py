@@ -34,7 +34,7 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
       be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
       and masks are those of `Conditioning`.
     """
-    spacing, guided = timestep_spacing(generator), samplers.guides(guidance)
+    spacing, guided = generator.config.spacing, samplers.guides(guidance)
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
@@ -53,11 +53,6 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
         return jnp.round(pixels * 255).astype(jnp.uint8)
 
     return generate
-
-
-def timestep_spacing(generator):
-    """Which of `samplers.SPACINGS` a generator is drawn with."""
-    return "trailing" if generator.config.zero_terminal_snr else "leading"
 
 
 def conditioned_denoiser(generator, parameters, token_ids, time_ids, references, present, *,

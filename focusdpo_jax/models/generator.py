@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from focusdpo_jax.diffusion import schedule as noise_schedule
+from focusdpo_jax.diffusion.samplers import Spacing
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import clip
 from focusdpo_jax.models.clip import (
@@ -45,6 +46,10 @@ TRAINABLE = {
 }
 
 
+# Fields of GeneratorConfig that model.json had not always.
+_NEWER = {"timestep_spacing", "steps_offset", "set_alpha_to_one"}
+
+
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
     """Sizes of every part, and how the noise is scheduled and predicted.
@@ -54,6 +59,9 @@ class GeneratorConfig:
       zero_terminal_snr: rescale the schedule so that the last timestep is pure noise.
       zero_empty_prompt: guidance leads away from embeddings of zeros where there is no negative
         prompt (SDXL base, `force_zeros_for_empty_prompt`), and not from those of the empty prompt.
+      timestep_spacing, steps_offset, set_alpha_to_one: which timesteps are visited in drawing (see
+        `samplers.Spacing`). The spacing None is "trailing" with zero terminal SNR, whose last
+        timestep has to be visited, and otherwise "leading".
     """
 
     unet: UNetConfig
@@ -65,8 +73,12 @@ class GeneratorConfig:
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     zero_empty_prompt: bool = False
+    timestep_spacing: str | None = None
+    steps_offset: int = 1
+    set_alpha_to_one: bool = True
 
     def __post_init__(self):
+        self.spacing  # Refuses an unknown one.
         encoder, adapter = self.image_encoder, self.adapter
         pooled = adapter.kind == "projection"
         given = encoder.projection_dim if pooled else encoder.hidden_size
@@ -86,9 +98,22 @@ class GeneratorConfig:
                 f"adapter.phrase_dim = {adapter.phrase_dim}, but a phrase's embedding is "
                 f"text_encoder.hidden_size = {self.text_encoder.hidden_size} wide")
 
+    @property
+    def spacing(self):
+        """The `samplers.Spacing` that pictures are drawn with."""
+        name = self.timestep_spacing or ("trailing" if self.zero_terminal_snr else "leading")
+        return Spacing(name, self.steps_offset, self.set_alpha_to_one)
+
     def to_json(self):
-        """The configuration as JSON text, which `from_json` reads back."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        """The configuration as JSON text, which `from_json` reads back.
+
+        Fields that older files lack are left out at their defaults.
+        """
+        values = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            if field.name in _NEWER and values[field.name] == field.default:
+                del values[field.name]
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text):

@@ -1,4 +1,6 @@
 import dataclasses
+import inspect
+import re
 
 import pytest
 
@@ -7,6 +9,7 @@ from focusdpo_jax.checkpoints import model_folder
 from focusdpo_jax.checkpoints.single_file import SDXL
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.clip import CLIPVisionConfig
+from focusdpo_jax.models.generator import GeneratorConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.training.models import shipped
 
@@ -42,8 +45,67 @@ def test_what_is_written_is_read():
             assert configs.read_clip_text(configs.write_clip_text(parts[part]), "x") == parts[part]
         encoder = parts["image_encoder"]
         assert configs.read_clip_vision(configs.write_clip_vision(encoder), "x") == encoder
-    for noise in (("epsilon", False), ("v_prediction", True)):
-        assert tuple(configs.read_scheduler(configs.write_scheduler(*noise), "x").values()) == noise
+    for noise in ({"timestep_spacing": "leading"},
+                  {"timestep_spacing": "trailing", "steps_offset": 0},
+                  {"timestep_spacing": "linspace", "set_alpha_to_one": False},
+                  {"prediction_type": "v_prediction", "zero_terminal_snr": True,
+                   "timestep_spacing": "leading"}):
+        config = dataclasses.replace(toybox, prediction_type="epsilon", zero_terminal_snr=False)
+        config = dataclasses.replace(config, **noise)
+        read = configs.read_scheduler(configs.write_scheduler(config), "x")
+        read = dataclasses.replace(config, **read)
+        assert read.spacing == config.spacing
+        assert (read.prediction_type, read.zero_terminal_snr) == (
+            config.prediction_type, config.zero_terminal_snr)
+        assert GeneratorConfig.from_json(config.to_json()) == config
+    # What ships and what was saved before has none of these fields, and no other file than before.
+    assert "timestep_spacing" not in toybox.to_json() and toybox.spacing.name == "trailing"
+
+
+# Of stabilityai/stable-diffusion-xl-base-1.0.
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "clip_sample": False, "interpolation_type": "linear",
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False}
+
+
+def test_sdxls_published_scheduler():
+    assert configs.read_scheduler(SCHEDULER, "x") == {
+        "prediction_type": "epsilon", "zero_terminal_snr": False, "timestep_spacing": None,
+        "steps_offset": 1, "set_alpha_to_one": False}
+    silent = {name: SCHEDULER[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+    assert configs.read_scheduler(silent, "x") == {
+        "prediction_type": "epsilon", "zero_terminal_snr": False, "timestep_spacing": None,
+        "steps_offset": 0, "set_alpha_to_one": True}
+
+
+@pytest.mark.parametrize("change", [
+    {"timestep_type": "continuous"}, {"sigma_min": 0.002}, {"sigma_max": 80.0},
+    {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True},
+    {"trained_betas": [0.1, 0.2]}, {"prediction_type": "sample"},
+    {"prediction_type": "v"}, {"final_sigmas_type": "sigma_min"},
+    {"interpolation_type": "log_linear"}, {"clip_sample": True}, {"thresholding": True},
+    {"timestep_spacing": "even"}, {"steps_offset": -1}, {"rescale_betas_zero_snr": True},
+    {"_class_name": "EDMEulerScheduler"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    {"_class_name": "LCMScheduler"}, {"_class_name": "TCDScheduler"},
+    {"beta_schedule": "squaredcos_cap_v2"}, {"num_train_timesteps": 50},
+    {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
+    {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+    {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}],
+    ids=lambda change: list(change)[-1])
+def test_what_a_scheduler_may_not_ask_for(change):
+    name, value = list(change.items())[-1]
+    with pytest.raises(UserError, match=f"x .*{name} = {re.escape(repr(value))}"):
+        configs.read_scheduler(SCHEDULER | change, "x")
+
+
+def test_classes_and_their_defaults_are_diffusers_own():
+    diffusers = pytest.importorskip("diffusers", reason="whose defaults they are")
+    for name, spacing in configs.SCHEDULERS.items():
+        default = inspect.signature(getattr(diffusers, name)).parameters.get("timestep_spacing")
+        assert default is None or default.default == spacing, name
 
 
 @pytest.mark.parametrize("depths, mid", [((0, 1), 2), ((0, 1), 0), ((0, 0), 0)])

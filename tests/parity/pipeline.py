@@ -40,5 +40,5 @@ def save(folder, models, **how):
         model.save_pretrained(folder / name, **how)
     diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        ).save_pretrained(folder / "scheduler")
+        timestep_spacing="leading").save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')

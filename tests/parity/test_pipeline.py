@@ -65,11 +65,11 @@ def both(request, tmp_path_factory):
     return ours, theirs
 
 
-def draw(ours, sampler, guidance=GUIDANCE):
+def draw(ours, sampler, guidance=GUIDANCE, steps=STEPS):
     """Two pictures from one noise: with one reference and with two. uint8 [2, H, W, 3]."""
     generator, parameters, tokenizer = ours
     view = jax.jit(generator.view)(parameters, np.float32([REFERENCES] * 2) / 255)
-    generate = make_generate(generator, steps=STEPS, guidance=guidance, sampler=sampler,
+    generate = make_generate(generator, steps=steps, guidance=guidance, sampler=sampler,
                              negative_token_ids=tokenizer(""))
     return generate(
         parameters, np.stack([tokenizer(PROMPT)] * 2), np.float32([[HEIGHT, WIDTH, 0, 0, HEIGHT,
@@ -77,14 +77,32 @@ def draw(ours, sampler, guidance=GUIDANCE):
         view, np.array([[True, False], [True, True]]), np.concatenate([NOISE] * 2))
 
 
-def draw_theirs(theirs, sampler, references, guidance=GUIDANCE):
+def draw_theirs(theirs, sampler, references, guidance=GUIDANCE, steps=STEPS, **settings):
     """The same of a pipeline, float32 [H, W, 3] in [0, 1]."""
     # Of SDXL's scheduler_config.json; Euler and DPM-Solver have another default.
-    theirs.scheduler = test_samplers.scheduler(sampler, timestep_spacing="leading")
+    theirs.scheduler = test_samplers.scheduler(sampler, **{"timestep_spacing": "leading"} | settings)
     images = [Image.fromarray(image) for image in references]
     return theirs(PROMPT, ip_adapter_image=[images], latents=oracles.nchw(NOISE), height=HEIGHT,
-                  width=WIDTH, num_inference_steps=STEPS, guidance_scale=guidance,
+                  width=WIDTH, num_inference_steps=steps, guidance_scale=guidance,
                   output_type="np").images[0]
+
+
+@pytest.mark.parametrize("both", ["plus"], indirect=True)
+@pytest.mark.parametrize("sampler, spacing, steps", [
+    ("ddim", "trailing", 1), ("euler", "trailing", 4), ("ddim", "linspace", 30),
+    ("euler", "linspace", 30), ("dpmpp_2m", "trailing", 4)])
+def test_pictures_with_the_spacing_of_the_file(both, sampler, spacing, steps):
+    """Few steps (SDXL-Turbo's file says trailing), and Euler's timesteps with fractions."""
+    (generator, *rest), theirs = both
+    config = dataclasses.replace(generator.config, timestep_spacing=spacing)
+    found = np.asarray(draw((Generator(config), *rest), sampler, 0.0, steps), np.float32)
+    with torch.no_grad():
+        expected = 255 * draw_theirs(
+            theirs, sampler, REFERENCES[:1], 0.0, steps, timestep_spacing=spacing)
+    assert np.abs(found[0] - np.round(expected)).max() <= 1
+    if steps < 30:  # Other timesteps, another picture.
+        other = np.asarray(draw(both[0], sampler, 0.0, steps), np.float32)
+        assert np.abs(found[0] - other[0]).mean() > 1
 
 
 @pytest.mark.parametrize("both", ["plus"], indirect=True)
