@@ -104,6 +104,10 @@ def get_config(argument=""):
     # Folder of vocab.json and merges.txt, for a single file, which has none. Empty: tokenizer/ of
     # the folder.
     config.model.tokenizer = ""
+    # What the UNet predicts, where a file does not say it or says something else: epsilon,
+    # v_prediction, or v_prediction_zero_snr, with noise of zero terminal SNR. Empty: what the files
+    # say (scheduler_config.json; in a single file the metadata and the tensors v_pred and ztsnr).
+    config.model.prediction_type = ""
     # Rank of the low-rank updates; 0 leaves them out.
     config.model.lora_rank = 32 if argument == "lora" else 0
     # Alpha of the low-rank updates: they are scaled by alpha / rank, and so is the effect of a learning rate.

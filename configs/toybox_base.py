@@ -89,6 +89,7 @@ def get_config(stage="generator"):
     config.model.adapter = ""
     config.model.image_encoder = ""
     config.model.tokenizer = ""
+    config.model.prediction_type = ""
     config.model.lora_rank = 0
     # Alpha of the low-rank updates: they are scaled by alpha / rank, and so is the effect of a learning rate.
     # 0 takes that of the updates which the model has, or 16 for new ones.

@@ -79,6 +79,7 @@ def get_config():
     config.model.adapter = ""
     config.model.image_encoder = ""
     config.model.tokenizer = ""
+    config.model.prediction_type = ""
     # Rank of the low-rank updates to add; 0 adds none. Those that the model above has stay.
     config.model.lora_rank = 0
     # Alpha of the low-rank updates: they are scaled by alpha / rank, and so is the effect of a learning rate.

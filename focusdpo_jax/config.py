@@ -27,7 +27,7 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
-          "model.lora_alpha": 0.0,
+          "model.lora_alpha": 0.0, "model.prediction_type": "",
           "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5, "focus.features": "vit",
           "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
@@ -124,6 +124,7 @@ RULES = {
     "model.adapter": _text(),
     "model.image_encoder": _text(),
     "model.tokenizer": _text(),
+    "model.prediction_type": _one_of("", "epsilon", "v_prediction", "v_prediction_zero_snr"),
     "model.lora_rank": _integer(0),
     "model.lora_alpha": _number(0),
     "model.remat": _flag(),

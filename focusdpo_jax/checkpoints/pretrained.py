@@ -27,12 +27,15 @@ class Pretrained:
       adapter: IP-Adapter file, or None for the folder's own or a new one.
       image_encoder: folder of it, or None for the folder's own.
       tokenizer: folder of it.
+      prediction_type: what the UNet predicts, one of `single_file.PREDICTION_TYPES`, in the place of
+        what the files say; "" is what they say.
     """
 
     path: epath.Path
     adapter: epath.Path | None
     image_encoder: epath.Path | None
     tokenizer: epath.Path | None
+    prediction_type: str = ""
 
     @property
     def _pieces(self):
@@ -53,7 +56,15 @@ class Pretrained:
         """
         if self.layout is model_folder:
             return model_folder.load_config(self.path)
-        return self.layout.load_config(self.path, tokenizer=self.tokenizer, **self._pieces)
+        if self.layout is single_file:
+            return single_file.load_config(
+                self.path, tokenizer=self.tokenizer, prediction_type=self.prediction_type,
+                **self._pieces)
+        config = diffusers_folder.load_config(
+            self.path, tokenizer=self.tokenizer, **self._pieces)
+        if self.prediction_type:
+            config = dataclasses.replace(config, **single_file.prediction(self.prediction_type))
+        return config
 
     def files(self, part):
         """Paths of the safetensors files that a part is read from; none where it has to be made."""
@@ -102,7 +113,7 @@ def is_model(path):
     return (path / "model.json").exists() or diffusers_folder.is_one(path) or path.is_file()
 
 
-def locate(fields, shipped):
+def locate(fields, shipped, prediction_type=""):
     """Finds the files of a configuration.
 
     Args:
@@ -110,6 +121,7 @@ def locate(fields, shipped):
         path, or a hub id (with a path in it, if need be) of what was fetched before. Nothing is
         downloaded; an empty text takes the model's own.
       shipped: function of a name to the folder of a model that comes with the package.
+      prediction_type: config.model.prediction_type, see `Pretrained`.
 
     Raises:
       UserError: it lists everything that is not there, and where it is normally fetched.
@@ -127,6 +139,9 @@ def locate(fields, shipped):
                         "which ships with this package.)")
     pretrained = Pretrained(found.pop("pretrained"), **found)
     path, given = pretrained.path, [field for field in found if found[field] is not None]
+    if prediction_type:
+        fields, given = fields | {"prediction_type": prediction_type}, [*given, "prediction_type"]
+        pretrained = dataclasses.replace(pretrained, prediction_type=prediction_type)
     if pretrained.layout is model_folder and given:
         raise UserError(f"config.model.{given[0]} = {fields[given[0]]!r}: {path} is a model "
                         "folder, which has everything; give ''")

@@ -3,8 +3,13 @@
 Such a file says nothing about sizes: they are those of SDXL base 1.0, and a file of other sizes
 is refused by the tensors that do not fit. Image encoder and vocabulary, which it lacks, lie in
 folders as a diffusers pipeline has them.
+
+What its UNet predicts it may say in two ways. In the metadata, by modelspec.prediction_type, "v" or
+"epsilon" (ModelSpec, github.com/Stability-AI/ModelSpec); and by an empty tensor v_pred and, for zero
+terminal SNR, one named ztsnr (NoobAI; so ComfyUI and stable-diffusion-webui read it).
 """
 
+from absl import logging
 from etils import epath
 
 from focusdpo_jax.checkpoints import (
@@ -27,13 +32,18 @@ SDXL = {
                                      projection_dim=1280)}
 
 
-def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None):
+PREDICTION_TYPES = ("epsilon", "v_prediction", "v_prediction_zero_snr")
+"""What a UNet can be said to predict where its file does not say it, or says something else."""
+
+
+def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None, prediction_type=""):
     """The `GeneratorConfig` of a file with what completes it.
 
     Args:
       image_encoder: folder of transformers' image encoder.
       tokenizer: folder of vocab.json and merges.txt.
       adapter: an IP-Adapter file; None is a new adapter.
+      prediction_type: one of PREDICTION_TYPES; "" is what the file says.
 
     Raises:
       UserError: something is missing or damaged, or does not fit the rest.
@@ -50,7 +60,37 @@ def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None):
         raise UserError(f"{path} needs {', '.join(missing)}. {diffusers_folder.FETCH}")
     parts = SDXL | {"image_encoder": diffusers_folder.read_part_config(
         epath.Path(image_encoder), "image_encoder")}
-    return diffusers_folder.generator_config(parts, adapter, image_encoder, zero_empty_prompt=True)
+    noise = prediction(prediction_type) if prediction_type else _prediction_of(path)
+    # As in the scheduler_config.json that is published with SDXL.
+    return diffusers_folder.generator_config(
+        parts, adapter, image_encoder, zero_empty_prompt=True, set_alpha_to_one=False, **noise)
+
+
+def prediction(name):
+    """`GeneratorConfig`'s fields of one of PREDICTION_TYPES."""
+    return {"prediction_type": name.removesuffix("_zero_snr"),
+            "zero_terminal_snr": name.endswith("_zero_snr")}
+
+
+def _prediction_of(path):
+    """The same of what a file says; without a word it predicts noise."""
+    tensors, metadata = tensor_file.read(path)
+    v_pred, zero_snr = (name in tensors for name in original_names.MARKERS)
+    said = metadata.get("modelspec.prediction_type", "")
+    known = {"": "epsilon", "epsilon": "epsilon", "v": "v_prediction",
+             "v_prediction": "v_prediction"}
+    cure = f"Set config.model.prediction_type to one of {', '.join(PREDICTION_TYPES)}."
+    if said not in known:
+        raise UserError(f"{path} has modelspec.prediction_type = {said!r} in its metadata; known "
+                        f"are 'epsilon' and 'v'. {cure}")
+    if v_pred and said == "epsilon":
+        logging.warning("%s says v by its tensor v_pred and epsilon in its metadata; read as v", path)
+    kind = "v_prediction" if v_pred else known[said]
+    if zero_snr and kind == "epsilon":
+        raise UserError(f"{path} has a tensor ztsnr, for noise of zero terminal SNR, but neither "
+                        f"v_pred nor modelspec.prediction_type = 'v', without which it means nothing. "
+                        f"{cure}")
+    return {"prediction_type": kind, "zero_terminal_snr": zero_snr}
 
 
 def open_part(path, part, example, config, *, adapter=None, image_encoder=None):

@@ -292,8 +292,13 @@ def load_probe(config):
 def _locate(config):
     """The files that a complete configuration names; None where its weights are random."""
     if not config.model.pretrained:
+        if config.model.prediction_type:
+            raise UserError(f"config.model.prediction_type = {config.model.prediction_type!r}: it is "
+                            "about a published model, and config.model.pretrained = ''; give '', and "
+                            "config.model.sizes.prediction_type")
         return None
-    return pretrained.locate({field: config.model[field] for field in _FILES}, shipped)
+    return pretrained.locate({field: config.model[field] for field in _FILES}, shipped,
+                             config.model.prediction_type)
 
 
 def _draw(init, key, paths, types, shardings):

@@ -51,7 +51,8 @@ class Run:
         if self._finished():
             config = config_rules.complete(self.config)
             config.model.update(
-                pretrained=str(self._workdir / "model"), adapter="", image_encoder="", tokenizer="")
+                pretrained=str(self._workdir / "model"), adapter="", image_encoder="", tokenizer="",
+                prediction_type="")
             return models.load_model(config)
         checkpoints = self._checkpoints()
         model = self.base()

@@ -11,21 +11,28 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the files are PyTorch's")
-pytest.importorskip("diffusers", reason="the files are diffusers'")
+diffusers = pytest.importorskip("diffusers", reason="the files are diffusers'")
 
 import safetensors.numpy  # noqa: E402
 
 from focusdpo_jax.checkpoints import (  # noqa: E402
     diffusers_folder,
     ip_adapter,
+    model_folder,
+    pretrained,
     pytorch_names,
+    single_file,
     tensor_file,
 )
+from focusdpo_jax.config import RULES  # noqa: E402
+from focusdpo_jax.diffusion.samplers import Spacing, sampling_timesteps  # noqa: E402
 from focusdpo_jax.errors import UserError  # noqa: E402
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from focusdpo_jax.models.generator import PARTS, Generator  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
+from focusdpo_jax.models.tokenizer import Tokenizer  # noqa: E402
 from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
+from focusdpo_jax.training.models import shipped  # noqa: E402
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, pipeline, test_unet  # noqa: E402
 
@@ -78,6 +85,56 @@ def test_configuration(folder):
     assert config.adapter == SubjectAdapterConfig(input_dim=14, output_dim=24, dropped="blank")
     assert (config.prediction_type, config.zero_terminal_snr) == ("epsilon", False)
     assert config.zero_empty_prompt
+
+
+def test_timesteps_are_kept_from_file_to_file(folder, tmp_path):
+    """SDXL-Turbo's scheduler: into a model folder of ours, and out again to diffusers."""
+    turbo = diffusers.EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        timestep_spacing="trailing")
+    turbo.save_pretrained(folder / "scheduler")
+    config = diffusers_folder.load_config(folder)
+    assert config.spacing == Spacing("trailing", 1, True)
+    assert sampling_timesteps(1000, 1, config.spacing).tolist() == [999]
+    (tmp_path / "ours").mkdir()
+    model_folder.save_config(tmp_path / "ours", config)
+    config = model_folder.load_config(tmp_path / "ours")
+    tokenizer = Tokenizer(folder / "tokenizer", 16)
+    diffusers_folder.save_surroundings(tmp_path / "out", config, tokenizer)
+    exported = diffusers.DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    exported.set_timesteps(1)
+    assert exported.timesteps.tolist() == [999]
+
+
+def test_the_field_says_what_is_predicted(folder):
+    """In the place of the scheduler's file, but not of a model folder's own."""
+    fields = {"pretrained": str(folder), "adapter": "", "image_encoder": "", "tokenizer": ""}
+    for kind, spacing in (("", "leading"), ("v_prediction", "leading"),
+                          ("v_prediction_zero_snr", "trailing")):
+        config = pretrained.locate(fields, shipped, kind).config()
+        assert config.prediction_type == ("v_prediction" if kind else "epsilon")
+        assert config.zero_terminal_snr == (spacing == "trailing")
+        assert config.spacing.name == spacing
+    with pytest.raises(UserError, match="config.model.prediction_type = 'epsilon': .* is a model "
+                                        "folder, which has everything; give ''"):
+        pretrained.locate(fields | {"pretrained": "toybox"}, shipped, "epsilon")
+    assert RULES["model.prediction_type"][0]("") and all(
+        map(RULES["model.prediction_type"][0], single_file.PREDICTION_TYPES))
+
+
+def test_a_scheduler_is_of_the_class_that_the_index_names(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    values = json.loads(path.read_text())
+    for name in ("_class_name", "timestep_spacing"):
+        del values[name]
+    path.write_text(json.dumps(values))
+    index = folder / "model_index.json"
+    for kind, spacing in (("DDIMScheduler", "leading"), ("EulerDiscreteScheduler", "linspace")):
+        index.write_text(json.dumps({"scheduler": ["diffusers", kind]}))
+        assert diffusers_folder.load_config(folder).spacing.name == spacing
+    index.write_text(json.dumps({"scheduler": ["diffusers", "LCMScheduler"]}))
+    with pytest.raises(UserError, match="scheduler_config.json has _class_name = 'LCMScheduler'"):
+        diffusers_folder.load_config(folder)
 
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}, {"variant": "fp16"},

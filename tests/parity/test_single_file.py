@@ -1,5 +1,6 @@
 """Single files of the original layout: our names against diffusers' own conversion."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,8 +16,10 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
     single_file,
     tensor_file,
 )
+from focusdpo_jax.diffusion import samplers  # noqa: E402
 from focusdpo_jax.errors import UserError  # noqa: E402
-from tests.parity import oracles, pipeline  # noqa: E402
+from focusdpo_jax.models.generator import Conditioning, Generator  # noqa: E402
+from tests.parity import oracles, pipeline, test_samplers  # noqa: E402
 from tests.parity.test_diffusers_folder import check_exact, examples  # noqa: E402
 
 PARTS = tuple(single_file.SDXL)
@@ -119,3 +122,99 @@ def test_names_at_sdxls_own_sizes():
             "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
             "up_blocks.2.resnets.2.norm2": "output_blocks.8.0.out_layers.0"}.items():
         assert original_names.unet_module(ours, single_file.SDXL["unet"]) == theirs
+
+
+MARKED = [
+    ((), {}, ("epsilon", False)),
+    ((), {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+    ((), {"modelspec.prediction_type": "v"}, ("v_prediction", False)),
+    (("v_pred",), {}, ("v_prediction", False)),
+    (("v_pred", "ztsnr"), {}, ("v_prediction", True)),
+    (("ztsnr",), {"modelspec.prediction_type": "v"}, ("v_prediction", True)),
+    (("v_pred",), {"modelspec.prediction_type": "epsilon"}, ("v_prediction", False))]
+
+
+def marked(path, tensors, markers, metadata):
+    tensor_file.write(path, tensors | {name: np.zeros(0, np.float32) for name in markers}, metadata)
+    return path
+
+
+@pytest.fixture
+def beside(file):
+    """What a single file needs beside it."""
+    folder = file[0].parent
+    return {"image_encoder": folder / "image_encoder", "tokenizer": folder / "tokenizer"}
+
+
+@pytest.fixture
+def small(file, monkeypatch):
+    """As if the small sizes were SDXL's."""
+    monkeypatch.setattr(single_file, "SDXL", {
+        part: getattr(file[2], part) for part in single_file.SDXL})
+
+
+@pytest.mark.parametrize("markers, metadata, expected", MARKED)
+def test_what_a_file_says_it_predicts(
+        file, beside, small, tmp_path, markers, metadata, expected, caplog):
+    _, models, config, tensors = file
+    path = marked(tmp_path / "v.safetensors", tensors, markers, metadata)
+    read = single_file.load_config(path, **beside)
+    assert (read.prediction_type, read.zero_terminal_snr) == expected
+    assert read.spacing.name == ("trailing" if expected[1] else "leading")
+    assert ("read as v" in caplog.text) == (bool(markers) and "epsilon" in metadata.values())
+    unet = single_file.load_part(path, "unet", examples(config)["unet"], config.unet)
+    check_exact(unet, models["unet"])
+    for kind in single_file.PREDICTION_TYPES:  # The field has the last word.
+        read = single_file.load_config(path, prediction_type=kind, **beside)
+        assert single_file.prediction(kind) == {
+            name: getattr(read, name) for name in ("prediction_type", "zero_terminal_snr")}
+
+
+def test_contradictions_are_named(file, beside, small, tmp_path):
+    path = tmp_path / "v.safetensors"
+    for markers, metadata, reason in (
+            (("ztsnr",), {}, "has a tensor ztsnr"),
+            ((), {"modelspec.prediction_type": "edm"}, "modelspec.prediction_type = 'edm'")):
+        marked(path, file[3], markers, metadata)
+        with pytest.raises(UserError, match=f"v.safetensors {reason}|{reason}") as error:
+            single_file.load_config(path, **beside)
+        assert "config.model.prediction_type" in str(error.value)
+        read = single_file.load_config(path, prediction_type="v_prediction_zero_snr", **beside)
+        assert read.zero_terminal_snr
+
+
+@pytest.mark.parametrize("markers, sampler, spacing", [
+    (("v_pred",), "euler", "leading"), (("v_pred", "ztsnr"), "ddim", "trailing"),
+    (("v_pred", "ztsnr"), "euler", "trailing")])
+def test_pictures_of_v_prediction(file, beside, small, tmp_path, markers, sampler, spacing):
+    """Latents of diffusers' loop around the same UNet, with its scheduler told of v and zero SNR."""
+    _, models, config, tensors = file
+    path = marked(tmp_path / "v.safetensors", tensors, markers, {})
+    generator = Generator(single_file.load_config(path, **beside))
+    draw = np.random.default_rng(0)
+    noise, text, pooled = (draw.normal(size=shape).astype(np.float32)
+                           for shape in ((1, 8, 8, 4), (1, 16, 24), (1, 20)))
+    ids = np.float32([[16, 16, 0, 0, 16, 16]])
+    theirs = test_samplers.scheduler(
+        sampler, timestep_spacing=spacing, prediction_type="v_prediction",
+        rescale_betas_zero_snr="ztsnr" in markers,
+        **({"set_alpha_to_one": False} if sampler == "ddim" else {}))
+    theirs.set_timesteps(4)
+    latents = oracles.nchw(noise) * theirs.init_noise_sigma
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            predicted = models["unet"](
+                theirs.scale_model_input(latents, t), t, torch.from_numpy(text),
+                added_cond_kwargs={"text_embeds": torch.from_numpy(pooled),
+                                   "time_ids": torch.from_numpy(ids)}).sample
+            latents = theirs.step(predicted, t, latents).prev_sample
+    parameters = {"unet": single_file.load_part(
+        path, "unet", examples(config)["unet"], config.unet)}
+    conditioning = Conditioning(
+        text=text, pooled=pooled, time_ids=ids, image_tokens=np.zeros((1, 1, 2, 24), np.float32),
+        image_present=np.zeros((1, 1), bool))
+    found = jax.jit(lambda z: samplers.sample(
+        lambda x, t: generator.denoise(parameters, x, t, conditioning)[0], generator.schedule, z,
+        4, generator.config.spacing, sampler=sampler))(noise)
+    # At zero SNR diffusers' Euler begins at alpha = 2^-12, and not at 0.
+    assert oracles.relative_error(found, latents.numpy().transpose(0, 2, 3, 1)) < (1e-3 if "ztsnr" in markers else 1e-4)
