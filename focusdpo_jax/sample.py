@@ -30,7 +30,8 @@ _REFERENCES = flags.DEFINE_multi_string(
 _PROMPTS = flags.DEFINE_string(
     "prompts", None, "File of JSON lines, many prompts at once: prompt, references (texts as for "
     "--reference, or objects with path, phrase, box, mask, scale), seed.")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from; needs --guidance above 1.")
+_NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", "", "What guidance leads away from; needs --guidance above 1.")
 _OUTPUT = flags.DEFINE_string(
     "output", "sample.png", "The picture; for several, a folder for 0000.png and so on, and "
     "all.png.")

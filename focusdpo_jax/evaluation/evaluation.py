@@ -8,7 +8,6 @@ several processes that see one folder.
 from absl import logging
 
 from focusdpo_jax.data.images import read_picture
-from focusdpo_jax.evaluation import places as subject_places
 from focusdpo_jax.evaluation import report, summaries
 from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.evaluation.encoders import digest_of
