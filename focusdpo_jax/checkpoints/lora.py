@@ -1,17 +1,19 @@
 """Low-rank updates (LoRA) in the files of diffusers, PEFT and kohya, to and from our parameters.
 
 A file has for each updated layer a matrix down [rank, in] and a matrix up [out, rank], and perhaps
-a strength alpha: W + (alpha / rank) up down. Names of one layer, in the order of frequency:
+a strength alpha: W + (alpha / rank) up down. Alpha may also stand in the file's header or in a file beside
+it (`lora_strength`). Names of one layer, in the order of frequency:
 
     unet.mid_block.attentions.0...attn1.to_q.lora_A.weight         diffusers, PEFT
     lora_unet_middle_block_1_...attn1_to_q.lora_down.weight        kohya, with the original names
     lora_unet_mid_block_attentions_0_...attn1_to_q.lora_down.weight     kohya, diffusers' names
     unet.mid_block.attentions.0...attn1.processor.to_q_lora.down.weight     diffusers before 0.22
 
-Without an alpha it is the rank. Files that we write have none: readers differ in where they look
+Where nothing tells alpha it is the rank. Files that we write have none: readers differ in where they look
 for it, so the strength is multiplied into the up matrix.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -19,11 +21,19 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from focusdpo_jax.checkpoints import ip_adapter, original_names, pytorch_names, tensor_file
+from focusdpo_jax.checkpoints import (
+    ip_adapter,
+    lora_strength,
+    original_names,
+    pytorch_names,
+    tensor_file,
+)
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
 _KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te1_", "lora_te_"),
           "text_encoder_2": ("lora_te2_",)}
 _ENDS = {".lora_A.weight": "down", ".lora_B.weight": "up", ".lora.down.weight": "down",
@@ -37,7 +47,7 @@ class LowRank(NamedTuple):
     Attributes:
       down: [rank, in], or [rank, in, h, w] of a convolution.
       up: [out, rank], or [out, rank, 1, 1].
-      scale: alpha / rank; the layer's weight is W + scale up down.
+      scale: alpha / rank or, of rsLoRA, alpha / sqrt(rank); the layer's weight is W + scale up down.
     """
 
     down: Any
@@ -73,32 +83,68 @@ def _split(name):
     end = next((end for end in _ENDS if name.endswith(end)), None)
     if end is None:
         return name, None
-    layer = name.removesuffix(end).removeprefix("base_model.model.")
+    layer = name.removesuffix(end).removeprefix(_PEFT_PREFIX)
     if end.startswith("_"):
         layer = re.sub(r"to_out$", "to_out.0", layer.replace(".processor.", "."))
     return layer, _ENDS[end]
 
 
-def read(tensors, parameters, unet_config, source="LoRA file"):
-    """The updates in a file.
+def load(path, parameters, unet_config):
+    """The updates in a file or folder, with the strength that its owner gives them.
 
     Args:
-      tensors: dict from name to array (see `tensor_file.read`).
-      parameters: {part: tree}, arrays or shapes, of the parts that may be updated: "unet" and
-        the text encoders.
-      unet_config: the `UNetConfig`.
-      source: what to call the file in a message.
+      path: a safetensors file, or a folder with pytorch_lora_weights.safetensors (diffusers) or
+        adapter_model.safetensors and adapter_config.json (PEFT).
+      parameters, unet_config: see `read`.
 
     Returns:
       {path of a kernel in `stacking.split(parameters)`: LowRank}.
 
     Raises:
-      UserError: naming every tensor without a place, without its other half or of another shape.
+      UserError: there is no such file, it cannot be read, it asks for more than low-rank updates, its
+        strength is in doubt, or as `read`.
     """
+    path = epath.Path(path)
+    if path.is_dir():
+        found = [name for name in (WEIGHTS, _PEFT_WEIGHTS) if (path / name).exists()]
+        if len(found) != 1:
+            raise UserError(f"{path} has {' and '.join(found) or f'neither {WEIGHTS} nor {_PEFT_WEIGHTS}'}"
+                            ": give the file to read.")
+        path = path / found[0]
+    tensors, metadata = tensor_file.read(path)
+    adapter = None
+    if any(name.startswith(_PEFT_PREFIX) for name in tensors) and lora_strength.HEADER not in metadata:
+        adapter = lora_strength.of_folder(path.parent)
+    return read(tensors, parameters, unet_config, str(path), metadata=metadata, adapter=adapter)
+
+
+def read(tensors, parameters, unet_config, source="LoRA file", *, metadata=None, adapter=None):
+    """The updates in the tensors of a file.
+
+    Args:
+      tensors, metadata: of `tensor_file.read`: dict from name to array, and the header's texts, which may
+        hold the strength. Without the latter, alpha is what `.alpha` tensors say, or the rank.
+      parameters: {part: tree}, arrays or shapes, of the parts that may be updated: "unet" and
+        the text encoders.
+      unet_config: the `UNetConfig`.
+      source: what to call the file in a message.
+      adapter: the `lora_strength.AdapterConfig` beside a file of PEFT, or None.
+
+    Returns:
+      {path of a kernel in `stacking.split(parameters)`: LowRank}.
+
+    Raises:
+      UserError: naming every tensor without a place, without its other half or of another shape; or what
+        tells the strength is damaged, contradicts the tensors or asks for more than low-rank updates.
+    """
+    configs = lora_strength.of_header(metadata or {}, tuple(_KOHYA), source)
+    if adapter is not None:
+        configs = dict.fromkeys(_KOHYA, adapter)
+    kohya = lora_strength.kohya_alpha(metadata or {}, source)
     modules = _modules({part: tree for part, tree in parameters.items() if part in _KOHYA},
                        unet_config)
     shapes = traverse_util.flatten_dict(stacking.split(parameters))
-    pieces, unexpected = {}, []
+    pieces, layers, unexpected = {}, {}, []
     for name in sorted(tensors):
         layer, kind = _split(name)
         path = modules.get(layer, modules.get(f"unet.{layer}"))
@@ -106,7 +152,8 @@ def read(tensors, parameters, unet_config, source="LoRA file"):
             unexpected.append(name)
         else:
             pieces.setdefault(path, {})[kind] = name
-    updates, missing, misshaped = {}, [], []
+            layers[path] = layer
+    halves, missing, misshaped = {}, [], []
     for path, names in pieces.items():
         if not {"down", "up"} <= names.keys():
             missing.append(f"the other half of {next(iter(names.values()))}")
@@ -118,11 +165,57 @@ def read(tensors, parameters, unet_config, source="LoRA file"):
             misshaped.append(f"{names['down']} and {names['up']} are {down.shape} and {up.shape}, "
                              f"not {wanted[0]} and {wanted[1]}")
             continue
-        alpha = np.asarray(tensors[names["alpha"]]).item() if "alpha" in names else rank
-        updates[path] = LowRank(down, up, alpha / rank)
+        halves[path] = down, up
     pytorch_names.require_fit(source, {"missing": missing, "unexpected": unexpected,
                                        "of another shape": misshaped})
-    return updates
+    alphas = {path: np.asarray(tensors[names["alpha"]]).item()
+              for path, names in pieces.items() if "alpha" in names}
+    return {path: LowRank(down, up, _scale(path, layers[path], down.shape[0], alphas, configs, kohya,
+                                           source))
+            for path, (down, up) in halves.items()}
+
+
+def _scale(path, layer, rank, alphas, configs, kohya, source):
+    """The factor of one layer's update.
+
+    Args:
+      path: of its kernel; its first entry is the part.
+      layer: its name in the file.
+      rank: of its matrices.
+      alphas: {path: alpha} of the layers that have a tensor of it.
+      configs: {part: lora_strength.AdapterConfig} of what stands outside the tensors.
+      kohya: `ss_network_alpha` of the header, or None.
+      source: what to call the file in a message.
+    """
+    part, config = path[0], configs.get(path[0])
+    stated = None
+    if config is not None:
+        # Text encoders as the file calls their layers, which with transformers' version differs.
+        own = layer.removeprefix(f"{part}.") if part != "unet" and "." in layer else (
+            pytorch_names.torch_name(path[1:]).removesuffix(".weight"))
+        stated = config.scale(own, rank)
+    if path in alphas:
+        scale = alphas[path] / rank
+        if not math.isfinite(scale):
+            raise UserError(f"{source}: the alpha of {layer} is {alphas[path]}, which is no number")
+        if stated is not None and not math.isclose(scale, stated, rel_tol=1e-3):
+            raise UserError(f"{source}: {layer} has a tensor alpha = {alphas[path]:g}, a factor of "
+                            f"{scale:g}, and {config.source} says {stated:g}: remove one of them")
+        return scale
+    if stated is not None:
+        return stated
+    if configs:
+        raise UserError(f"{source}: its {lora_strength.HEADER} says nothing of {part}, so that the strength "
+                        f"of {layer} is unknown: save it again with the metadata of all that it updates")
+    others = {alpha for other, alpha in alphas.items() if other[0] == part}
+    if others - {rank}:
+        raise UserError(f"{source}: {layer} has no alpha, unlike other layers of {part}: kohya's scripts take "
+                        f"its rank {rank} for it, diffusers what most layers have. Add the tensor")
+    if kohya not in (None, rank):
+        raise UserError(f"{source}: ss_network_alpha = {kohya:g} in its header, but {layer}, of rank {rank}, "
+                        "has no tensor alpha, without which kohya's scripts and diffusers take the rank. Add "
+                        "the tensors or, where the strength is in the matrices, remove the field")
+    return 1.0
 
 
 def to_flax(updates, template, config, source="LoRA file"):

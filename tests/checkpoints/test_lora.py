@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -141,3 +143,135 @@ def test_updates_without_a_trainable_place():
         lora.to_flax(updates, PARAMETERS["unet"], CONFIG)
     with pytest.raises(UserError, match="no low-rank updates to write"):
         lora.from_flax({"conv_in": {"kernel": np.ones(2)}}, CONFIG)
+
+
+NAME = "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+KOHYA = "lora_unet_" + NAME.replace(".", "_")
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_dora": False}
+
+
+def write_peft(folder, fields):
+    """A folder as PEFT writes it."""
+    prefix = f"base_model.model.{NAME}"
+    tensor_file.write(folder / "adapter_model.safetensors",
+                      {f"{prefix}.lora_A.weight": DOWN, f"{prefix}.lora_B.weight": UP})
+    (folder / "adapter_config.json").write_text(
+        fields if isinstance(fields, str) else json.dumps(fields))
+
+
+def scale_of(path):
+    """The scale of a file's only update."""
+    (update,) = lora.load(path, PARAMETERS, CONFIG).values()
+    return update.scale
+
+
+@pytest.mark.parametrize("fields, scale", [
+    ({}, 2.0), ({"use_rslora": True}, 4 / 2**0.5), ({"alpha_pattern": {"to_q": 1}}, 0.5),
+    ({"alpha_pattern": {"o_q": 1}}, 2.0), ({"alpha_pattern": {"^attn1.to_q": 1}}, 2.0),
+    ({"alpha_pattern": {"up_blocks.*": 6, "to_q": 1}}, 3.0),
+    ({"alpha_pattern": {"to_q.": 1, "unet.up_blocks.*": 1, f"^{NAME}": 3}}, 1.5),
+    ({"r": 8, "rank_pattern": {r"attn\d.to_q": 2}}, 2.0), ({"alpha_pattern": None}, 2.0),
+    ({"lora_alpha": 0.5}, 0.25), ({"init_lora_weights": "gaussian"}, 2.0)])
+def test_strength_of_a_peft_folder(fields, scale, tmp_path):
+    write_peft(tmp_path, PLAIN | fields)
+    assert scale_of(tmp_path) == pytest.approx(scale, rel=1e-12)
+    assert scale_of(tmp_path / "adapter_model.safetensors") == pytest.approx(scale, rel=1e-12)
+
+
+def test_silent_peft_fields_are_pefts_own(tmp_path):
+    """PEFT's defaults are rank 8 and alpha 8."""
+    write_peft(tmp_path, {"rank_pattern": {"to_q": 2}})
+    assert scale_of(tmp_path) == 4.0
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"use_dora": True}, "use_dora = True"), ({"bias": "lora_only"}, "bias = 'lora_only'"),
+    ({"modules_to_save": ["conv_in"]}, r"modules_to_save = \['conv_in'\]"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out = True"), ({"lora_bias": True}, "lora_bias = True"),
+    ({"layer_replication": [[0, 4]]}, r"layer_replication = \[\[0, 4\]\]"),
+    ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' .which changes the base")])
+def test_more_than_low_rank_updates_is_refused(fields, message, tmp_path):
+    write_peft(tmp_path, PLAIN | fields)
+    with pytest.raises(UserError, match=f"adapter_config.json asks for more than low-rank updates: {message}"
+                                        ".*merge_and_unload"):
+        lora.load(tmp_path, PARAMETERS, CONFIG)
+    header = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in (PLAIN | fields).items()})}
+    with pytest.raises(UserError, match=f"lora_adapter_metadata of LoRA file asks for more .*: {message}"):
+        lora.read({}, PARAMETERS, CONFIG, metadata=header)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ("{", "adapter_config.json is damaged"), ("[]", "is damaged: it is no JSON object"),
+    (PLAIN | {"r": 4}, "says rank 4 for up_blocks.0.*to_q, whose matrices have rank 2"),
+    (PLAIN | {"lora_alpha": "16"}, "lora_alpha = '16': give a finite number"),
+    (PLAIN | {"r": 0}, "r = 0: give a finite number"),
+    (PLAIN | {"alpha_pattern": {"to_(": 2}}, r"alpha_pattern\['to_\('\] is no regular expression"),
+    (PLAIN | {"alpha_pattern": [1]}, r"alpha_pattern = \[1\]: give an object")])
+def test_peft_folders_that_make_no_sense(fields, message, tmp_path):
+    write_peft(tmp_path, fields)
+    with pytest.raises(UserError, match=message):
+        lora.load(tmp_path, PARAMETERS, CONFIG)
+
+
+def test_peft_without_its_configuration(tmp_path):
+    write_peft(tmp_path, PLAIN)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config.json cannot be read \(No such file"):
+        lora.load(tmp_path, PARAMETERS, CONFIG)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="has neither pytorch_lora_weights.safetensors nor adapter_model"):
+        lora.load(tmp_path, PARAMETERS, CONFIG)
+
+
+def kohya(alpha=None, header=None, prefix=KOHYA):
+    """Tensors and header of one layer in kohya's naming."""
+    tensors = {f"{prefix}.lora_down.weight": DOWN, f"{prefix}.lora_up.weight": UP}
+    return tensors | ({} if alpha is None else {f"{prefix}.alpha": np.float32(alpha)}), header or {}
+
+
+@pytest.mark.parametrize("alpha, header, scale", [
+    (1, {"ss_network_alpha": "1.0", "ss_network_dim": "2"}, 0.5), (1, {"ss_network_alpha": "16"}, 0.5),
+    (None, {"ss_network_alpha": "2"}, 1.0), (None, {"ss_network_alpha": "None"}, 1.0),
+    (4, {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})}, 2.0),
+    (None, {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 1})}, 0.5)])
+def test_kohyas_strength(alpha, header, scale):
+    tensors, metadata = kohya(alpha, header)
+    (update,) = lora.read(tensors, PARAMETERS, CONFIG, metadata=metadata).values()
+    assert update.scale == scale
+
+
+@pytest.mark.parametrize("alpha, header, message", [
+    (None, {"ss_network_alpha": "1"}, r"ss_network_alpha = 1 in its header, but .*to_q, of rank 2, has no"),
+    (None, {"ss_network_alpha": "x"}, "ss_network_alpha = 'x' is no number"),
+    (np.nan, {}, "the alpha of .*to_q is nan, which is no number"),
+    (1, {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})},
+     "has a tensor alpha = 1, a factor of 0.5, and lora_adapter_metadata of LoRA file says 2"),
+    (None, {"lora_adapter_metadata": json.dumps({"text_encoder.r": 2})}, "says nothing of unet, so that"),
+    (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata of LoRA file is damaged")])
+def test_strengths_in_doubt_are_refused(alpha, header, message):
+    tensors, metadata = kohya(alpha, header)
+    with pytest.raises(UserError, match=message):
+        lora.read(tensors, PARAMETERS, CONFIG, metadata=metadata)
+
+
+def test_an_alpha_for_some_layers_alone_is_refused():
+    other = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0"
+    tensors = kohya(1)[0] | {f"{other}.lora_down.weight": np.ones((2, 8)),
+                             f"{other}.lora_up.weight": np.ones((5, 2))}
+    with pytest.raises(UserError, match=f"{other} has no alpha, unlike other layers of unet"):
+        lora.read(tensors, PARAMETERS, CONFIG)
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_each_part_has_fields_of_its_own(prefix):
+    """Of a text encoder under its names in files and, without the outermost module, in memory."""
+    name = f"text_encoder_2.{prefix}encoder.layers.0.mlp.fc1"
+    fields = {"unet.r": 2, "unet.lora_alpha": 6, "text_encoder_2.r": 4, "text_encoder_2.lora_alpha": 4,
+              "text_encoder_2.alpha_pattern": {f"^{prefix}encoder.layers.0.mlp.fc1": 2}}
+    updates = lora.read(
+        {f"unet.{NAME}.lora_A.weight": DOWN, f"unet.{NAME}.lora_B.weight": UP,
+         f"{name}.lora_A.weight": np.ones((4, 4)), f"{name}.lora_B.weight": np.ones((7, 4))},
+        PARAMETERS, CONFIG, metadata={"lora_adapter_metadata": json.dumps(fields)})
+    assert {path[0]: update.scale for path, update in updates.items()} == {
+        "unet": 3.0, "text_encoder_2": 0.5}
