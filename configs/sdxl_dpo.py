@@ -101,8 +101,8 @@ def get_config(argument=""):
     # Folder of the image encoder that the adapter reads, such as
     # h94/IP-Adapter/models/image_encoder. Empty: image_encoder/ of the folder.
     config.model.image_encoder = ""
-    # Folder of vocab.json and merges.txt, for a single file, which has none. Empty: tokenizer/ of
-    # the folder.
+    # Folder of vocab.json and merges.txt, or tokenizer.json, for a single file, which has none. Empty:
+    # tokenizer/ of the folder.
     config.model.tokenizer = ""
     # What the UNet predicts, where a file does not say it or says something else: epsilon,
     # v_prediction, or v_prediction_zero_snr, with noise of zero terminal SNR. Empty: what the files

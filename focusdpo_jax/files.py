@@ -1,9 +1,36 @@
-"""Writing files so that nobody ever finds half of one."""
+"""Writing files so that nobody ever finds half of one, and reading JSON that may be none."""
 
+import json
 import re
 import uuid
 
 from etils import epath
+
+from focusdpo_jax import file_kinds
+from focusdpo_jax.errors import UserError
+
+
+def read_json(path):
+    """The dict of a JSON file.
+
+    Args:
+      path: an `epath.Path`.
+
+    Raises:
+      UserError: it is missing, or no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    try:
+        values = json.loads(content.decode())
+    except ValueError as error:
+        what = file_kinds.describe(content[:512])
+        raise UserError(f"{path} {what}." if what else f"{path} is damaged: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object.")
+    return values
 
 
 def replace_file(path: epath.PathLike, content: str | bytes) -> None:

@@ -39,8 +39,8 @@ _VALIDATION = flags.DEFINE_float(
 _TEST = flags.DEFINE_float("test", 0.05, "Share of the groups that is kept from training, to be "
                            "measured.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Folder with CLIP's vocab.json and merges.txt, as in a model's tokenizer/: "
-    "captions that are too long for CLIP are then found exactly. Without it only those are found "
+    "tokenizer", None, "Folder with CLIP's vocab.json and merges.txt, or tokenizer.json, as in a model's "
+    "tokenizer/: captions that are too long for CLIP are then found exactly. Without it only those are found "
     "that have too many words in any vocabulary.")
 _WORKERS = flags.DEFINE_integer(
     "workers", os.cpu_count(), "Processes that read, check and resize pictures.", lower_bound=1)

@@ -1,7 +1,7 @@
 """CLIP with both towers in transformers' folders: `config.json`, `model.safetensors`, tokenizer.
 
 It is published so as a CLIPModel (openai/clip-vit-base-patch32 and its sisters). Such a folder has
-the tokenizer's `vocab.json` and `merges.txt` beside the weights.
+the tokenizer's files beside the weights, which may be cut into shards.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from focusdpo_jax.checkpoints import diffusers_configs, pytorch_names, tensor_file
+from focusdpo_jax.checkpoints import diffusers_configs, pytorch_names, weight_files
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import vocabulary
 from focusdpo_jax.models.clip import CLIPText, CLIPVision
 from focusdpo_jax.models.tokenizer import Tokenizer
 
@@ -43,15 +44,11 @@ def load(folder):
     folder = epath.Path(folder)
     path = folder / "config.json"
     values = diffusers_configs.read_file(
-        folder, "config.json, model.safetensors, vocab.json and merges.txt")
+        folder, f"config.json, model.safetensors and {vocabulary.NEEDED}")
     if not isinstance(values, dict) or values.get("model_type") != "clip":
         raise UserError(f"{path}: model_type is not 'clip': give the folder of a CLIPModel, with "
                         "both towers.")
-    if not (folder / "model.safetensors").exists() and (folder / "pytorch_model.bin").exists():
-        raise UserError(f"{folder} has a pytorch_model.bin, which is a pickle and is not read: "
-                        "save it again from transformers, whose save_pretrained writes "
-                        "model.safetensors.")
-    tensors, _ = tensor_file.read(folder / "model.safetensors")
+    tensors = weight_files.read(folder, "model")
     towers = {}
     for name, read, kind, example in (
             ("text", diffusers_configs.read_clip_text, CLIPText,
@@ -68,7 +65,7 @@ def load(folder):
         projection = "text_projection" if name == "text" else "visual_projection"
         own = {key: value for key, value in tensors.items()
                if key.startswith((f"{name}_model.", f"{projection}."))}
-        params = pytorch_names.to_flax(own, template, str(folder / "model.safetensors"))
+        params = pytorch_names.to_flax(own, template, str(folder))
         towers[name] = module, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     tokenizer = Tokenizer(folder, towers["text"][0].config.max_length)
     return CLIP(*towers["text"], *towers["vision"], tokenizer)

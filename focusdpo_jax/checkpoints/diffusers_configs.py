@@ -4,12 +4,11 @@ What such a file can say and our modules cannot do is refused by name, so that a
 kind never loads as if it were SDXL.
 """
 
-import json
-
 from etils import epath
 
 from focusdpo_jax.diffusion.samplers import SPACINGS
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import read_json
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
@@ -84,13 +83,9 @@ def read_file(folder, files):
       UserError: the file is missing or no JSON.
     """
     path = epath.Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}). Give a folder with "
-                        f"{files}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
+    if not path.exists():
+        raise UserError(f"{path} cannot be read (No such file or directory). Give a folder with {files}.")
+    return read_json(path)
 
 
 def _require(values, fixed, source):

@@ -4,7 +4,7 @@
     unet/, vae/                 config.json, diffusion_pytorch_model[.fp16].safetensors
     text_encoder/, text_encoder_2/, image_encoder/
                                 config.json, model[.fp16].safetensors (transformers' layout)
-    tokenizer/, tokenizer_2/    vocab.json and merges.txt of CLIP's byte-pair encoding
+    tokenizer/, tokenizer_2/    vocab.json and merges.txt, or tokenizer.json, of CLIP's byte-pair encoding
     scheduler/                  scheduler_config.json
     ip_adapter.safetensors      subject adapter and image branch, IP-Adapter's layout (our addition)
 
@@ -19,9 +19,16 @@ import re
 from etils import epath
 from flax import traverse_util
 
-from focusdpo_jax.checkpoints import diffusers_configs, ip_adapter, pytorch_names, tensor_file
+from focusdpo_jax.checkpoints import (
+    diffusers_configs,
+    ip_adapter,
+    pytorch_names,
+    tensor_file,
+    weight_files,
+)
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.models import clip
+from focusdpo_jax.files import read_json
+from focusdpo_jax.models import clip, vocabulary
 from focusdpo_jax.models.generator import GeneratorConfig
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
@@ -32,7 +39,6 @@ _READERS = {"unet": diffusers_configs.read_unet, "vae": diffusers_configs.read_v
             "text_encoder": diffusers_configs.read_clip_text,
             "text_encoder_2": diffusers_configs.read_clip_text,
             "image_encoder": diffusers_configs.read_clip_vision}
-_VARIANTS = ("", "fp16")
 FETCH = (
     "Such a folder is normally fetched by `hf download stabilityai/stable-diffusion-xl-base-1.0 "
     "--local-dir DIR`, its image_encoder/ is models/image_encoder/ of h94/IP-Adapter, and "
@@ -75,28 +81,9 @@ def find(name):
     return None
 
 
-def weight_files(folder, part, variant=None):
-    """The safetensors files of a part, or an empty list.
-
-    Args:
-      folder: of the part.
-      variant: such as "fp16"; None takes the plain files, and fp16 where there are no others.
-
-    Raises:
-      UserError: an index is damaged.
-    """
-    folder, stem = epath.Path(folder), _STEMS[part]
-    for kind in _VARIANTS if variant is None else (variant,):
-        dot = f".{kind}" if kind else ""
-        single = folder / f"{stem}{dot}.safetensors"
-        if single.exists():
-            return [single]
-        for index in (folder / f"{stem}.safetensors.index{dot}.json",
-                      folder / f"{stem}{dot}.safetensors.index.json"):
-            if index.exists():
-                names = _read_json(index).get("weight_map", {}).values()
-                return [folder / name for name in sorted({*names})]
-    return []
+def files_of(folder, part):
+    """The safetensors files of a part in its folder, or an empty list; see `weight_files.find`."""
+    return weight_files.find(epath.Path(folder), _STEMS[part])
 
 
 def missing_files(folders, tokenizer, base="", variant=None):
@@ -106,18 +93,14 @@ def missing_files(folders, tokenizer, base="", variant=None):
       folders: {part: its folder}.
       tokenizer: folder of the vocabulary.
       base: folder that paths below it are given without.
-      variant: see `weight_files`.
+      variant: see `weight_files.find`.
     """
-    missing = [folder / "config.json" for folder in folders.values()]
+    missing = [str(folder / "config.json") for folder in folders.values()
+               if not (folder / "config.json").exists()]
     for part, folder in folders.items():
-        dot = f".{variant}" if variant else ""
-        missing += (weight_files(folder, part, variant)
-                    or [folder / f"{_STEMS[part]}{dot}.safetensors"])
-    missing += [tokenizer / name for name in ("vocab.json", "merges.txt")]
-    return [str(path).removeprefix(f"{base}/")
-            + (" (a .bin is a pickle, which is not read)"
-               if path.suffix == ".safetensors" and list(path.parent.glob("*.bin")) else "")
-            for path in missing if not path.exists()]
+        missing += weight_files.missing(folder, _STEMS[part], variant)
+    missing += vocabulary.missing(tokenizer)
+    return [path.removeprefix(f"{base}/") for path in missing]
 
 
 def part_folders(folder, image_encoder=None):
@@ -130,7 +113,7 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
     """The `GeneratorConfig` of a folder.
 
     Args:
-      variant: see `weight_files`.
+      variant: see `weight_files.find`.
       adapter: an IP-Adapter file in the place of the folder's own.
       image_encoder, tokenizer: folders in the place of the folder's own.
 
@@ -145,7 +128,7 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
         raise UserError(f"{folder} lacks {', '.join(missing)}. {FETCH}")
     parts = {part: read_part_config(folders[part], part) for part in _READERS}
     index = folder / "model_index.json"
-    index = _read_json(index) if index.exists() else {}
+    index = read_json(index) if index.exists() else {}
     scheduler, noise = folder / "scheduler" / "scheduler_config.json", {}
     if scheduler.exists():
         # A pipeline's scheduler is of the class that its index names, whoever wrote the file.
@@ -209,7 +192,7 @@ def open_part(folder, part, example, *, adapter=None, image_encoder=None, varian
       part: one of `generator.PARTS`.
       example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s, without "params".
       adapter, image_encoder: see `load_config`.
-      variant: see `weight_files`.
+      variant: see `weight_files.find`.
 
     Returns:
       {path in `stacking.split(example)`: LazyTensor}, for `tensor_file.load`; None for "adapter"
@@ -251,11 +234,8 @@ def load_part(folder, part, example, *, dtype=None, sharding=None, **files):
 
 
 def read_tensors(folder, part, variant=None):
-    """{name: LazyTensor} of a part; see `weight_files`."""
-    tensors = {}
-    for path in weight_files(folder, part, variant):
-        tensors |= tensor_file.read(path)[0]
-    return tensors
+    """{name: LazyTensor} of a part; see `weight_files.read`."""
+    return weight_files.read(folder, _STEMS[part], variant)
 
 
 def open_adapter(file, example):
@@ -317,7 +297,7 @@ def save_surroundings(folder, config, tokenizer):
       tokenizer: the generator's `Tokenizer`.
     """
     folder = epath.Path(folder)
-    for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+    for name, padding in zip(("tokenizer", "tokenizer_2"), tokenizer.fillers):
         tokenizer.save(folder / name)
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
                    "unk_token": "<|endoftext|>", "pad_token": padding}
@@ -353,23 +333,13 @@ def save_surroundings(folder, config, tokenizer):
 
 def _read_config(path, read):
     """What `read` makes of a JSON file."""
-    values = _read_json(path)
+    values = read_json(path)
     try:
         return read(values, str(path))
     except KeyError as error:
         raise UserError(f"{path} lacks the field {error}.") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.") from error
-
-
-def _read_json(path):
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object.")
-    return values
 
 
 def _write_json(path, values):

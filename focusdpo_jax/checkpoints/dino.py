@@ -1,4 +1,4 @@
-"""DINO and DINOv2 in transformers' folders: `config.json` and `model.safetensors`.
+"""DINO and DINOv2 in transformers' folders: `config.json` and `model.safetensors`, or its shards.
 
 DINO is published as a ViTModel (facebook/dino-vits16), DINOv2 as a Dinov2Model
 (facebook/dinov2-small and larger). Our modules have the second's names, which `pytorch_names` maps;
@@ -10,9 +10,8 @@ import re
 import jax
 import numpy as np
 from etils import epath
-from safetensors import numpy as safetensors
 
-from focusdpo_jax.checkpoints import diffusers_configs, pytorch_names
+from focusdpo_jax.checkpoints import diffusers_configs, pytorch_names, weight_files
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.dino import DINO, DINOConfig
 
@@ -90,14 +89,9 @@ def load(folder):
     folder = epath.Path(folder)
     values = diffusers_configs.read_file(folder, "config.json and model.safetensors")
     model = DINO(read_config(values, folder / "config.json"))
-    path = folder / "model.safetensors"
-    try:
-        tensors = safetensors.load(path.read_bytes())
-    except Exception as error:  # safetensors raises its own, undocumented types.
-        raise UserError(f"{path} is not a readable safetensors file ({error}). Weights are read "
-                        "from safetensors alone.") from error
+    tensors = weight_files.read(folder, "model")
     side = model.config.image_size
     images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
     template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    params = pytorch_names.to_flax(to_dinov2(tensors), template, path)
+    params = pytorch_names.to_flax(to_dinov2(tensors), template, str(folder))
     return model, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)

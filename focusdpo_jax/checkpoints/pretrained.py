@@ -14,6 +14,7 @@ from etils import epath
 
 from focusdpo_jax.checkpoints import diffusers_folder, model_folder, single_file, tensor_file
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import vocabulary
 
 _OWN = "toybox"  # Ships with this package.
 
@@ -40,6 +41,12 @@ class Pretrained:
     @property
     def _pieces(self):
         return {"adapter": self.adapter, "image_encoder": self.image_encoder}
+
+    @property
+    def fillers(self):
+        """What fills up captions; a tokenizer that lies elsewhere does not decide it."""
+        own = self.tokenizer == self.path / "tokenizer"
+        return vocabulary.fillers(self.path) if own else vocabulary.FILLERS
 
     @property
     def layout(self):
@@ -80,7 +87,7 @@ class Pretrained:
             own = [self.path]
         else:
             folders = diffusers_folder.part_folders(self.path, self.image_encoder)
-            own = diffusers_folder.weight_files(folders[part], part)
+            own = diffusers_folder.files_of(folders[part], part)
         return own + adapter if part == "unet" else own  # Its image branch is the adapter's.
 
     def open_part(self, part, example, *, config):

@@ -19,6 +19,7 @@ from focusdpo_jax.checkpoints import (
     run_folder,
 )
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import vocabulary
 from focusdpo_jax.models.generator import PARTS
 from focusdpo_jax.models.tokenizer import Tokenizer
 
@@ -63,7 +64,8 @@ def export_run(workdir, output, *, whole=False):
         output.mkdir(parents=True, exist_ok=True)
         _write(folder, output, names, config, run["resolution"])
         if whole:
-            tokenizer = Tokenizer(folder / "tokenizer", config.text_encoder.max_length)
+            tokenizer = Tokenizer(folder / "tokenizer", config.text_encoder.max_length,
+                                  vocabulary.fillers(folder))
             diffusers_folder.save_surroundings(output, config, tokenizer)
         caveat = ip_adapter.unreadable(config.adapter) if "adapter" in names else None
         if caveat:

@@ -41,7 +41,7 @@ def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None, predi
 
     Args:
       image_encoder: folder of transformers' image encoder.
-      tokenizer: folder of vocab.json and merges.txt.
+      tokenizer: folder of its files (see `vocabulary`).
       adapter: an IP-Adapter file; None is a new adapter.
       prediction_type: one of PREDICTION_TYPES; "" is what the file says.
 
@@ -49,6 +49,7 @@ def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None, predi
       UserError: something is missing or damaged, or does not fit the rest.
     """
     path = epath.Path(path)
+    tensor_file.read(path)  # What it is comes first.
     missing = [f"config.model.{field}" for field, folder
                in (("image_encoder", image_encoder), ("tokenizer", tokenizer)) if folder is None]
     if missing:

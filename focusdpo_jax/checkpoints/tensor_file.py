@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from focusdpo_jax import file_kinds
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 
@@ -66,18 +67,28 @@ def read(path):
     """
     path = epath.Path(path)
     try:
+        size = path.stat().length
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _LONGEST_HEADER:
-                raise ValueError("the length of its header makes no sense")
+            head = file.read(512)
+            length = int.from_bytes(head[:8], "little")
+            # First of all what it promises to be: the length of a header may look like anything.
+            if len(head) < 8 or not 2 <= length <= _LONGEST_HEADER or head[8:9] not in (b"{", b""):
+                what = file_kinds.describe(head) or (
+                    f"is no safetensors file (its first bytes are {head[:8]!r}, and not the length of a "
+                    "header): fetch the .safetensors file of the model")
+                raise UserError(f"{path} {what}.")
+            if size < 8 + length:
+                raise ValueError(f"it has {size} bytes and should have more than the {8 + length} of its "
+                                 "header")
+            file.seek(8)
             header = json.loads(file.read(length).decode())
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors, end = {}, 8 + length
         for name, entry in header.items():
             tensors[name] = _entry(path, name, entry, 8 + length)
             end = max(end, 8 + length + entry["data_offsets"][1])
-        if path.stat().length != end:
-            raise ValueError(f"it has {path.stat().length} bytes and should have {end}")
+        if size != end:
+            raise ValueError(f"it has {size} bytes and should have {end}")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,6 +99,9 @@ def read(path):
 
 def _entry(path, name, entry, start):
     """The lazy tensor of one entry of a header."""
+    if entry["dtype"] not in _TYPES:
+        raise UserError(f"{path}: {name} is of the type {entry['dtype']}, which is not read; give a file in "
+                        "float32, float16 or bfloat16.")
     dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:

@@ -8,34 +8,40 @@ import numpy as np
 from etils import epath
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import vocabulary
 
 
 class Tokenizer:
     """CLIP's tokenizer as SDXL uses it: once for each of its two text encoders.
 
-    The encoders differ in the token that fills up short captions: the first takes the end token,
-    the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. As what fills
+    The encoders differ in the token that fills up short captions (`fillers`): the first takes the end
+    token, the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. As what fills
     up is a token apart, a "!" of the caption is that one, too, for the second encoder (id 0, and
     not 256, the end of a word); diffusers' pipelines do it so.
     """
 
-    def __init__(self, folder, length):
-        """Reads `vocab.json` and `merges.txt` of `folder`; captions get `length` tokens.
+    def __init__(self, folder, length, fillers=vocabulary.FILLERS):
+        """Reads the vocabulary of `folder` (see `vocabulary.read`); captions get `length` tokens.
+
+        Args:
+          fillers: the token that fills up short captions, for each encoder.
 
         Raises:
-          UserError: the files are missing.
+          UserError: files are missing or damaged, or not those of a tokenizer of CLIP.
         """
         import transformers  # Slow to import, so only where captions are read.
-        vocabulary, merges = epath.Path(folder) / "vocab.json", epath.Path(folder) / "merges.txt"
-        for path in (vocabulary, merges):
-            if not path.exists():
-                raise UserError(f"{path} is missing; a model folder has a tokenizer/ with "
-                                "vocab.json and merges.txt.")
-        self._encoders = [
-            transformers.CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), pad_token=filler)
-            for filler in ("<|endoftext|>", "!")]
-        self._files = {path.name: path.read_bytes() for path in (vocabulary, merges)}
-        self.length = length
+        self._files = vocabulary.read(epath.Path(folder))
+        self.length, self.fillers = length, tuple(fillers)
+        # Through files, which transformers reads in the same way whatever they were read from.
+        with tempfile.TemporaryDirectory() as copy:
+            self._write(epath.Path(copy))
+            self._encoders = [
+                transformers.CLIPTokenizer(vocab=f"{copy}/vocab.json", merges=f"{copy}/merges.txt",
+                                           pad_token=filler) for filler in self.fillers]
+        for encoder, filler in zip(self._encoders, self.fillers):
+            if len(encoder) > encoder.vocab_size:
+                raise UserError(f"{folder}: pad_token = {filler!r} is not in its vocabulary: give one that is, "
+                                f"such as {vocabulary.END!r}.")
 
     @classmethod
     def of_words(cls, words, length):
@@ -45,15 +51,21 @@ class Tokenizer:
             return cls(folder, length)
 
     def save(self, folder):
-        """Writes the vocabulary to a model folder."""
+        """Writes the vocabulary, as vocab.json and merges.txt, to a model's tokenizer/."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._write(folder)
+        vocabulary.save_fillers(folder.parent, self.fillers)
+
+    def _write(self, folder):
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
 
     def digest(self):
         """Changes when a caption's tokens may."""
         content = b"".join(self._files.values())
+        if self.fillers != vocabulary.FILLERS:
+            content += json.dumps(self.fillers).encode()
         return hashlib.sha256(content + str(self.length).encode()).hexdigest()
 
     def count(self, caption):

@@ -1,11 +1,12 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from focusdpo_jax.checkpoints import dino, pytorch_names
+from focusdpo_jax.checkpoints import dino, pytorch_names, tensor_file
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.dino import DINOConfig
 
@@ -95,7 +96,7 @@ def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="config.json cannot be read .No such file"):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(DINO_S16 | TINY))
-    with pytest.raises(UserError, match="model.safetensors is not a readable safetensors file"):
+    with pytest.raises(UserError, match="missing: .*model.safetensors. Weights are read from safetensors alone"):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
@@ -105,4 +106,49 @@ def test_folders_that_do_not_fit(tmp_path):
         dino.load(tmp_path)
     write(tmp_path, DINO_S16 | TINY, published("dinov2"))
     with pytest.raises(UserError, match=r"4 unexpected: encoder.layer.0.layer_scale1.lambda1"):
+        dino.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_type_and_shards(dtype, shards, tmp_path):
+    """The same network, rounded to the type of the file."""
+    tensors = {name: value.astype(dtype) for name, value in published("dinov2").items()}
+    write_weights(tmp_path, tensors, shards)
+    (tmp_path / "config.json").write_text(json.dumps(DINOV2_S14 | TINY))
+    _, params = dino.load(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    for name, value in pytorch_names.from_flax(params).items():
+        np.testing.assert_array_equal(value, tensors[name].astype(np.float32))
+
+
+def write_weights(folder, tensors, shards):
+    """model.safetensors, or so many shards and their index."""
+    if shards == 1:
+        tensor_file.write(folder / "model.safetensors", tensors)
+        return
+    listed = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(sorted(tensors.items())[number::shards])
+        tensor_file.write(folder / name, part)
+        listed |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+
+
+def test_what_shards_lack(tmp_path):
+    write_weights(tmp_path, published("dinov2"), 3)
+    (tmp_path / "config.json").write_text(json.dumps(DINOV2_S14 | TINY))
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="missing: .*model-00002-of-00003.safetensors. Weights are read from"):
+        dino.load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"00003.safetensors \(a .bin is a pickle, .*: pytorch_model.bin\)"):
+        dino.load(tmp_path)
+    for listed in ({}, {"a": "../model.safetensors"}, {"a": 3}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+        with pytest.raises(UserError, match="index.json is damaged: its weight_map names no files"):
+            dino.load(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="model.safetensors is a pointer of git-lfs"):
         dino.load(tmp_path)

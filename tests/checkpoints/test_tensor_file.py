@@ -1,5 +1,8 @@
+import io
 import json
+import pickle
 import tracemalloc
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +15,8 @@ from focusdpo_jax.errors import UserError
 TENSORS = {"half": np.arange(3, dtype=np.float16), "a": np.arange(6.0).reshape(2, 3),
            "brain": np.arange(4, dtype=ml_dtypes.bfloat16).reshape(4, 1), "scalar": np.float32(7),
            "flag": np.array([True, False, True]), "empty": np.zeros((0, 2), np.int32)}
+
+EXTENT = sum(np.asarray(value).nbytes for value in TENSORS.values())
 
 
 def arrays(tensors):
@@ -60,8 +65,9 @@ def test_damaged_files_are_named(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
     for damaged, reason in [
             (whole[:-1], f"it has {len(whole) - 1} bytes and should have {len(whole)}"),
-            (b"<html> not here", "the length of its header makes no sense"),
-            (b"", "the length of its header"), (whole[:40], "not a readable safetensors file"),
+            (whole + b"x", f"it has {len(whole) + 1} bytes and should have {len(whole)}"),
+            (whole[:40], f"it has 40 bytes and should have more than the {len(whole) - EXTENT} of its header"),
+            (whole[:8], f"it has 8 bytes and should have more than the {len(whole) - EXTENT} of its header"),
             (len(header).to_bytes(8, "little") + header + bytes(8), "the extent of a contradicts")]:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=reason) as error:
@@ -69,3 +75,54 @@ def test_damaged_files_are_named(tmp_path):
         assert str(path) in str(error.value)
     with pytest.raises(UserError, match="nowhere.safetensors cannot be read"):
         tensor_file.read(tmp_path / "nowhere.safetensors")
+
+
+def zipped():
+    """What torch.save writes begins as any zip archive does."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+    return content.getvalue()
+
+
+KINDS = {
+    "empty": (b"", "is empty: fetch or copy it again"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5135149760\n",
+                "is a pointer of git-lfs and not the file itself: run `git lfs pull`"),
+    "page": (b"\n<!DOCTYPE html>\n<html><head>", "is a web page: fetch the file itself"),
+    "short page": (b"<html> not here", "is a web page"),
+    "gguf": (b"GGUF\3\0\0\0" + bytes(16), "is a GGUF file, whose weights are quantised"),
+    "zip": (zipped(), "is a zip archive, as torch.save makes of a pickle.*weights_only=True"),
+    "pickle": (pickle.dumps({"a": list(range(99))}, protocol=2),
+               "is a Python pickle, as torch.save made them.*is not read: convert it"),
+    "compressed": (b"\x1f\x8b\x08" + bytes(60), "is compressed .gzip.: unpack it first"),
+    "text": (b"Not Found. Please try again later.", r"is no safetensors file \(its first bytes are b'Not Foun'"),
+    "json": (json.dumps({"weight_map": {"a": "b"}}).encode(), "is no safetensors file"),
+    "few bytes": (b"abc", "is no safetensors file")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_files_are_told_by_what_they_are(kind, tmp_path):
+    content, message = KINDS[kind]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"x.safetensors {message}") as error:
+        tensor_file.read(path)
+    assert "\n" not in str(error.value) and "damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0580, 0x8b1f])
+def test_a_header_whose_length_looks_like_another_file(length, tmp_path):
+    """The first bytes are those of a pickle or of gzip, and a header's length all the same."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + np.float32(7).tobytes())
+    assert arrays(tensor_file.read(path)[0]) == {"a": [7]}
+
+
+def test_types_that_are_not_read_are_named(tmp_path):
+    header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(UserError, match="x.safetensors: a is of the type F4, which is not read"):
+        tensor_file.read(path)

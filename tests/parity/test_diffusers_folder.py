@@ -13,7 +13,9 @@ import pytest
 pytest.importorskip("torch", reason="the files are PyTorch's")
 diffusers = pytest.importorskip("diffusers", reason="the files are diffusers'")
 
+import ml_collections  # noqa: E402
 import safetensors.numpy  # noqa: E402
+import transformers  # noqa: E402
 
 from focusdpo_jax.checkpoints import (  # noqa: E402
     diffusers_folder,
@@ -30,8 +32,9 @@ from focusdpo_jax.errors import UserError  # noqa: E402
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from focusdpo_jax.models.generator import PARTS, Generator  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
-from focusdpo_jax.models.tokenizer import Tokenizer  # noqa: E402
+from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402
 from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
+from focusdpo_jax.training import models as training_models  # noqa: E402
 from focusdpo_jax.training.models import shipped  # noqa: E402
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, pipeline, test_unet  # noqa: E402
@@ -152,6 +155,30 @@ def test_every_part_bit_for_bit(models, how, tmp_path):
             diffusers_folder.load_config(tmp_path, variant="fp32")
 
 
+def test_a_pipeline_that_transformers_5_saves(models, tmp_path):
+    """Its tokenizers have tokenizer.json alone; what fills up captions stands beside it."""
+    words = write_vocabulary(tmp_path / "words", pipeline.WORDS)
+    parts = pipeline.parts(vocabulary=words)
+    tokenizers = {name: transformers.CLIPTokenizer(
+        vocab=str(tmp_path / "words/vocab.json"), merges=str(tmp_path / "words/merges.txt"),
+        pad_token=padding, model_max_length=16)
+        for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))}
+    diffusers.StableDiffusionXLPipeline(
+        **parts, **tokenizers, scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        feature_extractor=None).save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*/vocab.json"))
+    model = training_models.load_model(ml_collections.ConfigDict(
+        {"seed": 0, "model": {"pretrained": str(tmp_path / "saved"), "lora_rank": 0}}))
+    for caption in ("a red boat!", "", "a boat " * 20):
+        np.testing.assert_array_equal(model.tokenizer(caption), [
+            tokenizer(caption, padding="max_length", max_length=16, truncation=True)["input_ids"]
+            for tokenizer in tokenizers.values()])
+    training_models.save_model(tmp_path / "model", model, model.parameters)
+    again = Tokenizer(tmp_path / "model/tokenizer", 16)
+    np.testing.assert_array_equal(again("a red boat!"), model.tokenizer("a red boat!"))
+
+
 def test_a_new_image_branch_reads_as_the_text_does(folder):
     expected = examples(diffusers_folder.load_config(folder))["unet"]
     params = diffusers_folder.load_part(folder, "unet", expected)
@@ -238,7 +265,7 @@ def test_missing_files_are_listed(folder):
         diffusers_folder.load_config(folder)
     assert str(error.value).startswith(
         f"{folder} lacks image_encoder/config.json, unet/diffusion_pytorch_model.safetensors "
-        "(a .bin is a pickle, which is not read), image_encoder/model.safetensors, "
+        "(a .bin is a pickle, which is not read: diffusion_pytorch_model.bin), image_encoder/model.safetensors, "
         "tokenizer/merges.txt. Such a folder is normally fetched by `hf download "
         "stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`")
 

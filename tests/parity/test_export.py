@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="the files are for PyTorch's diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the files are for diffusers")
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from focusdpo_jax.checkpoints import (  # noqa: E402
@@ -113,6 +114,19 @@ def test_diffusers_reads_the_surroundings(exported, pipe):
                          truncation=True).input_ids
                for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
         np.testing.assert_array_equal(ours(caption), ids)
+
+
+@pytest.mark.parametrize("name, padding", [("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")])
+def test_transformers_reads_the_tokenizers(exported, name, padding, tmp_path):
+    """By themselves, and what it saves of them is read again."""
+    theirs = transformers.AutoTokenizer.from_pretrained(exported[0] / name)
+    assert (type(theirs).__name__, theirs.pad_token) == ("CLIPTokenizer", padding)
+    theirs.save_pretrained(tmp_path)
+    ours, again = Tokenizer(exported[0] / "tokenizer", 16), Tokenizer(tmp_path, 16)
+    for caption in ("a red boat!", "", "Two zebras; 12 words? or more!"):
+        ids = theirs(caption, padding="max_length", max_length=16, truncation=True)["input_ids"]
+        np.testing.assert_array_equal(ours(caption)[["tokenizer", "tokenizer_2"].index(name)], ids)
+        np.testing.assert_array_equal(again(caption), ours(caption))
 
 
 def test_in_again_bit_for_bit(exported):

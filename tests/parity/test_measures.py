@@ -70,15 +70,46 @@ def test_dino(name, files, tmp_path):
         assert ours == pytest.approx(cosines(theirs[:, 0]), abs=1e-4)
 
 
-def test_clip(files, tmp_path):
-    """Both towers from one folder, with a vocabulary of our making."""
-    size = write_vocabulary(tmp_path, ["a", "red", "dog"])
+def small_clip(folder):
+    """A CLIPModel of random weights for a vocabulary of our making, which is written to a folder."""
+    size = write_vocabulary(folder, ["a", "red", "dog"])
     tower = {"intermediate_size": 40, **SIZES}
     config = transformers.CLIPConfig(
         text_config=dict(vocab_size=size, max_position_embeddings=12, bos_token_id=size - 2,
                          eos_token_id=size - 1, **tower),
         vision_config=dict(image_size=224, patch_size=32, **tower), projection_dim=16)
-    model = oracles.randomised(transformers.CLIPModel, config)
+    return oracles.randomised(transformers.CLIPModel, config)
+
+
+@pytest.mark.parametrize("dtype, shard", [
+    (torch.float32, "1GB"), (torch.bfloat16, "1GB"), (torch.float16, "30KB"), (torch.bfloat16, "30KB")])
+@pytest.mark.parametrize("tokens", ["pair", "whole"])
+def test_clip_of_every_type_in_shards(dtype, shard, tokens, files, tmp_path):
+    """As transformers 5 saves it: perhaps in shards, with tokenizer.json alone."""
+    small_clip(tmp_path).to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard == "1GB"
+    tokenizer = transformers.CLIPTokenizer(
+        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    if tokens == "whole":
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "vocab.json").unlink()
+        (tmp_path / "merges.txt").unlink()
+    model = transformers.CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    image, text = encoders.load_clip(tmp_path, batch_size=2)
+    with torch.no_grad():
+        vision = model.visual_projection(
+            model.vision_model(pixels(CLIPImageProcessorPil(), files)).pooler_output)
+        ids = tokenizer(["a red dog"], padding="max_length", max_length=12, return_tensors="pt")
+        prompt = model.text_projection(model.text_model(**ids).pooler_output)
+    assert measured(scoring.SimilarityScorer(image), files)["clip_i"] == pytest.approx(
+        cosines(vision), abs=1e-4)
+    assert measured(scoring.PromptScorer(image, text), files, "a red dog")["clip_t"] == pytest.approx(
+        torch.nn.functional.cosine_similarity(prompt, vision[-1:]).item(), abs=1e-4)
+
+
+def test_clip(files, tmp_path):
+    """Both towers from one folder."""
+    model = small_clip(tmp_path)
     model.save_pretrained(tmp_path)
     image, text = encoders.load_clip(tmp_path, batch_size=2)
     inputs = pixels(CLIPImageProcessorPil(), files)

@@ -48,3 +48,14 @@ def test_ids_of_the_original(folder):
     assert first.tolist() == [49406, 320, 1125, 539, 320, 2368, 256] + [49407] * 5
     # For the second encoder "!" is what fills up, wherever it stands.
     assert second.tolist() == [49406, 320, 1125, 539, 320, 2368, 0, 49407] + [0] * 4
+
+
+@pytest.mark.parametrize("padding", ["<|endoftext|>", "!"])
+def test_one_file_is_the_same(folder, tmp_path, padding):
+    """A folder that transformers 5 saved, which has tokenizer.json alone."""
+    transformers.CLIPTokenizer.from_pretrained(folder, pad_token=padding).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists() and not (tmp_path / "merges.txt").exists()
+    expected, found = Tokenizer(folder, 77), Tokenizer(tmp_path, 77)
+    for prompt in PROMPTS:
+        np.testing.assert_array_equal(found(prompt), expected(prompt), err_msg=repr(prompt))
+        assert found.count(prompt) == expected.count(prompt)
