@@ -109,7 +109,7 @@ def open_model():
         if resolution is None:
             raise UserError(f"--workdir={name} does not say how large its pictures are; give "
                             "--resolution.")
-        return runs.load_folder(name), resolution
+        return runs.load_folder(name, inpainting=True), resolution
     run = runs.Run(name)
     return run.policy(), resolution or run.config.resolution
 

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user rather than of the program."""
+"""The exceptions that stand for a mistake of the user rather than of the program."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     Commands print its message on one line and exit with status 2, without a traceback. The
     message names the field or file, its value, and what would be right.
     """
+
+
+class MissingFiles(UserError):
+    """Files of a model are not on this machine; `plan`, which needs none, then takes SDXL's sizes."""

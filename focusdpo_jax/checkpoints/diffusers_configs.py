@@ -114,10 +114,12 @@ def read_unet(values, source):
     depths = _per_level(values.get("transformer_layers_per_block", 1), levels)
     widths = {*_per_level(values["layers_per_block"], levels)}
     known = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
-    if [known.get(name) for name in down] != list(reversed(up)) or len(widths) > 1:
+    uneven = len(widths) > 1 or not all(isinstance(depth, int) for depth in depths)
+    if [known.get(name) for name in down] != list(reversed(up)) or uneven:
         raise UserError(f"{source} describes a model of another kind than SDXL's: "
                         f"down_block_types = {down}, up_block_types = {up}, "
-                        f"layers_per_block = {values['layers_per_block']}")
+                        f"layers_per_block = {values['layers_per_block']}, "
+                        f"transformer_layers_per_block = {values.get('transformer_layers_per_block')}")
     heads = values.get("num_attention_heads") or values["attention_head_dim"]
     time_embed_dim = values["addition_time_embed_dim"]
     return UNetConfig(

@@ -26,13 +26,14 @@ from focusdpo_jax.checkpoints import (
     tensor_file,
     weight_files,
 )
-from focusdpo_jax.errors import UserError
+from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.files import read_json
 from focusdpo_jax.models import clip, vocabulary
-from focusdpo_jax.models.generator import GeneratorConfig
+from focusdpo_jax.models.generator import GeneratorConfig, check_parts
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
 ADAPTER = "ip_adapter.safetensors"
+_CLASS = "StableDiffusionXLPipeline"
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
           "text_encoder": "model", "text_encoder_2": "model", "image_encoder": "model"}
 _READERS = {"unet": diffusers_configs.read_unet, "vae": diffusers_configs.read_vae,
@@ -121,11 +122,14 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
       UserError: files are missing or damaged, or it is no SDXL.
     """
     folder = epath.Path(folder)
+    index = folder / "model_index.json"
+    index = read_json(index) if index.exists() else {}
+    _require_sdxl(folder, index)
     folders = part_folders(folder, image_encoder)
     missing = missing_files(folders, epath.Path(tokenizer or folder / "tokenizer"), folder,
                             variant)
     if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}. {FETCH}")
+        raise MissingFiles(f"{folder} lacks {', '.join(missing)}. {FETCH}")
     parts = {part: read_part_config(folders[part], part) for part in _READERS}
     index = folder / "model_index.json"
     index = read_json(index) if index.exists() else {}
@@ -137,10 +141,28 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
         noise = _read_config(scheduler, lambda values, source: diffusers_configs.read_scheduler(
             values | named, source))
     parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
+    try:
+        check_parts(**{name: config for name, config in parts.items() if name != "image_encoder"})
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     # What diffusers takes for granted where the file is silent.
     zeros = index.get("force_zeros_for_empty_prompt", True)
     return generator_config(parts, adapter or folder / ADAPTER, folders["image_encoder"],
                             zero_empty_prompt=zeros, **noise)
+
+
+def _require_sdxl(folder, index):
+    """Raises a UserError where a model_index.json, a dict, is that of another kind of pipeline."""
+    name = index.get("_class_name", _CLASS)
+    if _CLASS.removesuffix("Pipeline") not in str(name):
+        raise UserError(f"{folder} is a {name} (its model_index.json says so), and only SDXL is read: "
+                        f"give the folder of a {_CLASS}")
+    absent = [part for part in _STEMS if part != "image_encoder"
+              and (index.get(part, True) is None or index.get(part) == [None, None])]
+    if absent:
+        refiner = " (SDXL's refiner has no first one)" if absent == ["text_encoder"] else ""
+        raise UserError(f"{folder} has no {' and no '.join(absent)}{refiner}, as its model_index.json says: "
+                        "give the folder of an SDXL base model, which has both text encoders")
 
 
 def generator_config(parts, adapter, image_encoder, **others):
@@ -319,7 +341,7 @@ def save_surroundings(folder, config, tokenizer):
     projected = {part: "WithProjection" if getattr(config, part).projection_dim else ""
                  for part in ("text_encoder", "text_encoder_2", "image_encoder")}
     _write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusionXLPipeline",
+        "_class_name": _CLASS,
         "force_zeros_for_empty_prompt": config.zero_empty_prompt,
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDIMScheduler"],

@@ -84,5 +84,7 @@ def load_config(folder):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}). Point "
                         "config.model.pretrained to a folder that has a model.json.") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from error

@@ -13,7 +13,7 @@ import dataclasses
 from etils import epath
 
 from focusdpo_jax.checkpoints import diffusers_folder, model_folder, single_file, tensor_file
-from focusdpo_jax.errors import UserError
+from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.models import vocabulary
 
 _OWN = "toybox"  # Ships with this package.
@@ -142,7 +142,7 @@ def locate(fields, shipped, prediction_type=""):
             problems.append(f"config.model.{field} = {name!r}: no such file or folder, nor in the "
                             "hub's cache of this machine")
     if problems:
-        raise UserError(f"{'; '.join(problems)}. {diffusers_folder.FETCH} (Or give {_OWN!r}, "
+        raise MissingFiles(f"{'; '.join(problems)}. {diffusers_folder.FETCH} (Or give {_OWN!r}, "
                         "which ships with this package.)")
     pretrained = Pretrained(found.pop("pretrained"), **found)
     path, given = pretrained.path, [field for field in found if found[field] is not None]

@@ -19,7 +19,7 @@ from focusdpo_jax.checkpoints import (
     pytorch_names,
     tensor_file,
 )
-from focusdpo_jax.errors import UserError
+from focusdpo_jax.errors import MissingFiles
 from focusdpo_jax.models.clip import CLIPTextConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
@@ -53,12 +53,12 @@ def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None, predi
     missing = [f"config.model.{field}" for field, folder
                in (("image_encoder", image_encoder), ("tokenizer", tokenizer)) if folder is None]
     if missing:
-        raise UserError(f"{path} is a single file, which has neither image encoder nor tokenizer: "
+        raise MissingFiles(f"{path} is a single file, which has neither image encoder nor tokenizer: "
                         f"give {' and '.join(missing)}. {diffusers_folder.FETCH}")
     missing = diffusers_folder.missing_files({"image_encoder": epath.Path(image_encoder)},
                                              epath.Path(tokenizer))
     if missing:
-        raise UserError(f"{path} needs {', '.join(missing)}. {diffusers_folder.FETCH}")
+        raise MissingFiles(f"{path} needs {', '.join(missing)}. {diffusers_folder.FETCH}")
     parts = SDXL | {"image_encoder": diffusers_folder.read_part_config(
         epath.Path(image_encoder), "image_encoder")}
     noise = prediction(prediction_type) if prediction_type else _prediction_of(path)

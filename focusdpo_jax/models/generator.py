@@ -48,6 +48,26 @@ TRAINABLE = {
 
 # Fields of GeneratorConfig that model.json had not always.
 _NEWER = {"timestep_spacing", "steps_offset", "set_alpha_to_one"}
+def check_parts(unet, vae, text_encoder, text_encoder_2):
+    """Raises a UserError where parts, given by their configurations, are not of one generator.
+
+    Which channels the UNet reads besides latents is left to whoever uses it
+    (`GeneratorConfig.further_channels`).
+    """
+    width = text_encoder.hidden_size + text_encoder_2.hidden_size
+    for name, value, theirs, given in (
+            ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
+            ("unet.cross_attention_dim", unet.cross_attention_dim,
+             "text_encoder.hidden_size + text_encoder_2.hidden_size", width),
+            ("unet.pooled_dim", unet.pooled_dim, "text_encoder_2.projection_dim",
+             text_encoder_2.projection_dim),
+            ("vae.in_channels", vae.in_channels, "the channels of a picture", 3)):
+        if value != given:
+            raise UserError(f"{name} = {value}, but {theirs} = {given}: take parts that belong to one "
+                            "SDXL model")
+    if unet.in_channels < vae.latent_channels:
+        raise UserError(f"unet.in_channels = {unet.in_channels}, but vae.latent_channels = "
+                        f"{vae.latent_channels}: take parts that belong to one SDXL model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +99,7 @@ class GeneratorConfig:
 
     def __post_init__(self):
         self.spacing  # Refuses an unknown one.
+        check_parts(self.unet, self.vae, self.text_encoder, self.text_encoder_2)
         encoder, adapter = self.image_encoder, self.adapter
         pooled = adapter.kind == "projection"
         given = encoder.projection_dim if pooled else encoder.hidden_size
@@ -103,6 +124,11 @@ class GeneratorConfig:
         """The `samplers.Spacing` that pictures are drawn with."""
         name = self.timestep_spacing or ("trailing" if self.zero_terminal_snr else "leading")
         return Spacing(name, self.steps_offset, self.set_alpha_to_one)
+
+    @property
+    def further_channels(self):
+        """Channels that the UNet reads besides the latents: 0 of SDXL base, 5 of an inpainting UNet."""
+        return self.unet.in_channels - self.vae.latent_channels
 
     def to_json(self):
         """The configuration as JSON text, which `from_json` reads back.

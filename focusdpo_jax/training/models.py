@@ -21,7 +21,7 @@ from focusdpo_jax.checkpoints import (
     tensor_file,
 )
 from focusdpo_jax.data import toybox
-from focusdpo_jax.errors import UserError
+from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
 from focusdpo_jax.models.tokenizer import Tokenizer
@@ -81,29 +81,38 @@ def generator_config(config):
     """The `GeneratorConfig` of a configuration, from the configuration files of its model.
 
     Raises:
-      UserError: files are missing or damaged, or parts do not fit together.
+      UserError: files are missing or damaged, parts do not fit together, or the UNet reads more than
+        latents.
     """
-    return _open(config_rules.complete(config))[1]
+    config = config_rules.complete(config)
+    sizes = _open(config)[1]
+    _require_latents_alone(config, sizes)
+    return sizes
 
 
-def load_model(config, place=None):
+def load_model(config, place=None, *, inpainting=False):
     """Reads `config.model.pretrained`, or makes a model of `config.model.sizes` at random.
 
     `open_model` and `load_parts` in one.
     """
-    model = open_model(config)
+    model = open_model(config, inpainting=inpainting)
     return model.with_parameters(load_parts(config, PARTS, place))
 
 
-def open_model(config):
+def open_model(config, *, inpainting=False):
     """The model of a configuration without its generator's parameters, which are not read.
 
+    Args:
+      inpainting: whether the UNet may read more than latents, as one for inpainting does.
+
     Raises:
-      UserError: the folder or one of its files is missing, damaged or of other sizes, or the
-        vocabulary is not that of the text encoders.
+      UserError: the folder or one of its files is missing, damaged or of other sizes, the vocabulary is
+        not that of the text encoders, or the UNet reads more than it is given.
     """
     config = config_rules.complete(config)
     source, sizes, _ = _open(config)
+    if not inpainting:
+        _require_latents_alone(config, sizes)
     generator = Generator(sizes, jnp.dtype(config.dtype))
     length = sizes.text_encoder.max_length
     if source is None:
@@ -253,21 +262,38 @@ def _as_configured(sizes, config):
         remat=config.model.remat, scan_layers=config.model.scan_layers))
 
 
+def _require_latents_alone(config, sizes):
+    """Raises a UserError where a UNet reads more than latents, whom training and drawing cannot feed."""
+    if not sizes.further_channels:
+        return
+    channels = sizes.vae.latent_channels
+    kinds = {channels + 1: "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. ",
+             channels: "One of those edits pictures (InstructPix2Pix). "}
+    raise UserError(f"{config.model.pretrained or 'config.model.sizes'}: its UNet reads "
+                    f"{sizes.unet.in_channels} channels (in_channels of its configuration), and not the "
+                    f"{channels} of the latents alone. {kinds.get(sizes.further_channels, '')}"
+                    f"Give a model whose UNet reads {channels}.")
+
+
 def abstract_model(config, mesh):
     """The generator of a configuration, and its parameters as shapes with shardings.
 
-    Where `config.model.pretrained` is not on this machine the sizes are SDXL's, with the adapter that
-    `config.model.adapter` seems to name (`published.adapter_sizes`).
+    Where `config.model.pretrained` is not on this machine, or not all of it, the sizes are SDXL's, with the
+    adapter that `config.model.adapter` seems to name (`published.adapter_sizes`).
+
+    Raises:
+      UserError: the files that are here are no SDXL, or the UNet reads more than latents.
     """
     config = config_rules.complete(config)
     try:
         source = _locate(config)
         sizes = source.config() if source else GeneratorConfig.from_dict(
             config.model.sizes.to_dict())
-    except UserError as error:
+    except MissingFiles as error:
         logging.warning("%s Planning for SDXL.", str(error).partition(". ")[0] + ".")
         adapter, image_encoder = published.adapter_sizes(config.model.adapter)
         sizes = GeneratorConfig(**single_file.SDXL, image_encoder=image_encoder, adapter=adapter)
+    _require_latents_alone(config, sizes)
     sizes = _as_configured(sizes, config)
     generator = Generator(sizes, jnp.dtype(config.dtype))
     parameters = {}

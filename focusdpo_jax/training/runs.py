@@ -13,10 +13,14 @@ from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.state import create_state, make_optimizer
 
 
-def load_folder(name):
-    """The `Model` of a folder with a model.json, or of one that ships with the package."""
+def load_folder(name, *, inpainting=False):
+    """The `Model` of a folder with a model.json, or of one that ships with the package.
+
+    Args:
+      inpainting: whether its UNet may be one for inpainting, which reads more than latents.
+    """
     return models.load_model(ml_collections.ConfigDict(
-        {"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}}))
+        {"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}}), inpainting=inpainting)
 
 
 class Run:

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 
 pytest.importorskip("torch", reason="the files are PyTorch's")
 diffusers = pytest.importorskip("diffusers", reason="the files are diffusers'")
@@ -28,13 +31,16 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
 )
 from focusdpo_jax.config import RULES  # noqa: E402
 from focusdpo_jax.diffusion.samplers import Spacing, sampling_timesteps  # noqa: E402
+from focusdpo_jax.disruption.inpainting import Inpainter  # noqa: E402
 from focusdpo_jax.errors import UserError  # noqa: E402
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from focusdpo_jax.models.generator import PARTS, Generator  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402
 from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
+from focusdpo_jax.sharding import mesh as meshes  # noqa: E402
 from focusdpo_jax.training import models as training_models  # noqa: E402
+from focusdpo_jax.training import preflight, runs  # noqa: E402
 from focusdpo_jax.training.models import shipped  # noqa: E402
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, pipeline, test_unet  # noqa: E402
@@ -318,3 +324,119 @@ def test_damaged_configurations_are_named(folder):
         path.write_text(text)
         with pytest.raises(UserError, match=f"vae/config.json .*{reason}"):
             diffusers_folder.load_config(folder)
+
+
+@pytest.fixture(scope="module")
+def channels(tmp_path_factory):
+    """channels(n): a pipeline whose UNet reads n channels."""
+    made = {}
+
+    def make(count):
+        if count not in made:
+            made[count] = tmp_path_factory.mktemp(f"channels{count}")
+            parts = pipeline.parts(write_vocabulary(made[count] / "words", pipeline.WORDS))
+            parts["unet"] = test_unet.peer(dataclasses.replace(test_unet.SMALL, in_channels=count))
+            pipeline.save(made[count], parts)
+        return made[count]
+
+    return make
+
+
+def config_of(folder):
+    """configs/sdxl_dpo.py on a pipeline."""
+    config = tiny.load_config("sdxl_dpo", "")
+    config.update_from_flattened_dict({"model.pretrained": str(folder), "resolution": 32})
+    return config
+
+
+REFUSED = {
+    9: "its UNet reads 9 channels (in_channels of its configuration), and not the 4 of the latents alone. "
+       "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. Give a model whose UNet "
+       "reads 4.",
+    8: "its UNet reads 8 channels (in_channels of its configuration), and not the 4 of the latents alone. "
+       "One of those edits pictures (InstructPix2Pix). Give a model whose UNet reads 4."}
+
+
+@pytest.mark.parametrize("count", REFUSED)
+def test_unets_that_read_more_than_latents(count, channels):
+    """Whoever draws or trains refuses them: sample and evaluate, main, plan."""
+    folder = channels(count)
+    config = config_of(folder)
+    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    for use in (lambda: runs.load_folder(folder), lambda: training_models.load_model(config),
+                lambda: preflight.check(config), lambda: training_models.abstract_model(config, mesh)):
+        with pytest.raises(UserError) as error:
+            use()
+        assert str(error.value) == f"{folder}: {REFUSED[count]}"
+
+
+@pytest.mark.parametrize("command, arguments", [
+    ("sample", ["--prompt=a red boat", "--resolution=32"]),
+    ("evaluate", ["--config={root}/configs/toybox_dpo.py", "--output={folder}/out", "--limit=1"]),
+    ("plan", ["--config={root}/configs/sdxl_dpo.py", "--config.model.pretrained={folder}"]),
+    ("main", ["--config={root}/configs/sdxl_dpo.py", "--config.model.pretrained={folder}"])])
+def test_commands_refuse_an_inpainting_unet_in_one_line(command, arguments, channels, tmp_path):
+    folder = channels(9)
+    where = [] if command == "plan" else [f"--workdir={folder if command != 'main' else tmp_path / 'run'}"]
+    result = subprocess.run(
+        [sys.executable, "-m", f"focusdpo_jax.{command}", *where,
+         *(argument.format(root=tiny.ROOT, folder=folder) for argument in arguments)],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert errors == [f"error: {folder}: {REFUSED[9]}"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_disruption_takes_unets_of_both_kinds(channels):
+    """Of 9 channels and of 4; one of 8 it refuses."""
+    how = {"resolution": 32, "steps": 1, "strength": 1.0, "guidance": 1.0, "batch_size": 1}
+    for count in (9, 4, 8):
+        model = runs.load_folder(channels(count), inpainting=True)
+        if count == 8:
+            with pytest.raises(UserError, match="the UNet reads 8 channels; disruption needs one that reads"):
+                Inpainter(model, **how)
+            continue
+        picture, mask = np.full((32, 32, 3), 128, np.uint8), np.zeros((32, 32), bool)
+        mask[8:24, 8:24] = True
+        drawn, _ = Inpainter(model, **how).draw(picture, mask, "a red boat", [0])
+        assert np.any(drawn[0][mask] != 128) and np.all(drawn[0][~mask] == 128)
+
+
+@pytest.mark.parametrize("index, message", [
+    ({"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline .its model_index.json says so., "
+                                                 "and only SDXL is read"),
+    ({"_class_name": "KolorsPipeline"}, "is a KolorsPipeline"),
+    ({"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
+    ({"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
+     r"has no text_encoder \(SDXL's refiner has no first one\), as its model_index.json says")])
+def test_pipelines_of_other_kinds_are_named(folder, index, message):
+    """Before anything is said of files that those have no reason to have."""
+    shutil.rmtree(folder / "text_encoder")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for use in (lambda: runs.load_folder(folder), lambda: training_models.generator_config(config_of(folder)),
+                lambda: training_models.abstract_model(config_of(folder), None)):
+        with pytest.raises(UserError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("part, fields, message", [
+    ("unet", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep' .not None"),
+    ("unet", {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim = 4096 .not None"),
+    ("unet", {"transformer_layers_per_block": [1, [1, 2]]}, r"transformer_layers_per_block = \[1, \[1, 2\]\]"),
+    ("unet", {"cross_attention_dim": 2048}, r"unet.cross_attention_dim = 2048, but text_encoder.hidden_size \+ "
+                                            r"text_encoder_2.hidden_size = 24: take parts that belong to one"),
+    ("unet", {"in_channels": 3}, "unet.in_channels = 3, but vae.latent_channels = 4"),
+    ("unet", {"out_channels": 8}, "unet.out_channels = 8, but vae.latent_channels = 4"),
+    ("vae", {"latent_channels": 16}, "unet.out_channels = 4, but vae.latent_channels = 16"),
+    ("vae", {"in_channels": 4, "out_channels": 4}, "vae.in_channels = 4, but the channels of a picture = 3"),
+    ("vae", {"shift_factor": 0.1159}, "shift_factor = 0.1159 .not None"),
+    ("text_encoder_2", {"projection_dim": 768}, "unet.pooled_dim = 20, but text_encoder_2.projection_dim = 768"),
+    ("text_encoder", {"hidden_size": 1024}, "unet.cross_attention_dim = 24, but .* = 1040")])
+def test_other_anatomies_are_named(folder, part, fields, message):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    for use in (lambda: runs.load_folder(folder), lambda: training_models.abstract_model(config_of(folder), None)):
+        with pytest.raises(UserError, match=message):
+            use()
