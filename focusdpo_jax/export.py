@@ -17,14 +17,24 @@ _WHOLE = flags.DEFINE_bool(
     "whole", False, "Also write the parts that the run did not train, so that the folder is a "
     "complete pipeline.")
 
+_CHECK = flags.DEFINE_bool(
+    "check", False, "Then open what was written with diffusers, as the README.md says, draw one picture "
+    "there and one here from the same noise, and print how far they differ; more than 2/255 is an error. "
+    "Needs diffusers and PyTorch (and PEFT for LoRA), which nothing else here does. Exports without "
+    "--whole are checked on the model that the run started from.")
+
 
 def main():
-    """Flags, then `run_export.export_run`."""
+    """Flags, then `run_export.export_run` and `export_check.check`."""
     from focusdpo_jax.checkpoints import run_export  # After the flags, so that --help is quick.
-    run_export.export_run(_WORKDIR.value, _OUTPUT.value, whole=_WHOLE.value)
+    names = run_export.export_run(_WORKDIR.value, _OUTPUT.value, whole=_WHOLE.value)
+    if _CHECK.value:
+        from focusdpo_jax.evaluation import export_check
+        print(export_check.describe(export_check.check(
+            _WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value)))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Nothing is computed.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Little is computed, if anything.
     flags.mark_flags_as_required(["workdir", "output"])
     command.run(main)

@@ -7,6 +7,7 @@
     ...                                     the other parts (see diffusers_folder), where asked for
 """
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -93,7 +94,9 @@ def _write(folder, output, names, config, resolution):
 
 
 def _part(folder, name):
-    tree = model_folder.load_part(folder, name)
+    """A part in float32, whatever mixture the run kept it in: pipelines need one type, and what was trained is
+    float32."""
+    tree = model_folder.load_part(folder, name, dtype=np.float32)
     if tree is None:
         raise UserError(f"{folder / name}.safetensors is missing; run the training's command "
                         "again to write it.")

@@ -1,7 +1,10 @@
 """What a run exports, loaded by diffusers and read again by us."""
 
 import dataclasses
+import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +29,8 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
     run_export,
     tensor_file,
 )
+from focusdpo_jax.errors import UserError  # noqa: E402
+from focusdpo_jax.evaluation import export_check  # noqa: E402
 from focusdpo_jax.evaluation.generate import make_generate  # noqa: E402
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig  # noqa: E402
@@ -43,14 +48,19 @@ VISION = CLIPVisionConfig(image_size=20, patch_size=5, hidden_size=14, num_layer
 # Depth 4 and heads of 64 channels are what diffusers' loader takes for granted.
 ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=4,
                                num_heads=2, head_dim=64, dropped="blank")
-RUN = {"objective": "focus_dpo", "trainable": "full", "resolution": 32, "steps": 4,
-       "model": {"pretrained": "toybox"}, "data": {"path": "data", "seed": 7, "train_size": 12}}
+RUN = {"objective": "focus_dpo", "trainable": "full", "resolution": 32, "steps": 4, "seed": 0,
+       "model": {"pretrained": "toybox", "lora_rank": 0},
+       "data": {"path": "data", "seed": 7, "train_size": 12}}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A finished run of random weights with low-rank updates, and its whole export."""
-    folder = tmp_path_factory.mktemp("run")
+    return export_of(tmp_path_factory.mktemp("run"))
+
+
+def export_of(folder, dtype="float32"):
+    """The export of a run in `folder`, which keeps its parameters as one of that type does."""
     size = write_vocabulary(folder / "model" / "tokenizer", ["a", "red", "boat"])
     text = dict(vocab_size=size, eos_token_id=size - 1, **TEXT)
     config = GeneratorConfig(
@@ -62,10 +72,14 @@ def exported(tmp_path_factory):
         zero_terminal_snr=True)
     shapes = examples(config)
     parameters = {part: random_tree(shapes[part], seed) for seed, part in enumerate(PARTS)}
+    run = ml_collections.ConfigDict({"dtype": dtype, "trainable": "adapter"})
+    parameters = {part: traverse_util.unflatten_dict({
+        path: leaf.astype(models.stored_type(run, (part, *path), leaf.shape))
+        for path, leaf in traverse_util.flatten_dict(tree).items()}) for part, tree in parameters.items()}
     for part, tree in parameters.items():
         model_folder.save_part(folder / "model", part, tree)
     model_folder.save_config(folder / "model", config)
-    (folder / "config.json").write_text(json.dumps(RUN))
+    (folder / "config.json").write_text(json.dumps(RUN | {"dtype": dtype}))
     (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n')
     names = run_export.export_run(folder, folder / "out", whole=True)
     assert names == (*PARTS, "lora")
@@ -229,6 +243,102 @@ def test_the_same_picture(exported):
                      np.float32([[32, 32, 0, 0, 32, 32]]), view, np.ones((1, 1), bool), noise)
     assert np.std(expected) > 0.05
     assert np.abs(np.float32(found[0]) - np.round(255 * expected)).mean() < 0.02
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """As `exported`, of a run in bfloat16, whose vectors and adapter are float32."""
+    return export_of(tmp_path_factory.mktemp("mixed"), "bfloat16")
+
+
+def test_a_bfloat16_run_is_exported_in_one_type(mixed):
+    """The line of the card draws; nothing that was trained is rounded."""
+    out, _, parameters = mixed
+    kept = {str(leaf.dtype) for leaf in jax.tree.leaves(parameters["unet"])}
+    assert kept == {"float32", "bfloat16"}
+    for path in out.rglob("*.safetensors"):
+        tensors, _ = tensor_file.read(path)
+        assert {str(tensor.dtype) for tensor in tensors.values()} == {"float32"}, path
+    theirs = oracles.tensors_of(diffusers.UNet2DConditionModel.from_pretrained(out, subfolder="unet"))
+    for name, value in pytorch_names.from_flax(parameters["unet"]).items():
+        if "lora_" not in name and "_ip." not in name:
+            np.testing.assert_array_equal(theirs[name], np.asarray(value, np.float32))
+    card = (out / "README.md").read_text()
+    assert "All weights are float32, though the run computed in bfloat16; with `torch_dtype=" in card
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_the_cards_line_draws(mixed, dtype):
+    """Of a bfloat16 run, as it stands there and with a type that users give."""
+    pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+    out, config, parameters = mixed
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out, **({"torch_dtype": dtype} if dtype else {}))
+    pipe.load_ip_adapter(out, subfolder="", weight_name=diffusers_folder.ADAPTER, image_encoder_folder=None)
+    pipe.load_lora_weights(out)
+    pipe.set_progress_bar_config(disable=True)
+    reference = Image.fromarray(np.random.default_rng(4).integers(0, 256, (20, 20, 3), np.uint8))
+    with torch.no_grad():
+        picture = pipe("a red boat", ip_adapter_image=reference, num_inference_steps=2, height=32, width=32,
+                       output_type="np").images[0]
+    assert picture.shape == (32, 32, 3) and np.isfinite(picture).all() and picture.std() > 0.01
+
+
+def spoil(path, name):
+    """Changes one tensor of a file as a wrong layout would: its rows in reverse."""
+    tensors, metadata = tensor_file.read(path)
+    tensors = {key: np.asarray(value) for key, value in tensors.items()}
+    tensors[name] = tensors[name][::-1].copy()
+    tensor_file.write(path, tensors, {k: v for k, v in metadata.items() if k != "format"})
+
+
+@pytest.mark.parametrize("kind", ["exported", "mixed"])
+def test_check_of_a_whole_export(kind, request, tmp_path):
+    """With everything in it; a spoilt tensor of any part shows."""
+    pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+    out, names = request.getfixturevalue(kind)[0], (*PARTS, "lora")
+    found = export_check.check(out.parent, out, names, whole=True)
+    assert found.reference and found.largest <= 1 and found.mean < 0.02
+    assert export_check.describe(found).startswith("checked: diffusers draws the same picture with a reference, "
+                                                   f"largest difference {found.largest}/255, mean 0")
+    for file, tensor in (("unet/diffusion_pytorch_model.safetensors", "conv_in.weight"),
+                         ("ip_adapter.safetensors", "image_proj.proj_in.weight"),
+                         ("pytorch_lora_weights.safetensors",
+                          "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"))[
+                             :3 if kind == "mixed" else 1]:
+        copy = tmp_path / file.replace("/", "_")
+        shutil.copytree(out, copy)
+        spoil(copy / file, tensor)
+        with pytest.raises(UserError, match=r"one picture differs by up to \d+/255, .*/255 in the mean") as error:
+            export_check.check(out.parent, copy, names, whole=True)
+        assert int(re.search(r"up to (\d+)/255", str(error.value))[1]) > 2
+
+
+def test_check_of_files_that_diffusers_cannot_open(exported, tmp_path):
+    out = exported[0]
+    shutil.copytree(out, tmp_path / "copy")
+    (tmp_path / "copy/vae/config.json").unlink()
+    with pytest.raises(UserError, match=r"--check: diffusers [\d.]+ cannot open .*copy: \w+: .*config.json"):
+        export_check.check(out.parent, tmp_path / "copy", PARTS, whole=True)
+
+
+def test_check_needs_packages(exported, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else 1)
+    with pytest.raises(UserError, match="--check draws with diffusers, .*; diffusers is not installed here: pip"):
+        export_check.check(exported[0].parent, exported[0], PARTS, whole=True)
+
+
+def test_check_of_what_diffusers_cannot_know(exported, tmp_path):
+    """An adapter of another depth is not for diffusers, and there is nothing else to draw."""
+    run = tmp_path / "run"
+    shutil.copytree(exported[0].parent / "model", run / "model")
+    config = json.loads((run / "model/model.json").read_text())
+    config["adapter"]["kind"], config["adapter"]["dropped"] = "resampler", "absent"
+    config["adapter"]["expansion"] = 2
+    (run / "model/model.json").write_text(json.dumps(config))
+    (run / "model/adapter.safetensors").unlink()
+    (run / "config.json").write_text(json.dumps(RUN | {"trainable": "adapter"}))
+    with pytest.raises(UserError, match=r"--check: the subject adapter has expansion = 2 \(not 4\), so that"):
+        export_check.check(run, tmp_path, ("adapter",), whole=False)
 
 
 @pytest.mark.parametrize("trainable, files", [

@@ -1,6 +1,7 @@
 """configs/sdxl_dpo.py on files of diffusers and transformers: train, draw, export."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
     tensor_file,
 )
 from focusdpo_jax.errors import UserError  # noqa: E402
+from focusdpo_jax.evaluation import export_check  # noqa: E402
 from focusdpo_jax.models import stacking  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import write_vocabulary  # noqa: E402
@@ -153,6 +155,22 @@ def test_diffusers_loads_what_was_trained(files, finished, tmp_path):
     assert theirs.keys() == unet.keys() | ours.keys()
     for name, value in (unet | ours).items():
         np.testing.assert_array_equal(theirs[name], value, err_msg=name)
+
+
+def test_the_command_checks_what_it_wrote(finished, tmp_path):
+    """An adapter of a bfloat16 run, on the pipeline that the run started from."""
+    result = subprocess.run(
+        [sys.executable, "-m", "focusdpo_jax.export", f"--workdir={finished}", f"--output={tmp_path / 'out'}",
+         "--check"], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r"^checked: diffusers draws the same picture with a reference, largest difference [01]/255, "
+                     r"mean 0[.\d]*/255$", result.stdout, re.MULTILINE), result.stdout
+    path = tmp_path / "out" / diffusers_folder.ADAPTER
+    tensors = {name: np.asarray(value) for name, value in tensor_file.read(path)[0].items()}
+    tensors["image_proj.norm_out.weight"] = -tensors["image_proj.norm_out.weight"]
+    tensor_file.write(path, tensors)
+    with pytest.raises(UserError, match="one picture differs by up to"):
+        export_check.check(finished, tmp_path / "out", ("adapter",), whole=False)
 
 
 def test_one_file_is_the_same_model(files, monkeypatch, tmp_path):

@@ -1,0 +1,171 @@
+"""Whether diffusers draws of an export what the run draws: `export --check`.
+
+One picture is drawn by diffusers, from the files as their model card says, and one here, by the run's own
+model, from the same noise, prompt, reference, scheduler and steps, both in float32. PyTorch and diffusers are
+imported here and nowhere else in the package.
+"""
+
+import dataclasses
+import importlib.util
+import tempfile
+
+import jax
+import numpy as np
+from etils import epath
+
+from focusdpo_jax.checkpoints import diffusers_folder, ip_adapter, run_export
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.evaluation.generate import make_generate, scene_noise
+from focusdpo_jax.models.generator import PARTS
+from focusdpo_jax.training import runs
+
+LARGEST = 2
+"""Of a value of a picture, in 1/255: a larger difference is no rounding."""
+
+_PROMPT, _STEPS, _SEED = "a star and a ball on grass", 4, 0
+_NEEDS = ("--check draws with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
+          "pip install 'focusdpo_jax[test]', or leave --check out.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of two pictures, in 1/255.
+
+    Attributes:
+      largest, mean: of the absolute differences of all values.
+      reference: whether the image adapter took part.
+    """
+
+    largest: int
+    mean: float
+    reference: bool
+
+
+def check(workdir, output, names, *, whole):
+    """Draws one picture with diffusers and one here.
+
+    Args:
+      workdir: folder of the run.
+      output: folder of its export.
+      names: what was written, as `run_export.export_run` returns it.
+      whole: whether the folder is a complete pipeline. Of other exports the rest is what the run started
+        from.
+
+    Returns:
+      A `Difference`.
+
+    Raises:
+      UserError: a package is missing, diffusers cannot open or draw the files, they have nothing that can be
+        drawn, or the pictures differ by more than `LARGEST` somewhere.
+    """
+    _require_packages(names)
+    run = runs.Run(workdir)
+    with run.config.unlocked():
+        run.config.dtype = "float32"
+    model = run.policy()
+    config = model.generator.config
+    reads = "adapter" in names and ip_adapter.unreadable(config.adapter) is None
+    if not reads and not whole and set(names) <= {"adapter"}:
+        raise UserError(f"--check: {ip_adapter.unreadable(config.adapter)}, so that diffusers cannot draw with "
+                        f"{epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check")
+    resolution = run.config.resolution
+    noise = scene_noise(_SEED, [0], model.generator.latent_shape(resolution))
+    size = config.image_encoder.image_size
+    reference = _smooth_picture(size) if reads else None
+    # An adapter that knows no blank image is guided otherwise in diffusers (docs/checkpoints.md).
+    guidance = 1.0 if reads and config.adapter.dropped == "absent" else 4.0
+    with tempfile.TemporaryDirectory() as scratch:
+        pipe = _open(epath.Path(output), epath.Path(scratch), names, whole, run, model, reads)
+        theirs = _draw_theirs(pipe, output, np.asarray(noise), reference, resolution, guidance)
+    generate = make_generate(model.generator, steps=_STEPS, guidance=guidance,
+                             negative_token_ids=model.tokenizer(""))
+    shown = np.full((size, size, 3), 255, np.uint8) if reference is None else reference
+    view = jax.jit(model.generator.view)(model.parameters, shown[None, None] / np.float32(255))
+    ours = np.asarray(generate(
+        model.parameters, model.tokenizer(_PROMPT)[None],
+        np.float32([[resolution, resolution, 0, 0, resolution, resolution]]), view,
+        np.array([[reads]]), noise))[0]
+    apart = np.abs(ours.astype(np.int32) - theirs)
+    found = Difference(int(apart.max()), float(apart.mean()), reads)
+    if found.largest > LARGEST:
+        raise UserError(f"--check: diffusers draws of {output} something else than the run: one picture differs by "
+                        f"up to {found.largest}/255, {found.mean:.3g}/255 in the mean; up to {LARGEST}/255 is "
+                        "rounding. The files do not hold what was trained, or diffusers reads them otherwise: "
+                        "export again, and report it if it stays.")
+    return found
+
+
+def _require_packages(names):
+    for package in ("torch", "diffusers", *(("peft",) if run_export.LORA in names else ())):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(_NEEDS.format(package))
+
+
+def _smooth_picture(size):
+    """uint8 [size, size, 3] of a few colours, the same at every call."""
+    draw = np.random.default_rng(_SEED)
+    cells = draw.integers(0, 256, (4, 4, 3), np.uint8)
+    side = -(-size // 4)
+    return np.repeat(np.repeat(cells, side, 0), side, 1)[:size, :size]
+
+
+def _open(output, scratch, names, whole, run, model, reads):
+    """The pipeline, opened as the model card says (`model_card`)."""
+    import diffusers
+    parts = {} if whole or "unet" not in names else {
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(output, subfolder="unet")}
+    try:
+        base = output if whole else _base(scratch, run, model)
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(base, **parts)
+        if reads:
+            pipe.load_ip_adapter(output, subfolder="", weight_name=diffusers_folder.ADAPTER,
+                                 image_encoder_folder=None)
+        if run_export.LORA in names:
+            pipe.load_lora_weights(output)
+    except UserError:
+        raise
+    except Exception as error:  # What diffusers raises over files is not documented.
+        raise UserError(f"--check: diffusers {diffusers.__version__} cannot open {output}: "
+                        f"{_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _base(scratch, run, model):
+    """The model that the run started from, written as a pipeline without its image adapter."""
+    base = run.base()
+    config = base.generator.config
+    for part in PARTS:
+        if part != "adapter":
+            diffusers_folder.save_part(scratch, part, base.parameters[part], config, run.config.resolution)
+    # The scheduler is the trained model's, as everything here that a card does not speak of.
+    diffusers_folder.save_surroundings(scratch, model.generator.config, model.tokenizer)
+    return scratch
+
+
+def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
+    """int32 [H, W, 3] of a pipeline."""
+    import diffusers
+    import torch
+    from PIL import Image
+    shown = {} if reference is None else {"ip_adapter_image": Image.fromarray(reference)}
+    try:
+        with torch.no_grad():
+            picture = pipe(_PROMPT, **shown, height=resolution, width=resolution, num_inference_steps=_STEPS,
+                           guidance_scale=guidance, output_type="np",
+                           latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy())).images[0]
+    except Exception as error:
+        raise UserError(f"--check: diffusers {diffusers.__version__} opens {output}, but cannot draw with it: "
+                        f"{_line(error)}") from error
+    return np.round(picture * 255).astype(np.int32)
+
+
+def _line(error):
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def describe(found):
+    """One line about a `Difference` that is small enough."""
+    return (f"checked: diffusers draws the same picture {'with' if found.reference else 'without'} a reference, "
+            f"largest difference {found.largest}/255, mean {found.mean:.3g}/255")
