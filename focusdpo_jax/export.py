@@ -31,7 +31,7 @@ def main():
     if _CHECK.value:
         from focusdpo_jax.evaluation import export_check
         print(export_check.describe(export_check.check(
-            _WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value)))
+            _WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value), names))
 
 
 if __name__ == "__main__":

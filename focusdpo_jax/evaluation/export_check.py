@@ -16,13 +16,13 @@ from etils import epath
 from focusdpo_jax.checkpoints import diffusers_folder, ip_adapter, run_export
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate, scene_noise
-from focusdpo_jax.models.generator import PARTS
+from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
 from focusdpo_jax.training import runs
 
 LARGEST = 2
 """Of a value of a picture, in 1/255: a larger difference is no rounding."""
 
-_PROMPT, _STEPS, _SEED = "a star and a ball on grass", 4, 0
+_PROMPT, _STEPS, _SEED = "a star on grass", 4, 0
 _NEEDS = ("--check draws with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
           "pip install 'focusdpo_jax[test]', or leave --check out.")
 
@@ -62,12 +62,18 @@ def check(workdir, output, names, *, whole):
     run = runs.Run(workdir)
     with run.config.unlocked():
         run.config.dtype = "float32"
-    model = run.policy()
+    model, base = run.policy(), None
     config = model.generator.config
     reads = "adapter" in names and ip_adapter.unreadable(config.adapter) is None
     if not reads and not whole and set(names) <= {"adapter"}:
         raise UserError(f"--check: {ip_adapter.unreadable(config.adapter)}, so that diffusers cannot draw with "
                         f"{epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check")
+    if not whole:
+        # What was not trained as the base has it: a bfloat16 run has rounded it.
+        base = run.base()
+        trained, _ = split_parameters(model.parameters, run.config.trainable)
+        _, rest = split_parameters(base.parameters, run.config.trainable)
+        model = model.with_parameters(merge_parameters(trained, rest))
     resolution = run.config.resolution
     noise = scene_noise(_SEED, [0], model.generator.latent_shape(resolution))
     size = config.image_encoder.image_size
@@ -75,7 +81,9 @@ def check(workdir, output, names, *, whole):
     # An adapter that knows no blank image is guided otherwise in diffusers (docs/checkpoints.md).
     guidance = 1.0 if reads and config.adapter.dropped == "absent" else 4.0
     with tempfile.TemporaryDirectory() as scratch:
-        pipe = _open(epath.Path(output), epath.Path(scratch), names, whole, run, model, reads)
+        if base is not None:
+            _write_base(epath.Path(scratch), base, config, resolution)
+        pipe = _open(epath.Path(output), epath.Path(scratch) if base else epath.Path(output), names, reads)
         theirs = _draw_theirs(pipe, output, np.asarray(noise), reference, resolution, guidance)
     generate = make_generate(model.generator, steps=_STEPS, guidance=guidance,
                              negative_token_ids=model.tokenizer(""))
@@ -109,21 +117,21 @@ def _smooth_picture(size):
     return np.repeat(np.repeat(cells, side, 0), side, 1)[:size, :size]
 
 
-def _open(output, scratch, names, whole, run, model, reads):
-    """The pipeline, opened as the model card says (`model_card`)."""
+def _open(output, base, names, reads):
+    """The pipeline, opened as the model card says (`model_card`); `base` is `output` where that is whole."""
     import diffusers
-    parts = {} if whole or "unet" not in names else {
-        "unet": diffusers.UNet2DConditionModel.from_pretrained(output, subfolder="unet")}
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     try:
-        base = output if whole else _base(scratch, run, model)
+        parts = {} if base == output or "unet" not in names else {
+            "unet": diffusers.UNet2DConditionModel.from_pretrained(output, subfolder="unet")}
         pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(base, **parts)
         if reads:
             pipe.load_ip_adapter(output, subfolder="", weight_name=diffusers_folder.ADAPTER,
                                  image_encoder_folder=None)
         if run_export.LORA in names:
             pipe.load_lora_weights(output)
-    except UserError:
-        raise
     except Exception as error:  # What diffusers raises over files is not documented.
         raise UserError(f"--check: diffusers {diffusers.__version__} cannot open {output}: "
                         f"{_line(error)}") from error
@@ -131,16 +139,15 @@ def _open(output, scratch, names, whole, run, model, reads):
     return pipe
 
 
-def _base(scratch, run, model):
-    """The model that the run started from, written as a pipeline without its image adapter."""
-    base = run.base()
-    config = base.generator.config
+def _write_base(folder, base, config, resolution):
+    """Writes the model that a run started from as a pipeline without image adapter and LoRA.
+
+    Scheduler and tokenizers are written as those of the trained model, whose configuration is `config`.
+    """
     for part in PARTS:
         if part != "adapter":
-            diffusers_folder.save_part(scratch, part, base.parameters[part], config, run.config.resolution)
-    # The scheduler is the trained model's, as everything here that a card does not speak of.
-    diffusers_folder.save_surroundings(scratch, model.generator.config, model.tokenizer)
-    return scratch
+            diffusers_folder.save_part(folder, part, base.parameters[part], base.generator.config, resolution)
+    diffusers_folder.save_surroundings(folder, config, base.tokenizer)
 
 
 def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
@@ -165,7 +172,9 @@ def _line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
-def describe(found):
-    """One line about a `Difference` that is small enough."""
-    return (f"checked: diffusers draws the same picture {'with' if found.reference else 'without'} a reference, "
-            f"largest difference {found.largest}/255, mean {found.mean:.3g}/255")
+def describe(found, names):
+    """One line about a `Difference` that is small enough, of an export of `names`."""
+    left_out = "" if found.reference or "adapter" not in names else (
+        f" ({diffusers_folder.ADAPTER} is not for diffusers and took no part)")
+    return (f"checked: diffusers draws the same picture {'with' if found.reference else 'without'} a reference"
+            f"{left_out}, largest difference {found.largest}/255, mean {found.mean:.3g}/255")

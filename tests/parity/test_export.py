@@ -298,7 +298,7 @@ def test_check_of_a_whole_export(kind, request, tmp_path):
     out, names = request.getfixturevalue(kind)[0], (*PARTS, "lora")
     found = export_check.check(out.parent, out, names, whole=True)
     assert found.reference and found.largest <= 1 and found.mean < 0.02
-    assert export_check.describe(found).startswith("checked: diffusers draws the same picture with a reference, "
+    assert export_check.describe(found, names).startswith("checked: diffusers draws the same picture with a reference, "
                                                    f"largest difference {found.largest}/255, mean 0")
     for file, tensor in (("unet/diffusion_pytorch_model.safetensors", "conv_in.weight"),
                          ("ip_adapter.safetensors", "image_proj.proj_in.weight"),
