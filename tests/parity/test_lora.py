@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="parity is checked against PyTorch")
