@@ -19,7 +19,8 @@ _WHOLE = flags.DEFINE_bool(
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Then open what was written with diffusers, as the README.md says, draw one picture "
-    "there and one here from the same noise, and print how far they differ; more than 2/255 is an error. "
+    "there and one here from the same noise, and print how far they differ; more than 2/255, or 0.1/255 in "
+    "the mean, is an error. "
     "Needs diffusers and PyTorch (and PEFT for LoRA), which nothing else here does. Exports without "
     "--whole are checked on the model that the run started from.")
 

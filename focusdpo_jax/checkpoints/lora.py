@@ -209,8 +209,8 @@ def _scale(path, layer, rank, alphas, configs, kohya, source):
                         f"of {layer} is unknown: save it again with the metadata of all that it updates")
     others = {alpha for other, alpha in alphas.items() if other[0] == part}
     if others - {rank}:
-        raise UserError(f"{source}: {layer} has no alpha, unlike other layers of {part}: kohya's scripts take "
-                        f"its rank {rank} for it, diffusers what most layers have. Add the tensor")
+        raise UserError(f"{source}: {layer} has no alpha, unlike other layers of {part}: kohya's scripts "
+                        f"take its rank {rank} for it, diffusers what most layers have. Add the tensor")
     if kohya not in (None, rank):
         raise UserError(f"{source}: ss_network_alpha = {kohya:g} in its header, but {layer}, of rank {rank}, "
                         "has no tensor alpha, without which kohya's scripts and diffusers take the rank. Add "

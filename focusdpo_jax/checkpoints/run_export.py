@@ -94,8 +94,10 @@ def _write(folder, output, names, config, resolution):
 
 
 def _part(folder, name):
-    """A part in float32, whatever mixture the run kept it in: pipelines need one type, and what was trained is
-    float32."""
+    """A part in float32, whatever mixture of types the run kept it in.
+
+    Pipelines need one type, and what was trained is float32.
+    """
     tree = model_folder.load_part(folder, name, dtype=np.float32)
     if tree is None:
         raise UserError(f"{folder / name}.safetensors is missing; run the training's command "

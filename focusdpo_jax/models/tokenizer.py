@@ -40,8 +40,8 @@ class Tokenizer:
                                            pad_token=filler) for filler in self.fillers]
         for encoder, filler in zip(self._encoders, self.fillers):
             if len(encoder) > encoder.vocab_size:
-                raise UserError(f"{folder}: pad_token = {filler!r} is not in its vocabulary: give one that is, "
-                                f"such as {vocabulary.END!r}.")
+                raise UserError(f"{folder}: pad_token = {filler!r} is not in its vocabulary: give one that "
+                                f"is, such as {vocabulary.END!r}.")
 
     @classmethod
     def of_words(cls, words, length):

@@ -96,7 +96,7 @@ def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="config.json cannot be read .No such file"):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(DINO_S16 | TINY))
-    with pytest.raises(UserError, match="missing: .*model.safetensors. Weights are read from safetensors alone"):
+    with pytest.raises(UserError, match="missing: .*model.safetensors. Weights are read from safetensors"):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):

@@ -99,8 +99,8 @@ def test_a_tokenizer_to_which_transformers_added(pair, tmp_path):
 
 
 def test_missing_and_damaged_files(whole, tmp_path):
-    with pytest.raises(UserError, match="vocab.json and .*merges.txt are missing; a folder of CLIP's tokenizer "
-                                        "has vocab.json and merges.txt, or tokenizer.json"):
+    with pytest.raises(UserError, match="vocab.json and .*merges.txt are missing; a folder of CLIP's "
+                                        "tokenizer has vocab.json and merges.txt, or tokenizer.json"):
         Tokenizer(tmp_path / "nowhere", 16)
     for text, message in (("{", "is damaged: Expecting"), ("[]", "it is no JSON object"),
                           ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n",

@@ -271,8 +271,8 @@ def test_missing_files_are_listed(folder):
         diffusers_folder.load_config(folder)
     assert str(error.value).startswith(
         f"{folder} lacks image_encoder/config.json, unet/diffusion_pytorch_model.safetensors "
-        "(a .bin is a pickle, which is not read: diffusion_pytorch_model.bin), image_encoder/model.safetensors, "
-        "tokenizer/merges.txt. Such a folder is normally fetched by `hf download "
+        "(a .bin is a pickle, which is not read: diffusion_pytorch_model.bin), "
+        "image_encoder/model.safetensors, tokenizer/merges.txt. Such a folder is normally fetched by `hf download "
         "stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`")
 
 
@@ -405,8 +405,8 @@ def test_disruption_takes_unets_of_both_kinds(channels):
 
 
 @pytest.mark.parametrize("index, message", [
-    ({"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline .its model_index.json says so., "
-                                                 "and only SDXL is read"),
+    ({"_class_name": "StableDiffusionPipeline"},
+     "is a StableDiffusionPipeline .its model_index.json says so., and only SDXL is read"),
     ({"_class_name": "KolorsPipeline"}, "is a KolorsPipeline"),
     ({"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
     ({"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
@@ -423,20 +423,25 @@ def test_pipelines_of_other_kinds_are_named(folder, index, message):
 
 @pytest.mark.parametrize("part, fields, message", [
     ("unet", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep' .not None"),
-    ("unet", {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim = 4096 .not None"),
-    ("unet", {"transformer_layers_per_block": [1, [1, 2]]}, r"transformer_layers_per_block = \[1, \[1, 2\]\]"),
-    ("unet", {"cross_attention_dim": 2048}, r"unet.cross_attention_dim = 2048, but text_encoder.hidden_size \+ "
-                                            r"text_encoder_2.hidden_size = 24: take parts that belong to one"),
+    ("unet", {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"},
+     "encoder_hid_dim = 4096 .not None"),
+    ("unet", {"transformer_layers_per_block": [1, [1, 2]]},
+     r"transformer_layers_per_block = \[1, \[1, 2\]\]"),
+    ("unet", {"cross_attention_dim": 2048},
+     r"unet.cross_attention_dim = 2048, but text_encoder.hidden_size \+ "
+     r"text_encoder_2.hidden_size = 24: take parts that belong to one"),
     ("unet", {"in_channels": 3}, "unet.in_channels = 3, but vae.latent_channels = 4"),
     ("unet", {"out_channels": 8}, "unet.out_channels = 8, but vae.latent_channels = 4"),
     ("vae", {"latent_channels": 16}, "unet.out_channels = 4, but vae.latent_channels = 16"),
     ("vae", {"in_channels": 4, "out_channels": 4}, "vae.in_channels = 4, but the channels of a picture = 3"),
     ("vae", {"shift_factor": 0.1159}, "shift_factor = 0.1159 .not None"),
-    ("text_encoder_2", {"projection_dim": 768}, "unet.pooled_dim = 20, but text_encoder_2.projection_dim = 768"),
+    ("text_encoder_2", {"projection_dim": 768},
+     "unet.pooled_dim = 20, but text_encoder_2.projection_dim = 768"),
     ("text_encoder", {"hidden_size": 1024}, "unet.cross_attention_dim = 24, but .* = 1040")])
 def test_other_anatomies_are_named(folder, part, fields, message):
     path = folder / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    for use in (lambda: runs.load_folder(folder), lambda: training_models.abstract_model(config_of(folder), None)):
+    for use in (lambda: runs.load_folder(folder),
+                lambda: training_models.abstract_model(config_of(folder), None)):
         with pytest.raises(UserError, match=message):
             use()

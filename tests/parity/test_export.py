@@ -272,7 +272,8 @@ def test_the_cards_line_draws(mixed, dtype):
     """Of a bfloat16 run, as it stands there and with a type that users give."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
     out, config, parameters = mixed
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out, **({"torch_dtype": dtype} if dtype else {}))
+    how = {"torch_dtype": dtype} if dtype else {}
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out, **how)
     pipe.load_ip_adapter(out, subfolder="", weight_name=diffusers_folder.ADAPTER, image_encoder_folder=None)
     pipe.load_lora_weights(out)
     pipe.set_progress_bar_config(disable=True)
@@ -298,8 +299,9 @@ def test_check_of_a_whole_export(kind, request, tmp_path):
     out, names = request.getfixturevalue(kind)[0], (*PARTS, "lora")
     found = export_check.check(out.parent, out, names, whole=True)
     assert found.reference and found.largest <= 1 and found.mean < 0.02
-    assert export_check.describe(found, names).startswith("checked: diffusers draws the same picture with a reference, "
-                                                   f"largest difference {found.largest}/255, mean 0")
+    assert export_check.describe(found, names).startswith(
+        "checked: diffusers draws the same picture with a reference, "
+        f"largest difference {found.largest}/255, mean 0")
     for file, tensor in (("unet/diffusion_pytorch_model.safetensors", "conv_in.weight"),
                          ("ip_adapter.safetensors", "image_proj.proj_in.weight"),
                          ("pytorch_lora_weights.safetensors",
@@ -308,9 +310,11 @@ def test_check_of_a_whole_export(kind, request, tmp_path):
         copy = tmp_path / file.replace("/", "_")
         shutil.copytree(out, copy)
         spoil(copy / file, tensor)
-        with pytest.raises(UserError, match=r"one picture differs by up to \d+/255, .*/255 in the mean") as error:
+        with pytest.raises(UserError, match=r"differs by up to \d+/255, .*/255 in the mean") as error:
             export_check.check(out.parent, copy, names, whole=True)
-        assert int(re.search(r"up to (\d+)/255", str(error.value))[1]) > 2
+        largest, mean = re.search(r"up to (\d+)/255, ([\d.]+)/255", str(error.value)).groups()
+        # Of the attention's queries little shows at one place.
+        assert float(mean) > 0.1 and (int(largest) > 2 or "lora" in file)
 
 
 def test_check_of_files_that_diffusers_cannot_open(exported, tmp_path):
@@ -323,7 +327,7 @@ def test_check_of_files_that_diffusers_cannot_open(exported, tmp_path):
 
 def test_check_needs_packages(exported, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else 1)
-    with pytest.raises(UserError, match="--check draws with diffusers, .*; diffusers is not installed here: pip"):
+    with pytest.raises(UserError, match="draws with diffusers, .*; diffusers is not installed here: pip"):
         export_check.check(exported[0].parent, exported[0], PARTS, whole=True)
 
 
