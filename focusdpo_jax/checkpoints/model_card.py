@@ -45,8 +45,8 @@ def render(run, metrics, names, whole, caveat=None):
         kept = run.get("dtype", "float32")
         lines[-1] += (" All weights are float32" + (
             f", though the run computed in {kept}" if kept != "float32" else "")
-            + "; with `torch_dtype=torch.bfloat16`, given to every `from_pretrained`, they are loaded at half "
-            "the memory.")
+            + "; with `torch_dtype=torch.bfloat16`, given to every `from_pretrained`, they are loaded at "
+            "half the memory.")
     if caveat:
         lines += ["", f"**`ip_adapter.safetensors` is not for diffusers:** {caveat}, which "
                   "`load_ip_adapter` cannot know. focusdpo_jax reads it."]

@@ -97,9 +97,10 @@ def check(workdir, output, names, *, whole):
     found = Difference(int(apart.max()), float(apart.mean()), reads)
     if found.largest > LARGEST or found.mean > MEAN:
         raise UserError(f"--check: diffusers draws of {output} something else than the run: one picture "
-                        f"differs by up to {found.largest}/255, {found.mean:.3g}/255 in the mean; rounding makes up to "
-                        f"{LARGEST}/255 and {MEAN}/255. The files do not hold what was trained, or diffusers "
-                        "reads them otherwise: export again, and report it if it stays.")
+                        f"differs by up to {found.largest}/255, {found.mean:.3g}/255 in the mean; "
+                        f"rounding makes up to {LARGEST}/255 and {MEAN}/255. The files do not hold "
+                        "what was trained, or diffusers reads them otherwise: export again, and report it if "
+                        "it stays.")
     return found
 
 
@@ -177,4 +178,5 @@ def describe(found, names):
     left_out = "" if found.reference or "adapter" not in names else (
         f" ({diffusers_folder.ADAPTER} is not for diffusers and took no part)")
     how = "with" if found.reference else "without"
-    return (f"checked: diffusers draws the same picture {how} a reference{left_out}, largest difference {found.largest}/255, mean {found.mean:.3g}/255")
+    return (f"checked: diffusers draws the same picture {how} a reference{left_out}, "
+            f"largest difference {found.largest}/255, mean {found.mean:.3g}/255")

@@ -272,8 +272,8 @@ def test_missing_files_are_listed(folder):
     assert str(error.value).startswith(
         f"{folder} lacks image_encoder/config.json, unet/diffusion_pytorch_model.safetensors "
         "(a .bin is a pickle, which is not read: diffusion_pytorch_model.bin), "
-        "image_encoder/model.safetensors, tokenizer/merges.txt. Such a folder is normally fetched by `hf download "
-        "stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`")
+        "image_encoder/model.safetensors, tokenizer/merges.txt. Such a folder is normally fetched by "
+        "`hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`")
 
 
 def test_missing_shards_are_listed(models, tmp_path):
