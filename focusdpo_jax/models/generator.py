@@ -48,6 +48,8 @@ TRAINABLE = {
 
 # Fields of GeneratorConfig that model.json had not always.
 _NEWER = {"timestep_spacing", "steps_offset", "set_alpha_to_one"}
+
+
 def check_parts(unet, vae, text_encoder, text_encoder_2):
     """Raises a UserError where parts, given by their configurations, are not of one generator.
 
