@@ -1,6 +1,7 @@
 """Writes a run's result for diffusers: `python -m focusdpo_jax.export --workdir=RUN --output=OUT`.
 
-What lies in OUT, and how to load it, stands in its README.md.
+What lies in OUT, of which step it is, and how to load it, stands in its README.md. Of a run that is not
+finished, or that went on afterwards, the newest checkpoint is written.
 """
 
 import os
@@ -10,7 +11,7 @@ from absl import flags
 from focusdpo_jax import command
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a finished run of focusdpo_jax.main. May be gs://.")
+    "workdir", None, "Folder of a run of focusdpo_jax.main. May be gs://.")
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder to write to; created if missing. May be gs://.")
 _WHOLE = flags.DEFINE_bool(
@@ -28,7 +29,9 @@ _CHECK = flags.DEFINE_bool(
 def main():
     """Flags, then `run_export.export_run` and `export_check.check`."""
     from focusdpo_jax.checkpoints import run_export  # After the flags, so that --help is quick.
-    names = run_export.export_run(_WORKDIR.value, _OUTPUT.value, whole=_WHOLE.value)
+    from focusdpo_jax.training import runs
+    names = run_export.export_run(_WORKDIR.value, _OUTPUT.value, whole=_WHOLE.value,
+                                  read_checkpoint=lambda: runs.Run(_WORKDIR.value).checkpoint())
     if _CHECK.value:
         from focusdpo_jax.evaluation import export_check
         print(export_check.describe(export_check.check(

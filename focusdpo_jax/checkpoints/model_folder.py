@@ -1,17 +1,21 @@
 """A generator in a folder: what a run leaves, what ships with the package, what a run starts from.
 
-    model.json                  the sizes of every part (GeneratorConfig)
+    model.json                  the sizes of every part (GeneratorConfig), and the step of the run that
+                                wrote the folder; written last, so that a folder without it is unfinished
     <part>.safetensors          one file for each part of the parameter tree, names joined by "/"
     tokenizer/                  vocab.json and merges.txt of CLIP's byte-pair encoding
 
 A part whose file is missing is made anew at random by whoever loads the folder.
 """
 
+import json
+
 from etils import epath
 from flax import traverse_util
 
 from focusdpo_jax.checkpoints import tensor_file
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import GeneratorConfig
 
@@ -67,9 +71,34 @@ def load_part(folder, name, example=None, *, dtype=None, sharding=None):
     return tensor_file.load(opened, example, dtype, sharding)
 
 
-def save_config(folder, config):
-    """Writes `model.json`."""
-    (epath.Path(folder) / "model.json").write_text(config.to_json())
+def begin(folder):
+    """Makes a folder that is about to be written, or written anew: without a `model.json` it is no model."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").unlink(missing_ok=True)
+
+
+def save_config(folder, config, step=None):
+    """Writes `model.json`, after everything else.
+
+    Args:
+      config: the `GeneratorConfig`.
+      step: of the run whose weights these are; None for a model that is of no run.
+    """
+    values = json.loads(config.to_json()) | ({} if step is None else {"step": step})
+    replace_file(epath.Path(folder) / "model.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def load_step(folder):
+    """The step that `model.json` records, or None.
+
+    Raises:
+      OSError, ValueError: there is no `model.json`, or it is damaged.
+    """
+    values = json.loads((epath.Path(folder) / "model.json").read_text())
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values.get("step")
 
 
 def load_config(folder):
@@ -80,11 +109,13 @@ def load_config(folder):
     """
     path = epath.Path(folder) / "model.json"
     try:
-        return GeneratorConfig.from_json(path.read_text())
+        values = json.loads(path.read_text())
+        values.pop("step", None)
+        return GeneratorConfig.from_dict(values)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}). Point "
                         "config.model.pretrained to a folder that has a model.json.") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from error

@@ -60,6 +60,9 @@ def run(config, workdir, *, accept_changes=False):
     writer = MetricWriter(workdir, start_step=done)
     try:
         if done < config.steps:
+            if processes.is_first() and run_folder.drop_later_model(workdir, done):
+                logging.warning("%s/model is of other training than that which goes on at step %d; it will "
+                                "be written anew", workdir, done)
             # The step is compiled while the data is encoded and a checkpoint read.
             with compile_beside(task, optimizer, task.buckets, state, task.example(),
                                 seed=config.seed, ema_decay=config.ema_decay) as step:

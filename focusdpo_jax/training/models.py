@@ -365,7 +365,7 @@ class PartsOnDemand:
             yield part, held[part]
 
 
-def save_model(folder, model, parameters, probe=None, others=()):
+def save_model(folder, model, parameters, probe=None, others=(), step=None):
     """Writes a model folder that `load_model` reads back.
 
     Args:
@@ -373,10 +373,11 @@ def save_model(folder, model, parameters, probe=None, others=()):
       parameters: {part: tree}.
       probe: parameters in the place of the model's.
       others: pairs of a further part and its tree on the host, of which one is looked at at a time.
+      step: of the run, which the folder records.
     """
     folder = epath.Path(folder)
     if processes.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
+        model_folder.begin(folder)
         for part, tree in others:
             model_folder.save_part(folder, part, tree)
     for part, tree in parameters.items():
@@ -389,7 +390,7 @@ def save_model(folder, model, parameters, probe=None, others=()):
     if probe is not None:
         model_folder.save_part(folder, "probe", probe)
     model.tokenizer.save(folder / "tokenizer")
-    model_folder.save_config(folder, model.generator.config)
+    model_folder.save_config(folder, model.generator.config, step)
     logging.info("model written to %s", folder)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import ml_collections
+from absl import logging
 from etils import epath
 
 from focusdpo_jax import config as config_rules
@@ -46,19 +47,35 @@ class Run:
     def policy(self):
         """The `Model` that the run has made so far.
 
-        A finished run has it in a folder of its own; of an unfinished one, the newest checkpoint is
-        taken (its moving average, where the run keeps one).
+        It is read from where `run_folder.newest_weights` finds it: a finished run has it in a folder
+        of its own; of another one the newest checkpoint is taken.
 
         Raises:
-          UserError: the run has no checkpoint yet.
+          UserError: the run has no weights yet.
         """
-        if self._finished():
-            config = config_rules.complete(self.config)
-            config.model.update(
-                pretrained=str(self._workdir / "model"), adapter="", image_encoder="", tokenizer="",
-                prediction_type="")
-            return models.load_model(config)
-        checkpoints = self._checkpoints()
+        weights = self.check_policy()
+        if weights.step is not None:
+            logging.info("%s: weights of step %d of %d", self._workdir, weights.step, self.config.steps)
+        if weights.folder is None:
+            return self.checkpoint()
+        config = config_rules.complete(self.config)
+        config.model.update(
+            pretrained=str(weights.folder), adapter="", image_encoder="", tokenizer="",
+            prediction_type="")
+        return models.load_model(config)
+
+    def checkpoint(self):
+        """The `Model` of the newest checkpoint (its moving average, where the run keeps one).
+
+        Raises:
+          UserError: it cannot be read, or the run trains an encoder and not a generator.
+        """
+        if self.config.objective in config_rules.ENCODER_OBJECTIVES:
+            raise UserError(f"--workdir={self._workdir}: the run of config.objective = "
+                            f"{self.config.objective!r} is not finished, and its checkpoints are no "
+                            "generators. Run the training's command again, which goes on where it "
+                            "stopped.")
+        checkpoints = Checkpoints(self._workdir, read_only=True)
         model = self.base()
         trainable, frozen = split_parameters(model.parameters, self.config.trainable)
         # On a device, so that it is read there, wherever the run had it.
@@ -69,19 +86,9 @@ class Run:
         return model.with_parameters(merge_parameters(state.evaluated, frozen))
 
     def check_policy(self):
-        """Raises the UserError of `policy` where there is none, without reading it."""
-        if not self._finished():
-            self._checkpoints().close()
+        """Raises the UserError of `policy` where there is none, without reading it.
 
-    def _finished(self):
-        return (self._workdir / "model" / "unet.safetensors").exists()
-
-    def _checkpoints(self):
-        if (self._workdir / "checkpoints").exists():
-            checkpoints = Checkpoints(self._workdir, read_only=True)
-            if checkpoints.latest is not None:
-                return checkpoints
-            checkpoints.close()
-        first = min(self.config.checkpoint_every or self.config.steps, self.config.steps)
-        raise UserError(f"--workdir={self._workdir}: the run has no checkpoint yet; it writes its "
-                        f"first at step {first}.")
+        Returns:
+          The `run_folder.Weights` that `policy` reads.
+        """
+        return run_folder.newest_weights(self._workdir)

@@ -197,7 +197,7 @@ def generator_task(config, workdir, mesh, sources):
 
     def finish(step, tree, writer):
         models.save_model(workdir / "model", model, merge_parameters(tree, frozen),
-                          others=others.each())
+                          others=others.each(), step=step)
         showcase.finish(step, tree, writer)
 
     return Task(
@@ -378,7 +378,7 @@ def encoder_task(config, workdir, mesh, sources):
             images = np.stack([sources["validation"][i]["chosen"]
                                for i in range(len(sources["validation"]))])
             finished = pretraining.with_latent_scale(model, parameters, images)
-        models.save_model(workdir / "model", finished, parameters, tree.get("probe"))
+        models.save_model(workdir / "model", finished, parameters, tree.get("probe"), step=step)
 
     return Task(
         trainable=trainable, frozen=frozen, guide=_unguided, loss=loss,

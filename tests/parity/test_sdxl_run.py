@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 
@@ -133,6 +134,18 @@ def test_draws(finished, tmp_path):
                 for end in ("", "_base")]
     assert pictures[0].shape == (32, 32, 3) and pictures[0].std() > 1
     assert np.any(pictures[0] != pictures[1])
+
+
+def test_a_pipeline_of_the_checkpoint_is_that_of_the_finished_run(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/model")  # As a run that was killed before its end.
+    for run, out in ((finished, "a"), (tmp_path / "stopped", "b")):
+        run_export.export_run(run, tmp_path / out, whole=True,
+                              read_checkpoint=runs.Run(run).checkpoint)
+    names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(names) > 20
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
 def test_diffusers_loads_what_was_trained(files, finished, tmp_path):
