@@ -1,13 +1,23 @@
 """Writing files so that nobody ever finds half of one, and reading JSON that may be none."""
 
+import contextlib
+import errno
 import json
+import os
 import re
 import uuid
+from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
 from focusdpo_jax import file_kinds
 from focusdpo_jax.errors import UserError
+
+# What the system says where there is no room: a full disk, a quota, a limit of file sizes.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Libraries that write in C++ have errors of their own, with the same words.
+_WORDS = tuple(os.strerror(number) for number in sorted(_FULL))
 
 
 def read_json(path):
@@ -39,13 +49,65 @@ def replace_file(path: epath.PathLike, content: str | bytes) -> None:
     Args:
       path: of the file; its folder is made if missing.
       content: text is written as UTF-8.
+
+    Raises:
+      UserError: there is no room.
+      OSError: it cannot be written for another reason.
+    """
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A binary file to write, which appears under its name when the body has ended without an error.
+
+    An error removes what was written. See `replace_file` for the arguments and errors.
     """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, since processes that share a folder may write the same file at once.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def room_for(path: epath.PathLike) -> Iterator[None]:
+    """Makes a UserError that names a file, or a folder, of every error that says that there is no room."""
+    try:
+        yield
+    except Exception as error:
+        reason = no_room(error)
+        if reason is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be written ({reason}); make room and run the same command again"
+                        ) from error
+
+
+def no_room(error: BaseException) -> str | None:
+    """The system's words, such as "No space left on device", if an error means that; else None."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return os.strerror(error.errno)
+    text = str(error)
+    return next((words for words in _WORDS if words in text), None)
+
+
+def cannot_write(what: str, error: OSError) -> UserError:
+    """The UserError of a folder that cannot be written.
+
+    Args:
+      what: the folder as the user gave it, such as "--output=OUT".
+    """
+    cure = "Make room" if no_room(error) else "Give a folder that you may write"
+    return UserError(f"{what}: cannot write there ({error.strerror or error}). {cure}.")
 
 
 def remove_unfinished(folder: epath.PathLike) -> None:

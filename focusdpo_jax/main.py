@@ -33,11 +33,13 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0 
 def main():
     """Flags, then `training.loop.run`."""
     # After the flags, so that --help is quick.
-    from focusdpo_jax.sharding import processes
-    from focusdpo_jax.training import loop, preemption
+    from focusdpo_jax.training import run_lock
     config = _CONFIG.value
     workdir = _WORKDIR.value or command.default_workdir(
         config_flags.get_config_filename(FLAGS["config"]))
+    run_lock.require_free(workdir)  # Before imports that take seconds.
+    from focusdpo_jax.sharding import processes
+    from focusdpo_jax.training import loop, preemption
     if config.get("batch_size", 0) * config.get("resolution", 0) ** 2 >= _LARGE:
         command.keep_memory()
     with processes.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):

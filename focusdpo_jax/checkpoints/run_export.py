@@ -23,6 +23,7 @@ from focusdpo_jax.checkpoints import (
     run_folder,
 )
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import cannot_write, replace_file
 from focusdpo_jax.models import vocabulary
 from focusdpo_jax.models.generator import PARTS
 from focusdpo_jax.models.tokenizer import Tokenizer
@@ -87,10 +88,9 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
         if weights.step is not None:
             metrics["step"] = weights.step
         card = model_card.render(run, metrics, names, whole, caveat)
-        (output / "README.md").write_text(card)
+        replace_file(output / "README.md", card)
     except OSError as error:
-        raise UserError(f"--output={output}: cannot write there ({error.strerror or error}). "
-                        "Give a folder that you may write.") from error
+        raise cannot_write(f"--output={output}", error) from error
     logging.info("%s written to %s%s", ", ".join(names), output,
                  "" if weights.step is None else f": step {weights.step} of {run['steps']}")
     return names

@@ -17,7 +17,7 @@ from etils import epath
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import pictures, places, scenes
-from focusdpo_jax.files import replace_file
+from focusdpo_jax.files import cannot_write, replace_file
 
 
 class OutputFolder:
@@ -48,9 +48,7 @@ class OutputFolder:
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Remove --output={self.path}.") from error
         except OSError as error:
-            raise UserError(f"--output={self.path}: cannot write there "
-                            f"({error.strerror or error}). Give a folder that you may write."
-                            ) from error
+            raise cannot_write(f"--output={self.path}", error) from error
 
     def write(self, name, values):
         """Writes a file of JSON, under a temporary name first."""

@@ -17,9 +17,9 @@ from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.data.loader import Ahead
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.files import replace_file
+from focusdpo_jax.files import cannot_write, replace_file
 from focusdpo_jax.sharding import processes
-from focusdpo_jax.training import preemption, preflight, tasks
+from focusdpo_jax.training import preemption, preflight, run_lock, tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.speed import matmul_peak
@@ -38,20 +38,26 @@ def run(config, workdir, *, accept_changes=False):
 
     Raises:
       Preempted: the process was asked to leave, and has saved.
-      UserError: a mistake in the configuration, the data or the machine; also a loss that is no
-        longer finite. Checkpoints written before stay.
+      UserError: a mistake in the configuration, the data or the machine; another process trains in
+        the folder; a loss is no longer finite. Checkpoints written before stay.
     """
     config_rules.validate(config)
     workdir = epath.Path(workdir)
     if processes.is_first():
         require_same_run(workdir, config, accept_changes)
+        run_lock.require_free(workdir)
     preflight.check(config)
-    if processes.is_first():
-        open_workdir(workdir, config)
-    processes.wait("run folder")
-    logging.info("focusdpo_jax on %d x %s, run folder %s",
-                 jax.device_count(), jax.devices()[0].device_kind, workdir)
+    with run_lock.held(workdir) as require_lock:
+        if processes.is_first():
+            open_workdir(workdir, config)
+        processes.wait("run folder")
+        logging.info("focusdpo_jax on %d x %s, run folder %s",
+                     jax.device_count(), jax.devices()[0].device_kind, workdir)
+        _run(config, workdir, require_lock)
 
+
+def _run(config, workdir, require_lock):
+    """Everything between the checks and the end, in a folder that is this run's alone."""
     task = tasks.make_task(config, workdir)
     optimizer = make_optimizer(config)
     state = create_state(task.trainable, optimizer, config.ema_decay)
@@ -74,11 +80,12 @@ def run(config, workdir, *, accept_changes=False):
                     state, position = checkpoints.restore(state, release=True)
                     batches.set_state(position)
                     logging.info("resumed at step %d", done)
-            state = train(config, task, state, step.result(), checkpoints, writer, done)
+            state = train(config, task, state, step.result(), checkpoints, writer, done, require_lock)
         else:
             task.start(writer)
             state, _ = checkpoints.restore(state, release=True)
         checkpoints.close()
+        require_lock()
         # A run that goes on with fewer steps than it has made has made no fewer.
         task.finish(max(done, config.steps), state.evaluated, writer)
         # Whoever left now would take the others for dead, or process 0 from them.
@@ -87,7 +94,7 @@ def run(config, workdir, *, accept_changes=False):
         writer.close()
 
 
-def train(config, task, state, step, checkpoints, writer, done):
+def train(config, task, state, step, checkpoints, writer, done, require_lock=lambda: None):
     """Runs the steps from `done` to `config.steps`; returns the last state."""
     ahead = Ahead(task.batches, task.prepare)
     leave = contextlib.ExitStack()
@@ -116,6 +123,7 @@ def train(config, task, state, step, checkpoints, writer, done):
                 windows.end(number)
             if saves:
                 windows.report()
+                require_lock()
                 checkpoints.save(number, state, ahead.state)
             if stop:
                 checkpoints.close()
@@ -155,7 +163,7 @@ def require_same_run(workdir, config, accept_changes=False):
         changed = config_rules.changed_fields(
             run_folder.read_config(workdir), json.loads(config_rules.to_json(config)))
     except OSError as error:
-        raise _unusable(workdir, error) from error
+        raise cannot_write(f"--workdir={workdir}", error) from error
     if changed and accept_changes:
         logging.warning("going on with another %s", ", ".join(changed))
     elif changed:
@@ -174,9 +182,4 @@ def open_workdir(workdir, config):
     try:
         replace_file(workdir / "config.json", config_rules.to_json(config))
     except OSError as error:
-        raise _unusable(workdir, error) from error
-
-
-def _unusable(workdir, error):
-    return UserError(f"--workdir={workdir}: cannot write there ({error.strerror or error}). "
-                     "Give a folder that you may write.")
+        raise cannot_write(f"--workdir={workdir}", error) from error
