@@ -11,6 +11,7 @@ import zlib
 from absl import app, flags, logging
 from etils import epath
 
+from focusdpo_jax import interrupts
 from focusdpo_jax.errors import UserError
 
 # Device files of GPUs (NVIDIA's, AMD's) and TPUs.
@@ -64,14 +65,17 @@ def default_workdir(config_file):
     return epath.Path("runs") / (f"{name}_{argument}" if argument else name)
 
 
-def run(main, parser=parse_flags):
+def run(main, parser=parse_flags, *, goes_on=False):
     """Runs a command as the main program.
 
     Args:
       main: the command, a function without arguments. A `UserError` that it raises becomes one line
-        on stderr and exit status 2.
+        on stderr and exit status 2; Ctrl-C one line and status 130 (see `interrupts`).
       parser: takes all arguments and returns those that are not flags.
+      goes_on: whether the same command line goes on where it was interrupted.
     """
+    interrupted = interrupts.Interrupts("interrupted (Ctrl-C)" + (
+        "; the same command goes on from what is there" if goes_on else ""))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_compiled_programs()
     logging.set_verbosity(logging.INFO)
@@ -80,12 +84,16 @@ def run(main, parser=parse_flags):
     def guarded(argv):
         if len(argv) > 1:
             fail(f"unexpected arguments: {' '.join(argv[1:])}; flags are written --name=value")
-        try:
-            main()
-        except UserError as error:
-            fail(error)
+        with interrupted.one_line():
+            try:
+                main()
+            except UserError as error:
+                if interrupted.raised:
+                    raise
+                fail(error)
 
-    app.run(guarded, flags_parser=parser)
+    with interrupted.one_line():
+        app.run(guarded, flags_parser=parser)
 
 
 def keep_compiled_programs():

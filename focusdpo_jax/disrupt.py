@@ -83,15 +83,12 @@ def main():
         sampler=_SAMPLER.value, batch_size=min(_BATCH_SIZE.value, _CANDIDATES.value),
         max_subjects=_MAX_SUBJECTS.value)
     inpainter = Inpainter(model, **settings.inpainting())
-    try:
-        report = disrupt.disrupt(
-            _MANIFEST.value, _OUTPUT.value, settings, inpainter, make_judge(model, settings),
-            identity={"model": digest_of(model.parameters), "segmenter": _SEGMENTER.value,
-                      "captioner": _CAPTIONER.value},
-            count_tokens=lambda text: (model.tokenizer.count(text), model.tokenizer.length),
-            draw_sheet=contact_sheet.draw, hooks=found, skip=_ON_ERROR.value == "skip")
-    except KeyboardInterrupt as error:
-        raise UserError("stopped; the same line goes on from here") from error
+    report = disrupt.disrupt(
+        _MANIFEST.value, _OUTPUT.value, settings, inpainter, make_judge(model, settings),
+        identity={"model": digest_of(model.parameters), "segmenter": _SEGMENTER.value,
+                  "captioner": _CAPTIONER.value},
+        count_tokens=lambda text: (model.tokenizer.count(text), model.tokenizer.length),
+        draw_sheet=contact_sheet.draw, hooks=found, skip=_ON_ERROR.value == "skip")
     print(f"{report['scenes']} of {report['lines']} lines, {report['subjects']} subjects drawn "
           f"anew; look at {_OUTPUT.value}/contact_sheet.png, then:")
     print(f"python -m focusdpo_jax.prepare --manifest={_OUTPUT.value}/manifest.jsonl "
@@ -127,4 +124,4 @@ def make_judge(model, settings):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["manifest", "output"])
-    command.run(main)
+    command.run(main, goes_on=True)

@@ -1,8 +1,9 @@
 """Trains a generator: `python -m focusdpo_jax.main --config=configs/toybox_dpo.py`.
 
 Run the same line again to go on where a run stopped. SIGTERM makes it save and leave with exit status
-143; a mistake of the user has status 2, the loss of another process of the run status 3. Any field of
-the configuration can be changed on the command line, for example
+143, Ctrl-C with 130; a second Ctrl-C does not wait for that. A mistake of the user has status 2, the loss of
+another process of the run status 3. Any field of the configuration can be changed on the command line, for
+example
 `--config.beta=2000 --config.objective=dpo`.
 """
 
@@ -46,9 +47,9 @@ def main():
         try:
             loop.run(config, workdir, accept_changes=_ACCEPT.value)
         except preemption.Preempted as reason:
-            command.leave(reason, preemption.EXIT_STATUS)
+            command.leave(reason, reason.status)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    command.run(main, command.config_parser(_CONFIG))
+    command.run(main, command.config_parser(_CONFIG), goes_on=True)

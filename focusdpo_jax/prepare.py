@@ -58,14 +58,11 @@ def main():
         validation=_VALIDATION.value, test=_TEST.value)
     output = epath.Path(_OUTPUT.value)
     manifest = _MANIFEST.value
-    try:
-        if manifest is None:
-            manifest = dreambench.write_manifest(_DREAMBENCH.value, output / "source")
-        result = prepare.prepare(
-            manifest, output, settings, draw_sheet=contact_sheet.draw, workers=_WORKERS.value,
-            skip=_ON_ERROR.value == "skip", count_tokens=token_counter())
-    except KeyboardInterrupt as error:
-        raise UserError("stopped; the same line goes on from here") from error
+    if manifest is None:
+        manifest = dreambench.write_manifest(_DREAMBENCH.value, output / "source")
+    result = prepare.prepare(
+        manifest, output, settings, draw_sheet=contact_sheet.draw, workers=_WORKERS.value,
+        skip=_ON_ERROR.value == "skip", count_tokens=token_counter())
     print(report.describe(result))
     print(f"data set, report.json and contact_sheet.png: {output}")
 
@@ -80,4 +77,4 @@ def token_counter():
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("output")
-    command.run(main)
+    command.run(main, goes_on=True)

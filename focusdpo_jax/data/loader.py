@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from focusdpo_jax import interrupts
 from focusdpo_jax.data.record import PreferenceBatch, Tokenize, check_record, encode
 from focusdpo_jax.errors import UserError
 
@@ -99,10 +100,13 @@ class Batches:
         return self
 
     def __next__(self):
-        if self._iterator is None:
-            self._iterator = self._open()
         try:
-            batch = next(self._iterator)
+            if self._iterator is None:
+                with interrupts.kept_from_children():
+                    self._iterator = self._open()
+                    batch = next(self._iterator)
+            else:
+                batch = next(self._iterator)
         except RuntimeError as error:
             if "Worker process" not in str(error):
                 raise

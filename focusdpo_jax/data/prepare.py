@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
+from focusdpo_jax import interrupts
 from focusdpo_jax.data import dataset, line_store, manifest
 from focusdpo_jax.data.dataset import PAIRS
 from focusdpo_jax.data.line_record import Sizes
@@ -184,7 +185,12 @@ def _in_processes(tasks, workers, stack):
         workers, multiprocessing.get_context("spawn"), line_store.start_worker))
     # Entered later and so left first: what waits is dropped when this process stops.
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    futures = (pool.submit(line_store.work, task) for task in tasks)
+
+    def submit(task):
+        with interrupts.kept_from_children():  # It may start another one.
+            return pool.submit(line_store.work, task)
+
+    futures = map(submit, tasks)
     waiting = collections.deque(itertools.islice(futures, _IN_FLIGHT * workers))
     try:
         while waiting:

@@ -127,9 +127,7 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
                 checkpoints.save(number, state, ahead.state)
             if stop:
                 checkpoints.close()
-                raise preemption.Preempted(
-                    f"asked to leave (SIGTERM) after step {number} of {config.steps}, which is "
-                    "saved; the same command goes on from there")
+                raise preemption.Preempted(stop, number, config.steps)
             if is_due(config.sample_every, number) and not last:
                 windows.report()
                 task.sample(number, state.evaluated, writer)

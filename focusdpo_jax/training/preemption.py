@@ -1,38 +1,70 @@
-"""Machines that are taken away with a warning: SIGTERM, which asks a run to save and leave."""
+"""Runs that are asked to leave: by SIGTERM, as from machines that are taken away, or by Ctrl-C.
+
+A run saves after the step that it is in, and leaves. A second Ctrl-C does not wait for that; a second
+SIGTERM changes nothing, since schedulers send several.
+"""
 
 import contextlib
+import os
 import signal
 import threading
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
-# What a shell reports of a process that SIGTERM has ended; schedulers start such a run again.
-EXIT_STATUS = 128 + signal.SIGTERM
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Preempted(Exception):
-    """A run was asked to leave, and has saved what it had."""
+    """A run was asked to leave, and has saved what it had.
+
+    Attributes:
+      status: exit status, what a shell reports of a process that the signal has ended: 143 or 130.
+        Schedulers start such a run again.
+    """
+
+    def __init__(self, number, step, total):
+        """Of a signal's number, noted in step `step` of `total`."""
+        super().__init__(f"asked to leave ({_NAMES.get(number, number)}) after step {step} of {total}, which "
+                         "is saved; the same command goes on from there")
+        self.status = 128 + number
 
 
 @contextlib.contextmanager
 def watch():
-    """While it is open, SIGTERM is noted and not obeyed.
+    """While it is open, SIGTERM and the first Ctrl-C are noted and not obeyed.
 
     Yields:
-      reached(step) -> whether to save and leave after this step; to be asked after every step. Of
-      several processes all get the same answer, for a step that none of them has passed.
+      asked(step) -> the number of the signal, if the run is to save and leave after this step, or 0; to be
+      called after every step. Of several processes all get an answer for the same step, which none of them
+      has passed.
     """
-    if jax.process_count() > 1:
-        # The signal reaches some process; jax tells the others, and agrees on a step.
-        yield multihost_utils.reached_preemption_sync_point
-        return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # Python gives signals to the main thread alone.
+        yield lambda step: 0  # Python gives signals to the main thread alone.
         return
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    noted = []
+
+    def note(number, frame):
+        if number == signal.SIGINT:
+            if number in noted:
+                raise KeyboardInterrupt
+            logging.info("Ctrl-C: saving after this step; once more to leave at once")
+        noted.append(number)
+
+    def note_for_all(number, frame):
+        note(number, frame)
+        os.kill(os.getpid(), signal.SIGTERM)  # Which jax tells the others.
+
+    def asked_of_all(step):
+        return multihost_utils.reached_preemption_sync_point(step) and (noted or [signal.SIGTERM])[0]
+
+    # The signal reaches some process; jax tells the others, and agrees on a step.
+    several = jax.process_count() > 1
+    handlers = {signal.SIGINT: note_for_all} if several else {signal.SIGINT: note, signal.SIGTERM: note}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda step: asked.is_set()
+        yield asked_of_all if several else lambda step: noted[0] if noted else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -254,19 +254,21 @@ def test_saved_steps_are_logged_so_that_a_resumed_run_logs_the_same(tiny_config,
     assert tiny.losses(tmp_path / "killed") == tiny.losses(tmp_path / "whole")
 
 
-def test_sigterm_saves_and_leaves(tiny_folder, tmp_path):
+@pytest.mark.parametrize("number, name, status", [
+    (signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)])
+def test_a_signal_saves_and_leaves(number, name, status, tiny_folder, tmp_path):
     workdir = tmp_path / "run"
     line = command(tiny_folder, workdir, "--config.steps=100000",
                    "--config.checkpoint_every=100000")
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     wait_for_steps(process, workdir, 3)
     asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     errors = process.communicate(timeout=30)[1]
     assert time.monotonic() - asked < 30
-    assert process.returncode == 143
+    assert process.returncode == status and "Traceback" not in errors
     step = max(tiny.losses(workdir))
-    assert f"asked to leave (SIGTERM) after step {step} of 100000, which is saved" in errors
+    assert f"asked to leave ({name}) after step {step} of 100000, which is saved" in errors
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == [str(step)]
 
 

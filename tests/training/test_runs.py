@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def continued(tiny_folder, tmp_path_factory):
     finished = tmp_path_factory.mktemp("finished") / "run"
     shutil.copytree(folder, finished)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preemption, "watch", lambda: contextlib.nullcontext(lambda step: step == 3))
+        patch.setattr(preemption, "watch", lambda: contextlib.nullcontext(lambda step: signal.SIGTERM * (step == 3)))
         with pytest.raises(preemption.Preempted):
             loop.run(tiny.tiny_config(tiny_folder, steps=4, evaluation__pictures=0), folder)
     return folder, finished
@@ -160,7 +161,7 @@ def test_going_back_does_not_leave_a_newer_looking_model(removed, continued, tin
         path = tmp_path / "run" / "model" / "model.json"  # A model/ of a step that is no more.
         path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3}))
     step = 1 if removed == "checkpoints" else 3
-    monkeypatch.setattr(preemption, "watch", lambda: contextlib.nullcontext(lambda n: n == step))
+    monkeypatch.setattr(preemption, "watch", lambda: contextlib.nullcontext(lambda n: signal.SIGTERM * (n == step)))
     with pytest.raises(preemption.Preempted):
         loop.run(tiny_config(steps=4, evaluation__pictures=0), tmp_path / "run")
     assert run_folder.newest_weights(tmp_path / "run") == (None, step)
