@@ -13,6 +13,7 @@ from etils import epath
 
 from focusdpo_jax import interrupts
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import no_room
 
 # Device files of GPUs (NVIDIA's, AMD's) and TPUs.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
@@ -158,5 +159,10 @@ def leave(message, status):
 
 
 def _quiet(record):
-    """Keeps what this program logs, and of the libraries' only warnings."""
+    """Keeps what this program logs, and of the libraries' only warnings.
+
+    Not the traceback of a full disk in a library's thread, which is told as an error of the command.
+    """
+    if record.exc_info and record.exc_info[1] and no_room(record.exc_info[1]):
+        return False
     return record.levelno >= python_logging.WARNING or "focusdpo_jax" in record.pathname

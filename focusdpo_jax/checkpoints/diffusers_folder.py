@@ -27,7 +27,7 @@ from focusdpo_jax.checkpoints import (
     weight_files,
 )
 from focusdpo_jax.errors import MissingFiles, UserError
-from focusdpo_jax.files import read_json
+from focusdpo_jax.files import read_json, replace_file
 from focusdpo_jax.models import clip, vocabulary
 from focusdpo_jax.models.generator import GeneratorConfig, check_parts
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
@@ -365,4 +365,4 @@ def _read_config(path, read):
 
 
 def _write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    replace_file(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from focusdpo_jax import file_kinds
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import new_file
 from focusdpo_jax.models import stacking
 
 _TYPES = {
@@ -177,9 +178,7 @@ def write(path, tensors, metadata=None):
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(np.ascontiguousarray(np.asarray(tensors[name])).tobytes())
-    temporary.replace(path)

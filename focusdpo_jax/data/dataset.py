@@ -22,6 +22,7 @@ from etils import epath
 
 from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import no_room
 
 PAIRS = "pairs"
 """Folder of the data set in a folder that `prepare` left."""
@@ -107,6 +108,7 @@ def build(
         return path
     start, total = time.monotonic(), sum(map(len, sources.values()))
     logging.info("Building %s: %d records.", path, total)
+    others = set(path.parent.glob("incomplete*"))  # Of other processes.
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with _quiet(), tempfile.TemporaryDirectory() as downloads:
@@ -118,9 +120,16 @@ def build(
                 config=preference_pairs.config(config, settings),
             )
             builder.download_and_prepare(download_dir=downloads)  # Stays empty.
-    except OSError as error:
+    except Exception as error:  # The library that writes the files has errors of its own.
+        # TFDS leaves what it has written; only what it has renamed at its end is a data set.
+        for unfinished in set(path.parent.glob("incomplete*")) - others:
+            unfinished.rmtree(missing_ok=True)
+        reason = no_room(error)
+        if reason is None and not isinstance(error, OSError):
+            raise
+        cure = "make room and run the same command again" if reason else "choose a directory that can be written"
         raise UserError(
-            f"cannot write the data set to {data_dir} ({error}); choose a directory that can be written"
+            f"cannot write the data set to {data_dir} ({reason or error}); {cure}"
         ) from error
     logging.info("Built %d records in %.1f s.", total, time.monotonic() - start)
     return path

@@ -8,7 +8,6 @@ since. Imports neither jax nor TFDS: every worker starts with it.
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import zipfile
 
@@ -20,6 +19,7 @@ from focusdpo_jax.data import manifest
 from focusdpo_jax.data.images import encode_png, is_converted
 from focusdpo_jax.data.line_record import Sizes, make_record
 from focusdpo_jax.data.manifest import Refused
+from focusdpo_jax.files import new_file
 
 _FORMAT = 2  # Changes when the same line would make another record.
 
@@ -111,14 +111,11 @@ def _write(path: epath.Path, record: dict, facts: dict) -> None:
                 pictures[prefix + name] = encode_png(value)
             elif name != "subjects":
                 target[name] = value.tolist() if isinstance(value, np.ndarray) else value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr("facts.json", json.dumps(facts))
         archive.writestr("record.json", json.dumps(values))
         for name, content in pictures.items():
             archive.writestr(f"{name}.png", content)
-    temporary.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
 from focusdpo_jax.models import vocabulary
 
 
@@ -59,7 +60,7 @@ class Tokenizer:
 
     def _write(self, folder):
         for name, content in self._files.items():
-            (folder / name).write_bytes(content)
+            replace_file(folder / name, content)
 
     def digest(self):
         """Changes when a caption's tokens may."""

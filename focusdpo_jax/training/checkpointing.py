@@ -4,11 +4,16 @@ A checkpoint appears under its final name only when it is complete, so a killed 
 either a whole checkpoint or none.
 """
 
+import contextlib
+
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import no_room
+from focusdpo_jax.sharding import processes
 
 
 class Checkpoints:
@@ -41,12 +46,9 @@ class Checkpoints:
           state: a pytree of arrays.
           loader_state: what the loader's `get_state` gave, JSON-serialisable.
         """
-        try:
+        with self._written():
             self._manager.save(step, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(loader_state)))
-        except OSError as error:
-            raise UserError(f"cannot write checkpoint {step} in {self.folder}: {error}. "
-                            f"The last complete one is of step {self.latest}.") from error
 
     def restore(self, example, *, release=False):
         """The newest checkpoint.
@@ -78,9 +80,28 @@ class Checkpoints:
 
     def close(self):
         """Waits for what is still being written."""
-        try:
+        with self._written():
             self._manager.wait_until_finished()
-        except OSError as error:
-            raise UserError(f"cannot write a checkpoint in {self.folder}: {error}. "
-                            f"The last complete one is of step {self.latest}.") from error
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self):
+        """Tells of a checkpoint that cannot be written, this one or the one before, and removes it.
+
+        Orbax writes in the background: what goes wrong there is raised when it is asked next, also as
+        errors of the library that writes the arrays.
+        """
+        try:
+            yield
+        except Exception as error:
+            reason = no_room(error)
+            if reason is None and not isinstance(error, OSError):
+                raise
+            last = run_folder.newest_checkpoint(self.folder.parent)
+            if processes.is_first():
+                for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                    path.rmtree(missing_ok=True)
+            raise UserError(
+                f"cannot write a checkpoint in {self.folder} ({reason or error}). "
+                + ("There is no complete one yet" if last is None else f"The last complete one is of step {last}")
+                + "; make room and run the same command again") from error

@@ -1,5 +1,6 @@
 """Where a run's numbers and pictures go: the log, `metrics.jsonl`, TensorBoard, a progress bar."""
 
+import contextlib
 import functools
 import json
 import math
@@ -11,7 +12,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from focusdpo_jax.files import replace_file
+from focusdpo_jax.files import replace_file, room_for
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training.tensorboard import open_events
 
@@ -49,8 +50,9 @@ class MetricWriter:
     def scalars(self, step, values):
         """Writes a dict of finite numbers for `step`."""
         if self._file:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            with room_for(self._path):
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+                self._file.flush()
         if self._tensorboard:
             self._tensorboard.scalars(step, values)
 
@@ -68,8 +70,11 @@ class MetricWriter:
 
     def close(self):
         """Closes the files."""
+        # All that was written is there. Of a line that found no room the rest is given up, since the error
+        # that it raised is on its way.
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
         if "_tensorboard" in self.__dict__ and self._tensorboard:
             self._tensorboard.close()
 

@@ -3,11 +3,18 @@
 TensorFlow's summaries, which others are built upon, take a millisecond for each number.
 """
 
+import contextlib
+import itertools
+import os
+import socket
 import time
 
 from absl import logging
 
 from focusdpo_jax.data import images
+from focusdpo_jax.files import room_for
+
+_NUMBERS = itertools.count()  # Of the files of this process.
 
 
 def open_events(folder):
@@ -30,10 +37,16 @@ class Events:
     def __init__(self, folder):
         """Opens a new file in `folder`."""
         # Its imports take seconds where TensorFlow is there, which it then opens files with.
+        from tensorboard.compat import tf
         from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer import event_file_writer
+        from tensorboard.summary.writer.record_writer import RecordWriter
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writer = event_file_writer.EventFileWriter(str(folder))
+        # Named as by its EventFileWriter, whose thread would print a traceback where the disk is full.
+        self._path = os.path.join(str(folder), f"events.out.tfevents.{int(time.time()):010d}."
+                                          f"{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}")
+        with room_for(self._path):
+            self._writer = RecordWriter(tf.io.gfile.GFile(self._path, "wb"))
+        self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def scalars(self, step, values):
         """Writes a dict of numbers for `step`."""
@@ -49,9 +62,14 @@ class Events:
 
     def close(self):
         """Closes the file."""
-        self._writer.close()
+        with contextlib.suppress(Exception):  # All events are written; what found no room was told.
+            self._writer.close()
 
     def _add(self, step, values):
-        self._writer.add_event(self._event(
+        self._write(self._event(
             wall_time=time.time(), step=step, summary=self._summary(value=values)))
-        self._writer.flush()
+
+    def _write(self, event):
+        with room_for(self._path):
+            self._writer.write(event.SerializeToString())
+            self._writer.flush()
