@@ -235,9 +235,50 @@ def _validate_toybox(config):
     if config.evaluation.pictures > config.data.validation_size:
         raise UserError(f"config.evaluation.pictures = {config.evaluation.pictures}: there are "
                         f"only config.data.validation_size = {config.data.validation_size}")
-    if config.batch_size * config.accumulate > config.data.train_size:
-        raise UserError(f"config.data.train_size = {config.data.train_size}: give at least a "
-                        f"step's pairs, {config.batch_size * config.accumulate}")
+    pairs, count = config.batch_size * config.accumulate, config.data.train_size
+    if pairs > count:
+        raise UserError(f"config.data.train_size = {count}: a step takes {_step_pairs(config)}; give at least "
+                        f"{pairs}, or {smaller_step(config, count)}")
+
+
+def _step_pairs(config):
+    product = f"config.batch_size = {config.batch_size}"
+    if config.accumulate > 1:
+        product += f" times config.accumulate = {config.accumulate}"
+    return product + " pairs"
+
+
+def smaller_step(config, count, shares=None):
+    """What to give instead of a step that takes more than `count` pairs, in words.
+
+    Args:
+      shares: devices that a batch is divided among; None takes them from `config.mesh`, as far as it
+        says.
+    """
+    shares = shares or max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    largest = count // config.accumulate // shares * shares
+    if largest:
+        return f"config.batch_size = {largest} at most"
+    most = count // shares
+    if most:
+        return f"config.batch_size = {shares} and config.accumulate = {most} at most"
+    return f"fewer devices than {shares} in config.mesh.data and config.mesh.fsdp"
+
+
+def require_pairs(config, path, count, shares):
+    """Checks that a prepared data set of `count` pairs has enough of them for a step.
+
+    Args:
+      path: of the data set.
+      shares: devices that a batch is divided among.
+
+    Raises:
+      UserError: a step takes more.
+    """
+    if config.batch_size * config.accumulate > count:
+        raise UserError(f"config.batch_size = {config.batch_size}: {path} has {count} pairs to train on, and a "
+                        f"step takes {_step_pairs(config)}; give {smaller_step(config, count, shares)}, or "
+                        "prepare more pairs")
 
 
 def complete(config):

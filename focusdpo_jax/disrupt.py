@@ -100,6 +100,11 @@ def open_model():
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import runs
     name, resolution = _WORKDIR.value, _RESOLUTION.value
+    if resolution is not None:
+        sizes = (runs.folder_sizes("toybox") if name == "base"
+                 else runs.folder_sizes(name, inpainting=True)
+                 if pretrained.is_model(name) else runs.Run(name).sizes())
+        sizes.check_resolution(resolution, "--resolution=")
     if name == "base":
         return runs.load_folder("toybox"), resolution or 64
     if pretrained.is_model(name):

@@ -121,11 +121,13 @@ def open_models():
         raise UserError("give --workdir, the folder of a run, or --config.")
     if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
-        run.check_policy()
         config = config_rules.complete(run.config if config is None else config)
+        run.sizes().check_resolution(config.resolution)
         return config, {"base": run.base, "policy": run.policy}, epath.Path(name)
     if config is None:
         raise UserError(f"--workdir={name}: give --config too, which says how to draw.")
+    sizes = models.generator_config(config) if name == "base" else runs.folder_sizes(name)
+    sizes.check_resolution(config.resolution)
     if name == "base":
         return config, {"base": functools.partial(models.load_model, config)}, None
     return config, {"policy": functools.partial(runs.load_folder, name)}, None

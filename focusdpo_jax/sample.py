@@ -103,15 +103,23 @@ def open_models():
     name = _WORKDIR.value
     if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
+        check_resolution(run.sizes)
         base = run.base() if _COMPARE.value else None
         return run.policy(), base, {"guidance": run.config.sampling.guidance,
                                     "resolution": run.config.resolution}
     if _COMPARE.value:
         raise UserError(f"--workdir={name} is a model and not a run: --compare has nothing to "
                         "compare it with.")
+    check_resolution(lambda: runs.folder_sizes("toybox" if name == "base" else name))
     if name == "base":
         return runs.load_folder("toybox"), None, {"guidance": 2.0, "resolution": 64}
     return runs.load_folder(name), None, {"guidance": 5.0}
+
+
+def check_resolution(sizes):
+    """Checks the flag against the `GeneratorConfig` that `sizes` reads, before any weights are read."""
+    if _RESOLUTION.value is not None:
+        sizes().check_resolution(_RESOLUTION.value, "--resolution=")
 
 
 def write(wanted, policy, base, settings):

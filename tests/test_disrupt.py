@@ -54,7 +54,8 @@ MISTAKES = [
     ({"manifest": "gone.jsonl"}, "--manifest=gone.jsonl cannot be read"),
     ({"strength": 0.0}, "strength is 0.0 of 2 steps; choose a share of 1 step or more: 0.5 to 1"),
     ({"resolution": None}, "does not say how large its pictures are; give --resolution"),
-    ({"resolution": 33}, "--resolution=33: give a positive multiple of 4"),
+    ({"resolution": 33}, "--resolution=33: a latent of this model covers 4 pixels in each direction; give a "
+     "positive multiple of 4, such as 32"),
     ({"workdir": "nowhere"}, "nowhere"),
     ({"dinov2": "nowhere"}, "nowhere"),
 ]

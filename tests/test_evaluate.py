@@ -43,6 +43,9 @@ MISTAKES = [
     (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--share=4/4"], "--share=4/4"),
     (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--sampler=plms",
       "--limit=1", "--batch_size=1"], "one of ddim"),
+    (["--output=OUT33", f"--config={CONFIG}", "--workdir=base", "--config.resolution=33", "--limit=1"],
+     "config.resolution = 33: a latent of this model covers 4 pixels in each direction; give a positive "
+     "multiple of 4, such as 32"),
     # What was refused above has claimed nothing in the folder.
     (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--steps=5000",
       "--limit=1", "--batch_size=1"], "sampling steps is 5000"),
@@ -66,6 +69,7 @@ def said(tmp_path_factory):
                             capture_output=True, text=True, cwd=folder,
                             env={**os.environ,
                                  "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)})
+    assert not (folder / "out33").exists()
     return result.stdout.splitlines()
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from focusdpo_jax import sample
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.training import loop, runs
+from focusdpo_jax.training import models as sample_models
 
 if not sample.flags.FLAGS.is_parsed():
     sample.flags.FLAGS(sys.argv[:1])
@@ -129,3 +130,16 @@ def test_unfinished_run_gives_its_newest_checkpoint(run_folder, tmp_path):
 def test_mistakes_are_named(values, reason, tmp_path):
     with pytest.raises(UserError, match=reason):
         draw(**{"prompt": "a ball", "output": str(tmp_path / "out.png")} | values)
+
+
+@pytest.mark.parametrize("workdir", ["base", "model", "run"])
+def test_a_resolution_between_latents_is_refused_before_weights_are_read(workdir, run_folder, tiny_folder, tmp_path,
+                                                                        monkeypatch):
+    def read(*arguments, **more):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(sample_models, "load_parts", read)
+    folder = {"base": "base", "model": str(tiny_folder / "model"), "run": str(run_folder)}[workdir]
+    with pytest.raises(UserError, match="--resolution=33: a latent of this model covers 4 pixels in each direction; "
+                                        "give a positive multiple of 4, such as 32"):
+        draw(prompt="a ball", workdir=folder, resolution=33, output=str(tmp_path / "out.png"))

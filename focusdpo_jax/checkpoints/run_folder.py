@@ -61,8 +61,8 @@ def newest_weights(workdir):
     if checkpoint is None and folder is None:
         config = read_config(workdir)
         first = min(config.get("checkpoint_every") or config["steps"], config["steps"])
-        raise UserError(f"--workdir={workdir}: the run is not finished (it has no model/ yet) and has no "
-                        f"checkpoint yet; it writes its first at step {first}. Run the training's "
+        raise UserError(f"--workdir={workdir}: the run has no checkpoint yet, whose first it writes at step "
+                        f"{first}, and the run is not finished (it has no model/ yet). Run the training's "
                         "command again, which goes on where it stopped.")
     if checkpoint is None:
         return Weights(folder, step)

@@ -11,7 +11,6 @@ from focusdpo_jax.evaluation.generate import (
     conditioned_denoiser,
     scene_noise,
 )
-from focusdpo_jax.evaluation.sampling import check_resolution
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 
 CONTEXT = 2
@@ -181,7 +180,7 @@ class Inpainter:
         Raises:
           UserError: as `make_inpaint`, or the resolution does not suit the generator.
         """
-        check_resolution(model.generator, resolution)
+        model.generator.config.check_resolution(resolution, "--resolution=")
         self._generator, self._tokenizer = model.generator, model.tokenizer
         self._resolution, self._batch_size = resolution, batch_size
         self._mesh = drawing_mesh(batch_size)

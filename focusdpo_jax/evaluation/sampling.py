@@ -4,19 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.generate import make_generate, scene_noise
 from focusdpo_jax.evaluation.prompts import load_place, load_reference
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 
 _MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
-
-
-def check_resolution(generator, resolution):
-    """Raises a UserError where a generator has no latents for a side of so many pixels."""
-    factor = generator.latent_factor
-    if resolution < factor or resolution % factor:
-        raise UserError(f"--resolution={resolution}: give a positive multiple of {factor}.")
 
 
 class Sampler:
@@ -38,7 +30,7 @@ class Sampler:
           negative: the negative prompt.
           batch_size: pictures drawn at once.
         """
-        check_resolution(model.generator, resolution)
+        model.generator.config.check_resolution(resolution, "--resolution=")
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
         self._mesh = drawing_mesh(batch_size)

@@ -143,6 +143,18 @@ class GeneratorConfig:
                 del values[field.name]
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
+    def check_resolution(self, resolution, field="config.resolution = "):
+        """Raises a UserError where there are no latents for a side of so many pixels.
+
+        Args:
+          field: what the user gave it as, up to its value.
+        """
+        factor = self.vae.factor
+        if resolution < factor or resolution % factor:
+            nearest = max(1, round(resolution / factor)) * factor
+            raise UserError(f"{field}{resolution}: a latent of this model covers {factor} pixels in each "
+                            f"direction; give a positive multiple of {factor}, such as {nearest}")
+
     @classmethod
     def from_json(cls, text):
         """Reads what `to_json` wrote."""

@@ -9,7 +9,7 @@
 import json
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.files import read_json
+from focusdpo_jax.files import read_json, replace_file
 
 NEEDED = "vocab.json and merges.txt, or tokenizer.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -157,5 +157,4 @@ def save_fillers(folder, tokens):
     if tuple(tokens) == FILLERS:
         return
     for name, token in zip(("tokenizer", "tokenizer_2"), tokens):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "tokenizer_config.json").write_text(json.dumps({"pad_token": token}))
+        replace_file(folder / name / "tokenizer_config.json", json.dumps({"pad_token": token}))

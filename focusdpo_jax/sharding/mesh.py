@@ -90,6 +90,11 @@ def replicated(mesh):
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_shares(mesh):
+    """How many equal parts a batch is divided into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh):
     """The sharding of an array whose first axis are the examples of a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

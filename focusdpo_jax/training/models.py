@@ -77,8 +77,11 @@ def stored_type(config, path, shape):
     return jnp.bfloat16
 
 
-def generator_config(config):
+def generator_config(config, *, inpainting=False):
     """The `GeneratorConfig` of a configuration, from the configuration files of its model.
+
+    Args:
+      inpainting: whether the UNet may read more than latents, as one for inpainting does.
 
     Raises:
       UserError: files are missing or damaged, parts do not fit together, or the UNet reads more than
@@ -86,7 +89,8 @@ def generator_config(config):
     """
     config = config_rules.complete(config)
     sizes = _open(config)[1]
-    _require_latents_alone(config, sizes)
+    if not inpainting:
+        _require_latents_alone(config, sizes)
     return sizes
 
 
@@ -282,7 +286,8 @@ def abstract_model(config, mesh):
     adapter that `config.model.adapter` seems to name (`published.adapter_sizes`).
 
     Raises:
-      UserError: the files that are here are no SDXL, or the UNet reads more than latents.
+      UserError: the files that are here are no SDXL, the UNet reads more than latents, or there are no
+        latents for `config.resolution`.
     """
     config = config_rules.complete(config)
     try:
@@ -294,6 +299,7 @@ def abstract_model(config, mesh):
         adapter, image_encoder = published.adapter_sizes(config.model.adapter)
         sizes = GeneratorConfig(**single_file.SDXL, image_encoder=image_encoder, adapter=adapter)
     _require_latents_alone(config, sizes)
+    sizes.check_resolution(config.resolution)
     sizes = _as_configured(sizes, config)
     generator = Generator(sizes, jnp.dtype(config.dtype))
     parameters = {}

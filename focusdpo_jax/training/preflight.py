@@ -37,11 +37,7 @@ def check(config):
 def _check(config):
     """Runs the checks of `check`; returns the part of its log line about memory."""
     sizes = models.generator_config(config)
-    if config.resolution % sizes.vae.factor:
-        nearest = max(1, round(config.resolution / sizes.vae.factor)) * sizes.vae.factor
-        raise UserError(f"config.resolution = {config.resolution}: a latent of this model covers "
-                        f"{sizes.vae.factor} pixels in each direction; give a multiple of "
-                        f"{sizes.vae.factor}, such as {nearest}")
+    sizes.check_resolution(config.resolution)
     mesh = meshes.make_mesh(config.mesh, config.batch_size)
     if config.data.source == "prepared":
         tasks.open_data(config)

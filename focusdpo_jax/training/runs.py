@@ -20,8 +20,16 @@ def load_folder(name, *, inpainting=False):
     Args:
       inpainting: whether its UNet may be one for inpainting, which reads more than latents.
     """
-    return models.load_model(ml_collections.ConfigDict(
-        {"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}}), inpainting=inpainting)
+    return models.load_model(_config_of(name), inpainting=inpainting)
+
+
+def _config_of(name):
+    return ml_collections.ConfigDict({"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}})
+
+
+def folder_sizes(name, *, inpainting=False):
+    """The `GeneratorConfig` of what `load_folder` loads, from its configuration files."""
+    return models.generator_config(_config_of(name), inpainting=inpainting)
 
 
 class Run:
@@ -43,6 +51,11 @@ class Run:
     def base(self):
         """The `Model` that the run started from."""
         return models.load_model(self.config)
+
+    def sizes(self):
+        """The `GeneratorConfig` of `policy`, from configuration files."""
+        folder = self.check_policy().folder
+        return models.generator_config(self.config) if folder is None else folder_sizes(folder)
 
     def policy(self):
         """The `Model` that the run has made so far.

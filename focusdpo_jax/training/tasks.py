@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +72,8 @@ def _open_prepared(config):
     if side != config.resolution:
         raise UserError(f"config.resolution = {config.resolution}: the pictures of "
                         f"{config.data.path} have {side}; give that, or prepare them again")
-    if config.batch_size * config.accumulate > count:
-        raise UserError(f"config.batch_size = {config.batch_size}: {config.data.path} has {count} "
-                        "pairs to train on; give less than a step's pairs, or prepare more")
+    config_rules.require_pairs(config, config.data.path, count, meshes.batch_shares(
+        meshes.make_mesh(config.mesh, config.batch_size)))
     if "validation" not in sources:
         logging.info("%s keeps no pairs for validation; pictures show training pairs",
                      config.data.path)
@@ -318,7 +316,7 @@ def _place(config, records, model, source):
 
 def rows_at_once(config, records, mesh):
     """Pairs that are encoded together; each device has as many as the others."""
-    shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+    shares = meshes.batch_shares(mesh)
     size = min(len(records), config.evaluation.batch_size)
     return -(-size // shares) * shares
 

@@ -46,6 +46,12 @@ def test_encoders_are_held_unless_all_is_encoded_before(tiny_config, cache):
         "vae", "image_encoder", "text_encoder", "text_encoder_2"})
 
 
+def test_a_resolution_between_latents_is_refused_before_anything_is_compiled(tiny_config):
+    with pytest.raises(UserError, match="^config.resolution = 33: a latent of this model covers 4 pixels in each "
+                                        "direction; give a positive multiple of 4, such as 32$"):
+        planner.plan(tiny_config(resolution=33), "local")
+
+
 def test_a_plan_of_a_whole_run_adds_up(tiny_config):
     found = planner.plan(tiny_config(evaluation__scenes=4), "local")
     json.dumps(found)

@@ -192,7 +192,7 @@ def test_a_vocabulary_of_other_text_encoders(refused, folder):
 
 def test_a_resolution_between_latents(refused, published):
     assert refused(config_of(published, resolution=100), published) == (
-        "config.resolution = 100: a latent of this model covers 8 pixels in each direction; give a "
+        "config.resolution = 100: a latent of this model covers 8 pixels in each direction; give a positive "
         "multiple of 8, such as 96")
 
 
