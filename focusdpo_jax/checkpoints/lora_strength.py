@@ -1,4 +1,4 @@
-"""How strong the low-rank updates (LoRA) of a file are, where its tensors do not tell.
+"""The scale of a file's low-rank updates (LoRA), where its tensors do not contain it.
 
 Three places beside the `.alpha` tensors of kohya's files hold alpha and rank:
 
@@ -18,6 +18,7 @@ import math
 import re
 
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import read_json
 
 HEADER = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
@@ -124,16 +125,10 @@ def of_folder(folder):
       UserError: it is missing, damaged or unsupported.
     """
     path = folder / CONFIG
-    try:
-        fields = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); PEFT's tensors do not tell "
-                        "how strong they are: keep it beside adapter_model.safetensors.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object.")
-    return AdapterConfig.of(fields, str(path))
+    if not path.exists():
+        raise UserError(f"{path} is missing: PEFT keeps alpha there and not in its tensors. Copy it from where "
+                        "adapter_model.safetensors comes from.")
+    return AdapterConfig.of(read_json(path), str(path))
 
 
 def of_header(metadata, parts, source):

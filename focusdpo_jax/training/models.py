@@ -267,7 +267,7 @@ def _as_configured(sizes, config):
 
 
 def _require_latents_alone(config, sizes):
-    """Raises a UserError where a UNet reads more than latents, whom training and drawing cannot feed."""
+    """Raises a UserError where a UNet reads more than latents, as those for inpainting do."""
     if not sizes.further_channels:
         return
     channels = sizes.vae.latent_channels
