@@ -237,8 +237,8 @@ def _validate_toybox(config):
                         f"only config.data.validation_size = {config.data.validation_size}")
     pairs, count = config.batch_size * config.accumulate, config.data.train_size
     if pairs > count:
-        raise UserError(f"config.data.train_size = {count}: a step takes {_step_pairs(config)}; give at least "
-                        f"{pairs}, or {smaller_step(config, count)}")
+        raise UserError(f"config.data.train_size = {count}: a step takes {_step_pairs(config)}; "
+                        f"give at least {pairs}, or {smaller_step(config, count)}")
 
 
 def _step_pairs(config):
@@ -276,9 +276,9 @@ def require_pairs(config, path, count, shares):
       UserError: a step takes more.
     """
     if config.batch_size * config.accumulate > count:
-        raise UserError(f"config.batch_size = {config.batch_size}: {path} has {count} pairs to train on, and a "
-                        f"step takes {_step_pairs(config)}; give {smaller_step(config, count, shares)}, or "
-                        "prepare more pairs")
+        raise UserError(f"config.batch_size = {config.batch_size}: {path} has {count} pairs to train on, "
+                        f"and a step takes {_step_pairs(config)}; give "
+                        f"{smaller_step(config, count, shares)}, or prepare more pairs")
 
 
 def complete(config):

@@ -1,9 +1,9 @@
 """Ctrl-C in a command: one line and exit status 130, whatever the process is doing.
 
-Python delivers a signal when the main thread comes back from C++, which compiles for minutes. Here a thread
-of its own learns of it at once: the main thread has a few seconds to clean up, then the process ends. A second
-Ctrl-C ends it at once. Who wants to save first, as training does, sets a signal handler for as long; then only
-the second one counts here.
+Python delivers a signal when the main thread comes back from C++, which compiles for minutes. Here a
+thread of its own learns of it at once: the main thread has a few seconds to clean up, then the process
+ends. A second Ctrl-C ends it at once. Who wants to save first, as training does, sets a signal handler for
+as long; then only the second one counts here.
 """
 
 import _thread

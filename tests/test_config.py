@@ -111,14 +111,15 @@ def test_encoders_are_trained_in_float32():
 
 
 @pytest.mark.parametrize("changes, reason", [
-    ({"batch_size": 16}, "config.data.train_size = 12: a step takes config.batch_size = 16 pairs; give at least "
-     "16, or config.batch_size = 12 at most"),
-    ({"batch_size": 4, "accumulate": 5}, "config.data.train_size = 12: a step takes config.batch_size = 4 times "
-     "config.accumulate = 5 pairs; give at least 20, or config.batch_size = 2 at most"),
+    ({"batch_size": 16}, "config.data.train_size = 12: a step takes config.batch_size = 16 pairs; give at "
+     "least 16, or config.batch_size = 12 at most"),
+    ({"batch_size": 4, "accumulate": 5}, "config.data.train_size = 12: a step takes config.batch_size = 4 "
+     "times config.accumulate = 5 pairs; give at least 20, or config.batch_size = 2 at most"),
     ({"batch_size": 16, "mesh__data": 8}, "give at least 16, or config.batch_size = 8 at most"),
     ({"batch_size": 4, "accumulate": 20, "mesh__data": 4}, "give at least 80, or config.batch_size = 4 and "
      "config.accumulate = 3 at most"),
-    ({"batch_size": 16, "mesh__data": 16}, "or fewer devices than 16 in config.mesh.data and config.mesh.fsdp")])
+    ({"batch_size": 16, "mesh__data": 16}, "or fewer devices than 16 in config.mesh.data and "
+     "config.mesh.fsdp")])
 def test_a_step_that_takes_more_pairs_than_there_are(changes, reason, tmp_path):
     config = tiny.tiny_config(tmp_path, **changes)
     with pytest.raises(UserError) as error:
@@ -129,7 +130,7 @@ def test_a_step_that_takes_more_pairs_than_there_are(changes, reason, tmp_path):
 def test_the_largest_step_of_a_prepared_set(tmp_path):
     config = tiny.tiny_config(tmp_path, batch_size=8, accumulate=2)
     config_rules.require_pairs(config, "data", 16, 8)
-    with pytest.raises(UserError, match="^config.batch_size = 8: data has 15 pairs to train on, and a step takes "
-                                        "config.batch_size = 8 times config.accumulate = 2 pairs; give "
+    with pytest.raises(UserError, match="^config.batch_size = 8: data has 15 pairs to train on, and a step "
+                                        "takes config.batch_size = 8 times config.accumulate = 2 pairs; give "
                                         "config.batch_size = 4 at most, or prepare more pairs$"):
         config_rules.require_pairs(config, "data", 15, 4)

@@ -118,7 +118,8 @@ def test_metrics(tmp_path):
 def test_events(tmp_path):
     pytest.importorskip("tensorboard")
     writer = MetricWriter(tmp_path)
-    with full(500), pytest.raises(UserError, match=r"events.out.tfevents.*cannot be written \(File too large\)"):
+    with full(500), pytest.raises(
+            UserError, match=r"events.out.tfevents.*cannot be written \(File too large\)"):
         writer.picture(1, "samples", NOISE)
     writer.close()
 
@@ -130,8 +131,8 @@ def test_a_checkpoint_without_room_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     state = jax.numpy.asarray(np.random.default_rng(0).normal(size=10**5))
     with full(50_000), pytest.raises(UserError, match=(
-            r"cannot write a checkpoint in .*checkpoints \(File too large\). The last complete one is of step 1; "
-            "make room and run the same command again")):
+            r"cannot write a checkpoint in .*checkpoints \(File too large\). The last complete one is of "
+            "step 1; make room and run the same command again")):
         checkpoints.save(2, {"a": state}, {"next_index": 2})
         checkpoints.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
@@ -141,7 +142,8 @@ def test_toybox(tiny_config, tmp_path):
     config = tiny_config(data__train_size=40)
     sizes = {"train": 40, "validation": 2, "test": 4}
     with full(50_000), pytest.raises(UserError, match=(
-            r"cannot write the data set to .*data \(File too large\); make room and run the same command again")):
+            r"cannot write the data set to .*data \(File too large\); make room and run the same command "
+            "again")):
         dataset.build_toybox(tmp_path / "data", dataset.toybox_world(config), sizes)
     assert left(tmp_path) == []
     path = dataset.build_toybox(tmp_path / "data", dataset.toybox_world(config), sizes)
@@ -170,7 +172,8 @@ def test_a_model_without_room_is_no_model(finished, tiny_config, tmp_path):
 
 
 def test_an_export(finished, tmp_path):
-    with full(1000), pytest.raises(UserError, match=r"ip_adapter.safetensors cannot be written \(File too large\)"):
+    with full(1000), pytest.raises(
+            UserError, match=r"ip_adapter.safetensors cannot be written \(File too large\)"):
         run_export.export_run(finished, tmp_path / "out")
     assert left(tmp_path) == []
 
@@ -189,7 +192,8 @@ def test_a_sample(tmp_path):
 @pytest.mark.parametrize("limit, file", [(1500, "config.json"), (60_000, "model/|checkpoint")])
 def test_a_run_ends_with_one_line_and_goes_on(limit, file, finished, tiny_folder, tmp_path):
     config = tiny_folder / "tiny_full.py"
-    config.write_text(f"import pathlib, sys\nsys.path.insert(0, {os.path.dirname(tiny.__file__)!r})\nimport tiny\n"
+    tests = os.path.dirname(tiny.__file__)
+    config.write_text(f"import pathlib, sys\nsys.path.insert(0, {tests!r})\nimport tiny\n"
                       f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}), "
                       "steps=2, evaluation__pictures=0)\n")
     script = (f"import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"

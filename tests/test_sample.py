@@ -133,13 +133,13 @@ def test_mistakes_are_named(values, reason, tmp_path):
 
 
 @pytest.mark.parametrize("workdir", ["base", "model", "run"])
-def test_a_resolution_between_latents_is_refused_before_weights_are_read(workdir, run_folder, tiny_folder, tmp_path,
-                                                                        monkeypatch):
+def test_a_resolution_between_latents_is_refused_before_weights_are_read(
+        workdir, run_folder, tiny_folder, tmp_path, monkeypatch):
     def read(*arguments, **more):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(sample_models, "load_parts", read)
     folder = {"base": "base", "model": str(tiny_folder / "model"), "run": str(run_folder)}[workdir]
-    with pytest.raises(UserError, match="--resolution=33: a latent of this model covers 4 pixels in each direction; "
-                                        "give a positive multiple of 4, such as 32"):
+    with pytest.raises(UserError, match="--resolution=33: a latent of this model covers 4 pixels in each "
+                                        "direction; give a positive multiple of 4, such as 32"):
         draw(prompt="a ball", workdir=folder, resolution=33, output=str(tmp_path / "out.png"))

@@ -127,7 +127,8 @@ def build(
         reason = no_room(error)
         if reason is None and not isinstance(error, OSError):
             raise
-        cure = "make room and run the same command again" if reason else "choose a directory that can be written"
+        cure = ("make room and run the same command again" if reason
+                else "choose a directory that can be written")
         raise UserError(
             f"cannot write the data set to {data_dir} ({reason or error}); {cure}"
         ) from error

@@ -57,9 +57,9 @@ class Settings:
         if self.resolution < 8:
             raise UserError(f"--resolution={self.resolution}: give a side in pixels, 8 or more")
         if self.resolution % 4:
-            raise UserError(f"--resolution={self.resolution}: no model draws squares of that side; give a multiple "
-                            f"of 8, such as {max(8, round(self.resolution / 8) * 8)} (Toybox's model also takes "
-                            "multiples of 4)")
+            nearest = max(8, round(self.resolution / 8) * 8)
+            raise UserError(f"--resolution={self.resolution}: no model draws squares of that side; give a "
+                            f"multiple of 8, such as {nearest} (Toybox's model also takes multiples of 4)")
         if self.max_subjects < 1:
             raise UserError(f"--max_subjects={self.max_subjects}: give 1 or more")
         for name in ("validation", "test"):

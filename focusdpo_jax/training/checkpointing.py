@@ -103,5 +103,6 @@ class Checkpoints:
                     path.rmtree(missing_ok=True)
             raise UserError(
                 f"cannot write a checkpoint in {self.folder} ({reason or error}). "
-                + ("There is no complete one yet" if last is None else f"The last complete one is of step {last}")
+                + ("There is no complete one yet" if last is None
+                   else f"The last complete one is of step {last}")
                 + "; make room and run the same command again") from error

@@ -164,8 +164,8 @@ def _wait(path):
             return found
         if (alive or moved) and now - began >= _PATIENCE:
             raise UserError(f"--workdir={path.parent} is in use: {_named(found)} trains there since "
-                            f"{found.get('since', 'some time ago')}. Stop it, wait for its end, or give another "
-                            "--workdir")
+                            f"{found.get('since', 'some time ago')}. Stop it, wait for its end, or give "
+                            "another --workdir")
         if now - changed >= _STALE:
             _dead.clear()
             _dead.update(found)
@@ -210,9 +210,9 @@ def _machine():
 
 
 def _started(pid):
-    """When a process of this machine started, which tells it from a later one of its number; None of a dead one.
+    """When a process of this machine started, which tells it from a later one of its number.
 
-    Where there is no /proc it is "" of every process that is there.
+    None of a dead process. Where there is no /proc, "" of every process that is there.
     """
     if not os.path.exists("/proc/self/stat"):
         try:

@@ -282,8 +282,8 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
     for changes, reason in [
             # One folder for all: a start that was refused does not stand in the next one's way.
             ({"resolution": 64}, "config.resolution = 64: the pictures of .* have 32"),
-            ({"batch_size": 5}, r"config.batch_size = 5: .* has 4 pairs to train on, and a step takes config.batch_size = 5 "
-             "pairs; give config.batch_size = 4 at most, or prepare more pairs"),
+            ({"batch_size": 5}, r"config.batch_size = 5: .* has 4 pairs to train on, and a step takes "
+             "config.batch_size = 5 pairs; give config.batch_size = 4 at most, or prepare more pairs"),
             ({"data.path": "nowhere"}, "'nowhere' holds no prepared data set"),
             ({"objective": "probe"}, "learns what Toybox knows")]:
         config = tiny_config(**{"data.source": "prepared", "data.path": str(output),
@@ -316,8 +316,8 @@ def test_mistakes_are_named(tmp_path):
         ({"manifest": "nowhere/a.jsonl"}, "--manifest=nowhere/a.jsonl cannot be read"),
         ({"dreambench": "nowhere"}, "--dreambench=nowhere is no folder"),
         ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
-        ({"manifest": str(EXAMPLE), "resolution": 33}, "--resolution=33: no model draws squares of that side; "
-         "give a multiple of 8, such as 32"),
+        ({"manifest": str(EXAMPLE), "resolution": 33}, "--resolution=33: no model draws squares of that "
+         "side; give a multiple of 8, such as 32"),
         ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5},
          "nothing is left to train on"),
         ({"manifest": str(EXAMPLE), "max_subjects": 1, "resolution": 64}, "2 entries; give 1 to 1")]

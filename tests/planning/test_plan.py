@@ -47,8 +47,8 @@ def test_encoders_are_held_unless_all_is_encoded_before(tiny_config, cache):
 
 
 def test_a_resolution_between_latents_is_refused_before_anything_is_compiled(tiny_config):
-    with pytest.raises(UserError, match="^config.resolution = 33: a latent of this model covers 4 pixels in each "
-                                        "direction; give a positive multiple of 4, such as 32$"):
+    with pytest.raises(UserError, match="^config.resolution = 33: a latent of this model covers 4 pixels in "
+                                        "each direction; give a positive multiple of 4, such as 32$"):
         planner.plan(tiny_config(resolution=33), "local")
 
 

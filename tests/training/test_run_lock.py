@@ -57,7 +57,7 @@ def test_a_lock_is_there_while_it_is_held(quick, tmp_path):
         assert json.loads((folder / "run.lock").read_text())["count"] > found["count"]
         require()
         with pytest.raises(UserError, match=rf"new/run is in use: process {os.getpid()} on .* trains there "
-                                            r"since 20.*Stop it, wait for its end, or give another --workdir"):
+                                            "since 20.*Stop it, wait for its end, or give another --work"):
             run_lock.require_free(folder)
     assert not list(folder.iterdir())
     run_lock.require_free(folder)
@@ -116,7 +116,8 @@ def test_another_machine_keeps_it_as_long_as_it_counts(quick, tmp_path):
     thread = threading.Thread(target=beat)
     thread.start()
     began = time.monotonic()
-    with pytest.raises(UserError, match="in use: process 1 on elsewhere trains there since 2026-11-28 09:00:00"):
+    with pytest.raises(
+            UserError, match="in use: process 1 on elsewhere trains there since 2026-11-28 09:00:00"):
         run_lock.require_free(tmp_path)
     assert time.monotonic() - began < 1
     left.set()
@@ -165,10 +166,12 @@ def test_of_starts_at_once_one_has_it(cloud, dead, quick, tmp_path, monkeypatch)
 def test_who_was_stopped_for_long_writes_no_more(quick, tmp_path):
     with run_lock.held(tmp_path) as require:
         lock_of(tmp_path, token="b")
-        with pytest.raises(UserError, match="was taken by process 1 on elsewhere while this process had stopped"):
+        with pytest.raises(
+                UserError, match="was taken by process 1 on elsewhere while this process had stopped"):
             require()
         time.sleep(0.5)
-    assert json.loads((tmp_path / "run.lock").read_text())["token"] == "b"  # Of the other one, and left to it.
+    # It is the other one's, and left to it.
+    assert json.loads((tmp_path / "run.lock").read_text())["token"] == "b"
 
 
 def test_other_processes_of_one_run_take_none(tmp_path, monkeypatch):

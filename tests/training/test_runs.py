@@ -36,6 +36,11 @@ def test_the_base_of_a_run_from_nothing_is_drawn_again(tiny_config, tiny_folder,
 # --- Which weights are the newest ------------------------------------------------------------------
 
 
+def asked_at(step):
+    """A `preemption.watch` that has a run leave after this step."""
+    return lambda: contextlib.nullcontext(lambda number: signal.SIGTERM if number == step else 0)
+
+
 @pytest.fixture(scope="module")
 def continued(tiny_folder, tmp_path_factory):
     """A run of two steps, as it was finished, and then gone on with to step 3 of 4."""
@@ -44,7 +49,7 @@ def continued(tiny_folder, tmp_path_factory):
     finished = tmp_path_factory.mktemp("finished") / "run"
     shutil.copytree(folder, finished)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preemption, "watch", lambda: contextlib.nullcontext(lambda step: signal.SIGTERM * (step == 3)))
+        patch.setattr(preemption, "watch", asked_at(3))
         with pytest.raises(preemption.Preempted):
             loop.run(tiny.tiny_config(tiny_folder, steps=4, evaluation__pictures=0), folder)
     return folder, finished
@@ -161,7 +166,7 @@ def test_going_back_does_not_leave_a_newer_looking_model(removed, continued, tin
         path = tmp_path / "run" / "model" / "model.json"  # A model/ of a step that is no more.
         path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3}))
     step = 1 if removed == "checkpoints" else 3
-    monkeypatch.setattr(preemption, "watch", lambda: contextlib.nullcontext(lambda n: signal.SIGTERM * (n == step)))
+    monkeypatch.setattr(preemption, "watch", asked_at(step))
     with pytest.raises(preemption.Preempted):
         loop.run(tiny_config(steps=4, evaluation__pictures=0), tmp_path / "run")
     assert run_folder.newest_weights(tmp_path / "run") == (None, step)
