@@ -189,7 +189,7 @@ def test_a_sample(tmp_path):
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("limit, file", [(1500, "config.json"), (60_000, "model/|checkpoint")])
+@pytest.mark.parametrize("limit, file", [(1500, "vocab.json"), (60_000, "model/|checkpoint")])
 def test_a_run_ends_with_one_line_and_goes_on(limit, file, finished, tiny_folder, tmp_path):
     config = tiny_folder / "tiny_full.py"
     tests = os.path.dirname(tiny.__file__)

@@ -247,7 +247,7 @@ def test_too_little_memory(refused, full_size, monkeypatch, tmp_path, gigabytes,
     monkeypatch.setattr(memory, "limit", lambda device: int(gigabytes * 1e9))
     assert refused(full_size, tmp_path) == (
         "config.trainable = 'adapter' with config.batch_size = 8 and config.data.cache = False holds "
-        "15.9 GB on each device before activations (frozen parameters 5.1, encoders 3.1, reference "
+        "16.0 GB on each device before activations (frozen parameters 5.1, encoders 3.1, reference "
         "0.8, trained parameters 1.7, optimizer 5.1, images 0.1), and cpu has "
         f"{gigabytes:.1f} GB: {cure}")
 
