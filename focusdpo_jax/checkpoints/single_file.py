@@ -19,7 +19,7 @@ from focusdpo_jax.checkpoints import (
     pytorch_names,
     tensor_file,
 )
-from focusdpo_jax.errors import MissingFiles
+from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.models.clip import CLIPTextConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig

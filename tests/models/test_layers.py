@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from focusdpo_jax.models import layers, platforms
 from focusdpo_jax.models.lora import LoRADense
