@@ -130,7 +130,7 @@ def commands(folder, tmp_path):
         "sample": (["sample", "--prompt=a star", f"--reference={reference}:a star",
                     f"--output={tmp_path}/a.png"], 4),
         "prepare": (["prepare", f"--manifest={root}/docs/examples/pairs/manifest.jsonl", "--workers=2",
-                     f"--output={tmp_path}/out", "--resolution=64"], 2),
+                     f"--output={tmp_path}/out", "--resolution=64"], "line 1 of"),
         "plan": (["plan", f"--config={config}"], 5)}
 
 
