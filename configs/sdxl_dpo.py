@@ -104,7 +104,7 @@ def get_config(argument=""):
     # Folder of vocab.json and merges.txt, or tokenizer.json, for a single file, which has none. Empty:
     # tokenizer/ of the folder.
     config.model.tokenizer = ""
-    # What the UNet predicts, where a file does not say it or says something else: epsilon,
+    # What the UNet predicts, where its files do not state it or state something else: epsilon,
     # v_prediction, or v_prediction_zero_snr, with noise of zero terminal SNR. Empty: what the files
     # say (scheduler_config.json; in a single file the metadata and the tensors v_pred and ztsnr).
     config.model.prediction_type = ""

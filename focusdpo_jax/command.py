@@ -161,7 +161,7 @@ def leave(message, status):
 def _quiet(record):
     """Keeps what this program logs, and of the libraries' only warnings.
 
-    Not the traceback of a full disk in a library's thread, which is told as an error of the command.
+    Drops the traceback of a full disk in a library's thread, which the command reports as its error.
     """
     if record.exc_info and record.exc_info[1] and no_room(record.exc_info[1]):
         return False

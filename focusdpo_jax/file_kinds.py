@@ -1,4 +1,4 @@
-"""What a file is that is not what its place or name promises, told from its first bytes."""
+"""Recognises, from its first bytes, a file that is not of the format that its name implies."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _CONVERT = ("which can run any code when it is opened and is not read: convert it where PyTorch is, by "
@@ -7,13 +7,13 @@ _CONVERT = ("which can run any code when it is opened and is not read: convert i
 
 
 def describe(head):
-    """Says what a file is, and what to do about it.
+    """Describes the format of a file, and what to do about it.
 
     Args:
       head: its first bytes, 512 or more where it has so many.
 
     Returns:
-      The end of a sentence about the file, or None where it is nothing that is known here.
+      The end of a sentence about the file, or None for an unknown format.
     """
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:

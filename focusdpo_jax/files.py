@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever finds half of one, and reading JSON that may be none."""
+"""Writes files atomically, and reads JSON files with clear errors."""
 
 import contextlib
 import errno
@@ -14,9 +14,9 @@ from etils import epath
 from focusdpo_jax import file_kinds
 from focusdpo_jax.errors import UserError
 
-# What the system says where there is no room: a full disk, a quota, a limit of file sizes.
+# Error numbers of a full disk, a quota and a limit of file sizes.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Libraries that write in C++ have errors of their own, with the same words.
+# The same as texts: libraries in C++ raise errors of their own types with these messages.
 _WORDS = tuple(os.strerror(number) for number in sorted(_FULL))
 
 
@@ -81,7 +81,7 @@ def new_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def room_for(path: epath.PathLike) -> Iterator[None]:
-    """Makes a UserError that names a file, or a folder, of every error that says that there is no room."""
+    """Raises a UserError that names a file or folder in place of an error about missing disk space."""
     try:
         yield
     except Exception as error:
@@ -93,7 +93,7 @@ def room_for(path: epath.PathLike) -> Iterator[None]:
 
 
 def no_room(error: BaseException) -> str | None:
-    """The system's words, such as "No space left on device", if an error means that; else None."""
+    """The system's message, such as "No space left on device", of an error about disk space; else None."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return os.strerror(error.errno)
     text = str(error)

@@ -1,9 +1,9 @@
 """Ctrl-C in a command: one line and exit status 130, whatever the process is doing.
 
-Python delivers a signal when the main thread comes back from C++, which compiles for minutes. Here a
-thread of its own learns of it at once: the main thread has a few seconds to clean up, then the process
-ends. A second Ctrl-C ends it at once. Who wants to save first, as training does, sets a signal handler for
-as long; then only the second one counts here.
+Python delivers a signal when the main thread returns from C++, which may compile for minutes. So a thread
+of its own reads signals from a pipe. The main thread gets a few seconds to clean up, then the process ends.
+A second Ctrl-C ends it at once. Code that saves first, as training does, installs its own signal handler;
+then only the second Ctrl-C ends the process here.
 """
 
 import _thread
@@ -54,10 +54,10 @@ class Interrupts:
         self.raised = True
         raise KeyboardInterrupt
 
-    def _unraisable(self, told):
-        """Where Python cannot raise it, as in a destructor, it would print a traceback and go on."""
-        if told.exc_type is not KeyboardInterrupt:
-            self._report(told)
+    def _unraisable(self, info):
+        """Repeats an interrupt that Python could not raise, as in a destructor, and would only print."""
+        if info.exc_type is not KeyboardInterrupt:
+            self._report(info)
             return
         timer = threading.Timer(0.1, self._repeat)
         timer.daemon = True

@@ -20,7 +20,7 @@ _WORKDIR = flags.DEFINE_string(
     "as export --whole writes, or base, the small Toybox generator that ships with the package.")
 _PROMPT = flags.DEFINE_string(
     "prompt", None, "What to draw, naming every subject. A model reads so many tokens (SDXL 77, "
-    "base 16); a warning tells what is beyond them.")
+    "base 16); a warning lists what is beyond them.")
 _REFERENCES = flags.DEFINE_multi_string(
     "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
     "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "

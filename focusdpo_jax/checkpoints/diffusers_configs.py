@@ -35,8 +35,8 @@ _CLIP = {"layer_norm_eps": 1e-5, "num_channels": 3}
 _SCHEDULER = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "num_train_timesteps": 1000, "trained_betas": None}
-# What changes the noise, the timesteps or what the UNet is told, and has one value that is
-# implemented here.
+# Fields that change the noise, the timesteps or the UNet's input, with the one value that is
+# implemented.
 _SAMPLING = {
     "clip_sample": False, "final_sigmas_type": "zero", "interpolation_type": "linear",
     "sigma_max": None, "sigma_min": None, "thresholding": False, "timestep_type": "discrete",
@@ -45,8 +45,8 @@ _SAMPLING = {
 # The same of DPM-Solver's own classes.
 _DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
                "lambda_min_clipped": -float("inf")}
-# Classes whose files speak of this noise, and the spacing that each takes where its file is silent.
-# They do not decide what is drawn with: `diffusion.samplers` does.
+# Scheduler classes with this noise schedule, and the default spacing of each in diffusers. The sampler is
+# chosen elsewhere (`diffusion.samplers`).
 SCHEDULERS = dict.fromkeys(
     ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
      "PNDMScheduler"), "leading") | dict.fromkeys(

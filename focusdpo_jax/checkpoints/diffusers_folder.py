@@ -135,7 +135,7 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
     index = read_json(index) if index.exists() else {}
     scheduler, noise = folder / "scheduler" / "scheduler_config.json", {}
     if scheduler.exists():
-        # A pipeline's scheduler is of the class that its index names, whoever wrote the file.
+        # The class in model_index.json takes precedence over the one in the scheduler's own file.
         named = index.get("scheduler") or ()
         named = {"_class_name": named[1]} if len(named) > 1 and isinstance(named[1], str) else {}
         noise = _read_config(scheduler, lambda values, source: diffusers_configs.read_scheduler(

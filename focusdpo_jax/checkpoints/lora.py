@@ -9,7 +9,7 @@ it (`lora_strength`). Names of one layer, in the order of frequency:
     lora_unet_mid_block_attentions_0_...attn1_to_q.lora_down.weight     kohya, diffusers' names
     unet.mid_block.attentions.0...attn1.processor.to_q_lora.down.weight     diffusers before 0.22
 
-Where nothing tells alpha it is the rank. Files that we write have none: readers differ in where they look
+Where alpha is stated nowhere it is the rank. Files that we write have none: readers differ in where they look
 for it, so the strength is multiplied into the up matrix.
 """
 
@@ -123,7 +123,7 @@ def read(tensors, parameters, unet_config, source="LoRA file", *, metadata=None,
 
     Args:
       tensors, metadata: of `tensor_file.read`: dict from name to array, and the header's texts, which may
-        hold the strength. Without the latter, alpha is what `.alpha` tensors say, or the rank.
+        hold the strength. Without the latter, alpha is that of the `.alpha` tensors, or the rank.
       parameters: {part: tree}, arrays or shapes, of the parts that may be updated: "unet" and
         the text encoders.
       unet_config: the `UNetConfig`.

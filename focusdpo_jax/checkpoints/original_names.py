@@ -15,7 +15,7 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text_encoder": "conditioner.embedders.0.transformer.",
             "text_encoder_2": "conditioner.embedders.1.model."}
 MARKERS = ("v_pred", "ztsnr")
-"""Empty tensors by which a file says what its UNet predicts, and at which noise (see single_file)."""
+"""Empty tensors that mark the prediction type and the noise schedule of a file (see single_file)."""
 # Of a file's other tensors: buffers, moving averages kept for training.
 _IGNORED = re.compile(
     rf"model_ema\.|denoiser\.|.*\.(position_ids|logit_scale)$|({'|'.join(MARKERS)})$")

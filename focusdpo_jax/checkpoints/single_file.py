@@ -4,8 +4,9 @@ Such a file says nothing about sizes: they are those of SDXL base 1.0, and a fil
 is refused by the tensors that do not fit. Image encoder and vocabulary, which it lacks, lie in
 folders as a diffusers pipeline has them.
 
-What its UNet predicts it may say in two ways. In the metadata, by modelspec.prediction_type, "v" or
-"epsilon" (ModelSpec, github.com/Stability-AI/ModelSpec); and by an empty tensor v_pred and, for zero
+The prediction type of its UNet may be stated in two ways. In the metadata, by
+modelspec.prediction_type, "v" or "epsilon" (ModelSpec, github.com/Stability-AI/ModelSpec); and by an
+empty tensor v_pred and, for zero
 terminal SNR, one named ztsnr (NoobAI; so ComfyUI and stable-diffusion-webui read it).
 """
 
@@ -33,7 +34,7 @@ SDXL = {
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "v_prediction_zero_snr")
-"""What a UNet can be said to predict where its file does not say it, or says something else."""
+"""Prediction types that can be given where a file states none, or another one."""
 
 
 def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None, prediction_type=""):
@@ -74,7 +75,7 @@ def prediction(name):
 
 
 def _prediction_of(path):
-    """The same of what a file says; without a word it predicts noise."""
+    """The prediction type that a file states; epsilon where it states none."""
     tensors, metadata = tensor_file.read(path)
     v_pred, zero_snr = (name in tensors for name in original_names.MARKERS)
     said = metadata.get("modelspec.prediction_type", "")

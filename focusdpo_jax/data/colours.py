@@ -1,8 +1,8 @@
 """Colours of a picture that brings an ICC profile, converted to sRGB.
 
 Everything here and every published generator takes sRGB for granted. A picture in Adobe RGB or
-Display P3 looks dull without its profile, and what inks look like is known to a CMYK picture's
-profile alone. The conversion is Pillow's own, LittleCMS with its default, the perceptual intent.
+Display P3 looks dull without its profile, and the colours of a CMYK picture are defined by its profile
+alone. The conversion is Pillow's own, LittleCMS with its default, the perceptual intent.
 """
 
 import functools
@@ -17,7 +17,7 @@ CONVERTED, IGNORED = "colour profile", "unusable colour profile"
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _GREYS = ("1", "L", "LA", "La", "I;16", "I;16B")
 _UNUSABLE = (ImageCms.PyCMSError, OSError, ValueError, KeyError)
-_SAME = 1  # Of 255: a profile that changes no colour by more is sRGB, whoever wrote it.
+_SAME = 1  # Of 255: a profile that changes no colour by more than this counts as sRGB.
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str, ...]]:

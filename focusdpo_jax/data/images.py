@@ -1,8 +1,8 @@
 """Files of pictures and masks to arrays, and back: whatever people bring, and nothing unsafe.
 
 A picture becomes sRGB of 8 bits as its owner sees it: turned as its EXIF data says, converted by its
-ICC profile, transparency over white. Its size is looked at before its pixels are, so that a small
-file cannot become a huge array. Every command reads pictures and masks by this module alone.
+ICC profile, transparency over white. Its size is checked before its pixels are decoded, so that a
+small file cannot become a huge array. Every command reads pictures and masks by this module alone.
 """
 
 import io
@@ -30,7 +30,7 @@ _MASK = (cv2.IMWRITE_PNG_BILEVEL, 1)
 
 
 class UnreadableImage(Exception):
-    """Its message says what is wrong with a file, without naming the file."""
+    """Its message describes what is wrong with a file, without naming the file."""
 
 
 class _Opened(NamedTuple):

@@ -180,7 +180,7 @@ class _Subjects:
 def _is_flat(folder, used, table):
     """Whether each picture of a folder shows a subject of its own, rather than all the same one.
 
-    The list's layout does not say. It is so if an entry names two pictures of the folder. Otherwise
+    The list's layout does not state it. It is so if an entry names two pictures of the folder. Otherwise
     it is not where every prompt has the folder's name; and it is if the pictures that are named
     differ by more than numbers (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the
     file's name ("a dog", references/dog.png). A folder that prompts_and_classes.txt lists is one

@@ -78,7 +78,7 @@ def check(workdir, output, names, *, whole):
     noise = scene_noise(_SEED, [0], model.generator.latent_shape(resolution))
     size = config.image_encoder.image_size
     reference = _smooth_picture(size) if reads else None
-    # An adapter that knows no blank image is guided otherwise in diffusers (docs/checkpoints.md).
+    # diffusers guides an adapter without a blank image differently (docs/checkpoints.md).
     guidance = 1.0 if reads and config.adapter.dropped == "absent" else 4.0
     with tempfile.TemporaryDirectory() as scratch:
         if base is not None:

@@ -53,7 +53,7 @@ _NEWER = {"timestep_spacing", "steps_offset", "set_alpha_to_one"}
 def check_parts(unet, vae, text_encoder, text_encoder_2):
     """Raises a UserError where parts, given by their configurations, are not of one generator.
 
-    Which channels the UNet reads besides latents is left to whoever uses it
+    Channels that the UNet reads besides latents are checked by the caller
     (`GeneratorConfig.further_channels`).
     """
     width = text_encoder.hidden_size + text_encoder_2.hidden_size

@@ -1,4 +1,4 @@
-"""Texts that are longer than a model reads: one warning that says how many, and what is lost."""
+"""One warning about texts that exceed the tokenizer's length: how many, and what is lost."""
 
 from collections.abc import Iterable, Sequence
 
@@ -28,7 +28,7 @@ def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], sourc
     phrases = ""
     if lost:
         named = list(dict.fromkeys(phrase for _, phrase in lost))
-        phrases = (f". The model is not told of {', '.join(map(repr, named[:5]))}"
+        phrases = (f". The model does not read {', '.join(map(repr, named[:5]))}"
                    f"{' and others' if len(named) > 5 else ''}: {len({t for t, _ in lost})} of them "
                    "lose the phrase of a subject")
     logging.warning(

@@ -140,7 +140,7 @@ def _refuse(path, added):
 
 
 def fillers(folder):
-    """What fills up short captions in a pipeline's or model's own folder, `FILLERS` where it does not say.
+    """Padding tokens of a pipeline's or model's folder, `FILLERS` where it states none.
 
     Args:
       folder: that of the pipeline, an `epath.Path`, with tokenizer/ and perhaps tokenizer_2/.

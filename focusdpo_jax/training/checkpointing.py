@@ -86,10 +86,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self):
-        """Tells of a checkpoint that cannot be written, this one or the one before, and removes it.
+        """Raises a UserError for a checkpoint (this one or the last) that cannot be written; removes it.
 
-        Orbax writes in the background: what goes wrong there is raised when it is asked next, also as
-        errors of the library that writes the arrays.
+        Orbax writes in the background and raises its errors at the next call, some of them as errors of the
+        library that writes the arrays.
         """
         try:
             yield

@@ -266,7 +266,7 @@ class Objective:
         return FocusMaps(weights, similarity, match, unmatched, detail), diagnostics
 
     def _conditioned(self, encoded, key):
-        """The pairs as a source sees them that reads their references in the denoiser's pass."""
+        """The pairs, without dropped references for a source that captures attention to them."""
         if not (self.drops and self._source.reads_references):
             return encoded
         _, dropped = self._dropped(encoded, key)

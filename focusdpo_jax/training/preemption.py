@@ -1,4 +1,4 @@
-"""Runs that are asked to leave: by SIGTERM, as from machines that are taken away, or by Ctrl-C.
+"""Saves and ends a run at SIGTERM, as schedulers send before preemption, or at Ctrl-C.
 
 A run saves after the step that it is in, and leaves. A second Ctrl-C does not wait for that; a second
 SIGTERM changes nothing, since schedulers send several.
@@ -17,7 +17,7 @@ _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Preempted(Exception):
-    """A run was asked to leave, and has saved what it had.
+    """A run has received SIGTERM or Ctrl-C, and has saved its state.
 
     Attributes:
       status: exit status, what a shell reports of a process that the signal has ended: 143 or 130.
@@ -54,12 +54,12 @@ def watch():
 
     def note_for_all(number, frame):
         note(number, frame)
-        os.kill(os.getpid(), signal.SIGTERM)  # Which jax tells the others.
+        os.kill(os.getpid(), signal.SIGTERM)  # jax forwards it to the other processes.
 
     def asked_of_all(step):
         return multihost_utils.reached_preemption_sync_point(step) and (noted or [signal.SIGTERM])[0]
 
-    # The signal reaches some process; jax tells the others, and agrees on a step.
+    # The signal reaches one process; jax notifies the others and chooses a common step.
     several = jax.process_count() > 1
     handlers = {signal.SIGINT: note_for_all} if several else {signal.SIGINT: note, signal.SIGTERM: note}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -1,9 +1,9 @@
 """One start at a time in a run folder.
 
-`run.lock` names the process that trains there and has a counter, which that process raises every few seconds
-as long as it lives. No lock of the operating system is used, because gs:// has none and that of NFS may
-outlive its host. So a lock that nobody holds any more is told by the process, where it was one of this
-machine, and by a counter that stands still, whatever the clocks of other machines say.
+`run.lock` names the process that trains there and has a counter, which that process increments every few
+seconds while it lives. No lock of the operating system is used, because gs:// has none and that of NFS may
+outlive its host. A lock of this machine is stale when its process is gone. A lock of another machine is stale
+when its counter stands still, so that clocks of different machines are never compared.
 
 Only training takes it: `sample`, `evaluate` and `export` read a run folder that is in use. Of several
 processes that train one model process 0 takes it for all. Imports no jax, so that a command can look at it
@@ -34,7 +34,7 @@ _PATIENCE = 3.0
 # Two starts that find a dead lock at once write theirs; who is read after this time has it.
 _SETTLE = 1.0
 _POLL = 0.2
-# The last lock that was found dead: nobody waits for it twice.
+# The last stale lock, so that the second check does not wait for it again.
 _dead = {}
 
 
@@ -128,7 +128,7 @@ class _Lock:
                 found = _read(self._path)
                 if found is None or self._is_own(found):
                     self._count += 1
-                    # In place, so that it needs no room, and nobody reads an empty file.
+                    # In place, so that it needs no disk space and is never empty.
                     self._write("w" if found is None else "r+")
 
     def _write(self, mode="w"):
@@ -151,7 +151,7 @@ class _Lock:
 
 
 def _wait(path):
-    """Returns when nobody holds a lock: None, or what a dead process has left; see `require_free`."""
+    """Returns when a lock is free: None, or the content of a stale one; see `require_free`."""
     began, last, moved = time.monotonic(), None, False
     while (found := _read(path)) is not None:
         now = time.monotonic()
@@ -176,13 +176,13 @@ def _wait(path):
 
 
 def _read(path):
-    """What a lock says; {} of one that is being written, None where there is none."""
+    """The content of a lock; {} of one that is being written, None where there is none."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except NotADirectoryError:
-        return None  # The folder cannot be made, which is told when it is tried.
+        return None  # The folder cannot be made; making it raises the error.
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -210,9 +210,9 @@ def _machine():
 
 
 def _started(pid):
-    """When a process of this machine started, which tells it from a later one of its number.
+    """Start time of a process of this machine, which distinguishes it from a later one with its number.
 
-    None of a dead process. Where there is no /proc, "" of every process that is there.
+    None for a dead process. Where there is no /proc, "" for every live process.
     """
     if not os.path.exists("/proc/self/stat"):
         try:

@@ -62,7 +62,7 @@ class Events:
 
     def close(self):
         """Closes the file."""
-        with contextlib.suppress(Exception):  # All events are written; what found no room was told.
+        with contextlib.suppress(Exception):  # All events are written; a full disk was reported before.
             self._writer.close()
 
     def _add(self, step, values):

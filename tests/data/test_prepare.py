@@ -233,7 +233,7 @@ def test_training_tells_of_captions_that_the_model_does_not_read(
     message, = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
     assert message.startswith(f"config.data.path = '{tmp_path / 'data'}': 1 of 5 texts are longer "
                               "than the 16 tokens that the model reads and are cut")
-    assert "The model is not told of 'a thing'" in message
+    assert "The model does not read 'a thing'" in message
 
 
 def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch):

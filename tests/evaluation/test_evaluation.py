@@ -137,7 +137,7 @@ def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
     evaluation.run(OutputFolder(tmp_path / "out"), TwoScenes(), sides, SAMPLING, batch_size=2)
     message, = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
     assert message.startswith("the scenes: 1 of 2 texts are longer than the 16 tokens")
-    assert "The model is not told of 'a box'" in message
+    assert "The model does not read 'a box'" in message
 
 
 def test_pictures_of_another_program(config, probe, whole, tmp_path):

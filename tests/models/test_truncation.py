@@ -39,7 +39,7 @@ def test_one_warning_with_count_limit_tail_and_subjects(tokenizer, caplog):
     message, = [record.getMessage() for record in caplog.records]
     assert message == (
         "--prompts=x: 2 of 3 texts are longer than the 16 tokens that the model reads and are cut. "
-        f"The first, '{LONG}', has 23 and loses 'and a box on grass'. The model is not told of "
+        f"The first, '{LONG}', has 23 and loses 'and a box on grass'. The model does not read "
         "'a box': 1 of them lose the phrase of a subject")
     caplog.clear()
     assert truncation.warn(tokenizer, [("a ball " * 9, ["a ball"])], "x") == 1

@@ -16,21 +16,27 @@ from focusdpo_jax.models.generator import split_parameters
 from focusdpo_jax.training import models, objectives, tasks
 
 
+def encode_four(config):
+    """The model of a configuration, SPAF's source, the buckets, four pairs and their encoding."""
+    model = models.load_model(config)
+    transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
+    records = tasks.open_data(config)["train"]
+    (batch,) = loader.evaluation_batches(
+        [records[i] for i in range(4)], batch_size=4, transform=transform)
+    buckets = tasks.focus_buckets(config)
+    source, encode = tasks.make_encoder(model.generator, config, buckets)
+    return model, source, buckets, batch, encode(
+        model.parameters, jax.tree.map(jnp.asarray, batch))
+
+
 @pytest.fixture
 def encoded(tiny_config):
     """encoded(objective): (weights [P * 4, h, w], the batch, its encoding)."""
 
     def make(objective):
         config = tiny_config(objective=objective, focus__background=0.25)
-        model = models.load_model(config)
-        transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
-        source = tasks.open_data(config)["train"]
-        (batch,) = loader.evaluation_batches(
-            [source[i] for i in range(4)], batch_size=4, transform=transform)
-        buckets = tasks.focus_buckets(config)
+        model, source, buckets, batch, pairs = encode_four(config)
         ((structure, numbers),) = buckets.values()
-        source, encode = tasks.make_encoder(model.generator, config, buckets)
-        pairs = encode(model.parameters, jax.tree.map(jnp.asarray, batch))
         task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
         trainable, frozen = split_parameters(model.parameters, "full")
         frozen = {"parameters": frozen, "reference": trainable}
@@ -136,14 +142,8 @@ def preference(tiny_folder):
     @functools.cache
     def opened(**overrides):
         config = tiny.tiny_config(tiny_folder, **overrides)
-        model = models.load_model(config)
-        transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
-        records = tasks.open_data(config)["train"]
-        (batch,) = loader.evaluation_batches(
-            [records[i] for i in range(4)], batch_size=4, transform=transform)
-        buckets = tasks.focus_buckets(config)
-        source, encode = tasks.make_encoder(model.generator, config, buckets)
-        return config, model, source, buckets, encode(model.parameters, jax.tree.map(jnp.asarray, batch))
+        model, source, buckets, _, pairs = encode_four(config)
+        return config, model, source, buckets, pairs
 
     def make(chances, **overrides):
         config, model, source, buckets, pairs = opened(**overrides)

@@ -132,7 +132,9 @@ def test_another_machine_keeps_it_as_long_as_it_counts(quick, tmp_path):
 def test_who_leaves_within_seconds_is_waited_for(tmp_path):
     lock_of(tmp_path, machine=run_lock._machine(), pid=os.getpid(), started=run_lock._started(os.getpid()))
     threading.Timer(1, (tmp_path / "run.lock").unlink).start()
+    began = time.monotonic()
     run_lock.require_free(tmp_path)
+    assert 0.9 <= time.monotonic() - began < 3 and not (tmp_path / "run.lock").exists()
 
 
 @pytest.mark.parametrize("cloud, dead", [(False, False), (False, True), (True, False), (True, True)])
