@@ -30,10 +30,12 @@ def main():
     """Flags, then `run_export.export_run` and `export_check.check`."""
     from focusdpo_jax.checkpoints import run_export  # After the flags, so that --help is quick.
     from focusdpo_jax.training import runs
+    if _CHECK.value:
+        from focusdpo_jax.evaluation import export_check
+        export_check.require_packages()  # Before anything is written.
     names = run_export.export_run(_WORKDIR.value, _OUTPUT.value, whole=_WHOLE.value,
                                   read_checkpoint=lambda: runs.Run(_WORKDIR.value).checkpoint())
     if _CHECK.value:
-        from focusdpo_jax.evaluation import export_check
         print(export_check.describe(export_check.check(
             _WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value), names))
 

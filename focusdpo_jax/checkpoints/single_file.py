@@ -6,8 +6,8 @@ folders as a diffusers pipeline has them.
 
 The prediction type of its UNet may be stated in two ways. In the metadata, by
 modelspec.prediction_type, "v" or "epsilon" (ModelSpec, github.com/Stability-AI/ModelSpec); and by an
-empty tensor v_pred and, for zero
-terminal SNR, one named ztsnr (NoobAI; so ComfyUI and stable-diffusion-webui read it).
+empty tensor v_pred and, for zero terminal SNR, one named ztsnr (NoobAI; so ComfyUI and
+stable-diffusion-webui read it).
 """
 
 from absl import logging

@@ -24,7 +24,7 @@ LARGEST, MEAN = 2, 0.1
 
 _PROMPT, _STEPS, _SEED = "a star on grass", 4, 0
 _NEEDS = ("--check draws with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
-          "pip install 'focusdpo_jax[test]', or leave --check out.")
+          "pip install -e '.[test]', or leave --check out.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check(workdir, output, names, *, whole):
       UserError: a package is missing, diffusers cannot open or draw the files, they have nothing that can be
         drawn, or the pictures differ by more than `LARGEST` somewhere or `MEAN` in all.
     """
-    _require_packages(names)
+    require_packages(names)
     run = runs.Run(workdir)
     with run.config.unlocked():
         run.config.dtype = "float32"
@@ -104,7 +104,8 @@ def check(workdir, output, names, *, whole):
     return found
 
 
-def _require_packages(names):
+def require_packages(names=()):
+    """Raises a UserError where a package is missing that checking an export of `names` needs."""
     for package in ("torch", "diffusers", *(("peft",) if run_export.LORA in names else ())):
         if importlib.util.find_spec(package) is None:
             raise UserError(_NEEDS.format(package))

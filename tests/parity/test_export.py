@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from flax import traverse_util
 
 pytest.importorskip("torch", reason="the files are for PyTorch's diffusers")
@@ -21,6 +22,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from focusdpo_jax import export  # noqa: E402
 from focusdpo_jax.checkpoints import (  # noqa: E402
     diffusers_folder,
     lora,
@@ -329,6 +331,16 @@ def test_check_needs_packages(exported, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else 1)
     with pytest.raises(UserError, match="draws with diffusers, .*; diffusers is not installed here: pip"):
         export_check.check(exported[0].parent, exported[0], PARTS, whole=True)
+
+
+def test_check_needs_packages_before_anything_is_written(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else 1)
+    if not export.flags.FLAGS.is_parsed():
+        export.flags.FLAGS(["export"])
+    with flagsaver.flagsaver(workdir=str(exported[0].parent), output=str(tmp_path / "out"), check=True), \
+            pytest.raises(UserError, match="; torch is not installed here: pip install -e"):
+        export.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_of_what_diffusers_cannot_know(exported, tmp_path):
