@@ -12,7 +12,6 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from flax import traverse_util
 
 pytest.importorskip("torch", reason="the files are for PyTorch's diffusers")
@@ -22,7 +21,6 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from focusdpo_jax import export  # noqa: E402
 from focusdpo_jax.checkpoints import (  # noqa: E402
     diffusers_folder,
     lora,
@@ -333,13 +331,15 @@ def test_check_needs_packages(exported, monkeypatch):
         export_check.check(exported[0].parent, exported[0], PARTS, whole=True)
 
 
-def test_check_needs_packages_before_anything_is_written(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else 1)
-    if not export.flags.FLAGS.is_parsed():
-        export.flags.FLAGS(["export"])
-    with flagsaver.flagsaver(workdir=str(exported[0].parent), output=str(tmp_path / "out"), check=True), \
-            pytest.raises(UserError, match="; torch is not installed here: pip install -e"):
-        export.main()
+def test_check_needs_packages_before_anything_is_written(exported, tmp_path):
+    """Of the command itself, in a process that cannot import torch."""
+    code = ("import runpy, sys; sys.modules['torch'] = None; "
+            "runpy.run_module('focusdpo_jax.export', run_name='__main__', alter_sys=True)")
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"--workdir={exported[0].parent}", f"--output={tmp_path / 'out'}",
+         "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "; torch is not installed here: pip install -e" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
