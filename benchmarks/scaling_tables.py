@@ -47,8 +47,10 @@ def rows(group):
         return [("h100", "debug", {"config.batch_size": 1, "programs": "update,encoding"}),
                 ("v5e:2x2", "debug", {"programs": STEP})]
     if group == "gpus":
-        return [(machine, trained, {"config.batch_size": 1}) for machine in ("h100", "rtx4090")
-                for trained in TRAINED]
+        # The adapter's run as a whole; of the others what training changes.
+        return [(machine, trained, {"config.batch_size": 1}
+                 | ({} if trained == "adapter" else {"programs": "update,guide"}))
+                for machine in ("h100", "rtx4090") for trained in TRAINED]
     if group == "tpus":
         found = []
         for machine, count, remat in (
