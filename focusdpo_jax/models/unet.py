@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from focusdpo_jax.errors import UserError
@@ -285,6 +286,19 @@ class Embedding(nn.Module):
         return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
+def _widened(x):
+    """x as float32, with no more digits than its own type has.
+
+    A plain cast does not ensure that: XLA may keep the float32 value from which x was rounded, in one
+    program and not in another. The errors of policy and reference model would then differ at equal
+    parameters, by more than a preference's margin.
+    """
+    if x.dtype == jnp.float32:
+        return x
+    digits = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), digits.nexp, digits.nmant)
+
+
 class UNet(nn.Module):
     """Predicts the noise (or the velocity) in latents from text and subject references."""
 
@@ -372,7 +386,7 @@ class UNet(nn.Module):
         x = layers.Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
         if recorded:
             captured[IMAGE_ATTENTION] = sum(recorded) / len(recorded)
-        return x.astype(jnp.float32), {name: captured[name] for name in capture}
+        return _widened(x), {name: captured[name] for name in capture}
 
     def _embedding(self, timesteps, pooled, time_ids):
         """The sum of the embeddings of timestep and of pooled text with time ids: [B, E]."""

@@ -13,7 +13,7 @@ import tiny
 from focusdpo_jax.data import loader
 from focusdpo_jax.diffusion.schedule import scaled_linear_schedule
 from focusdpo_jax.models.generator import split_parameters
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import models, objectives, state, step, tasks
 
 
 def encode_four(config):
@@ -209,3 +209,19 @@ def test_conditions_are_dropped_as_often_as_asked():
     for drawn, expected in ((no_caption & ~no_references, 0.1), (no_references & ~no_caption, 0.2),
                             (no_caption & no_references, 0.3)):
         assert within_chance(drawn.mean(), expected, 4000)
+
+
+def test_bfloat16_margins_are_zero_at_equal_parameters(tiny_config, tmp_path):
+    """Of the shipped generator, with remat as SDXL is trained: two programs, one rounding."""
+    config = tiny_config(objective="dpo", dtype="bfloat16", model__remat=True, beta=5000.0,
+                         model__pretrained=tiny.load_config("toybox_dpo").model.pretrained)
+    task = tasks.make_task(config, tmp_path)
+    optimizer = state.make_optimizer(config)
+    start = state.create_state(task.trainable, optimizer, 0)
+    compiled = step.compile_step(task, optimizer, task.buckets, start, task.example(), seed=0)
+    ((structure, numbers),) = task.buckets.values()
+    batch = task.prepare(next(iter(task.batches)))
+    _, (_, measured) = compiled(structure, start, task.frozen, batch, numbers, 0)
+    metrics = dict(zip(measured.names, np.asarray(measured.values), strict=True))
+    assert metrics["reference_error"] > 0.1
+    assert metrics["logit_scale"] < 1e-3
