@@ -101,8 +101,20 @@ def test_what_a_scheduler_may_not_ask_for(change):
         configs.read_scheduler(SCHEDULER | change, "x")
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_a_file_that_does_not_state_clip_sample_has_the_default_of_its_class(name):
+    silent = {key: value for key, value in SCHEDULER.items() if key != "clip_sample"}
+    configs.read_scheduler(silent, "x")
+    with pytest.raises(UserError, match=f"clip_sample = True, the default of {name}"):
+        configs.read_scheduler(silent | {"_class_name": name}, "x")
+
+
 def test_classes_and_their_defaults_are_diffusers_own():
     diffusers = pytest.importorskip("diffusers", reason="whose defaults they are")
+    clip = {name for name in configs.SCHEDULERS if "clip_sample" in (
+        parameters := inspect.signature(getattr(diffusers, name)).parameters)
+        and parameters["clip_sample"].default}
+    assert clip == set(configs._CLIPS)
     for name, spacing in configs.SCHEDULERS.items():
         default = inspect.signature(getattr(diffusers, name)).parameters.get("timestep_spacing")
         assert default is None or default.default == spacing, name
