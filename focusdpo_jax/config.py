@@ -28,7 +28,10 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
 _ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
           "model.lora_alpha": 0.0, "model.prediction_type": "",
-          "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5, "focus.features": "vit",
+          "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5,
+          "data.radii": (14.0, 13.0, 11.5), "data.pattern_scale": 1.0, "data.same_class_probability": 0.0,
+          "data.one_look_probability": 0.0, "data.nuisance_probability": 0.0, "data.prior": "exact",
+          "focus.features": "vit",
           "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
 
@@ -65,6 +68,11 @@ def _text():
 def _shares():
     return ((lambda v: len(v) >= 1 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6),
             "give probabilities that add up to 1")
+
+
+def _radii():
+    return ((lambda v: len(v) >= 1 and all(_number(0, above=True)[0](radius) for radius in v)),
+            "give a number > 0 for each number of subjects")
 
 
 def _dropout():
@@ -143,6 +151,12 @@ RULES = {
     "data.test_size": _integer(1),
     "data.subject_counts": _shares(),
     "data.leak_probability": _number(0, 1),
+    "data.radii": _radii(),
+    "data.pattern_scale": _number(0, above=True),
+    "data.same_class_probability": _number(0, 1),
+    "data.one_look_probability": _number(0, 1),
+    "data.nuisance_probability": _number(0, 1),
+    "data.prior": _one_of("exact", "dilated", "box"),
     "focus.buckets": _integer(1),
     "focus.features": _one_of("vit", "unet", "attention"),
     "focus.prototypes": _integer(1),

@@ -47,8 +47,11 @@ class ToyboxSource:
 
 def toybox_world(config) -> toybox.World:
     """The world that the fields of a run's configuration (ConfigDict) describe."""
-    return toybox.World(config.data.seed, config.resolution, tuple(config.data.subject_counts),
-                        config.data.leak_probability)
+    data = config.data
+    return toybox.World(
+        data.seed, config.resolution, tuple(data.subject_counts), data.leak_probability,
+        tuple(data.radii), data.pattern_scale, data.same_class_probability, data.one_look_probability,
+        data.nuisance_probability, data.prior)
 
 
 def build_toybox(
@@ -171,7 +174,8 @@ class StoredSource:
                 f"{path} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             )
         self.splits = tuple(builder.info.splits)
-        self._source = builder.as_data_source(split, decoders=preference_pairs.decoders())
+        self._source = builder.as_data_source(
+            split, decoders=preference_pairs.decoders(builder.info.features))
         self.settings = dict(builder.info.metadata or {})
 
     def __reduce__(self):
@@ -204,8 +208,9 @@ class StoredSource:
         from focusdpo_jax.data import preference_pairs
 
         with _quiet():
-            source = tfds.builder_from_directory(self._path).as_data_source(
-                self._split, decoders=preference_pairs.skipping_pictures())
+            builder = tfds.builder_from_directory(self._path)
+            source = builder.as_data_source(
+                self._split, decoders=preference_pairs.skipping_images(builder.info.features))
         found, end = [], time.monotonic() + seconds
         try:
             for index in range(len(self)):

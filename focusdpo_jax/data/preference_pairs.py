@@ -42,18 +42,19 @@ class _Decoder(tfds.decode.Decoder):
         return [self._decode(example) for example in examples]
 
 
-def decoders() -> dict[str, Any]:
-    """For `as_data_source`: how to read the pictures and masks of a data set."""
-    return _for_pictures(_Decoder())
+def decoders(features: tfds.features.FeaturesDict) -> dict[str, Any]:
+    """For `as_data_source`: how to read the images and masks of a data set with these features."""
+    return _for_images(features, _Decoder())
 
 
-def skipping_pictures() -> dict[str, Any]:
-    """For `as_data_source`: leaves pictures and masks as the contents of files."""
-    return _for_pictures(_Decoder(decode=False))
+def skipping_images(features: tfds.features.FeaturesDict) -> dict[str, Any]:
+    """For `as_data_source`: leaves images and masks as the contents of files."""
+    return _for_images(features, _Decoder(decode=False))
 
 
-def _for_pictures(decode):
-    return {**dict.fromkeys(("chosen", "rejected", "prior_mask"), decode),
+def _for_images(features, decode):
+    names = ("chosen", "rejected", "prior_mask", "changed_mask")
+    return {**{name: decode for name in names if name in features},
             "subjects": dict.fromkeys(("reference", "reference_mask", "mask"), decode)}
 
 
@@ -107,6 +108,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
         }
         if "background" in example:
             features["background"] = np.int32
+            features["changed_mask"] = mask
             subject["disrupted"] = np.bool_
             for name, dtype in TRUTH.items():
                 subject |= {name: dtype, f"rejected_{name}": dtype}
@@ -157,7 +159,7 @@ def _with_png(record: dict, features: tfds.features.FeaturesDict, position: int)
     """The fields that are stored, images as PNG streams."""
     stored = {name: record[name] for name in features if name != "index"}
     stored["index"] = position
-    for name in ("chosen", "rejected", "prior_mask"):
+    for name in stored.keys() & {"chosen", "rejected", "prior_mask", "changed_mask"}:
         stored[name] = _png(record[name])
     stored["subjects"] = []
     for subject in record["subjects"]:

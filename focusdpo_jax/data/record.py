@@ -9,7 +9,7 @@ A *record* is a plain dict, as every source gives it:
     prior_mask  bool [H, W], where the two may differ
     original_size  int32 [2], optional: height and width before the picture was resized and cropped
     crop        int32 [2], optional: top and left of the crop, in the resized picture
-    background  int, optional: Toybox's truth
+    background, changed_mask  int, and bool [H, W]: optional, Toybox's truth
     subjects    a list of 1 to S dicts:
       phrase          str, a noun phrase: "a star"
       reference       uint8 [R, R, 3], the subject, on white where the picture was not square

@@ -1,10 +1,12 @@
 """Toybox: a procedural world of subjects with exactly known looks, for training and measuring.
 
 A *subject* has a class (its outline), a body hue, a pattern with a hue of its own and a small part.
-A *reference* shows it alone on white. A *scene* shows one to three subjects of different classes on
-a background; its caption names classes and background but no looks, so that identity can come from
-the references alone. The *rejected* scene is the same picture with some subjects disrupted: same
-class, pose and place, another individual, which may wear a look leaked from its neighbour.
+A *reference* shows it alone on white. A *scene* shows one to three subjects on a background, of
+different classes unless the world has scenes with two of one class; its caption names classes and
+background but no looks, so that identity can come from the references alone. The *rejected* scene is
+the same picture with some subjects disrupted: same class, pose and place, another individual, which may
+wear a look leaked from its neighbour. The disrupted region may also carry what inpainting leaves: a
+blur, a tint, a seam or a grain.
 
 Everything is determined by `(seed, split, index)`. Needs numpy and nothing else.
 
@@ -23,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from focusdpo_jax.data import backgrounds, silhouettes
+from focusdpo_jax.data import backgrounds, nuisances, silhouettes
 from focusdpo_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -45,6 +47,8 @@ _SATURATION, _VALUE = 0.85, 0.95
 _WHITE, _INK = (250, 250, 250), (32, 30, 38)
 _OUTLINE = 0.09  # Its width, in radii.
 _REACH = 1.5  # No part of a subject is further from its middle, in radii.
+PRIORS = ("exact", "dilated", "box")
+_MARGIN = 3  # By which a generous prior mask is wider than a subject, in pixels of 64.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +134,16 @@ def sample_subject(rng: np.random.Generator, split: str, class_id: int) -> Subje
             return subject
 
 
-def sample_subjects(rng: np.random.Generator, split: str, count: int) -> tuple[Subject, ...]:
-    """Draws the subjects of one scene: different classes, body hues that can be told apart."""
+def sample_subjects(
+    rng: np.random.Generator, split: str, count: int, same_class_probability: float = 0.0
+) -> tuple[Subject, ...]:
+    """Draws the subjects of one scene: different classes, body hues that can be told apart.
+
+    With `same_class_probability` the first two subjects of several are of one class.
+    """
     classes = rng.permutation(len(CLASSES))[:count].tolist()
+    if same_class_probability and count > 1 and rng.random() < same_class_probability:
+        classes[1] = classes[0]
     subjects = []
     for class_id in classes:
         while True:
@@ -166,13 +177,46 @@ def leaked_looks(subject: Subject, donors: tuple[Subject, ...], split: str) -> l
     return leaks
 
 
+def changed_looks(a: Subject, b: Subject) -> tuple[str, ...]:
+    """Names of the looks in which two individuals differ.
+
+    The pattern hue counts where both are patterned; otherwise it comes and goes with the pattern.
+    """
+    patterned = "plain" not in (PATTERNS[a.pattern], PATTERNS[b.pattern])
+    return tuple(name for name in LOOKS if getattr(a, name) != getattr(b, name)
+                 and (patterned or name != "pattern_hue"))
+
+
+def with_one_other_look(rng: np.random.Generator, subject: Subject, split: str) -> Subject | None:
+    """Another individual of `split` that differs from `subject` in one look, visibly.
+
+    Returns None where a hundred draws find none.
+    """
+    for _ in range(100):
+        name = LOOKS[rng.integers(len(LOOKS))]
+        drawn = sample_subject(rng, split, subject.class_id)
+        other = dataclasses.replace(subject, **{name: getattr(drawn, name)})
+        if PATTERNS[other.pattern] == "plain":
+            other = dataclasses.replace(other, pattern_hue=other.hue)
+        elif PATTERNS[subject.pattern] == "plain":
+            other = dataclasses.replace(other, pattern_hue=drawn.pattern_hue)
+        if other.pattern and hue_distance(other.hue, other.pattern_hue) < MIN_PATTERN_CONTRAST:
+            continue
+        if (changed_looks(subject, other) == (name,) and visibly_different(subject, other)
+                and split_of(other) == split):
+            return other
+    return None
+
+
 def disrupt(
-    rng: np.random.Generator, subjects: tuple[Subject, ...], split: str, leak_probability: float
+    rng: np.random.Generator, subjects: tuple[Subject, ...], split: str, leak_probability: float,
+    one_look_probability: float = 0.0,
 ) -> tuple[Subject, ...]:
     """Replaces a random non-empty subset of subjects by other individuals of their classes.
 
     With `leak_probability` a disrupted subject wears looks of another subject of the scene, where
-    there is one and the split allows it; otherwise a new individual takes its place.
+    there is one and the split allows it; otherwise a new individual takes its place. With
+    `one_look_probability` it differs from the subject in one look alone, a neighbour's or a new one.
     """
     chosen_ones = int(rng.integers(1, 2 ** len(subjects)))
     result = []
@@ -180,11 +224,16 @@ def disrupt(
         other = subject
         if chosen_ones >> slot & 1:
             donors = subjects[:slot] + subjects[slot + 1 :]
+            one = bool(one_look_probability) and rng.random() < one_look_probability
             leaks = []
             if rng.random() < leak_probability:
                 leaks = leaked_looks(subject, donors, split)
+                if one:
+                    leaks = [leak for leak in leaks if len(changed_looks(subject, leak)) == 1]
             if leaks:
                 other = leaks[rng.integers(len(leaks))]
+            elif one:
+                other = with_one_other_look(rng, subject, split) or subject
             while not visibly_different(other, subject):
                 other = sample_subject(rng, split, subject.class_id)
         result.append(other)
@@ -209,11 +258,11 @@ def _rgb(hue: float) -> tuple[float, float, float]:
     return tuple(255 * c for c in colorsys.hsv_to_rgb(hue, _SATURATION, _VALUE))
 
 
-def render_subject(subject: Subject, pose: Pose) -> Crop:
+def render_subject(subject: Subject, pose: Pose, pattern_scale: float = 1.0) -> Crop:
     """Paints one subject on a square crop whose size depends on the pose's radius alone.
 
     So the crops of two individuals in one pose lie on each other. Edges are antialiased by distance:
-    coverage falls from one to zero over one pixel.
+    coverage falls from one to zero over one pixel. `pattern_scale` enlarges the pattern alone.
     """
     radius = np.float32(pose.radius)
     half = int(np.ceil(_REACH * pose.radius)) + 1
@@ -249,7 +298,10 @@ def render_subject(subject: Subject, pose: Pose) -> Crop:
             fill = fill * (1 - shape)
 
     pattern = silhouettes.PATTERNS[PATTERNS[subject.pattern]]
-    share = covered(pattern(x, y)) if pattern else np.zeros_like(fill)
+    share = np.zeros_like(fill)
+    if pattern:
+        scale = np.float32(pattern_scale)
+        share = covered(scale * pattern(x / scale, y / scale))
     # Every pixel mixes four colours; the shares add up to one.
     palette = np.array([_rgb(subject.hue), _rgb(subject.pattern_hue), _WHITE, _INK], np.float32)
     light = fill * (1 - 0.05 * y)  # Lit from above.
@@ -308,12 +360,12 @@ def _random_offset(rng: np.random.Generator, crop: Crop, resolution: int) -> tup
 
 
 def render_reference(
-    rng: np.random.Generator, subject: Subject, resolution: int
+    rng: np.random.Generator, subject: Subject, resolution: int, pattern_scale: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """A subject alone on white: image uint8 [R, R, 3] and mask bool [R, R]."""
     radius = rng.uniform(17, 21) * resolution / 64
     pose = Pose(radius, rng.uniform(-25, 25), bool(rng.integers(2)))
-    (crop,) = _trim(render_subject(subject, pose))
+    (crop,) = _trim(render_subject(subject, pose, pattern_scale))
     offset = _random_offset(rng, crop, resolution)
     canvas = np.full((3, resolution, resolution), 255, np.float32)
     _paste(canvas, crop, offset)
@@ -332,6 +384,8 @@ def _place(
     for group in groups:
         touched = np.any([crop.coverage > 0 for crop in group], 0)
         height, width = touched.shape
+        if max(height, width) > resolution:
+            return None
         for _ in range(30):
             row, column = _random_offset(rng, group[0], resolution)
             if free[row + 1 : row + 1 + height, column + 1 : column + 1 + width][touched].all():
@@ -374,16 +428,36 @@ class World:
       resolution: side of all images, in pixels.
       count_probabilities: chance of a scene with 1, 2, ... subjects; at most three.
       leak_probability: chance that a disrupted subject wears looks of another subject of its scene.
+      radii: largest radius of a subject's body in scenes of 1, 2 and 3 subjects, in pixels of 64; all
+        of a scene become smaller where they find no place.
+      pattern_scale: enlarges patterns.
+      same_class_probability: chance that a scene of several has two subjects of one class.
+      one_look_probability: chance that a disrupted subject differs in one look alone.
+      nuisance_probability: chance that a rejected image has a trace of inpainting (`nuisances`) over
+        all of the prior mask.
+      prior: the prior mask of a disrupted subject: "exact", "dilated" by 3 pixels of 64, or the "box"
+        around that.
     """
 
     seed: int = 0
     resolution: int = 64
     count_probabilities: tuple[float, ...] = (0.2, 0.4, 0.4)
     leak_probability: float = 0.5
+    radii: tuple[float, ...] = (14, 13, 11.5)
+    pattern_scale: float = 1.0
+    same_class_probability: float = 0.0
+    one_look_probability: float = 0.0
+    nuisance_probability: float = 0.0
+    prior: str = "exact"
 
     def __post_init__(self):
         if self.resolution < 32:
             raise UserError(f"resolution is {self.resolution}; Toybox needs at least 32 pixels")
+        if len(self.radii) < len(self.count_probabilities) or min(self.radii) <= 0:
+            raise UserError(f"radii is {self.radii}; give one above 0 for each number of subjects, up to "
+                            f"{len(self.count_probabilities)}")
+        if self.prior not in PRIORS:
+            raise UserError(f"prior is {self.prior!r}; choose one of {', '.join(PRIORS)}")
         total = sum(self.count_probabilities)
         if not 1 <= len(self.count_probabilities) <= 3 or abs(total - 1) > 1e-6:
             raise UserError(
@@ -401,8 +475,10 @@ class World:
         Returns a dict:
           index: int. caption: str. background: int, an index into BACKGROUNDS.
           chosen, rejected: uint8 [R, R, 3].
-          prior_mask: bool [R, R], the pixels that a disrupted subject touches in either image; outside
-            it the two images are equal.
+          prior_mask: bool [R, R], the pixels that a disrupted subject touches in either image, or more
+            where `prior` is generous; outside it the two images are equal.
+          changed_mask: bool [R, R], the pixels in which another look changes the image; without what
+            nuisances change.
           subjects: a list of dicts, in the order of the caption:
             phrase: str. reference: uint8 [R, R, 3]. reference_mask, mask: bool [R, R], the pixels that
               the subject touches in its reference and in `chosen`.
@@ -414,8 +490,8 @@ class World:
             raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
         rng = np.random.default_rng((self.seed, SPLITS.index(split), index))
         count = 1 + int(rng.choice(self.max_subjects, p=self.count_probabilities))
-        subjects = sample_subjects(rng, split, count)
-        others = disrupt(rng, subjects, split, self.leak_probability)
+        subjects = sample_subjects(rng, split, count, self.same_class_probability)
+        others = disrupt(rng, subjects, split, self.leak_probability, self.one_look_probability)
         background = int(rng.integers(len(BACKGROUNDS)))
         groups, offsets = self._arrange(rng, subjects, others)
 
@@ -429,8 +505,9 @@ class World:
             mask = _mask(crop, offset, self.resolution)
             disrupted = other is not subject
             if disrupted:
-                prior_mask |= mask | _mask(other_crop, offset, self.resolution)
-            reference, reference_mask = render_reference(rng, subject, self.resolution)
+                prior_mask |= self._prior(mask | _mask(other_crop, offset, self.resolution))
+            reference, reference_mask = render_reference(
+                rng, subject, self.resolution, self.pattern_scale)
             entries.append(
                 {
                     "phrase": subject.phrase,
@@ -443,29 +520,40 @@ class World:
                     **{f"rejected_{name}": value for name, value in vars(other).items()},
                 }
             )
+        chosen, other = _to_uint8(chosen), _to_uint8(rejected)
+        changed_mask = (chosen != other).any(-1)
+        if self.nuisance_probability and rng.random() < self.nuisance_probability:
+            other = _to_uint8(nuisances.leave(rng, rejected, prior_mask))
         return {
             "index": index,
             "caption": caption(subjects, background),
             "background": background,
-            "chosen": _to_uint8(chosen),
-            "rejected": _to_uint8(rejected),
+            "chosen": chosen,
+            "rejected": other,
             "prior_mask": prior_mask,
+            "changed_mask": changed_mask,
             "subjects": entries,
         }
 
+    def _prior(self, mask):
+        """The prior mask of a disrupted subject that touches the pixels of a mask."""
+        if self.prior == "exact":
+            return mask
+        mask = nuisances.dilated(mask, round(_MARGIN * self.resolution / 64))
+        return mask.any(1)[:, None] & mask.any(0) if self.prior == "box" else mask
+
     def _arrange(self, rng, subjects, others):
         """Poses and places the subjects of a scene; both individuals of a slot share pose and place."""
-        largest = (14, 13, 11.5)[len(subjects) - 1] * self.resolution / 64
+        largest = self.radii[len(subjects) - 1] * self.resolution / 64
         while True:
             groups = []
             for subject, other in zip(subjects, others):
                 pose = Pose(
                     rng.uniform(0.85, 1) * largest, rng.uniform(-15, 15), bool(rng.integers(2))
                 )
-                crop = render_subject(subject, pose)
-                groups.append(
-                    _trim(crop, crop if other is subject else render_subject(other, pose))
-                )
+                crop = render_subject(subject, pose, self.pattern_scale)
+                groups.append(_trim(crop, crop if other is subject else render_subject(
+                    other, pose, self.pattern_scale)))
             for _ in range(10):
                 offsets = _place(rng, groups, self.resolution)
                 if offsets is not None:

@@ -246,7 +246,8 @@ def test_number_of_subjects_follows_its_probabilities():
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(resolution=8), dict(count_probabilities=(0.5, 0.4)), dict(count_probabilities=())],
+    [dict(resolution=8), dict(count_probabilities=(0.5, 0.4)), dict(count_probabilities=()),
+     dict(prior="loose"), dict(radii=(14, 13))],
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -262,3 +263,100 @@ def test_contact_sheet_size(records):
     sheet = toybox.contact_sheet(records["train"][:4])
     columns = max(len(r["subjects"]) for r in records["train"][:4]) + 3
     assert sheet.shape == (4 * 66, columns * 66, 3) and sheet.dtype == np.uint8
+
+
+def test_radii_bound_the_size_of_subjects_by_their_number():
+    def areas(**settings):
+        found = {1: [], 2: [], 3: []}
+        world = toybox.World(**settings)
+        for index in range(60):
+            subjects = world.record("train", index)["subjects"]
+            found[len(subjects)] += [entry["mask"].mean() for entry in subjects]
+        return {count: np.mean(values) for count, values in found.items()}
+
+    small, large = areas(), areas(radii=(21, 17, 14.5))
+    for count in (1, 2, 3):
+        assert large[count] > 1.4 * small[count]
+    # The rest finds no place and becomes smaller.
+    assert areas(radii=(40, 40, 40))[3] < 0.25
+
+
+def test_pattern_scale_changes_patterned_subjects_alone():
+    pose = toybox.Pose(16.0, 0.0, False)
+    for pattern, name in enumerate(toybox.PATTERNS):
+        subject = toybox.Subject(1, 0.1, pattern, 0.1 if name == "plain" else 0.6, 0)
+        usual, wide = (toybox.render_subject(subject, pose, scale) for scale in (1.0, 1.25))
+        np.testing.assert_array_equal(usual.coverage, wide.coverage)
+        assert np.array_equal(usual.color, wide.color) == (name == "plain")
+
+
+def test_scenes_with_two_of_a_class_come_as_often_as_asked_for():
+    world = toybox.World(count_probabilities=(0.2, 0.4, 0.4), same_class_probability=0.5)
+    several, twins = 0, 0
+    for index in range(150):
+        subjects = world.record("train", index)["subjects"]
+        several += len(subjects) > 1
+        if len({entry["class_id"] for entry in subjects}) < len(subjects):
+            twins += 1
+            assert subjects[0]["class_id"] == subjects[1]["class_id"]
+            assert toybox.hue_distance(*(s["hue"] for s in subjects[:2])) >= 0.12
+    assert 0.35 < twins / several < 0.65
+
+
+@pytest.mark.parametrize("leak", [0.0, 1.0])
+def test_one_look_alone_changes(leak):
+    world = toybox.World(one_look_probability=1.0, leak_probability=leak)
+    changed = []
+    for index in range(60):
+        for entry in world.record("train", index)["subjects"]:
+            pair = subject_of(entry), subject_of(entry, "rejected_")
+            if entry["disrupted"]:
+                assert toybox.visibly_different(*pair)
+                changed.append(toybox.changed_looks(*pair))
+    single = [looks[0] for looks in changed if len(looks) == 1]
+    assert len(single) >= 0.98 * len(changed)
+    assert {"hue", "pattern", "part", "pattern_hue"} == set(single)
+
+
+def test_changed_looks_by_hand():
+    plain = toybox.Subject(0, 0.1, 0, 0.1, 0)
+    dotted = toybox.Subject(0, 0.1, 2, 0.6, 0)
+    assert toybox.changed_looks(plain, plain) == ()
+    assert toybox.changed_looks(plain, dotted) == ("pattern",)  # Its hue comes with it.
+    assert toybox.changed_looks(plain, toybox.Subject(0, 0.4, 0, 0.4, 0)) == ("hue",)
+    assert toybox.changed_looks(dotted, toybox.Subject(0, 0.1, 2, 0.4, 1)) == ("pattern_hue", "part")
+
+
+def test_changed_mask_marks_what_looks_change(records):
+    for record in records["train"][:20]:
+        different = (record["chosen"] != record["rejected"]).any(-1)
+        np.testing.assert_array_equal(record["changed_mask"], different)
+        assert not (record["changed_mask"] & ~record["prior_mask"]).any()
+
+
+def test_nuisances_change_the_prior_mask_and_nothing_else():
+    plain, world = toybox.World(seed=5), toybox.World(seed=5, nuisance_probability=1.0)
+    more = 0
+    for index in range(30):
+        clean, record = plain.record("train", index), world.record("train", index)
+        for name in ("chosen", "prior_mask", "changed_mask"):
+            np.testing.assert_array_equal(record[name], clean[name])
+        different = (record["chosen"] != record["rejected"]).any(-1)
+        assert not (different & ~record["prior_mask"]).any()
+        more += (different & ~record["changed_mask"]).sum() > 0
+    assert more == 30
+
+
+@pytest.mark.parametrize("prior", ["dilated", "box"])
+def test_generous_priors_contain_the_exact_one(prior):
+    for index in range(20):
+        exact, wide = (toybox.World(prior=kind).record("train", index) for kind in ("exact", prior))
+        np.testing.assert_array_equal(exact["rejected"], wide["rejected"])
+        assert not (exact["prior_mask"] & ~wide["prior_mask"]).any()
+        assert wide["prior_mask"].sum() > 1.2 * exact["prior_mask"].sum()
+        disrupted = [entry for entry in wide["subjects"] if entry["disrupted"]]
+        if prior == "box" and len(disrupted) == 1:
+            rows, columns = (np.flatnonzero(wide["prior_mask"].any(axis)) for axis in (1, 0))
+            assert wide["prior_mask"].sum() == len(rows) * len(columns)
+            left, top = 64 * disrupted[0]["box"][:2]
+            assert rows[0] <= max(top - 3, 0) and columns[0] <= max(left - 3, 0)
