@@ -65,7 +65,10 @@ def get_config(argument=""):
     # Batches whose gradients are averaged into one step; with as many as there are buckets, every
     # step sees every bucket once. It keeps a sum of the size of the gradient.
     config.accumulate = {"full": 1, "debug": 1}.get(argument, 4)
-    # AdamW: learning rate after a linear warm-up, then "constant" or a "cosine" decay to zero.
+    # "adamw", or "muon" for matrices and AdamW for the rest: half the optimiser's memory. Its updates are of
+    # AdamW's size, so that the same learning rates serve.
+    config.optimizer = "adamw"
+    # Learning rate after a linear warm-up, then "constant" or a "cosine" decay to zero.
     config.learning_rate = {"lora": 1e-5, "full": 1e-6, "debug": 1e-3}.get(argument, 1e-5)
     config.warmup_steps = 1 if debug else 200
     config.decay = "constant"

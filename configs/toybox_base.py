@@ -48,13 +48,15 @@ def get_config(stage="generator"):
     config.anchor = 0.0
 
     # Optimiser steps and scenes a step.
-    config.steps = {"autoencoder": 2500, "image_encoder": 2500, "probe": 5000,
+    config.steps = {"autoencoder": 5000, "image_encoder": 2500, "probe": 5000,
                     "generator": 15000, "confusion": 500}[stage]
     config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16}.get(stage, 32)
     # Batches whose gradients are averaged into one step.
     config.accumulate = 1
-    # AdamW: peak learning rate after the warm-up, then a cosine decay to zero.
-    config.learning_rate = {"autoencoder": 4e-3, "image_encoder": 2e-3, "probe": 3e-3,
+    # "adamw", or "muon" for matrices and AdamW for the rest.
+    config.optimizer = "muon" if stage == "autoencoder" else "adamw"
+    # Peak learning rate after the warm-up, then a cosine decay to zero.
+    config.learning_rate = {"autoencoder": 1e-2, "image_encoder": 2e-3, "probe": 3e-3,
                             "generator": 1.2e-3, "confusion": 2e-3}[stage]
     config.warmup_steps = 100
     config.decay = "cosine"
@@ -115,11 +117,11 @@ def get_config(stage="generator"):
     config.data.leak_probability = 1.0 if stage == "confusion" else 0.5
     # How the scenes look: the largest radius of subjects by their number, in pixels of 64, and how wide
     # patterns are.
-    config.data.radii = (14.0, 13.0, 11.5)
-    config.data.pattern_scale = 1.0
+    config.data.radii = (21.0, 17.0, 14.5)
+    config.data.pattern_scale = 1.1
     # Chance of two subjects of one class in a scene of several; that a disrupted subject differs in one
     # look alone; and that a rejected image has a trace of inpainting over all of its prior mask.
-    config.data.same_class_probability = 0.0
+    config.data.same_class_probability = 0.1
     config.data.one_look_probability = 0.0
     config.data.nuisance_probability = 0.0
     # The prior mask: "exact", "dilated", or the "box" around each disrupted subject.
@@ -146,21 +148,21 @@ def get_config(stage="generator"):
 
 
 def sizes():
-    """SDXL's anatomy at a thousandth of its size: pictures of 64 x 64, latents of 16 x 16 x 8."""
+    """SDXL's anatomy at a thousandth of its size: images of 64 x 64, latents of 16 x 16 x 16."""
     text = {"vocab_size": 573, "max_length": 16, "hidden_size": 64, "num_layers": 2,
             "num_heads": 4, "intermediate_size": 128, "eos_token_id": 572}
     return ml_collections.ConfigDict({
-        "vae": {"block_out_channels": (16, 16, 32), "layers_per_block": 1, "latent_channels": 8,
+        "vae": {"block_out_channels": (8, 32, 64), "layers_per_block": 1, "latent_channels": 16,
                 "norm_groups": 8, "scaling_factor": 1.0},
         "text_encoder": {**text, "activation": "quick_gelu", "projection_dim": None},
         "text_encoder_2": {**text, "activation": "gelu", "projection_dim": 64},
-        "image_encoder": {"image_size": 64, "patch_size": 8, "hidden_size": 64, "num_layers": 4,
+        "image_encoder": {"image_size": 64, "patch_size": 4, "hidden_size": 64, "num_layers": 4,
                           "num_heads": 4, "intermediate_size": 256, "activation": "gelu",
                           "projection_dim": 64},
         "adapter": {"kind": "resampler", "input_dim": 64, "output_dim": 128, "num_tokens": 8,
                     "width": 64, "depth": 2, "num_heads": 4, "head_dim": 16, "expansion": 4,
                     "dropped": "absent"},
-        "unet": {"in_channels": 8, "out_channels": 8, "block_out_channels": (32, 64),
+        "unet": {"in_channels": 16, "out_channels": 16, "block_out_channels": (32, 64),
                  "transformer_layers_per_block": (0, 2), "mid_transformer_layers": 2,
                  "layers_per_block": 1, "num_heads": (2, 4), "cross_attention_dim": 128,
                  "addition_time_embed_dim": 16, "pooled_dim": 64, "norm_groups": 8,

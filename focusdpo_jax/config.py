@@ -25,7 +25,7 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
                "data.path", "data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 # Fields that older runs' config.json lacks, with what those runs did.
-_ADDED = {"dtype": "float32", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
+_ADDED = {"dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
           "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
           "model.lora_alpha": 0.0, "model.prediction_type": "",
           "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5,
@@ -117,6 +117,7 @@ RULES = {
     "condition_dropout": _dropout(),
     "rejected_share": _number(0, 1),
     "timestep_logits": _mean_and_deviation(),
+    "optimizer": _one_of("adamw", "muon"),
     "learning_rate": _number(0, above=True),
     "warmup_steps": _integer(0),
     "decay": _one_of("constant", "cosine"),

@@ -5,6 +5,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from optax import contrib
+
+from focusdpo_jax.models import stacking
 
 
 @flax.struct.dataclass
@@ -43,16 +46,35 @@ def learning_rate_schedule(config):
 
 
 def make_optimizer(config):
-    """AdamW after clipping by global norm; one update every `config.accumulate` batches."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip),
-        optax.adamw(learning_rate_schedule(config), b1=0.9, b2=config.adam_b2,
-                    weight_decay=config.weight_decay),
-    )
+    """`config.optimizer` after clipping by global norm; one update every `config.accumulate` batches."""
+    rate, decay = learning_rate_schedule(config), config.weight_decay
+    if config.optimizer == "muon":
+        update = contrib.muon(rate, weight_decay=decay, adam_b2=config.adam_b2, adam_weight_decay=decay,
+                              consistent_rms=0.2, muon_weight_dimension_numbers=_matrices)
+    else:
+        update = optax.adamw(rate, b1=0.9, b2=config.adam_b2, weight_decay=decay)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), update)
     if config.accumulate > 1:
         # MultiSteps keeps a sum as large as the gradient, so it is used only where it is needed.
         optimizer = optax.MultiSteps(optimizer, config.accumulate)
     return optimizer
+
+
+def _matrices(parameters):
+    """Which parameters Muon (Jordan et al. 2024) updates, and how they are matrices; AdamW has the others.
+
+    Kernels of dense layers and convolutions map all but their last axis to it; those of stacked blocks are
+    a matrix each. Biases, norms and embeddings are AdamW's, and so are maps to few channels, such as pixels.
+    """
+    def dimensions(path, leaf):
+        path = tuple(entry.key for entry in path)
+        if path[-1] != "kernel" or stacking.is_vector(path, leaf.shape) or leaf.shape[-1] <= 4:
+            return None
+        first = int(stacking.STACKED in path)
+        return contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), (leaf.ndim - 1,))
+
+    # Not flax's `flatten_dict`: optax leaves out what it does not ask about, and that is no leaf.
+    return jax.tree_util.tree_map_with_path(dimensions, parameters)
 
 
 def create_state(trainable, optimizer, ema_decay):
