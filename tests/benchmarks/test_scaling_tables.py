@@ -29,7 +29,8 @@ def test_rows_are_commands(tables):
         assert len(set(keys)) == len(keys) > 0
     line = tables.printed(tables.command(*tables.rows("gpus")[1]))
     assert line == ("python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=h100 --json "
-                    f"--config.model.adapter={tables.PROJECTION} --config.batch_size=1")
+                    f"--config.model.adapter={tables.PROJECTION} --config.batch_size=1 --programs=update,guide")
+    assert "--programs" not in tables.printed(tables.command(*tables.rows("gpus")[0]))
     counts = [row[2]["config.mesh.data"] * row[2]["config.mesh.fsdp"] for row in tables.rows("chips")]
     assert set(counts) == {4, 16, 64, 256}
 
