@@ -47,7 +47,7 @@ def rows(group):
         return [("h100", "debug", {"config.batch_size": 1, "programs": "update,encoding"}),
                 ("v5e:2x2", "debug", {"programs": STEP})]
     if group == "gpus":
-        # The adapter's run as a whole; of the others what training changes.
+        # All programs of the adapter's run; for the others, the two of a step.
         return [(machine, trained, {"config.batch_size": 1}
                  | ({} if trained == "adapter" else {"programs": "update,guide"}))
                 for machine in ("h100", "rtx4090") for trained in TRAINED]

@@ -142,7 +142,7 @@ def get_config(argument=""):
     config.data.leak_probability = 0.5
     # How the scenes look: the largest radius of subjects by their number, in pixels of 64, and how wide
     # patterns are.
-    config.data.radii = (14.0, 13.0, 11.5)
+    config.data.subject_radii = (14.0, 13.0, 11.5)
     config.data.pattern_scale = 1.0
     # Chance of two subjects of one class in a scene of several; that a disrupted subject differs in one
     # look alone; and that a rejected image has a trace of inpainting over all of its prior mask.
@@ -150,7 +150,7 @@ def get_config(argument=""):
     config.data.one_look_probability = 0.0
     config.data.nuisance_probability = 0.0
     # The prior mask: "exact", "dilated", or the "box" around each disrupted subject.
-    config.data.prior = "exact"
+    config.data.prior_mask = "exact"
     # Whether the frozen encoders see every picture once, before training, and not in every step.
     # The result is kept on disk under the path above, or in memory for supervised objectives on
     # Toybox: 3.4 MiB a pair at 1024 pixels. Encoders then take no memory while there is nothing to draw.

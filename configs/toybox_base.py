@@ -117,7 +117,7 @@ def get_config(stage="generator"):
     config.data.leak_probability = 1.0 if stage == "confusion" else 0.5
     # How the scenes look: the largest radius of subjects by their number, in pixels of 64, and how wide
     # patterns are.
-    config.data.radii = (21.0, 17.0, 14.5)
+    config.data.subject_radii = (21.0, 17.0, 14.5)
     config.data.pattern_scale = 1.1
     # Chance of two subjects of one class in a scene of several; that a disrupted subject differs in one
     # look alone; and that a rejected image has a trace of inpainting over all of its prior mask.
@@ -125,7 +125,7 @@ def get_config(stage="generator"):
     config.data.one_look_probability = 0.0
     config.data.nuisance_probability = 0.0
     # The prior mask: "exact", "dilated", or the "box" around each disrupted subject.
-    config.data.prior = "exact"
+    config.data.prior_mask = "exact"
     # Whether frozen encoders see every picture once, before training, and not in every step.
     config.data.cache = True
     # Processes that read and decode; 0 does it by threads of the one that trains.

@@ -54,8 +54,8 @@ SCHEDULERS = dict.fromkeys(
      "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
      "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
      "LMSDiscreteScheduler", "UniPCMultistepScheduler"), "linspace")
-# Those whose clip_sample is True where a file does not state it.
-_CLIPS = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")
+# Scheduler classes whose clip_sample is True by default.
+_CLIP_SAMPLES = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")
 _STATED = {"addition_embed_type", "use_linear_projection", "beta_end", "beta_schedule",
            "beta_start"}
 # What transformers takes where a file is silent; its files once stated differences alone.
@@ -257,7 +257,7 @@ def read_scheduler(values, source):
     fixed = _SAMPLING | (_DPM_SOLVER if kind.startswith("DPMSolver") else {})
     wrong = [f"{name} = {values[name]!r} (only {value!r})" for name, value in fixed.items()
              if (values.get(name) or None) not in (None, value)]
-    if values.get("_class_name") in _CLIPS and "clip_sample" not in values:
+    if values.get("_class_name") in _CLIP_SAMPLES and "clip_sample" not in values:
         wrong.append(f"clip_sample = True, the default of {kind} (only False)")
     prediction_type = values.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):

@@ -50,8 +50,8 @@ def toybox_world(config) -> toybox.World:
     data = config.data
     return toybox.World(
         data.seed, config.resolution, tuple(data.subject_counts), data.leak_probability,
-        tuple(data.radii), data.pattern_scale, data.same_class_probability, data.one_look_probability,
-        data.nuisance_probability, data.prior)
+        tuple(data.subject_radii), data.pattern_scale, data.same_class_probability, data.one_look_probability,
+        data.nuisance_probability, data.prior_mask)
 
 
 def build_toybox(
@@ -68,9 +68,9 @@ def build_toybox(
 
 def _world_fingerprint() -> str:
     """Changes when the renderer does, so that stale pictures are never read."""
-    folder = epath.Path(toybox.__file__).parent
-    files = ("toybox.py", "silhouettes.py", "backgrounds.py")
-    return hashlib.sha256(b"".join((folder / f).read_bytes() for f in files)).hexdigest()[:12]
+    modules = (toybox, toybox.silhouettes, toybox.backgrounds, toybox.nuisances)
+    sources = (epath.Path(module.__file__).read_bytes() for module in modules)
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 def build(

@@ -47,7 +47,7 @@ _SATURATION, _VALUE = 0.85, 0.95
 _WHITE, _INK = (250, 250, 250), (32, 30, 38)
 _OUTLINE = 0.09  # Its width, in radii.
 _REACH = 1.5  # No part of a subject is further from its middle, in radii.
-PRIORS = ("exact", "dilated", "box")
+PRIOR_MASKS = ("exact", "dilated", "box")
 _MARGIN = 3  # By which a generous prior mask is wider than a subject, in pixels of 64.
 
 
@@ -428,14 +428,14 @@ class World:
       resolution: side of all images, in pixels.
       count_probabilities: chance of a scene with 1, 2, ... subjects; at most three.
       leak_probability: chance that a disrupted subject wears looks of another subject of its scene.
-      radii: largest radius of a subject's body in scenes of 1, 2 and 3 subjects, in pixels of 64; all
+      subject_radii: largest radius of a subject's body in scenes of 1, 2 and 3 subjects, in pixels of 64; all
         of a scene become smaller where they find no place.
       pattern_scale: enlarges patterns.
       same_class_probability: chance that a scene of several has two subjects of one class.
       one_look_probability: chance that a disrupted subject differs in one look alone.
       nuisance_probability: chance that a rejected image has a trace of inpainting (`nuisances`) over
         all of the prior mask.
-      prior: the prior mask of a disrupted subject: "exact", "dilated" by 3 pixels of 64, or the "box"
+      prior_mask: that of a disrupted subject: "exact", "dilated" by 3 pixels of 64, or the "box"
         around that.
     """
 
@@ -443,21 +443,21 @@ class World:
     resolution: int = 64
     count_probabilities: tuple[float, ...] = (0.2, 0.4, 0.4)
     leak_probability: float = 0.5
-    radii: tuple[float, ...] = (14, 13, 11.5)
+    subject_radii: tuple[float, ...] = (14, 13, 11.5)
     pattern_scale: float = 1.0
     same_class_probability: float = 0.0
     one_look_probability: float = 0.0
     nuisance_probability: float = 0.0
-    prior: str = "exact"
+    prior_mask: str = "exact"
 
     def __post_init__(self):
         if self.resolution < 32:
             raise UserError(f"resolution is {self.resolution}; Toybox needs at least 32 pixels")
-        if len(self.radii) < len(self.count_probabilities) or min(self.radii) <= 0:
-            raise UserError(f"radii is {self.radii}; give one above 0 for each number of subjects, up to "
-                            f"{len(self.count_probabilities)}")
-        if self.prior not in PRIORS:
-            raise UserError(f"prior is {self.prior!r}; choose one of {', '.join(PRIORS)}")
+        if len(self.subject_radii) < len(self.count_probabilities) or min(self.subject_radii) <= 0:
+            raise UserError(f"subject_radii is {self.subject_radii}; give one above 0 for each number of "
+                            f"subjects, up to {len(self.count_probabilities)}")
+        if self.prior_mask not in PRIOR_MASKS:
+            raise UserError(f"prior_mask is {self.prior_mask!r}; choose one of {', '.join(PRIOR_MASKS)}")
         total = sum(self.count_probabilities)
         if not 1 <= len(self.count_probabilities) <= 3 or abs(total - 1) > 1e-6:
             raise UserError(
@@ -476,7 +476,7 @@ class World:
           index: int. caption: str. background: int, an index into BACKGROUNDS.
           chosen, rejected: uint8 [R, R, 3].
           prior_mask: bool [R, R], the pixels that a disrupted subject touches in either image, or more
-            where `prior` is generous; outside it the two images are equal.
+            where the world's `prior_mask` is generous; outside it the two images are equal.
           changed_mask: bool [R, R], the pixels in which another look changes the image; without what
             nuisances change.
           subjects: a list of dicts, in the order of the caption:
@@ -505,7 +505,7 @@ class World:
             mask = _mask(crop, offset, self.resolution)
             disrupted = other is not subject
             if disrupted:
-                prior_mask |= self._prior(mask | _mask(other_crop, offset, self.resolution))
+                prior_mask |= self._region(mask | _mask(other_crop, offset, self.resolution))
             reference, reference_mask = render_reference(
                 rng, subject, self.resolution, self.pattern_scale)
             entries.append(
@@ -535,16 +535,16 @@ class World:
             "subjects": entries,
         }
 
-    def _prior(self, mask):
+    def _region(self, mask):
         """The prior mask of a disrupted subject that touches the pixels of a mask."""
-        if self.prior == "exact":
+        if self.prior_mask == "exact":
             return mask
         mask = nuisances.dilated(mask, round(_MARGIN * self.resolution / 64))
-        return mask.any(1)[:, None] & mask.any(0) if self.prior == "box" else mask
+        return mask.any(1)[:, None] & mask.any(0) if self.prior_mask == "box" else mask
 
     def _arrange(self, rng, subjects, others):
         """Poses and places the subjects of a scene; both individuals of a slot share pose and place."""
-        largest = self.radii[len(subjects) - 1] * self.resolution / 64
+        largest = self.subject_radii[len(subjects) - 1] * self.resolution / 64
         while True:
             groups = []
             for subject, other in zip(subjects, others):

@@ -1,8 +1,8 @@
 """A network that reads the attributes of Toybox subjects off a picture, generated or rendered.
 
 It answers at every cell of a grid: which class is here, and what does that subject look like. A
-subject is then read as the average over the cells of its class; scenes never show two subjects
-of one class.
+subject is then read as the average over the cells of its class, which holds for scenes without two
+subjects of one class.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@ Every measure is an array of values in [0, 1], one a subject ([B, S]) or one a s
 where the measure is not defined. A measure's mean is the mean of its defined values; `statistics`
 puts an interval around it by resampling scenes. numpy only.
 
-The probe reads one subject a class, and scenes never hold two subjects of a class; so a subject is
-found by its class. A second copy of a subject goes unnoticed.
+The probe reads one subject a class, so a subject is found by its class. A second copy of a subject goes
+unnoticed, and scenes with two subjects of one class are left out of all measures.
 """
 
 import numpy as np
@@ -37,8 +37,8 @@ def measure(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
       readings: `probe.Readings` of the pictures, its fields convertible to numpy.
       truth: dict with `class_id`, `hue`, `pattern`, `pattern_hue`, `part`, each [B, S], of the
         subjects of the references, and `background` [B]; as `PreferenceBatch.truth`.
-      present: bool [B, S], which slots hold a subject. Rows without any are left out of all
-        measures: clear those that only fill up a batch, `present & (index >= 0)[:, None]`.
+      present: bool [B, S], which slots hold a subject. Rows without any, and rows with two subjects of
+        one class, are left out of all measures: clear those that only fill up a batch, `present & (index >= 0)[:, None]`.
       min_area: share of the picture from which on a class counts as shown.
       hue_tolerance: largest distance of hues, on a circle of length 1, that count as equal.
 
@@ -61,6 +61,9 @@ def measure(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
     """
     present = np.asarray(present, bool)
     own = {name: np.asarray(values) for name, values in truth.items()}
+    same = own["class_id"][:, :, None] == own["class_id"][:, None, :]
+    twins = np.triu(same & present[:, :, None] & present[:, None, :], 1).any((1, 2))
+    present = present & ~twins[:, None]
     class_id = np.where(present, own["class_id"], 0)
     area = np.asarray(readings.area)
 

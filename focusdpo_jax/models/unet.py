@@ -286,17 +286,16 @@ class Embedding(nn.Module):
         return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
-def _widened(x):
-    """x as float32, with no more digits than its own type has.
+def _to_float32(x):
+    """Casts to float32 without excess precision: values of x's own type.
 
-    A plain cast does not ensure that: XLA may keep the float32 value from which x was rounded, in one
-    program and not in another. The errors of policy and reference model would then differ at equal
-    parameters, by more than a preference's margin.
+    After a plain cast XLA may use the float32 value before its rounding to bfloat16, in one program and not
+    in another. Prediction errors of policy and reference model would then differ at equal parameters.
     """
     if x.dtype == jnp.float32:
         return x
-    digits = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x.astype(jnp.float32), digits.nexp, digits.nmant)
+    own = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), own.nexp, own.nmant)
 
 
 class UNet(nn.Module):
@@ -386,7 +385,7 @@ class UNet(nn.Module):
         x = layers.Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
         if recorded:
             captured[IMAGE_ATTENTION] = sum(recorded) / len(recorded)
-        return _widened(x), {name: captured[name] for name in capture}
+        return _to_float32(x), {name: captured[name] for name in capture}
 
     def _embedding(self, timesteps, pooled, time_ids):
         """The sum of the embeddings of timestep and of pooled text with time ids: [B, E]."""

@@ -61,10 +61,10 @@ def make_optimizer(config):
 
 
 def _matrices(parameters):
-    """Which parameters Muon (Jordan et al. 2024) updates, and how they are matrices; AdamW has the others.
+    """Axes of the matrices that Muon (Jordan et al. 2024) updates; None for parameters that AdamW updates.
 
-    Kernels of dense layers and convolutions map all but their last axis to it; those of stacked blocks are
-    a matrix each. Biases, norms and embeddings are AdamW's, and so are maps to few channels, such as pixels.
+    A kernel is a matrix from all its axes but the last to the last; the first axis of stacked blocks counts
+    matrices. AdamW updates biases, norms, embeddings and kernels with at most four outputs, such as pixels.
     """
     def dimensions(path, leaf):
         path = tuple(entry.key for entry in path)
@@ -73,7 +73,7 @@ def _matrices(parameters):
         first = int(stacking.STACKED in path)
         return contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), (leaf.ndim - 1,))
 
-    # Not flax's `flatten_dict`: optax leaves out what it does not ask about, and that is no leaf.
+    # `flatten_dict` of flax fails here: optax replaces masked parameters by nodes without leaves.
     return jax.tree_util.tree_map_with_path(dimensions, parameters)
 
 
@@ -81,10 +81,12 @@ def create_state(trainable, optimizer, ema_decay):
     """A fresh state; a positive `ema_decay` starts an average at the parameters themselves."""
     average = jax.tree.map(jnp.copy, trainable) if ema_decay else None
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
-    # Counters are born on the first device; what a checkpoint restores lies where its example does.
+    # Counters and Muon's coefficients are created on the first device; what a checkpoint restores is placed
+    # as its example is.
     sharding = getattr(jax.tree.leaves(trainable)[0], "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None:
         return state
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if not x.ndim else x, state)
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding)
+                        else jax.device_put(x, everywhere), state)

@@ -114,7 +114,7 @@ def test_classes_and_their_defaults_are_diffusers_own():
     clip = {name for name in configs.SCHEDULERS if "clip_sample" in (
         parameters := inspect.signature(getattr(diffusers, name)).parameters)
         and parameters["clip_sample"].default}
-    assert clip == set(configs._CLIPS)
+    assert clip == set(configs._CLIP_SAMPLES)
     for name, spacing in configs.SCHEDULERS.items():
         default = inspect.signature(getattr(diffusers, name)).parameters.get("timestep_spacing")
         assert default is None or default.default == spacing, name

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import textwrap
+import types
 
 import numpy as np
 import pytest
@@ -165,3 +166,15 @@ def test_user_mistakes_are_named(path, tmp_path):
     file.write_text("")
     with pytest.raises(UserError, match="cannot write the data set"):
         dataset.build_toybox(file / "below", WORLD, {"train": 1})
+
+
+def test_every_module_that_renders_is_in_the_fingerprint(monkeypatch):
+    """Another renderer, another data set: stale images are never read."""
+    modules = [value for value in vars(toybox).values()
+               if isinstance(value, types.ModuleType) and value.__name__.startswith("focusdpo_jax.data.")]
+    assert len(modules) == 3
+    before = dataset._world_fingerprint()
+    for module in (toybox, *modules):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", __file__)
+            assert dataset._world_fingerprint() != before, module.__name__

@@ -247,7 +247,7 @@ def test_number_of_subjects_follows_its_probabilities():
 @pytest.mark.parametrize(
     "wrong",
     [dict(resolution=8), dict(count_probabilities=(0.5, 0.4)), dict(count_probabilities=()),
-     dict(prior="loose"), dict(radii=(14, 13))],
+     dict(prior_mask="loose"), dict(subject_radii=(14, 13))],
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -274,11 +274,11 @@ def test_radii_bound_the_size_of_subjects_by_their_number():
             found[len(subjects)] += [entry["mask"].mean() for entry in subjects]
         return {count: np.mean(values) for count, values in found.items()}
 
-    small, large = areas(), areas(radii=(21, 17, 14.5))
+    small, large = areas(), areas(subject_radii=(21, 17, 14.5))
     for count in (1, 2, 3):
         assert large[count] > 1.4 * small[count]
     # The rest finds no place and becomes smaller.
-    assert areas(radii=(40, 40, 40))[3] < 0.25
+    assert areas(subject_radii=(40, 40, 40))[3] < 0.25
 
 
 def test_pattern_scale_changes_patterned_subjects_alone():
@@ -347,15 +347,15 @@ def test_nuisances_change_the_prior_mask_and_nothing_else():
     assert more == 30
 
 
-@pytest.mark.parametrize("prior", ["dilated", "box"])
-def test_generous_priors_contain_the_exact_one(prior):
+@pytest.mark.parametrize("kind", ["dilated", "box"])
+def test_generous_priors_contain_the_exact_one(kind):
     for index in range(20):
-        exact, wide = (toybox.World(prior=kind).record("train", index) for kind in ("exact", prior))
+        exact, wide = (toybox.World(prior_mask=k).record("train", index) for k in ("exact", kind))
         np.testing.assert_array_equal(exact["rejected"], wide["rejected"])
         assert not (exact["prior_mask"] & ~wide["prior_mask"]).any()
         assert wide["prior_mask"].sum() > 1.2 * exact["prior_mask"].sum()
         disrupted = [entry for entry in wide["subjects"] if entry["disrupted"]]
-        if prior == "box" and len(disrupted) == 1:
+        if kind == "box" and len(disrupted) == 1:
             rows, columns = (np.flatnonzero(wide["prior_mask"].any(axis)) for axis in (1, 0))
             assert wide["prior_mask"].sum() == len(rows) * len(columns)
             left, top = 64 * disrupted[0]["box"][:2]

@@ -157,6 +157,17 @@ def test_scene_measures_and_empty_rows():
     assert result["fidelity"].shape == (4, 3)
 
 
+def test_scenes_with_two_of_a_class_are_left_out():
+    twin = GREEN | {"hue": 0.6}
+    truth, present = truth_of([GREEN, twin, BLUE], [GREEN, BLUE])
+    shown = readings_of([GREEN, BLUE], [GREEN, BLUE])
+    result = toybox_measures.measure(shown, truth, present)
+    for name, values in result.items():
+        assert np.isnan(values[0]).all(), name
+    np.testing.assert_array_equal(result["fidelity"][1], [1, 1, NAN])
+    assert result["class_accuracy"][1] == 1
+
+
 def test_renders_read_perfectly_are_perfect_and_rejected_ones_leak_when_they_do():
     """On records of the world itself, with readings made of their truth."""
     world = toybox.World(seed=3)

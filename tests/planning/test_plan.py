@@ -25,7 +25,8 @@ def described(tree):
 
 
 @pytest.mark.parametrize("overrides", [{}, {"trainable": "full", "dtype": "bfloat16",
-                                            "ema_decay": 0.9, "accumulate": 2, "batch_size": 2}])
+                                            "ema_decay": 0.9, "accumulate": 2, "batch_size": 2},
+                                       {"optimizer": "muon", "accumulate": 2}])
 def test_shapes_are_those_of_the_run(tiny_config, tmp_path, overrides):
     config = tiny_config(**overrides)
     task = tasks.make_task(config, epath.Path(tmp_path))

@@ -118,6 +118,17 @@ def test_resumed_run_equals_uninterrupted_one(finished, trained, tiny_config, tm
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+def test_a_resumed_run_with_muon_equals_an_uninterrupted_one(tiny_config, tmp_path):
+    config = tiny_config(optimizer="muon", objective="dpo")
+    loop.run(config, tmp_path / "whole")
+    loop.run(tiny_config(optimizer="muon", objective="dpo", steps=2), tmp_path / "parts")
+    loop.run(config, tmp_path / "parts")
+    assert tiny.losses(tmp_path / "parts") == tiny.losses(tmp_path / "whole")
+    expected = final_parameters(tmp_path / "whole")
+    for name, value in final_parameters(tmp_path / "parts").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
 def test_another_seed_gives_other_losses(finished, tiny_config, tmp_path):
     # The same seed gives the same: see the run that is resumed and the one without TensorFlow.
     loop.run(tiny_config(seed=1), tmp_path)
