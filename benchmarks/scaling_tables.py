@@ -8,7 +8,7 @@ r"""The tables of docs/scaling.md: plans for machines that are not here, one com
 Every row is a plan by `python -m focusdpo_jax.plan --json`, kept in FOLDER under its arguments and the commit,
 and is not made again there. Then the tables between the markers of docs/scaling.md are written from the rows
 of that commit (`--commit` takes those of another one). SDXL's programs take minutes of a core each to compile:
-gpus about 3 h, tpus 4 h, chips 8 h on two cores; nothing is lost when it is stopped. `--prefix="nice -n 5"` is
+gpus about 2 h, tpus 3 h, chips 4 h of a core; nothing is lost when it is stopped. `--prefix="nice -n 5"` is
 put before each command.
 """
 
@@ -34,6 +34,8 @@ TRAINED = {"adapter": ("", {}), "projection": ("", {"model.adapter": PROJECTION}
 WORDS = {"adapter": "resampler adapter", "projection": "projection adapter", "lora": "LoRA",
          "full": "full"}
 STEP = "update,guide,encoding"
+# TPU programs with transformer blocks in a loop compile in about 10 minutes, unrolled in over an hour.
+LOOPED = {"model.scan_layers": True}
 VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
 
@@ -59,14 +61,15 @@ def rows(group):
                 narrow = machine == "v5e:4x4" and trained == "adapter"
                 fsdp = count if trained == "full" else 4 if narrow else 1
                 found.append((machine, trained, _fields(
-                    batch_size=count, **{"model.remat": remat}, **_split(count // fsdp, fsdp))
-                    | {"programs": STEP}))
+                    batch_size=count, **LOOPED, **{"model.remat": remat},
+                    **_split(count // fsdp, fsdp)) | {"programs": STEP}))
         # One of them as a whole.
         return [*found, ("v5e:4x4", "lora", _fields(
-            batch_size=16, **{"model.remat": True}, **_split(16, 1)))]
+            batch_size=16, **LOOPED, **{"model.remat": True}, **_split(16, 1)))]
     shapes = {4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
     return [(f"v5p:{shape}", trained, _fields(
-        batch_size=count, **{"model.remat": False}, **_split(count // fsdp, fsdp)) | {"programs": STEP})
+        batch_size=count, **LOOPED, **{"model.remat": False}, **_split(count // fsdp, fsdp))
+        | {"programs": STEP})
         for count, shape in shapes.items() for trained in ("adapter", "lora", "full")
         for fsdp in sorted({"full": {1, 4, min(count, 16)}, "adapter": {1, 4}, "lora": {1}}[trained])]
 
