@@ -194,9 +194,10 @@ def get_config(argument=""):
     config.sampling = ml_collections.ConfigDict(
         {"steps": 4 if debug else 30, "guidance": 5.0})
     # Test scenes measured before and after (none: only Toybox's own models have the probe for it),
-    # scenes drawn and pairs encoded at once, scenes shown in pictures (0: none).
+    # scenes drawn and pairs encoded at once, scenes shown in pictures (0: none), and validation scenes
+    # measured whenever pictures are drawn (0: none; Toybox's own models alone).
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 0, "batch_size": 4, "pictures": 4})
+        {"scenes": 0, "batch_size": 4, "pictures": 4, "validation_scenes": 0})
     return config
 
 

@@ -109,7 +109,7 @@ def get_config(stage="generator"):
     config.data.path = "data"
     config.data.seed = 7
     config.data.train_size = 12000
-    config.data.validation_size = 64
+    config.data.validation_size = 128
     config.data.test_size = 256
     # Chance of a scene with one, two, three subjects.
     config.data.subject_counts = (0.2, 0.4, 0.4)
@@ -141,9 +141,10 @@ def get_config(stage="generator"):
 
     # Pictures drawn on the way: DDIM steps and guidance scale; 1 or less is none.
     config.sampling = ml_collections.ConfigDict({"steps": 16, "guidance": 2.0})
-    # Test scenes measured at the end, scenes drawn at once, scenes shown in pictures.
+    # Test scenes measured at the end, scenes drawn at once, scenes shown in pictures, and validation
+    # scenes measured whenever pictures are drawn: the learning curve in metrics.jsonl.
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 256, "batch_size": 32, "pictures": 8})
+        {"scenes": 256, "batch_size": 32, "pictures": 8, "validation_scenes": 128})
     return config
 
 

@@ -161,7 +161,8 @@ def get_config():
     # How pictures are drawn: DDIM steps and guidance scale; 1 or less is none, at
     # half the cost.
     config.sampling = ml_collections.ConfigDict({"steps": 8, "guidance": 1.0})
-    # Test scenes measured before and after, scenes drawn at once, scenes shown (0: none).
+    # Test scenes measured before and after, scenes drawn at once, scenes shown (0: none), and
+    # validation scenes measured whenever pictures are drawn (0: none): a learning curve in metrics.jsonl.
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 896, "batch_size": 32, "pictures": 8})
+        {"scenes": 896, "batch_size": 32, "pictures": 8, "validation_scenes": 0})
     return config

@@ -32,7 +32,7 @@ _ADDED = {"dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "rejected_sha
           "data.subject_radii": (14.0, 13.0, 11.5), "data.pattern_scale": 1.0, "data.same_class_probability": 0.0,
           "data.one_look_probability": 0.0, "data.nuisance_probability": 0.0, "data.prior_mask": "exact",
           "focus.features": "vit",
-          "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
+          "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "evaluation.validation_scenes": 0}
 
 
 def _one_of(*choices):
@@ -179,6 +179,7 @@ RULES = {
     "evaluation.scenes": _integer(0),
     "evaluation.batch_size": _integer(1),
     "evaluation.pictures": _integer(0),
+    "evaluation.validation_scenes": _integer(0),
 }
 _OPTIONAL = {"model.sizes"}
 
@@ -235,6 +236,9 @@ def _validate_together(config):
     if config.trainable == "lora" and not config.model.lora_rank:
         raise UserError("config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, "
                         "for example 8")
+    if not config.model.pretrained and "sizes" not in config.model:
+        raise UserError("config.model.pretrained = '': give a folder to start from, or a new model's "
+                        "config.model.sizes, as configs/toybox_base.py does")
     if config.data.source == "toybox":
         _validate_toybox(config)
     elif config.objective in ENCODER_OBJECTIVES:
@@ -247,9 +251,10 @@ def _validate_toybox(config):
     if config.evaluation.scenes > config.data.test_size:
         raise UserError(f"config.evaluation.scenes = {config.evaluation.scenes}: there are only "
                         f"config.data.test_size = {config.data.test_size} of them")
-    if config.evaluation.pictures > config.data.validation_size:
-        raise UserError(f"config.evaluation.pictures = {config.evaluation.pictures}: there are "
-                        f"only config.data.validation_size = {config.data.validation_size}")
+    for field in ("pictures", "validation_scenes"):
+        if config.evaluation[field] > config.data.validation_size:
+            raise UserError(f"config.evaluation.{field} = {config.evaluation[field]}: there are "
+                            f"only config.data.validation_size = {config.data.validation_size}")
     pairs, count = config.batch_size * config.accumulate, config.data.train_size
     if pairs > count:
         raise UserError(f"config.data.train_size = {count}: a step takes {_step_pairs(config)}; "

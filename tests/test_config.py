@@ -80,6 +80,13 @@ def test_preference_objectives_take_no_timestep_logits(objective):
         check(objective=objective, timestep_logits=(0.6, 1.0))
 
 
+def test_a_model_from_nothing_needs_its_sizes():
+    with pytest.raises(UserError, match="config.model.pretrained = '': give a folder to start from"):
+        config = tiny.tiny_config(pathlib.Path("nowhere"), model__pretrained="")
+        del config.model["sizes"]
+        config_rules.validate(config)
+
+
 def test_preference_objectives_learn_from_both_pictures_as_they_are():
     check(objective="sft", rejected_share=0.5)
     with pytest.raises(UserError, match=r"config.rejected_share = 0.5: focus_dpo learns from both "

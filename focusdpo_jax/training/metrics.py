@@ -56,6 +56,24 @@ class MetricWriter:
         if self._tensorboard:
             self._tensorboard.scalars(step, values)
 
+    def validation(self, step, means):
+        """Adds a point to the learning curve: a line of `validation.jsonl`, and TensorBoard.
+
+        Lines of this step and of later ones, of a run that was stopped and went on, are dropped.
+
+        Args:
+          means: {measure: mean over the validation scenes}.
+        """
+        if self._file:
+            path = self.workdir / "validation.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            lines = [line for line in lines if json.loads(line)["step"] < step]
+            lines.append(json.dumps({"step": step, **means}))
+            replace_file(path, "".join(line + "\n" for line in lines))
+        if self._tensorboard:
+            self._tensorboard.scalars(
+                step, {f"validation/{name}": mean for name, mean in means.items()})
+
     def results(self, step, results):
         """Shows the means of an evaluation in TensorBoard; they are not a logged step."""
         if self._tensorboard:

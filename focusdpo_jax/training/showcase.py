@@ -56,6 +56,7 @@ class Showcase:
         known = config.data.source == "toybox" and model.probe is not None
         self._measures = known and config.evaluation.scenes > 0
         self._shows = config.evaluation.pictures > 0
+        self._validates = known and config.evaluation.validation_scenes > 0
 
     @functools.cached_property
     def _shown(self):
@@ -64,6 +65,11 @@ class Showcase:
     @functools.cached_property
     def _measured(self):
         return self._scenes(self._sources["test"], self._config.evaluation.scenes)
+
+    @functools.cached_property
+    def _validated(self):
+        return self._scenes(
+            self._sources["validation"], self._config.evaluation.validation_scenes)
 
     def _scenes(self, source, count):
         """The first `count` records or all, as loaded and as encoded, on the host."""
@@ -114,9 +120,27 @@ class Showcase:
         return self._base.get(name)
 
     def sample(self, step, trainable, writer):
-        """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
-        if not self._shows:
+        """Draws and measures validation scenes."""
+        if self._validates:
+            self._validate(step, trainable, writer)
+        if self._shows:
+            self._show(step, trainable, writer)
+
+    def _validate(self, step, trainable, writer):
+        """Logs the mean of every measure over validation scenes."""
+        raw, encoded, _ = self._validated
+        drawn = self._draw(trainable, encoded)
+        if not processes.is_first():
             return
+        means = {name: float(np.nanmean(values))
+                 for name, values in self._measure(drawn, raw).items()
+                 if not np.isnan(values).all()}
+        logging.info("step %d, %d validation scenes: %s", step, len(drawn), ", ".join(
+            f"{name.replace('_', ' ')} {100 * mean:.1f} %" for name, mean in means.items()))
+        writer.validation(step, means)
+
+    def _show(self, step, trainable, writer):
+        """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
         raw, encoded, captions = self._shown
         base, drawn = self._by_base("shown"), self._draw(trainable, encoded)
         pairs = meshes.shard_rows(encoded, self._mesh)

@@ -19,6 +19,7 @@ import tiny
 from absl import logging as absl_logging
 from flax import traverse_util
 
+from focusdpo_jax import config as config_rules
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.sharding import mesh as meshes
@@ -252,6 +253,34 @@ def test_intervals_of_zero_or_beyond_the_end_leave_the_last_step(tiny_config, tm
 def test_samples_can_be_drawn_on_the_way(tiny_config, tmp_path):
     loop.run(tiny_config(sample_every=3, evaluation__pictures=1, keep_checkpoints=1), tmp_path)
     assert left_by(tmp_path) == ({1, 2, 3, 4}, {4}, {3, 4})
+
+
+def test_validation_scenes_are_measured_when_pictures_are_drawn(tiny_config, tmp_path):
+    """The learning curve has the means that `measure` returns, and a resumed run replaces its points."""
+    fields = {"sample_every": 2, "evaluation__pictures": 0, "evaluation__validation_scenes": 2}
+    folder = with_probe(tiny_config, tmp_path)
+    config = tiny_config(model__pretrained=str(folder), **fields)
+    loop.run(config, tmp_path / "run")
+    path = tmp_path / "run" / "validation.jsonl"
+    curve = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [point["step"] for point in curve] == [2, 4]
+    assert all(0 <= point["fidelity"] <= 1 and 0 <= point["missing"] <= 1 for point in curve)
+    path.write_text(path.read_text() + json.dumps({"step": 5, "missing": 2.0}) + "\n")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    loop.run(config, tmp_path / "run")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == curve
+
+
+def with_probe(tiny_config, tmp_path):
+    """A model folder with a probe of random weights."""
+    loop.run(tiny_config(objective="probe", steps=1), tmp_path / "probe")
+    return tmp_path / "probe" / "model"
+
+
+def test_validation_scenes_need_as_many_records(tiny_config):
+    with pytest.raises(UserError, match="config.evaluation.validation_scenes = 3: there are only "
+                                        "config.data.validation_size = 2"):
+        config_rules.validate(tiny_config(evaluation__validation_scenes=3))
 
 
 def test_saved_steps_are_logged_so_that_a_resumed_run_logs_the_same(tiny_config, tmp_path):

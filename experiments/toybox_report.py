@@ -1,0 +1,68 @@
+r"""What one of Toybox's small generators can do: its autoencoder, the probe's ceilings, its pictures.
+
+    python -m experiments.toybox_report --config=configs/toybox_base.py \
+        --model=runs/toybox_base_generator/model --output=reports/toybox
+
+Prints the autoencoder's PSNR, and a table of what the probe reads off renders, off their reconstructions and
+off generated pictures of the same scenes. Writes report.json, and samples.png: the first 48 scenes, none
+left out. The world, the sampling steps and the guidance are those of --config.
+"""
+
+import json
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from focusdpo_jax import command
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the world and of sampling.")
+_MODEL = flags.DEFINE_string("model", None, "Model folder, or one that ships with the package.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for report.json and samples.png.")
+_SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Split of the subjects.")
+_SCENES = flags.DEFINE_integer("scenes", 512, "Scenes to measure.", lower_bound=1)
+_PICTURES = flags.DEFINE_integer("pictures", 48, "Scenes in samples.png.", lower_bound=0)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Scenes at once.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise, and of the bootstrap.")
+_PARTS = flags.DEFINE_multi_enum("parts", ["autoencoder", "probe", "generator"],
+                                 ["autoencoder", "probe", "generator"], "What to measure.")
+
+
+def main():
+    """Measures the model of the flags, and writes what was found."""
+    # After the flags, so that --help is quick.
+    from experiments import toybox_figures
+    from focusdpo_jax.errors import UserError
+    from focusdpo_jax.evaluation import pictures
+    from focusdpo_jax.files import replace_file
+    from focusdpo_jax.training import runs
+    for name, value in (("config", _CONFIG.value), ("model", _MODEL.value), ("output", _OUTPUT.value)):
+        if value is None:
+            raise UserError(f"--{name} is missing; see --help")
+    model, parts = runs.load_folder(_MODEL.value), _PARTS.value
+    if model.probe is None and parts != ["autoencoder"]:
+        raise UserError(f"--model={_MODEL.value} has no probe.safetensors, which reads Toybox's pictures; "
+                        "give --parts=autoencoder, or train it (configs/toybox_base.py:probe)")
+    figures, tables, scenes, captions, drawn = toybox_figures.report(
+        model, _CONFIG.value, split=_SPLIT.value, count=_SCENES.value, seed=_SEED.value,
+        batch_size=_BATCH_SIZE.value, parts=parts)
+    if figures:
+        print("Autoencoder: " + ", ".join(f"{name.replace('_', ' ')} {value:.2f} dB"
+                                          for name, value in figures.items()))
+    if tables:
+        print(f"{_SCENES.value} {_SPLIT.value} scenes; mean and 95 % interval")
+        print(toybox_figures.format_tables(tables))
+    folder = epath.Path(_OUTPUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "report.json", json.dumps({
+        "model": _MODEL.value, "split": _SPLIT.value, "scenes": _SCENES.value, "seed": _SEED.value,
+        "sampling": _CONFIG.value.sampling.to_dict(), "autoencoder": figures,
+        "probe": tables}, indent=2, sort_keys=True) + "\n")
+    if drawn is not None and _PICTURES.value:
+        rows = [pictures.SampleRow(captions[i], scenes.references[i][scenes.present[i]], drawn[i])
+                for i in range(min(_PICTURES.value, len(drawn)))]
+        pictures.save_png(folder / "samples.png", pictures.sample_grid(rows, columns=4, scale=1))
+
+
+if __name__ == "__main__":
+    command.run(main, command.config_parser(_CONFIG))
