@@ -68,7 +68,8 @@ def get_config(argument=""):
     # "adamw", or "muon" for matrices and AdamW for the rest: half the optimiser's memory. Its updates are of
     # AdamW's size, so that the same learning rates serve.
     config.optimizer = "adamw"
-    # Learning rate after a linear warm-up, then "constant" or a "cosine" decay to zero.
+    # Learning rate after a linear warm-up, then "constant", a "cosine" decay to zero, or "wsd": constant, and
+    # linear to zero over the last fifth of the steps.
     config.learning_rate = {"lora": 1e-5, "full": 1e-6, "debug": 1e-3}.get(argument, 1e-5)
     config.warmup_steps = 1 if debug else 200
     config.decay = "constant"

@@ -48,18 +48,18 @@ def get_config(stage="generator"):
     config.anchor = 0.0
 
     # Optimiser steps and scenes a step.
-    config.steps = {"autoencoder": 5000, "image_encoder": 2500, "probe": 5000,
-                    "generator": 15000, "confusion": 500}[stage]
+    config.steps = {"autoencoder": 5000, "image_encoder": 1500, "probe": 2500,
+                    "generator": 20000, "confusion": 500}[stage]
     config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16}.get(stage, 32)
     # Batches whose gradients are averaged into one step.
     config.accumulate = 1
     # "adamw", or "muon" for matrices and AdamW for the rest.
-    config.optimizer = "muon" if stage == "autoencoder" else "adamw"
-    # Peak learning rate after the warm-up, then a cosine decay to zero.
-    config.learning_rate = {"autoencoder": 1e-2, "image_encoder": 2e-3, "probe": 3e-3,
-                            "generator": 1.2e-3, "confusion": 2e-3}[stage]
+    config.optimizer = "adamw" if stage == "confusion" else "muon"
+    # Peak learning rate after the warm-up, then a "cosine" decay to zero, or "wsd": constant, and linear to
+    # zero over the last fifth of the steps, so that a run can still be given more of them before.
+    config.learning_rate = {"generator": 6e-3, "confusion": 2e-3}.get(stage, 1e-2)
     config.warmup_steps = 100
-    config.decay = "cosine"
+    config.decay = "wsd" if stage == "generator" else "cosine"
     config.weight_decay = 1e-4
     config.adam_b2 = 0.99
     # Largest norm of the gradient.
@@ -73,7 +73,7 @@ def get_config(stage="generator"):
     config.log_every = 50
     config.checkpoint_every = 200
     config.keep_checkpoints = 2
-    config.sample_every = 500
+    config.sample_every = 1000
 
     # How the devices are divided; -1 takes what the others leave. "data" divides a batch; "fsdp"
     # divides it and the parameters; "tensor" divides the inside of layers.
@@ -163,7 +163,7 @@ def sizes():
         "adapter": {"kind": "resampler", "input_dim": 64, "output_dim": 128, "num_tokens": 8,
                     "width": 64, "depth": 2, "num_heads": 4, "head_dim": 16, "expansion": 4,
                     "dropped": "absent"},
-        "unet": {"in_channels": 16, "out_channels": 16, "block_out_channels": (32, 64),
+        "unet": {"in_channels": 16, "out_channels": 16, "block_out_channels": (48, 96),
                  "transformer_layers_per_block": (0, 2), "mid_transformer_layers": 2,
                  "layers_per_block": 1, "num_heads": (2, 4), "cross_attention_dim": 128,
                  "addition_time_embed_dim": 16, "pooled_dim": 64, "norm_groups": 8,

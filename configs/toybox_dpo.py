@@ -51,7 +51,8 @@ def get_config():
     # "adamw", or "muon" for matrices and AdamW for the rest: half the optimiser's memory. Its updates are of
     # AdamW's size, so that the same learning rates serve.
     config.optimizer = "adamw"
-    # Learning rate after a linear warm-up, then "constant" or a "cosine" decay to zero.
+    # Learning rate after a linear warm-up, then "constant", a "cosine" decay to zero, or "wsd": constant, and
+    # linear to zero over the last fifth of the steps.
     config.learning_rate = 1.5e-3
     config.warmup_steps = 10
     config.decay = "cosine"

@@ -120,7 +120,7 @@ RULES = {
     "optimizer": _one_of("adamw", "muon"),
     "learning_rate": _number(0, above=True),
     "warmup_steps": _integer(0),
-    "decay": _one_of("constant", "cosine"),
+    "decay": _one_of("constant", "cosine", "wsd"),
     "weight_decay": _number(0),
     "adam_b2": _number(0, 1),
     "gradient_clip": _number(0, above=True),

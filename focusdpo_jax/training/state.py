@@ -10,6 +10,9 @@ from optax import contrib
 from focusdpo_jax.models import stacking
 
 
+_DECAY_SHARE = 0.2  # Of the steps, in which "wsd" decays.
+
+
 @flax.struct.dataclass
 class TrainState:
     """The state of a run. The frozen parameters are not part of it.
@@ -33,11 +36,17 @@ class TrainState:
 
 
 def learning_rate_schedule(config):
-    """Linear warm-up to `config.learning_rate`, then constant or a cosine decay to zero.
+    """Linear warm-up to `config.learning_rate`, then as `config.decay`.
 
-    A run that is shorter than its warm-up ends in it.
+    "constant"; "cosine", to zero; or "wsd" (warmup-stable-decay, arXiv 2404.06395): constant, and linear to
+    zero over the last fifth of the steps. A run that is shorter than its warm-up ends in it.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
+    if config.decay == "wsd":
+        start = max(round(config.steps * (1 - _DECAY_SHARE)), warmup)
+        return optax.join_schedules(
+            [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak),
+             optax.linear_schedule(peak, 0.0, max(config.steps - start, 1))], [warmup, start])
     if config.decay == "cosine":
         return optax.warmup_cosine_decay_schedule(
             0.0, peak, warmup, max(config.steps, warmup + 1))

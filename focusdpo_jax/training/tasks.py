@@ -295,8 +295,7 @@ def _place(config, records, model, source):
     """Where encoded records lie and what they depend on: the first arguments of `cached`.
 
     Toybox's lie under a name of their own for each of that, and are never refused. None where they
-    stay in memory: where Toybox's encoders are in no file, and for supervised objectives, which
-    pre-train on many scenes, once.
+    stay in memory: where Toybox's encoders are in no file.
     """
     sizes = model.generator.config
     parts = {part: getattr(sizes, part) for part in encoding_cache.parts_read(config, source)}
@@ -306,10 +305,11 @@ def _place(config, records, model, source):
         key = encoding_cache.make_key(model, config, records.settings["content"], source)
         return path / encoding_cache.folder_name(config, source), key, parts, files
     told = {part: files(part) for part in parts}
-    if None in told.values() or config.objective in config_rules.SUPERVISED_OBJECTIVES:
+    if None in told.values():
         return None
     key = encoding_cache.make_key(model, config, records.settings, source) | {
-        "objective": config.objective, "spaf": config.focus.spaf, "dpce": config.focus.dpce}
+        "objective": config.objective, "spaf": config.focus.spaf, "dpce": config.focus.dpce,
+        "chosen alone": encoding.learns_from_chosen_alone(config)}
     name = hashlib.sha256(json.dumps([key, told], sort_keys=True).encode()).hexdigest()[:10]
     return path / "encoded" / f"toybox-{name}", key, parts, files
 

@@ -1,5 +1,7 @@
 """Optimisers, by what their updates are."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +72,16 @@ def test_muon_needs_less_memory_than_adamw(config):
 
     matrices = 24 * 16 + 3 * 3 * 8 * 16 + 2 * 24 * 16
     assert size("adamw") - size("muon") == pytest.approx(matrices, abs=16)  # And counters.
+
+
+def test_wsd_is_constant_until_the_last_fifth():
+    """Steps added before the decay begins leave the rates so far as they were."""
+    def rates(steps, at):
+        config = types.SimpleNamespace(learning_rate=0.5, warmup_steps=10, decay="wsd", steps=steps)
+        schedule = state.learning_rate_schedule(config)
+        return [float(schedule(step)) for step in at]
+
+    assert rates(100, [0, 5, 10, 80]) == [0, 0.25, 0.5, 0.5]
+    np.testing.assert_allclose(rates(100, [85, 90, 100, 101]), [0.375, 0.25, 0, 0], atol=1e-7)
+    assert rates(100, range(80)) == rates(1000, range(80))
+    assert rates(4, [0, 4]) == [0, pytest.approx(0.2)]  # Shorter than its warm-up.
