@@ -396,6 +396,26 @@ def test_state_keeps_no_frozen_parameters(tiny_folder):
     assert jax.tree.structure(merged) == jax.tree.structure(parameters)
 
 
+def test_supervised_runs_find_what_was_encoded(tiny_config, tmp_path):
+    """Of Toybox, too: a run of chosen images alone and one of both have a folder each."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_config().data.path, folder)
+    shutil.rmtree(folder / "encoded", ignore_errors=True)
+
+    def run(name, share):
+        config = tiny_config(objective="subject_sft", rejected_share=share, steps=1,
+                             data__path=str(folder), evaluation__pictures=0)
+        loop.run(config, tmp_path / name)
+        return {path.name: {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+                for path in (folder / "encoded").iterdir()}
+
+    first = run("first", 0.0)
+    assert len(first) == 1
+    assert run("second", 0.0) == first
+    assert len(run("third", 0.5)) == 2
+    assert tiny.losses(tmp_path / "second") == tiny.losses(tmp_path / "first")
+
+
 @pytest.mark.parametrize("cache, tables", [(True, 0), (False, 2)])
 def test_encoders_leave_the_device_when_everything_is_encoded(tiny_config, tmp_path, cache, tables):
     def held():
