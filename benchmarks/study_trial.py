@@ -73,7 +73,8 @@ def measure(model, config, batches):
     supervised = ml_collections.ConfigDict(config.to_dict())
     supervised.objective = "sft"  # References and captions are all there is to know.
     encoded = encoding.cached(
-        encoding.encoder(generator, supervised), parameters, batches).encoded
+        encoding.encoder(generator, supervised), parameters, batches,
+        sum(int((batch.index >= 0).sum()) for batch in batches)).encoded
     generate = make_generate(
         generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
         negative_token_ids=model.tokenizer(""))

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging as python_logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import no_room
 
+_PACKAGE = str(epath.Path(__file__).parent.parent)
 PAIRS = "pairs"
 """Folder of the data set in a folder that `prepare` left."""
 
@@ -144,14 +146,17 @@ def _quiet():
     """Without TFDS's banners and bars, which speak of downloads that do not happen."""
     import tensorflow_datasets as tfds
 
+    def passes(record):
+        return record.levelno >= python_logging.ERROR or record.pathname.startswith(_PACKAGE)
+
     tfds.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logger = logging.get_absl_logger()
+    logger.addFilter(passes)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        logger.removeFilter(passes)
         tfds.enable_progress_bar()
 
 

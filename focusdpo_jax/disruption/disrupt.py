@@ -23,8 +23,8 @@ from focusdpo_jax.disruption.choice import Judge, choose
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import places
-from focusdpo_jax.evaluation.progress import Progress
 from focusdpo_jax.files import replace_file
+from focusdpo_jax.progress import Progress
 
 MODES = ("phrase", "leak")
 MANIFEST, REPORT, SHEET = "manifest.jsonl", "report.json", "contact_sheet.png"

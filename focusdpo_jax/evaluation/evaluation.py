@@ -13,9 +13,9 @@ from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.evaluation.encoders import digest_of
 from focusdpo_jax.evaluation.output_folder import ImagesFolder
 from focusdpo_jax.evaluation.places import Place
-from focusdpo_jax.evaluation.progress import Progress
 from focusdpo_jax.evaluation.sampling import Sampler
 from focusdpo_jax.models import truncation
+from focusdpo_jax.progress import Progress
 
 
 def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=None, workdir=None,

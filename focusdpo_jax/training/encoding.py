@@ -19,6 +19,7 @@ from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.focus import complexity, correspondence
 from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
 from focusdpo_jax.models.generator import TRAINABLE, ImageView
+from focusdpo_jax.progress import Progress
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training.sources import masks_on_grid
 
@@ -159,18 +160,20 @@ def in_memory(records):
         lambda *rows: np.stack(rows), *(records[i] for i in range(len(records)))))
 
 
-def cached(encode, parameters, batches):
+def cached(encode, parameters, batches, count):
     """Encodes a finite pass over a data set, and keeps it in memory.
 
     Args:
       encode: from `encoder`.
       batches: iterable of PreferenceBatch of one size; rows of index -1 are padding and dropped.
+      count: records of the data set.
     """
-    parts = []
+    parts, progress = [], Progress("pairs encoded", count)
     for batch in batches:
         keep = np.asarray(batch.index) >= 0
         encoded = meshes.fetch(encode(parameters, batch))
         parts.append(jax.tree.map(lambda x, keep=keep: x[keep], encoded))
+        progress.add(int(keep.sum()))
     whole = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
     size = sum(x.nbytes for x in jax.tree.leaves(whole)) / 2**20
     logging.info("encoded %d pairs once, %.0f MiB in memory", len(whole.prior), size)

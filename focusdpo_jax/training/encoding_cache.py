@@ -20,6 +20,7 @@ from focusdpo_jax.config import SUPERVISED_OBJECTIVES
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 from focusdpo_jax.models.generator import ImageView
+from focusdpo_jax.progress import Progress
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
@@ -128,7 +129,7 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
         logging.info("encoding %d of %d records to %s", count - ready, count, folder)
         if processes.is_first():
             remove_unfinished(folder)
-        tree = parameters()
+        tree, progress = parameters(), Progress("pairs encoded", count - ready)
         for batch in batches:
             rows = [i for i, index in enumerate(batch.index)
                     if index >= 0 and not _file(folder, index).exists()]
@@ -137,6 +138,7 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
                 for i in rows if processes.is_first() else ():
                     row = jax.tree.map(lambda x, i=i: x[i], encoded)
                     _write(_file(folder, batch.index[i]), row)
+                progress.add(len(rows))
         processes.wait("encoded pairs")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}); make room, or "

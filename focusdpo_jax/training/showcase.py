@@ -77,7 +77,7 @@ class Showcase:
         size = min(count, self._config.evaluation.batch_size)
         batches = list(loader.evaluation_batches(
             [source[i] for i in range(count)], batch_size=size, transform=self._transform))
-        encoded = encoding.cached(self._encode, self._at_start(), batches).encoded
+        encoded = encoding.cached(self._encode, self._at_start(), batches, count).encoded
         raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *batches)
         captions = [source[i]["caption"] for i in range(count)]
         return raw, encoded, captions

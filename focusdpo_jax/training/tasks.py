@@ -261,7 +261,7 @@ def _cached(config, records, model, parameters, encode, source, transform, mesh)
                                         batch_size=rows_at_once(config, records, mesh))
     place = _place(config, records, model, _kept_source(config, model.generator, source)[0])
     if place is None:
-        return encoding.cached(_by_rows(encode, mesh), parameters(), batches)
+        return encoding.cached(_by_rows(encode, mesh), parameters(), batches, len(records))
     return encoding_cache.cached(
         *place, parameters, _by_rows(encode, mesh), batches, len(records))
 

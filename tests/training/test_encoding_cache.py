@@ -50,7 +50,7 @@ def tree(folder):
 
 
 def test_files_hold_what_memory_would(tmp_path):
-    stored, kept = cached(tmp_path / "e"), encoding.cached(encode, PARAMETERS, batches())
+    stored, kept = cached(tmp_path / "e"), encoding.cached(encode, PARAMETERS, batches(), COUNT)
     assert len(stored) == len(kept) == COUNT
     for i in range(COUNT):
         # To the bit: 0.1 is no number of half precision.
