@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from focusdpo_jax.evaluation import pictures, statistics
+from focusdpo_jax.evaluation.toybox_measures import LOWER_IS_BETTER
 
 SHOWN = ("fidelity", "leakage", "hue_leakage", "missing", "class_accuracy", "background_accuracy")
 CURVES = ("fidelity", "leakage")
@@ -106,13 +107,24 @@ def table(results):
                 continue
             mark = "" if focus is None or model == "focus_dpo" else {
                 "better": " +", "worse": " -", "": ""}[
-                    statistics.verdict(name, focus[name], estimate)]
+                    apart(name, focus[name], estimate)]
             mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
             seeds = "/".join(f"{100 * value:.0f}" for value in estimate["seeds"]
                              if value is not None)
             cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}] ({seeds}){mark}")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def apart(name, first, second):
+    """How the second of two estimates (dicts) is: "better", "worse", or "" where intervals overlap."""
+    if not first["n"] or not second["n"]:
+        return ""
+    if second["low"] > first["high"]:
+        return "worse" if name in LOWER_IS_BETTER else "better"
+    if second["high"] < first["low"]:
+        return "better" if name in LOWER_IS_BETTER else "worse"
+    return ""
 
 
 def plot(path, curves, base):

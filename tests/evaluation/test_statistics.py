@@ -67,15 +67,23 @@ def test_a_side_without_values():
     assert statistics.format_table(results).splitlines()[3].split()[-2:] == ["-", "100/0"]
 
 
-def test_verdict_needs_intervals_apart_and_knows_the_direction():
-    def estimate(low, high):
+def test_verdict_needs_a_difference_apart_from_zero_and_knows_the_direction():
+    def difference(low, high):
         return {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
 
-    assert statistics.verdict("fidelity", estimate(0.1, 0.2), estimate(0.3, 0.4)) == "better"
-    assert statistics.verdict("leakage", estimate(0.1, 0.2), estimate(0.3, 0.4)) == "worse"
-    assert statistics.verdict("missing", estimate(0.3, 0.4), estimate(0.1, 0.2)) == "better"
-    assert statistics.verdict("hue", estimate(0.3, 0.4), estimate(0.1, 0.2)) == "worse"
-    assert statistics.verdict("fidelity", estimate(0.1, 0.3), estimate(0.2, 0.4)) == ""
+    assert statistics.verdict("fidelity", difference(0.1, 0.2)) == "better"
+    assert statistics.verdict("leakage", difference(0.1, 0.2)) == "worse"
+    assert statistics.verdict("missing", difference(-0.2, -0.1)) == "better"
+    assert statistics.verdict("hue", difference(-0.2, -0.1)) == "worse"
+    assert statistics.verdict("fidelity", difference(-0.1, 0.3)) == ""
+
+
+def test_the_difference_of_a_summary_is_of_the_same_scenes():
+    base, policy = measures(0.5), measures(0.8)
+    found = statistics.summarize(base, policy, seed=0)["metrics"]["fidelity"]
+    expected = statistics.bootstrap_difference(base["fidelity"], policy["fidelity"], seed=0)
+    assert found["difference"] == expected._asdict()
+    assert found["difference"]["mean"] == pytest.approx(0.3)
 
 
 def test_table():
@@ -83,15 +91,16 @@ def test_table():
         return {"mean": mean, "low": low, "high": high, "n": n}
 
     table = statistics.format_table({"metrics": {
-        "fidelity": {"base": estimate(0.5, 0.43, 0.57), "policy": estimate(1, 1, 1)},
-        "hue_leakage": {"base": estimate(0.25, 0.2, 0.3, 90),
-                        "policy": estimate(0.2, 0.1, 0.25, 88)},
+        "fidelity": {"base": estimate(0.5, 0.43, 0.57), "policy": estimate(1, 1, 1),
+                     "difference": estimate(0.5, 0.43, 0.57)},
+        "hue_leakage": {"base": estimate(0.25, 0.2, 0.3, 90), "policy": estimate(0.2, 0.1, 0.25, 88),
+                        "difference": estimate(-0.05, -0.1, 0.004, 80)},
     }})
     assert table.splitlines() == [
-        "measure        base                    policy                  policy is  scenes",
-        "-" * 80,
-        "fidelity ↑      50.0 % [ 43.0,  57.0]  100.0 % [100.0, 100.0]  better     200",
-        "hue leakage ↓   25.0 % [ 20.0,  30.0]   20.0 % [ 10.0,  25.0]             90/88",
+        "measure        base                    policy                  policy - base         policy is  scenes",
+        "-" * 102,
+        "fidelity ↑      50.0 % [ 43.0,  57.0]  100.0 % [100.0, 100.0]  +50.0 [+43.0, +57.0]  better     200",
+        "hue leakage ↓   25.0 % [ 20.0,  30.0]   20.0 % [ 10.0,  25.0]   -5.0 [-10.0,  +0.4]             90/88",
     ]
 
 
