@@ -53,6 +53,7 @@ def run(config, workdir, *, accept_changes=False):
         processes.wait("run folder")
         logging.info("focusdpo_jax on %d x %s, run folder %s",
                      jax.device_count(), jax.devices()[0].device_kind, workdir)
+        logging.info("%s", preflight.outline(config))
         _run(config, workdir, require_lock)
 
 

@@ -34,6 +34,26 @@ def check(config):
                  time.monotonic() - start, room)
 
 
+def outline(config):
+    """What a run is about to do, in one sentence.
+
+    Args:
+      config: a ConfigDict that `config.validate` has passed.
+    """
+    accumulated = f" times {config.accumulate}" if config.accumulate > 1 else ""
+    parts = [f"{config.objective} on {config.data.source}, {config.steps} steps of "
+             f"{config.batch_size}{accumulated}"]
+    if config.objective in config_rules.GENERATOR_OBJECTIVES:
+        evaluation = config.evaluation
+        if evaluation.pictures:
+            every = (f"every {config.sample_every} steps and " if 0 < config.sample_every < config.steps
+                     else "")
+            parts.append(f"{evaluation.pictures} validation scenes to look at {every}at the end")
+        if evaluation.scenes and config.data.source == "toybox":
+            parts.append(f"then {evaluation.scenes} test scenes drawn by base and policy and measured")
+    return "; ".join(parts) + ". Time left is logged on the way"
+
+
 def _check(config):
     """Runs the checks of `check`; returns the part of its log line about memory."""
     sizes = models.generator_config(config)

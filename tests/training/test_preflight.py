@@ -271,3 +271,14 @@ def test_the_command_says_it_in_one_line(folder):
     assert lines[-1].startswith(f"error: {path} is not a readable safetensors file (it has")
     assert lines[-2].endswith("s; nothing was built")
     assert sorted(folder.rglob("*")) == before
+
+
+def test_the_outline_of_the_default_run():
+    config = tiny.load_config("toybox_dpo")
+    assert preflight.outline(config) == (
+        "focus_dpo on toybox, 80 steps of 16; 8 validation scenes to look at every 40 steps and at the end; "
+        "then 896 test scenes drawn by base and policy and measured. Time left is logged on the way")
+    config.update_from_flattened_dict({
+        "objective": "probe", "accumulate": 2, "steps": 5})
+    assert preflight.outline(config) == (
+        "probe on toybox, 5 steps of 16 times 2. Time left is logged on the way")
