@@ -152,6 +152,8 @@ def get_config(argument=""):
     config.data.nuisance_probability = 0.0
     # The prior mask: "exact", "dilated", or the "box" around each disrupted subject.
     config.data.prior_mask = "exact"
+    # Chance that a subject of a scene with less than three has a second reference.
+    config.data.second_reference_probability = 0.0
     # Whether the frozen encoders see every picture once, before training, and not in every step.
     # The result is kept on disk under the path above, or in memory for supervised objectives on
     # Toybox: 3.4 MiB a pair at 1024 pixels. Encoders then take no memory while there is nothing to draw.

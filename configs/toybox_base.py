@@ -126,6 +126,8 @@ def get_config(stage="generator"):
     config.data.nuisance_probability = 0.0
     # The prior mask: "exact", "dilated", or the "box" around each disrupted subject.
     config.data.prior_mask = "exact"
+    # Chance that a subject of a scene with less than three has a second reference.
+    config.data.second_reference_probability = 0.0
     # Whether frozen encoders see every picture once, before training, and not in every step.
     config.data.cache = True
     # Processes that read and decode; 0 does it by threads of the one that trains.

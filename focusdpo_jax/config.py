@@ -31,6 +31,7 @@ _ADDED = {"dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "rejected_sha
           "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5,
           "data.subject_radii": (14.0, 13.0, 11.5), "data.pattern_scale": 1.0, "data.same_class_probability": 0.0,
           "data.one_look_probability": 0.0, "data.nuisance_probability": 0.0, "data.prior_mask": "exact",
+          "data.second_reference_probability": 0.0,
           "focus.features": "vit",
           "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "evaluation.validation_scenes": 0}
 
@@ -158,6 +159,7 @@ RULES = {
     "data.one_look_probability": _number(0, 1),
     "data.nuisance_probability": _number(0, 1),
     "data.prior_mask": _one_of("exact", "dilated", "box"),
+    "data.second_reference_probability": _number(0, 1),
     "focus.buckets": _integer(1),
     "focus.features": _one_of("vit", "unet", "attention"),
     "focus.prototypes": _integer(1),

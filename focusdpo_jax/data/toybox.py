@@ -437,6 +437,8 @@ class World:
         all of the prior mask.
       prior_mask: that of a disrupted subject: "exact", "dilated" by 3 pixels of 64, or the "box"
         around that.
+      second_reference_probability: chance that one subject of a scene with a free slot has a second
+        reference, which comes last.
     """
 
     seed: int = 0
@@ -449,6 +451,7 @@ class World:
     one_look_probability: float = 0.0
     nuisance_probability: float = 0.0
     prior_mask: str = "exact"
+    second_reference_probability: float = 0.0
 
     def __post_init__(self):
         if self.resolution < 32:
@@ -479,7 +482,8 @@ class World:
             where the world's `prior_mask` is generous; outside it the two images are equal.
           changed_mask: bool [R, R], the pixels in which another look changes the image; without what
             nuisances change.
-          subjects: a list of dicts, in the order of the caption:
+          subjects: a list of dicts, in the order of the caption; a second reference of a subject is a
+            further dict, equal but for the reference:
             phrase: str. reference: uint8 [R, R, 3]. reference_mask, mask: bool [R, R], the pixels that
               the subject touches in its reference and in `chosen`.
             box: float32 [4], bounds of `mask` as x0, y0, x1, y1 in [0, 1].
@@ -520,6 +524,12 @@ class World:
                     **{f"rejected_{name}": value for name, value in vars(other).items()},
                 }
             )
+        if (self.second_reference_probability and count < self.max_subjects
+                and rng.random() < self.second_reference_probability):
+            slot = rng.integers(count)
+            reference, reference_mask = render_reference(
+                rng, subjects[slot], self.resolution, self.pattern_scale)
+            entries.append(entries[slot] | {"reference": reference, "reference_mask": reference_mask})
         chosen, other = _to_uint8(chosen), _to_uint8(rejected)
         changed_mask = (chosen != other).any(-1)
         if self.nuisance_probability and rng.random() < self.nuisance_probability:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from focusdpo_jax.data import backgrounds, silhouettes, toybox
+from focusdpo_jax.data.record import check_record
 from focusdpo_jax.errors import UserError
 
 WORLD = toybox.World(seed=3)
@@ -360,3 +361,23 @@ def test_generous_priors_contain_the_exact_one(kind):
             assert wide["prior_mask"].sum() == len(rows) * len(columns)
             left, top = 64 * disrupted[0]["box"][:2]
             assert rows[0] <= max(top - 3, 0) and columns[0] <= max(left - 3, 0)
+
+
+def test_a_second_reference_shows_a_subject_once_more():
+    plain = toybox.World()
+    twice = toybox.World(second_reference_probability=1.0)
+    seen = set()
+    for index in range(12):
+        before, after = plain.record("train", index), twice.record("train", index)
+        np.testing.assert_array_equal(before["rejected"], after["rejected"])
+        assert before["caption"] == after["caption"]
+        count = len(before["subjects"])
+        seen.add(count)
+        assert len(after["subjects"]) == (count + 1 if count < 3 else 3)
+        check_record(after, max_subjects=3)
+        for other in after["subjects"][count:]:
+            (own,) = [s for s in before["subjects"] if s["class_id"] == other["class_id"]]
+            assert not np.array_equal(own["reference"], other["reference"])
+            np.testing.assert_array_equal(own["mask"], other["mask"])
+            assert [own[name] for name in toybox.ATTRIBUTES] == [other[name] for name in toybox.ATTRIBUTES]
+    assert seen == {1, 2, 3}
