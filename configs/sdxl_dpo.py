@@ -171,6 +171,8 @@ def get_config(argument=""):
     # How many features stand for a subject, and as many for what surrounds it in its reference
     # (with "attention" it is the image tokens that do).
     config.focus.prototypes = 32
+    # Whether a match counts only on its own subject, and not where another reference explains a subject.
+    config.focus.own_subject = False
     # SPAF: match the picture's patches with the references. DPCE: let detailed patches weigh more.
     config.focus.spaf = True
     config.focus.dpce = True

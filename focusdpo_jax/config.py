@@ -33,7 +33,7 @@ _ADDED = {"dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "rejected_sha
           "data.one_look_probability": 0.0, "data.nuisance_probability": 0.0, "data.prior_mask": "exact",
           "data.second_reference_probability": 0.0,
           "focus.features": "vit",
-          "focus.prototypes": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "evaluation.validation_scenes": 0}
+          "focus.prototypes": 1, "focus.own_subject": False, "mesh.fsdp": 1, "mesh.tensor": 1, "evaluation.validation_scenes": 0}
 
 
 def _one_of(*choices):
@@ -163,6 +163,7 @@ RULES = {
     "focus.buckets": _integer(1),
     "focus.features": _one_of("vit", "unet", "attention"),
     "focus.prototypes": _integer(1),
+    "focus.own_subject": _flag(),
     "focus.spaf": _flag(),
     "focus.dpce": _flag(),
     "focus.rho_noisy": _number(0),

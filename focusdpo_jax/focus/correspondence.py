@@ -250,6 +250,22 @@ def to_grid(matched: Match, grid: tuple[int, int]) -> Match:
     )
 
 
+def inside_own(
+    matched: Match, masks: Float[Array, "batch subjects height width"]
+) -> Match:
+    """Keeps the matches that lie on their own subject, and drops those on another or on none [ours].
+
+    Without it a subject that wears looks of its neighbour counts as matched, by the neighbour's reference:
+    low priority exactly where looks have leaked.
+
+    Args:
+      matched: on the grid of the masks (see `to_grid`). Its budget stays.
+      masks: share of each location that each subject covers, in [0, 1].
+    """
+    subjects = matched.subjects * (masks > 0)
+    return matched._replace(subjects=subjects, union=jnp.max(subjects, axis=1))
+
+
 def unmatched(
     prior: Float[Array, "batch height width"], matched: Float[Array, "batch height width"]
 ) -> Float[Array, "batch height width"]:

@@ -45,11 +45,12 @@ class EncodedPairs:
         last, with what surrounds the subjects, for a source that knows it beforehand.
       area: [B, S], share of the picture that each subject takes inside M_prior: where nothing was
         disrupted there is nothing to match.
+      subject_masks: [B, S, h, w], share of each location that each subject covers in the chosen picture.
       detail: [B, 2, h, w], M_d of (chosen, rejected).
       quality: [B, h, w], PatchDPO's patch quality of the rejected picture, in [0, 1].
       index: [B], positions in the data set.
 
-    The five before `index` are None where the objective does not look at them.
+    The six before `index` are None where the objective does not look at them.
     """
 
     latents_mean: jax.Array
@@ -64,6 +65,7 @@ class EncodedPairs:
     prototypes: jax.Array | None
     similarity: jax.Array | None
     area: jax.Array | None
+    subject_masks: jax.Array | None
     detail: jax.Array | None
     quality: jax.Array | None
     index: jax.Array
@@ -107,11 +109,12 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
         text = pooled = None
         if text_is_frozen(config):
             text, pooled = generator.encode_text(parameters, batch.token_ids)
-        prototypes = similarity = area = detail = found = None
+        prototypes = similarity = area = subject_masks = detail = found = None
         if source is not None:
             prototypes, similarity = source.encode(parameters, batch, flat, references)
             similarity = None if similarity is None else grouped(similarity)
             area = (batch.masks & batch.prior_mask[:, None]).mean((2, 3), dtype=jnp.float32)
+            subject_masks = average_to_grid(batch.masks.astype(jnp.float32), mean.shape[2:4])
         if dpce:
             detail = grouped(complexity.complexity(
                 flat, jnp.repeat(prior, 2, axis=0), config.focus.detail_bins,
@@ -123,7 +126,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             latents_mean=mean, latents_deviation=deviation, token_ids=batch.token_ids,
             text=text, pooled=pooled, time_ids=batch.time_ids, references=references,
             present=batch.present, prior=prior, prototypes=prototypes, similarity=similarity,
-            area=area, detail=detail, quality=found, index=batch.index)
+            area=area, subject_masks=subject_masks, detail=detail, quality=found, index=batch.index)
 
     return jax.jit(encode, compiler_options=compiling.networks_here())
 

@@ -25,7 +25,7 @@ from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
 
-_FORMAT = 2  # Changes when the same encoders and pictures would make other files.
+_FORMAT = 3  # Changes when the same encoders and pictures would make other files.
 _NAMELESS = np.dtype("V2")
 
 

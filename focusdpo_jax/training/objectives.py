@@ -258,6 +258,8 @@ class Objective:
                 match = correspondence.to_grid(correspondence.match(
                     similarity, twice(encoded.present & known), twice(area), numbers.rho,
                     background), prior.shape[1:])
+                if self._config.focus.own_subject:
+                    match = correspondence.inside_own(match, twice(encoded.subject_masks))
                 unmatched = correspondence.unmatched(prior, match.union)
         if structure.weight.dpce:
             detail = by_image(encoded.detail).astype(jnp.float32)

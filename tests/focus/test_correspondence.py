@@ -275,3 +275,14 @@ def test_patch_quality_is_the_best_match_among_the_patches_of_all_subjects():
     np.testing.assert_allclose(
         spaf.patch_quality(absent, masks, targets, jnp.array([[True, False]])), [[[1.0, 0, 0]]],
         atol=1e-6)
+
+
+def test_matches_on_another_subject_are_dropped():
+    """Subject 0's reference explains a cell of subject 1: it counts for neither."""
+    subjects = jnp.array([[[[1.0, 0, 1.0, 0]], [[0, 0, 0, 1.0]]]])
+    matched = spaf.Match(subjects, jnp.max(subjects, axis=1), jnp.array([3.0]))
+    masks = jnp.array([[[[1.0, 0.2, 0, 0]], [[0, 0, 0.3, 1.0]]]])
+    own = spaf.inside_own(matched, masks)
+    np.testing.assert_array_equal(own.subjects, [[[[1, 0, 0, 0]], [[0, 0, 0, 1]]]])
+    np.testing.assert_array_equal(own.union, [[[1, 0, 0, 1]]])
+    assert own.budget == 3

@@ -80,6 +80,24 @@ def test_patch_dpo_learns_from_each_place_of_the_picture_that_is_good_there(enco
     assert pairs.prototypes is None and pairs.area is None and pairs.detail is None
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_own_subject_keeps_matches_off_other_subjects(tiny_config, own):
+    config = tiny_config(focus__own_subject=own, focus__buckets=1)
+    model, source, buckets, batch, pairs = encode_four(config)
+    ((structure, numbers),) = buckets.values()
+    task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+    trainable, frozen = split_parameters(model.parameters, "full")
+    maps = task.focus_maps(structure, {"parameters": frozen, "reference": trainable}, pairs, numbers,
+                           jax.random.key(0))
+    side = maps.weights.shape[1]
+    cells = batch.masks.reshape(4, 3, side, batch.masks.shape[2] // side, side, -1).any((3, 5))
+    outside = np.asarray(maps.match.subjects) * ~np.repeat(cells, 2, axis=0)
+    assert (outside.sum() == 0) == own
+    np.testing.assert_array_equal(maps.match.union, np.max(maps.match.subjects, axis=1))
+    inside = np.asarray(maps.match.subjects) * np.repeat(cells, 2, axis=0)
+    assert inside.sum() > 0
+
+
 class Listener:
     """Stands for a generator, and keeps what it is asked about."""
 
