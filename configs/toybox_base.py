@@ -137,7 +137,7 @@ def get_config(stage="generator"):
     # see configs/toybox_dpo.py.
     config.focus = ml_collections.ConfigDict({
         "buckets": 1, "features": "vit", "prototypes": 1, "own_subject": False, "spaf": False, "dpce": False,
-        "rho_noisy": 0.3, "rho_clean": 0.9, "lambda_s": 1.0, "lambda_d": 1.0, "tau": 0.5,
+        "rho_noisy": 0.3, "rho_clean": 0.9, "lambda_s": 1.0, "lambda_d": 1.0, "lambda_c": 0.0, "tau": 0.5,
         "gate_width": 0.0, "background": 0.25, "matched": 0.5, "detail_fraction": 0.5,
         "detail_bins": 16, "detail_sigma": 3.0})
 

@@ -150,6 +150,8 @@ def get_config():
     # Extra weight of what does not match its reference yet, and of detail.
     config.focus.lambda_s = 1.0
     config.focus.lambda_d = 1.0
+    # Extra weight of where the reference model is unsure, by its own error (focus/confidence.py); 0 is off.
+    config.focus.lambda_c = 0.0
     # Alignment score from which detail counts; width of the gate (0: open or shut).
     config.focus.tau = 0.5
     config.focus.gate_width = 0.0

@@ -33,7 +33,7 @@ _ADDED = {"dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "rejected_sha
           "data.one_look_probability": 0.0, "data.nuisance_probability": 0.0, "data.prior_mask": "exact",
           "data.second_reference_probability": 0.0,
           "focus.features": "vit",
-          "focus.prototypes": 1, "focus.own_subject": False, "mesh.fsdp": 1, "mesh.tensor": 1, "evaluation.validation_scenes": 0}
+          "focus.prototypes": 1, "focus.own_subject": False, "focus.lambda_c": 0.0, "mesh.fsdp": 1, "mesh.tensor": 1, "evaluation.validation_scenes": 0}
 
 
 def _one_of(*choices):
@@ -170,6 +170,7 @@ RULES = {
     "focus.rho_clean": _number(0),
     "focus.lambda_s": _number(0),
     "focus.lambda_d": _number(0),
+    "focus.lambda_c": _number(0),
     "focus.tau": _number(0, 1),
     "focus.gate_width": _number(0),
     "focus.background": _number(0),

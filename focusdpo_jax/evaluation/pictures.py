@@ -70,7 +70,7 @@ class FocusRow:
       references: as in `PreferenceRow`.
       image: the chosen or the rejected picture.
       similarity: [subjects, h, w], of each reference with each place, on any scale.
-      matched, unmatched, detail: [h, w], M', M_s and M_d, in [0, 1].
+      matched, unmatched, detail, uncertainty: [h, w], M', M_s, M_d and U, in [0, 1].
       weights: [h, w], W.
     """
 
@@ -81,6 +81,7 @@ class FocusRow:
     matched: np.ndarray | None
     unmatched: np.ndarray | None
     detail: np.ndarray | None
+    uncertainty: np.ndarray | None
     weights: np.ndarray
 
 
@@ -136,7 +137,7 @@ def sample_grid(rows, *, columns=2, scale=2):
 
 
 def focus_grid(rows, *, scale=2):
-    """One row a picture and bucket: references | picture | similarity of each | M' | M_s | M_d | W.
+    """One row a picture and bucket: references | picture | similarity of each | M' | M_s | M_d | U | W.
 
     Columns that no row has a map for are left out.
 
@@ -148,7 +149,7 @@ def focus_grid(rows, *, scale=2):
       uint8 [height, width, 3].
     """
     slots = max(len(row.similarity) for row in rows)
-    maps = {"M'": "matched", "M_s": "unmatched", "M_d": "detail", "W": "weights"}
+    maps = {"M'": "matched", "M_s": "unmatched", "M_d": "detail", "U": "uncertainty", "W": "weights"}
     maps = {name: field for name, field in maps.items()
             if any(getattr(row, field) is not None for row in rows)}
 

@@ -37,13 +37,15 @@ class BucketStructure:
     Attributes:
       spaf: match target patches with the references; unmatched ones weigh more.
       dpce: detailed patches weigh more.
+      confidence: patches of which the reference model is unsure weigh more.
     """
 
     spaf: bool
     dpce: bool
+    confidence: bool = False
 
     def __str__(self) -> str:
-        terms = [name for name in ("spaf", "dpce") if getattr(self, name)]
+        terms = [name for name in ("spaf", "dpce", "confidence") if getattr(self, name)]
         return "+".join(terms) or "prior"
 
 
@@ -56,6 +58,7 @@ class BucketNumbers(NamedTuple):
       rho: share of a subject's area that SPAF may match, >= 0.
       lambda_s: extra weight of M_s, the unmatched part of the subjects, >= 0.
       lambda_d: extra weight of M_d, detail, while the gate is open, >= 0.
+      lambda_c: extra weight of U, where the reference model is unsure, >= 0.
       tau: alignment score from which the gate is open, in [0, 1].
       gate_width: 0 for a gate that is open or shut; else the width of a sigmoid around tau.
       background: weight of every location, inside the prior or out, >= 0. It is what holds the
@@ -69,6 +72,7 @@ class BucketNumbers(NamedTuple):
     rho: Float[Array, ""]
     lambda_s: Float[Array, ""]
     lambda_d: Float[Array, ""]
+    lambda_c: Float[Array, ""]
     tau: Float[Array, ""]
     gate_width: Float[Array, ""]
     background: Float[Array, ""]
@@ -93,6 +97,7 @@ def make_buckets(
     rho_clean: float = 0.9,
     lambda_s: float = 1.0,
     lambda_d: float = 1.0,
+    lambda_c: float = 0.0,
     tau: float = 0.5,
     gate_width: float = 0.0,
     background: float = 0.1,
@@ -112,8 +117,8 @@ def make_buckets(
       spaf, dpce: switch a term off in every bucket.
       detail_fraction: share of the denoising path, counted from the clean end, with detail.
       rho_noisy, rho_clean: rho at the two ends of the path.
-      lambda_s, lambda_d, tau, gate_width, background, matched: see `BucketNumbers`; the same in
-        every bucket.
+      lambda_s, lambda_d, lambda_c, tau, gate_width, background, matched: see `BucketNumbers`; the same
+        in every bucket. With lambda_c = 0 no bucket has confidence.
 
     Raises:
       UserError: a value is out of its range.
@@ -125,7 +130,7 @@ def make_buckets(
             raise UserError(f"focus buckets: {name} is {value}; choose a number from 0 to 1")
     for name, value in (
         ("rho_noisy", rho_noisy), ("rho_clean", rho_clean), ("lambda_s", lambda_s),
-        ("lambda_d", lambda_d), ("gate_width", gate_width), ("background", background),
+        ("lambda_d", lambda_d), ("lambda_c", lambda_c), ("gate_width", gate_width), ("background", background),
     ):
         if not 0 <= value < float("inf"):
             raise UserError(f"focus buckets: {name} is {value}; choose a finite number >= 0")
@@ -142,13 +147,15 @@ def make_buckets(
             rho=np.float32(rho_noisy + u * (rho_clean - rho_noisy)),
             lambda_s=np.float32(lambda_s),
             lambda_d=np.float32(lambda_d),
+            lambda_c=np.float32(lambda_c),
             tau=np.float32(tau),
             gate_width=np.float32(gate_width),
             background=np.float32(background),
             matched=np.float32(matched),
         )
         detail = dpce and u >= 1 - detail_fraction
-        buckets.append(Bucket(BucketStructure(spaf=spaf, dpce=detail), numbers))
+        structure = BucketStructure(spaf=spaf, dpce=detail, confidence=lambda_c > 0)
+        buckets.append(Bucket(structure, numbers))
     return tuple(buckets)
 
 

@@ -1,11 +1,12 @@
 """The spatial weight W: how much each location of the latent counts in the objective.
 
-    W = background + M_prior (f + lambda_s (1 - M') + gate lambda_d M_d)
+    W = background + M_prior (f + lambda_s (1 - M') + gate lambda_d M_d + lambda_c U)
     f = 1 - (1 - gate) (1 - matched) M'
 
 Inside the subjects, what does not correspond to a reference yet (M_s = M_prior and not M') has
 high priority and what does (M') low priority; once structure is aligned the gate opens, M' counts
-in full again and detail M_d weighs more. The priorities, and that detail is disabled while
+in full again and detail M_d weighs more. Where the reference model is unsure (U), a location weighs more
+in any case. The priorities, and that detail is disabled while
 structure is misaligned, are [known] (FocusDPO, arXiv 2509.01181, pipeline figure); the formula is
 [ours]. Only W's shape matters: `losses.weighted_mean` divides by its sum.
 
@@ -72,6 +73,7 @@ def focus_weights(
     prior: Float[Array, "batch height width"],
     matched: Match | None = None,
     detail: Float[Array, "batch height width"] | None = None,
+    uncertainty: Float[Array, "batch height width"] | None = None,
 ) -> tuple[Float[Array, "batch height width"], Diagnostics]:
     """The weight map W of FocusDPO for one bucket, as the module's formula states it.
 
@@ -83,6 +85,7 @@ def focus_weights(
       prior: M_prior, share of each location covered, in [0, 1].
       matched: the match on the latent grid (`correspondence.to_grid`); needed with `spaf`.
       detail: M_d in [0, 1] (`complexity.complexity`); needed with `dpce`.
+      uncertainty: U in [0, 1] (`confidence.uncertainty`); needed with `confidence`.
 
     Returns:
       W, without gradient, and diagnostics [B]:
@@ -99,6 +102,8 @@ def focus_weights(
         raise ValueError(f"structure {structure} needs `matched`")
     if structure.dpce and detail is None:
         raise ValueError(f"structure {structure} needs `detail`")
+    if structure.confidence and uncertainty is None:
+        raise ValueError(f"structure {structure} needs `uncertainty`")
 
     prior = prior.astype(jnp.float32)
     diagnostics = {}
@@ -123,6 +128,9 @@ def focus_weights(
     if structure.dpce:
         with jax.named_scope("dpce"):
             inside += opened * numbers.lambda_d * detail
+    if structure.confidence:
+        with jax.named_scope("confidence"):
+            inside += numbers.lambda_c * uncertainty
     weights = numbers.background + prior * inside
 
     total = jnp.sum(weights, axis=(1, 2))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from focusdpo_jax.config import PREFERENCE_OBJECTIVES, SUPERVISED_OBJECTIVES, dropout_chances
 from focusdpo_jax.diffusion.schedule import logit_normal_timesteps
-from focusdpo_jax.focus import correspondence, losses, weighting
+from focusdpo_jax.focus import confidence, correspondence, losses, weighting
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps
 from focusdpo_jax.models.generator import Conditioning, ImageView, merge_parameters
 from focusdpo_jax.training.encoding import text_is_frozen
@@ -137,6 +137,7 @@ class FocusMaps(NamedTuple):
       match: of [2B], each subject's and M', their union.
       unmatched: [2B, h, w], M_s.
       detail: [2B, h, w], M_d.
+      uncertainty: [2B, h, w], U.
     """
 
     weights: jax.Array
@@ -144,6 +145,7 @@ class FocusMaps(NamedTuple):
     match: correspondence.Match | None = None
     unmatched: jax.Array | None = None
     detail: jax.Array | None = None
+    uncertainty: jax.Array | None = None
 
 
 class Objective:
@@ -197,13 +199,13 @@ class Objective:
           Guidance, and a dict of scalar diagnostics.
         """
         reference, captured = self._reference(structure, frozen, encoded, numbers, key)
-        maps, diagnostics = self._weigh(structure, numbers, encoded, captured, key)
+        maps, diagnostics = self._weigh(structure, numbers, encoded, captured, reference, key)
         return Guidance(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
 
     def focus_maps(self, structure, frozen, encoded, numbers, key):
         """`FocusMaps` of a batch, to look at: those that `guide` makes of the same arguments."""
-        _, captured = self._reference(structure, frozen, encoded, numbers, key)
-        return self._weigh(structure, numbers, encoded, captured, key)[0]
+        reference, captured = self._reference(structure, frozen, encoded, numbers, key)
+        return self._weigh(structure, numbers, encoded, captured, reference, key)[0]
 
     def loss(self, trainable, frozen, encoded, guidance, numbers, key):
         """The scalar loss of a batch, and a dict of scalar diagnostics; see `focus.losses`."""
@@ -236,7 +238,7 @@ class Objective:
             frozen["reference"], frozen, encoded, self.noisy(encoded, numbers, key), key,
             capture=self._source.capture if structure.weight.spaf else ())
 
-    def _weigh(self, structure, numbers, encoded, captured, key):
+    def _weigh(self, structure, numbers, encoded, captured, reference, key):
         """FocusMaps and per-image diagnostics [B * P]."""
         prior = encoded.prior.astype(jnp.float32)
         if self._pairs:
@@ -248,7 +250,7 @@ class Objective:
         if structure.objective == "patch_dpo":
             weights = weighting.quality_weights(encoded.quality.astype(jnp.float32))
             return FocusMaps(by_image(jnp.stack(weights, axis=1))), {}
-        similarity = match = unmatched = detail = None
+        similarity = match = unmatched = detail = unsure = None
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
                 similarity, background, known = self._source.similarity(
@@ -263,9 +265,12 @@ class Objective:
                 unmatched = correspondence.unmatched(prior, match.union)
         if structure.weight.dpce:
             detail = by_image(encoded.detail).astype(jnp.float32)
+        if structure.weight.confidence:
+            with jax.named_scope("confidence"):
+                unsure = confidence.uncertainty(reference, prior)
         weights, diagnostics = weighting.focus_weights(
-            structure.weight, numbers, prior, match, detail)
-        return FocusMaps(weights, similarity, match, unmatched, detail), diagnostics
+            structure.weight, numbers, prior, match, detail, unsure)
+        return FocusMaps(weights, similarity, match, unmatched, detail, unsure), diagnostics
 
     def _conditioned(self, encoded, key):
         """The pairs, without dropped references for a source that captures attention to them."""

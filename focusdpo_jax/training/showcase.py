@@ -182,7 +182,7 @@ class Showcase:
                         references=raw.references[i][present], image=image,
                         similarity=() if seen.similarity is None else seen.similarity[present],
                         matched=seen.match and seen.match.union, unmatched=seen.unmatched,
-                        detail=seen.detail, weights=seen.weights))
+                        detail=seen.detail, uncertainty=seen.uncertainty, weights=seen.weights))
         return pictures.focus_grid(rows)
 
     def finish(self, step, trainable, writer):

@@ -75,16 +75,16 @@ def test_sample_grid_fills_rows_first():
 
 def test_focus_grid_has_a_column_for_each_map():
     def focus(subjects, **maps):
-        fields = {"matched": None, "unmatched": None, "detail": None} | maps
+        fields = dict.fromkeys(("matched", "unmatched", "detail", "uncertainty")) | maps
         return pictures.FocusRow("t000-249", [flat(RED)] * subjects, flat(GREEN),
                                  [np.eye(4) - 2] * subjects, weights=np.eye(2), **fields)
 
-    full = {name: np.eye(8) for name in ("matched", "unmatched", "detail")}
+    full = {name: np.eye(8) for name in ("matched", "unmatched", "detail", "uncertainty")}
     width = lambda *rows: pictures.focus_grid(rows).shape[1]  # noqa: E731
     column = 64 + 4
     # A subject more is a reference and a similarity more.
     assert width(focus(2, **full)) == width(focus(1, **full)) + 2 * column
-    assert width(focus(1)) == width(focus(1, **full)) - 3 * column
+    assert width(focus(1)) == width(focus(1, **full)) - 4 * column
     assert width(focus(1), focus(1, detail=np.eye(8))) == width(focus(1)) + column
     # The order of a similarity shows whatever its sign: its least value is the scale's dark end.
     page = pictures.focus_grid([focus(1)])

@@ -11,7 +11,7 @@ from focusdpo_jax.focus.buckets import BucketNumbers, BucketStructure
 NUMBERS = BucketNumbers(
     index=np.int32(0), t_low=np.int32(0), t_high=np.int32(1000), rho=np.float32(0.5),
     lambda_s=np.float32(2.0),
-    lambda_d=np.float32(3.0), tau=np.float32(0.5), gate_width=np.float32(0.0),
+    lambda_d=np.float32(3.0), lambda_c=np.float32(4.0), tau=np.float32(0.5), gate_width=np.float32(0.0),
     background=np.float32(0.25), matched=np.float32(0.5))
 
 # Five locations: matched inside, unmatched inside, half inside, matched outside, background.
@@ -139,3 +139,14 @@ def test_what_a_structure_switches_off_is_not_compiled():
     for bucket in buckets.make_buckets(4):
         jitted(*bucket, *arguments)
     assert jitted._cache_size() == 2
+
+
+def test_confidence_adds_weight_whatever_the_gate():
+    unsure = jnp.array([[[0.25, 0.5, 1.0, 1.0, 1.0]]])
+    without, _ = weights_of(spaf=True, dpce=False)
+    weights, _ = weighting.focus_weights(
+        BucketStructure(True, False, confidence=True), NUMBERS, PRIOR, MATCH, uncertainty=unsure)
+    # lambda_c = 4, times U, times the prior: nothing outside.
+    np.testing.assert_allclose(weights - without, [[[1.0, 2.0, 2.0, 0.0, 0.0]]], rtol=1e-6)
+    with pytest.raises(ValueError, match="needs `uncertainty`"):
+        weighting.focus_weights(BucketStructure(False, False, confidence=True), NUMBERS, PRIOR)

@@ -12,6 +12,7 @@ import tiny
 
 from focusdpo_jax.data import loader
 from focusdpo_jax.diffusion.schedule import scaled_linear_schedule
+from focusdpo_jax.focus import confidence
 from focusdpo_jax.models.generator import split_parameters
 from focusdpo_jax.training import models, objectives, state, step, tasks
 
@@ -96,6 +97,28 @@ def test_own_subject_keeps_matches_off_other_subjects(tiny_config, own):
     np.testing.assert_array_equal(maps.match.union, np.max(maps.match.subjects, axis=1))
     inside = np.asarray(maps.match.subjects) * np.repeat(cells, 2, axis=0)
     assert inside.sum() > 0
+
+
+def test_confidence_weighs_by_the_reference_models_error(tiny_config):
+    def maps(**fields):
+        config = tiny_config(focus__buckets=1, **fields)
+        model, source, buckets, _, pairs = encode_four(config)
+        ((structure, numbers),) = buckets.values()
+        task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        trainable, frozen = split_parameters(model.parameters, "full")
+        fixed = {"parameters": frozen, "reference": trainable}
+        key = jax.random.key(0)
+        guidance, _ = task.guide(structure, fixed, pairs, numbers, key)
+        return task.focus_maps(structure, fixed, pairs, numbers, key), guidance, pairs
+
+    plain, _, _ = maps()
+    weighed, guidance, pairs = maps(focus__lambda_c=3.0)
+    assert plain.uncertainty is None
+    prior = np.repeat(pairs.prior, 2, axis=0)
+    np.testing.assert_allclose(
+        weighed.uncertainty, confidence.uncertainty(guidance.reference_error, prior), rtol=1e-5)
+    np.testing.assert_allclose(
+        weighed.weights - plain.weights, 3 * prior * weighed.uncertainty, atol=1e-5)
 
 
 class Listener:

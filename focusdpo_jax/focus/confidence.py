@@ -1,0 +1,44 @@
+"""Where is a denoiser unsure of a picture? Its own error says so, and the reference pass has it.
+
+    error map of the reference model --window--> smoothed error --inside the prior--> U in [0, 1]
+
+That regions of low prediction confidence are penalised is [known] (the abstract of FocusDPO, arXiv
+2509.01181). That confidence is read off the reference model's error, the window and the scale are
+[ours]. U depends on the step's noise and timestep, unlike M_d.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def smoothed(
+    maps: Float[Array, "batch height width"], radius: int = 1
+) -> Float[Array, "batch height width"]:
+    """Means over square windows of 2 radius + 1 locations, cut off at the border."""
+    side = 2 * radius + 1
+
+    def sums(x):
+        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, side, side), (1, 1, 1), "SAME")
+
+    return sums(maps) / sums(jnp.ones_like(maps))
+
+
+def uncertainty(
+    error: Float[Array, "batch height width"], prior: Float[Array, "batch height width"]
+) -> Float[Array, "batch height width"]:
+    """U: the smoothed error, over its largest value inside the prior and at most 1 [ours].
+
+    One draw of noise makes the error of a single location rough; its neighbours share its cause. The
+    scale leaves the order of locations, whatever the timestep does to the size of errors.
+
+    Args:
+      error: the reference model's error map, >= 0.
+      prior: M_prior, share of each location covered, in [0, 1].
+
+    Returns:
+      A map in [0, 1] without gradient; 0 everywhere for an empty prior or no error at all.
+    """
+    error = smoothed(jax.lax.stop_gradient(error.astype(jnp.float32)))
+    largest = jnp.max(error * prior, axis=(1, 2), keepdims=True)
+    return jnp.where(largest > 0, jnp.minimum(error / jnp.where(largest > 0, largest, 1), 1), 0)
