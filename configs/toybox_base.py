@@ -46,6 +46,7 @@ def get_config(stage="generator"):
     # Not used here; only preference objectives have a reference model to stay close to.
     config.beta = 1.0
     config.anchor = 0.0
+    config.anchor_fades = False
 
     # Optimiser steps and scenes a step.
     config.steps = {"autoencoder": 5000, "image_encoder": 1500, "probe": 2500,

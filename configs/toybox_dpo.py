@@ -33,6 +33,8 @@ def get_config():
     # Weight of the chosen picture's plain denoising error beside the preference (focus/losses.py);
     # 0 leaves FocusDPO as it is in the paper.
     config.anchor = 1.0
+    # Whether the anchor fades with the slope of the preference loss (focus/losses.py).
+    config.anchor_fades = False
     # Chances that a pair loses its caption, its references, and both: what guidance's unconditional
     # branch learns from. Chosen and rejected image, policy and reference model lose the same.
     config.condition_dropout = (0.0, 0.0, 0.0)

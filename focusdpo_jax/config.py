@@ -25,15 +25,18 @@ _MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sa
                "data.path", "data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 # Fields that older runs' config.json lacks, with what those runs did.
-_ADDED = {"dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "rejected_share": 0.0, "model.remat": False,
-          "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "", "model.tokenizer": "",
-          "model.lora_alpha": 0.0, "model.prediction_type": "",
-          "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5,
-          "data.subject_radii": (14.0, 13.0, 11.5), "data.pattern_scale": 1.0, "data.same_class_probability": 0.0,
-          "data.one_look_probability": 0.0, "data.nuisance_probability": 0.0, "data.prior_mask": "exact",
-          "data.second_reference_probability": 0.0,
-          "focus.features": "vit",
-          "focus.prototypes": 1, "focus.own_subject": False, "focus.lambda_c": 0.0, "mesh.fsdp": 1, "mesh.tensor": 1, "evaluation.validation_scenes": 0}
+_ADDED = {
+    "dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "anchor_fades": False, "rejected_share": 0.0,
+    "model.remat": False, "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "",
+    "model.tokenizer": "", "model.lora_alpha": 0.0, "model.prediction_type": "",
+    "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5,
+    "data.subject_radii": (14.0, 13.0, 11.5), "data.pattern_scale": 1.0,
+    "data.same_class_probability": 0.0, "data.one_look_probability": 0.0,
+    "data.nuisance_probability": 0.0, "data.prior_mask": "exact",
+    "data.second_reference_probability": 0.0, "focus.features": "vit", "focus.prototypes": 1,
+    "focus.own_subject": False, "focus.lambda_c": 0.0, "mesh.fsdp": 1, "mesh.tensor": 1,
+    "evaluation.validation_scenes": 0,
+}
 
 
 def _one_of(*choices):
@@ -115,6 +118,7 @@ RULES = {
     "trainable": _one_of("adapter", "lora", "full", "generator"),
     "beta": _number(0, above=True),
     "anchor": _number(0),
+    "anchor_fades": _flag(),
     "condition_dropout": _dropout(),
     "rejected_share": _number(0, 1),
     "timestep_logits": _mean_and_deviation(),

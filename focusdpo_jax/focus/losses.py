@@ -138,6 +138,23 @@ def anchor(
         "chosen_error_difference": jax.lax.stop_gradient(difference)}
 
 
+def preference_slope(
+    margin: Float[Array, "batch"], beta: Float[Array, ""] | float
+) -> Float[Array, "batch"]:
+    """`2 sigmoid((beta / 2) margin)`: how steep the preference loss is, over its slope at margin 0.
+
+    An anchor under this factor fades as the preference does. Otherwise it is soon the larger part of the
+    gradient: the preference's slope falls with every pair that is won, and the anchor's does not. [ours]
+
+    Args:
+      margin, beta: as of `diffusion_dpo`.
+
+    Returns:
+      A factor in (0, 2) without gradient; 1 where policy and reference are one model.
+    """
+    return 2 * jax.nn.sigmoid(0.5 * beta * jax.lax.stop_gradient(margin))
+
+
 def sft(
     policy_chosen: Float[Array, "batch height width"],
     weights_chosen: Float[Array, "batch height width"],

@@ -224,6 +224,8 @@ class Objective:
             if self._config.anchor:
                 term, more = losses.anchor(
                     chosen[0], chosen[1].reference_error, self._config.beta)
+                if self._config.anchor_fades:
+                    term *= losses.preference_slope(diagnostics["margin"], self._config.beta)
                 loss, diagnostics = loss + self._config.anchor * term, diagnostics | more
         else:
             loss, diagnostics = losses.patch_dpo(

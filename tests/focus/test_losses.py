@@ -184,3 +184,19 @@ def test_patch_dpo_by_hand():
     gradient = jax.grad(lambda chosen, rejected: losses.patch_dpo(
         chosen, rejected, row(0.5), row(0.25))[0].sum(), (0, 1))(row(1.0), row(2.0))
     np.testing.assert_allclose(gradient, [[[[2 / 3]]], [[[1 / 3]]]], rtol=1e-6)
+
+
+def test_the_slope_of_the_preference_is_that_of_its_gradient():
+    margins = jnp.array([-0.03, 0.0, 0.01])
+
+    def loss(margin):
+        def row(value):
+            return jnp.reshape(value, (1, 1, 1))
+        ones = jnp.ones((1, 1, 1))
+        return losses.diffusion_dpo(row(margin), row(0.0), row(0.0), row(0.0), ones, ones, 100.0)[0][0]
+
+    slopes = jax.vmap(jax.grad(loss))(margins)
+    factor = losses.preference_slope(margins, 100.0)
+    np.testing.assert_allclose(factor, slopes / slopes[1], rtol=1e-5)
+    assert factor[1] == 1
+    assert not jax.grad(lambda m: losses.preference_slope(m, 100.0).sum())(margins).any()

@@ -121,6 +121,27 @@ def test_confidence_weighs_by_the_reference_models_error(tiny_config):
         weighed.weights - plain.weights, 3 * prior * weighed.uncertainty, atol=1e-5)
 
 
+def test_a_fading_anchor_has_the_slope_of_the_preference(tiny_config):
+    """Of one pair, with a policy that is not the reference model."""
+    def loss(**fields):
+        config = tiny_config(objective="dpo", beta=3000.0, **fields)
+        model, source, buckets, _, pairs = encode_four(config)
+        ((structure, numbers),) = buckets.values()
+        task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        trainable, frozen = split_parameters(model.parameters, "full")
+        fixed = {"parameters": frozen, "reference": trainable}
+        policy = jax.tree.map(lambda x: 1.02 * x, trainable)
+        pair, key = jax.tree.map(lambda x: x[:1], pairs), jax.random.key(0)
+        guidance, _ = task.guide(structure, fixed, pair, numbers, key)
+        return task.loss(policy, fixed, pair, guidance, numbers, key)
+
+    without, diagnostics = loss(anchor=0.0)
+    slope = 2 / (1 + np.exp(-1500.0 * float(diagnostics["margin"])))
+    assert abs(slope - 1) > 0.1
+    constant, fading = (loss(anchor=2.0, anchor_fades=fades)[0] - without for fades in (False, True))
+    np.testing.assert_allclose(fading, slope * constant, rtol=1e-3)
+
+
 class Listener:
     """Stands for a generator, and keeps what it is asked about."""
 
