@@ -110,7 +110,8 @@ def run_programs(config, mesh):
             resident | {"batch": step.batch, "inputs": _raw(config, mesh, step, rows)},
             "batch_size", rows)
 
-    scenes = config.evaluation.scenes if config.data.source == "toybox" else 0
+    scenes = (max(config.evaluation.scenes, config.evaluation.validation_scenes)
+              if config.data.source == "toybox" else 0)
     if config.evaluation.pictures or scenes:
         inputs = _drawn(config, mesh, step)
         add("sampling", "of every sample", functools.partial(_trace_sampling, config, mesh, step, inputs),
