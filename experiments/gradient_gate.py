@@ -1,12 +1,12 @@
-r"""Do the weights of an objective change what is learnt? Cosines of gradients at the base's parameters.
+r"""How much the weights of an objective change its gradient at the base's parameters.
 
     python -m experiments.gradient_gate --config=configs/toybox_dpo.py --pairs=64
 
 For each setting and each bucket of --config: the cosine of the trained parameters' gradient with that of
 prior_dpo (the mask alone) and of dpo (no mask) on the same pairs, timesteps and noise, and the gradient's norm
-over dpo's at one beta. "halves" is the cosine of the setting's own gradients on two disjoint halves of the
-pairs: what a difference of data makes. A setting whose cosine with prior_dpo is near 1 cannot be told from it,
-whatever is trained. Without the anchor, which adds one and the same gradient to all.
+over dpo's at one beta. "of halves" is the cosine of the setting's own gradients on two disjoint halves of
+the pairs, for comparison. Training hardly distinguishes a setting from prior_dpo if their cosine is near 1. The
+anchor is left out, since it adds the same gradient to all.
 """
 
 from absl import flags

@@ -1,10 +1,10 @@
-"""Where is a denoiser unsure of a picture? Its own error says so, and the reference pass has it.
+"""Low prediction confidence, estimated from the reference model's error.
 
     error map of the reference model --window--> smoothed error --inside the prior--> U in [0, 1]
 
 That regions of low prediction confidence are penalised is [known] (the abstract of FocusDPO, arXiv
-2509.01181). That confidence is read off the reference model's error, the window and the scale are
-[ours]. U depends on the step's noise and timestep, unlike M_d.
+2509.01181). The estimate from the reference model's error, the window and the scale are [ours]: the
+reference pass computes that error in any case. U depends on the step's noise and timestep, unlike M_d.
 """
 
 import jax
@@ -29,8 +29,8 @@ def uncertainty(
 ) -> Float[Array, "batch height width"]:
     """U: the smoothed error, over its largest value inside the prior and at most 1 [ours].
 
-    One draw of noise makes the error of a single location rough; its neighbours share its cause. The
-    scale leaves the order of locations, whatever the timestep does to the size of errors.
+    Smoothing reduces the variance of a single draw of noise. Scaling removes the dependence of the error's
+    size on the timestep and keeps the order of locations.
 
     Args:
       error: the reference model's error map, >= 0.

@@ -255,8 +255,8 @@ def inside_own(
 ) -> Match:
     """Keeps the matches that lie on their own subject, and drops those on another or on none [ours].
 
-    Without it a subject that wears looks of its neighbour counts as matched, by the neighbour's reference:
-    low priority exactly where looks have leaked.
+    Otherwise a subject that wears looks of its neighbour is matched by the neighbour's reference, and has low
+    priority exactly where looks have leaked.
 
     Args:
       matched: on the grid of the masks (see `to_grid`). Its budget stays.

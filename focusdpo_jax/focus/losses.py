@@ -143,8 +143,8 @@ def preference_slope(
 ) -> Float[Array, "batch"]:
     """`2 sigmoid((beta / 2) margin)`: how steep the preference loss is, over its slope at margin 0.
 
-    An anchor under this factor fades as the preference does. Otherwise it is soon the larger part of the
-    gradient: the preference's slope falls with every pair that is won, and the anchor's does not. [ours]
+    An anchor multiplied by this factor fades with the preference. A constant anchor becomes the larger part of
+    the gradient: the slope of the preference falls with each pair that is won. [ours]
 
     Args:
       margin, beta: as of `diffusion_dpo`.
