@@ -53,8 +53,7 @@ def toybox_world(config) -> toybox.World:
     return toybox.World(
         data.seed, config.resolution, tuple(data.subject_counts), data.leak_probability,
         tuple(data.subject_radii), data.pattern_scale, data.same_class_probability, data.one_look_probability,
-        data.nuisance_probability, data.prior_mask,
-        data.second_reference_probability)
+        data.nuisance_probability, data.prior_mask, data.second_reference_probability)
 
 
 def build_toybox(

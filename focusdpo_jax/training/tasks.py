@@ -95,7 +95,7 @@ def focus_buckets(config):
         1 if single else focus.buckets, spaf=focus.spaf and not single,
         dpce=focus.dpce and not single, detail_fraction=focus.detail_fraction,
         rho_noisy=focus.rho_noisy, rho_clean=focus.rho_clean, lambda_s=focus.lambda_s,
-        lambda_d=focus.lambda_d, lambda_c=focus.lambda_c, tau=focus.tau, gate_width=focus.gate_width,
+        lambda_d=focus.lambda_d, lambda_c=0.0 if single else focus.lambda_c, tau=focus.tau, gate_width=focus.gate_width,
         background=focus.background, matched=focus.matched)
     return {f"t{int(bucket.numbers.t_low):03d}-{int(bucket.numbers.t_high) - 1:03d}":
             (objectives.StepStructure(config.objective, bucket.structure), bucket.numbers)
