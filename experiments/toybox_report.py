@@ -61,7 +61,7 @@ def main():
     if drawn is not None and _PICTURES.value:
         rows = [pictures.SampleRow(captions[i], scenes.references[i][scenes.present[i]], drawn[i])
                 for i in range(min(_PICTURES.value, len(drawn)))]
-        pictures.save_png(folder / "samples.png", pictures.sample_grid(rows, columns=4, scale=1))
+        pictures.save_png(folder / "samples.png", pictures.sample_grid(rows, columns=3, scale=2))
 
 
 if __name__ == "__main__":
