@@ -5,7 +5,7 @@ r"""What FocusDPO adds to a step of Diffusion-DPO, in floating-point operations.
 
 For `dpo` and for every structure and source of similarity of `focus_dpo`: the operations of the
 guide (reference model and weights) and of the policy's loss with its gradient, as they are traced
-(`training/operations.py`), and their ratio to `dpo`'s. The optimiser, which is the same in both, is
+(`profiling/flops.py`), and their ratio to `dpo`'s. The optimiser, which is the same in both, is
 left out. Nothing is allocated or compiled: shapes are all that a program is traced from.
 `--repeats=N` also compiles the programs and runs them on zeros, N times each, in turn with those of
 `dpo`, and prints medians.
@@ -31,7 +31,8 @@ from focusdpo_jax.models.generator import (
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
-from focusdpo_jax.training import models, objectives, operations, tasks
+from focusdpo_jax.profiling import flops
+from focusdpo_jax.training import models, objectives, tasks
 
 SLOTS = 3  # Subjects that a pair may have.
 
@@ -136,7 +137,7 @@ def measure(name, repeats):
     """Prints a line for `dpo` and for each source and structure of `focus_dpo`."""
     def finished(traced, arguments):
         compiled = traced.lower().compile() if repeats else None
-        return operations.count(traced).total, (compiled, arguments)
+        return flops.count(traced).total, (compiled, arguments)
 
     base = update = None
     for features in ("", "vit", "unet", "attention"):

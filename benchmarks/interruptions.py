@@ -65,7 +65,7 @@ COMMANDS = {
 
 def write_pairs(folder):
     """A manifest of Toybox scenes with its pictures, and one of the chosen ones of some."""
-    from focusdpo_jax.data import toybox
+    from focusdpo_jax import toybox
     world, lines = toybox.World(resolution=SIDE), []
     folder.mkdir(parents=True)
     for i in range(PAIRS):

@@ -56,7 +56,7 @@ def make_record(draw):
     """A pair with its subjects as `prepare` makes them."""
     chosen = noise(draw, SIDE)
     rejected, prior, subjects = chosen.copy(), np.zeros((SIDE, SIDE), bool), []
-    for slot in range(SUBJECTS):
+    for _ in range(SUBJECTS):
         mask = disc(SIDE, *draw.integers(200, 800, 2), 180)
         rejected[mask] = 255 - rejected[mask]
         prior |= mask

@@ -10,7 +10,7 @@ import itertools
 import jax
 from jaxlib import _hlo, _jax
 
-from focusdpo_jax.planning import hlo
+from focusdpo_jax.profiling import hlo
 
 
 def count(compiled):

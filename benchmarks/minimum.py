@@ -14,7 +14,7 @@ forward a second time, but for the last product of each, which no gradient needs
 What depends on the condition alone is made once: keys and values of the caption a pair, those of
 the references a pair and model, embeddings of time a pair.
 
-Our program's operations are those of `training/operations.py`, traced from shapes alone.
+Our program's operations are those of `profiling/flops.py`, traced from shapes alone.
 `--topology` is the machine that it is traced for, since attention and feed-forwards are written
 differently for a CPU.
 """
@@ -25,8 +25,9 @@ import dataclasses
 from benchmark_cases import load_config
 
 from focusdpo_jax.planning import chips, shapes
+from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models, operations
+from focusdpo_jax.training import models
 from focusdpo_jax.training.step import trace_step
 
 CASES = {"toybox": ("toybox_dpo", "", 64), "debug": ("sdxl_dpo", "debug", 64),
@@ -189,7 +190,7 @@ def ours(config, topology):
     step = shapes.abstract_step(config, mesh)
     guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state,
                                 step.batch, step.key)
-    done = sum(operations.count(trace()).products for trace in (*guides.values(), update))
+    done = sum(flops.count(trace()).products for trace in (*guides.values(), update))
     return done, counted(models.abstract_model(config, mesh)[0], step.batch)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/step_cost.py            # prints what differs from benchmarks/step_cost.json
     python benchmarks/step_cost.py --record   # a change is meant: writes that file
 
-For the step of each case, as it is traced (`training/operations.py`): operations of matrix products
+For the step of each case, as it is traced (`profiling/flops.py`): operations of matrix products
 and convolutions, and of everything else, in the guides and in the update. For Toybox's update,
 compiled for a CPU: bytes that XLA says it reads and writes, the body of a loop once, and its
 temporary memory. A test compares them: products with any jax, the rest with the jax that the record
@@ -18,8 +18,8 @@ import jax
 from benchmark_cases import load_config
 
 from focusdpo_jax.planning import shapes
+from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import operations
 from focusdpo_jax.training.step import trace_step
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
@@ -46,7 +46,7 @@ def measure():
     cases = {}
     for name in CASES:
         programs = traced(name)
-        cases[name] = {program: operations.count(found)._asdict()
+        cases[name] = {program: flops.count(found)._asdict()
                        for program, found in programs.items()}
         if name == COMPILED:
             # How well the code is compiled changes no byte, but the time that it takes.

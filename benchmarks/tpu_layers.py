@@ -52,9 +52,8 @@ def measure(module, inputs, trained, mesh):
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from focusdpo_jax.planning import estimates, hlo
-    from focusdpo_jax.training import operations
-    from focusdpo_jax.training.tracing import traced_for
+    from focusdpo_jax.profiling import estimates, flops, hlo
+    from focusdpo_jax.sharding.trace_context import traced_for
 
     def placed(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
@@ -80,7 +79,7 @@ def measure(module, inputs, trained, mesh):
         arguments = (parameters, inputs[0], inputs[0], *inputs[1:])
     traced = jax.jit(program).trace(*placed(arguments))
     estimate = estimates.read(hlo.Program(traced.lower().compile().as_text()))
-    work = operations.count(traced)
+    work = flops.count(traced)
     return estimate.cycles, work.products - work.kernels
 
 

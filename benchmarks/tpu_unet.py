@@ -9,7 +9,7 @@ backward pass. Each program is compiled in a process of its own, ours and theirs
 peer attends as its configuration for SDXL says, "flash" (over more than `flash_min_seq_length` positions)
 or, as its default is, "dot_product".
 
-The first column is the compiler's estimate of time, `planning.estimates`: cycles of all instructions. Fused
+The first column is the compiler's estimate of time, `profiling.estimates`: cycles of all instructions. Fused
 attention kernels (ours, and theirs with "flash") carry no estimate; the second column adds their products
 at the chip's full speed, and is a lower bound where there are any. The others are counts.
 """
@@ -36,8 +36,9 @@ def compiled(network, program, side, topology):
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from focusdpo_jax.planning import chips, estimates, hlo
-    from focusdpo_jax.training import operations as traced_operations
+    from focusdpo_jax.planning import chips
+    from focusdpo_jax.profiling import estimates, hlo
+    from focusdpo_jax.profiling import flops as traced_operations
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh([[[device]] for device in devices], ("data", "fsdp", "tensor"))
     count, size = len(devices), side // 8
@@ -89,7 +90,7 @@ def ours(mesh, example):
     import jax.numpy as jnp
 
     from focusdpo_jax.models.unet import UNet, UNetConfig
-    from focusdpo_jax.training.tracing import traced_for
+    from focusdpo_jax.sharding.trace_context import traced_for
     unet = UNet(UNetConfig(scan_layers=False), jnp.bfloat16)
 
     def apply(parameters, latents, timesteps, inputs):

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax.data import dataset, loader
-from focusdpo_jax.evaluation import statistics, toybox_measures
-from focusdpo_jax.evaluation.generate import make_generate, scene_noise
-from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
+from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.evaluation.tables import aligned
-from focusdpo_jax.evaluation.toybox_measures import LOWER_IS_BETTER
+from focusdpo_jax.inference.generate import make_generate, scene_noise
+from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 
 
 def psnr(squared_error):
@@ -71,7 +72,7 @@ def report(model, config, *, split, count, seed, batch_size, parts):
         readings = [look(model.probe, images[i:i + batch_size]) for i in range(0, count, batch_size)]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
         return statistics.summarize(
-            toybox_measures.measure(readings, scenes.truth, scenes.present), seed=seed)
+            measures.measure(readings, scenes.truth, scenes.present), seed=seed)
 
     chosen = scenes.chosen.astype(np.float32) / 255
     if {"autoencoder", "probe"} & set(parts):

@@ -33,9 +33,9 @@ def main():
     # After the flags, so that --help is quick.
     from experiments import toybox_figures
     from focusdpo_jax.errors import UserError
-    from focusdpo_jax.evaluation import pictures
     from focusdpo_jax.files import replace_file
     from focusdpo_jax.training import runs
+    from focusdpo_jax.visualization import grids
     for name, value in (("config", _CONFIG.value), ("model", _MODEL.value), ("output", _OUTPUT.value)):
         if value is None:
             raise UserError(f"--{name} is missing; see --help")
@@ -59,9 +59,9 @@ def main():
         "sampling": _CONFIG.value.sampling.to_dict(), "autoencoder": figures,
         "probe": tables}, indent=2, sort_keys=True) + "\n")
     if drawn is not None and _PICTURES.value:
-        rows = [pictures.SampleRow(captions[i], scenes.references[i][scenes.present[i]], drawn[i])
+        rows = [grids.SampleRow(captions[i], scenes.references[i][scenes.present[i]], drawn[i])
                 for i in range(min(_PICTURES.value, len(drawn)))]
-        pictures.save_png(folder / "samples.png", pictures.sample_grid(rows, columns=3, scale=2))
+        grids.save_png(folder / "samples.png", grids.sample_grid(rows, columns=3, scale=2))
 
 
 if __name__ == "__main__":

@@ -67,23 +67,23 @@ _MAX_SUBJECTS = flags.DEFINE_integer(
 
 
 def main():
-    """Flags, then `disruption.disrupt.disrupt`."""
+    """Flags, then `disruption.runner.disrupt`."""
     # After the flags, so that --help is quick.
-    from focusdpo_jax.data.scene import Hooks
-    from focusdpo_jax.disruption import disrupt, hooks
+    from focusdpo_jax.data.scene_manifest import Hooks
+    from focusdpo_jax.disruption import hooks, runner
     from focusdpo_jax.disruption.inpainting import Inpainter
-    from focusdpo_jax.evaluation import contact_sheet
-    from focusdpo_jax.evaluation.encoders import digest_of
+    from focusdpo_jax.vision.encoders import digest_of
+    from focusdpo_jax.visualization import contact_sheet
     found = Hooks(hooks.load("segmenter", hooks.SEGMENTERS, _SEGMENTER.value),
                   hooks.load("captioner", hooks.CAPTIONERS, _CAPTIONER.value))
     model, resolution = open_model()
-    settings = disrupt.Settings(
+    settings = runner.Settings(
         mode=_MODE.value, candidates=_CANDIDATES.value, seed=_SEED.value, steps=_STEPS.value,
         resolution=resolution, strength=_STRENGTH.value, guidance=_GUIDANCE.value,
         sampler=_SAMPLER.value, batch_size=min(_BATCH_SIZE.value, _CANDIDATES.value),
         max_subjects=_MAX_SUBJECTS.value)
     inpainter = Inpainter(model, **settings.inpainting())
-    report = disrupt.disrupt(
+    report = runner.disrupt(
         _MANIFEST.value, _OUTPUT.value, settings, inpainter, make_judge(model, settings),
         identity={"model": digest_of(model.parameters), "segmenter": _SEGMENTER.value,
                   "captioner": _CAPTIONER.value},
@@ -119,7 +119,7 @@ def open_model():
 def make_judge(model, settings):
     """What chooses among candidates."""
     from focusdpo_jax.disruption.choice import Judge, own_encoder
-    from focusdpo_jax.evaluation import encoders
+    from focusdpo_jax.vision import encoders
     batch_size = settings.batch_size
     encode = own_encoder(model, batch_size)
     if _DINOV2.value:

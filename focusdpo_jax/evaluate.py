@@ -67,9 +67,9 @@ _COMPARE = flags.DEFINE_multi_string(
 
 
 def main():
-    """Flags, then `evaluation.run` or `comparison.compare`."""
+    """Flags, then `runner.run` or `comparison.compare`."""
     # After the flags, so that --help is quick.
-    from focusdpo_jax.evaluation import comparison, evaluation, tables
+    from focusdpo_jax.evaluation import comparison, runner, tables
     from focusdpo_jax.evaluation.output_folder import OutputFolder
     if _COMPARE.value:
         compared = comparison.compare(_COMPARE.value)
@@ -86,7 +86,7 @@ def main():
     batch_size = _BATCH_SIZE.value or (config.evaluation.batch_size if config else 16)
     benchmark = make_benchmark(config, batch_size)
     folder = OutputFolder(_OUTPUT.value)
-    results = evaluation.run(
+    results = runner.run(
         folder, benchmark, sides, sampling(config) if sides else None, batch_size=batch_size,
         share=share, images=_IMAGES.value, workdir=workdir, cases=_CASES.value)
     if results:

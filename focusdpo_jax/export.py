@@ -28,7 +28,9 @@ _CHECK = flags.DEFINE_bool(
 
 def main():
     """Flags, then `run_export.export_run` and `export_check.check`."""
-    from focusdpo_jax.checkpoints import run_export  # After the flags, so that --help is quick.
+    from focusdpo_jax.checkpoints import (
+        run_export,  # After the flags, so that --help is quick.
+    )
     from focusdpo_jax.training import runs
     if _CHECK.value:
         from focusdpo_jax.evaluation import export_check

@@ -50,7 +50,7 @@ def main():
     """Flags, then `data.prepare.prepare`."""
     # After the flags, so that --help is quick.
     from focusdpo_jax.data import dreambench, prepare, report
-    from focusdpo_jax.evaluation import contact_sheet
+    from focusdpo_jax.visualization import contact_sheet
     if (_MANIFEST.value is None) == (_DREAMBENCH.value is None):
         raise UserError("give --manifest, or --dreambench with a folder of photographs")
     settings = prepare.Settings(

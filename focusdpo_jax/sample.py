@@ -54,9 +54,9 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", l
 
 
 def main():
-    """Flags, then `evaluation.sampling.Sampler`."""
-    from focusdpo_jax.evaluation import prompts  # After the flags, so that --help is quick.
-    from focusdpo_jax.evaluation.sampling import Sampler
+    """Flags, then `inference.sampler.Sampler`."""
+    from focusdpo_jax.inference import prompts
+    from focusdpo_jax.inference.sampler import Sampler
     from focusdpo_jax.models import truncation
     wanted = read_wanted(prompts)
     model, base, settings = open_models()
@@ -84,7 +84,7 @@ def main():
 
 
 def read_wanted(prompts):
-    """Every picture to draw, as a list of `evaluation.prompts.Prompt`."""
+    """Every picture to draw, as a list of `inference.prompts.Prompt`."""
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise UserError("give --prompt, or --prompts with a file of several.")
     references = tuple(prompts.parse_reference(text) for text in _REFERENCES.value)
@@ -124,9 +124,10 @@ def check_resolution(sizes):
 
 def write(wanted, policy, base, settings):
     """Writes the pictures, their settings inside, and for several or a comparison a page."""
-    from focusdpo_jax.evaluation import pictures, prompts
+    from focusdpo_jax.inference import prompts
+    from focusdpo_jax.visualization import grids
     output = epath.Path(_OUTPUT.value)
-    rows = [pictures.SampleRow(
+    rows = [grids.SampleRow(
         caption=f"{prompt.text} (seed {prompt.seed})",
         references=[prompts.load_reference(r.path, len(picture)) for r in prompt.references],
         generated=picture, base=None if base is None else base[i])
@@ -137,15 +138,15 @@ def write(wanted, policy, base, settings):
 
     scale = max(1, 128 // len(policy[0]))
     if len(wanted) == 1:
-        image = policy[0] if base is None else pictures.sample_grid(rows, scale=scale)
-        pictures.save_png(output, image, text(wanted[0]))
+        image = policy[0] if base is None else grids.sample_grid(rows, scale=scale)
+        grids.save_png(output, image, text(wanted[0]))
         logging.info("%s", output)
         return
     for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True)):
-        pictures.save_png(output / f"{i:04d}.png", picture, text(prompt))
+        grids.save_png(output / f"{i:04d}.png", picture, text(prompt))
         if base is not None:
-            pictures.save_png(output / f"{i:04d}_base.png", base[i], text(prompt))
-    pictures.save_png(output / "all.png", pictures.sample_grid(rows, scale=scale))
+            grids.save_png(output / f"{i:04d}_base.png", base[i], text(prompt))
+    grids.save_png(output / "all.png", grids.sample_grid(rows, scale=scale))
     logging.info("%d pictures and all.png in %s", len(wanted), output)
 
 

@@ -19,12 +19,12 @@ from focusdpo_jax import files, sample
 from focusdpo_jax.checkpoints import model_folder, run_export, tensor_file
 from focusdpo_jax.data import dataset, line_store
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import pictures
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary
 from focusdpo_jax.training import encoding_cache, loop, models, runs
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter
+from focusdpo_jax.visualization import grids
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
@@ -76,7 +76,7 @@ WRITERS = {
     "a.safetensors": lambda folder: tensor_file.write(folder / "a.safetensors", {"a": NOISE}),
     "unet.safetensors": lambda folder: model_folder.save_part(folder, "unet", {"a": NOISE}),
     "a.zip": lambda folder: line_store._write(folder / "a.zip", {"chosen": NOISE, "subjects": []}, {}),
-    "a.png": lambda folder: pictures.save_png(folder / "a.png", NOISE),
+    "a.png": lambda folder: grids.save_png(folder / "a.png", NOISE),
     "scores/base/clip/000000.json": lambda folder: OutputFolder(folder).save_scores(
         "base", "clip", 0, {"a" * 100: 1.0}),
     "results.json": lambda folder: OutputFolder(folder).write("results.json", {"a": "b" * 100}),
@@ -180,7 +180,8 @@ def test_an_export(finished, tmp_path):
 
 def test_a_sample(tmp_path):
     from absl.testing import flagsaver
-    from focusdpo_jax.evaluation.prompts import Prompt
+
+    from focusdpo_jax.inference.prompts import Prompt
     if not sample.flags.FLAGS.is_parsed():
         sample.flags.FLAGS(sys.argv[:1])
     with flagsaver.flagsaver(output=str(tmp_path / "a.png")), full(), pytest.raises(

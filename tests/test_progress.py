@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from focusdpo_jax import progress
-from focusdpo_jax.data import dataset, toybox
+from focusdpo_jax import progress, toybox
+from focusdpo_jax.data import dataset
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from focusdpo_jax.training.speed import matmul_peak
+from focusdpo_jax.profiling.peak_flops import matmul_peak
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "numpy")
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax import compiling
-from focusdpo_jax.evaluation.generate import make_generate
+from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import ImageView
 from focusdpo_jax.planning import memory
+from focusdpo_jax.profiling.peak_flops import matmul_peak
+from focusdpo_jax.sharding.trace_context import traced_for
 from focusdpo_jax.training import models
-from focusdpo_jax.training.speed import matmul_peak
-from focusdpo_jax.training.tracing import traced_for
 
 from . import cases, weights
 

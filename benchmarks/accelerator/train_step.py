@@ -24,10 +24,10 @@ from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models.generator import merge_parameters
 from focusdpo_jax.planning import memory as device_memory
 from focusdpo_jax.planning import shapes
+from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.measured import as_floats
-from focusdpo_jax.training.speed import matmul_peak
 from focusdpo_jax.training.state import create_state
 from focusdpo_jax.training.step import compile_beside
 

@@ -73,8 +73,8 @@ class AdapterConfig:
         patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
         rank, alpha = fields.get("r", _RANK), fields.get("lora_alpha", _ALPHA)
         for name, value in {"r": rank, "lora_alpha": alpha, **{
-                f"{name}[{key!r}]": value for name, pattern in patterns.items()
-                for key, value in _items(pattern, name, source)}}.items():
+                f"{field}[{key!r}]": value for field, pattern in patterns.items()
+                for key, value in _items(pattern, field, source)}}.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or (
                     name.startswith("r") and (value < 1 or value != int(value))):

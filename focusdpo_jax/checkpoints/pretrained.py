@@ -12,7 +12,12 @@ import dataclasses
 
 from etils import epath
 
-from focusdpo_jax.checkpoints import diffusers_folder, model_folder, single_file, tensor_file
+from focusdpo_jax.checkpoints import (
+    diffusers_folder,
+    model_folder,
+    single_file,
+    tensor_file,
+)
 from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.models import vocabulary
 

@@ -21,10 +21,12 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from focusdpo_jax.data import toybox
+from focusdpo_jax import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import no_room
 
+# Modules of `toybox` on which its records depend.
+_WORLD = ("world", "subjects", "rendering", "silhouettes", "backgrounds", "nuisances")
 _PACKAGE = str(epath.Path(__file__).parent.parent)
 PAIRS = "pairs"
 """Folder of the data set in a folder that `prepare` left."""
@@ -69,9 +71,9 @@ def build_toybox(
 
 
 def _world_fingerprint() -> str:
-    """Changes when the renderer does, so that stale pictures are never read."""
-    modules = (toybox, toybox.silhouettes, toybox.backgrounds, toybox.nuisances)
-    sources = (epath.Path(module.__file__).read_bytes() for module in modules)
+    """Changes when the renderer does, so that stale images are never read."""
+    folder = epath.Path(toybox.__file__).parent
+    sources = ((folder / f"{name}.py").read_bytes() for name in _WORLD)
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 

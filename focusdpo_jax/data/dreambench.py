@@ -21,7 +21,12 @@ from absl import logging
 from etils import epath
 
 from focusdpo_jax.data import geometry
-from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture, encode_png
+from focusdpo_jax.data.images import (
+    UnreadableImage,
+    decode_mask,
+    decode_picture,
+    encode_png,
+)
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from focusdpo_jax.evaluation import encoders, places
-from focusdpo_jax.evaluation.preprocess import Preprocessing
+from focusdpo_jax.vision import encoders, places
+from focusdpo_jax.vision.preprocess import Preprocessing
 
 DROPPED = 0.25
 """Share of the candidates that is dropped for resembling the subject most."""

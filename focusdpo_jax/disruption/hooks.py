@@ -9,7 +9,7 @@ A package that has one says so in its own setup.cfg:
         blip = my_package.texts:describe
 
 and `disrupt --segmenter=sam --captioner=blip` uses them. What they are called with, and what they
-have to return, is `data.scene.Segmenter` and `data.scene.Captioner`.
+have to return, is `data.scene_manifest.Segmenter` and `data.scene_manifest.Captioner`.
 """
 
 import importlib.metadata

@@ -7,10 +7,7 @@ import numpy as np
 from focusdpo_jax.data import geometry
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.generate import (
-    conditioned_denoiser,
-    scene_noise,
-)
+from focusdpo_jax.inference.generate import conditioned_denoiser, scene_noise
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 
 CONTEXT = 2

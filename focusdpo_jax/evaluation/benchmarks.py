@@ -11,9 +11,10 @@ import json
 
 from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import dreambench, encoders, scoring, toybox_scenes
+from focusdpo_jax.evaluation import dreambench, scoring, toybox_scenes
 from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.models import truncation
+from focusdpo_jax.vision import encoders
 
 
 class Toybox:

@@ -16,8 +16,8 @@ from etils import epath
 
 from focusdpo_jax.data import dreambench
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.prompts import Reference
 from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.inference.prompts import Reference
 
 PROTOCOLS = ("all", "one")
 """What pictures are compared with: every photograph of the subject, as DreamBooth does it, or the

@@ -15,7 +15,7 @@ from etils import epath
 
 from focusdpo_jax.checkpoints import diffusers_folder, ip_adapter, run_export
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.generate import make_generate, scene_noise
+from focusdpo_jax.inference.generate import make_generate, scene_noise
 from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
 from focusdpo_jax.training import runs
 

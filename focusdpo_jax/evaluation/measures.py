@@ -1,6 +1,6 @@
 """What the measures are called, in which unit they are, and where better is."""
 
-from focusdpo_jax.evaluation.toybox_measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
 
 ENCODERS = {"dino": "DINO", "dinov2": "DINOv2", "clip_i": "CLIP-I"}
 """The encoders of pictures, by the prefix of their measures."""

@@ -16,8 +16,10 @@ import json
 from etils import epath
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import pictures, places, scenes
+from focusdpo_jax.evaluation import scenes
 from focusdpo_jax.files import cannot_write, replace_file
+from focusdpo_jax.vision import places
+from focusdpo_jax.visualization import grids
 
 
 class OutputFolder:
@@ -80,7 +82,7 @@ class OutputFolder:
 
     def save_picture(self, side, scene, picture):
         """Writes a scene's picture, uint8 [H, W, 3]."""
-        pictures.save_png(self.picture_path(side, scene), picture)
+        grids.save_png(self.picture_path(side, scene), picture)
 
     def save_scores(self, side, scorer, number, scores):
         """Writes the scores of a batch, {scene: {measure: value}}."""

@@ -12,9 +12,10 @@ from etils import epath
 from PIL import Image
 
 from focusdpo_jax.data.images import read_picture
-from focusdpo_jax.evaluation import charts, measures
+from focusdpo_jax.evaluation import measures
 from focusdpo_jax.evaluation.tables import certain
 from focusdpo_jax.files import replace_file
+from focusdpo_jax.visualization import charts
 
 _SIDE = 224  # Longest side of a picture on the page, in pixels.
 _SMALL = 128  # Up to this side a picture is kept pixel by pixel.

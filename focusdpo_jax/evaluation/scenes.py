@@ -6,8 +6,8 @@ import json
 from etils import epath
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.prompts import Prompt, Reference
 from focusdpo_jax.files import replace_file
+from focusdpo_jax.inference.prompts import Prompt, Reference
 
 
 @dataclasses.dataclass(frozen=True)

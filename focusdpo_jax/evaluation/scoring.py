@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from focusdpo_jax.data.images import read_picture
-from focusdpo_jax.evaluation import places as subject_places
+from focusdpo_jax.vision import places as subject_places
 
 
 class Photographs:

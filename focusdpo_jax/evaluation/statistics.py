@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from focusdpo_jax.evaluation import tables
-from focusdpo_jax.evaluation.toybox_measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
 
 
 class Estimate(NamedTuple):

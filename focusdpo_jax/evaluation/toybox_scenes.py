@@ -4,10 +4,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from focusdpo_jax.evaluation import encoders, pictures, toybox_measures
-from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
 from focusdpo_jax.evaluation.scenes import Scene, Subject
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
+from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
+from focusdpo_jax.vision import encoders
+from focusdpo_jax.visualization import grids
 
 _TRUTH = ("class_id", "hue", "pattern", "pattern_hue", "part")
 
@@ -30,7 +32,7 @@ def write_scenes(source, count, folder, *, samples, seed):
         for i, subject in enumerate(record["subjects"]):
             path = folder / f"{index:04d}_{i}.png"
             if not path.exists():
-                pictures.save_png(path, subject["reference"])
+                grids.save_png(path, subject["reference"])
             subjects.append(Subject(subject["phrase"], subject["phrase"], str(path), (str(path),)))
         for sample in range(samples):
             scenes.append(Scene(f"{index:04d}_{sample}", record["caption"], tuple(subjects),
@@ -63,8 +65,8 @@ class ToyboxScorer:
                                  + [0] * (self._slots - len(r["subjects"])) for r in records])
                  for name in _TRUTH}
         truth["background"] = np.array([r["background"] for r in records])
-        measures = toybox_measures.measure(readings, truth, present)
-        return [{name: _plain(values[row]) for name, values in measures.items()}
+        measured = measures.measure(readings, truth, present)
+        return [{name: _plain(values[row]) for name, values in measured.items()}
                 for row in range(len(scenes))]
 
 

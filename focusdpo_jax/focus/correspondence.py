@@ -13,7 +13,7 @@ high priority. As denoising proceeds rho grows, so M' grows and M_s shrinks. The
 masked pooling to M' and M_s is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel a).
 Several prototypes a subject, the competition between subjects and with the references' backgrounds,
 ranking by its margin, k as a share of the subject's area, and the choice of features are [ours];
-`benchmarks/correspondence.py` measures what they are worth on photographs.
+`experiments/correspondence.py` measures what they are worth on photographs.
 
 Shapes: B examples, S subject slots (absent ones are masked by `present`), N reference patches,
 P prototypes, D features, and target patches h x w. All of it is fixed-shape: k depends on the data,

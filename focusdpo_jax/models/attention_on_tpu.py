@@ -7,8 +7,12 @@ says how it is divided (`platforms.compiled_for`).
 """
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
 
 # Positions of a block; a kernel's tiles are 128 wide.
 LARGEST, TILE = 1024, 128

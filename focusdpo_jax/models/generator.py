@@ -100,7 +100,7 @@ class GeneratorConfig:
     set_alpha_to_one: bool = True
 
     def __post_init__(self):
-        self.spacing  # Refuses an unknown one.
+        _ = self.spacing  # Raises for an unknown one.
         check_parts(self.unet, self.vae, self.text_encoder, self.text_encoder_2)
         encoder, adapter = self.image_encoder, self.adapter
         pooled = adapter.kind == "projection"

@@ -12,10 +12,10 @@ from absl import logging
 
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import chips, collectives, cures, estimates, hlo, programs
+from focusdpo_jax.planning import chips, cures, programs
 from focusdpo_jax.planning.memory import bytes_per_device
+from focusdpo_jax.profiling import collectives, estimates, flops, hlo
 from focusdpo_jax.sharding.mesh import AXES, make_mesh
-from focusdpo_jax.training import operations
 
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])|required[^(]*\(([\d.]+)([KMG])\)")
 _HELD_ALONE = "what is held alone has no room"
@@ -83,15 +83,15 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
     fits = None if None in verdicts else all(verdicts)
 
     if not work.get("update"):
-        work["update"] = operations.count(of_run["update"].trace())
-    guides_work = [operations.count(trace()).products for trace in guides]
+        work["update"] = flops.count(of_run["update"].trace())
+    guides_work = [flops.count(trace()).products for trace in guides]
     guide_work = sum(guides_work) / len(guides_work)
     model_update = work["update"].products
     if config.model.remat:
         plain = changed(config, {"model.remat": False})
-        model_update = operations.count(
+        model_update = flops.count(
             programs.run_programs(plain, mesh)[0]["update"].trace()).products
-    flops, model_flops = (
+    flops_per_pair, model_flops = (
         (update + guide_work) / config.batch_size for update in (work["update"].products, model_update))
     result = {
         "topology": topology, "chip": chip.name, "chips": mesh.size,
@@ -105,9 +105,9 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
         "fits": fits, "bytes_per_chip": _fullest(found, held, code, chip),
         "limit_note": chip.memory_note, "programs": found,
         "not_planned": [name for name in of_run if name not in found],
-        "flops_per_pair": flops, "model_flops_per_pair": model_flops,
+        "flops_per_pair": flops_per_pair, "model_flops_per_pair": model_flops,
         **_speed(config, chip, mesh.size, found, work["update"].products, guide_work, model_flops,
-                 flops, utilisation),
+                 flops_per_pair, utilisation),
         "collectives": {name: collectives.summary(collectives.read(text))
                         for name, text in texts.items() if text},
         "compile_seconds": seconds,
@@ -127,7 +127,7 @@ def _compiled(program, chip, devices):
         return made | refused | {"needs_at_least": held["total"], "refused": _HELD_ALONE,
                                  "compile_seconds": 0.0}, None, None
     traced = program.trace()
-    work = operations.count(traced)
+    work = flops.count(traced)
     try:
         compiled = traced.lower().compile(dict(program.options))
     except jax.errors.JaxRuntimeError as error:
@@ -183,7 +183,8 @@ def _estimate(chip, devices, text, work):
     return found
 
 
-def _speed(config, chip, devices, found, update_work, guide_work, model_flops, flops, utilisation):
+def _speed(config, chip, devices, found, update_work, guide_work, model_flops, flops_per_pair,
+           utilisation):
     """Seconds of a batch, and how fast that is."""
     nothing = {"seconds_per_batch": None, "pairs_per_second": None, "model_flops_utilisation": None,
                "seconds_links": None, "speed_from": None}
@@ -204,7 +205,7 @@ def _speed(config, chip, devices, found, update_work, guide_work, model_flops, f
             source += "; without the encoding of every batch, which was not compiled"
         total = seconds + links
     else:
-        total = flops * config.batch_size / devices / (utilisation * chip.flops)
+        total = flops_per_pair * config.batch_size / devices / (utilisation * chip.flops)
         return nothing | {"seconds_per_batch": total, "pairs_per_second": config.batch_size / total,
                           "speed_from": f"{utilisation:.0%} of the chip's speed on paper, assumed"}
     return {"seconds_per_batch": total, "seconds_links": links,

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from focusdpo_jax import compiling
-from focusdpo_jax.evaluation.generate import make_generate
-from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
+from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models.generator import merge_parameters
 from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.sharding.trace_context import traced_for
+from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.step import trace_step
-from focusdpo_jax.training.tracing import traced_for
 
 # Without a device XLA cannot try out tile sizes of its own kernels for matrix products, and for some finds
 # none: cuBLAS's are taken.

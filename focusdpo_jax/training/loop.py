@@ -18,11 +18,11 @@ from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.data.loader import Ahead
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import cannot_write, replace_file
+from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import preemption, preflight, run_lock, tasks
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
-from focusdpo_jax.training.speed import matmul_peak
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_beside
 from focusdpo_jax.training.windows import Windows

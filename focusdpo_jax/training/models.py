@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from focusdpo_jax import compiling
+from focusdpo_jax import compiling, toybox
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import (
     model_folder,
@@ -20,7 +20,6 @@ from focusdpo_jax.checkpoints import (
     single_file,
     tensor_file,
 )
-from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig

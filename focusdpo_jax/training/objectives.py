@@ -11,7 +11,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from focusdpo_jax.config import PREFERENCE_OBJECTIVES, SUPERVISED_OBJECTIVES, dropout_chances
+from focusdpo_jax.config import (
+    PREFERENCE_OBJECTIVES,
+    SUPERVISED_OBJECTIVES,
+    dropout_chances,
+)
 from focusdpo_jax.diffusion.schedule import logit_normal_timesteps
 from focusdpo_jax.focus import confidence, correspondence, losses, weighting
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps

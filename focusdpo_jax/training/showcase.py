@@ -15,13 +15,15 @@ import numpy as np
 from absl import logging
 
 from focusdpo_jax.data import loader
-from focusdpo_jax.evaluation import pictures, statistics, toybox_measures
-from focusdpo_jax.evaluation.generate import generate_all
-from focusdpo_jax.evaluation.probe import TOYBOX, Probe, read
+from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.files import replace_file
+from focusdpo_jax.inference.generate import generate_all
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
+from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import encoding
+from focusdpo_jax.visualization import grids
 
 # Scenes on the page that shows how their weights come about, bucket by bucket.
 _EXPLAINED = 2
@@ -152,20 +154,20 @@ class Showcase:
         # W of the chosen pictures in the cleanest bucket.
         focus = list(maps.values())[-1].weights
         focus = focus[::len(focus) // len(captions)]
-        rows = [pictures.PreferenceRow(
+        rows = [grids.PreferenceRow(
             caption=captions[i],
             references=raw.references[i][raw.present[i]],
             chosen=raw.chosen[i], rejected=raw.rejected[i], base=base[i],
             policy=drawn[i], focus=focus[i])
             for i in range(len(captions))]
-        image = pictures.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
+        image = grids.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
         path = self._workdir / "samples" / f"step_{step:06d}.png"
-        pictures.save_png(path, image)
+        grids.save_png(path, image)
         logging.info("pictures: %s", path)
         writer.picture(step, "samples", image)
         if self._config.objective == "focus_dpo":
             image = self._explain(raw, maps, captions)
-            pictures.save_png(self._workdir / "samples" / f"focus_{step:06d}.png", image)
+            grids.save_png(self._workdir / "samples" / f"focus_{step:06d}.png", image)
             writer.picture(step, "focus", image)
 
     def _explain(self, raw, maps, captions):
@@ -177,13 +179,13 @@ class Showcase:
                 for side, image in (("chosen", raw.chosen[i]), ("rejected", raw.rejected[i])):
                     # The two of a pair lie side by side.
                     seen = jax.tree.map(lambda x, k=2 * i + (side == "rejected"): x[k], bucket)
-                    rows.append(pictures.FocusRow(
+                    rows.append(grids.FocusRow(
                         caption=f"{name}, {side}: {captions[i]}",
                         references=raw.references[i][present], image=image,
                         similarity=() if seen.similarity is None else seen.similarity[present],
                         matched=seen.match and seen.match.union, unmatched=seen.unmatched,
                         detail=seen.detail, uncertainty=seen.uncertainty, weights=seen.weights))
-        return pictures.focus_grid(rows)
+        return grids.focus_grid(rows)
 
     def finish(self, step, trainable, writer):
         """Draws and measures with the trained model; leaves `results.json` and pictures."""
@@ -220,4 +222,4 @@ class Showcase:
         readings = [self._probe(self._probe_parameters, jnp.asarray(images[i:i + size]) / 255.0)
                     for i in range(0, len(images), size)]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
-        return toybox_measures.measure(readings, raw.truth, raw.present)
+        return measures.measure(readings, raw.truth, raw.present)

@@ -9,7 +9,6 @@ from optax import contrib
 
 from focusdpo_jax.models import stacking
 
-
 _DECAY_SHARE = 0.2  # Of the steps, in which "wsd" decays.
 
 

@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +20,11 @@ import optax
 from absl import logging
 
 from focusdpo_jax import compiling
+from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import operations
+from focusdpo_jax.sharding.trace_context import traced_for
 from focusdpo_jax.training.measured import measured
 from focusdpo_jax.training.state import TrainState
-from focusdpo_jax.training.tracing import traced_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
 
     def compiled(trace):
         traced = trace()
-        return traced.lower().compile(options), operations.count(traced)
+        return traced.lower().compile(options), flops.count(traced)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         # The policy's backward pass takes longest, so it goes first.

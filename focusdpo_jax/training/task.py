@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import jax
 

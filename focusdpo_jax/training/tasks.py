@@ -16,23 +16,18 @@ from focusdpo_jax import compiling
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.generate import make_generate
 from focusdpo_jax.focus.buckets import bucket_for_step, make_buckets
+from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models import stacking, truncation
 from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
-from focusdpo_jax.sharding import processes, rules
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import (
-    encoding,
-    encoding_cache,
-    models,
-    objectives,
-    pretraining,
-)
+from focusdpo_jax.sharding import processes, rules
+from focusdpo_jax.sharding.trace_context import traced_for
+from focusdpo_jax.toybox import pretraining
+from focusdpo_jax.training import encoding, encoding_cache, models, objectives
 from focusdpo_jax.training.showcase import Showcase
 from focusdpo_jax.training.sources import EncoderSource, make_source
 from focusdpo_jax.training.task import Task
-from focusdpo_jax.training.tracing import traced_for
 
 
 def make_task(config, workdir):

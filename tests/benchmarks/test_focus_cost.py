@@ -3,7 +3,7 @@
 
 import pytest
 
-from focusdpo_jax.training import operations
+from focusdpo_jax.profiling import flops
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +16,11 @@ def test_focus_adds_at_most_three_percent_to_a_step_of_dpo(focus_cost):
         config, sizes = focus_cost.case("debug")
         config.objective = objective
         programs = focus_cost.Programs(config, sizes)
-        return programs, [operations.count(traced).total
+        return programs, [flops.count(traced).total
                           for traced, _ in programs.guides().values()]
 
     programs, (plain,) = guides("dpo")
-    update = operations.count(programs.update()[0]).total
+    update = flops.count(programs.update()[0]).total
     # The policy's pass and its gradient take at least twice what the reference model's pass does.
     assert update > 2 * plain
     _, structures = guides("focus_dpo")

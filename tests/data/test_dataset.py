@@ -8,7 +8,8 @@ import pytest
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from focusdpo_jax.data import dataset, toybox
+from focusdpo_jax import toybox
+from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
 
 WORLD = toybox.World(seed=1, resolution=32)
@@ -89,7 +90,8 @@ def test_build_and_read_without_tensorflow(tmp_path):
       sys.meta_path[:] = [NoTensorFlow if f is PathFinder else f for f in sys.meta_path]
       assert importlib.util.find_spec('tensorflow') is None
 
-      from focusdpo_jax.data import dataset, toybox
+      from focusdpo_jax import toybox
+      from focusdpo_jax.data import dataset
       path = dataset.build_toybox(sys.argv[1], toybox.World(resolution=32), {'train': 2})
       print(dataset.open_source(path, 'train')[1]['caption'])
       """,
@@ -103,7 +105,8 @@ def test_killed_build_leaves_nothing_that_reads_as_a_data_set(tmp_path):
     result = run(
         """
       import os, sys
-      from focusdpo_jax.data import dataset, toybox
+      from focusdpo_jax import toybox
+      from focusdpo_jax.data import dataset
 
       class Killed(dataset.ToyboxSource):
         def __getitem__(self, index):

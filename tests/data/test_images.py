@@ -9,7 +9,12 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from focusdpo_jax.data import images
-from focusdpo_jax.data.images import UnreadableImage, decode_mask, decode_picture, encode_png
+from focusdpo_jax.data.images import (
+    UnreadableImage,
+    decode_mask,
+    decode_picture,
+    encode_png,
+)
 from focusdpo_jax.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
@@ -176,9 +181,9 @@ def test_profile_below_transparency_and_in_a_palette():
 
 
 def test_srgb_and_unusable_profiles_change_no_bit(tmp_path, caplog):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert decode_picture(example_pairs.encoded(PIXELS, icc_profile=profile))[1] == ()
-    for profile in (profile, b"junk", example_pairs.grey_profile(1.8), profile[:300]):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert decode_picture(example_pairs.encoded(PIXELS, icc_profile=srgb))[1] == ()
+    for profile in (srgb, b"junk", example_pairs.grey_profile(1.8), srgb[:300]):
         picture, changes = decode_picture(example_pairs.encoded(PIXELS, icc_profile=profile))
         np.testing.assert_array_equal(picture, PIXELS)
     assert changes == ("unusable colour profile",)

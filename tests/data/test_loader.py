@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from focusdpo_jax.data import dataset, loader, toybox
+from focusdpo_jax import toybox
+from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.errors import UserError
 
 SIZE = 12

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
+from focusdpo_jax import toybox
 from focusdpo_jax.data import record as record_lib
-from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 
 

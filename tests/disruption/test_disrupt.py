@@ -10,18 +10,18 @@ import pytest
 from example_pairs import encoded, write
 from PIL import Image
 
-from focusdpo_jax.data import manifest, prepare, scene
+from focusdpo_jax.data import manifest, prepare, scene_manifest
 from focusdpo_jax.data.images import decode_mask, decode_picture
-from focusdpo_jax.disruption import choice, disrupt
+from focusdpo_jax.disruption import choice, runner
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import contact_sheet
 from focusdpo_jax.training import runs
+from focusdpo_jax.visualization import contact_sheet
 from tests.data.test_prepare import tree
 from tests.disruption import example_scenes
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "pairs" / "scenes.jsonl"
-SETTINGS = disrupt.Settings(candidates=3, resolution=32, steps=2, strength=1.0, batch_size=2)
+SETTINGS = runner.Settings(candidates=3, resolution=32, steps=2, strength=1.0, batch_size=2)
 
 
 class Counted:
@@ -52,7 +52,7 @@ def run(artist):
     counted = Counted(inpainter)
 
     def start(manifest, output, settings=SETTINGS, **options):
-        return disrupt.disrupt(
+        return runner.disrupt(
             manifest, output, settings, counted, judge, identity={"model": "tiny"},
             draw_sheet=contact_sheet.draw,
             count_tokens=lambda text: (tokenizer.count(text), tokenizer.length), **options)
@@ -71,7 +71,7 @@ def good(artist, scenes, tmp_path_factory):
     """The folder of an uninterrupted start."""
     inpainter, judge, tokenizer = artist
     output = tmp_path_factory.mktemp("good") / "pairs"
-    disrupt.disrupt(scenes, output, SETTINGS, inpainter, judge, identity={"model": "tiny"},
+    runner.disrupt(scenes, output, SETTINGS, inpainter, judge, identity={"model": "tiny"},
                     draw_sheet=contact_sheet.draw,
                     count_tokens=lambda text: (tokenizer.count(text), tokenizer.length))
     return output
@@ -237,8 +237,8 @@ def test_refused_lines_can_be_left_out(run, good, tmp_path):
 
 def test_the_example_of_the_documentation_can_be_drawn():
     for _, text in manifest.read_lines(EXAMPLE):
-        line = scene.parse_line(text, max_subjects=3, hooks=scene.Hooks())
-        scene.open_scene(line, {field: manifest.read_file(EXAMPLE.parent, name, field)
+        line = scene_manifest.parse_line(text, max_subjects=3, hooks=scene_manifest.Hooks())
+        scene_manifest.open_scene(line, {field: manifest.read_file(EXAMPLE.parent, name, field)
                                 for field, name in line.files().items()}, 64)
 
 
@@ -261,7 +261,7 @@ def test_hooks_fill_in_what_is_missing(run, tmp_path):
 
     lines, files = changed(bare)
     path = write(tmp_path, lines[:1], files)
-    run(path, tmp_path / "pairs", hooks=scene.Hooks(segment, describe))
+    run(path, tmp_path / "pairs", hooks=scene_manifest.Hooks(segment, describe))
     pair = pairs(tmp_path / "pairs")[0]
     assert pair["caption"] == "a star and a ball"
     assert [s["phrase"] for s in pair["subjects"]] == ["a red ball", "a star"]
@@ -272,11 +272,11 @@ def test_hooks_fill_in_what_is_missing(run, tmp_path):
         assert decode_mask(found.read_bytes()).sum() == 100
 
     with pytest.raises(UserError, match=r"subjects\[1\].mask by --segmenter is empty: it finds no"):
-        run(path, tmp_path / "empty", hooks=scene.Hooks(
+        run(path, tmp_path / "empty", hooks=scene_manifest.Hooks(
             lambda pixels, phrase, box: segment(pixels, phrase, box) & (phrase != "a star"),
             describe))
     with pytest.raises(UserError, match=r"subjects\[0\].phrase by --captioner is ''; it has to"):
-        run(path, tmp_path / "silent", hooks=scene.Hooks(segment, lambda *_: ""))
+        run(path, tmp_path / "silent", hooks=scene_manifest.Hooks(segment, lambda *_: ""))
 
 
 class Colours:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focusdpo_jax.evaluation import places, scoring
-from focusdpo_jax.evaluation.places import Place
+from focusdpo_jax.evaluation import scoring
 from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.vision import places
+from focusdpo_jax.vision.places import Place
 
 RED, GREEN, BLUE = np.eye(3, dtype=np.uint8) * 255
 

@@ -5,8 +5,8 @@ import pytest
 
 from experiments import toybox_figures
 from focusdpo_jax.data import dataset
-from focusdpo_jax.evaluation.probe import TOYBOX, Probe
-from focusdpo_jax.training import models, pretraining
+from focusdpo_jax.toybox import pretraining
+from focusdpo_jax.training import models
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.launch.stand_ins import FLAG, ROOT, assert_fails, calls, launch, printed_calls, venv
+from tests.launch.stand_ins import (
+    FLAG,
+    ROOT,
+    assert_fails,
+    calls,
+    launch,
+    printed_calls,
+    venv,
+)
 
 
 def test_single_gpu_install(fake):

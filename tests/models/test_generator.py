@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.generate import make_generate
+from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models import clip
 from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig

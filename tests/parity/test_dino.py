@@ -14,8 +14,8 @@ import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from focusdpo_jax.checkpoints import dino as dino_folder  # noqa: E402
-from focusdpo_jax.evaluation import preprocess  # noqa: E402
 from focusdpo_jax.models import dino  # noqa: E402
+from focusdpo_jax.vision import preprocess
 from tests.parity import oracles  # noqa: E402
 from tests.shared import shared  # noqa: E402
 

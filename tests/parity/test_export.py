@@ -31,7 +31,7 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
 )
 from focusdpo_jax.errors import UserError  # noqa: E402
 from focusdpo_jax.evaluation import export_check  # noqa: E402
-from focusdpo_jax.evaluation.generate import make_generate  # noqa: E402
+from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402

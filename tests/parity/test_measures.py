@@ -13,9 +13,10 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 from focusdpo_jax.errors import UserError  # noqa: E402
-from focusdpo_jax.evaluation import encoders, scoring  # noqa: E402
+from focusdpo_jax.evaluation import scoring
 from focusdpo_jax.evaluation.scenes import Scene, Subject  # noqa: E402
 from focusdpo_jax.models.tokenizer import write_vocabulary  # noqa: E402
+from focusdpo_jax.vision import encoders
 from tests.parity import oracles  # noqa: E402
 from tests.shared import shared  # noqa: E402
 

@@ -15,7 +15,7 @@ from PIL import Image  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 from focusdpo_jax.checkpoints import diffusers_folder  # noqa: E402
-from focusdpo_jax.evaluation.generate import make_generate  # noqa: E402
+from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models.generator import PARTS, Generator  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import chips, collectives
+from focusdpo_jax.planning import chips
+from focusdpo_jax.profiling import collectives
 
 needs_cuda = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),

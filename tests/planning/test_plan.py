@@ -12,8 +12,9 @@ from etils import epath
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import planner, programs, report, shapes
+from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import operations, tasks
+from focusdpo_jax.training import tasks
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
@@ -77,7 +78,7 @@ def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
     """What is traced for a plan has the run's own products, in the steps and in the sampler."""
     config = tiny_config()
     mesh = meshes.make_mesh(config.mesh, config.batch_size)
-    planned = {name: operations.count(program.trace()).products
+    planned = {name: flops.count(program.trace()).products
                for name, program in programs.run_programs(config, mesh)[0].items()}
     task = tasks.make_task(config, epath.Path(tmp_path))
     state = create_state(task.trainable, make_optimizer(config), config.ema_decay)

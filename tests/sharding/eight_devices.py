@@ -16,7 +16,7 @@ import numpy as np
 import tiny
 from etils import epath
 
-from focusdpo_jax.planning import collectives
+from focusdpo_jax.profiling import collectives
 from focusdpo_jax.sharding import attention
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import tasks

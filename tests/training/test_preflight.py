@@ -14,8 +14,8 @@ import tiny
 from absl import logging as absl_logging
 from flax import traverse_util
 
+from focusdpo_jax import toybox
 from focusdpo_jax.checkpoints import diffusers_folder, single_file, tensor_file
-from focusdpo_jax.data import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.clip import CLIPVisionConfig
 from focusdpo_jax.models.generator import PARTS, GeneratorConfig

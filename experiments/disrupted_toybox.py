@@ -1,0 +1,155 @@
+r"""What `disrupt` makes of Toybox scenes, where the truth is known, and what FocusDPO learns of it.
+
+    python -m experiments.disrupted_toybox pictures --split=validation --scenes=32 -- --strength=0.8
+    python -m experiments.disrupted_toybox pictures --split=test --scenes=96
+    python -m experiments.disrupted_toybox training --scenes=128 --measured=896
+
+`pictures` gives scenes of a split to the command, with the shipped base, and reads what it made by
+the probe, subject by subject and only inside its mask: is the class still there, and is it another
+individual? `training` disrupts scenes of the training split, prepares the pairs, trains FocusDPO on
+them as configs/toybox_dpo.py does, and measures base and policy on Toybox's own test scenes. What
+comes after `--` goes to the command; other flags need another --output. Every step goes on where it
+was stopped.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from focusdpo_jax import toybox
+from focusdpo_jax.data.images import decode_mask, decode_picture, encode_png
+from focusdpo_jax.evaluation import statistics
+from focusdpo_jax.files import replace_file
+from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
+from focusdpo_jax.training import runs
+
+CONFIG = "configs/toybox_dpo.py"
+
+
+def write_scenes(folder, split, count):
+    """Toybox scenes as a manifest for `disrupt`; returns its path."""
+    world, lines = toybox.World(), []
+    for index in range(count):
+        record = world.record(split, index)
+
+        def put(name, pixels, index=index):
+            replace_file(folder / f"{index:04d}_{name}.png", encode_png(pixels))
+            return f"{index:04d}_{name}.png"
+
+        lines.append({
+            "caption": record["caption"], "chosen": put("chosen", record["chosen"]),
+            "subjects": [{"phrase": s["phrase"], **{
+                name: put(f"{name}{i}", s[name])
+                for name in ("reference", "reference_mask", "mask")}}
+                for i, s in enumerate(record["subjects"])]})
+    manifest = folder / "scenes.jsonl"
+    replace_file(manifest, "".join(json.dumps(line) + "\n" for line in lines))
+    return manifest
+
+
+def call(command, *flags):
+    """Runs a command of the package."""
+    subprocess.run([sys.executable, "-m", f"focusdpo_jax.{command}", *flags], check=True)
+
+
+class Reader:
+    """What the probe says of one subject of a picture."""
+
+    def __init__(self):
+        self._parameters = jax.device_put(runs.load_folder("toybox").probe)
+        self._read = jax.jit(self._reading)
+
+    @staticmethod
+    def _reading(parameters, picture, mask):
+        maps = Probe(TOYBOX).apply({"params": parameters}, picture[None] / 255.0)
+        grid = maps.class_logits.shape[1]
+        inside = mask.reshape(grid, len(mask) // grid, grid, -1).any((1, 3))
+        nothing = jnp.where(jnp.arange(maps.class_logits.shape[-1]) < TOYBOX.classes, -1e9, 0.0)
+        return read(maps.replace(class_logits=jnp.where(
+            inside[None, :, :, None], maps.class_logits, nothing)))
+
+    def __call__(self, picture, mask, subject):
+        """(whether `subject`'s class is inside the mask, whether it is another individual)."""
+        reading = jax.tree.map(
+            lambda x: np.asarray(x)[0], self._read(self._parameters, picture, mask))
+        own = toybox.Subject(**{name: subject[name] for name in toybox.ATTRIBUTES})
+        of_class = {name: getattr(reading, name)[own.class_id].item() for name in toybox.LOOKS}
+        if toybox.PATTERNS[of_class["pattern"]] == "plain":
+            of_class["pattern_hue"] = of_class["hue"]
+        kept = reading.area[own.class_id] >= measures.MIN_AREA
+        return bool(kept), toybox.visibly_different(own, toybox.Subject(own.class_id, **of_class))
+
+
+def measure(folder, split):
+    """Counts what is right about the pairs in a folder."""
+    reader, world, outside = Reader(), toybox.World(), 0
+    kinds = ("disrupted", "original")
+    kept, changed = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+    for index, text in enumerate((folder / "manifest.jsonl").read_text().splitlines()):
+        pair, record = json.loads(text), world.record(split, index)
+        chosen, rejected = (decode_picture((folder / pair[name]).read_bytes())[0]
+                            for name in ("chosen", "rejected"))
+        assert np.array_equal(chosen, record["chosen"])
+        masks = [decode_mask((folder / s["mask"]).read_bytes()) for s in pair["subjects"]]
+        outside += int((chosen != rejected)[~np.any(masks, axis=0)].sum())
+        for kind, picture in zip(kinds, (rejected, chosen), strict=True):
+            found = [reader(picture, mask, subject)
+                     for mask, subject in zip(masks, record["subjects"], strict=True)]
+            kept[kind].append([float(here) for here, _ in found])
+            changed[kind].append([float(other) if here else np.nan for here, other in found])
+    scenes, subjects = len(kept["original"]), sum(map(len, kept["original"]))
+    print(f"{scenes} {split} scenes, {subjects} subjects; values outside the masks that differ: "
+          f"{outside}")
+    for kind in kinds:
+        for name, values in (("class kept", kept), ("look changed, of those", changed)):
+            rows = np.full((scenes, 3), np.nan)
+            for row, value in zip(rows, values[kind]):
+                row[:len(value)] = value
+            told = statistics.bootstrap_mean(rows, seed=0)
+            print(f"  {kind:9} {name:22} {told.mean:6.1%} [{told.low:.1%}, {told.high:.1%}]")
+
+
+def train(folder, measured, steps):
+    """Prepares the pairs, trains on them, measures base and policy on Toybox's test scenes."""
+    call("prepare", f"--manifest={folder}/pairs/manifest.jsonl", f"--output={folder}/data",
+         "--resolution=64", "--validation=0.05", "--test=0", "--workers=1")
+    call("main", f"--config={CONFIG}", f"--workdir={folder}/run",
+         "--config.data.source=prepared", f"--config.data.path={folder}/data",
+         f"--config.steps={steps}", "--config.evaluation.scenes=0")
+    call("evaluate", f"--config={CONFIG}", f"--workdir={folder}/run",
+         f"--output={folder}/evaluation", f"--config.evaluation.scenes={measured}")
+
+
+def main():
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["pictures", "training"])
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/disrupted"))
+    parser.add_argument("--split", choices=toybox.SPLITS, default="validation",
+                        help="of pictures; training takes the training split")
+    parser.add_argument("--scenes", type=int, default=32, help="to disrupt")
+    parser.add_argument("--steps", type=int, default=80, help="of training")
+    parser.add_argument("--measured", type=int, default=896, help="test scenes after training")
+    arguments = sys.argv[1:]
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    options, flags = parser.parse_args(arguments[:at]), arguments[at + 1:]
+    split = "train" if options.part == "training" else options.split
+    folder = options.output / options.part / split
+    manifest = write_scenes(folder / "scenes", split, options.scenes)
+    call("disrupt", f"--manifest={manifest}", f"--output={folder}/pairs", *flags)
+    if options.part == "pictures":
+        measure(folder / "pairs", split)
+    else:
+        train(folder, options.measured, options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The report of `toybox_study.py`: a table, curves over the steps, and a page of pictures."""
+
+import json
+
+import numpy as np
+
+from focusdpo_jax.evaluation import statistics
+from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.visualization import grids
+
+SHOWN = ("fidelity", "leakage", "hue_leakage", "missing", "class_accuracy", "background_accuracy")
+CURVES = ("fidelity", "leakage")
+_ARRAYS = ("pictures", "chosen", "references", "present")  # What a measurement holds besides.
+
+
+def load(trial, output, step=None):
+    """A measurement of a trial, at its last step unless told otherwise.
+
+    Returns:
+      {name: array}, or None where the trial was given up before.
+    """
+    step = trial.steps[-1] if step is None else step
+    path = output / "trials" / trial.name / f"{trial.split}_{step:06d}.npz"
+    if not path.exists():
+        return None
+    with np.load(path) as saved:
+        return dict(saved)
+
+
+def score(measures):
+    """What the grid is searched for: mean fidelity less mean leakage."""
+    means = {name: statistics.bootstrap_mean(measures[name], seed=0, resamples=1).mean
+             for name in CURVES}
+    # Without a single subject found there is no leakage to speak of, and no fidelity.
+    return means["fidelity"] - (means["leakage"] or 0.0)
+
+
+def pooled(trials, output, step=None):
+    """Measures of all seeds side by side: {name: [scenes, seeds * values a scene]}.
+
+    A scene is one unit of the bootstrap, with what every seed makes of it.
+    """
+    found = [load(trial, output, step) for trial in trials]
+    found = [measures for measures in found if measures is not None]
+    return {name: np.concatenate([m[name].reshape(len(m[name]), -1) for m in found], axis=1)
+            for name in (found[0] if found else {}) if name not in _ARRAYS}
+
+
+def estimates(trials, output, step=None):
+    """{measure: Estimate as a dict, with `seeds`, the mean of each}."""
+    result = {}
+    for name, values in pooled(trials, output, step).items():
+        each = [load(trial, output, step) for trial in trials]
+        result[name] = statistics.bootstrap_mean(values, seed=0)._asdict() | {"seeds": [
+            statistics.bootstrap_mean(m[name], seed=0, resamples=1).mean for m in each
+            if m is not None]}
+    return result
+
+
+def write(output, reported, chosen, scores):
+    """Writes study.json, study.md, curves.png and grids.png into `output`.
+
+    Args:
+      reported: {name: list of Trial}, `base` first.
+      chosen: {objective: setting} that the grid gave.
+      scores: {trial: score} of the grid.
+    """
+    results = {name: estimates(trials, output) for name, trials in reported.items()}
+    curves = {name: {step: estimates(trials, output, step) for step in trials[0].steps}
+              for name, trials in reported.items() if name in chosen}
+    (output / "study.json").write_text(json.dumps(
+        {"results": results, "curves": curves, "chosen": chosen, "grid": scores},
+        indent=2, sort_keys=True) + "\n")
+    plot(output / "curves.png", curves, results["base"])
+    grids.save_png(output / "pictures.png", page(output, reported, chosen))
+    trial = next(iter(reported.values()))[0]
+    text = table(results) + "\n"
+    (output / "study.md").write_text(
+        f"# Study\n\n{trial.scenes} test scenes of two and three subjects, "
+        f"{max(map(len, reported.values()))} seeds; mean and 95 % bootstrap interval over scenes, "
+        f"and the mean of each seed. `+` and `-`: better and worse than `focus_dpo`.\n\n{text}\n"
+        + "".join(f"- {name}: " + ", ".join(f"{k} {v:g}" for k, v in setting.items()
+                                            if k != "objective") + "\n"
+                  for name, setting in chosen.items())
+        + "\n![Fidelity and leakage against steps](curves.png)\n\n"
+        "![References, chosen picture, and what each model draws](grids.png)\n")
+    print(text)
+    print(f"Report: {output / 'study.md'}")
+
+
+def table(results):
+    """A Markdown table; `+` and `-` mark what is better and worse than FocusDPO's.
+
+    Marks stand where the intervals do not overlap.
+    """
+    lines = ["| model | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |",
+             "| --- |" + " --- |" * len(SHOWN)]
+    focus = results.get("focus_dpo")
+    for model, measures in results.items():
+        if not measures:
+            lines.append(f"| {model} |" + " its loss did not stay finite |" + " |" * 5)
+            continue
+        cells = []
+        for name in SHOWN:
+            estimate = measures[name]
+            if not estimate["n"]:
+                cells.append("-")
+                continue
+            mark = "" if focus is None or model == "focus_dpo" else {
+                "better": " +", "worse": " -", "": ""}[
+                    apart(name, focus[name], estimate)]
+            mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+            seeds = "/".join(f"{100 * value:.0f}" for value in estimate["seeds"]
+                             if value is not None)
+            cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}] ({seeds}){mark}")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def apart(name, first, second):
+    """How the second of two estimates (dicts) is: "better", "worse", or "" where intervals overlap."""
+    if not first["n"] or not second["n"]:
+        return ""
+    if second["low"] > first["high"]:
+        return "worse" if name in LOWER_IS_BETTER else "better"
+    if second["high"] < first["low"]:
+        return "better" if name in LOWER_IS_BETTER else "worse"
+    return ""
+
+
+def plot(path, curves, base):
+    """Fidelity and leakage against steps, with their intervals, from the base on."""
+    import matplotlib  # Here, so that a study can be run where it is not installed.
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4), sharex=True)
+    for axis, name in zip(axes, CURVES):
+        for model, points in curves.items():
+            points = {0: base} | {step: point for step, point in points.items() if point}
+            steps = [step for step, point in points.items() if point[name]["n"]]
+            mean, low, high = (np.array([100 * points[step][name][key] for step in steps])
+                               for key in ("mean", "low", "high"))
+            axis.plot(steps, mean, marker="o", markersize=3, label=model,
+                      linewidth=2.5 if model == "focus_dpo" else 1.2)
+            axis.fill_between(steps, low, high, alpha=0.12)
+        axis.set_xlabel("optimiser steps")
+        axis.set_ylabel(f"{name}, %")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(curves),
+                  frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def page(output, reported, chosen):
+    """The same scenes from the same noise by every model of the first seed."""
+    drawn = {name: load(trials[0], output) for name, trials in reported.items()
+             if name == "base" or name in chosen}
+    base = drawn["base"]
+    return grids.model_grid(
+        [grids.ModelRow(base["references"][i][base["present"][i]], base["chosen"][i],
+                           {name: None if values is None else values["pictures"][i]
+                            for name, values in drawn.items()})
+         for i in range(len(base["pictures"]))])

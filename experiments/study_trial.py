@@ -1,0 +1,139 @@
+"""One trial of `toybox_study.py`: trains, stops at some steps, and measures what the model draws.
+
+    python -m experiments.study_trial FOLDER
+
+`FOLDER/trial.json` says what to do. Each measurement is a file `<split>_<step>.npz` in the folder:
+Toybox's measures, scene by scene, and the first pictures. What is there is not done again.
+Training to a further step resumes the run; with a constant learning rate all steps are those of one
+training.
+"""
+
+import io
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+
+from benchmarks.benchmark_cases import load_file
+from focusdpo_jax import config as config_rules
+from focusdpo_jax.data import loader
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.files import replace_file
+from focusdpo_jax.inference.generate import generate_all, make_generate
+from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
+from focusdpo_jax.training import encoding, loop, models, runs, tasks
+
+PICTURES = 8  # Kept of every measurement.
+
+
+def load_config(path, overrides):
+    """The configuration of a file with some fields replaced."""
+    config = load_file(path)
+    for name, value in overrides.items():
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"config.{name} = {value!r}: {error}") from error
+    config_rules.validate(config)
+    return config
+
+
+def scenes_of(config, split, count):
+    """The measured scenes: their own data set of two and three subjects, none of them trained on.
+
+    Returns:
+      `count` records of `split` as one PreferenceBatch of numpy arrays, given a model's tokenizer.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.data.subject_counts = (0.0, 0.5, 0.5)
+    config.data.train_size = 1
+    config.data.validation_size = config.data.test_size = count
+    source = tasks.open_data(config)[split]
+
+    def batches(model):
+        transform = loader.pair_transform(
+            tokenize=model.tokenizer, num_subjects=3,
+            reference_size=model.generator.config.image_encoder.image_size)
+        return list(loader.evaluation_batches(
+            [source[i] for i in range(count)], transform=transform,
+            batch_size=min(count, config.evaluation.batch_size)))
+
+    return batches
+
+
+def measure(model, config, batches):
+    """Toybox's measures of what a model draws, {name: [scenes, ...]}, and all pictures."""
+    generator, parameters = model.generator, jax.device_put(model.parameters)
+    supervised = ml_collections.ConfigDict(config.to_dict())
+    supervised.objective = "sft"  # References and captions are all there is to know.
+    encoded = encoding.cached(
+        encoding.encoder(generator, supervised), parameters, batches,
+        sum(int((batch.index >= 0).sum()) for batch in batches)).encoded
+    generate = make_generate(
+        generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
+        negative_token_ids=model.tokenizer(""))
+    # One seed for all trials: they draw a scene from the same noise.
+    images = generate_all(
+        generate, parameters, encoded, seed=0, batch_size=len(batches[0].index),
+        latent_shape=generator.latent_shape(config.resolution), place=jax.device_put)
+    probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
+    size = len(batches[0].index)
+    readings = [probe(model.probe, jnp.asarray(images[i:i + size]) / 255)
+                for i in range(0, len(images), size)]
+    readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
+    raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:len(images)], *batches)
+    return measures.measure(readings, raw.truth, raw.present), images, raw
+
+
+def save(path, arrays):
+    """Writes an npz file in one move."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    replace_file(path, content.getvalue())
+
+
+def run(folder):
+    """Does what `folder/trial.json` says."""
+    folder = pathlib.Path(folder)
+    trial = json.loads((folder / "trial.json").read_text())
+    config = load_config(trial["config"], trial["overrides"])
+    batches_for = scenes_of(config, trial["split"], trial["scenes"])
+    for step in trial["steps"]:
+        path = folder / f"{trial['split']}_{step:06d}.npz"
+        if path.exists():
+            continue
+        if step:
+            config.steps = step
+            try:
+                loop.run(config, folder / "run")
+            except UserError as error:
+                if "config.learning_rate" not in str(error):
+                    raise
+                # A loss that is no longer finite is a result: these settings are too bold.
+                (folder / "gave_up.txt").write_text(f"{error}\n")
+                return
+            model = runs.Run(folder / "run").policy()
+        else:
+            model = models.load_model(config)
+        if model.probe is None:
+            raise UserError(f"config.model.pretrained = {config.model.pretrained!r}: this model "
+                            "has no probe, without which nothing can be measured")
+        batches = batches_for(model)
+        measures, images, raw = measure(model, config, batches)
+        save(path, {**measures, "pictures": images[:PICTURES], "chosen": raw.chosen[:PICTURES],
+                    "references": raw.references[:PICTURES], "present": raw.present[:PICTURES]})
+        logging.info("%s", path)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    try:
+        run(sys.argv[1])
+    except UserError as error:
+        sys.exit(f"error: {error}")

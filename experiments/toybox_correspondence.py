@@ -1,0 +1,81 @@
+r"""How well SPAF finds subjects on Toybox, by source of similarity and timestep bucket.
+
+    python -m experiments.toybox_correspondence
+
+Toybox knows where every subject stands. For validation scenes of the default configuration, each
+replaced subject and each bucket: the share of the matched locations of the chosen picture that lie
+on that subject, `chance`, what locations drawn at random would give, and `alignment` in the chosen
+and in the rejected picture, where another individual stands in the subject's place.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import benchmark_cases
+from focusdpo_jax.data import loader
+from focusdpo_jax.focus import correspondence
+from focusdpo_jax.focus.grids import average_to_grid
+from focusdpo_jax.models.generator import split_parameters
+from focusdpo_jax.training import models, objectives, tasks
+
+
+def measure(config, model, batches):
+    """Yields (bucket, share on the right subject, chance, alignments of chosen and rejected)."""
+    buckets = tasks.focus_buckets(config)
+    source, encode = tasks.make_encoder(model.generator, config, buckets)
+    objective = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+    trainable, frozen = split_parameters(model.parameters, config.trainable)
+    fixed = {"parameters": frozen, "reference": trainable}
+    focus_maps = jax.jit(objective.focus_maps, static_argnums=0)
+    batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+    encoded = [encode(model.parameters, batch) for batch in batches]
+    for name, (structure, numbers) in buckets.items():
+        inside, chance, alignment = [], [], []
+        for number, (batch, pairs) in enumerate(zip(batches, encoded)):
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            match = focus_maps(structure, fixed, pairs, numbers, key).match
+            replaced = (batch.masks & batch.prior_mask[:, None]).astype(jnp.float32)
+            there = average_to_grid(replaced, match.union.shape[1:])
+            found = match.subjects[::2]  # Of the chosen pictures.
+            taken, right = (np.asarray(x.sum((2, 3))) for x in (found, found * there))
+            inside.append(right[taken > 0] / taken[taken > 0])
+            chance.append(np.asarray(there.mean((2, 3)))[taken > 0])
+            prior = objectives.twice(pairs.prior)
+            alignment.append(np.asarray(correspondence.alignment(match, prior)).reshape(-1, 2).T)
+        yield (name, np.concatenate(inside).mean(), np.concatenate(chance).mean(),
+               *np.concatenate(alignment, axis=1).mean(1))
+
+
+def main():
+    """Prints a line for each source and bucket."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=64)
+    parser.add_argument("--prototypes", type=int, nargs="+", default=[1, 4, 16])
+    arguments = parser.parse_args()
+    config = benchmark_cases.load_config("toybox_dpo")
+    config.data.train_size, config.data.validation_size = 1, arguments.scenes
+    config.data.test_size = 1
+    records = tasks.open_data(config)["validation"]
+    model = models.load_model(config)
+    transform = loader.pair_transform(
+        tokenize=model.tokenizer, num_subjects=tasks.subject_slots(config, None))
+    batches = list(loader.evaluation_batches(
+        [records[i] for i in range(arguments.scenes)], transform=transform,
+        batch_size=min(arguments.scenes, config.evaluation.batch_size)))
+    for features in ("vit", "unet", "attention"):
+        config.focus.features = features
+        # With attention, it is the image tokens that stand for a subject.
+        for count in arguments.prototypes if features != "attention" else [0]:
+            config.focus.prototypes = max(1, count)
+            for bucket, inside, chance, chosen, rejected in measure(config, model, batches):
+                print(f"{features:10s} {count or '':2} prototypes, {bucket}: inside "
+                      f"{100 * inside:5.1f} %  chance {100 * chance:4.1f} %  alignment chosen "
+                      f"{chosen:.3f} rejected {rejected:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

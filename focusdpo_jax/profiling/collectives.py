@@ -1,0 +1,97 @@
+"""What devices send each other in a compiled program, read from its HLO."""
+
+import dataclasses
+import math
+import re
+
+from focusdpo_jax.profiling import hlo
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH = re.compile(r"replica_groups=(?:mesh|@\w+|)\[?([^\]]*)\]? ?\{([^}]*)\}")
+_AXIS = re.compile(r"'([\w.\-]+)'=(\d+)")
+_NAMED = re.compile(r"'([\w.\-]+)'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One operation among devices.
+
+    Attributes:
+      name: of its value in the program.
+      kind: one of `KINDS`.
+      size: bytes of its result on one device.
+      operands: names of what goes in.
+      operation: where it comes from, such as "jit(update)/jvp(UNet)/mid_block/...".
+      line: of the program.
+      times: how often it runs: inside loops once for every turn, as far as the compiler knows it.
+      group: devices that take part in one; 0 where the text does not say.
+    """
+
+    name: str
+    kind: str
+    size: int
+    operands: tuple[str, ...]
+    operation: str
+    line: int
+    times: int = 1
+    group: int = 0
+
+    def received(self, devices):
+        """Bytes that one device gets from others each time, by the ring algorithms.
+
+        Args:
+          devices: of the mesh, for a group of unknown size.
+        """
+        count = self.group or devices
+        share = (count - 1) / count
+        return self.size * {"all-gather": share, "all-reduce": 2 * share,
+                            "reduce-scatter": count - 1, "all-to-all": share,
+                            "collective-permute": 1}[self.kind]
+
+
+def read(program):
+    """The collectives of a program in the order in which it runs them, a list of Collective.
+
+    Args:
+      program: `hlo.Program`, or its text.
+    """
+    program = hlo.Program(program) if isinstance(program, str) else program
+    found = []
+    for instruction, times in program.runs:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        sizes, count = hlo.array_sizes(instruction.type), len(instruction.operands)
+        if instruction.opcode.endswith("-start") and len(sizes) >= 2 * count:
+            sizes = sizes[count:2 * count]  # What a start gives holds its inputs as well.
+        found.append(Collective(
+            instruction.name, kind, sum(sizes), instruction.operands, instruction.operation,
+            instruction.line, times, _group(instruction.attributes)))
+    return found
+
+
+def _group(attributes):
+    """Devices of a replica group, in one of the ways in which XLA writes them; 0 if in none."""
+    if (listed := _LISTED.search(attributes)):
+        return len(listed[1].split(","))
+    if (counted := _COUNTED.search(attributes)):
+        return int(counted[1])
+    if (mesh := _MESH.search(attributes)):
+        sizes = {name: int(size) for name, size in _AXIS.findall(mesh[1])}
+        return math.prod(sizes.get(name, 1) for name in _NAMED.findall(mesh[2])) if sizes else 0
+    return 0
+
+
+def summary(found):
+    """{kind: {"count": how often one runs, "bytes": of all of them}} of a list of Collective."""
+    return {kind: {"count": sum(c.times for c in of_kind),
+                   "bytes": sum(c.times * c.size for c in of_kind)} for kind in KINDS
+            if (of_kind := [c for c in found if c.kind == kind])}
+
+
+def received(found, devices):
+    """Bytes that one of `devices` gets from others in a run of the program; see `Collective`."""
+    return sum(c.times * c.received(devices) for c in found)

@@ -1,0 +1,177 @@
+"""Paints Toybox subjects by signed distances, and places them in images. Needs numpy and nothing else."""
+
+import colorsys
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from focusdpo_jax.toybox import silhouettes
+from focusdpo_jax.toybox.subjects import CLASSES, PARTS, PATTERNS, Pose, Subject
+
+_SATURATION, _VALUE = 0.85, 0.95
+# Parts and outlines are neutral, so that the hues stay readable.
+_WHITE, _INK = (250, 250, 250), (32, 30, 38)
+_OUTLINE = 0.09  # Its width, in radii.
+_REACH = 1.5  # No part of a subject is further from its middle, in radii.
+
+
+class Crop(NamedTuple):
+    """A painted subject: colour float32 [3, N, M] in [0, 255], coverage float32 [N, M] in [0, 1].
+
+    Colour planes come first in this file alone: numpy is faster on them.
+    """
+
+    color: np.ndarray
+    coverage: np.ndarray
+
+
+@functools.lru_cache(4096)
+def _rgb(hue: float) -> tuple[float, float, float]:
+    return tuple(255 * c for c in colorsys.hsv_to_rgb(hue, _SATURATION, _VALUE))
+
+
+def render_subject(subject: Subject, pose: Pose, pattern_scale: float = 1.0) -> Crop:
+    """Paints one subject on a square crop whose size depends on the pose's radius alone.
+
+    So the crops of two individuals in one pose lie on each other. Edges are antialiased by distance:
+    coverage falls from one to zero over one pixel. `pattern_scale` enlarges the pattern alone.
+    """
+    radius = np.float32(pose.radius)
+    half = int(np.ceil(_REACH * pose.radius)) + 1
+    pixels = np.arange(-half, half + 1, dtype=np.float32) / radius
+    angle = np.deg2rad(pose.degrees)
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    x = (cos * pixels)[None, :] + (sin * pixels)[:, None]
+    y = (cos * pixels)[:, None] - (sin * pixels)[None, :]
+    if pose.mirrored:
+        x = -x
+
+    def covered(distance):
+        share = distance * -radius
+        share += 0.5
+        return np.clip(share, 0, 1, out=share)
+
+    name, part = CLASSES[subject.class_id], PARTS[subject.part]
+    anchor = silhouettes.ANCHORS[name][part]
+    body = silhouettes.BODIES[name](x, y)
+    coverage = covered(body)
+    fill = covered(body + _OUTLINE)  # What is covered and not filled is ink.
+    white = np.zeros_like(fill)
+    if part == "eyes":
+        whites = silhouettes.eyes(x, y, anchor)
+        rim = covered(whites - _OUTLINE)  # Sets the whites off from light bodies.
+        coverage = np.maximum(coverage, rim)
+        fill = fill * (1 - rim)
+        white = np.maximum(covered(whites) - covered(silhouettes.pupils(x, y, anchor)), 0)
+    else:
+        shape = covered(getattr(silhouettes, part)(x, y, anchor))
+        coverage = np.maximum(coverage, shape)
+        if part == "hat":  # Worn in front; handle and legs are attached behind.
+            fill = fill * (1 - shape)
+
+    pattern = silhouettes.PATTERNS[PATTERNS[subject.pattern]]
+    share = np.zeros_like(fill)
+    if pattern:
+        scale = np.float32(pattern_scale)
+        share = covered(scale * pattern(x / scale, y / scale))
+    # Every pixel mixes four colours; the shares add up to one.
+    palette = np.array([_rgb(subject.hue), _rgb(subject.pattern_hue), _WHITE, _INK], np.float32)
+    light = fill * (1 - 0.05 * y)  # Lit from above.
+    second = light * share
+    shares = np.stack([light - second, second, white, 1 - fill - white])
+    color = np.minimum(palette.T @ shares.reshape(4, -1), 255)
+    return Crop(color.reshape(3, *fill.shape), coverage)
+
+
+def trim(*crops: Crop) -> list[Crop]:
+    """Cuts crops of one pose to the smallest rectangle that holds all that any of them covers."""
+    touched = sum(crop.coverage for crop in crops) > 0
+    rows, columns = np.flatnonzero(touched.any(1)), np.flatnonzero(touched.any(0))
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return [Crop(crop.color[:, *box], crop.coverage[box]) for crop in crops]
+
+
+def _window(crop: Crop, offset: tuple[int, int]) -> tuple[slice, slice]:
+    """The part of a picture under a crop whose first pixel lies at `offset` (row, column)."""
+    height, width = crop.coverage.shape
+    return slice(offset[0], offset[0] + height), slice(offset[1], offset[1] + width)
+
+
+def paste(canvas: np.ndarray, crop: Crop, offset: tuple[int, int]) -> None:
+    """Blends a crop into a canvas, float32 [3, R, R], in place."""
+    view = canvas[:, *_window(crop, offset)]
+    view += crop.coverage * (crop.color - view)
+
+
+def covered_pixels(crop: Crop, offset: tuple[int, int], resolution: int) -> np.ndarray:
+    """Every pixel of the picture that a crop touches, bool [resolution, resolution]."""
+    mask = np.zeros((resolution, resolution), bool)
+    mask[_window(crop, offset)] = crop.coverage > 0
+    return mask
+
+
+def to_uint8(canvas: np.ndarray) -> np.ndarray:
+    """From a canvas to an image, uint8 [R, R, 3]."""
+    return np.ascontiguousarray(np.rint(canvas).astype(np.uint8).transpose(1, 2, 0))
+
+
+def bounding_box(mask: np.ndarray) -> np.ndarray:
+    """Bounds of a bool mask [H, W] as float32 (x0, y0, x1, y1) in [0, 1]; x1 and y1 are exclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    height, width = mask.shape
+    return np.array(
+        [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height],
+        np.float32,
+    )
+
+
+def _random_offset(rng: np.random.Generator, crop: Crop, resolution: int) -> tuple[int, int]:
+    """A uniform place at which a crop lies inside the picture."""
+    height, width = crop.coverage.shape
+    return int(rng.integers(resolution - height + 1)), int(rng.integers(resolution - width + 1))
+
+
+def render_reference(
+    rng: np.random.Generator, subject: Subject, resolution: int, pattern_scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A subject alone on white: image uint8 [R, R, 3] and mask bool [R, R]."""
+    radius = rng.uniform(17, 21) * resolution / 64
+    pose = Pose(radius, rng.uniform(-25, 25), bool(rng.integers(2)))
+    (crop,) = trim(render_subject(subject, pose, pattern_scale))
+    offset = _random_offset(rng, crop, resolution)
+    canvas = np.full((3, resolution, resolution), 255, np.float32)
+    paste(canvas, crop, offset)
+    return to_uint8(canvas), covered_pixels(crop, offset, resolution)
+
+
+def find_places(
+    rng: np.random.Generator, groups: list[list[Crop]], resolution: int
+) -> list[tuple[int, int]] | None:
+    """Offsets at which crops of different groups share no pixel and do not touch; None if not found.
+
+    The crops of a group are of one size and go to one place.
+    """
+    free = np.ones((resolution + 2, resolution + 2), bool)  # With a border of one pixel.
+    offsets = []
+    for group in groups:
+        touched = np.any([crop.coverage > 0 for crop in group], 0)
+        height, width = touched.shape
+        if max(height, width) > resolution:
+            return None
+        for _ in range(30):
+            row, column = _random_offset(rng, group[0], resolution)
+            if free[row + 1 : row + 1 + height, column + 1 : column + 1 + width][touched].all():
+                break
+        else:
+            return None
+        offsets.append((row, column))
+        for r, c in (
+            (1, 1),
+            (0, 1),
+            (2, 1),
+            (1, 0),
+            (1, 2),
+        ):  # Its own pixels and their neighbours.
+            free[row + r : row + r + height, column + c : column + c + width] &= ~touched
+    return offsets

@@ -1,0 +1,1 @@
+"""Images for people: grids, contact sheets, charts."""

@@ -1,0 +1,47 @@
+"""A page that shows what a prepared data set holds, to be looked at before it is trained on."""
+
+import numpy as np
+from PIL import Image
+
+from focusdpo_jax.visualization import grids
+
+_SIDE = 160  # Of a picture on the page, in pixels.
+_GREY = 110
+_TINTS = np.array([(255, 70, 70), (60, 140, 255), (70, 200, 90), (240, 180, 40)])
+
+
+def draw(path, records):
+    """Writes the page as PNG.
+
+    A row a record: its references, what their masks leave out in grey; chosen; rejected; and the
+    masks: chosen in grey outside `prior_mask`, subjects tinted in the order of the references.
+
+    Args:
+      path: of the file.
+      records: preference records, at least one.
+    """
+    rows = [grids.PreferenceRow(
+        caption=record["caption"],
+        references=[_fit(_marked(s["reference"], s["reference_mask"])) for s in record["subjects"]],
+        chosen=_fit(record["chosen"]), rejected=_fit(record["rejected"]),
+        masks=_fit(_masks(record)))
+        for record in records]
+    grids.save_png(path, grids.preference_grid(rows, scale=1))
+
+
+def _masks(record):
+    picture = _marked(record["chosen"], record["prior_mask"]).astype(np.float32)
+    for i, subject in enumerate(record["subjects"]):
+        mask = subject["mask"]
+        picture[mask] = 0.6 * picture[mask] + 0.4 * _TINTS[i % len(_TINTS)]
+    return picture.astype(np.uint8)
+
+
+def _marked(picture, mask):
+    """The picture, dim and without colour outside the mask."""
+    dim = (picture.mean(-1, keepdims=True) * 0.3 + _GREY).astype(np.uint8)
+    return np.where(mask[..., None], picture, dim)
+
+
+def _fit(picture):
+    return np.asarray(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.BOX))

@@ -1,0 +1,135 @@
+"""The study's harness: what it plans, that it goes on where it stopped, what a trial measures."""
+
+import dataclasses
+import json
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from experiments import study_report, study_trial, toybox_study
+from focusdpo_jax.toybox import pretraining
+from focusdpo_jax.training import models
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The three files of the study as modules: (toybox_study, study_trial, study_report)."""
+    return toybox_study, study_trial, study_report
+
+
+LINE = ("--steps=4 --points=2 --seeds=2 --scenes=6 --validation=5 --learning_rates 0.1 0.2 "
+        "--betas 10 --anchors 0.5 --objectives sft focus_dpo --ablations").split() + ["one bucket"]
+
+
+def settings(study, tmp_path, *more):
+    return study[0].parse([f"--output={tmp_path}", *LINE, *more])
+
+
+def values(study, scene_means):
+    """A measurement whose measures all have these means, [scenes] of two subjects."""
+    per_subject = np.repeat(np.asarray(scene_means, float)[:, None], 2, axis=1)
+    picture = np.zeros((1, 8, 8, 3), np.uint8)
+    return {name: per_subject for name in study[2].SHOWN} | {
+        "leakage": 1 - per_subject, "pictures": picture, "chosen": picture,
+        "references": picture[:, None], "present": np.ones((1, 1), bool)}
+
+
+@pytest.fixture
+def no_training(study, monkeypatch):
+    """Trials end at once; the list of the folders that were run, in their order."""
+    ran = []
+
+    def run(line, **_):
+        folder = line[-1]
+        trial = json.loads((folder / "trial.json").read_text())
+        ran.append(folder.name)
+        overrides = trial["overrides"]
+        mean = overrides.get("learning_rate", 0.0) + (overrides.get("objective") == "focus_dpo") / 2
+        for step in trial["steps"]:
+            study[1].save(folder / f"{trial['split']}_{step:06d}.npz",
+                          values(study, np.full(trial["scenes"], mean)))
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return ran
+
+
+def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
+        study, tmp_path, no_training, capsys):
+    study[0].main([f"--output={tmp_path}", *LINE])
+    assert sorted(no_training[:4]) == [
+        "tune_focus_dpo_l0.1_b10_a0.5", "tune_focus_dpo_l0.2_b10_a0.5",
+        "tune_sft_l0.1", "tune_sft_l0.2"]
+    assert sorted(no_training[4:]) == sorted(
+        ["test_base_s1"]
+        + [f"test_sft_l0.2_s{seed}" for seed in (1, 2)]
+        + [f"{name}_l0.2_b10_a0.5_s{seed}" for name in ("test_focus_dpo", "ablation_one_bucket")
+           for seed in (1, 2)])
+    report = json.loads((tmp_path / "study.json").read_text())
+    # The better rate won: fidelity 0.2 (and 0.7), leakage 1 less that.
+    assert report["chosen"]["sft"] == {"objective": "sft", "learning_rate": 0.2}
+    assert report["chosen"]["focus_dpo"] == {
+        "objective": "focus_dpo", "learning_rate": 0.2, "beta": 10, "anchor": 0.5}
+    assert report["results"]["focus_dpo"]["fidelity"]["mean"] == pytest.approx(0.7)
+    assert report["results"]["focus_dpo"]["leakage"]["mean"] == pytest.approx(0.3)
+    assert sorted(report["curves"]["sft"]) == ["2", "4"]
+    printed = capsys.readouterr().out
+    assert "| sft | 20.0 [20.0, 20.0] (20/20) - | 80.0 [80.0, 80.0] (80/80) -" in printed
+    for name in ("curves.png", "pictures.png"):
+        assert Image.open(tmp_path / name).size[0] > 50
+    ablation = json.loads(
+        (tmp_path / "trials" / "ablation_one_bucket_l0.2_b10_a0.5_s1" / "trial.json").read_text())
+    assert ablation["overrides"]["focus.buckets"] == 1 and ablation["overrides"]["beta"] == 10
+    assert ablation["steps"] == [4] and ablation["overrides"]["decay"] == "constant"
+
+
+def test_what_is_done_is_not_done_again_and_shares_are_disjoint(study, tmp_path, no_training):
+    tuning = list(study[0].tuning_trials(settings(study, tmp_path)))
+    first, second = (settings(study, tmp_path, f"--share={i}/2") for i in (0, 1))
+    assert not study[0].spread(first, tuning)
+    assert no_training == [tuning[0].name, tuning[2].name]
+    assert study[0].spread(second, tuning)
+    assert no_training[2:] == [tuning[1].name, tuning[3].name]
+    (tmp_path / "trials" / tuning[1].name / "validation_000004.npz").unlink()
+    assert study[0].spread(settings(study, tmp_path), tuning)
+    assert no_training[4:] == [tuning[1].name]
+
+
+def test_seeds_are_pooled_scene_by_scene(study, tmp_path):
+    trials = [study[0].Trial(f"t{seed}", {}, "test", 2, (0,)) for seed in (1, 2)]
+    for trial, mean in zip(trials, (0.0, 1.0)):
+        folder = tmp_path / "trials" / trial.name
+        folder.mkdir(parents=True)
+        study[1].save(folder / "test_000000.npz", values(study, [mean, mean]))
+    estimate = study[2].estimates(trials, tmp_path)["fidelity"]
+    # Both scenes are half right, whichever are drawn; the seeds do not count as scenes.
+    assert (estimate["mean"], estimate["low"], estimate["high"]) == (0.5, 0.5, 0.5)
+    assert estimate["n"] == 2 and estimate["seeds"] == [0.0, 1.0]
+
+
+def test_a_trial_trains_in_stretches_and_measures_unseen_scenes(study, tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    config = tiny.tiny_config(tiny_folder)
+    model = models.load_model(config)
+    models.save_model(folder, model, model.parameters, pretraining.init_probe(jax.random.key(0)))
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"import pathlib, sys\nsys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\nimport tiny\n"
+        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}))\n")
+    trial = study[0].Trial(
+        "t", {"model.pretrained": str(folder)}, "test", 4, (1, 2))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "trial.json").write_text(
+        json.dumps(dataclasses.asdict(trial) | {"config": str(path)}))
+    study[1].run(tmp_path / "t")
+    measured = {step: dict(np.load(tmp_path / "t" / f"test_{step:06d}.npz")) for step in (1, 2)}
+    assert sorted(tiny.losses(tmp_path / "t" / "run")) == [1, 2]
+    assert measured[1]["fidelity"].shape == (4, 3) and measured[1]["missing"].shape == (4, 3)
+    present = measured[1]["present"]
+    assert set(present.sum(1)) <= {2, 3} and present.shape == (4, 3)
+    assert np.any(measured[1]["pictures"] != measured[2]["pictures"])
+    np.testing.assert_array_equal(measured[1]["references"], measured[2]["references"])

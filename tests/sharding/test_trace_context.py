@@ -1,0 +1,22 @@
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from focusdpo_jax.sharding.trace_context import traced_for
+
+
+def test_what_is_traced_for_one_mesh_is_not_taken_for_another():
+    devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+    one, other = (Mesh(devices, names) for names in (
+        ("data", "fsdp", "tensor"), ("tensor", "data", "fsdp")))
+    traces = []
+
+    @jax.jit
+    def function(x):
+        traces.append(x)
+        return x
+
+    for mesh, count in (one, 1), (other, 2), (one, 2):
+        with traced_for(mesh):
+            function(1.0)
+        assert len(traces) == count

@@ -1,0 +1,45 @@
+"""The stages that make the small generator's encoders."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from focusdpo_jax.toybox import pretraining
+from focusdpo_jax.training import loop
+
+
+def test_crops_lie_around_the_mask():
+    rows, columns = jnp.meshgrid(jnp.arange(64), jnp.arange(64), indexing="ij")
+    images = jnp.stack([rows, columns, rows * 0], axis=-1)[None]
+    mask = jnp.zeros((1, 64, 64), bool).at[0, 30:35, 28:31].set(True)
+    middles = []
+    for seed in range(20):
+        (crop,) = pretraining.crops_around(images, mask, jax.random.key(seed), 16)
+        assert crop.shape == (16, 16, 3)
+        np.testing.assert_array_equal(np.diff(crop[:, 0, 0]), 1)
+        middles.append(crop[..., :2].mean((0, 1)))
+    # The mask's middle is (32, 29); the middles are drawn around it with a deviation of 2.
+    assert np.abs(np.mean(middles, 0) - (32, 29)).max() < 1.5
+    assert 1 < np.std(middles) < 4
+
+
+def test_crops_stay_inside_the_picture():
+    images = jnp.arange(64 * 64 * 3).reshape(1, 64, 64, 3)
+    mask = jnp.zeros((1, 64, 64), bool).at[0, 0, 63].set(True)
+    (crop,) = pretraining.crops_around(images, mask, jax.random.key(0), 32)
+    assert crop[0, -1, 2] <= images[0, 8, 63, 2] and crop.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("objective, part", [
+    ("autoencode", "vae"), ("attributes", "image_encoder"), ("probe", "probe")])
+def test_stage_changes_its_part_alone(objective, part, tiny_config, tiny_folder, tmp_path):
+    config = tiny_config(objective=objective, steps=2, warmup_steps=0)
+    loop.run(config, tmp_path)
+    assert (tmp_path / "model" / f"{part}.safetensors").exists()
+    for other in ("vae", "image_encoder", "unet"):
+        before = load_file(tiny_folder / "model" / f"{other}.safetensors")
+        after = load_file(tmp_path / "model" / f"{other}.safetensors")
+        changed = any(np.any(before[name] != after[name]) for name in before)
+        assert changed == (other == part), other
