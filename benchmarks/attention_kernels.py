@@ -24,12 +24,17 @@ from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_ad
 from focusdpo_jax.models.unet import UNet
 from focusdpo_jax.models.vae import VAE
 
-TARGETS = {"CPU": platforms.Target("cpu"), "TPU": platforms.Target("tpu"),
-           "Turing": platforms.Target("gpu", 7.5), "Ampere": platforms.Target("gpu", 8.0),
-           "Hopper": platforms.Target("gpu", 9.0)}
+TARGETS = {
+    "CPU": platforms.Target("cpu"),
+    "TPU": platforms.Target("tpu"),
+    "Turing": platforms.Target("gpu", 7.5),
+    "Ampere": platforms.Target("gpu", 8.0),
+    "Hopper": platforms.Target("gpu", 9.0),
+}
 SIDES = (512, 768, 1024)
-BIG_G = CLIPVisionConfig(hidden_size=1664, num_layers=48, num_heads=16, intermediate_size=8192,
-                         projection_dim=1280)
+BIG_G = CLIPVisionConfig(
+    hidden_size=1664, num_layers=48, num_heads=16, intermediate_size=8192, projection_dim=1280
+)
 DINOV2 = DINOConfig(image_size=518, patch_size=14, epsilon=1e-6, layer_scale=True)
 SLOTS = 3  # Subject reference images.
 
@@ -40,26 +45,40 @@ def networks(side):
     Args:
       side: of the image that is drawn, in pixels.
     """
+
     def shape(*axes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(axes, dtype)
 
     latent = side // 8
     adapter = SubjectAdapterConfig(num_tokens=16)
     unet = UNet(SDXL["unet"], jnp.bfloat16)
-    conditions = (shape(1, dtype=jnp.float32), shape(1, 77, 2048), shape(1, 1280),
-                  shape(1, 6, dtype=jnp.float32), shape(1, SLOTS, adapter.num_tokens, 2048),
-                  shape(1, SLOTS, dtype=bool))
+    conditions = (
+        shape(1, dtype=jnp.float32),
+        shape(1, 77, 2048),
+        shape(1, 1280),
+        shape(1, 6, dtype=jnp.float32),
+        shape(1, SLOTS, adapter.num_tokens, 2048),
+        shape(1, SLOTS, dtype=bool),
+    )
     vae = VAE(SDXL["vae"], jnp.bfloat16)
     text = shape(1, 77, dtype=jnp.int32)
     found = {
         "UNet": (unet, (shape(1, latent, latent, 4), *conditions), {}),
-        "UNet, references in masks": (unet, (shape(1, latent, latent, 4), *conditions), {
-            "image_masks": shape(1, SLOTS, side, side, dtype=jnp.float32)}),
+        "UNet, references in masks": (
+            unet,
+            (shape(1, latent, latent, 4), *conditions),
+            {"image_masks": shape(1, SLOTS, side, side, dtype=jnp.float32)},
+        ),
         "resampler (IP-Adapter-Plus)": (
-            subject_adapter(adapter, jnp.bfloat16), (shape(1, SLOTS, 257, 1280),), {}),
+            subject_adapter(adapter, jnp.bfloat16),
+            (shape(1, SLOTS, 257, 1280),),
+            {},
+        ),
         "grounding resampler (MS-Diffusion)": (
             subject_adapter(SubjectAdapterConfig(kind="grounding"), jnp.bfloat16),
-            (shape(1, SLOTS, 257, 1280), shape(1, SLOTS, 768), shape(1, SLOTS, 4)), {}),
+            (shape(1, SLOTS, 257, 1280), shape(1, SLOTS, 768), shape(1, SLOTS, 4)),
+            {},
+        ),
         "text encoder": (CLIPText(SDXL["text_encoder"], jnp.bfloat16), (text,), {}),
         "text encoder 2": (CLIPText(SDXL["text_encoder_2"], jnp.bfloat16), (text,), {}),
         "CLIP ViT-H": (CLIPVision(CLIPVisionConfig(), jnp.bfloat16), (shape(1, 224, 224, 3),), {}),
@@ -67,7 +86,8 @@ def networks(side):
         "DINO ViT-S/16": (DINO(DINOConfig(), jnp.bfloat16), (shape(1, 224, 224, 3),), {}),
         "DINOv2 ViT-S/14, 448 px": (DINO(DINOV2, jnp.bfloat16), (shape(1, 448, 448, 3),), {}),
         "VAE, encoding": (vae, (shape(1, side, side, 3),), {"method": "encode"}),
-        "VAE, decoding": (vae, (shape(1, latent, latent, 4),), {"method": "decode"})}
+        "VAE, decoding": (vae, (shape(1, latent, latent, 4),), {"method": "decode"}),
+    }
     return found
 
 
@@ -97,10 +117,19 @@ def calls(name, side, target):
     method = {key: value for key, value in keywords.items() if key == "method"}
     arrays = {key: value for key, value in keywords.items() if key != "method"}
     parameters = _parameters(name, SIDES[0])  # Before recording: initialisation attends as well.
-    with (cudnn_to_trace(), platforms.compiled_for(target, lambda attend: attend),
-          attention.recorded_calls() as found):
-        jax.eval_shape(lambda parameters, inputs, arrays: module.apply(
-            parameters, *inputs, **arrays, **method), parameters, inputs, arrays)
+    with (
+        cudnn_to_trace(),
+        platforms.compiled_for(target, lambda attend: attend),
+        attention.recorded_calls() as found,
+    ):
+        jax.eval_shape(
+            lambda parameters, inputs, arrays: module.apply(
+                parameters, *inputs, **arrays, **method
+            ),
+            parameters,
+            inputs,
+            arrays,
+        )
     return found
 
 
@@ -119,14 +148,18 @@ def rows(sides):
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sides", nargs="+", type=int, default=SIDES)
     print(f"| network | queries | keys | heads | {' | '.join(TARGETS)} |")
     print("| --- " * (4 + len(TARGETS)) + "|")
     for name, call, kernels in rows(parser.parse_args().sides):
         keys = f"{call.keys}{', masked' * call.masked}{', causal' * call.causal}"
-        print(f"| {name} | {call.queries} | {keys} | {call.heads} of {call.head_dim} | "
-              + " | ".join(f"`{kernels[device]}`" for device in TARGETS) + " |")
+        print(
+            f"| {name} | {call.queries} | {keys} | {call.heads} of {call.head_dim} | "
+            + " | ".join(f"`{kernels[device]}`" for device in TARGETS)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,16 @@ import time
 import benchmark_cases
 
 ROOT = pathlib.Path(__file__).parent.parent
-SETTINGS = {"objective": "dpo", "steps": 10, "batch_size": 2, "log_every": 1,
-            "checkpoint_every": 10, "data.source": "prepared", "evaluation.pictures": 0,
-            "evaluation.batch_size": 2}
+SETTINGS = {
+    "objective": "dpo",
+    "steps": 10,
+    "batch_size": 2,
+    "log_every": 1,
+    "checkpoint_every": 10,
+    "data.source": "prepared",
+    "evaluation.pictures": 0,
+    "evaluation.batch_size": 2,
+}
 
 
 def make_model(folder):
@@ -32,6 +39,7 @@ def make_model(folder):
       Bytes of its encoders and of the rest.
     """
     from focusdpo_jax.training import models
+
     config = benchmark_cases.load_config("toybox_dpo")
     sizes = json.loads((models.shipped("toybox") / "model.json").read_text())
     wide = {"hidden_size": 1024, "num_layers": 3, "num_heads": 16, "intermediate_size": 4096}
@@ -56,14 +64,17 @@ def run(arguments, log, metrics=None):
       metrics: metrics.jsonl of a run, which tells when it trains.
     """
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled"),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # Compilers take memory, too.
-        "MALLOC_ARENA_MAX": "2"}  # What is freed goes back.
+        "MALLOC_ARENA_MAX": "2",
+    }  # What is freed goes back.
     seen = []
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment,
-                                   stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
         while True:
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
             if done:
@@ -86,29 +97,54 @@ def losses(workdir):
 def main():
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/cache_memory"),
-                        help="folder of model, data and runs; emptied first")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/cache_memory"),
+        help="folder of model, data and runs; emptied first",
+    )
     output = parser.parse_args().output.resolve()
     shutil.rmtree(output, ignore_errors=True)
     (output / "model").mkdir(parents=True)
     encoders, rest = make_model(output / "model")
-    print(f"encoders {encoders / 2**20:.0f} MiB, UNet and adapter {rest / 2**20:.0f} MiB",
-          flush=True)
-    run(["focusdpo_jax.prepare", f"--output={output / 'data'}", "--resolution=64",
-         "--manifest=docs/examples/pairs/manifest.jsonl"], output / "prepare.log")
+    print(
+        f"encoders {encoders / 2**20:.0f} MiB, UNet and adapter {rest / 2**20:.0f} MiB", flush=True
+    )
+    run(
+        [
+            "focusdpo_jax.prepare",
+            f"--output={output / 'data'}",
+            "--resolution=64",
+            "--manifest=docs/examples/pairs/manifest.jsonl",
+        ],
+        output / "prepare.log",
+    )
     found = {}
     for name, cache in (("in every step", False), ("encoded once", True), ("found encoded", True)):
         workdir = output / name.replace(" ", "_")
-        settings = SETTINGS | {"data.cache": cache, "data.path": output / "data",
-                               "model.pretrained": output / "model"}
+        settings = SETTINGS | {
+            "data.cache": cache,
+            "data.path": output / "data",
+            "model.pretrained": output / "model",
+        }
         training, peak = run(
-            ["focusdpo_jax.main", "--config=configs/toybox_dpo.py", f"--workdir={workdir}",
-             *(f"--config.{k}={v}" for k, v in settings.items())],
-            output / f"{workdir.name}.log", workdir / "metrics.jsonl")
+            [
+                "focusdpo_jax.main",
+                "--config=configs/toybox_dpo.py",
+                f"--workdir={workdir}",
+                *(f"--config.{k}={v}" for k, v in settings.items()),
+            ],
+            output / f"{workdir.name}.log",
+            workdir / "metrics.jsonl",
+        )
         found[name] = losses(workdir)
-        print(f"{name:15} {training / 2**20:5.0f} MiB while it trained, {peak / 2**20:5.0f} MiB at "
-              "its peak", flush=True)
+        print(
+            f"{name:15} {training / 2**20:5.0f} MiB while it trained, {peak / 2**20:5.0f} MiB at "
+            "its peak",
+            flush=True,
+        )
     expected = found.pop("in every step")
     for name, values in found.items():
         worst = max(abs(a / b - 1) for a, b in zip(values, expected, strict=True))

@@ -33,10 +33,20 @@ def first_step(config, folder, workdir):
     start = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "focusdpo_jax.main", f"--config={config}",
-             f"--workdir={folder / workdir}", f"--config.data.path={folder / 'data'}",
-             "--config.log_every=1", "--config.checkpoint_every=1"],
-            stdout=output, stderr=subprocess.STDOUT, env=environment)
+            [
+                sys.executable,
+                "-m",
+                "focusdpo_jax.main",
+                f"--config={config}",
+                f"--workdir={folder / workdir}",
+                f"--config.data.path={folder / 'data'}",
+                "--config.log_every=1",
+                "--config.checkpoint_every=1",
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
     while not (metrics.exists() and "\n" in metrics.read_text()):
         if process.poll() is not None or time.monotonic() - start > LIMIT:
             process.kill()
@@ -49,22 +59,29 @@ def first_step(config, folder, workdir):
     process.kill()
     process.wait()
     text = log.read_text()
-    return (seconds, text.count("Finished XLA compilation of"),
-            text.count("Persistent compilation cache hit"))
+    return (
+        seconds,
+        text.count("Finished XLA compilation of"),
+        text.count("Persistent compilation cache hit"),
+    )
 
 
 def main():
     """Starts three times."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/toybox_dpo.py")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         for name, workdir in ("cold", "first"), ("again", "second"), ("resumed", "second"):
             seconds, compiled, found = first_step(arguments.config, folder, workdir)
-            print(f"{name:8s} {seconds:6.1f} s to the first step; {compiled} programs, of which "
-                  f"{found} were in the cache", flush=True)
+            print(
+                f"{name:8s} {seconds:6.1f} s to the first step; {compiled} programs, of which "
+                f"{found} were in the cache",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

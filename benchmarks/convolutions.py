@@ -18,14 +18,24 @@ from focusdpo_jax import compiling
 from focusdpo_jax.models.convolution import conv2d
 
 # Batch, side, channels in and out: of Toybox, then of SDXL at a quarter of its widths.
-SHAPES = [(32, 16, 32, 32), (32, 16, 96, 32), (32, 16, 64, 64), (32, 8, 64, 64), (32, 8, 128, 64),
-          (2, 64, 80, 80), (2, 32, 160, 160), (2, 16, 320, 320), (2, 16, 640, 320)]
+SHAPES = [
+    (32, 16, 32, 32),
+    (32, 16, 96, 32),
+    (32, 16, 64, 64),
+    (32, 8, 64, 64),
+    (32, 8, 128, 64),
+    (2, 64, 80, 80),
+    (2, 32, 160, 160),
+    (2, 16, 320, 320),
+    (2, 16, 640, 320),
+]
 
 
 def xla(x, kernel):
     """XLA's convolution and its automatic gradient."""
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def with_gradients(function):
@@ -44,10 +54,14 @@ def main(repeats=25):
         outer = jax.random.normal(keys[2], (batch, side, side, features))
         products = 2 * x.size * 9 * features
         for name, passes, arguments, kind in (
-                ("forward", 1, (x, kernel), lambda f: f),
-                ("gradients", 2, (x, kernel, outer), with_gradients)):
-            programs = [jax.jit(kind(xla)), jax.jit(kind(xla), compiler_options=options),
-                        jax.jit(kind(conv2d), compiler_options=options)]
+            ("forward", 1, (x, kernel), lambda f: f),
+            ("gradients", 2, (x, kernel, outer), with_gradients),
+        ):
+            programs = [
+                jax.jit(kind(xla)),
+                jax.jit(kind(xla), compiler_options=options),
+                jax.jit(kind(conv2d), compiler_options=options),
+            ]
             first, *_, ours = [jax.tree.leaves(program(*arguments)) for program in programs]
             error = max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in zip(first, ours))
             times = np.empty((repeats, len(programs)))
@@ -57,10 +71,12 @@ def main(repeats=25):
                     jax.block_until_ready(program(*arguments))
                     row[i] = time.perf_counter() - start
             faster = np.median(times[:, :1] / times, axis=0)
-            print(f"{batch:3d} x {side:2d} x {side:2d}, {width:3d} -> {features:3d}, {name:9s}: "
-                  f"{passes * products / np.median(times[:, 0]) / 1e9:4.0f} GFLOP/s; with options "
-                  f"{faster[1]:.2f} times, ours {faster[2]:.2f} times; error {error:.1e}",
-                  flush=True)
+            print(
+                f"{batch:3d} x {side:2d} x {side:2d}, {width:3d} -> {features:3d}, {name:9s}: "
+                f"{passes * products / np.median(times[:, 0]) / 1e9:4.0f} GFLOP/s; with options "
+                f"{faster[1]:.2f} times, ours {faster[2]:.2f} times; error {error:.1e}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

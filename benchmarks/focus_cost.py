@@ -46,20 +46,35 @@ def case(name):
         return config, GeneratorConfig.from_dict(config.model.sizes.to_dict())
     text = CLIPTextConfig()
     return load_config("sdxl_dpo"), GeneratorConfig(
-        unet=UNetConfig(image_context=True), vae=VAEConfig(), text_encoder=text,
-        text_encoder_2=CLIPTextConfig(hidden_size=1280, num_layers=32, num_heads=20,
-                                      intermediate_size=5120, activation="gelu",
-                                      projection_dim=1280),
-        image_encoder=CLIPVisionConfig(), adapter=SubjectAdapterConfig())
+        unet=UNetConfig(image_context=True),
+        vae=VAEConfig(),
+        text_encoder=text,
+        text_encoder_2=CLIPTextConfig(
+            hidden_size=1280,
+            num_layers=32,
+            num_heads=20,
+            intermediate_size=5120,
+            activation="gelu",
+            projection_dim=1280,
+        ),
+        image_encoder=CLIPVisionConfig(),
+        adapter=SubjectAdapterConfig(),
+    )
 
 
 def shapes_of(generator, config):
     """Shapes of all parameters, in the types in which a run keeps them."""
+
     def typed(part):
         tree = jax.eval_shape(lambda: generator.init_part(part, jax.random.key(0)))
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, models.stored_type(
-                config, (part, *(key.key for key in path)), leaf.shape)), tree)
+            lambda path, leaf: jax.ShapeDtypeStruct(
+                leaf.shape,
+                models.stored_type(config, (part, *(key.key for key in path)), leaf.shape),
+            ),
+            tree,
+        )
+
     return {part: typed(part) for part in PARTS}
 
 
@@ -72,13 +87,18 @@ def batch_shapes(generator, config):
         return jax.ShapeDtypeStruct((count, *shape), dtype)
 
     return PreferenceBatch(
-        chosen=array(jnp.uint8, side, side, 3), rejected=array(jnp.uint8, side, side, 3),
+        chosen=array(jnp.uint8, side, side, 3),
+        rejected=array(jnp.uint8, side, side, 3),
         references=array(jnp.uint8, SLOTS, reference, reference, 3),
         reference_masks=array(bool, SLOTS, reference, reference),
-        masks=array(bool, SLOTS, side, side), present=array(bool, SLOTS),
-        prior_mask=array(bool, side, side), time_ids=array(jnp.float32, 6),
+        masks=array(bool, SLOTS, side, side),
+        present=array(bool, SLOTS),
+        prior_mask=array(bool, side, side),
+        time_ids=array(jnp.float32, 6),
         token_ids=array(jnp.int32, 2, generator.config.text_encoder.max_length),
-        index=array(jnp.int32), truth={})
+        index=array(jnp.int32),
+        truth={},
+    )
 
 
 class Programs:
@@ -92,11 +112,14 @@ class Programs:
         source, encode = tasks.make_encoder(generator, config, self.buckets)
         self.pairs = jax.eval_shape(encode, parameters, batch_shapes(generator, config))
         self.objective = objectives.Objective(
-            generator, config, jnp.zeros((2, sizes.text_encoder.max_length), jnp.int32), source)
+            generator, config, jnp.zeros((2, sizes.text_encoder.max_length), jnp.int32), source
+        )
         self.frozen = {
             "parameters": {k: v for k, v in rest.items() if k in self.objective.parts},
             "reference": jax.eval_shape(
-                lambda tree: tasks.as_computed(tree, config.dtype), self.trainable)}
+                lambda tree: tasks.as_computed(tree, config.dtype), self.trainable
+            ),
+        }
 
     def guides(self):
         """{structure: (traced guide, its arguments)}."""
@@ -112,7 +135,11 @@ class Programs:
         (structure, numbers), key = next(iter(self.buckets.values())), jax.random.key(0)
         guidance, _ = jax.eval_shape(
             lambda *arguments: self.objective.guide(structure, *arguments),
-            self.frozen, self.pairs, numbers, key)
+            self.frozen,
+            self.pairs,
+            numbers,
+            key,
+        )
         arguments = (self.trainable, self.frozen, self.pairs, guidance, numbers, key)
         gradient = jax.jit(jax.value_and_grad(self.objective.loss, has_aux=True))
         return gradient.trace(*arguments), arguments
@@ -120,9 +147,16 @@ class Programs:
 
 def seconds(programs, repeats):
     """Median times of compiled programs on zeros, [(compiled, arguments)], which run in turn."""
-    programs = [(compiled, jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x,
-        arguments)) for compiled, arguments in programs]
+    programs = [
+        (
+            compiled,
+            jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x,
+                arguments,
+            ),
+        )
+        for compiled, arguments in programs
+    ]
     times = []
     for _ in range(repeats + 1):
         times.append([])
@@ -135,6 +169,7 @@ def seconds(programs, repeats):
 
 def measure(name, repeats):
     """Prints a line for `dpo` and for each source and structure of `focus_dpo`."""
+
     def finished(traced, arguments):
         compiled = traced.lower().compile() if repeats else None
         return flops.count(traced).total, (compiled, arguments)
@@ -151,8 +186,10 @@ def measure(name, repeats):
             guide = finished(*guide)
             base = base or guide
             total, plain = guide[0] + update[0], base[0] + update[0]
-            line = (f"{name:8s} {structure!s:24s} {features:10s} {total:.4e} operations, "
-                    f"{total / plain:.4f} of dpo's")
+            line = (
+                f"{name:8s} {structure!s:24s} {features:10s} {total:.4e} operations, "
+                f"{total / plain:.4f} of dpo's"
+            )
             if repeats:
                 mine, its, shared = seconds([guide[1], base[1], update[1]], repeats)
                 line += f"; {mine + shared:.3f} s, {(mine + shared) / (its + shared):.3f}"
@@ -162,9 +199,11 @@ def measure(name, repeats):
 def main():
     """Measures each case."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["toybox", "debug"],
-                        choices=["toybox", "debug", "sdxl"])
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=["toybox", "debug"], choices=["toybox", "debug", "sdxl"]
+    )
     parser.add_argument("--repeats", type=int, default=0)
     arguments = parser.parse_args()
     for name in arguments.cases:

@@ -29,9 +29,16 @@ from focusdpo_jax.models.unet import UNet, UNetConfig  # noqa: E402
 FULL, FULL_SIDE = UNetConfig(), 64
 SMALL_SIDE = 12
 SMALL = UNetConfig(
-    block_out_channels=(16, 24, 32), transformer_layers_per_block=(0, 1, 2),
-    mid_transformer_layers=2, layers_per_block=1, num_heads=(2, 3, 4), cross_attention_dim=24,
-    addition_time_embed_dim=8, pooled_dim=20, norm_groups=8)
+    block_out_channels=(16, 24, 32),
+    transformer_layers_per_block=(0, 1, 2),
+    mid_transformer_layers=2,
+    layers_per_block=1,
+    num_heads=(2, 3, 4),
+    cross_attention_dim=24,
+    addition_time_embed_dim=8,
+    pooled_dim=20,
+    norm_groups=8,
+)
 OUTPUT, RESULT = "output_{}.npy", "result_{}.json"
 
 
@@ -43,15 +50,19 @@ def inputs(config, side):
         return rng.normal(size=shape).astype(np.float32)
 
     return dict(
-        sample=normal(1, side, side, config.in_channels), timesteps=np.array([500], np.int32),
-        text=normal(1, 77, config.cross_attention_dim), pooled=normal(1, config.pooled_dim),
-        time_ids=np.array([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]], np.float32))
+        sample=normal(1, side, side, config.in_channels),
+        timesteps=np.array([500], np.int32),
+        text=normal(1, 77, config.cross_attention_dim),
+        pooled=normal(1, config.pooled_dim),
+        time_ids=np.array([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]], np.float32),
+    )
 
 
 def theirs(folder, config, side):
     """Makes diffusers' model, writes it and runs it: the output, and what took how long."""
     import diffusers
     import torch
+
     torch.manual_seed(0)
     values = diffusers_configs.write_unet(config, side)
     start = time.monotonic()
@@ -62,14 +73,18 @@ def theirs(folder, config, side):
     batch = {name: torch.from_numpy(value) for name, value in inputs(config, side).items()}
     start = time.monotonic()
     output = model(
-        batch["sample"].permute(0, 3, 1, 2), batch["timesteps"], batch["text"],
-        added_cond_kwargs={"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}).sample
+        batch["sample"].permute(0, 3, 1, 2),
+        batch["timesteps"],
+        batch["text"],
+        added_cond_kwargs={"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]},
+    ).sample
     return output.permute(0, 2, 3, 1).numpy(), seconds | {"run": time.monotonic() - start}
 
 
 def ours(folder, config, side):
     """Reads the files and runs our model: the output, and what took how long."""
     import jax
+
     path = folder / "unet" / "config.json"
     read = diffusers_configs.read_unet(json.loads(path.read_text()), str(path))
     assert read == config, (read, config)
@@ -77,8 +92,12 @@ def ours(folder, config, side):
     example = jax.eval_shape(unet.init, jax.random.key(0), **batch)["params"]
     start = time.monotonic()
     params = diffusers_folder.load_part(
-        folder, "unet", example, dtype=np.float32,
-        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        folder,
+        "unet",
+        example,
+        dtype=np.float32,
+        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
     seconds = {"read": time.monotonic() - start}
 
     def predict(params, batch):

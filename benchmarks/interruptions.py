@@ -45,27 +45,48 @@ class Command:
 COMMANDS = {
     "prepare": Command(
         lambda shared, round_: [
-            "focusdpo_jax.prepare", f"--manifest={shared / 'source' / 'manifest.jsonl'}",
-            f"--output={round_ / 'prepared'}", "--resolution=64", "--workers=2"],
-        "prepared"),
+            "focusdpo_jax.prepare",
+            f"--manifest={shared / 'source' / 'manifest.jsonl'}",
+            f"--output={round_ / 'prepared'}",
+            "--resolution=64",
+            "--workers=2",
+        ],
+        "prepared",
+    ),
     "cache pass": Command(
         lambda shared, round_: [
-            "focusdpo_jax.main", "--config=configs/toybox_dpo.py", f"--workdir={round_ / 'run'}",
-            "--config.data.source=prepared", f"--config.data.path={round_ / 'prepared'}",
-            "--config.steps=1", "--config.batch_size=4", "--config.checkpoint_every=10",
-            "--config.evaluation.pictures=0", "--config.evaluation.batch_size=2"],
-        "prepared", ("prepare",)),
+            "focusdpo_jax.main",
+            "--config=configs/toybox_dpo.py",
+            f"--workdir={round_ / 'run'}",
+            "--config.data.source=prepared",
+            f"--config.data.path={round_ / 'prepared'}",
+            "--config.steps=1",
+            "--config.batch_size=4",
+            "--config.checkpoint_every=10",
+            "--config.evaluation.pictures=0",
+            "--config.evaluation.batch_size=2",
+        ],
+        "prepared",
+        ("prepare",),
+    ),
     "disrupt": Command(
         lambda shared, round_: [
-            "focusdpo_jax.disrupt", f"--manifest={shared / 'source' / 'scenes.jsonl'}",
-            f"--output={round_ / 'pairs'}", "--candidates=2", "--steps=2", "--strength=1"],
-        "pairs"),
+            "focusdpo_jax.disrupt",
+            f"--manifest={shared / 'source' / 'scenes.jsonl'}",
+            f"--output={round_ / 'pairs'}",
+            "--candidates=2",
+            "--steps=2",
+            "--strength=1",
+        ],
+        "pairs",
+    ),
 }
 
 
 def write_pairs(folder):
     """A manifest of Toybox scenes with its pictures, and one of the chosen ones of some."""
     from focusdpo_jax import toybox
+
     world, lines = toybox.World(resolution=SIDE), []
     folder.mkdir(parents=True)
     for i in range(PAIRS):
@@ -74,34 +95,51 @@ def write_pairs(folder):
             files[name] = record[name]
         subjects = []
         for j, subject in enumerate(record["subjects"]):
-            names = {name: f"{i}_{j}_{name}.png"
-                     for name in ("reference", "reference_mask", "mask")}
+            names = {
+                name: f"{i}_{j}_{name}.png" for name in ("reference", "reference_mask", "mask")
+            }
             subjects.append({"phrase": subject["phrase"], **names})
             files |= {f"{j}_{name}": subject[name] for name in names}
         for name, pixels in files.items():
             Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels).save(
-                folder / f"{i}_{name}.png")
-        lines.append({"caption": record["caption"], "subjects": subjects} | {
-            name: f"{i}_{name}.png" for name in ("chosen", "rejected", "prior_mask")})
+                folder / f"{i}_{name}.png"
+            )
+        lines.append(
+            {"caption": record["caption"], "subjects": subjects}
+            | {name: f"{i}_{name}.png" for name in ("chosen", "rejected", "prior_mask")}
+        )
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scenes = [{name: line[name] for name in ("caption", "chosen", "subjects")}
-              for line in lines[:SCENES]]
+    scenes = [
+        {name: line[name] for name in ("caption", "chosen", "subjects")} for line in lines[:SCENES]
+    ]
     (folder / "scenes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scenes))
 
 
 def start(arguments, shared):
     """The command as a process group of its own, so that its workers die with it."""
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=os.environ | environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def names(folder):
     """Paths of all that lies in a folder."""
-    return {os.path.join(where, name)
-            for where, folders, files in os.walk(folder) for name in [*folders, *files]}
+    return {
+        os.path.join(where, name)
+        for where, folders, files in os.walk(folder)
+        for name in [*folders, *files]
+    }
 
 
 def watch(process, folder, until=float("inf")):
@@ -128,8 +166,11 @@ def finish(process):
 
 def contents(folder):
     """{path: bytes} of a folder's files."""
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def disturb(name, shared, changes, kills, draw):
@@ -159,8 +200,10 @@ def disturb(name, shared, changes, kills, draw):
         total += len(expected.keys() | found.keys())
         equal += sum(found.get(path) == content for path, content in expected.items())
         shutil.rmtree(round_)
-    print(f"{name}: {done} kills in {rounds} rounds; {equal} of {total} files byte-identical",
-          flush=True)
+    print(
+        f"{name}: {done} kills in {rounds} rounds; {equal} of {total} files byte-identical",
+        flush=True,
+    )
     return equal == total
 
 
@@ -175,13 +218,23 @@ def begin(command, shared, round_):
 def main():
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/interruptions"),
-                        help="folder for all there is; emptied first")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/interruptions"),
+        help="folder for all there is; emptied first",
+    )
     parser.add_argument("--kills", type=int, default=12, help="of each command, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=list(COMMANDS),
-                        help="one needs those that make what it reads")
+    parser.add_argument(
+        "--commands",
+        nargs="+",
+        default=list(COMMANDS),
+        choices=list(COMMANDS),
+        help="one needs those that make what it reads",
+    )
     options = parser.parse_args()
     shared, draw, good = options.output.resolve(), random.Random(options.seed), True
     shutil.rmtree(shared, ignore_errors=True)

@@ -19,21 +19,43 @@ import sys
 import time
 
 SETTINGS = {
-    "steps": 120, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "sample_every": 10**6,
-    "decay": "constant", "data.train_size": 16, "data.validation_size": 2, "data.test_size": 2,
-    "evaluation.scenes": 0, "evaluation.pictures": 1, "evaluation.batch_size": 4,
-    "sampling.steps": 1}
+    "steps": 120,
+    "batch_size": 4,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "sample_every": 10**6,
+    "decay": "constant",
+    "data.train_size": 16,
+    "data.validation_size": 2,
+    "data.test_size": 2,
+    "evaluation.scenes": 0,
+    "evaluation.pictures": 1,
+    "evaluation.batch_size": 4,
+    "sampling.steps": 1,
+}
 
 
 def start(output, workdir):
     """A process of the run, with compiled programs and data shared by all of them."""
     overrides = SETTINGS | {"data.path": str(output / "data")}
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(output / "cache"),
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(output / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", "focusdpo_jax.main", "--config=configs/toybox_dpo.py",
-         f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items())],
-        env=os.environ | cache, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            "-m",
+            "focusdpo_jax.main",
+            "--config=configs/toybox_dpo.py",
+            f"--workdir={workdir}",
+            *(f"--config.{k}={v}" for k, v in overrides.items()),
+        ],
+        env=os.environ | cache,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def logged(workdir):
@@ -87,9 +109,14 @@ def finish(process):
 def main():
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/kills"),
-                        help="folder of the runs; emptied first")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/kills"),
+        help="folder of the runs; emptied first",
+    )
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
@@ -108,18 +135,26 @@ def main():
             break
         done += 1
         in_saves += saving(killed)
-        print(f"kill {done}: after step {step}"
-              f"{', a checkpoint half written' if saving(killed) else ''}", flush=True)
+        print(
+            f"kill {done}: after step {step}"
+            f"{', a checkpoint half written' if saving(killed) else ''}",
+            flush=True,
+        )
     finish(start(output, killed))
 
     losses, expected = logged(killed), logged(calm)
     equal = sum(losses.get(step) == loss for step, loss in expected.items())
     files = sorted(path.name for path in (calm / "model").glob("*.safetensors"))
-    same = [name for name in files
-            if (calm / "model" / name).read_bytes() == (killed / "model" / name).read_bytes()]
-    print(f"{done} kills, {in_saves} of them while a checkpoint was being written; "
-          f"{equal} of {len(expected)} losses equal; "
-          f"{len(same)} of {len(files)} parameter files bit-identical")
+    same = [
+        name
+        for name in files
+        if (calm / "model" / name).read_bytes() == (killed / "model" / name).read_bytes()
+    ]
+    print(
+        f"{done} kills, {in_saves} of them while a checkpoint was being written; "
+        f"{equal} of {len(expected)} losses equal; "
+        f"{len(same)} of {len(files)} parameter files bit-identical"
+    )
     if equal != len(expected) or same != files:
         raise SystemExit(1)
 

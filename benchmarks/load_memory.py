@@ -40,7 +40,8 @@ def main(gigabytes=5.0):
         path = os.path.join(folder, "model.safetensors")
         write_sparse(path, example)
         place = tensor_file.placement(
-            jnp.bfloat16, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+            jnp.bfloat16, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
         before = peak()
         tensors, _ = tensor_file.read(path)
         params = pytorch_names.to_flax(tensors, example, path, place)
@@ -56,7 +57,10 @@ def write_sparse(path, example):
         *window, inputs, outputs = layer["kernel"].shape
         end = position + 2 * layer["kernel"].size
         header[f"{name.replace('_', '.')}.weight"] = {
-            "dtype": "BF16", "shape": [outputs, inputs, *window], "data_offsets": [position, end]}
+            "dtype": "BF16",
+            "shape": [outputs, inputs, *window],
+            "data_offsets": [position, end],
+        }
         position = end
     text = json.dumps(header).encode()
     with open(path, "wb") as file:

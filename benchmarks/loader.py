@@ -49,7 +49,7 @@ def noise(draw, side):
 
 def disc(side, y, x, radius):
     """bool [side, side]."""
-    return np.hypot(*np.mgrid[-y:side - y, -x:side - x]) < radius
+    return np.hypot(*np.mgrid[-y : side - y, -x : side - x]) < radius
 
 
 def make_record(draw):
@@ -60,13 +60,24 @@ def make_record(draw):
         mask = disc(SIDE, *draw.integers(200, 800, 2), 180)
         rejected[mask] = 255 - rejected[mask]
         prior |= mask
-        subjects.append({
-            "phrase": "a thing", "reference": noise(draw, REFERENCE),
-            "reference_mask": disc(REFERENCE, 259, 259, 200), "mask": mask,
-            "box": np.array([0, 0, 1, 1], np.float32)})
-    return {"caption": CAPTION, "chosen": chosen, "rejected": rejected, "prior_mask": prior,
-            "original_size": np.array([SIDE, SIDE], np.int32), "crop": np.zeros(2, np.int32),
-            "subjects": subjects}
+        subjects.append(
+            {
+                "phrase": "a thing",
+                "reference": noise(draw, REFERENCE),
+                "reference_mask": disc(REFERENCE, 259, 259, 200),
+                "mask": mask,
+                "box": np.array([0, 0, 1, 1], np.float32),
+            }
+        )
+    return {
+        "caption": CAPTION,
+        "chosen": chosen,
+        "rejected": rejected,
+        "prior_mask": prior,
+        "original_size": np.array([SIDE, SIDE], np.int32),
+        "crop": np.zeros(2, np.int32),
+        "subjects": subjects,
+    }
 
 
 def write_files(record, folder, encode):
@@ -74,8 +85,9 @@ def write_files(record, folder, encode):
     folder.mkdir(parents=True)
     named = {f"{name}.png": record[name] for name in ("chosen", "rejected", "prior_mask")}
     for slot, subject in enumerate(record["subjects"]):
-        named |= {f"{slot}_{name}.png": subject[name]
-                  for name in ("reference", "reference_mask", "mask")}
+        named |= {
+            f"{slot}_{name}.png": subject[name] for name in ("reference", "reference_mask", "mask")
+        }
     for name, pixels in named.items():
         (folder / name).write_bytes(encode(pixels))
 
@@ -109,19 +121,23 @@ class Files:
 
         slots = range(SUBJECTS)
         return {
-            "chosen": read("chosen.png"), "rejected": read("rejected.png"),
+            "chosen": read("chosen.png"),
+            "rejected": read("rejected.png"),
             "prior_mask": read("prior_mask.png", mask=True),
             "references": torch.stack([read(f"{i}_reference.png", SEEN) for i in slots]),
             "reference_masks": torch.stack(
-                [read(f"{i}_reference_mask.png", SEEN, mask=True) for i in slots]),
+                [read(f"{i}_reference_mask.png", SEEN, mask=True) for i in slots]
+            ),
             "masks": torch.stack([read(f"{i}_mask.png", mask=True) for i in slots]),
-            "index": index}
+            "index": index,
+        }
 
 
 def encoded(folder, count):
     """A source of pairs as SDXL's encoders leave them: random numbers of the same shapes."""
     from focusdpo_jax.models.generator import ImageView
     from focusdpo_jax.training import encoding, encoding_cache
+
     draw, side = np.random.default_rng(0), SIDE // 8
 
     def normal(*shape, dtype=np.float32):
@@ -129,13 +145,22 @@ def encoded(folder, count):
 
     def encode(parameters, batch):
         return encoding.EncodedPairs(
-            latents_mean=normal(2, side, side, 4), latents_deviation=normal(2, side, side, 4),
-            token_ids=np.zeros((1, 2, 77), np.int32), text=normal(77, 2048, dtype=jnp.bfloat16),
-            pooled=normal(1280, dtype=jnp.bfloat16), time_ids=normal(6), prior=normal(side, side),
+            latents_mean=normal(2, side, side, 4),
+            latents_deviation=normal(2, side, side, 4),
+            token_ids=np.zeros((1, 2, 77), np.int32),
+            text=normal(77, 2048, dtype=jnp.bfloat16),
+            pooled=normal(1280, dtype=jnp.bfloat16),
+            time_ids=normal(6),
+            prior=normal(side, side),
             references=ImageView(normal(SUBJECTS, 257, 1280, dtype=jnp.bfloat16)),
-            present=np.ones((1, SUBJECTS), bool), prototypes=None,
-            similarity=normal(2, SUBJECTS + 1, 16, 16), area=normal(SUBJECTS),
-            detail=normal(2, side, side), quality=normal(side, side), index=batch.index)
+            present=np.ones((1, SUBJECTS), bool),
+            prototypes=None,
+            similarity=normal(2, SUBJECTS + 1, 16, 16),
+            area=normal(SUBJECTS),
+            detail=normal(2, side, side),
+            quality=normal(side, side),
+            index=batch.index,
+        )
 
     batches = (types.SimpleNamespace(index=np.array([i])) for i in range(count))
     return encoding_cache.cached(folder, {}, {}, None, dict, encode, batches, count)
@@ -154,19 +179,28 @@ def itself(entry):
 def ours(source, workers, batch_size, transform=None):
     """Our loader: an iterator over batches, and what ends it."""
     from focusdpo_jax.data import loader
+
     transform = transform or loader.pair_transform(
-        tokenize=tokenize, num_subjects=SUBJECTS, reference_size=SEEN)
-    batches = loader.make_loader(source, batch_size=batch_size, seed=0, transform=transform,
-                                 workers=workers)
+        tokenize=tokenize, num_subjects=SUBJECTS, reference_size=SEEN
+    )
+    batches = loader.make_loader(
+        source, batch_size=batch_size, seed=0, transform=transform, workers=workers
+    )
     return batches, batches.close
 
 
 def pytorch(folders, workers, batch_size):
     """PyTorch's: the same, epoch after epoch."""
     import torch
+
     loader = torch.utils.data.DataLoader(
-        Files(folders), batch_size, shuffle=True, num_workers=workers, persistent_workers=True,
-        multiprocessing_context="spawn")
+        Files(folders),
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
 
     def forever():
         while True:
@@ -207,18 +241,28 @@ def measure(make, batches, batch_size):
 def main():
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/loader"),
-                        help="folder of the data; emptied first")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/loader"),
+        help="folder of the data; emptied first",
+    )
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--batches", type=int, default=16, help="read in each turn")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--tflops", type=float, default=400.0,
-                        help="that an accelerator does of SDXL's step (40 %% of an H100's peak)")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=400.0,
+        help="that an accelerator does of SDXL's step (40 %% of an H100's peak)",
+    )
     options = parser.parse_args()
     from focusdpo_jax.data import dataset, images
+
     shutil.rmtree(options.output, ignore_errors=True)
     draw = np.random.default_rng(0)
     records = [make_record(draw) for _ in range(options.pairs)]
@@ -227,8 +271,9 @@ def main():
         folders[kind] = [options.output / kind / f"{i:04d}" for i in range(options.pairs)]
         for record, folder in zip(records, folders[kind], strict=True):
             write_files(record, folder, encode)
-    path = dataset.build(options.output, "benchmark", {"train": records}, {"seed": 0},
-                         max_subjects=SUBJECTS)
+    path = dataset.build(
+        options.output, "benchmark", {"train": records}, {"seed": 0}, max_subjects=SUBJECTS
+    )
     del records
     source = dataset.open_source(path, "train")
 
@@ -242,22 +287,27 @@ def main():
         f"PyTorch, PIL's files, {many} processes": lambda: pytorch(folders["PIL's"], many, size),
         "PyTorch, our files, 1 process": lambda: pytorch(folders["our"], 1, size),
         "ours, encoded pairs, threads": lambda: ours(seen, 0, size, itself),
-        "ours, encoded pairs, 1 process": lambda: ours(seen, 1, size, itself)}
+        "ours, encoded pairs, 1 process": lambda: ours(seen, 1, size, itself),
+    }
     found = {name: [] for name in loaders}
     for _ in range(options.turns):
         for name, make in loaders.items():
             found[name].append(measure(make, options.batches, size))
-    print(f"{'images of 1024 px (and references)':36} {'a second':>9} {'a core second':>14} "
-          f"{'pairs a core second':>20}")
+    print(
+        f"{'images of 1024 px (and references)':36} {'a second':>9} {'a core second':>14} "
+        f"{'pairs a core second':>20}"
+    )
     pairs = {}
     for name, values in found.items():
         rate, core = np.median(values, axis=0)
         pairs[name] = core / PICTURES
         print(f"{name:36} {rate:9.1f} {core:14.1f} {core / PICTURES:20.1f}")
     step = options.tflops / TERAFLOP
-    print(f"SDXL's step takes {TERAFLOP:.1f} TFLOP a pair: at {options.tflops:.0f} TFLOP/s "
-          f"{step:.1f} pairs a second. One core reads {pairs['ours, 1 process'] / step:.1f} times "
-          f"as many, of encoded ones {pairs['ours, encoded pairs, 1 process'] / step:.0f} times.")
+    print(
+        f"SDXL's step takes {TERAFLOP:.1f} TFLOP a pair: at {options.tflops:.0f} TFLOP/s "
+        f"{step:.1f} pairs a second. One core reads {pairs['ours, 1 process'] / step:.1f} times "
+        f"as many, of encoded ones {pairs['ours, encoded pairs, 1 process'] / step:.0f} times."
+    )
 
 
 if __name__ == "__main__":

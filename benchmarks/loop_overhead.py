@@ -96,9 +96,14 @@ def with_interval(statistic, seconds, draws=2000):
 def main():
     """Prints what the loop adds to its steps."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", default=["sdxl_dpo", "debug"],
-                        help="name in configs/, and its argument")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=["sdxl_dpo", "debug"],
+        help="name in configs/, and its argument",
+    )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--length", type=int, default=20, help="steps of a stretch")
     parser.add_argument("--profile", action="store_true")
@@ -106,8 +111,9 @@ def main():
     config = load_config(*arguments.config)
     # Of the last step's end only the loop is wanted, neither checkpoint nor picture.
     steps = (arguments.rounds + WARMUP) * 2 * arguments.length + 1
-    config.update({"steps": steps, "log_every": 10, "sample_every": 10**6,
-                   "checkpoint_every": 10**6})
+    config.update(
+        {"steps": steps, "log_every": 10, "sample_every": 10**6, "checkpoint_every": 10**6}
+    )
     config.evaluation.update({"pictures": 0, "scenes": 0})
     profile = cProfile.Profile()
     if not arguments.profile:
@@ -115,10 +121,14 @@ def main():
     seconds = run(config, arguments.length, profile)
     in_loop, bare, alone = 1e3 * np.median(seconds, axis=0)
     print(f"{bare:.1f} ms a bare step, {in_loop:.1f} ms in the loop, {alone:.2f} ms the loop alone")
-    print("the loop alone, of a bare step:",
-          with_interval(lambda s: np.median(s[:, 2] / s[:, 1]), seconds))
-    print("the loop with its steps, more than bare ones:",
-          with_interval(lambda s: np.median(s[:, 0] / s[:, 1]) - 1, seconds))
+    print(
+        "the loop alone, of a bare step:",
+        with_interval(lambda s: np.median(s[:, 2] / s[:, 1]), seconds),
+    )
+    print(
+        "the loop with its steps, more than bare ones:",
+        with_interval(lambda s: np.median(s[:, 0] / s[:, 1]) - 1, seconds),
+    )
     if arguments.profile:
         pstats.Stats(profile).sort_stats("cumulative").print_stats(25)
 

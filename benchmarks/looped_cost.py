@@ -26,10 +26,12 @@ def count(compiled):
             # What a computation calls stands before it.
             called = itertools.takewhile(lambda other: other != name, program.texts)
             texts = [program.texts[other].removeprefix("ENTRY ") for other in (*called, name)]
-            module = "\n\n".join(["HloModule counted, is_scheduled=true", *texts[:-1],
-                                  f"ENTRY {texts[-1]}"])
+            module = "\n\n".join(
+                ["HloModule counted, is_scheduled=true", *texts[:-1], f"ENTRY {texts[-1]}"]
+            )
             found = _jax.hlo_module_cost_analysis(
-                jax.devices("cpu")[0].client, _hlo.hlo_module_from_text(module))
+                jax.devices("cpu")[0].client, _hlo.hlo_module_from_text(module)
+            )
             once[name] = found["flops"], found["bytes accessed"]
         return once[name]
 
@@ -42,8 +44,12 @@ def count(compiled):
             if trips is None:
                 raise ValueError(f"how often does {loop.name} run?")
             each = zip(total(body), bodies_once(body), strict=True)
-            counts = [sum(counted) for counted in zip(
-                counts, (trips * whole - part for whole, part in each), strict=True)]
+            counts = [
+                sum(counted)
+                for counted in zip(
+                    counts, (trips * whole - part for whole, part in each), strict=True
+                )
+            ]
         return counts
 
     return tuple(total(program.entry))

@@ -30,8 +30,12 @@ from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import models
 from focusdpo_jax.training.step import trace_step
 
-CASES = {"toybox": ("toybox_dpo", "", 64), "debug": ("sdxl_dpo", "debug", 64),
-         "sdxl-512": ("sdxl_dpo", "", 512), "sdxl-1024": ("sdxl_dpo", "", 1024)}
+CASES = {
+    "toybox": ("toybox_dpo", "", 64),
+    "debug": ("sdxl_dpo", "debug", 64),
+    "sdxl-512": ("sdxl_dpo", "", 512),
+    "sdxl-1024": ("sdxl_dpo", "", 1024),
+}
 
 
 @dataclasses.dataclass
@@ -65,10 +69,15 @@ class Cost:
 
     def step(self, remat):
         """Of a pair's whole step."""
-        return (2 * (2 * self.forward + self.backward + remat * self.again)
-                + 2 * self.adapter + self.adapter_backward
-                # In the policy each key and value of the references has two gradients.
-                + self.time + self.text + 4 * self.image)
+        return (
+            2 * (2 * self.forward + self.backward + remat * self.again)
+            + 2 * self.adapter
+            + self.adapter_backward
+            # In the policy each key and value of the references has two gradients.
+            + self.time
+            + self.text
+            + 4 * self.image
+        )
 
 
 @dataclasses.dataclass
@@ -126,8 +135,9 @@ def unet(cost, config, side, text_tokens, image_tokens):
         return x, made
 
     cost.time += 2 * (widths[0] * embedding + embedding**2)
-    cost.time += 2 * ((config.pooled_dim + 6 * config.addition_time_embed_dim) * embedding
-                      + embedding**2)
+    cost.time += 2 * (
+        (config.pooled_dim + 6 * config.addition_time_embed_dim) * embedding + embedding**2
+    )
     pixels = [(side // 2**level) ** 2 for level in range(last + 1)]
     cost.layer(2 * pixels[0] * 9 * config.in_channels * widths[0], 0, remat=False)
     x = Features(widths[0])
@@ -142,8 +152,15 @@ def unet(cost, config, side, text_tokens, image_tokens):
     x, _ = stage(x, last, config.mid_transformer_layers, 2, 1, pixels[last])
     for level in reversed(range(last + 1)):
         count = config.layers_per_block + 1
-        x, _ = stage(x, level, config.transformer_layers_per_block[level], count, count,
-                     pixels[level], [skips.pop() for _ in range(count)])
+        x, _ = stage(
+            x,
+            level,
+            config.transformer_layers_per_block[level],
+            count,
+            count,
+            pixels[level],
+            [skips.pop() for _ in range(count)],
+        )
         if level:
             cost.layer(2 * pixels[level - 1] * 9 * x.channels**2, x.reached, remat=False)
     cost.layer(2 * pixels[0] * 9 * widths[0] * config.out_channels, x.reached, remat=False)
@@ -155,8 +172,12 @@ def resampler(cost, config, slots, patches):
     first = 2 * patches * config.input_dim * width
     keys = patches + queries
     attention = 2 * (2 * queries * keys * inner)
-    layer = (2 * (2 * queries * width * inner) + 2 * (2 * keys * width * inner)
-             + attention + 2 * (2 * queries * width * config.expansion * width))
+    layer = (
+        2 * (2 * queries * width * inner)
+        + 2 * (2 * keys * width * inner)
+        + attention
+        + 2 * (2 * queries * width * config.expansion * width)
+    )
     rest = config.depth * layer + 2 * queries * width * config.output_dim
     cost.adapter += slots * (first + rest)
     cost.adapter_backward += slots * (first + 2 * rest)  # The features are given.
@@ -168,8 +189,13 @@ def counted(generator, batch):
         raise SystemExit("only a resampler is counted here")
     slots, patches = batch.references.features.shape[1:3]
     cost = Cost()
-    unet(cost, generator.config.unet, batch.prior.shape[1], batch.text.shape[1],
-         slots * generator.config.adapter.num_tokens)
+    unet(
+        cost,
+        generator.config.unet,
+        batch.prior.shape[1],
+        batch.text.shape[1],
+        slots * generator.config.adapter.num_tokens,
+    )
     resampler(cost, generator.config.adapter, slots, patches)
     return cost
 
@@ -178,8 +204,15 @@ def case(name, remat):
     """The configuration of a case, of `dpo` with an adapter."""
     file, argument, side = CASES[name]
     config = load_config(file, *([argument] if argument else []))
-    config.update({"objective": "dpo", "trainable": "adapter", "resolution": side,
-                   "batch_size": 1, "accumulate": 1})
+    config.update(
+        {
+            "objective": "dpo",
+            "trainable": "adapter",
+            "resolution": side,
+            "batch_size": 1,
+            "accumulate": 1,
+        }
+    )
     config.model.remat = remat
     return config
 
@@ -188,8 +221,9 @@ def ours(config, topology):
     """Operations of our guide and our update for a pair, and the minimum as a Cost."""
     mesh = meshes.make_mesh(config.mesh, 1, chips.devices(topology)[0][:1])
     step = shapes.abstract_step(config, mesh)
-    guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state,
-                                step.batch, step.key)
+    guides, update = trace_step(
+        step.task, step.optimizer, step.task.buckets, step.state, step.batch, step.key
+    )
     done = sum(flops.count(trace()).products for trace in (*guides.values(), update))
     return done, counted(models.abstract_model(config, mesh)[0], step.batch)
 
@@ -197,7 +231,8 @@ def ours(config, topology):
 def main():
     """Prints a line for each case, with and without remat."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", default=["toybox", "debug"], choices=list(CASES))
     parser.add_argument("--topology", default="local", help="local, or a TPU's such as v5e:2x2")
     arguments = parser.parse_args()
@@ -205,8 +240,11 @@ def main():
         for remat in (False, True):
             done, cost = ours(case(name, remat), arguments.topology)
             least = cost.step(remat)
-            print(f"{name:10s} remat {'on ' if remat else 'off'}  ours {done:.4e}  "
-                  f"minimum {least:.4e}, ratio {done / least:.3f}", flush=True)
+            print(
+                f"{name:10s} remat {'on ' if remat else 'off'}  ours {done:.4e}  "
+                f"minimum {least:.4e}, ratio {done / least:.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

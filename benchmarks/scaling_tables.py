@@ -29,10 +29,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "scaling.md"
 PROJECTION = "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors"
 # What is trained: the argument of configs/sdxl_dpo.py, and fields.
-TRAINED = {"adapter": ("", {}), "projection": ("", {"model.adapter": PROJECTION}),
-           "lora": ("lora", {}), "full": ("full", {})}
-WORDS = {"adapter": "resampler adapter", "projection": "projection adapter", "lora": "LoRA",
-         "full": "full"}
+TRAINED = {
+    "adapter": ("", {}),
+    "projection": ("", {"model.adapter": PROJECTION}),
+    "lora": ("lora", {}),
+    "full": ("full", {}),
+}
+WORDS = {
+    "adapter": "resampler adapter",
+    "projection": "projection adapter",
+    "lora": "LoRA",
+    "full": "full",
+}
 # Of a step on TPUs the update alone is compiled; the reference pass is estimated in proportion to it.
 STEP = "update"
 # TPU programs with transformer blocks in a loop compile in about 10 minutes, unrolled in over an hour.
@@ -47,32 +55,70 @@ def _split(data, fsdp):
 def rows(group):
     """[(machine, trained, arguments of `plan` besides --config and --topology as {name: value})]."""
     if group == "debug":
-        return [("h100", "debug", {"config.batch_size": 1, "programs": "update,encoding"}),
-                ("v5e:2x2", "debug", {"programs": STEP})]
+        return [
+            ("h100", "debug", {"config.batch_size": 1, "programs": "update,encoding"}),
+            ("v5e:2x2", "debug", {"programs": STEP}),
+        ]
     if group == "gpus":
         # All programs of the adapter's run; for the others, the two of a step.
-        return [(machine, trained, {"config.batch_size": 1}
-                 | ({} if trained == "adapter" else {"programs": "update,guide"}))
-                for machine in ("h100", "rtx4090") for trained in TRAINED]
+        return [
+            (
+                machine,
+                trained,
+                {"config.batch_size": 1}
+                | ({} if trained == "adapter" else {"programs": "update,guide"}),
+            )
+            for machine in ("h100", "rtx4090")
+            for trained in TRAINED
+        ]
     if group == "tpus":
         found = []
         for machine, count, remat in (
-                ("v5e:4x4", 16, True), ("v5p:2x2x1", 4, False), ("v6e:2x4", 8, True)):
+            ("v5e:4x4", 16, True),
+            ("v5p:2x2x1", 4, False),
+            ("v6e:2x4", 8, True),
+        ):
             for trained in ("adapter", "lora", "full"):
                 narrow = machine == "v5e:4x4" and trained == "adapter"
                 fsdp = count if trained == "full" else 4 if narrow else 1
-                found.append((machine, trained, _fields(
-                    batch_size=count, **LOOPED, **{"model.remat": remat},
-                    **_split(count // fsdp, fsdp)) | {"programs": STEP}))
+                found.append(
+                    (
+                        machine,
+                        trained,
+                        _fields(
+                            batch_size=count,
+                            **LOOPED,
+                            **{"model.remat": remat},
+                            **_split(count // fsdp, fsdp),
+                        )
+                        | {"programs": STEP},
+                    )
+                )
         # One of them as a whole.
-        return [*found, ("v5e:4x4", "lora", _fields(
-            batch_size=16, **LOOPED, **{"model.remat": True}, **_split(16, 1)))]
+        return [
+            *found,
+            (
+                "v5e:4x4",
+                "lora",
+                _fields(batch_size=16, **LOOPED, **{"model.remat": True}, **_split(16, 1)),
+            ),
+        ]
     shapes = {4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
-    return [(f"v5p:{shape}", trained, _fields(
-        batch_size=count, **LOOPED, **{"model.remat": False}, **_split(count // fsdp, fsdp))
-        | {"programs": STEP})
-        for count, shape in shapes.items() for trained in ("adapter", "lora", "full")
-        for fsdp in sorted({"full": {1, 4, min(count, 16)}, "adapter": {1, 4}, "lora": {1}}[trained])]
+    return [
+        (
+            f"v5p:{shape}",
+            trained,
+            _fields(
+                batch_size=count, **LOOPED, **{"model.remat": False}, **_split(count // fsdp, fsdp)
+            )
+            | {"programs": STEP},
+        )
+        for count, shape in shapes.items()
+        for trained in ("adapter", "lora", "full")
+        for fsdp in sorted(
+            {"full": {1, 4, min(count, 16)}, "adapter": {1, 4}, "lora": {1}}[trained]
+        )
+    ]
 
 
 def _fields(**values):
@@ -83,9 +129,18 @@ def command(machine, trained, arguments):
     """The command that plans a row."""
     argument, fields = TRAINED.get(trained, (trained, {}))
     config = "configs/sdxl_dpo.py" + (f":{argument}" if argument else "")
-    return [sys.executable, "-m", "focusdpo_jax.plan", f"--config={config}", f"--topology={machine}",
-            "--json", *(f"--{name}={value}" for name, value in
-                        ({f"config.{k}": v for k, v in fields.items()} | arguments).items())]
+    return [
+        sys.executable,
+        "-m",
+        "focusdpo_jax.plan",
+        f"--config={config}",
+        f"--topology={machine}",
+        "--json",
+        *(
+            f"--{name}={value}"
+            for name, value in ({f"config.{k}": v for k, v in fields.items()} | arguments).items()
+        ),
+    ]
 
 
 def printed(line):
@@ -95,9 +150,11 @@ def printed(line):
 
 def commit():
     """The commit of the checkout, marked where what is planned has changes that are in none."""
+
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "focusdpo_jax", "configs")
     return git("rev-parse", "--short=10", "HEAD") + ("-changed" if changed else "")
@@ -130,11 +187,18 @@ def make(path, row, prefix):
     except json.JSONDecodeError:
         print(f"  failed ({run.returncode}): {run.stderr.strip()[-600:]}", flush=True)
         return
-    found |= {"command": printed(line), "versions": versions(), "row_seconds": time.monotonic() - start,
-              "date": datetime.date.today().isoformat()}
+    found |= {
+        "command": printed(line),
+        "versions": versions(),
+        "row_seconds": time.monotonic() - start,
+        "date": datetime.date.today().isoformat(),
+    }
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"  {gigabytes(found['bytes_per_chip']['peak'])} GB, fits: {found['fits']}, "
-          f"{found['row_seconds']:.0f} s", flush=True)
+    print(
+        f"  {gigabytes(found['bytes_per_chip']['peak'])} GB, fits: {found['fits']}, "
+        f"{found['row_seconds']:.0f} s",
+        flush=True,
+    )
 
 
 def gigabytes(size):
@@ -144,8 +208,11 @@ def gigabytes(size):
 
 def peak(program):
     """A program's peak in a cell, or what it needs at least where it was refused."""
-    return (gigabytes(program["peak"]) if program["peak"]
-            else "> " + gigabytes(program["needs_at_least"] or program["held"]))
+    return (
+        gigabytes(program["peak"])
+        if program["peak"]
+        else "> " + gigabytes(program["needs_at_least"] or program["held"])
+    )
 
 
 def cure_of(program):
@@ -158,39 +225,80 @@ def cure_of(program):
 def peaks_table(found):
     """Peaks of every program: rows of gpus."""
     names = list(dict.fromkeys(name for made in found for name in made["programs"]))
-    lines = ["| machine | trained | encoders | " + " | ".join(f"{name}, GB" for name in names)
-             + " | usable, GB | fits | what makes it fit |", "| --- " * (len(names) + 6) + "|"]
+    lines = [
+        "| machine | trained | encoders | "
+        + " | ".join(f"{name}, GB" for name in names)
+        + " | usable, GB | fits | what makes it fit |",
+        "| --- " * (len(names) + 6) + "|",
+    ]
     for made in found:
         cells = [peak(made["programs"][name]) if name in made["programs"] else "" for name in names]
-        cured = "; ".join(f"{name}: {cure_of(program)}" for name, program in made["programs"].items()
-                          if program["fits"] is False)
+        cured = "; ".join(
+            f"{name}: {cure_of(program)}"
+            for name, program in made["programs"].items()
+            if program["fits"] is False
+        )
         limit = made["bytes_per_chip"]["limit"]
-        lines.append(f"| {made['chips']} x {made['chip'].removeprefix('NVIDIA ')} | {made['row'][1]} | "
-                     f"{'cached' if made['cache'] else 'held'} | " + " | ".join(cells)
-                     + f" | {gigabytes(limit)} | {'yes' if made['fits'] else 'no'} | {cured} |")
+        lines.append(
+            f"| {made['chips']} x {made['chip'].removeprefix('NVIDIA ')} | {made['row'][1]} | "
+            f"{'cached' if made['cache'] else 'held'} | "
+            + " | ".join(cells)
+            + f" | {gigabytes(limit)} | {'yes' if made['fits'] else 'no'} | {cured} |"
+        )
     return lines
 
 
 def step_table(found):
     """Memory, exchange and estimated time of a batch: rows of tpus and chips."""
-    lines = ["| machine | chips | trained | split | remat | held, GB | peak, GB | of | exchanged a chip, GB | "
-             "compute, s | links, s | pairs/s a chip | of the speed on paper | chip-hours for a million pairs |",
-             "| --- " * 14 + "|"]
+    lines = [
+        "| machine | chips | trained | split | remat | held, GB | peak, GB | of | exchanged a chip, GB | "
+        "compute, s | links, s | pairs/s a chip | of the speed on paper | chip-hours for a million pairs |",
+        "| --- " * 14 + "|",
+    ]
     for made in found:
         update = made["programs"]["update"]
-        told = sum(program.get("estimate", {}).get("bytes", 0) for program in made["programs"].values()
-                   if program["when"] == "of every batch")
+        told = sum(
+            program.get("estimate", {}).get("bytes", 0)
+            for program in made["programs"].values()
+            if program["when"] == "of every batch"
+        )
         links = made["seconds_links"] or 0
-        compute = made["seconds_per_batch"] - links if update.get("estimate", {}).get("seconds") else None
+        compute = (
+            made["seconds_per_batch"] - links if update.get("estimate", {}).get("seconds") else None
+        )
         hours = campaign.cost(made, made["chips_per_host"])["chip_hours"] if compute else None
-        mesh = ", ".join(f"`{axis}` = {size}" for axis, size in made["mesh"].items() if size > 1) or "whole"
-        lines.append("| " + " | ".join([
-            made["topology"], str(made["chips"]), made["row"][1], f"{mesh}; {made['batch_size']} pairs",
-            "on" if made["remat"] else "off", gigabytes(update["held"]), peak(update),
-            gigabytes(made["bytes_per_chip"]["limit"]), f"{told / 1e9:.2f}",
-            *(["", "", "", "", ""] if compute is None else [
-                f"{compute:.3g}", f"{links:.3g}", f"{made['pairs_per_second'] / made['chips']:.3g}",
-                f"{made['model_flops_utilisation']:.0%}", f"{hours:.0f}"])]) + " |")
+        mesh = (
+            ", ".join(f"`{axis}` = {size}" for axis, size in made["mesh"].items() if size > 1)
+            or "whole"
+        )
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    made["topology"],
+                    str(made["chips"]),
+                    made["row"][1],
+                    f"{mesh}; {made['batch_size']} pairs",
+                    "on" if made["remat"] else "off",
+                    gigabytes(update["held"]),
+                    peak(update),
+                    gigabytes(made["bytes_per_chip"]["limit"]),
+                    f"{told / 1e9:.2f}",
+                    *(
+                        ["", "", "", "", ""]
+                        if compute is None
+                        else [
+                            f"{compute:.3g}",
+                            f"{links:.3g}",
+                            f"{made['pairs_per_second'] / made['chips']:.3g}",
+                            f"{made['model_flops_utilisation']:.0%}",
+                            f"{hours:.0f}",
+                        ]
+                    ),
+                ]
+            )
+            + " |"
+        )
     return lines
 
 
@@ -205,9 +313,12 @@ def write(found, document, commit_hash):
             continue
         stamp = ", ".join(f"{name} {version}" for name, version in made[0]["versions"].items())
         dates = sorted({each["date"] for each in made})
-        lines = [*TABLES[group](made), "",
-                 f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Made by "
-                 f"`python benchmarks/scaling_tables.py --rows {group} --output=FOLDER`."]
+        lines = [
+            *TABLES[group](made),
+            "",
+            f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Made by "
+            f"`python benchmarks/scaling_tables.py --rows {group} --output=FOLDER`.",
+        ]
         begin, end = f"<!-- {group}: begin -->", f"<!-- {group}: end -->"
         if begin not in text or end not in text:
             raise SystemExit(f"{document} lacks the markers {begin} and {end}")
@@ -219,12 +330,15 @@ def write(found, document, commit_hash):
 def main():
     """Plans what is missing, then writes the tables."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the rows")
     parser.add_argument("--rows", nargs="*", default=[], choices=["gpus", "tpus", "chips", "debug"])
     parser.add_argument("--machines", nargs="*", help="of these alone, such as h100 v5p:2x2x4")
     parser.add_argument("--trained", nargs="*", choices=[*TRAINED, "debug"])
-    parser.add_argument("--commit", help="take and make rows under this commit; default: the checkout's")
+    parser.add_argument(
+        "--commit", help="take and make rows under this commit; default: the checkout's"
+    )
     parser.add_argument("--prefix", default="", help="before each command")
     parser.add_argument("--document", type=pathlib.Path, default=DOCUMENT)
     arguments = parser.parse_args()
@@ -234,9 +348,11 @@ def main():
         found[group] = []
         for row in rows(group):
             path = path_of(arguments.output, group, row, commit_hash)
-            wanted = (group in arguments.rows
-                      and (not arguments.machines or row[0] in arguments.machines)
-                      and (not arguments.trained or row[1] in arguments.trained))
+            wanted = (
+                group in arguments.rows
+                and (not arguments.machines or row[0] in arguments.machines)
+                and (not arguments.trained or row[1] in arguments.trained)
+            )
             if wanted and not path.exists():
                 make(path, row, shlex.split(arguments.prefix))
             if path.exists():

@@ -45,8 +45,11 @@ class Side:
 
     def __init__(self, script, *arguments):
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / script), *map(str, arguments)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True)
+            [sys.executable, str(HERE / script), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def ask(self, request):
         """The JSON answer to "ready", "step" or "memory"."""
@@ -101,8 +104,11 @@ def reset_resident():
 
 def most_resident():
     """Bytes that this process had at most since `reset_resident`."""
-    (line,) = [line for line in pathlib.Path("/proc/self/status").read_text().splitlines()
-               if line.startswith("VmHWM")]
+    (line,) = [
+        line
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return 1024 * int(line.split()[1])
 
 
@@ -123,13 +129,24 @@ def step_in_turn(sides, rounds, warmup):
 def measure(case, peers, rounds, warmup, dtype, *, apart, remat):
     """Prints a line for each side."""
     with tempfile.TemporaryDirectory() as folder:
+
         def peer_sides(names):
-            return [Side("step_diffusers.py", case, folder, name, dtype, int(remat))
-                    for name in names]
+            return [
+                Side("step_diffusers.py", case, folder, name, dtype, int(remat)) for name in names
+            ]
 
         subprocess.run(
-            [sys.executable, str(HERE / "step_inputs.py"), case, folder, str(rounds + warmup),
-             dtype, str(int(remat))], check=True)
+            [
+                sys.executable,
+                str(HERE / "step_inputs.py"),
+                case,
+                folder,
+                str(rounds + warmup),
+                dtype,
+                str(int(remat)),
+            ],
+            check=True,
+        )
 
         def our_side():
             side = Side("step_ours.py", case, folder, dtype, int(remat))
@@ -149,20 +166,26 @@ def measure(case, peers, rounds, warmup, dtype, *, apart, remat):
     seconds = seconds[:, warmup:]
     if np.any(np.isnan(losses)):
         raise SystemExit(f"{case}: losses are not finite: {losses}")
-    print(f"{case:10s} focusdpo_jax       {np.median(seconds[0]):8.3f} s  "
-          f"{memory[0] / 2**20:7.0f} MiB")
+    print(
+        f"{case:10s} focusdpo_jax       {np.median(seconds[0]):8.3f} s  "
+        f"{memory[0] / 2**20:7.0f} MiB"
+    )
     for i, peer in enumerate(peers, 1):
         ratio = np.percentile(seconds[i] / seconds[0], [50, 25, 75])
         apart = np.max(np.abs(losses[i] - losses[0]) / np.abs(losses[0]))
-        print(f"{case:10s} diffusers {peer:8s} {np.median(seconds[i]):8.3f} s  "
-              f"{memory[i] / 2**20:7.0f} MiB  {ratio[0]:.2f} times ours ({ratio[1]:.2f} to "
-              f"{ratio[2]:.2f})  losses apart by {apart:.1e}", flush=True)
+        print(
+            f"{case:10s} diffusers {peer:8s} {np.median(seconds[i]):8.3f} s  "
+            f"{memory[i] / 2**20:7.0f} MiB  {ratio[0]:.2f} times ours ({ratio[1]:.2f} to "
+            f"{ratio[2]:.2f})  losses apart by {apart:.1e}",
+            flush=True,
+        )
 
 
 def main():
     """Measures each case."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", default=["toybox", "quarter"], choices=CASES)
     parser.add_argument("--peers", nargs="*", default=["eager"], choices=PEERS)
     parser.add_argument("--rounds", type=int, default=10)
@@ -172,8 +195,15 @@ def main():
     parser.add_argument("--remat", action="store_true")
     arguments = parser.parse_args()
     for case in arguments.cases:
-        measure(case, arguments.peers, arguments.rounds, arguments.warmup, arguments.dtype,
-                apart=arguments.apart, remat=arguments.remat)
+        measure(
+            case,
+            arguments.peers,
+            arguments.rounds,
+            arguments.warmup,
+            arguments.dtype,
+            apart=arguments.apart,
+            remat=arguments.remat,
+        )
 
 
 if __name__ == "__main__":

@@ -35,10 +35,18 @@ def traced(name):
     config = load_config(*CASES[name])
     mesh = meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
     step = shapes.abstract_step(config, mesh)
-    guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state,
-                                step.batch, step.key, ema_decay=config.ema_decay)
+    guides, update = trace_step(
+        step.task,
+        step.optimizer,
+        step.task.buckets,
+        step.state,
+        step.batch,
+        step.key,
+        ema_decay=config.ema_decay,
+    )
     return {f"guide {structure}": trace() for structure, trace in guides.items()} | {
-        "update": update()}
+        "update": update()
+    }
 
 
 def measure():
@@ -46,15 +54,18 @@ def measure():
     cases = {}
     for name in CASES:
         programs = traced(name)
-        cases[name] = {program: flops.count(found)._asdict()
-                       for program, found in programs.items()}
+        cases[name] = {program: flops.count(found)._asdict() for program, found in programs.items()}
         if name == COMPILED:
             # How well the code is compiled changes no byte, but the time that it takes.
-            compiled = programs["update"].lower().compile(
-                compiler_options={"xla_backend_optimization_level": 0})
+            compiled = (
+                programs["update"]
+                .lower()
+                .compile(compiler_options={"xla_backend_optimization_level": 0})
+            )
             cases[name]["update"] |= {
                 "bytes": compiled.cost_analysis()["bytes accessed"],
-                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            }
     return {"jax": jax.__version__, "cases": cases}
 
 
@@ -75,15 +86,18 @@ def differences(record, found):
                 else:
                     wrong = same_jax and new > old * (1 + TOLERANCE)
                 if wrong:
-                    lines.append(f"{case}, {program}: {name} {old:.6g} are {new:.6g} now "
-                                 f"({new / old - 1:+.2%}); {CURE}")
+                    lines.append(
+                        f"{case}, {program}: {name} {old:.6g} are {new:.6g} now "
+                        f"({new / old - 1:+.2%}); {CURE}"
+                    )
     return lines
 
 
 def main():
     """Compares or records."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", action="store_true")
     record, found = parser.parse_args().record, measure()
     if record:

@@ -1,6 +1,6 @@
 """PyTorch's side of `step.py`: the same step with diffusers' UNet and IP-Adapter.
 
-    step_diffusers.py CASE FOLDER eager|regional|compiled DTYPE REMAT
+step_diffusers.py CASE FOLDER eager|regional|compiled DTYPE REMAT
 """
 
 import copy
@@ -32,8 +32,9 @@ def load_unet(sizes, folder):
     """diffusers' UNet with IP-Adapter's attention."""
     depths = sizes["transformer_layers_per_block"]
     # Copies lie in memory as kernels like it, which the file's bytes need not.
-    tensors = {name: tensor.clone()
-               for name, tensor in load_file(folder / "unet.safetensors").items()}
+    tensors = {
+        name: tensor.clone() for name, tensor in load_file(folder / "unet.safetensors").items()
+    }
     with torch.device("meta"):  # Random parameters of this size would take a minute.
         model = _unet(sizes, depths, tensors)
     model.load_state_dict(tensors, assign=True)
@@ -44,20 +45,31 @@ def _unet(sizes, depths, tensors):
     """The module, whose attention has an image branch where `tensors` have one."""
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
     model = diffusers.UNet2DConditionModel(
-        in_channels=sizes["in_channels"], out_channels=sizes["out_channels"],
-        down_block_types=down, up_block_types=[n.replace("Down", "Up") for n in reversed(down)],
-        block_out_channels=sizes["block_out_channels"], layers_per_block=sizes["layers_per_block"],
+        in_channels=sizes["in_channels"],
+        out_channels=sizes["out_channels"],
+        down_block_types=down,
+        up_block_types=[n.replace("Down", "Up") for n in reversed(down)],
+        block_out_channels=sizes["block_out_channels"],
+        layers_per_block=sizes["layers_per_block"],
         transformer_layers_per_block=[max(depth, 1) for depth in depths],
-        attention_head_dim=sizes["num_heads"], cross_attention_dim=sizes["cross_attention_dim"],
-        norm_num_groups=sizes["norm_groups"], use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=sizes["addition_time_embed_dim"],
+        attention_head_dim=sizes["num_heads"],
+        cross_attention_dim=sizes["cross_attention_dim"],
+        norm_num_groups=sizes["norm_groups"],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=sizes["addition_time_embed_dim"],
         projection_class_embeddings_input_dim=(
-            sizes["pooled_dim"] + 6 * sizes["addition_time_embed_dim"]))
+            sizes["pooled_dim"] + 6 * sizes["addition_time_embed_dim"]
+        ),
+    )
     processors = {}
     for name in model.attn_processors:
         key = tensors.get(f"{name}.to_k_ip.0.weight")
-        processors[name] = AttnProcessor2_0() if key is None else IPAdapterAttnProcessor2_0(
-            key.shape[0], key.shape[1], scale=1.0)
+        processors[name] = (
+            AttnProcessor2_0()
+            if key is None
+            else IPAdapterAttnProcessor2_0(key.shape[0], key.shape[1], scale=1.0)
+        )
     model.set_attn_processor(processors)
     model.encoder_hid_proj = Given()
     model.config.encoder_hid_dim_type = "ip_image_proj"
@@ -67,9 +79,15 @@ def _unet(sizes, depths, tensors):
 def load_adapter(sizes, folder):
     """diffusers' resampler."""
     model = embeddings.IPAdapterPlusImageProjection(
-        embed_dims=sizes["input_dim"], output_dims=sizes["output_dim"],
-        hidden_dims=sizes["width"], depth=sizes["depth"], dim_head=sizes["head_dim"],
-        heads=sizes["num_heads"], num_queries=sizes["num_tokens"], ffn_ratio=sizes["expansion"])
+        embed_dims=sizes["input_dim"],
+        output_dims=sizes["output_dim"],
+        hidden_dims=sizes["width"],
+        depth=sizes["depth"],
+        dim_head=sizes["head_dim"],
+        heads=sizes["num_heads"],
+        num_queries=sizes["num_tokens"],
+        ffn_ratio=sizes["expansion"],
+    )
     model.load_state_dict(load_file(folder / "adapter.safetensors"))
     return model
 
@@ -95,21 +113,35 @@ def make(folder, how, dtype, remat, device):
     reference = copy.deepcopy(unet, shared).requires_grad_(False)
     reference_adapter = copy.deepcopy(adapter).requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        trainable, lr=settings["learning_rate"], betas=(0.9, settings["adam_b2"]), eps=1e-8,
-        weight_decay=settings["weight_decay"])
-    given = {name: torch.from_numpy(value).to(device)
-             for name, value in np.load(folder / "conditioning.npz").items()}
-    text, pooled, time_ids = (given[name].repeat_interleave(2, 0)
-                              for name in ("text", "pooled", "time_ids"))
+        trainable,
+        lr=settings["learning_rate"],
+        betas=(0.9, settings["adam_b2"]),
+        eps=1e-8,
+        weight_decay=settings["weight_decay"],
+    )
+    given = {
+        name: torch.from_numpy(value).to(device)
+        for name, value in np.load(folder / "conditioning.npz").items()
+    }
+    text, pooled, time_ids = (
+        given[name].repeat_interleave(2, 0) for name in ("text", "pooled", "time_ids")
+    )
     features = given["features"].flatten(0, 1)
     slots = given["features"].shape[1]
 
     def predict(unet, adapter, latents, timesteps):
         with torch.autocast(device, kind, enabled=kind != torch.float32):
             tokens = adapter(features).unflatten(0, (-1, slots))
-            return unet(latents, timesteps, text, added_cond_kwargs={
-                "text_embeds": pooled, "time_ids": time_ids,
-                "image_embeds": [tokens.repeat_interleave(2, 0)]}).sample.float()
+            return unet(
+                latents,
+                timesteps,
+                text,
+                added_cond_kwargs={
+                    "text_embeds": pooled,
+                    "time_ids": time_ids,
+                    "image_embeds": [tokens.repeat_interleave(2, 0)],
+                },
+            ).sample.float()
 
     def errors(model, adapter, latents, timesteps, target):
         return (target - predict(model, adapter, latents, timesteps)).square().mean((1, 2, 3))
@@ -119,8 +151,7 @@ def make(folder, how, dtype, remat, device):
             before = errors(reference, reference_adapter, latents, timesteps, target)
         difference = errors(unet, adapter, latents, timesteps, target) - before
         chosen, rejected = difference[::2], difference[1::2]
-        return torch.nn.functional.softplus(
-            0.5 * settings["beta"] * (chosen - rejected)).mean()
+        return torch.nn.functional.softplus(0.5 * settings["beta"] * (chosen - rejected)).mean()
 
     if how == "compiled":
         loss_of = torch.compile(loss_of)
@@ -133,8 +164,10 @@ def make(folder, how, dtype, remat, device):
         nonlocal number
         noisy = np.load(folder / f"noisy_{number}.npz")
         number += 1
-        latents, target = (torch.from_numpy(np.moveaxis(noisy[name], -1, 1).copy()).to(device)
-                           for name in ("latents", "target"))
+        latents, target = (
+            torch.from_numpy(np.moveaxis(noisy[name], -1, 1).copy()).to(device)
+            for name in ("latents", "target")
+        )
         timesteps = torch.from_numpy(noisy["timesteps"]).to(device)
         wait(device)
         start = time.perf_counter()

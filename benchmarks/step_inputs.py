@@ -27,9 +27,15 @@ from focusdpo_jax.training import models, objectives, tasks
 
 PARTS = ("unet", "adapter")
 # Widths of SDXL over four; as many heads, since a quarter of five is none.
-QUARTER = {"block_out_channels": (80, 160, 320), "num_heads": (5, 10, 20), "norm_groups": 20,
-           "cross_attention_dim": 512, "pooled_dim": 320, "addition_time_embed_dim": 64,
-           "image_context": True}
+QUARTER = {
+    "block_out_channels": (80, 160, 320),
+    "num_heads": (5, 10, 20),
+    "norm_groups": 20,
+    "cross_attention_dim": 512,
+    "pooled_dim": 320,
+    "addition_time_embed_dim": 64,
+    "image_context": True,
+}
 
 
 def configuration(case, dtype, remat):
@@ -40,26 +46,41 @@ def configuration(case, dtype, remat):
         config = load_config("sdxl_dpo")
         config.batch_size = 1
         config.resolution = 1024 if case == "sdxl-1024" else 512
-    config.update({"objective": "dpo", "anchor": 0.0, "trainable": "adapter", "dtype": dtype,
-                   "accumulate": 1, "learning_rate": 1e-6, "beta": 100.0})
+    config.update(
+        {
+            "objective": "dpo",
+            "anchor": 0.0,
+            "trainable": "adapter",
+            "dtype": dtype,
+            "accumulate": 1,
+            "learning_rate": 1e-6,
+            "beta": 100.0,
+        }
+    )
     # SDXL's beta would show what rounding does to an error 5000 times larger.
     config.data.cache, config.model.remat, config.warmup_steps = True, remat, 0
     # What suits the device: on a CPU a loop takes less time and memory than its blocks in a row.
     config.model.scan_layers = jax.default_backend() == "cpu"
     config = config_rules.complete(config)
-    sizes = models.abstract_model(config, meshes.make_mesh(config.mesh, config.batch_size,
-                                                           jax.devices()[:1]))[0].config
+    sizes = models.abstract_model(
+        config, meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+    )[0].config
     if case == "quarter":
         sizes = dataclasses.replace(
-            sizes, unet=dataclasses.replace(sizes.unet, **QUARTER),
-            adapter=dataclasses.replace(sizes.adapter, output_dim=512, width=320, num_heads=5))
+            sizes,
+            unet=dataclasses.replace(sizes.unet, **QUARTER),
+            adapter=dataclasses.replace(sizes.adapter, output_dim=512, width=320, num_heads=5),
+        )
     return config, sizes
 
 
 def make_objective(config, sizes):
     """`dpo` with the generator of these sizes."""
-    return objectives.Objective(Generator(sizes, jnp.dtype(config.dtype)), config,
-                                np.zeros((2, sizes.text_encoder.max_length), np.int32))
+    return objectives.Objective(
+        Generator(sizes, jnp.dtype(config.dtype)),
+        config,
+        np.zeros((2, sizes.text_encoder.max_length), np.int32),
+    )
 
 
 def draw(path, leaf):
@@ -67,18 +88,25 @@ def draw(path, leaf):
     rng = np.random.default_rng(zlib.crc32("/".join(path).encode()))
     if stacking.is_vector(path, leaf.shape):
         return (path[-1] == "scale") + 0.02 * rng.standard_normal(leaf.shape, np.float32)
-    summed = leaf.shape[stacking.STACKED in path:-1]
+    summed = leaf.shape[stacking.STACKED in path : -1]
     return rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(summed), dtype=np.float32)
 
 
 def inputs(config, generator):
     """EncodedPairs at random."""
     _, encode = tasks.make_encoder(generator, config, tasks.focus_buckets(config))
-    return filled(jax.eval_shape(
-        encode,
-        {part: jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
-         for part in ("vae", "image_encoder", "text_encoder", "text_encoder_2")},
-        shapes.raw_batch(config, generator)), config, generator.config.unet)
+    return filled(
+        jax.eval_shape(
+            encode,
+            {
+                part: jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
+                for part in ("vae", "image_encoder", "text_encoder", "text_encoder_2")
+            },
+            shapes.raw_batch(config, generator),
+        ),
+        config,
+        generator.config.unet,
+    )
 
 
 def filled(shape, config, unet):
@@ -102,22 +130,41 @@ def filled(shape, config, unet):
         text=normal(shape.text, count, length, unet.cross_attention_dim),
         pooled=normal(shape.pooled, count, unet.pooled_dim),
         present=np.ones(shape.present.shape, bool),
-        time_ids=np.tile(np.float32([side, side, 0, 0, side, side]), (count, 1)))
+        time_ids=np.tile(np.float32([side, side, 0, 0, side, side]), (count, 1)),
+    )
 
 
 def write_sizes(folder, config, sizes):
     """What `step_diffusers` reads of a GeneratorConfig and of the run's."""
-    (folder / "sizes.json").write_text(json.dumps({
-        "unet": dataclasses.asdict(sizes.unet), "adapter": dataclasses.asdict(sizes.adapter),
-        "learning_rate": config.learning_rate, "weight_decay": config.weight_decay,
-        "adam_b2": config.adam_b2, "gradient_clip": config.gradient_clip, "beta": config.beta}))
+    (folder / "sizes.json").write_text(
+        json.dumps(
+            {
+                "unet": dataclasses.asdict(sizes.unet),
+                "adapter": dataclasses.asdict(sizes.adapter),
+                "learning_rate": config.learning_rate,
+                "weight_decay": config.weight_decay,
+                "adam_b2": config.adam_b2,
+                "gradient_clip": config.gradient_clip,
+                "beta": config.beta,
+            }
+        )
+    )
 
 
 def write_conditioning(folder, pairs):
     """EncodedPairs, of numpy arrays, as `step_diffusers` reads them."""
-    np.savez(folder / "conditioning.npz", **{name: np.asarray(value, np.float32) for name, value in {
-        "text": pairs.text, "pooled": pairs.pooled, "time_ids": pairs.time_ids,
-        "features": pairs.references.features}.items()})
+    np.savez(
+        folder / "conditioning.npz",
+        **{
+            name: np.asarray(value, np.float32)
+            for name, value in {
+                "text": pairs.text,
+                "pooled": pairs.pooled,
+                "time_ids": pairs.time_ids,
+                "features": pairs.references.features,
+            }.items()
+        },
+    )
 
 
 def main():
@@ -130,15 +177,17 @@ def main():
     for part in PARTS:
         shape = jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
         tree = jax.tree_util.tree_map_with_path(
-            lambda path, leaf, part=part: draw((part, *(k.key for k in path)), leaf), shape)
+            lambda path, leaf, part=part: draw((part, *(k.key for k in path)), leaf), shape
+        )
         tensor_file.write(folder / f"{part}.safetensors", pytorch_names.from_flax(tree))
     pairs = inputs(config, generator)
     (folder / "pairs.pickle").write_bytes(pickle.dumps(pairs))
     write_conditioning(folder, pairs)
     objective = make_objective(config, sizes)
     ((_, numbers),) = tasks.focus_buckets(config).values()
-    key = meshes.random_key(config.seed, meshes.make_mesh(
-        config.mesh, config.batch_size, jax.devices()[:1]))
+    key = meshes.random_key(
+        config.seed, meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+    )
     for step in range(int(steps)):
         noisy = objective.noisy(pairs, numbers, jax.random.fold_in(key, step))
         np.savez(folder / f"noisy_{step}.npz", **noisy._asdict())

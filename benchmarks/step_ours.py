@@ -1,6 +1,6 @@
 """Our side of `step.py`.
 
-    step_ours.py CASE FOLDER DTYPE REMAT
+step_ours.py CASE FOLDER DTYPE REMAT
 """
 
 import pathlib
@@ -33,16 +33,20 @@ def load(config, sizes, folder, mesh):
     """The parameters {part: tree}, in the types of a run."""
     parameters = {}
     for part in PARTS:
+
         def place(path, value, part=part):
             path = (part, *path)
             return jax.device_put(
                 np.asarray(value, models.stored_type(config, path, value.shape)),
-                rules.parameter_sharding(path, value.shape, mesh))
+                rules.parameter_sharding(path, value.shape, mesh),
+            )
 
         shape = jax.eval_shape(
-            lambda part=part: Generator(sizes).init_part(part, jax.random.key(0)))
+            lambda part=part: Generator(sizes).init_part(part, jax.random.key(0))
+        )
         parameters[part] = pytorch_names.to_flax(
-            tensor_file.read(folder / f"{part}.safetensors")[0], shape, place=place)
+            tensor_file.read(folder / f"{part}.safetensors")[0], shape, place=place
+        )
     return parameters
 
 
@@ -55,8 +59,11 @@ def make(case, folder, dtype, remat):
     objective = make_objective(config, sizes)
     trainable, frozen = split_parameters(load(config, sizes, folder, mesh), config.trainable)
     task = types.SimpleNamespace(
-        guide=objective.guide, loss=objective.loss, mesh=mesh,
-        frozen={"parameters": frozen, "reference": tasks.as_computed(trainable, dtype)})
+        guide=objective.guide,
+        loss=objective.loss,
+        mesh=mesh,
+        frozen={"parameters": frozen, "reference": tasks.as_computed(trainable, dtype)},
+    )
     optimizer = make_optimizer(config)
     held = {"state": create_state(trainable, optimizer, 0.0), "number": 0}
     pairs = meshes.shard_batch(pickle.loads((folder / "pairs.pickle").read_bytes()), mesh)
@@ -65,7 +72,8 @@ def make(case, folder, dtype, remat):
     def step():
         start = time.perf_counter()
         state, metrics = compiled(
-            structure, held["state"], task.frozen, pairs, numbers, held["number"])
+            structure, held["state"], task.frozen, pairs, numbers, held["number"]
+        )
         loss = as_floats(metrics)["loss"]
         jax.block_until_ready(state)
         held.update(state=state, number=held["number"] + 1)
@@ -83,8 +91,11 @@ def main():
     def memory():
         return most_resident() if on_host else device.memory_stats()["peak_bytes_in_use"]
 
-    serve(lambda: make(case, pathlib.Path(folder), dtype, remat == "1"), memory,
-          reset_resident if on_host else lambda: None)
+    serve(
+        lambda: make(case, pathlib.Path(folder), dtype, remat == "1"),
+        memory,
+        reset_resident if on_host else lambda: None,
+    )
 
 
 if __name__ == "__main__":

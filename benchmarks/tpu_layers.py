@@ -21,6 +21,7 @@ def cases(jax, jnp):
     """{name: (module or function of (x, parameters), input shapes, whether parameters are trained)}."""
     from focusdpo_jax.models import convolution, layers
     from focusdpo_jax.models.unet import Context, TransformerBlock, UNetConfig
+
     config = UNetConfig(scan_layers=False)
 
     def shape(*axes):
@@ -34,15 +35,21 @@ def cases(jax, jnp):
             if level:
                 found[f"transformer block {width}, {pixels} px"] = (
                     TransformerBlock(config, heads, False, jnp.bfloat16),
-                    (shape(images, size * size, width), Context(shape(images, 77, 2048))), trained)
+                    (shape(images, size * size, width), Context(shape(images, 77, 2048))),
+                    trained,
+                )
             found[f"resnet {width}, {pixels} px"] = (
                 layers.ResnetBlock(width, 32, 1e-5, jnp.bfloat16),
-                (shape(images, size, size, width), shape(images, 1280)), trained)
+                (shape(images, size, size, width), shape(images, 1280)),
+                trained,
+            )
             padding = ((1, 1), (1, 1))
             for form, function in (("taps", convolution.by_taps), ("XLA", convolution._convolve)):
                 found[f"convolution {width}, {pixels} px, {form}"] = (
                     lambda x, kernel, function=function: function(x, kernel, padding),
-                    (shape(images, size, size, width), shape(3, 3, width, width)), None)
+                    (shape(images, size, size, width), shape(3, 3, width, width)),
+                    None,
+                )
     return found
 
 
@@ -56,8 +63,12 @@ def measure(module, inputs, trained, mesh):
     from focusdpo_jax.sharding.trace_context import traced_for
 
     def placed(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-            x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())), tree)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())
+            ),
+            tree,
+        )
 
     if trained is None:
         program, arguments = module, inputs
@@ -86,30 +97,42 @@ def measure(module, inputs, trained, mesh):
 def main():
     """Prints a line of each layer."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--layers", nargs="+", default=["transformer", "resnet"],
-                        choices=["transformer", "resnet", "convolution"])
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default=["transformer", "resnet"],
+        choices=["transformer", "resnet", "convolution"],
+    )
     arguments = parser.parse_args()
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-                   "JAX_PLATFORMS": "cpu"}
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import Mesh
 
     from focusdpo_jax.planning import chips
+
     chip = chips.TPUS[arguments.topology.partition(":")[0]]
-    device = topologies.get_topology_desc(
-        platform="tpu", topology_name=arguments.topology).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[
+        0
+    ]
     mesh = Mesh([[[device]]], ("data", "fsdp", "tensor"))
     print(f"{'':36s} M cycles  {PEAK_NOTE}")
     for name, (module, inputs, trained) in cases(jax, jnp).items():
         if name.split()[0] not in arguments.layers:
             continue
         cycles, products = measure(module, inputs, trained, mesh)
-        print(f"{name:36s} {cycles / 1e6:8.3f}  {products / chip.flops * chip.clock / cycles:.0%}",
-              flush=True)
+        print(
+            f"{name:36s} {cycles / 1e6:8.3f}  {products / chip.flops * chip.clock / cycles:.0%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ ARGUMENTS = ("", "lora", "full", "debug")
 def get_config(argument=""):
     """The configuration; every field can be set on the command line as --config.FIELD=VALUE."""
     if argument not in ARGUMENTS:
-        raise ValueError(f"sdxl_dpo takes {', '.join(filter(None, ARGUMENTS))} or nothing after "
-                         f"the colon, not {argument!r}")
+        raise ValueError(
+            f"sdxl_dpo takes {', '.join(filter(None, ARGUMENTS))} or nothing after "
+            f"the colon, not {argument!r}"
+        )
     debug = argument == "debug"
     config = ml_collections.ConfigDict()
     # Every random draw of a run derives from it.
@@ -200,29 +202,59 @@ def get_config(argument=""):
     config.focus.detail_sigma = 8.0
 
     # How pictures are drawn: DDIM steps and guidance scale; 1 or less is none.
-    config.sampling = ml_collections.ConfigDict(
-        {"steps": 4 if debug else 30, "guidance": 5.0})
+    config.sampling = ml_collections.ConfigDict({"steps": 4 if debug else 30, "guidance": 5.0})
     # Test scenes measured before and after (none: only Toybox's own models have the probe for it),
     # scenes drawn and pairs encoded at once, scenes shown in pictures (0: none), and validation scenes
     # measured whenever pictures are drawn (0: none; Toybox's own models alone).
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 0, "batch_size": 4, "pictures": 4, "validation_scenes": 0})
+        {"scenes": 0, "batch_size": 4, "pictures": 4, "validation_scenes": 0}
+    )
     return config
 
 
 def sizes():
     """SDXL's anatomy, small: three levels, transformers of depth 0, 1 and 2, two text encoders."""
-    text = {"vocab_size": 573, "max_length": 16, "hidden_size": 32, "num_layers": 2,
-            "num_heads": 2, "intermediate_size": 64, "eos_token_id": 572}
-    return ml_collections.ConfigDict({
-        "vae": {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_groups": 8},
-        "text_encoder": {**text, "activation": "quick_gelu", "projection_dim": None},
-        "text_encoder_2": {**text, "activation": "gelu", "projection_dim": 32},
-        "image_encoder": {"image_size": 32, "patch_size": 4, "hidden_size": 32, "num_layers": 2,
-                          "num_heads": 2, "intermediate_size": 64, "projection_dim": 32},
-        "adapter": {"input_dim": 32, "output_dim": 64, "num_tokens": 4, "width": 32, "depth": 4,
-                    "num_heads": 1},
-        "unet": {"block_out_channels": (16, 32, 32), "transformer_layers_per_block": (0, 1, 2),
-                 "mid_transformer_layers": 2, "num_heads": (1, 2, 2), "cross_attention_dim": 64,
-                 "addition_time_embed_dim": 16, "pooled_dim": 32, "norm_groups": 8,
-                 "image_context": True}})
+    text = {
+        "vocab_size": 573,
+        "max_length": 16,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "eos_token_id": 572,
+    }
+    return ml_collections.ConfigDict(
+        {
+            "vae": {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_groups": 8},
+            "text_encoder": {**text, "activation": "quick_gelu", "projection_dim": None},
+            "text_encoder_2": {**text, "activation": "gelu", "projection_dim": 32},
+            "image_encoder": {
+                "image_size": 32,
+                "patch_size": 4,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "intermediate_size": 64,
+                "projection_dim": 32,
+            },
+            "adapter": {
+                "input_dim": 32,
+                "output_dim": 64,
+                "num_tokens": 4,
+                "width": 32,
+                "depth": 4,
+                "num_heads": 1,
+            },
+            "unet": {
+                "block_out_channels": (16, 32, 32),
+                "transformer_layers_per_block": (0, 1, 2),
+                "mid_transformer_layers": 2,
+                "num_heads": (1, 2, 2),
+                "cross_attention_dim": 64,
+                "addition_time_embed_dim": 16,
+                "pooled_dim": 32,
+                "norm_groups": 8,
+                "image_context": True,
+            },
+        }
+    )

@@ -28,8 +28,11 @@ def get_config(stage="generator"):
 
     # What is learnt: "autoencode", "attributes" (image encoder), "probe", or "subject_sft",
     # the denoising error of the chosen pictures, where subjects count more than background.
-    config.objective = {"autoencoder": "autoencode", "image_encoder": "attributes",
-                        "probe": "probe"}.get(stage, "subject_sft")
+    config.objective = {
+        "autoencoder": "autoencode",
+        "image_encoder": "attributes",
+        "probe": "probe",
+    }.get(stage, "subject_sft")
     # For "subject_sft": UNet, subject adapter and both text encoders; at last the subject adapter
     # and the image keys and values of the UNet alone.
     config.trainable = "adapter" if stage == "confusion" else "generator"
@@ -49,8 +52,13 @@ def get_config(stage="generator"):
     config.anchor_fades = False
 
     # Optimiser steps and scenes a step.
-    config.steps = {"autoencoder": 5000, "image_encoder": 1500, "probe": 2500,
-                    "generator": 20000, "confusion": 500}[stage]
+    config.steps = {
+        "autoencoder": 5000,
+        "image_encoder": 1500,
+        "probe": 2500,
+        "generator": 20000,
+        "confusion": 500,
+    }[stage]
     config.batch_size = {"autoencoder": 24, "image_encoder": 16, "probe": 16}.get(stage, 32)
     # Batches whose gradients are averaged into one step.
     config.accumulate = 1
@@ -87,7 +95,8 @@ def get_config(stage="generator"):
         "image_encoder": "runs/toybox_base_autoencoder/model",
         "probe": "runs/toybox_base_image_encoder/model",
         "generator": "runs/toybox_base_probe/model",
-        "confusion": "runs/toybox_base_generator/model"}[stage]
+        "confusion": "runs/toybox_base_generator/model",
+    }[stage]
     # Of published models alone; see configs/sdxl_dpo.py.
     config.model.adapter = ""
     config.model.image_encoder = ""
@@ -136,41 +145,98 @@ def get_config(stage="generator"):
 
     # The weight of the background for "subject_sft"; FocusDPO's other numbers are not used here,
     # see configs/toybox_dpo.py.
-    config.focus = ml_collections.ConfigDict({
-        "buckets": 1, "features": "vit", "prototypes": 1, "own_subject": False, "spaf": False, "dpce": False,
-        "rho_noisy": 0.3, "rho_clean": 0.9, "lambda_s": 1.0, "lambda_d": 1.0, "lambda_c": 0.0, "tau": 0.5,
-        "gate_width": 0.0, "background": 0.25, "matched": 0.5, "detail_fraction": 0.5,
-        "detail_bins": 16, "detail_sigma": 3.0})
+    config.focus = ml_collections.ConfigDict(
+        {
+            "buckets": 1,
+            "features": "vit",
+            "prototypes": 1,
+            "own_subject": False,
+            "spaf": False,
+            "dpce": False,
+            "rho_noisy": 0.3,
+            "rho_clean": 0.9,
+            "lambda_s": 1.0,
+            "lambda_d": 1.0,
+            "lambda_c": 0.0,
+            "tau": 0.5,
+            "gate_width": 0.0,
+            "background": 0.25,
+            "matched": 0.5,
+            "detail_fraction": 0.5,
+            "detail_bins": 16,
+            "detail_sigma": 3.0,
+        }
+    )
 
     # Pictures drawn on the way: DDIM steps and guidance scale; 1 or less is none.
     config.sampling = ml_collections.ConfigDict({"steps": 16, "guidance": 2.0})
     # Test scenes measured at the end, scenes drawn at once, scenes shown in pictures, and validation
     # scenes measured whenever pictures are drawn: the learning curve in metrics.jsonl.
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 256, "batch_size": 32, "pictures": 8, "validation_scenes": 128})
+        {"scenes": 256, "batch_size": 32, "pictures": 8, "validation_scenes": 128}
+    )
     return config
 
 
 def sizes():
     """SDXL's anatomy at a thousandth of its size: images of 64 x 64, latents of 16 x 16 x 16."""
-    text = {"vocab_size": 573, "max_length": 16, "hidden_size": 64, "num_layers": 2,
-            "num_heads": 4, "intermediate_size": 128, "eos_token_id": 572}
-    return ml_collections.ConfigDict({
-        "vae": {"block_out_channels": (8, 32, 64), "layers_per_block": 1, "latent_channels": 16,
-                "norm_groups": 8, "scaling_factor": 1.0},
-        "text_encoder": {**text, "activation": "quick_gelu", "projection_dim": None},
-        "text_encoder_2": {**text, "activation": "gelu", "projection_dim": 64},
-        "image_encoder": {"image_size": 64, "patch_size": 4, "hidden_size": 64, "num_layers": 4,
-                          "num_heads": 4, "intermediate_size": 256, "activation": "gelu",
-                          "projection_dim": 64},
-        "adapter": {"kind": "resampler", "input_dim": 64, "output_dim": 128, "num_tokens": 8,
-                    "width": 64, "depth": 2, "num_heads": 4, "head_dim": 16, "expansion": 4,
-                    "dropped": "absent"},
-        "unet": {"in_channels": 16, "out_channels": 16, "block_out_channels": (48, 96),
-                 "transformer_layers_per_block": (0, 2), "mid_transformer_layers": 2,
-                 "layers_per_block": 1, "num_heads": (2, 4), "cross_attention_dim": 128,
-                 "addition_time_embed_dim": 16, "pooled_dim": 64, "norm_groups": 8,
-                 "image_context": True},
-        "prediction_type": "v_prediction",
-        "zero_terminal_snr": True,
-    })
+    text = {
+        "vocab_size": 573,
+        "max_length": 16,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 128,
+        "eos_token_id": 572,
+    }
+    return ml_collections.ConfigDict(
+        {
+            "vae": {
+                "block_out_channels": (8, 32, 64),
+                "layers_per_block": 1,
+                "latent_channels": 16,
+                "norm_groups": 8,
+                "scaling_factor": 1.0,
+            },
+            "text_encoder": {**text, "activation": "quick_gelu", "projection_dim": None},
+            "text_encoder_2": {**text, "activation": "gelu", "projection_dim": 64},
+            "image_encoder": {
+                "image_size": 64,
+                "patch_size": 4,
+                "hidden_size": 64,
+                "num_layers": 4,
+                "num_heads": 4,
+                "intermediate_size": 256,
+                "activation": "gelu",
+                "projection_dim": 64,
+            },
+            "adapter": {
+                "kind": "resampler",
+                "input_dim": 64,
+                "output_dim": 128,
+                "num_tokens": 8,
+                "width": 64,
+                "depth": 2,
+                "num_heads": 4,
+                "head_dim": 16,
+                "expansion": 4,
+                "dropped": "absent",
+            },
+            "unet": {
+                "in_channels": 16,
+                "out_channels": 16,
+                "block_out_channels": (48, 96),
+                "transformer_layers_per_block": (0, 2),
+                "mid_transformer_layers": 2,
+                "layers_per_block": 1,
+                "num_heads": (2, 4),
+                "cross_attention_dim": 128,
+                "addition_time_embed_dim": 16,
+                "pooled_dim": 64,
+                "norm_groups": 8,
+                "image_context": True,
+            },
+            "prediction_type": "v_prediction",
+            "zero_terminal_snr": True,
+        }
+    )

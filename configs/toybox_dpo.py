@@ -173,5 +173,6 @@ def get_config():
     # Test scenes measured before and after, scenes drawn at once, scenes shown (0: none), and
     # validation scenes measured whenever pictures are drawn (0: none): a learning curve in metrics.jsonl.
     config.evaluation = ml_collections.ConfigDict(
-        {"scenes": 896, "batch_size": 32, "pictures": 8, "validation_scenes": 0})
+        {"scenes": 896, "batch_size": 32, "pictures": 8, "validation_scenes": 0}
+    )
     return config

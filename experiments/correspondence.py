@@ -77,8 +77,9 @@ class Photos:
         picture, mask = self.read(subject, number)
         mask = cv2.dilate(mask.astype(np.uint8), np.ones((15, 15)))
         small = (SIDE // 4, SIDE // 4)
-        painted = cv2.inpaint(cv2.resize(picture, small), cv2.resize(mask, small), 5,
-                              cv2.INPAINT_TELEA)
+        painted = cv2.inpaint(
+            cv2.resize(picture, small), cv2.resize(mask, small), 5, cv2.INPAINT_TELEA
+        )
         return np.where(mask[..., None] > 0, cv2.resize(painted, (SIDE, SIDE)), picture)
 
 
@@ -97,8 +98,8 @@ def composite(photos, pair, draw, plain):
         height, width = mask.shape
         top = draw.integers(SIDE - height + 1)
         left = side * SIDE // 2 + draw.integers(SIDE // 2 - width + 1)
-        picture[top:top + height, left:left + width][mask] = cut[mask]
-        masks[side, top:top + height, left:left + width] = mask
+        picture[top : top + height, left : left + width][mask] = cut[mask]
+        masks[side, top : top + height, left : left + width] = mask
     return picture, masks
 
 
@@ -113,10 +114,13 @@ def make_features(folder):
     @jax.jit
     def features(parameters, pictures):
         pictures = (pictures / 255.0 - mean) / deviation
-        captured = model.apply({"params": parameters}, pictures.astype(jnp.float32),
-                               capture=LAYERS).captured
-        states = [captured[layer] / jnp.linalg.norm(captured[layer], axis=-1, keepdims=True)
-                  for layer in LAYERS]
+        captured = model.apply(
+            {"params": parameters}, pictures.astype(jnp.float32), capture=LAYERS
+        ).captured
+        states = [
+            captured[layer] / jnp.linalg.norm(captured[layer], axis=-1, keepdims=True)
+            for layer in LAYERS
+        ]
         states = jnp.concatenate(states, axis=-1)[:, 1:]
         return states.reshape(len(pictures), GRID, GRID, -1)
 
@@ -157,8 +161,10 @@ def match_by_mean(references, reference_masks, target, area):
     subjects, *_, channels = references.shape
     present = jnp.ones((1, subjects), bool)
     means = correspondence.prototypes(
-        references.reshape(1, subjects, -1, channels), reference_masks.reshape(1, subjects, -1),
-        present)
+        references.reshape(1, subjects, -1, channels),
+        reference_masks.reshape(1, subjects, -1),
+        present,
+    )
     similarity = correspondence.cosine_similarity(means, target[None])
     return correspondence.match(similarity, present, area[None], 0.5).subjects[0]
 
@@ -173,6 +179,7 @@ def hits(match, references, target, masks):
 
 def measure(photos, features, count, seed, matches):
     """Yields (name, rows of (inside, chance) by match) of the three settings."""
+
     def seen(picture, mask):
         return np.asarray(features(picture[None])[0]), on_patches(mask)
 
@@ -201,7 +208,8 @@ def measure(photos, features, count, seed, matches):
 def main():
     """Prints a line a setting."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--composites", type=int, default=200, help="of each of the two kinds")
@@ -211,18 +219,27 @@ def main():
     arguments = parser.parse_args()
     matches = {", every patch": match_by_contest} | {
         f", {count} prototypes": functools.partial(match_by_contest, count=count)
-        for count in arguments.prototypes}
+        for count in arguments.prototypes
+    }
     if arguments.mean:
         matches[", mean alone"] = match_by_mean
-    found = measure(Photos(arguments.data), make_features(arguments.weights),
-                    arguments.composites, arguments.seed, matches)
+    found = measure(
+        Photos(arguments.data),
+        make_features(arguments.weights),
+        arguments.composites,
+        arguments.seed,
+        matches,
+    )
     for title, rows in found:
         for name, values in rows.items():
             if values:
                 inside, chance = 100 * np.mean(values, axis=0)
-                error = 100 * np.std([row[0] for row in values]) / len(values)**0.5
-                print(f"{title + name:50s} inside {inside:5.1f} % (standard error {error:.1f})  "
-                      f"chance {chance:4.1f} %  {len(values)} pictures", flush=True)
+                error = 100 * np.std([row[0] for row in values]) / len(values) ** 0.5
+                print(
+                    f"{title + name:50s} inside {inside:5.1f} % (standard error {error:.1f})  "
+                    f"chance {chance:4.1f} %  {len(values)} pictures",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

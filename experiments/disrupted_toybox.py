@@ -43,12 +43,22 @@ def write_scenes(folder, split, count):
             replace_file(folder / f"{index:04d}_{name}.png", encode_png(pixels))
             return f"{index:04d}_{name}.png"
 
-        lines.append({
-            "caption": record["caption"], "chosen": put("chosen", record["chosen"]),
-            "subjects": [{"phrase": s["phrase"], **{
-                name: put(f"{name}{i}", s[name])
-                for name in ("reference", "reference_mask", "mask")}}
-                for i, s in enumerate(record["subjects"])]})
+        lines.append(
+            {
+                "caption": record["caption"],
+                "chosen": put("chosen", record["chosen"]),
+                "subjects": [
+                    {
+                        "phrase": s["phrase"],
+                        **{
+                            name: put(f"{name}{i}", s[name])
+                            for name in ("reference", "reference_mask", "mask")
+                        },
+                    }
+                    for i, s in enumerate(record["subjects"])
+                ],
+            }
+        )
     manifest = folder / "scenes.jsonl"
     replace_file(manifest, "".join(json.dumps(line) + "\n" for line in lines))
     return manifest
@@ -72,13 +82,17 @@ class Reader:
         grid = maps.class_logits.shape[1]
         inside = mask.reshape(grid, len(mask) // grid, grid, -1).any((1, 3))
         nothing = jnp.where(jnp.arange(maps.class_logits.shape[-1]) < TOYBOX.classes, -1e9, 0.0)
-        return read(maps.replace(class_logits=jnp.where(
-            inside[None, :, :, None], maps.class_logits, nothing)))
+        return read(
+            maps.replace(
+                class_logits=jnp.where(inside[None, :, :, None], maps.class_logits, nothing)
+            )
+        )
 
     def __call__(self, picture, mask, subject):
         """(whether `subject`'s class is inside the mask, whether it is another individual)."""
         reading = jax.tree.map(
-            lambda x: np.asarray(x)[0], self._read(self._parameters, picture, mask))
+            lambda x: np.asarray(x)[0], self._read(self._parameters, picture, mask)
+        )
         own = toybox.Subject(**{name: subject[name] for name in toybox.ATTRIBUTES})
         of_class = {name: getattr(reading, name)[own.class_id].item() for name in toybox.LOOKS}
         if toybox.PATTERNS[of_class["pattern"]] == "plain":
@@ -94,53 +108,81 @@ def measure(folder, split):
     kept, changed = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
     for index, text in enumerate((folder / "manifest.jsonl").read_text().splitlines()):
         pair, record = json.loads(text), world.record(split, index)
-        chosen, rejected = (decode_picture((folder / pair[name]).read_bytes())[0]
-                            for name in ("chosen", "rejected"))
+        chosen, rejected = (
+            decode_picture((folder / pair[name]).read_bytes())[0] for name in ("chosen", "rejected")
+        )
         assert np.array_equal(chosen, record["chosen"])
         masks = [decode_mask((folder / s["mask"]).read_bytes()) for s in pair["subjects"]]
         outside += int((chosen != rejected)[~np.any(masks, axis=0)].sum())
         for kind, picture in zip(kinds, (rejected, chosen), strict=True):
-            found = [reader(picture, mask, subject)
-                     for mask, subject in zip(masks, record["subjects"], strict=True)]
+            found = [
+                reader(picture, mask, subject)
+                for mask, subject in zip(masks, record["subjects"], strict=True)
+            ]
             kept[kind].append([float(here) for here, _ in found])
             changed[kind].append([float(other) if here else np.nan for here, other in found])
     scenes, subjects = len(kept["original"]), sum(map(len, kept["original"]))
-    print(f"{scenes} {split} scenes, {subjects} subjects; values outside the masks that differ: "
-          f"{outside}")
+    print(
+        f"{scenes} {split} scenes, {subjects} subjects; values outside the masks that differ: "
+        f"{outside}"
+    )
     for kind in kinds:
         for name, values in (("class kept", kept), ("look changed, of those", changed)):
             rows = np.full((scenes, 3), np.nan)
             for row, value in zip(rows, values[kind]):
-                row[:len(value)] = value
+                row[: len(value)] = value
             told = statistics.bootstrap_mean(rows, seed=0)
             print(f"  {kind:9} {name:22} {told.mean:6.1%} [{told.low:.1%}, {told.high:.1%}]")
 
 
 def train(folder, measured, steps):
     """Prepares the pairs, trains on them, measures base and policy on Toybox's test scenes."""
-    call("prepare", f"--manifest={folder}/pairs/manifest.jsonl", f"--output={folder}/data",
-         "--resolution=64", "--validation=0.05", "--test=0", "--workers=1")
-    call("main", f"--config={CONFIG}", f"--workdir={folder}/run",
-         "--config.data.source=prepared", f"--config.data.path={folder}/data",
-         f"--config.steps={steps}", "--config.evaluation.scenes=0")
-    call("evaluate", f"--config={CONFIG}", f"--workdir={folder}/run",
-         f"--output={folder}/evaluation", f"--config.evaluation.scenes={measured}")
+    call(
+        "prepare",
+        f"--manifest={folder}/pairs/manifest.jsonl",
+        f"--output={folder}/data",
+        "--resolution=64",
+        "--validation=0.05",
+        "--test=0",
+        "--workers=1",
+    )
+    call(
+        "main",
+        f"--config={CONFIG}",
+        f"--workdir={folder}/run",
+        "--config.data.source=prepared",
+        f"--config.data.path={folder}/data",
+        f"--config.steps={steps}",
+        "--config.evaluation.scenes=0",
+    )
+    call(
+        "evaluate",
+        f"--config={CONFIG}",
+        f"--workdir={folder}/run",
+        f"--output={folder}/evaluation",
+        f"--config.evaluation.scenes={measured}",
+    )
 
 
 def main():
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["pictures", "training"])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/disrupted"))
-    parser.add_argument("--split", choices=toybox.SPLITS, default="validation",
-                        help="of pictures; training takes the training split")
+    parser.add_argument(
+        "--split",
+        choices=toybox.SPLITS,
+        default="validation",
+        help="of pictures; training takes the training split",
+    )
     parser.add_argument("--scenes", type=int, default=32, help="to disrupt")
     parser.add_argument("--steps", type=int, default=80, help="of training")
     parser.add_argument("--measured", type=int, default=896, help="test scenes after training")
     arguments = sys.argv[1:]
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    options, flags = parser.parse_args(arguments[:at]), arguments[at + 1:]
+    options, flags = parser.parse_args(arguments[:at]), arguments[at + 1 :]
     split = "train" if options.part == "training" else options.split
     folder = options.output / options.part / split
     manifest = write_scenes(folder / "scenes", split, options.scenes)

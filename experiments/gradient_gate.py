@@ -14,7 +14,9 @@ from ml_collections import config_flags
 
 from focusdpo_jax import command
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the model, the pairs and FocusDPO.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration of the model, the pairs and FocusDPO."
+)
 _PAIRS = flags.DEFINE_integer("pairs", 64, "Training pairs, an even number.", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 0, "Of timesteps and noise.")
 _ONLY = flags.DEFINE_multi_string("only", [], "These settings alone, beside dpo and prior_dpo.")
@@ -30,8 +32,12 @@ SETTINGS = {
     "background 0": {"focus.background": 0.0},
     "background 0, matched 0": {"focus.background": 0.0, "focus.matched": 0.0},
     "own_subject, background 0, matched 0, lambda_s 4, lambda_c 2": {
-        "focus.own_subject": True, "focus.background": 0.0, "focus.matched": 0.0,
-        "focus.lambda_s": 4.0, "focus.lambda_c": 2.0},
+        "focus.own_subject": True,
+        "focus.background": 0.0,
+        "focus.matched": 0.0,
+        "focus.lambda_s": 4.0,
+        "focus.lambda_c": 2.0,
+    },
     "attention": {"focus.features": "attention"},
     "attention, own_subject": {"focus.features": "attention", "focus.own_subject": True},
 }
@@ -41,17 +47,26 @@ def main():
     """Prints the table of the flags."""
     from experiments import gradients
     from focusdpo_jax.errors import UserError
+
     if _CONFIG.value is None:
         raise UserError("--config is missing; see --help")
     if _PAIRS.value % 2:
-        raise UserError(f"--pairs={_PAIRS.value}: give an even number, of which each half is measured")
+        raise UserError(
+            f"--pairs={_PAIRS.value}: give an even number, of which each half is measured"
+        )
     unknown = set(_ONLY.value) - set(SETTINGS)
     if unknown:
         raise UserError(f"--only={min(unknown)!r}: choose among {', '.join(map(repr, SETTINGS))}")
-    wanted = {name: fields for name, fields in SETTINGS.items()
-              if name in ("dpo", "prior_dpo") or not _ONLY.value or name in _ONLY.value}
-    print(gradients.format_table(gradients.compare(
-        _CONFIG.value, wanted, pairs=_PAIRS.value, seed=_SEED.value)))
+    wanted = {
+        name: fields
+        for name, fields in SETTINGS.items()
+        if name in ("dpo", "prior_dpo") or not _ONLY.value or name in _ONLY.value
+    }
+    print(
+        gradients.format_table(
+            gradients.compare(_CONFIG.value, wanted, pairs=_PAIRS.value, seed=_SEED.value)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -28,17 +28,26 @@ def gradients(config, model, batches, structure, numbers, seed):
     trainable, rest = split_parameters(model.parameters, config.trainable)
     source, _ = tasks.make_encoder(model.generator, config, tasks.focus_buckets(config))
     objective = objectives.Objective(model.generator, config, model.tokenizer(""), source)
-    frozen = {"parameters": {part: tree for part, tree in rest.items() if part in objective.parts},
-              "reference": trainable}
+    frozen = {
+        "parameters": {part: tree for part, tree in rest.items() if part in objective.parts},
+        "reference": trainable,
+    }
 
     @jax.jit
     def gradient(trainable, frozen, pairs, key):
         guidance, _ = objective.guide(structure, frozen, pairs, numbers, key)
-        tree = jax.grad(lambda t: objective.loss(t, frozen, pairs, guidance, numbers, key)[0])(trainable)
+        tree = jax.grad(lambda t: objective.loss(t, frozen, pairs, guidance, numbers, key)[0])(
+            trainable
+        )
         return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
 
-    return [np.asarray(gradient(trainable, frozen, pairs, jax.random.fold_in(jax.random.key(seed), i)),
-                       np.float64) for i, pairs in enumerate(batches)]
+    return [
+        np.asarray(
+            gradient(trainable, frozen, pairs, jax.random.fold_in(jax.random.key(seed), i)),
+            np.float64,
+        )
+        for i, pairs in enumerate(batches)
+    ]
 
 
 def compare(config, settings, *, pairs, seed, batch_size=16):
@@ -57,11 +66,16 @@ def compare(config, settings, *, pairs, seed, batch_size=16):
     model = models.load_model(config)
     records = tasks.open_data(config)["train"]
     transform = loader.pair_transform(
-        tokenize=model.tokenizer, num_subjects=tasks.subject_slots(config, {"train": records}),
-        reference_size=model.generator.config.image_encoder.image_size)
+        tokenize=model.tokenizer,
+        num_subjects=tasks.subject_slots(config, {"train": records}),
+        reference_size=model.generator.config.image_encoder.image_size,
+    )
     size = next(s for s in range(min(batch_size, pairs // 2), 0, -1) if (pairs // 2) % s == 0)
-    raw = list(loader.evaluation_batches([records[i] for i in range(pairs)], transform=transform,
-                                         batch_size=size))
+    raw = list(
+        loader.evaluation_batches(
+            [records[i] for i in range(pairs)], transform=transform, batch_size=size
+        )
+    )
     buckets, encoded, found = tasks.focus_buckets(config), {}, {}
 
     def batches(changed):
@@ -82,24 +96,40 @@ def compare(config, settings, *, pairs, seed, batch_size=16):
             own = tasks.focus_buckets(changed)
             structure, numbers = own.get(bucket) or next(iter(own.values()))
             numbers = numbers._replace(index=limits.index, t_low=limits.t_low, t_high=limits.t_high)
-            vectors[name] = gradients(
-                changed, model, batches(changed), structure, numbers, seed)
+            vectors[name] = gradients(changed, model, batches(changed), structure, numbers, seed)
             logging.info("%s: %s", bucket, name)
         whole = {name: np.sum(parts, axis=0) for name, parts in vectors.items()}
-        found[bucket] = {name: {
-            "prior_dpo": cosine(whole[name], whole["prior_dpo"]),
-            "dpo": cosine(whole[name], whole["dpo"]),
-            "halves": cosine(*(np.sum(half, axis=0) for half in np.array_split(parts, 2))),
-            "norm": float(np.linalg.norm(whole[name]) / np.linalg.norm(whole["dpo"])),
-        } for name, parts in vectors.items()}
+        found[bucket] = {
+            name: {
+                "prior_dpo": cosine(whole[name], whole["prior_dpo"]),
+                "dpo": cosine(whole[name], whole["dpo"]),
+                "halves": cosine(*(np.sum(half, axis=0) for half in np.array_split(parts, 2))),
+                "norm": float(np.linalg.norm(whole[name]) / np.linalg.norm(whole["dpo"])),
+            }
+            for name, parts in vectors.items()
+        }
     return found
 
 
 def format_table(found):
     """The result of `compare` as text: a row for each bucket and setting."""
-    lines = [["timesteps", "setting", "cosine with prior_dpo", "with dpo", "of halves", "norm over dpo's"]]
+    lines = [
+        [
+            "timesteps",
+            "setting",
+            "cosine with prior_dpo",
+            "with dpo",
+            "of halves",
+            "norm over dpo's",
+        ]
+    ]
     for bucket, settings in found.items():
         for name, figures in settings.items():
-            lines.append([bucket, name, *(f"{figures[key]:.3f}"
-                                          for key in ("prior_dpo", "dpo", "halves", "norm"))])
+            lines.append(
+                [
+                    bucket,
+                    name,
+                    *(f"{figures[key]:.3f}" for key in ("prior_dpo", "dpo", "halves", "norm")),
+                ]
+            )
     return aligned(lines)

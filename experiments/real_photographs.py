@@ -36,8 +36,11 @@ def main(folder, weights, pairs=60):
     """Prints the figures."""
     whole, subject, patches = encoders.load_dino("dinov2", weights, batch_size=4)
     subject = Remembering(subject)
-    photos = {path.name: sorted(path.glob("*.jpg"))
-              for path in sorted(epath.Path(folder).iterdir()) if path.is_dir()}
+    photos = {
+        path.name: sorted(path.glob("*.jpg"))
+        for path in sorted(epath.Path(folder).iterdir())
+        if path.is_dir()
+    }
     alike(whole, subject, photos)
     composites(subject, patches, folder, photos, pairs)
 
@@ -60,13 +63,16 @@ class Remembering:
 def alike(whole, subject, photos):
     """Question 1."""
     names = np.array([name for name, paths in photos.items() for _ in paths])
-    pictures = [(path, images.read_picture(path)) for paths in photos.values()
-                for path in paths]
+    pictures = [(path, images.read_picture(path)) for paths in photos.values() for path in paths]
     print_alike("whole photographs", whole([picture for _, picture in pictures]), names)
-    vectors = subject([subject_places.cut(picture, subject_places.of_photograph(path, picture))
-                       for path, picture in pictures])
+    vectors = subject(
+        [
+            subject_places.cut(picture, subject_places.of_photograph(path, picture))
+            for path, picture in pictures
+        ]
+    )
     print_alike("subjects cut out", vectors, names)
-    half = np.isin(names, list(photos)[:len(photos) // 2])
+    half = np.isin(names, list(photos)[: len(photos) // 2])
     for kind, chosen in (("first", half), ("second", ~half)):
         print_alike(f"subjects cut out, {kind} half", vectors[chosen], names[chosen])
 
@@ -80,8 +86,11 @@ def print_alike(kind, vectors, names):
         others = [similarity[i, names == other].mean() for other in subjects if other != name]
         passed.append((own > similarity[i, names != name].mean(), own > max(others)))
     mean, nearest = 100 * np.mean(passed, axis=0)
-    print(f"{kind}: own subject above the mean of the others for {mean:.1f} % of {len(names)}, "
-          f"above the nearest of them for {nearest:.1f} %", flush=True)
+    print(
+        f"{kind}: own subject above the mean of the others for {mean:.1f} % of {len(names)}, "
+        f"above the nearest of them for {nearest:.1f} %",
+        flush=True,
+    )
 
 
 def composites(encoder, patches, folder, photos, count):
@@ -100,7 +109,8 @@ def composites(encoder, patches, folder, photos, count):
         shown = [photos[name][draw.integers(len(photos[name]))] for name in pair]
         subjects = tuple(
             Subject(name, name, str(path), tuple(str(p) for p in photos[name] if p != path))
-            for name, path in zip(pair, shown))
+            for name, path in zip(pair, shown)
+        )
         background = photos[list(photos)[draw.integers(len(photos))]][0]
         picture, masks = paste(shown, background)
         scenes.append(Scene(f"{number}", "", subjects, 0, "+".join(pair)))
@@ -112,18 +122,32 @@ def composites(encoder, patches, folder, photos, count):
     for kind, given in (("masks given", places), ("boxes given", boxes)):
         true = leakage(scorer, scenes, pictures, given)
         changed = leakage(scorer, scenes, pictures, [row[::-1] for row in given])
-        print(f"leakage, {kind}: {report('negative for true', (true < 0).all(1), same)}; "
-              f"{report('positive for swapped', (changed > 0).all(1), same)}; "
-              f"mean {np.nanmean(true):+.3f} and {np.nanmean(changed):+.3f}", flush=True)
-    found = [[box and subject_places.Place(tuple(box)) for box in score["boxes"]]
-             for score in scoring.PlaceScorer(patches).score(scenes, pictures, None)]
-    overlaps = np.array([0.0 if a is None else overlap(a.box, b.box)
-                         for rows in zip(found, places) for a, b in zip(*rows)])
-    print(f"places found: {100 * (overlaps >= 0.5).mean():.1f} % of {len(overlaps)} overlap the "
-          f"right one by half and more, mean overlap {overlaps.mean():.2f}")
+        print(
+            f"leakage, {kind}: {report('negative for true', (true < 0).all(1), same)}; "
+            f"{report('positive for swapped', (changed > 0).all(1), same)}; "
+            f"mean {np.nanmean(true):+.3f} and {np.nanmean(changed):+.3f}",
+            flush=True,
+        )
+    found = [
+        [box and subject_places.Place(tuple(box)) for box in score["boxes"]]
+        for score in scoring.PlaceScorer(patches).score(scenes, pictures, None)
+    ]
+    overlaps = np.array(
+        [
+            0.0 if a is None else overlap(a.box, b.box)
+            for rows in zip(found, places)
+            for a, b in zip(*rows)
+        ]
+    )
+    print(
+        f"places found: {100 * (overlaps >= 0.5).mean():.1f} % of {len(overlaps)} overlap the "
+        f"right one by half and more, mean overlap {overlaps.mean():.2f}"
+    )
     true = leakage(scorer, scenes, pictures, found)
-    print(f"leakage, places found: {report('negative for true', (true < 0).all(1), same)}; "
-          f"mean {np.nanmean(true):+.3f}")
+    print(
+        f"leakage, places found: {report('negative for true', (true < 0).all(1), same)}; "
+        f"mean {np.nanmean(true):+.3f}"
+    )
 
 
 def leakage(scorer, scenes, pictures, places):
@@ -134,8 +158,10 @@ def leakage(scorer, scenes, pictures, places):
 
 def report(what, passed, same):
     """Shares of all composites and of those of one class."""
-    return (f"{what} {100 * passed.mean():.1f} % of {len(passed)} "
-            f"({100 * passed[same].mean():.1f} % of {same.sum()} of one class)")
+    return (
+        f"{what} {100 * passed.mean():.1f} % of {len(passed)} "
+        f"({100 * passed[same].mean():.1f} % of {same.sum()} of one class)"
+    )
 
 
 def paste(paths, background):
@@ -154,7 +180,7 @@ def paste(paths, background):
         mask = np.asarray(Image.fromarray(place.mask).crop(box).resize(size))
         left, top = SIDE // 4 * (1 + 2 * i) - size[0] // 2, SIDE - 60 - size[1]
         whole = np.zeros((SIDE, SIDE), bool)
-        whole[top:top + size[1], left:left + size[0]] = mask
+        whole[top : top + size[1], left : left + size[0]] = mask
         canvas[whole] = subject[mask]
         masks.append(whole)
     return canvas, masks

@@ -29,8 +29,9 @@ def load(trial, output, step=None):
 
 def score(measures):
     """What the grid is searched for: mean fidelity less mean leakage."""
-    means = {name: statistics.bootstrap_mean(measures[name], seed=0, resamples=1).mean
-             for name in CURVES}
+    means = {
+        name: statistics.bootstrap_mean(measures[name], seed=0, resamples=1).mean for name in CURVES
+    }
     # Without a single subject found there is no leakage to speak of, and no fidelity.
     return means["fidelity"] - (means["leakage"] or 0.0)
 
@@ -42,8 +43,11 @@ def pooled(trials, output, step=None):
     """
     found = [load(trial, output, step) for trial in trials]
     found = [measures for measures in found if measures is not None]
-    return {name: np.concatenate([m[name].reshape(len(m[name]), -1) for m in found], axis=1)
-            for name in (found[0] if found else {}) if name not in _ARRAYS}
+    return {
+        name: np.concatenate([m[name].reshape(len(m[name]), -1) for m in found], axis=1)
+        for name in (found[0] if found else {})
+        if name not in _ARRAYS
+    }
 
 
 def estimates(trials, output, step=None):
@@ -51,9 +55,13 @@ def estimates(trials, output, step=None):
     result = {}
     for name, values in pooled(trials, output, step).items():
         each = [load(trial, output, step) for trial in trials]
-        result[name] = statistics.bootstrap_mean(values, seed=0)._asdict() | {"seeds": [
-            statistics.bootstrap_mean(m[name], seed=0, resamples=1).mean for m in each
-            if m is not None]}
+        result[name] = statistics.bootstrap_mean(values, seed=0)._asdict() | {
+            "seeds": [
+                statistics.bootstrap_mean(m[name], seed=0, resamples=1).mean
+                for m in each
+                if m is not None
+            ]
+        }
     return result
 
 
@@ -66,11 +74,19 @@ def write(output, reported, chosen, scores):
       scores: {trial: score} of the grid.
     """
     results = {name: estimates(trials, output) for name, trials in reported.items()}
-    curves = {name: {step: estimates(trials, output, step) for step in trials[0].steps}
-              for name, trials in reported.items() if name in chosen}
-    (output / "study.json").write_text(json.dumps(
-        {"results": results, "curves": curves, "chosen": chosen, "grid": scores},
-        indent=2, sort_keys=True) + "\n")
+    curves = {
+        name: {step: estimates(trials, output, step) for step in trials[0].steps}
+        for name, trials in reported.items()
+        if name in chosen
+    }
+    (output / "study.json").write_text(
+        json.dumps(
+            {"results": results, "curves": curves, "chosen": chosen, "grid": scores},
+            indent=2,
+            sort_keys=True,
+        )
+        + "\n"
+    )
     plot(output / "curves.png", curves, results["base"])
     grids.save_png(output / "pictures.png", page(output, reported, chosen))
     trial = next(iter(reported.values()))[0]
@@ -79,11 +95,15 @@ def write(output, reported, chosen, scores):
         f"# Study\n\n{trial.scenes} test scenes of two and three subjects, "
         f"{max(map(len, reported.values()))} seeds; mean and 95 % bootstrap interval over scenes, "
         f"and the mean of each seed. `+` and `-`: better and worse than `focus_dpo`.\n\n{text}\n"
-        + "".join(f"- {name}: " + ", ".join(f"{k} {v:g}" for k, v in setting.items()
-                                            if k != "objective") + "\n"
-                  for name, setting in chosen.items())
+        + "".join(
+            f"- {name}: "
+            + ", ".join(f"{k} {v:g}" for k, v in setting.items() if k != "objective")
+            + "\n"
+            for name, setting in chosen.items()
+        )
         + "\n![Fidelity and leakage against steps](curves.png)\n\n"
-        "![References, chosen picture, and what each model draws](grids.png)\n")
+        "![References, chosen picture, and what each model draws](grids.png)\n"
+    )
     print(text)
     print(f"Report: {output / 'study.md'}")
 
@@ -93,8 +113,10 @@ def table(results):
 
     Marks stand where the intervals do not overlap.
     """
-    lines = ["| model | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |",
-             "| --- |" + " --- |" * len(SHOWN)]
+    lines = [
+        "| model | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |",
+        "| --- |" + " --- |" * len(SHOWN),
+    ]
     focus = results.get("focus_dpo")
     for model, measures in results.items():
         if not measures:
@@ -106,12 +128,15 @@ def table(results):
             if not estimate["n"]:
                 cells.append("-")
                 continue
-            mark = "" if focus is None or model == "focus_dpo" else {
-                "better": " +", "worse": " -", "": ""}[
-                    apart(name, focus[name], estimate)]
+            mark = (
+                ""
+                if focus is None or model == "focus_dpo"
+                else {"better": " +", "worse": " -", "": ""}[apart(name, focus[name], estimate)]
+            )
             mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
-            seeds = "/".join(f"{100 * value:.0f}" for value in estimate["seeds"]
-                             if value is not None)
+            seeds = "/".join(
+                f"{100 * value:.0f}" for value in estimate["seeds"] if value is not None
+            )
             cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}] ({seeds}){mark}")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -131,6 +156,7 @@ def apart(name, first, second):
 def plot(path, curves, base):
     """Fidelity and leakage against steps, with their intervals, from the base on."""
     import matplotlib  # Here, so that a study can be run where it is not installed.
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -139,16 +165,25 @@ def plot(path, curves, base):
         for model, points in curves.items():
             points = {0: base} | {step: point for step, point in points.items() if point}
             steps = [step for step, point in points.items() if point[name]["n"]]
-            mean, low, high = (np.array([100 * points[step][name][key] for step in steps])
-                               for key in ("mean", "low", "high"))
-            axis.plot(steps, mean, marker="o", markersize=3, label=model,
-                      linewidth=2.5 if model == "focus_dpo" else 1.2)
+            mean, low, high = (
+                np.array([100 * points[step][name][key] for step in steps])
+                for key in ("mean", "low", "high")
+            )
+            axis.plot(
+                steps,
+                mean,
+                marker="o",
+                markersize=3,
+                label=model,
+                linewidth=2.5 if model == "focus_dpo" else 1.2,
+            )
             axis.fill_between(steps, low, high, alpha=0.12)
         axis.set_xlabel("optimiser steps")
         axis.set_ylabel(f"{name}, %")
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(curves),
-                  frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(curves), frameon=False
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -156,11 +191,22 @@ def plot(path, curves, base):
 
 def page(output, reported, chosen):
     """The same scenes from the same noise by every model of the first seed."""
-    drawn = {name: load(trials[0], output) for name, trials in reported.items()
-             if name == "base" or name in chosen}
+    drawn = {
+        name: load(trials[0], output)
+        for name, trials in reported.items()
+        if name == "base" or name in chosen
+    }
     base = drawn["base"]
     return grids.model_grid(
-        [grids.ModelRow(base["references"][i][base["present"][i]], base["chosen"][i],
-                           {name: None if values is None else values["pictures"][i]
-                            for name, values in drawn.items()})
-         for i in range(len(base["pictures"]))])
+        [
+            grids.ModelRow(
+                base["references"][i][base["present"][i]],
+                base["chosen"][i],
+                {
+                    name: None if values is None else values["pictures"][i]
+                    for name, values in drawn.items()
+                },
+            )
+            for i in range(len(base["pictures"]))
+        ]
+    )

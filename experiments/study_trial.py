@@ -58,11 +58,17 @@ def scenes_of(config, split, count):
 
     def batches(model):
         transform = loader.pair_transform(
-            tokenize=model.tokenizer, num_subjects=3,
-            reference_size=model.generator.config.image_encoder.image_size)
-        return list(loader.evaluation_batches(
-            [source[i] for i in range(count)], transform=transform,
-            batch_size=min(count, config.evaluation.batch_size)))
+            tokenize=model.tokenizer,
+            num_subjects=3,
+            reference_size=model.generator.config.image_encoder.image_size,
+        )
+        return list(
+            loader.evaluation_batches(
+                [source[i] for i in range(count)],
+                transform=transform,
+                batch_size=min(count, config.evaluation.batch_size),
+            )
+        )
 
     return batches
 
@@ -73,21 +79,35 @@ def measure(model, config, batches):
     supervised = ml_collections.ConfigDict(config.to_dict())
     supervised.objective = "sft"  # References and captions are all there is to know.
     encoded = encoding.cached(
-        encoding.encoder(generator, supervised), parameters, batches,
-        sum(int((batch.index >= 0).sum()) for batch in batches)).encoded
+        encoding.encoder(generator, supervised),
+        parameters,
+        batches,
+        sum(int((batch.index >= 0).sum()) for batch in batches),
+    ).encoded
     generate = make_generate(
-        generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
-        negative_token_ids=model.tokenizer(""))
+        generator,
+        steps=config.sampling.steps,
+        guidance=config.sampling.guidance,
+        negative_token_ids=model.tokenizer(""),
+    )
     # One seed for all trials: they draw a scene from the same noise.
     images = generate_all(
-        generate, parameters, encoded, seed=0, batch_size=len(batches[0].index),
-        latent_shape=generator.latent_shape(config.resolution), place=jax.device_put)
+        generate,
+        parameters,
+        encoded,
+        seed=0,
+        batch_size=len(batches[0].index),
+        latent_shape=generator.latent_shape(config.resolution),
+        place=jax.device_put,
+    )
     probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
     size = len(batches[0].index)
-    readings = [probe(model.probe, jnp.asarray(images[i:i + size]) / 255)
-                for i in range(0, len(images), size)]
+    readings = [
+        probe(model.probe, jnp.asarray(images[i : i + size]) / 255)
+        for i in range(0, len(images), size)
+    ]
     readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
-    raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:len(images)], *batches)
+    raw = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(images)], *batches)
     return measures.measure(readings, raw.truth, raw.present), images, raw
 
 
@@ -122,12 +142,22 @@ def run(folder):
         else:
             model = models.load_model(config)
         if model.probe is None:
-            raise UserError(f"config.model.pretrained = {config.model.pretrained!r}: this model "
-                            "has no probe, without which nothing can be measured")
+            raise UserError(
+                f"config.model.pretrained = {config.model.pretrained!r}: this model "
+                "has no probe, without which nothing can be measured"
+            )
         batches = batches_for(model)
         measures, images, raw = measure(model, config, batches)
-        save(path, {**measures, "pictures": images[:PICTURES], "chosen": raw.chosen[:PICTURES],
-                    "references": raw.references[:PICTURES], "present": raw.present[:PICTURES]})
+        save(
+            path,
+            {
+                **measures,
+                "pictures": images[:PICTURES],
+                "chosen": raw.chosen[:PICTURES],
+                "references": raw.references[:PICTURES],
+                "present": raw.present[:PICTURES],
+            },
+        )
         logging.info("%s", path)
 
 

@@ -45,14 +45,19 @@ def measure(config, model, batches):
             chance.append(np.asarray(there.mean((2, 3)))[taken > 0])
             prior = objectives.twice(pairs.prior)
             alignment.append(np.asarray(correspondence.alignment(match, prior)).reshape(-1, 2).T)
-        yield (name, np.concatenate(inside).mean(), np.concatenate(chance).mean(),
-               *np.concatenate(alignment, axis=1).mean(1))
+        yield (
+            name,
+            np.concatenate(inside).mean(),
+            np.concatenate(chance).mean(),
+            *np.concatenate(alignment, axis=1).mean(1),
+        )
 
 
 def main():
     """Prints a line for each source and bucket."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scenes", type=int, default=64)
     parser.add_argument("--prototypes", type=int, nargs="+", default=[1, 4, 16])
     arguments = parser.parse_args()
@@ -62,19 +67,27 @@ def main():
     records = tasks.open_data(config)["validation"]
     model = models.load_model(config)
     transform = loader.pair_transform(
-        tokenize=model.tokenizer, num_subjects=tasks.subject_slots(config, None))
-    batches = list(loader.evaluation_batches(
-        [records[i] for i in range(arguments.scenes)], transform=transform,
-        batch_size=min(arguments.scenes, config.evaluation.batch_size)))
+        tokenize=model.tokenizer, num_subjects=tasks.subject_slots(config, None)
+    )
+    batches = list(
+        loader.evaluation_batches(
+            [records[i] for i in range(arguments.scenes)],
+            transform=transform,
+            batch_size=min(arguments.scenes, config.evaluation.batch_size),
+        )
+    )
     for features in ("vit", "unet", "attention"):
         config.focus.features = features
         # With attention, it is the image tokens that stand for a subject.
         for count in arguments.prototypes if features != "attention" else [0]:
             config.focus.prototypes = max(1, count)
             for bucket, inside, chance, chosen, rejected in measure(config, model, batches):
-                print(f"{features:10s} {count or '':2} prototypes, {bucket}: inside "
-                      f"{100 * inside:5.1f} %  chance {100 * chance:4.1f} %  alignment chosen "
-                      f"{chosen:.3f} rejected {rejected:.3f}", flush=True)
+                print(
+                    f"{features:10s} {count or '':2} prototypes, {bucket}: inside "
+                    f"{100 * inside:5.1f} %  chance {100 * chance:4.1f} %  alignment chosen "
+                    f"{chosen:.3f} rejected {rejected:.3f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -20,28 +20,39 @@ def psnr(squared_error):
 
 def reconstruct(generator, parameters, images, batch_size):
     """uint8 images [N, H, W, 3] through the autoencoder, without noise: float32 in [0, 1]."""
+
     @jax.jit
     def through(parameters, batch):
         mean, _ = generator.encode_image(parameters, batch.astype(jnp.float32) / 255)
         return jnp.clip(generator.decode_latents(parameters, mean), 0, 1)
 
-    return np.concatenate([through(parameters, images[i:i + batch_size])
-                           for i in range(0, len(images), batch_size)])
+    return np.concatenate(
+        [through(parameters, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    )
 
 
 def draw(model, scenes, *, steps, guidance, seed, batch_size):
     """Generated pictures uint8 [N, H, W, 3] of N scenes, a `PreferenceBatch`."""
     generator = model.generator
-    generate = make_generate(generator, steps=steps, guidance=guidance,
-                             negative_token_ids=model.tokenizer(""))
+    generate = make_generate(
+        generator, steps=steps, guidance=guidance, negative_token_ids=model.tokenizer("")
+    )
     view = jax.jit(generator.view)
     shape = generator.latent_shape(scenes.chosen.shape[1])
     drawn = []
     for start in range(0, len(scenes.index), batch_size):
-        rows = jax.tree.map(lambda x, s=start: x[s:s + batch_size], scenes)
+        rows = jax.tree.map(lambda x, s=start: x[s : s + batch_size], scenes)
         references = view(model.parameters, rows.references.astype(np.float32) / 255)
-        drawn.append(generate(model.parameters, rows.token_ids, rows.time_ids, references,
-                              rows.present, scene_noise(seed, rows.index, shape)))
+        drawn.append(
+            generate(
+                model.parameters,
+                rows.token_ids,
+                rows.time_ids,
+                references,
+                rows.present,
+                scene_noise(seed, rows.index, shape),
+            )
+        )
     return np.concatenate(drawn)
 
 
@@ -60,32 +71,47 @@ def report(model, config, *, split, count, seed, batch_size, parts):
     source = dataset.ToyboxSource(dataset.toybox_world(config), split, count)
     records = [source[i] for i in range(count)]
     transform = loader.pair_transform(
-        tokenize=model.tokenizer, num_subjects=len(config.data.subject_counts),
-        reference_size=model.generator.config.image_encoder.image_size)
+        tokenize=model.tokenizer,
+        num_subjects=len(config.data.subject_counts),
+        reference_size=model.generator.config.image_encoder.image_size,
+    )
     (scenes,) = loader.evaluation_batches(records, transform=transform, batch_size=count)
     figures, tables, drawn = {}, {}, None
-    look = jax.jit(lambda parameters, images: read(
-        Probe(TOYBOX).apply({"params": parameters}, images)))
+    look = jax.jit(
+        lambda parameters, images: read(Probe(TOYBOX).apply({"params": parameters}, images))
+    )
 
     def measured(images):
         """Estimates of every measure of images [N, H, W, 3] in [0, 1]."""
-        readings = [look(model.probe, images[i:i + batch_size]) for i in range(0, count, batch_size)]
+        readings = [
+            look(model.probe, images[i : i + batch_size]) for i in range(0, count, batch_size)
+        ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
         return statistics.summarize(
-            measures.measure(readings, scenes.truth, scenes.present), seed=seed)
+            measures.measure(readings, scenes.truth, scenes.present), seed=seed
+        )
 
     chosen = scenes.chosen.astype(np.float32) / 255
     if {"autoencoder", "probe"} & set(parts):
         decoded = reconstruct(model.generator, model.parameters, scenes.chosen, batch_size)
         error = np.square(decoded - chosen).mean(-1)
         inside = scenes.masks.any(1)
-        figures = {"psnr": psnr(error.mean()), "psnr_inside_subjects": psnr(error[inside].mean()),
-                   "psnr_background": psnr(error[~inside].mean())}
+        figures = {
+            "psnr": psnr(error.mean()),
+            "psnr_inside_subjects": psnr(error[inside].mean()),
+            "psnr_background": psnr(error[~inside].mean()),
+        }
     if "probe" in parts:
         tables |= {"renders": measured(chosen), "reconstructions": measured(decoded)}
     if "generator" in parts:
-        drawn = draw(model, scenes, steps=config.sampling.steps, guidance=config.sampling.guidance,
-                     seed=seed, batch_size=batch_size)
+        drawn = draw(
+            model,
+            scenes,
+            steps=config.sampling.steps,
+            guidance=config.sampling.guidance,
+            seed=seed,
+            batch_size=batch_size,
+        )
         tables["generated"] = measured(drawn.astype(np.float32) / 255)
     return figures, tables, scenes, [record["caption"] for record in records], drawn
 
@@ -97,7 +123,14 @@ def format_tables(tables):
         cells = []
         for summary in tables.values():
             estimate = summary["metrics"].get(name, {}).get("base")
-            cells.append("-" if not (estimate and estimate["n"]) else "{:.1f} % [{:.1f}, {:.1f}]".format(
-                *(100 * estimate[key] for key in ("mean", "low", "high"))))
-        lines.append([f"{name.replace('_', ' ')} {'↓' if name in LOWER_IS_BETTER else '↑'}", *cells])
+            cells.append(
+                "-"
+                if not (estimate and estimate["n"])
+                else "{:.1f} % [{:.1f}, {:.1f}]".format(
+                    *(100 * estimate[key] for key in ("mean", "low", "high"))
+                )
+            )
+        lines.append(
+            [f"{name.replace('_', ' ')} {'↓' if name in LOWER_IS_BETTER else '↑'}", *cells]
+        )
     return aligned(lines)

@@ -16,7 +16,9 @@ from ml_collections import config_flags
 
 from focusdpo_jax import command
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the world and of sampling.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration of the world and of sampling."
+)
 _MODEL = flags.DEFINE_string("model", None, "Model folder, or one that ships with the package.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for report.json and samples.png.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Split of the subjects.")
@@ -24,8 +26,12 @@ _SCENES = flags.DEFINE_integer("scenes", 512, "Scenes to measure.", lower_bound=
 _PICTURES = flags.DEFINE_integer("pictures", 48, "Scenes in samples.png.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Scenes at once.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise, and of the bootstrap.")
-_PARTS = flags.DEFINE_multi_enum("parts", ["autoencoder", "probe", "generator"],
-                                 ["autoencoder", "probe", "generator"], "What to measure.")
+_PARTS = flags.DEFINE_multi_enum(
+    "parts",
+    ["autoencoder", "probe", "generator"],
+    ["autoencoder", "probe", "generator"],
+    "What to measure.",
+)
 
 
 def main():
@@ -36,31 +42,63 @@ def main():
     from focusdpo_jax.files import replace_file
     from focusdpo_jax.training import runs
     from focusdpo_jax.visualization import grids
-    for name, value in (("config", _CONFIG.value), ("model", _MODEL.value), ("output", _OUTPUT.value)):
+
+    for name, value in (
+        ("config", _CONFIG.value),
+        ("model", _MODEL.value),
+        ("output", _OUTPUT.value),
+    ):
         if value is None:
             raise UserError(f"--{name} is missing; see --help")
     model, parts = runs.load_folder(_MODEL.value), _PARTS.value
     if model.probe is None and parts != ["autoencoder"]:
-        raise UserError(f"--model={_MODEL.value} has no probe.safetensors, which reads Toybox's pictures; "
-                        "give --parts=autoencoder, or train it (configs/toybox_base.py:probe)")
+        raise UserError(
+            f"--model={_MODEL.value} has no probe.safetensors, which reads Toybox's pictures; "
+            "give --parts=autoencoder, or train it (configs/toybox_base.py:probe)"
+        )
     figures, tables, scenes, captions, drawn = toybox_figures.report(
-        model, _CONFIG.value, split=_SPLIT.value, count=_SCENES.value, seed=_SEED.value,
-        batch_size=_BATCH_SIZE.value, parts=parts)
+        model,
+        _CONFIG.value,
+        split=_SPLIT.value,
+        count=_SCENES.value,
+        seed=_SEED.value,
+        batch_size=_BATCH_SIZE.value,
+        parts=parts,
+    )
     if figures:
-        print("Autoencoder: " + ", ".join(f"{name.replace('_', ' ')} {value:.2f} dB"
-                                          for name, value in figures.items()))
+        print(
+            "Autoencoder: "
+            + ", ".join(
+                f"{name.replace('_', ' ')} {value:.2f} dB" for name, value in figures.items()
+            )
+        )
     if tables:
         print(f"{_SCENES.value} {_SPLIT.value} scenes; mean and 95 % interval")
         print(toybox_figures.format_tables(tables))
     folder = epath.Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "report.json", json.dumps({
-        "model": _MODEL.value, "split": _SPLIT.value, "scenes": _SCENES.value, "seed": _SEED.value,
-        "sampling": _CONFIG.value.sampling.to_dict(), "autoencoder": figures,
-        "probe": tables}, indent=2, sort_keys=True) + "\n")
+    replace_file(
+        folder / "report.json",
+        json.dumps(
+            {
+                "model": _MODEL.value,
+                "split": _SPLIT.value,
+                "scenes": _SCENES.value,
+                "seed": _SEED.value,
+                "sampling": _CONFIG.value.sampling.to_dict(),
+                "autoencoder": figures,
+                "probe": tables,
+            },
+            indent=2,
+            sort_keys=True,
+        )
+        + "\n",
+    )
     if drawn is not None and _PICTURES.value:
-        rows = [grids.SampleRow(captions[i], scenes.references[i][scenes.present[i]], drawn[i])
-                for i in range(min(_PICTURES.value, len(drawn)))]
+        rows = [
+            grids.SampleRow(captions[i], scenes.references[i][scenes.present[i]], drawn[i])
+            for i in range(min(_PICTURES.value, len(drawn)))
+        ]
         grids.save_png(folder / "samples.png", grids.sample_grid(rows, columns=3, scale=2))
 
 

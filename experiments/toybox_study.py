@@ -72,7 +72,8 @@ class Trial:
 def parse(arguments):
     """The command line as a namespace, with `share` as (place, count) and `common` overrides."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def number(text):
         if int(text) < 1:
@@ -92,8 +93,14 @@ def parse(arguments):
     add = parser.add_argument
     add("--output", type=pathlib.Path, default="runs/toybox_study", help="folder of the study")
     add("--config", default="configs/toybox_dpo.py", help="what all trials have in common")
-    add("--set", type=assignment, action="append", default=[], metavar="NAME=JSON",
-        help="a field that all trials have otherwise, such as batch_size=64")
+    add(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a field that all trials have otherwise, such as batch_size=64",
+    )
     add("--steps", type=number, default=80, help="optimiser steps of every trial")
     add("--points", type=number, default=4, help="points of the curves, a divisor of --steps")
     add("--seeds", type=number, default=3, help="seeds of what is reported")
@@ -104,16 +111,29 @@ def parse(arguments):
     add("--learning_rates", nargs="+", type=float, default=[5e-4, 1.5e-3])
     add("--betas", nargs="+", type=float, default=[100.0, 1000.0])
     add("--anchors", nargs="+", type=float, default=[0.0, 1.0])
-    add("--workers", type=number, default=1,
-        help="trials at once; with several, each sees one accelerator")
-    add("--share", type=share, default=(0, 1), metavar="I/N",
-        help="this machine takes every N-th trial from I on")
+    add(
+        "--workers",
+        type=number,
+        default=1,
+        help="trials at once; with several, each sees one accelerator",
+    )
+    add(
+        "--share",
+        type=share,
+        default=(0, 1),
+        metavar="I/N",
+        help="this machine takes every N-th trial from I on",
+    )
     study = parser.parse_args(arguments)
     if study.steps % study.points:
         parser.error(f"--points={study.points}: give a divisor of --steps={study.steps}")
     # The reports are made of what trials measure, so the runs' own pictures are few.
-    study.common = {"decay": "constant", "evaluation.scenes": 0, "evaluation.pictures": 1,
-                    "sample_every": 10**6} | dict(study.set)
+    study.common = {
+        "decay": "constant",
+        "evaluation.scenes": 0,
+        "evaluation.pictures": 1,
+        "sample_every": 10**6,
+    } | dict(study.set)
     return study
 
 
@@ -125,9 +145,13 @@ def tuning_trials(study):
             grid += [study.betas, study.anchors]
         for point in itertools.product(*grid):
             setting = dict(zip(TUNED, point))
-            yield Trial(f"tune_{objective}_{_tag(setting)}", study.common | setting | {"objective": objective,
-                                                        "seed": TUNING_SEED},
-                        "validation", study.validation, (study.steps,))
+            yield Trial(
+                f"tune_{objective}_{_tag(setting)}",
+                study.common | setting | {"objective": objective, "seed": TUNING_SEED},
+                "validation",
+                study.validation,
+                (study.steps,),
+            )
 
 
 def _tag(setting):
@@ -149,9 +173,16 @@ def reported_trials(study, chosen):
 
     def trials(kind, name, setting, steps):
         parts = [kind, name.replace(" ", "_"), *filter(None, [_tag(setting)])]
-        return [Trial("_".join([*parts, f"s{seed}"]),
-                      study.common | setting | {"seed": seed}, "test", study.scenes, steps)
-                for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds)]
+        return [
+            Trial(
+                "_".join([*parts, f"s{seed}"]),
+                study.common | setting | {"seed": seed},
+                "test",
+                study.scenes,
+                steps,
+            )
+            for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds)
+        ]
 
     found = {"base": trials("test", "base", {}, (0,))[:1]}
     found |= {name: trials("test", name, chosen[name], steps) for name in study.objectives}
@@ -178,9 +209,12 @@ def spread(study, trials):
         # Each worker sees one accelerator by whatever name its runtime goes by.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(study.output / "compiled")} | os.environ
         if study.workers > 1:
-            environment |= {"CUDA_VISIBLE_DEVICES": str(worker), "TPU_VISIBLE_CHIPS": str(worker),
-                            "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
-                            "TPU_PROCESS_BOUNDS": "1,1,1"}
+            environment |= {
+                "CUDA_VISIBLE_DEVICES": str(worker),
+                "TPU_VISIBLE_CHIPS": str(worker),
+                "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+                "TPU_PROCESS_BOUNDS": "1,1,1",
+            }
         while True:
             try:
                 trial = todo.get_nowait()
@@ -188,13 +222,17 @@ def spread(study, trials):
                 return
             folder = study.output / "trials" / trial.name
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "trial.json").write_text(json.dumps(
-                dataclasses.asdict(trial) | {"config": study.config}, indent=2) + "\n")
+            (folder / "trial.json").write_text(
+                json.dumps(dataclasses.asdict(trial) | {"config": study.config}, indent=2) + "\n"
+            )
             logging.info("trial %s, %d left", trial.name, todo.qsize())
             with (folder / "log.txt").open("a") as log:
                 code = subprocess.run(
-                    [sys.executable, "-m", "experiments.study_trial", folder], stdout=log, stderr=subprocess.STDOUT,
-                    env=environment).returncode
+                    [sys.executable, "-m", "experiments.study_trial", folder],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                ).returncode
             if code:
                 failed.append(folder)
 
@@ -204,8 +242,10 @@ def spread(study, trials):
     for thread in threads:
         thread.join()
     if failed:
-        raise UserError(f"{len(failed)} trials failed, see {failed[0]}/log.txt. Run the same line "
-                        "again to go on.")
+        raise UserError(
+            f"{len(failed)} trials failed, see {failed[0]}/log.txt. Run the same line "
+            "again to go on."
+        )
     return all(done(trial, study.output) for trial in trials)
 
 
@@ -213,7 +253,8 @@ def done(trial, output):
     """Whether all measurements of a trial are there, or its training was given up."""
     folder = output / "trials" / trial.name
     return (folder / "gave_up.txt").exists() or all(
-        (folder / f"{trial.split}_{step:06d}.npz").exists() for step in trial.steps)
+        (folder / f"{trial.split}_{step:06d}.npz").exists() for step in trial.steps
+    )
 
 
 def choose(study, trials):
@@ -229,11 +270,15 @@ def choose(study, trials):
             best[objective] = trial
     lost = set(study.objectives) - set(best)
     if lost:
-        raise UserError(f"no setting of {', '.join(sorted(lost))} stayed finite: give lower "
-                        "--learning_rates")
-    return {objective: {name: trial.overrides[name] for name in ("objective", *TUNED)
-                        if name in trial.overrides}
-            for objective, trial in best.items()}, scores
+        raise UserError(
+            f"no setting of {', '.join(sorted(lost))} stayed finite: give lower --learning_rates"
+        )
+    return {
+        objective: {
+            name: trial.overrides[name] for name in ("objective", *TUNED) if name in trial.overrides
+        }
+        for objective, trial in best.items()
+    }, scores
 
 
 def main(arguments=None):

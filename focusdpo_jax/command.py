@@ -42,6 +42,7 @@ def config_parser(holder):
     Args:
       holder: of the flag, as `config_flags.DEFINE_config_file` returned it; it may be left out.
     """
+
     def parse(argv):
         try:
             rest = flags.FLAGS(argv)
@@ -75,8 +76,10 @@ def run(main, parser=parse_flags, *, goes_on=False):
       parser: takes all arguments and returns those that are not flags.
       goes_on: whether the same command line goes on where it was interrupted.
     """
-    interrupted = interrupts.Interrupts("interrupted (Ctrl-C)" + (
-        "; the same command goes on from what is there" if goes_on else ""))
+    interrupted = interrupts.Interrupts(
+        "interrupted (Ctrl-C)"
+        + ("; the same command goes on from what is there" if goes_on else "")
+    )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_compiled_programs()
     logging.set_verbosity(logging.INFO)
@@ -107,7 +110,8 @@ def keep_compiled_programs():
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
-            home, "focusdpo_jax", f"programs-{_processor()}")
+            home, "focusdpo_jax", f"programs-{_processor()}"
+        )
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))
     # Also small programs: there are hundreds, and reading one takes a third of compiling it.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

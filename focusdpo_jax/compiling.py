@@ -14,9 +14,11 @@ FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 # there are any, it takes only when told to; they make a step of many elementwise operations a
 # thirtieth faster. LLVM's level 1 takes 0.6 to 0.7 of the time that XLA's level 3 takes for Toybox's
 # programs, and they run as fast: what costs is in libraries, or in loops that are vectors already.
-_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-           "xla_cpu_prefer_vector_width": 512,
-           "xla_backend_optimization_level": 1}
+_ON_CPU = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_backend_optimization_level": 1,
+}
 
 
 def networks_on(platform):

@@ -21,20 +21,50 @@ ENCODER_OBJECTIVES = ("autoencode", "attributes", "probe")
 
 # Fields that may change between two runs in one folder: they say how long to train and how
 # often to look, not what is trained.
-_MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
-               "data.path", "data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+_MAY_CHANGE = {
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "data.path",
+    "data.cache",
+    "data.workers",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+}
 
 # Fields that older runs' config.json lacks, with what those runs did.
 _ADDED = {
-    "dtype": "float32", "optimizer": "adamw", "anchor": 0.0, "anchor_fades": False, "rejected_share": 0.0,
-    "model.remat": False, "model.scan_layers": True, "model.adapter": "", "model.image_encoder": "",
-    "model.tokenizer": "", "model.lora_alpha": 0.0, "model.prediction_type": "",
-    "data.source": "toybox", "data.workers": 0, "data.leak_probability": 0.5,
-    "data.subject_radii": (14.0, 13.0, 11.5), "data.pattern_scale": 1.0,
-    "data.same_class_probability": 0.0, "data.one_look_probability": 0.0,
-    "data.nuisance_probability": 0.0, "data.prior_mask": "exact",
-    "data.second_reference_probability": 0.0, "focus.features": "vit", "focus.prototypes": 1,
-    "focus.own_subject": False, "focus.lambda_c": 0.0, "mesh.fsdp": 1, "mesh.tensor": 1,
+    "dtype": "float32",
+    "optimizer": "adamw",
+    "anchor": 0.0,
+    "anchor_fades": False,
+    "rejected_share": 0.0,
+    "model.remat": False,
+    "model.scan_layers": True,
+    "model.adapter": "",
+    "model.image_encoder": "",
+    "model.tokenizer": "",
+    "model.lora_alpha": 0.0,
+    "model.prediction_type": "",
+    "data.source": "toybox",
+    "data.workers": 0,
+    "data.leak_probability": 0.5,
+    "data.subject_radii": (14.0, 13.0, 11.5),
+    "data.pattern_scale": 1.0,
+    "data.same_class_probability": 0.0,
+    "data.one_look_probability": 0.0,
+    "data.nuisance_probability": 0.0,
+    "data.prior_mask": "exact",
+    "data.second_reference_probability": 0.0,
+    "focus.features": "vit",
+    "focus.prototypes": 1,
+    "focus.own_subject": False,
+    "focus.lambda_c": 0.0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
     "evaluation.validation_scenes": 0,
 }
 
@@ -45,15 +75,22 @@ def _one_of(*choices):
 
 def _number(low, high=float("inf"), *, above=False):
     def check(value):
-        return (isinstance(value, numbers.Real) and not isinstance(value, bool)
-                and (low < value if above else low <= value) and value <= high)
+        return (
+            isinstance(value, numbers.Real)
+            and not isinstance(value, bool)
+            and (low < value if above else low <= value)
+            and value <= high
+        )
+
     bound = f"a number {'>' if above else '>='} {low}"
     return check, "give " + bound + (f" and <= {high}" if high < float("inf") else "")
 
 
 def _integer(low):
-    return ((lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low),
-            f"give a whole number >= {low}")
+    return (
+        (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low),
+        f"give a whole number >= {low}",
+    )
 
 
 def _devices():
@@ -70,23 +107,33 @@ def _text():
 
 
 def _shares():
-    return ((lambda v: len(v) >= 1 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6),
-            "give probabilities that add up to 1")
+    return (
+        (lambda v: len(v) >= 1 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6),
+        "give probabilities that add up to 1",
+    )
 
 
 def _radii():
-    return ((lambda v: len(v) >= 1 and all(_number(0, above=True)[0](radius) for radius in v)),
-            "give a number > 0 for each number of subjects")
+    return (
+        (lambda v: len(v) >= 1 and all(_number(0, above=True)[0](radius) for radius in v)),
+        "give a number > 0 for each number of subjects",
+    )
 
 
 def _dropout():
     def check(value):
         chances = value if isinstance(value, (tuple, list)) else (value,)
         chance = _number(0, 1)[0]
-        return (len(chances) in (1, 3) and all(map(chance, chances))
-                and sum(chances) * 3 / len(chances) <= 1 + 1e-9)
-    return check, ("give the chance of losing the caption, the references and both, such as "
-                   "(0.05, 0.05, 0.05), or one number for each of them; their sum is at most 1")
+        return (
+            len(chances) in (1, 3)
+            and all(map(chance, chances))
+            and sum(chances) * 3 / len(chances) <= 1 + 1e-9
+        )
+
+    return check, (
+        "give the chance of losing the caption, the references and both, such as "
+        "(0.05, 0.05, 0.05), or one number for each of them; their sum is at most 1"
+    )
 
 
 def dropout_chances(config):
@@ -98,9 +145,15 @@ def dropout_chances(config):
 
 def _mean_and_deviation():
     mean, deviation = _number(-float("inf"))[0], _number(0, above=True)[0]
-    return ((lambda v: isinstance(v, (tuple, list)) and (
-                not v or len(v) == 2 and mean(v[0]) and deviation(v[1]))),
-            "give () or a mean and a deviation > 0, such as (0.6, 1.0)")
+    return (
+        (
+            lambda v: (
+                isinstance(v, (tuple, list))
+                and (not v or len(v) == 2 and mean(v[0]) and deviation(v[1]))
+            )
+        ),
+        "give () or a mean and a deviation > 0, such as (0.6, 1.0)",
+    )
 
 
 def _anything():
@@ -202,8 +255,10 @@ def validate(config):
     for name in fields:
         if name not in RULES:
             close = difflib.get_close_matches(name, RULES, 1)
-            raise UserError(f"config.{name} is not a field"
-                            + (f"; did you mean config.{close[0]}?" if close else ""))
+            raise UserError(
+                f"config.{name} is not a field"
+                + (f"; did you mean config.{close[0]}?" if close else "")
+            )
     for name, (check, cure) in RULES.items():
         if name not in fields:
             if name in _OPTIONAL:
@@ -220,53 +275,80 @@ def validate(config):
 
 def _validate_together(config):
     if config.dtype != "float32" and config.objective in ENCODER_OBJECTIVES:
-        raise UserError(f"config.dtype = {config.dtype!r}: config.objective = "
-                        f"{config.objective!r} trains an encoder; give 'float32'")
+        raise UserError(
+            f"config.dtype = {config.dtype!r}: config.objective = "
+            f"{config.objective!r} trains an encoder; give 'float32'"
+        )
     filled = [axis for axis in ("data", "fsdp", "tensor") if config.mesh[axis] == -1]
     if len(filled) > 1:
-        raise UserError(f"config.mesh.{filled[1]} = -1: config.mesh.{filled[0]} = -1 takes the "
-                        "devices that are left already; give a number to one of them")
-    if (config.focus.features == "unet" and config.objective == "focus_dpo" and config.focus.spaf
-            and not config.data.cache):
-        raise UserError("config.data.cache = False: config.focus.features = 'unet' denoises every "
-                        "reference once in each bucket, which no step can afford; give True")
+        raise UserError(
+            f"config.mesh.{filled[1]} = -1: config.mesh.{filled[0]} = -1 takes the "
+            "devices that are left already; give a number to one of them"
+        )
+    if (
+        config.focus.features == "unet"
+        and config.objective == "focus_dpo"
+        and config.focus.spaf
+        and not config.data.cache
+    ):
+        raise UserError(
+            "config.data.cache = False: config.focus.features = 'unet' denoises every "
+            "reference once in each bucket, which no step can afford; give True"
+        )
     if config.objective not in (*SUPERVISED_OBJECTIVES, *ENCODER_OBJECTIVES):
         if config.rejected_share:
-            raise UserError(f"config.rejected_share = {config.rejected_share}: "
-                            f"{config.objective} learns from both images of a pair; give 0")
+            raise UserError(
+                f"config.rejected_share = {config.rejected_share}: "
+                f"{config.objective} learns from both images of a pair; give 0"
+            )
         if config.timestep_logits:
-            raise UserError(f"config.timestep_logits = {config.timestep_logits}: "
-                            f"{config.objective} draws uniformly within its buckets; give ()")
+            raise UserError(
+                f"config.timestep_logits = {config.timestep_logits}: "
+                f"{config.objective} draws uniformly within its buckets; give ()"
+            )
         if config.trainable == "generator":
-            raise UserError("config.trainable = 'generator': text encoders are trained with "
-                            "config.objective = 'sft' or 'subject_sft'; choose adapter, lora or "
-                            "full")
+            raise UserError(
+                "config.trainable = 'generator': text encoders are trained with "
+                "config.objective = 'sft' or 'subject_sft'; choose adapter, lora or "
+                "full"
+            )
     if config.trainable == "lora" and not config.model.lora_rank:
-        raise UserError("config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, "
-                        "for example 8")
+        raise UserError(
+            "config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, for example 8"
+        )
     if not config.model.pretrained and "sizes" not in config.model:
-        raise UserError("config.model.pretrained = '': give a folder to start from, or a new model's "
-                        "config.model.sizes, as configs/toybox_base.py does")
+        raise UserError(
+            "config.model.pretrained = '': give a folder to start from, or a new model's "
+            "config.model.sizes, as configs/toybox_base.py does"
+        )
     if config.data.source == "toybox":
         _validate_toybox(config)
     elif config.objective in ENCODER_OBJECTIVES:
-        raise UserError(f"config.data.source = {config.data.source!r}: {config.objective} learns "
-                        "what Toybox knows of its pictures; give 'toybox'")
+        raise UserError(
+            f"config.data.source = {config.data.source!r}: {config.objective} learns "
+            "what Toybox knows of its pictures; give 'toybox'"
+        )
 
 
 def _validate_toybox(config):
     """The sizes of a data set that is yet to be made."""
     if config.evaluation.scenes > config.data.test_size:
-        raise UserError(f"config.evaluation.scenes = {config.evaluation.scenes}: there are only "
-                        f"config.data.test_size = {config.data.test_size} of them")
+        raise UserError(
+            f"config.evaluation.scenes = {config.evaluation.scenes}: there are only "
+            f"config.data.test_size = {config.data.test_size} of them"
+        )
     for field in ("pictures", "validation_scenes"):
         if config.evaluation[field] > config.data.validation_size:
-            raise UserError(f"config.evaluation.{field} = {config.evaluation[field]}: there are "
-                            f"only config.data.validation_size = {config.data.validation_size}")
+            raise UserError(
+                f"config.evaluation.{field} = {config.evaluation[field]}: there are "
+                f"only config.data.validation_size = {config.data.validation_size}"
+            )
     pairs, count = config.batch_size * config.accumulate, config.data.train_size
     if pairs > count:
-        raise UserError(f"config.data.train_size = {count}: a step takes {_step_pairs(config)}; "
-                        f"give at least {pairs}, or {smaller_step(config, count)}")
+        raise UserError(
+            f"config.data.train_size = {count}: a step takes {_step_pairs(config)}; "
+            f"give at least {pairs}, or {smaller_step(config, count)}"
+        )
 
 
 def _step_pairs(config):
@@ -304,9 +386,11 @@ def require_pairs(config, path, count, shares):
       UserError: a step takes more.
     """
     if config.batch_size * config.accumulate > count:
-        raise UserError(f"config.batch_size = {config.batch_size}: {path} has {count} pairs to train on, "
-                        f"and a step takes {_step_pairs(config)}; give "
-                        f"{smaller_step(config, count, shares)}, or prepare more pairs")
+        raise UserError(
+            f"config.batch_size = {config.batch_size}: {path} has {count} pairs to train on, "
+            f"and a step takes {_step_pairs(config)}; give "
+            f"{smaller_step(config, count, shares)}, or prepare more pairs"
+        )
 
 
 def complete(config):
@@ -339,6 +423,8 @@ def changed_fields(old, new):
     for values in (old, new):  # Older runs have one number.
         if isinstance(chance := values.get("condition_dropout"), numbers.Real):
             values["condition_dropout"] = [chance] * 3
-    return [f"config.{name} = {old.get(name)!r} (now {new.get(name)!r})"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name) and name not in _MAY_CHANGE]
+    return [
+        f"config.{name} = {old.get(name)!r} (now {new.get(name)!r})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in _MAY_CHANGE
+    ]

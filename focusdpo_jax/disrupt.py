@@ -18,52 +18,92 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _MANIFEST = flags.DEFINE_string(
-    "manifest", None, "File of JSON lines that describes the good pictures. May be gs://.")
+    "manifest", None, "File of JSON lines that describes the good pictures. May be gs://."
+)
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for the pairs, manifest.jsonl, report.json and contact_sheet.png; "
-    "created if missing. May be gs://.")
+    "output",
+    None,
+    "Folder for the pairs, manifest.jsonl, report.json and contact_sheet.png; "
+    "created if missing. May be gs://.",
+)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "base", "What draws: the folder of a run, or a model: a run's model/, a pipeline of "
+    "workdir",
+    "base",
+    "What draws: the folder of a run, or a model: a run's model/, a pipeline of "
     "diffusers, its UNet one for inpainting (9 channels) or not (4), or base, the small Toybox "
-    "generator that ships with the package.")
+    "generator that ships with the package.",
+)
 _MODE = flags.DEFINE_enum(
-    "mode", "phrase", ["phrase", "leak"], "phrase: each subject is drawn from its phrase alone. "
+    "mode",
+    "phrase",
+    ["phrase", "leak"],
+    "phrase: each subject is drawn from its phrase alone. "
     "leak: under the reference of another subject of its scene, so that it wears that one's looks "
-    "(needs a model with an image adapter, and two subjects a line).")
+    "(needs a model with an image adapter, and two subjects a line).",
+)
 _STRENGTH = flags.DEFINE_float(
-    "strength", 0.75, "How little stays of the subject, in (0, 1]: the share of the steps that is "
-    "made. The lower, the more pose and shape stay, and looks as well.")
+    "strength",
+    0.75,
+    "How little stays of the subject, in (0, 1]: the share of the steps that is "
+    "made. The lower, the more pose and shape stay, and looks as well.",
+)
 _CANDIDATES = flags.DEFINE_integer(
-    "candidates", 8, "Drawn for each subject. The quarter that resembles it most is dropped; of "
-    "the others the one that fits its phrase best is taken.", lower_bound=1)
+    "candidates",
+    8,
+    "Drawn for each subject. The quarter that resembles it most is dropped; of "
+    "the others the one that fits its phrase best is taken.",
+    lower_bound=1,
+)
 _DINOV2 = flags.DEFINE_string(
-    "dinov2", None, "Folder of DINOv2 in transformers' layout, to measure resemblance with. "
-    "Default: the patches of the model's own image encoder.")
+    "dinov2",
+    None,
+    "Folder of DINOv2 in transformers' layout, to measure resemblance with. "
+    "Default: the patches of the model's own image encoder.",
+)
 _CLIP = flags.DEFINE_string(
-    "clip", None, "Folder of CLIP in transformers' layout, to measure with how well candidates fit "
-    "their phrase. Default: by how much the phrase helps the model to denoise them.")
+    "clip",
+    None,
+    "Folder of CLIP in transformers' layout, to measure with how well candidates fit "
+    "their phrase. Default: by how much the phrase helps the model to denoise them.",
+)
 _SEGMENTER = flags.DEFINE_string(
-    "segmenter", None, "Name of an entry point of the group focusdpo_jax.segmenters, which finds "
-    "the masks that are missing.")
+    "segmenter",
+    None,
+    "Name of an entry point of the group focusdpo_jax.segmenters, which finds "
+    "the masks that are missing.",
+)
 _CAPTIONER = flags.DEFINE_string(
-    "captioner", None, "Name of an entry point of the group focusdpo_jax.captioners, which writes "
-    "the phrases and captions that are missing.")
+    "captioner",
+    None,
+    "Name of an entry point of the group focusdpo_jax.captioners, which writes "
+    "the phrases and captions that are missing.",
+)
 _ON_ERROR = flags.DEFINE_enum(
-    "on-error", "fail", ["fail", "skip"], "What to do about lines that cannot be used: draw "
-    "nothing, or leave them out.")
+    "on-error",
+    "fail",
+    ["fail", "skip"],
+    "What to do about lines that cannot be used: draw nothing, or leave them out.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Another one, other individuals.")
 _STEPS = flags.DEFINE_integer(
-    "steps", 30, "Denoiser calls of a whole picture; of them the share --strength is made.",
-    lower_bound=1)
+    "steps",
+    30,
+    "Denoiser calls of a whole picture; of them the share --strength is made.",
+    lower_bound=1,
+)
 _GUIDANCE = flags.DEFINE_float("guidance", 5.0, "Classifier-free guidance; 1 or less is none.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp_2m.")
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", None, "Side in pixels of the squares that the model draws: 1024 for SDXL. "
-    "Default: the run's.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Candidates drawn at once, divided among the "
-                                   "devices.", lower_bound=1)
+    "resolution",
+    None,
+    "Side in pixels of the squares that the model draws: 1024 for SDXL. Default: the run's.",
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Candidates drawn at once, divided among the devices.", lower_bound=1
+)
 _MAX_SUBJECTS = flags.DEFINE_integer(
-    "max_subjects", 3, "The most subjects that a line may have.", lower_bound=1)
+    "max_subjects", 3, "The most subjects that a line may have.", lower_bound=1
+)
 
 
 def main():
@@ -74,43 +114,73 @@ def main():
     from focusdpo_jax.disruption.inpainting import Inpainter
     from focusdpo_jax.vision.encoders import digest_of
     from focusdpo_jax.visualization import contact_sheet
-    found = Hooks(hooks.load("segmenter", hooks.SEGMENTERS, _SEGMENTER.value),
-                  hooks.load("captioner", hooks.CAPTIONERS, _CAPTIONER.value))
+
+    found = Hooks(
+        hooks.load("segmenter", hooks.SEGMENTERS, _SEGMENTER.value),
+        hooks.load("captioner", hooks.CAPTIONERS, _CAPTIONER.value),
+    )
     model, resolution = open_model()
     settings = runner.Settings(
-        mode=_MODE.value, candidates=_CANDIDATES.value, seed=_SEED.value, steps=_STEPS.value,
-        resolution=resolution, strength=_STRENGTH.value, guidance=_GUIDANCE.value,
-        sampler=_SAMPLER.value, batch_size=min(_BATCH_SIZE.value, _CANDIDATES.value),
-        max_subjects=_MAX_SUBJECTS.value)
+        mode=_MODE.value,
+        candidates=_CANDIDATES.value,
+        seed=_SEED.value,
+        steps=_STEPS.value,
+        resolution=resolution,
+        strength=_STRENGTH.value,
+        guidance=_GUIDANCE.value,
+        sampler=_SAMPLER.value,
+        batch_size=min(_BATCH_SIZE.value, _CANDIDATES.value),
+        max_subjects=_MAX_SUBJECTS.value,
+    )
     inpainter = Inpainter(model, **settings.inpainting())
     report = runner.disrupt(
-        _MANIFEST.value, _OUTPUT.value, settings, inpainter, make_judge(model, settings),
-        identity={"model": digest_of(model.parameters), "segmenter": _SEGMENTER.value,
-                  "captioner": _CAPTIONER.value},
+        _MANIFEST.value,
+        _OUTPUT.value,
+        settings,
+        inpainter,
+        make_judge(model, settings),
+        identity={
+            "model": digest_of(model.parameters),
+            "segmenter": _SEGMENTER.value,
+            "captioner": _CAPTIONER.value,
+        },
         count_tokens=lambda text: (model.tokenizer.count(text), model.tokenizer.length),
-        draw_sheet=contact_sheet.draw, hooks=found, skip=_ON_ERROR.value == "skip")
-    print(f"{report['scenes']} of {report['lines']} lines, {report['subjects']} subjects drawn "
-          f"anew; look at {_OUTPUT.value}/contact_sheet.png, then:")
-    print(f"python -m focusdpo_jax.prepare --manifest={_OUTPUT.value}/manifest.jsonl "
-          f"--resolution={resolution} --output=DATA")
+        draw_sheet=contact_sheet.draw,
+        hooks=found,
+        skip=_ON_ERROR.value == "skip",
+    )
+    print(
+        f"{report['scenes']} of {report['lines']} lines, {report['subjects']} subjects drawn "
+        f"anew; look at {_OUTPUT.value}/contact_sheet.png, then:"
+    )
+    print(
+        f"python -m focusdpo_jax.prepare --manifest={_OUTPUT.value}/manifest.jsonl "
+        f"--resolution={resolution} --output=DATA"
+    )
 
 
 def open_model():
     """The model that draws, and the side of its pictures."""
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import runs
+
     name, resolution = _WORKDIR.value, _RESOLUTION.value
     if resolution is not None:
-        sizes = (runs.folder_sizes("toybox") if name == "base"
-                 else runs.folder_sizes(name, inpainting=True)
-                 if pretrained.is_model(name) else runs.Run(name).sizes())
+        sizes = (
+            runs.folder_sizes("toybox")
+            if name == "base"
+            else runs.folder_sizes(name, inpainting=True)
+            if pretrained.is_model(name)
+            else runs.Run(name).sizes()
+        )
         sizes.check_resolution(resolution, "--resolution=")
     if name == "base":
         return runs.load_folder("toybox"), resolution or 64
     if pretrained.is_model(name):
         if resolution is None:
-            raise UserError(f"--workdir={name} does not say how large its pictures are; give "
-                            "--resolution.")
+            raise UserError(
+                f"--workdir={name} does not say how large its pictures are; give --resolution."
+            )
         return runs.load_folder(name, inpainting=True), resolution
     run = runs.Run(name)
     return run.policy(), resolution or run.config.resolution
@@ -120,6 +190,7 @@ def make_judge(model, settings):
     """What chooses among candidates."""
     from focusdpo_jax.disruption.choice import Judge, own_encoder
     from focusdpo_jax.vision import encoders
+
     batch_size = settings.batch_size
     encode = own_encoder(model, batch_size)
     if _DINOV2.value:

@@ -19,51 +19,89 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration that says which Toybox scenes, which base and how to draw. "
-    "Default: that of the run.")
+    "config",
+    None,
+    "Configuration that says which Toybox scenes, which base and how to draw. "
+    "Default: that of the run.",
+)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a run, a model (a run's model/ or a pipeline of diffusers), or "
-    "base, the model that --config starts from. Default: runs/<config name>.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for pictures, scores, results.json and "
-                              "report.html; with --compare for comparison.json. May be gs://.")
+    "workdir",
+    None,
+    "Folder of a run, a model (a run's model/ or a pipeline of diffusers), or "
+    "base, the model that --config starts from. Default: runs/<config name>.",
+)
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "Folder for pictures, scores, results.json and "
+    "report.html; with --compare for comparison.json. May be gs://.",
+)
 _DREAMBENCH = flags.DEFINE_string(
-    "dreambench", None, "Instead of Toybox, DreamBench's dataset folder: every subject with 25 "
-    "prompts.")
+    "dreambench",
+    None,
+    "Instead of Toybox, DreamBench's dataset folder: every subject with 25 prompts.",
+)
 _SCENES = flags.DEFINE_string(
-    "scenes", None, "Instead of Toybox, a JSON list of scenes of one or more subjects, in the "
+    "scenes",
+    None,
+    "Instead of Toybox, a JSON list of scenes of one or more subjects, in the "
     "layout of UNO's benchmark files; pictures that are not found beside it are looked for in "
-    "--dreambench.")
+    "--dreambench.",
+)
 _PROTOCOL = flags.DEFINE_enum(
-    "protocol", "all", ["all", "one"], "Compare with all photographs of a subject, or with the one "
-    "that is the reference.")
+    "protocol",
+    "all",
+    ["all", "one"],
+    "Compare with all photographs of a subject, or with the one that is the reference.",
+)
 _SAMPLES = flags.DEFINE_integer(
-    "samples", None, "Pictures of each prompt. Default: 4, of Toybox 1.", lower_bound=1)
+    "samples", None, "Pictures of each prompt. Default: 4, of Toybox 1.", lower_bound=1
+)
 _LIMIT = flags.DEFINE_integer("limit", None, "The first so many pictures alone.", lower_bound=1)
 _IMAGES = flags.DEFINE_string(
-    "images", None, "Score the pictures of this folder, drawn by another program from the "
-    "scenes.jsonl in --output, as the policy's.")
+    "images",
+    None,
+    "Score the pictures of this folder, drawn by another program from the "
+    "scenes.jsonl in --output, as the policy's.",
+)
 _DINO = flags.DEFINE_string("dino", None, "Folder of DINO ViT-S/16 in transformers' layout.")
 _DINOV2 = flags.DEFINE_string("dinov2", None, "Folder of DINOv2 in transformers' layout.")
-_CLIP = flags.DEFINE_string("clip", None, "Folder of CLIP ViT-B/32 in transformers' layout, with "
-                            "its tokenizer: CLIP-I and CLIP-T.")
+_CLIP = flags.DEFINE_string(
+    "clip",
+    None,
+    "Folder of CLIP ViT-B/32 in transformers' layout, with its tokenizer: CLIP-I and CLIP-T.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first picture's noise, and of the bootstrap.")
-_STEPS = flags.DEFINE_integer("steps", None, "Denoiser calls. Default: config.sampling.steps.",
-                              lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Denoiser calls. Default: config.sampling.steps.", lower_bound=1
+)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Classifier-free guidance; 1 or less is none. Default: "
-    "config.sampling.guidance.")
+    "guidance",
+    None,
+    "Classifier-free guidance; 1 or less is none. Default: config.sampling.guidance.",
+)
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp_2m.")
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Pictures drawn or scored at once, divided among the devices. Default: "
-    "config.evaluation.batch_size, or 16.", lower_bound=1)
+    "batch_size",
+    None,
+    "Pictures drawn or scored at once, divided among the devices. Default: "
+    "config.evaluation.batch_size, or 16.",
+    lower_bound=1,
+)
 _SHARE = flags.DEFINE_string(
-    "share", "0/1", "i/n: draw and score the i-th of n shares alone. Start n processes with one "
-    "--output, each with a share from 0 to n - 1; then the same line without --share.")
+    "share",
+    "0/1",
+    "i/n: draw and score the i-th of n shares alone. Start n processes with one "
+    "--output, each with a share from 0 to n - 1; then the same line without --share.",
+)
 _CASES = flags.DEFINE_integer(
-    "cases", 6, "Best and worst scenes each that the report shows.", lower_bound=0)
+    "cases", 6, "Best and worst scenes each that the report shows.", lower_bound=0
+)
 _COMPARE = flags.DEFINE_multi_string(
-    "compare", [], "Output folders of finished evaluations: one table, and how each differs from "
-    "the first.")
+    "compare",
+    [],
+    "Output folders of finished evaluations: one table, and how each differs from the first.",
+)
 
 
 def main():
@@ -71,6 +109,7 @@ def main():
     # After the flags, so that --help is quick.
     from focusdpo_jax.evaluation import comparison, runner, tables
     from focusdpo_jax.evaluation.output_folder import OutputFolder
+
     if _COMPARE.value:
         compared = comparison.compare(_COMPARE.value)
         print(comparison.format_comparison(compared))
@@ -87,8 +126,16 @@ def main():
     benchmark = make_benchmark(config, batch_size)
     folder = OutputFolder(_OUTPUT.value)
     results = runner.run(
-        folder, benchmark, sides, sampling(config) if sides else None, batch_size=batch_size,
-        share=share, images=_IMAGES.value, workdir=workdir, cases=_CASES.value)
+        folder,
+        benchmark,
+        sides,
+        sampling(config) if sides else None,
+        batch_size=batch_size,
+        share=share,
+        images=_IMAGES.value,
+        workdir=workdir,
+        cases=_CASES.value,
+    )
     if results:
         print(benchmark.about, "Mean and 95 % interval; * where a difference's leaves out 0.")
         print(tables.format_results(results))
@@ -108,11 +155,13 @@ def open_models():
     from focusdpo_jax import config as config_rules
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import models, runs
+
     config, name = _CONFIG.value, _WORKDIR.value
     if config is not None:
         config_rules.validate(config)
-        name = name or str(command.default_workdir(
-            config_flags.get_config_filename(flags.FLAGS["config"])))
+        name = name or str(
+            command.default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+        )
     if _IMAGES.value:
         if config is None and _WORKDIR.value:
             config = config_rules.complete(runs.Run(name).config)
@@ -137,23 +186,33 @@ def make_benchmark(config, batch_size):
     """The benchmark that the flags ask for."""
     from focusdpo_jax.evaluation import benchmarks
     from focusdpo_jax.training import models
+
     how = {"seed": _SEED.value, "limit": _LIMIT.value, "batch_size": batch_size}
     if _DREAMBENCH.value or _SCENES.value:
         return benchmarks.Photographs(
-            _DREAMBENCH.value, _SCENES.value, protocol=_PROTOCOL.value,
-            samples=_SAMPLES.value or 4, networks={
-                "dino": _DINO.value, "dinov2": _DINOV2.value, "clip": _CLIP.value}, **how)
+            _DREAMBENCH.value,
+            _SCENES.value,
+            protocol=_PROTOCOL.value,
+            samples=_SAMPLES.value or 4,
+            networks={"dino": _DINO.value, "dinov2": _DINOV2.value, "clip": _CLIP.value},
+            **how,
+        )
     if config is None:
-        raise UserError("give --config or --workdir, which say what Toybox's scenes are, or "
-                        "--dreambench or --scenes.")
+        raise UserError(
+            "give --config or --workdir, which say what Toybox's scenes are, or "
+            "--dreambench or --scenes."
+        )
     return benchmarks.Toybox(config, models.load_probe(config), samples=_SAMPLES.value or 1, **how)
 
 
 def sampling(config):
     """How to draw: of the configuration what no flag says."""
-    return {"resolution": config.resolution, "sampler": _SAMPLER.value,
-            "steps": _STEPS.value or config.sampling.steps,
-            "guidance": config.sampling.guidance if _GUIDANCE.value is None else _GUIDANCE.value}
+    return {
+        "resolution": config.resolution,
+        "sampler": _SAMPLER.value,
+        "steps": _STEPS.value or config.sampling.steps,
+        "guidance": config.sampling.guidance if _GUIDANCE.value is None else _GUIDANCE.value,
+    }
 
 
 def parse_flags(argv):

@@ -1,9 +1,11 @@
 """Recognises, from its first bytes, a file that is not of the format that its name implies."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_CONVERT = ("which can run any code when it is opened and is not read: convert it where PyTorch is, by "
-            "safetensors.torch.save_file(torch.load(FILE, map_location='cpu', weights_only=True), "
-            "'FILE.safetensors'), or fetch the .safetensors file of the same model")
+_CONVERT = (
+    "which can run any code when it is opened and is not read: convert it where PyTorch is, by "
+    "safetensors.torch.save_file(torch.load(FILE, map_location='cpu', weights_only=True), "
+    "'FILE.safetensors'), or fetch the .safetensors file of the same model"
+)
 
 
 def describe(head):
@@ -19,14 +21,20 @@ def describe(head):
     if not head:
         return "is empty: fetch or copy it again"
     if head.startswith(_POINTER):
-        return ("is a pointer of git-lfs and not the file itself: run `git lfs pull` in its repository, or "
-                "fetch it with `hf download`")
+        return (
+            "is a pointer of git-lfs and not the file itself: run `git lfs pull` in its repository, or "
+            "fetch it with `hf download`"
+        )
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        return ("is a web page: fetch the file itself, by the site's download link (of the hub, "
-                "/resolve/ and not /blob/) or `hf download`")
+        return (
+            "is a web page: fetch the file itself, by the site's download link (of the hub, "
+            "/resolve/ and not /blob/) or `hf download`"
+        )
     if head.startswith(b"GGUF"):
-        return ("is a GGUF file, whose weights are quantised, and is not read: fetch the .safetensors file "
-                "of the same model")
+        return (
+            "is a GGUF file, whose weights are quantised, and is not read: fetch the .safetensors file "
+            "of the same model"
+        )
     if head.startswith(b"PK\x03\x04"):
         return f"is a zip archive, as torch.save makes of a pickle, {_CONVERT}"
     if head[:1] == b"\x80" and 2 <= head[1] <= 5:
@@ -34,7 +42,9 @@ def describe(head):
     if head.startswith(b"\x89HDF"):
         return "is an HDF5 file (Keras's .h5) and is not read: fetch the .safetensors file of the same model"
     if head.startswith(b"\x93NUMPY"):
-        return "is an array of numpy (.npy) and is not read: write it with safetensors.numpy.save_file"
+        return (
+            "is an array of numpy (.npy) and is not read: write it with safetensors.numpy.save_file"
+        )
     if head.startswith(b"\x1f\x8b"):
         return "is compressed (gzip): unpack it first"
     return None

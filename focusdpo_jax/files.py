@@ -88,8 +88,9 @@ def room_for(path: epath.PathLike) -> Iterator[None]:
         reason = no_room(error)
         if reason is None or isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be written ({reason}); make room and run the same command again"
-                        ) from error
+        raise UserError(
+            f"{path} cannot be written ({reason}); make room and run the same command again"
+        ) from error
 
 
 def no_room(error: BaseException) -> str | None:

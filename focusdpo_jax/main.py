@@ -16,17 +16,28 @@ FLAGS = flags.FLAGS
 # Pixels of a step from which on it has more memory than a thread's own heap holds.
 _LARGE = 16 * 64**2
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/toybox_dpo.py. Some take an argument "
-    "after a colon: configs/toybox_base.py:probe. Override fields by --config.FIELD=VALUE.")
+    "config",
+    None,
+    "Configuration file, such as configs/toybox_dpo.py. Some take an argument "
+    "after a colon: configs/toybox_base.py:probe. Override fields by --config.FIELD=VALUE.",
+)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics.jsonl, TensorBoard events, samples, "
-    "the trained model. Default: runs/<config name>. May be gs://.")
+    "workdir",
+    None,
+    "Folder of the run: checkpoints, metrics.jsonl, TensorBoard events, samples, "
+    "the trained model. Default: runs/<config name>. May be gs://.",
+)
 _ACCEPT = flags.DEFINE_bool(
-    "accept_changes", False, "Go on with a run although its configuration is no longer the one it "
-    "was started with.")
+    "accept_changes",
+    False,
+    "Go on with a run although its configuration is no longer the one it was started with.",
+)
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Of several processes that train together: host and port of the first, "
-    "such as 10.0.0.2:1234. Not needed on a TPU pod, GKE or Slurm, which tell by themselves.")
+    "coordinator",
+    None,
+    "Of several processes that train together: host and port of the first, "
+    "such as 10.0.0.2:1234. Not needed on a TPU pod, GKE or Slurm, which tell by themselves.",
+)
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many train together.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0 on.", lower_bound=0)
 
@@ -35,12 +46,15 @@ def main():
     """Flags, then `training.loop.run`."""
     # After the flags, so that --help is quick.
     from focusdpo_jax.training import run_lock
+
     config = _CONFIG.value
     workdir = _WORKDIR.value or command.default_workdir(
-        config_flags.get_config_filename(FLAGS["config"]))
+        config_flags.get_config_filename(FLAGS["config"])
+    )
     run_lock.require_free(workdir)  # Before imports that take seconds.
     from focusdpo_jax.sharding import processes
     from focusdpo_jax.training import loop, preemption
+
     if config.get("batch_size", 0) * config.get("resolution", 0) ** 2 >= _LARGE:
         command.keep_memory()
     with processes.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):

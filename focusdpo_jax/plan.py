@@ -22,26 +22,44 @@ from ml_collections import config_flags
 from focusdpo_jax import command
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/sdxl_dpo.py; override fields by "
-    "--config.FIELD=VALUE, for example --config.mesh.fsdp=16.")
+    "config",
+    None,
+    "Configuration file, such as configs/sdxl_dpo.py; override fields by "
+    "--config.FIELD=VALUE, for example --config.mesh.fsdp=16.",
+)
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "local", "TPU slice such as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2; GPUs such as h100:8 "
+    "topology",
+    "local",
+    "TPU slice such as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2; GPUs such as h100:8 "
     "(h100, h100-pcie, h200, b200, a100-40, a100-80, a6000, l4, l40s, rtx4090, rtx5090, rtx6000pro; more "
-    "than eight are several machines of eight); or local, this machine's devices.")
+    "than eight are several machines of eight); or local, this machine's devices.",
+)
 _UTILISATION = flags.DEFINE_float(
-    "utilisation", 0.4, "Share of the chip's speed on paper that is expected of it where no compiler "
-    "estimates time (GPUs); it decides the pairs a second, and nothing else.", lower_bound=0.01, upper_bound=1.0)
+    "utilisation",
+    0.4,
+    "Share of the chip's speed on paper that is expected of it where no compiler "
+    "estimates time (GPUs); it decides the pairs a second, and nothing else.",
+    lower_bound=0.01,
+    upper_bound=1.0,
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and not a table.")
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Try splits into data and fsdp and --batches pairs a chip; where nothing fits also "
+    "search",
+    False,
+    "Try splits into data and fsdp and --batches pairs a chip; where nothing fits also "
     "remat, cached encoders and no accumulation, in this order. Recommends what fits, promises most pairs a "
-    "second and exchanges least, planned as a whole.")
+    "second and exchanges least, planned as a whole.",
+)
 _BATCHES = flags.DEFINE_list("batches", ["1", "2", "4"], "Pairs a chip that --search tries.")
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "Compile the policy's update alone, which is --programs=update.")
+    "quick", False, "Compile the policy's update alone, which is --programs=update."
+)
 _PROGRAMS = flags.DEFINE_list(
-    "programs", None, "Programs to compile, of update, sampling, encoding, guide, focus maps, probe; all "
-    "that the run has by default.")
+    "programs",
+    None,
+    "Programs to compile, of update, sampling, encoding, guide, focus maps, probe; all "
+    "that the run has by default.",
+)
 
 
 def main():
@@ -54,17 +72,21 @@ def main():
     from focusdpo_jax import config as config_rules
     from focusdpo_jax.errors import UserError
     from focusdpo_jax.planning import planner, programs, report
+
     config = _CONFIG.value
     config_rules.validate(config)
     if config.objective not in config_rules.GENERATOR_OBJECTIVES:
-        raise UserError(f"config.objective = {config.objective!r}: a plan is for the training of a "
-                        f"generator; choose one of {', '.join(config_rules.GENERATOR_OBJECTIVES)}")
+        raise UserError(
+            f"config.objective = {config.objective!r}: a plan is for the training of a "
+            f"generator; choose one of {', '.join(config_rules.GENERATOR_OBJECTIVES)}"
+        )
     options = {"utilisation": _UTILISATION.value}
     only = ["update"] if _QUICK.value else _PROGRAMS.value
     unknown = sorted(set(only or ()) - set(programs.NAMES))
     if unknown:
-        raise UserError(f"--programs={','.join(only)}: {unknown[0]!r} is none of "
-                        f"{', '.join(programs.NAMES)}")
+        raise UserError(
+            f"--programs={','.join(only)}: {unknown[0]!r} is none of {', '.join(programs.NAMES)}"
+        )
     if not _SEARCH.value:
         _show(planner.plan(config, _TOPOLOGY.value, only=only, **options))
         return
@@ -76,18 +98,28 @@ def main():
 
     def show(found):
         if not quiet:
-            print(report.table(found) if isinstance(found, dict)
-                  else f"refused: {str(found).strip().splitlines()[0][:200]}", flush=True)
+            print(
+                report.table(found)
+                if isinstance(found, dict)
+                else f"refused: {str(found).strip().splitlines()[0][:200]}",
+                flush=True,
+            )
 
-    plans = planner.search(config, _TOPOLOGY.value, batches=batches, report=show, only=("update",),
-                           **options)
-    best = plans[0] if _QUICK.value else planner.plan_recommended(
-        config, _TOPOLOGY.value, plans[0]["changes"], **options)
+    plans = planner.search(
+        config, _TOPOLOGY.value, batches=batches, report=show, only=("update",), **options
+    )
+    best = (
+        plans[0]
+        if _QUICK.value
+        else planner.plan_recommended(config, _TOPOLOGY.value, plans[0]["changes"], **options)
+    )
     if quiet:
         print(json.dumps({"recommended": best, "all": plans}, indent=2))
     else:
-        print("\nrecommended: " + " ".join(
-            f"--config.{field}={value}" for field, value in best["changes"].items()))
+        print(
+            "\nrecommended: "
+            + " ".join(f"--config.{field}={value}" for field, value in best["changes"].items())
+        )
         _show(best)
 
 
@@ -95,6 +127,7 @@ def _show(found):
     """Prints a plan, and refuses what does not fit."""
     from focusdpo_jax.errors import UserError
     from focusdpo_jax.planning import report
+
     if _JSON.value:
         print(json.dumps(found, indent=2))
         return

@@ -20,30 +20,46 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _MANIFEST = flags.DEFINE_string(
-    "manifest", None, "File of JSON lines that describes the pairs. May be gs://.")
+    "manifest", None, "File of JSON lines that describes the pairs. May be gs://."
+)
 _DREAMBENCH = flags.DEFINE_string(
-    "dreambench", None, "Instead of a manifest, a folder in DreamBench's layout: a folder a "
+    "dreambench",
+    None,
+    "Instead of a manifest, a folder in DreamBench's layout: a folder a "
     "subject with 00.jpg, 00_mask.png and so on, and prompts_and_classes.txt. Pairs are made of "
-    "its photographs under OUTPUT/source, with a manifest.")
+    "its photographs under OUTPUT/source, with a manifest.",
+)
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for the data set, report.json and contact_sheet.png; created if "
-    "missing. May be gs://.")
+    "output",
+    None,
+    "Folder for the data set, report.json and contact_sheet.png; created if missing. May be gs://.",
+)
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", 512, "Side in pixels of the square pictures to train on: 1024 for SDXL.")
+    "resolution", 512, "Side in pixels of the square pictures to train on: 1024 for SDXL."
+)
 _ON_ERROR = flags.DEFINE_enum(
-    "on-error", "fail", ["fail", "skip"], "What to do about lines that cannot be used: write "
-    "nothing but the report, or leave them out.")
+    "on-error",
+    "fail",
+    ["fail", "skip"],
+    "What to do about lines that cannot be used: write nothing but the report, or leave them out.",
+)
 _MAX_SUBJECTS = flags.DEFINE_integer("max_subjects", 3, "The most subjects that a line may have.")
 _VALIDATION = flags.DEFINE_float(
-    "validation", 0.05, "Share of the groups of pairs that is kept from training, to be drawn.")
-_TEST = flags.DEFINE_float("test", 0.05, "Share of the groups that is kept from training, to be "
-                           "measured.")
+    "validation", 0.05, "Share of the groups of pairs that is kept from training, to be drawn."
+)
+_TEST = flags.DEFINE_float(
+    "test", 0.05, "Share of the groups that is kept from training, to be measured."
+)
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Folder with CLIP's vocab.json and merges.txt, or tokenizer.json, as in a model's "
+    "tokenizer",
+    None,
+    "Folder with CLIP's vocab.json and merges.txt, or tokenizer.json, as in a model's "
     "tokenizer/: captions that are too long for CLIP are then found exactly. Without it only those are found "
-    "that have too many words in any vocabulary.")
+    "that have too many words in any vocabulary.",
+)
 _WORKERS = flags.DEFINE_integer(
-    "workers", os.cpu_count(), "Processes that read, check and resize pictures.", lower_bound=1)
+    "workers", os.cpu_count(), "Processes that read, check and resize pictures.", lower_bound=1
+)
 
 
 def main():
@@ -51,18 +67,28 @@ def main():
     # After the flags, so that --help is quick.
     from focusdpo_jax.data import dreambench, prepare, report
     from focusdpo_jax.visualization import contact_sheet
+
     if (_MANIFEST.value is None) == (_DREAMBENCH.value is None):
         raise UserError("give --manifest, or --dreambench with a folder of photographs")
     settings = prepare.Settings(
-        resolution=_RESOLUTION.value, max_subjects=_MAX_SUBJECTS.value,
-        validation=_VALIDATION.value, test=_TEST.value)
+        resolution=_RESOLUTION.value,
+        max_subjects=_MAX_SUBJECTS.value,
+        validation=_VALIDATION.value,
+        test=_TEST.value,
+    )
     output = epath.Path(_OUTPUT.value)
     manifest = _MANIFEST.value
     if manifest is None:
         manifest = dreambench.write_manifest(_DREAMBENCH.value, output / "source")
     result = prepare.prepare(
-        manifest, output, settings, draw_sheet=contact_sheet.draw, workers=_WORKERS.value,
-        skip=_ON_ERROR.value == "skip", count_tokens=token_counter())
+        manifest,
+        output,
+        settings,
+        draw_sheet=contact_sheet.draw,
+        workers=_WORKERS.value,
+        skip=_ON_ERROR.value == "skip",
+        count_tokens=token_counter(),
+    )
     print(report.describe(result))
     print(f"data set, report.json and contact_sheet.png: {output}")
 
@@ -72,6 +98,7 @@ def token_counter():
     if _TOKENIZER.value is None:
         return None
     from focusdpo_jax.models.tokenizer import Tokenizer
+
     return Tokenizer(_TOKENIZER.value, 77).count
 
 

@@ -25,6 +25,12 @@ class Progress:
         if now - self._shown >= _EVERY or self._done == self._total and now - self._began >= _EVERY:
             rate = self._done / (now - self._began)
             left = (self._total - self._done) / rate
-            logging.info("%s: %d of %d, %.3g/s, about %.0f s left", self._what, self._done,
-                         self._total, rate, left)
+            logging.info(
+                "%s: %d of %d, %.3g/s, about %.0f s left",
+                self._what,
+                self._done,
+                self._total,
+                rate,
+                left,
+            )
             self._shown = now

@@ -16,40 +16,62 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "base", "Folder of a run, or a model: a run's model/, a pipeline of diffusers such "
-    "as export --whole writes, or base, the small Toybox generator that ships with the package.")
+    "workdir",
+    "base",
+    "Folder of a run, or a model: a run's model/, a pipeline of diffusers such "
+    "as export --whole writes, or base, the small Toybox generator that ships with the package.",
+)
 _PROMPT = flags.DEFINE_string(
-    "prompt", None, "What to draw, naming every subject. A model reads so many tokens (SDXL 77, "
-    "base 16); a warning lists what is beyond them.")
+    "prompt",
+    None,
+    "What to draw, naming every subject. A model reads so many tokens (SDXL 77, "
+    "base 16); a warning lists what is beyond them.",
+)
 _REFERENCES = flags.DEFINE_multi_string(
-    "reference", [], "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
+    "reference",
+    [],
+    "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
     "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
     "PATH:PHRASE@MASK.png keeps its looks to a part of the picture, and *0.7 behind all of that is "
     "its own weight. Pictures and masks are read as prepare reads them (docs/data.md): transparent "
-    "parts count as white, so that a cut-out shows the subject alone, and are black in a mask.")
+    "parts count as white, so that a cut-out shows the subject alone, and are black in a mask.",
+)
 _PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File of JSON lines, many prompts at once: prompt, references (texts as for "
-    "--reference, or objects with path, phrase, box, mask, scale), seed.")
+    "prompts",
+    None,
+    "File of JSON lines, many prompts at once: prompt, references (texts as for "
+    "--reference, or objects with path, phrase, box, mask, scale), seed.",
+)
 _NEGATIVE = flags.DEFINE_string(
-    "negative_prompt", "", "What guidance leads away from; needs --guidance above 1.")
+    "negative_prompt", "", "What guidance leads away from; needs --guidance above 1."
+)
 _OUTPUT = flags.DEFINE_string(
-    "output", "sample.png", "The picture; for several, a folder for 0000.png and so on, and "
-    "all.png.")
+    "output",
+    "sample.png",
+    "The picture; for several, a folder for 0000.png and so on, and all.png.",
+)
 _COMPARE = flags.DEFINE_boolean(
-    "compare", False, "Also draw with the model the run started from, from the same noise; the "
-    "page shows references, base and policy side by side.")
+    "compare",
+    False,
+    "Also draw with the model the run started from, from the same noise; the "
+    "page shows references, base and policy side by side.",
+)
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Pictures of each prompt.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; each further one has one more.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Denoiser calls.", lower_bound=1)
 _SAMPLER = flags.DEFINE_string(
-    "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer "
-    "steps).")
+    "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer steps)."
+)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Classifier-free guidance; 1 or less (0, as in diffusers) is none: one pass "
-    "under prompt and references. Default: the run's, 2 for base, 5 for other models.")
+    "guidance",
+    None,
+    "Classifier-free guidance; 1 or less (0, as in diffusers) is none: one pass "
+    "under prompt and references. Default: the run's, 2 for base, 5 for other models.",
+)
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", None, "Side of the pictures in pixels. Default: the run's.")
+    "resolution", None, "Side of the pictures in pixels. Default: the run's."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", lower_bound=1)
 
 
@@ -58,26 +80,41 @@ def main():
     from focusdpo_jax.inference import prompts
     from focusdpo_jax.inference.sampler import Sampler
     from focusdpo_jax.models import truncation
+
     wanted = read_wanted(prompts)
     model, base, settings = open_models()
-    settings |= {"steps": _STEPS.value, "sampler": _SAMPLER.value,
-                 "image_scale": _IMAGE_SCALE.value}
+    settings |= {
+        "steps": _STEPS.value,
+        "sampler": _SAMPLER.value,
+        "image_scale": _IMAGE_SCALE.value,
+    }
     for flag in (_GUIDANCE, _RESOLUTION):
         if flag.value is not None:
             settings[flag.name] = flag.value
     if "resolution" not in settings:
-        raise UserError(f"--workdir={_WORKDIR.value} does not say how large its pictures are; give "
-                        "--resolution.")
+        raise UserError(
+            f"--workdir={_WORKDIR.value} does not say how large its pictures are; give "
+            "--resolution."
+        )
     sampler = Sampler(
-        model, slots=max(1, *(len(p.references) for p in wanted)), negative=_NEGATIVE.value,
-        batch_size=min(_BATCH_SIZE.value, len(wanted)), **settings)
+        model,
+        slots=max(1, *(len(p.references) for p in wanted)),
+        negative=_NEGATIVE.value,
+        batch_size=min(_BATCH_SIZE.value, len(wanted)),
+        **settings,
+    )
     texts = [(prompt.text, [r.phrase for r in prompt.references]) for prompt in wanted]
-    truncation.warn(model.tokenizer, texts, "--prompt" if _PROMPT.value is not None
-                    else f"--prompts={_PROMPTS.value}")
+    truncation.warn(
+        model.tokenizer,
+        texts,
+        "--prompt" if _PROMPT.value is not None else f"--prompts={_PROMPTS.value}",
+    )
     truncation.warn(model.tokenizer, [(_NEGATIVE.value, ())], "--negative_prompt")
     if _NEGATIVE.value and settings["guidance"] <= 1:
-        logging.warning("--negative_prompt is not read: guidance is %s, and only above 1 is there "
-                        "any", settings["guidance"])
+        logging.warning(
+            "--negative_prompt is not read: guidance is %s, and only above 1 is there any",
+            settings["guidance"],
+        )
     policy = list(sampler.draw(wanted))
     settings |= {"workdir": _WORKDIR.value, "negative_prompt": _NEGATIVE.value}
     write(wanted, policy, list(sampler.draw(wanted, base.parameters)) if base else None, settings)
@@ -92,24 +129,32 @@ def read_wanted(prompts):
         listed = prompts.read_prompts(_PROMPTS.value, references, _SEED.value)
     else:
         listed = [prompts.Prompt(_PROMPT.value, references, _SEED.value)]
-    return [dataclasses.replace(prompt, seed=prompt.seed + i)
-            for prompt in listed for i in range(_SAMPLES.value)]
+    return [
+        dataclasses.replace(prompt, seed=prompt.seed + i)
+        for prompt in listed
+        for i in range(_SAMPLES.value)
+    ]
 
 
 def open_models():
     """The model to draw with, the base to compare it with or None, and default settings."""
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import runs
+
     name = _WORKDIR.value
     if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
         check_resolution(run.sizes)
         base = run.base() if _COMPARE.value else None
-        return run.policy(), base, {"guidance": run.config.sampling.guidance,
-                                    "resolution": run.config.resolution}
+        return (
+            run.policy(),
+            base,
+            {"guidance": run.config.sampling.guidance, "resolution": run.config.resolution},
+        )
     if _COMPARE.value:
-        raise UserError(f"--workdir={name} is a model and not a run: --compare has nothing to "
-                        "compare it with.")
+        raise UserError(
+            f"--workdir={name} is a model and not a run: --compare has nothing to compare it with."
+        )
     check_resolution(lambda: runs.folder_sizes("toybox" if name == "base" else name))
     if name == "base":
         return runs.load_folder("toybox"), None, {"guidance": 2.0, "resolution": 64}
@@ -126,12 +171,17 @@ def write(wanted, policy, base, settings):
     """Writes the pictures, their settings inside, and for several or a comparison a page."""
     from focusdpo_jax.inference import prompts
     from focusdpo_jax.visualization import grids
+
     output = epath.Path(_OUTPUT.value)
-    rows = [grids.SampleRow(
-        caption=f"{prompt.text} (seed {prompt.seed})",
-        references=[prompts.load_reference(r.path, len(picture)) for r in prompt.references],
-        generated=picture, base=None if base is None else base[i])
-        for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True))]
+    rows = [
+        grids.SampleRow(
+            caption=f"{prompt.text} (seed {prompt.seed})",
+            references=[prompts.load_reference(r.path, len(picture)) for r in prompt.references],
+            generated=picture,
+            base=None if base is None else base[i],
+        )
+        for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True))
+    ]
 
     def text(prompt):
         return {"focusdpo_jax": json.dumps({**dataclasses.asdict(prompt), **settings})}

@@ -15,8 +15,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far longer than they compute.
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
-                           + " --xla_backend_optimization_level=0").strip()
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+).strip()
 
 
 def pytest_sessionfinish():
@@ -24,6 +25,7 @@ def pytest_sessionfinish():
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     import shutil
+
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 
@@ -35,6 +37,7 @@ def tiny_folder(tmp_path_factory):
     import tiny
 
     from focusdpo_jax.training import models, tasks
+
     folder = tmp_path_factory.mktemp("tiny")
     config = tiny.tiny_config(folder, model__pretrained="")
     tasks.open_data(config)
@@ -42,8 +45,8 @@ def tiny_folder(tmp_path_factory):
     # A fresh generator has layers of zeros, through which no gradient reaches what lies before.
     draw = np.random.default_rng(0)
     parameters = jax.tree.map(
-        lambda x: np.asarray(x) + draw.normal(0, 0.05, x.shape).astype(np.float32),
-        model.parameters)
+        lambda x: np.asarray(x) + draw.normal(0, 0.05, x.shape).astype(np.float32), model.parameters
+    )
     models.save_model(folder / "model", model, parameters)
     return folder
 

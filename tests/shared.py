@@ -5,8 +5,10 @@ import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(os.environ.get("FOCUSDPO_SHARED")
-                    or pathlib.Path(__file__).resolve().parents[1].parent / "shared")
+ROOT = pathlib.Path(
+    os.environ.get("FOCUSDPO_SHARED")
+    or pathlib.Path(__file__).resolve().parents[1].parent / "shared"
+)
 
 
 def shared(name):

@@ -8,13 +8,15 @@ from focusdpo_jax.models.convolution import conv2d
 
 def test_a_cpu_has_eigen_do_convolutions_and_matrix_products():
     """The option is one that this XLA knows, and does what it is for."""
+
     def network(x, kernel):
         y = conv2d(x, kernel)
         return y.reshape(-1, 64) @ kernel[0, 0]
 
     traced = jax.jit(network).trace(jnp.ones((2, 16, 16, 64)), jnp.ones((3, 3, 64, 64)))
-    by_itself, ours = (traced.lower().compile(options).as_text()
-                       for options in ({}, compiling.networks_on("cpu")))
+    by_itself, ours = (
+        traced.lower().compile(options).as_text() for options in ({}, compiling.networks_on("cpu"))
+    )
     assert "ynn_fusion" in by_itself
     assert "ynn_fusion" not in ours
 

@@ -16,10 +16,17 @@ def check(**overrides):
     config_rules.validate(tiny.tiny_config(pathlib.Path("nowhere"), **overrides))
 
 
-@pytest.mark.parametrize("name, argument", [
-    ("toybox_dpo", None), *(("toybox_base", stage) for stage in (
-        "autoencoder", "image_encoder", "probe", "generator", "confusion")),
-    *(("sdxl_dpo", argument) for argument in ("", "lora", "full", "debug"))])
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        ("toybox_dpo", None),
+        *(
+            ("toybox_base", stage)
+            for stage in ("autoencoder", "image_encoder", "probe", "generator", "confusion")
+        ),
+        *(("sdxl_dpo", argument) for argument in ("", "lora", "full", "debug")),
+    ],
+)
 def test_the_configurations_that_come_with_it_are_valid(name, argument):
     config_rules.validate(tiny.load_config(name, *([] if argument is None else [argument])))
 
@@ -37,18 +44,27 @@ def test_timestep_logits_are_nothing_or_two_numbers(value):
     check(objective="sft", timestep_logits=value)
 
 
-@pytest.mark.parametrize("value", [
-    (1,), (0.6, 0.0), (0.6, -1.0), (0.6, 1.0, 2.0), (float("nan"), 1.0), ("0.6", 1.0)])
+@pytest.mark.parametrize(
+    "value", [(1,), (0.6, 0.0), (0.6, -1.0), (0.6, 1.0, 2.0), (float("nan"), 1.0), ("0.6", 1.0)]
+)
 def test_other_timestep_logits_are_refused(value):
     with pytest.raises(UserError) as error:
         check(objective="sft", timestep_logits=value)
-    assert str(error.value) == (f"config.timestep_logits = {value!r}: give () or a mean and a "
-                                "deviation > 0, such as (0.6, 1.0)")
+    assert str(error.value) == (
+        f"config.timestep_logits = {value!r}: give () or a mean and a "
+        "deviation > 0, such as (0.6, 1.0)"
+    )
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "focus_dpo", "patch_dpo"])
-@pytest.mark.parametrize("value, expected", [
-    ((0.1,), (0.1, 0.1, 0.1)), ((0.05, 0.1, 0.2), (0.05, 0.1, 0.2)), ((0.0, 1.0, 0.0), (0.0, 1.0, 0.0))])
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ((0.1,), (0.1, 0.1, 0.1)),
+        ((0.05, 0.1, 0.2), (0.05, 0.1, 0.2)),
+        ((0.0, 1.0, 0.0), (0.0, 1.0, 0.0)),
+    ],
+)
 def test_conditions_are_dropped_by_one_chance_or_three(objective, value, expected):
     check(objective=objective, condition_dropout=value)
     config = tiny.tiny_config(pathlib.Path("nowhere"), condition_dropout=value)
@@ -61,7 +77,8 @@ def test_other_chances_of_dropout_are_refused(value):
         check(condition_dropout=value)
     assert str(error.value) == (
         f"config.condition_dropout = {value!r}: give the chance of losing the caption, the references and "
-        "both, such as (0.05, 0.05, 0.05), or one number for each of them; their sum is at most 1")
+        "both, such as (0.05, 0.05, 0.05), or one number for each of them; their sum is at most 1"
+    )
 
 
 def test_a_run_with_one_number_for_dropout_goes_on():
@@ -69,19 +86,25 @@ def test_a_run_with_one_number_for_dropout_goes_on():
     new = json.loads(config_rules.to_json(config))
     assert config_rules.changed_fields(new | {"condition_dropout": 0.1}, new) == []
     assert config_rules.changed_fields(new | {"condition_dropout": 0.0}, new) == [
-        "config.condition_dropout = [0.0, 0.0, 0.0] (now [0.1, 0.1, 0.1])"]
+        "config.condition_dropout = [0.0, 0.0, 0.0] (now [0.1, 0.1, 0.1])"
+    ]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "prior_dpo", "focus_dpo"])
 def test_preference_objectives_take_no_timestep_logits(objective):
     check(objective=objective)
-    with pytest.raises(UserError, match=r"config.timestep_logits = \(0.6, 1.0\): "
-                                        rf"{objective} draws uniformly .*; give \(\)"):
+    with pytest.raises(
+        UserError,
+        match=r"config.timestep_logits = \(0.6, 1.0\): "
+        rf"{objective} draws uniformly .*; give \(\)",
+    ):
         check(objective=objective, timestep_logits=(0.6, 1.0))
 
 
 def test_a_model_from_nothing_needs_its_sizes():
-    with pytest.raises(UserError, match="config.model.pretrained = '': give a folder to start from"):
+    with pytest.raises(
+        UserError, match="config.model.pretrained = '': give a folder to start from"
+    ):
         config = tiny.tiny_config(pathlib.Path("nowhere"), model__pretrained="")
         del config.model["sizes"]
         config_rules.validate(config)
@@ -89,8 +112,11 @@ def test_a_model_from_nothing_needs_its_sizes():
 
 def test_preference_objectives_learn_from_both_pictures_as_they_are():
     check(objective="sft", rejected_share=0.5)
-    with pytest.raises(UserError, match=r"config.rejected_share = 0.5: focus_dpo learns from both "
-                                        r"images of a pair; give 0"):
+    with pytest.raises(
+        UserError,
+        match=r"config.rejected_share = 0.5: focus_dpo learns from both "
+        r"images of a pair; give 0",
+    ):
         check(objective="focus_dpo", rejected_share=0.5)
 
 
@@ -101,15 +127,15 @@ def test_a_run_from_before_a_field_was_there_goes_on():
     del old["dtype"], old["rejected_share"], old["model"]["remat"], old["data"]["source"]
     assert config_rules.changed_fields(old, new) == []
     new["dtype"] = "bfloat16"
-    assert config_rules.changed_fields(old, new) == [
-        "config.dtype = 'float32' (now 'bfloat16')"]
+    assert config_rules.changed_fields(old, new) == ["config.dtype = 'float32' (now 'bfloat16')"]
     completed = config_rules.complete(ml_collections.ConfigDict(old))
     assert completed.to_dict() == config.to_dict() and "dtype" not in old
     # One prototype stood for a subject, so that another default is another run.
     new["dtype"] = "float32"
     del old["focus"]["features"], old["focus"]["prototypes"]
     assert config_rules.changed_fields(old, new) == [
-        f"config.focus.prototypes = 1 (now {new['focus']['prototypes']})"]
+        f"config.focus.prototypes = 1 (now {new['focus']['prototypes']})"
+    ]
 
 
 def test_encoders_are_trained_in_float32():
@@ -117,16 +143,30 @@ def test_encoders_are_trained_in_float32():
         check(objective="autoencode", dtype="bfloat16")
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"batch_size": 16}, "config.data.train_size = 12: a step takes config.batch_size = 16 pairs; give at "
-     "least 16, or config.batch_size = 12 at most"),
-    ({"batch_size": 4, "accumulate": 5}, "config.data.train_size = 12: a step takes config.batch_size = 4 "
-     "times config.accumulate = 5 pairs; give at least 20, or config.batch_size = 2 at most"),
-    ({"batch_size": 16, "mesh__data": 8}, "give at least 16, or config.batch_size = 8 at most"),
-    ({"batch_size": 4, "accumulate": 20, "mesh__data": 4}, "give at least 80, or config.batch_size = 4 and "
-     "config.accumulate = 3 at most"),
-    ({"batch_size": 16, "mesh__data": 16}, "or fewer devices than 16 in config.mesh.data and "
-     "config.mesh.fsdp")])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (
+            {"batch_size": 16},
+            "config.data.train_size = 12: a step takes config.batch_size = 16 pairs; give at "
+            "least 16, or config.batch_size = 12 at most",
+        ),
+        (
+            {"batch_size": 4, "accumulate": 5},
+            "config.data.train_size = 12: a step takes config.batch_size = 4 "
+            "times config.accumulate = 5 pairs; give at least 20, or config.batch_size = 2 at most",
+        ),
+        ({"batch_size": 16, "mesh__data": 8}, "give at least 16, or config.batch_size = 8 at most"),
+        (
+            {"batch_size": 4, "accumulate": 20, "mesh__data": 4},
+            "give at least 80, or config.batch_size = 4 and config.accumulate = 3 at most",
+        ),
+        (
+            {"batch_size": 16, "mesh__data": 16},
+            "or fewer devices than 16 in config.mesh.data and config.mesh.fsdp",
+        ),
+    ],
+)
 def test_a_step_that_takes_more_pairs_than_there_are(changes, reason, tmp_path):
     config = tiny.tiny_config(tmp_path, **changes)
     with pytest.raises(UserError) as error:
@@ -137,7 +177,10 @@ def test_a_step_that_takes_more_pairs_than_there_are(changes, reason, tmp_path):
 def test_the_largest_step_of_a_prepared_set(tmp_path):
     config = tiny.tiny_config(tmp_path, batch_size=8, accumulate=2)
     config_rules.require_pairs(config, "data", 16, 8)
-    with pytest.raises(UserError, match="^config.batch_size = 8: data has 15 pairs to train on, and a step "
-                                        "takes config.batch_size = 8 times config.accumulate = 2 pairs; give "
-                                        "config.batch_size = 4 at most, or prepare more pairs$"):
+    with pytest.raises(
+        UserError,
+        match="^config.batch_size = 8: data has 15 pairs to train on, and a step "
+        "takes config.batch_size = 8 times config.accumulate = 2 pairs; give "
+        "config.batch_size = 4 at most, or prepare more pairs$",
+    ):
         config_rules.require_pairs(config, "data", 15, 4)

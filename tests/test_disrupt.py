@@ -46,16 +46,22 @@ gone = hooks_of_a_test:gone
 
 
 MISTAKES = [
-    ({"segmenter": "sam"}, "--segmenter=sam: no installed package has such an entry point in the "
-                           r"group focusdpo_jax.segmenters \(there: gone, most, number\)"),
+    (
+        {"segmenter": "sam"},
+        "--segmenter=sam: no installed package has such an entry point in the "
+        r"group focusdpo_jax.segmenters \(there: gone, most, number\)",
+    ),
     ({"captioner": "blip"}, r"group focusdpo_jax.captioners \(there: none\)"),
     ({"segmenter": "gone"}, r"hooks_of_a_test:gone cannot be loaded \(AttributeError"),
     ({"segmenter": "number"}, "hooks_of_a_test:number is int and not a function"),
     ({"manifest": "gone.jsonl"}, "--manifest=gone.jsonl cannot be read"),
     ({"strength": 0.0}, "strength is 0.0 of 2 steps; choose a share of 1 step or more: 0.5 to 1"),
     ({"resolution": None}, "does not say how large its pictures are; give --resolution"),
-    ({"resolution": 33}, "--resolution=33: a latent of this model covers 4 pixels in each direction; give a "
-     "positive multiple of 4, such as 32"),
+    (
+        {"resolution": 33},
+        "--resolution=33: a latent of this model covers 4 pixels in each direction; give a "
+        "positive multiple of 4, such as 32",
+    ),
     ({"workdir": "nowhere"}, "nowhere"),
     ({"dinov2": "nowhere"}, "nowhere"),
 ]
@@ -80,15 +86,29 @@ def test_a_segmenter_fills_in_masks_and_mistakes_are_named(tiny_folder, installe
     scenes = write(tmp_path / "scenes", lines[:2], files)
 
     def call(output, **values):
-        values = {"manifest": scenes, "output": tmp_path / output, "resolution": 32, "steps": 2,
-                  "workdir": tiny_folder / "model", "strength": 1.0, "candidates": 2} | values
+        values = {
+            "manifest": scenes,
+            "output": tmp_path / output,
+            "resolution": 32,
+            "steps": 2,
+            "workdir": tiny_folder / "model",
+            "strength": 1.0,
+            "candidates": 2,
+        } | values
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
     calls = [call("pairs", segmenter="most"), *(call("none", **values) for values, _ in MISTAKES)]
     result = subprocess.run(
-        [sys.executable, "-c", CALLS, json.dumps(calls)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(
-            [str(installed), str(tiny.ROOT), os.environ.get("PYTHONPATH", "")])})
+        [sys.executable, "-c", CALLS, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(
+                [str(installed), str(tiny.ROOT), os.environ.get("PYTHONPATH", "")]
+            )
+        },
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 of 2 lines, 2 subjects drawn anew" in result.stdout
     report = json.loads((tmp_path / "pairs" / "report.json").read_text())

@@ -38,21 +38,51 @@ MISTAKES = [
     (["--output=OUT", "--workdir=nowhere"], "--workdir=nowhere: no run there"),
     (["--output=OUT", "--workdir=base"], "--workdir=base: give --config too"),
     (["--output=OUT", f"--config={CONFIG}"], "--workdir=runs/toybox_dpo: no run there"),
-    (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--config.evaluation.scenes=0"],
-     "config.evaluation.scenes = 0"),
+    (
+        ["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--config.evaluation.scenes=0"],
+        "config.evaluation.scenes = 0",
+    ),
     (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--share=4/4"], "--share=4/4"),
-    (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--sampler=plms",
-      "--limit=1", "--batch_size=1"], "one of ddim"),
-    (["--output=OUT33", f"--config={CONFIG}", "--workdir=base", "--config.resolution=33", "--limit=1"],
-     "config.resolution = 33: a latent of this model covers 4 pixels in each direction; give a positive "
-     "multiple of 4, such as 32"),
+    (
+        [
+            "--output=OUT",
+            f"--config={CONFIG}",
+            "--workdir=base",
+            "--sampler=plms",
+            "--limit=1",
+            "--batch_size=1",
+        ],
+        "one of ddim",
+    ),
+    (
+        [
+            "--output=OUT33",
+            f"--config={CONFIG}",
+            "--workdir=base",
+            "--config.resolution=33",
+            "--limit=1",
+        ],
+        "config.resolution = 33: a latent of this model covers 4 pixels in each direction; give a positive "
+        "multiple of 4, such as 32",
+    ),
     # What was refused above has claimed nothing in the folder.
-    (["--output=OUT", f"--config={CONFIG}", "--workdir=base", "--steps=5000",
-      "--limit=1", "--batch_size=1"], "sampling steps is 5000"),
+    (
+        [
+            "--output=OUT",
+            f"--config={CONFIG}",
+            "--workdir=base",
+            "--steps=5000",
+            "--limit=1",
+            "--batch_size=1",
+        ],
+        "sampling steps is 5000",
+    ),
     (["--output=OUT", "--workdir=unfinished"], "--workdir=unfinished: the run has no checkpoint"),
     (["--output=OUT", "--images=OUT", "--dreambench=nowhere"], "give --dinov2, --dino or --clip"),
-    (["--output=OUT", "--images=OUT", "--dreambench=nowhere", "--dinov2=x"],
-     "--dreambench=nowhere is no folder"),
+    (
+        ["--output=OUT", "--images=OUT", "--dreambench=nowhere", "--dinov2=x"],
+        "--dreambench=nowhere is no folder",
+    ),
     (["--compare", "OUT", "OUT"], "results.json cannot be read"),
 ]
 
@@ -62,13 +92,20 @@ def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "unfinished").mkdir()
     (folder / "unfinished" / "config.json").write_text(
-        config.to_json(tiny.load_config("toybox_dpo")))
-    calls = [[argument.replace("OUT", str(folder / "out")) for argument in arguments]
-             for arguments, _ in MISTAKES]
-    result = subprocess.run([sys.executable, "-c", CALLS, json.dumps(calls)], check=True,
-                            capture_output=True, text=True, cwd=folder,
-                            env={**os.environ,
-                                 "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)})
+        config.to_json(tiny.load_config("toybox_dpo"))
+    )
+    calls = [
+        [argument.replace("OUT", str(folder / "out")) for argument in arguments]
+        for arguments, _ in MISTAKES
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", CALLS, json.dumps(calls)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+    )
     assert not (folder / "out33").exists()
     return result.stdout.splitlines()
 

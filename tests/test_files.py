@@ -45,16 +45,21 @@ def left(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("number, words", [(28, "No space left on device"), (122, "Disk quota exceeded"),
-                                           (27, "File too large")])
+@pytest.mark.parametrize(
+    "number, words",
+    [(28, "No space left on device"), (122, "Disk quota exceeded"), (27, "File too large")],
+)
 def test_what_the_system_says_is_told(number, words, tmp_path, monkeypatch):
     def replace(path, target):
         raise OSError(number, os.strerror(number))
 
     (tmp_path / "a.json").write_text("before")
     monkeypatch.setattr(type(files.epath.Path("a")), "replace", replace)
-    with pytest.raises(UserError, match=rf"a.json cannot be written \({words}\); make room and run the same "
-                                        "command again"):
+    with pytest.raises(
+        UserError,
+        match=rf"a.json cannot be written \({words}\); make room and run the same "
+        "command again",
+    ):
         files.replace_file(tmp_path / "a.json", "after")
     assert left(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "before"
 
@@ -75,26 +80,37 @@ WRITERS = {
     "a.json": lambda folder: files.replace_file(folder / "a.json", "x" * 100),
     "a.safetensors": lambda folder: tensor_file.write(folder / "a.safetensors", {"a": NOISE}),
     "unet.safetensors": lambda folder: model_folder.save_part(folder, "unet", {"a": NOISE}),
-    "a.zip": lambda folder: line_store._write(folder / "a.zip", {"chosen": NOISE, "subjects": []}, {}),
+    "a.zip": lambda folder: line_store._write(
+        folder / "a.zip", {"chosen": NOISE, "subjects": []}, {}
+    ),
     "a.png": lambda folder: grids.save_png(folder / "a.png", NOISE),
     "scores/base/clip/000000.json": lambda folder: OutputFolder(folder).save_scores(
-        "base", "clip", 0, {"a" * 100: 1.0}),
+        "base", "clip", 0, {"a" * 100: 1.0}
+    ),
     "results.json": lambda folder: OutputFolder(folder).write("results.json", {"a": "b" * 100}),
     "0000/0000001.npz": lambda folder: encoding_cache._write(
-        encoding_cache._file(folder, 1), {"a": NOISE}),
-    "settings.json": lambda folder: OutputFolder(folder).claim({"a": "b" * 100})}
+        encoding_cache._file(folder, 1), {"a": NOISE}
+    ),
+    "settings.json": lambda folder: OutputFolder(folder).claim({"a": "b" * 100}),
+}
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_a_writer_names_its_file_and_leaves_nothing(name, tmp_path):
-    with full(), pytest.raises(UserError, match=rf"{name} cannot be written \(File too large\); make room"):
+    with (
+        full(),
+        pytest.raises(UserError, match=rf"{name} cannot be written \(File too large\); make room"),
+    ):
         WRITERS[name](tmp_path)
     assert left(tmp_path) == []
 
 
 def test_a_tokenizer(tmp_path):
     tokenizer = a_tokenizer(tmp_path / "a")
-    with full(), pytest.raises(UserError, match=r"b/.*\.(json|txt) cannot be written \(File too large\)"):
+    with (
+        full(),
+        pytest.raises(UserError, match=r"b/.*\.(json|txt) cannot be written \(File too large\)"),
+    ):
         tokenizer.save(tmp_path / "b")
     assert left(tmp_path / "b") == []
 
@@ -118,8 +134,12 @@ def test_metrics(tmp_path):
 def test_events(tmp_path):
     pytest.importorskip("tensorboard")
     writer = MetricWriter(tmp_path)
-    with full(500), pytest.raises(
-            UserError, match=r"events.out.tfevents.*cannot be written \(File too large\)"):
+    with (
+        full(500),
+        pytest.raises(
+            UserError, match=r"events.out.tfevents.*cannot be written \(File too large\)"
+        ),
+    ):
         writer.picture(1, "samples", NOISE)
     writer.close()
 
@@ -130,9 +150,16 @@ def test_a_checkpoint_without_room_is_removed(tmp_path):
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
     state = jax.numpy.asarray(np.random.default_rng(0).normal(size=10**5))
-    with full(50_000), pytest.raises(UserError, match=(
-            r"cannot write a checkpoint in .*checkpoints \(File too large\). The last complete one is of "
-            "step 1; make room and run the same command again")):
+    with (
+        full(50_000),
+        pytest.raises(
+            UserError,
+            match=(
+                r"cannot write a checkpoint in .*checkpoints \(File too large\). The last complete one is of "
+                "step 1; make room and run the same command again"
+            ),
+        ),
+    ):
         checkpoints.save(2, {"a": state}, {"next_index": 2})
         checkpoints.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
@@ -141,9 +168,16 @@ def test_a_checkpoint_without_room_is_removed(tmp_path):
 def test_toybox(tiny_config, tmp_path):
     config = tiny_config(data__train_size=40)
     sizes = {"train": 40, "validation": 2, "test": 4}
-    with full(50_000), pytest.raises(UserError, match=(
-            r"cannot write the data set to .*data \(File too large\); make room and run the same command "
-            "again")):
+    with (
+        full(50_000),
+        pytest.raises(
+            UserError,
+            match=(
+                r"cannot write the data set to .*data \(File too large\); make room and run the same command "
+                "again"
+            ),
+        ),
+    ):
         dataset.build_toybox(tmp_path / "data", dataset.toybox_world(config), sizes)
     assert left(tmp_path) == []
     path = dataset.build_toybox(tmp_path / "data", dataset.toybox_world(config), sizes)
@@ -164,7 +198,10 @@ def test_a_model_without_room_is_no_model(finished, tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("config.json", "checkpoints", "model"):
         os.system(f"cp -r {finished / name} {tmp_path / 'run'}")
-    with full(10_000), pytest.raises(UserError, match=r"model/.*cannot be written \(File too large\)"):
+    with (
+        full(10_000),
+        pytest.raises(UserError, match=r"model/.*cannot be written \(File too large\)"),
+    ):
         models.save_model(tmp_path / "run" / "model", model, model.parameters, step=2)
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run/model/model.json").exists()
     found = runs.Run(tmp_path / "run").policy().parameters["unet"]["conv_out"]["kernel"]
@@ -172,8 +209,12 @@ def test_a_model_without_room_is_no_model(finished, tiny_config, tmp_path):
 
 
 def test_an_export(finished, tmp_path):
-    with full(1000), pytest.raises(
-            UserError, match=r"ip_adapter.safetensors cannot be written \(File too large\)"):
+    with (
+        full(1000),
+        pytest.raises(
+            UserError, match=r"ip_adapter.safetensors cannot be written \(File too large\)"
+        ),
+    ):
         run_export.export_run(finished, tmp_path / "out")
     assert left(tmp_path) == []
 
@@ -182,10 +223,14 @@ def test_a_sample(tmp_path):
     from absl.testing import flagsaver
 
     from focusdpo_jax.inference.prompts import Prompt
+
     if not sample.flags.FLAGS.is_parsed():
         sample.flags.FLAGS(sys.argv[:1])
-    with flagsaver.flagsaver(output=str(tmp_path / "a.png")), full(), pytest.raises(
-            UserError, match=r"a.png cannot be written \(File too large\); make room"):
+    with (
+        flagsaver.flagsaver(output=str(tmp_path / "a.png")),
+        full(),
+        pytest.raises(UserError, match=r"a.png cannot be written \(File too large\); make room"),
+    ):
         sample.write([Prompt("a star", (), 0)], [NOISE], None, {})
     assert left(tmp_path) == []
 
@@ -194,14 +239,21 @@ def test_a_sample(tmp_path):
 def test_a_run_ends_with_one_line_and_goes_on(limit, file, finished, tiny_folder, tmp_path):
     config = tiny_folder / "tiny_full.py"
     tests = os.path.dirname(tiny.__file__)
-    config.write_text(f"import pathlib, sys\nsys.path.insert(0, {tests!r})\nimport tiny\n"
-                      f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}), "
-                      "steps=2, evaluation__pictures=0)\n")
-    script = (f"import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-              "sys.argv = sys.argv[1:]\nrunpy.run_module('focusdpo_jax.main', run_name='__main__')\n")
+    config.write_text(
+        f"import pathlib, sys\nsys.path.insert(0, {tests!r})\nimport tiny\n"
+        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}), "
+        "steps=2, evaluation__pictures=0)\n"
+    )
+    script = (
+        f"import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_module('focusdpo_jax.main', run_name='__main__')\n"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script, "main", f"--config={config}", f"--workdir={tmp_path}/run"],
-        capture_output=True, text=True, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"})
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
     told = [line for line in result.stderr.splitlines() if line[:1] not in "IW"]
     assert result.returncode == 2 and len(told) == 1, result.stderr
     assert told[0].startswith("error: ") and "(File too large)" in told[0], told

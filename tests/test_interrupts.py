@@ -72,8 +72,12 @@ command.run(globals()[name], goes_on=name == "python")
 
 
 def started(name):
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, name], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "busy\n"
     return process
 
@@ -119,29 +123,71 @@ def commands(folder, tmp_path):
     config = folder / "tiny_interrupted.py"
     config.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {str(pathlib.Path(tiny.__file__).parent)!r})\nimport tiny\n"
-        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}))\n")
+        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}))\n"
+    )
     reference = root / "focusdpo_jax/assets/references/star.png"
     return {
-        "main": (["main", f"--config={config}", f"--workdir={tmp_path}/run",
-                  f"--config.data.path={tmp_path}/data", "--config.data.train_size=5000"], "Building"),
-        "main, compiling": (["main", f"--config={config}", f"--workdir={tmp_path}/run"], "parameters: "),
-        "evaluate": (["evaluate", f"--config={root}/configs/toybox_dpo.py", "--workdir=base",
-                      f"--output={tmp_path}/out", f"--config.data.path={tmp_path}/data"], 8),
-        "sample": (["sample", "--prompt=a star", f"--reference={reference}:a star",
-                    f"--output={tmp_path}/a.png"], 4),
-        "prepare": (["prepare", f"--manifest={root}/docs/examples/pairs/manifest.jsonl", "--workers=2",
-                     f"--output={tmp_path}/out", "--resolution=64"], "line 1 of"),
-        "plan": (["plan", f"--config={config}"], 5)}
+        "main": (
+            [
+                "main",
+                f"--config={config}",
+                f"--workdir={tmp_path}/run",
+                f"--config.data.path={tmp_path}/data",
+                "--config.data.train_size=5000",
+            ],
+            "Building",
+        ),
+        "main, compiling": (
+            ["main", f"--config={config}", f"--workdir={tmp_path}/run"],
+            "parameters: ",
+        ),
+        "evaluate": (
+            [
+                "evaluate",
+                f"--config={root}/configs/toybox_dpo.py",
+                "--workdir=base",
+                f"--output={tmp_path}/out",
+                f"--config.data.path={tmp_path}/data",
+            ],
+            8,
+        ),
+        "sample": (
+            [
+                "sample",
+                "--prompt=a star",
+                f"--reference={reference}:a star",
+                f"--output={tmp_path}/a.png",
+            ],
+            4,
+        ),
+        "prepare": (
+            [
+                "prepare",
+                f"--manifest={root}/docs/examples/pairs/manifest.jsonl",
+                "--workers=2",
+                f"--output={tmp_path}/out",
+                "--resolution=64",
+            ],
+            "line 1 of",
+        ),
+        "plan": (["plan", f"--config={config}"], 5),
+    }
 
 
-@pytest.mark.parametrize("name", ["main", "main, compiling", "evaluate", "sample", "prepare", "plan"])
+@pytest.mark.parametrize(
+    "name", ["main", "main, compiling", "evaluate", "sample", "prepare", "plan"]
+)
 def test_commands(name, tiny_folder, tmp_path):
     """As a terminal sends it: to all processes of the command."""
     arguments, when = commands(tiny_folder, tmp_path)[name]
     process = subprocess.Popen(
-        [sys.executable, "-m", f"focusdpo_jax.{arguments[0]}", *arguments[1:]], stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"})
+        [sys.executable, "-m", f"focusdpo_jax.{arguments[0]}", *arguments[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
     lines = []
     if isinstance(when, str):
         for line in process.stderr:

@@ -13,7 +13,9 @@ def lines(monkeypatch):
     """The lines that were logged; every look at the clock takes four seconds."""
     logged, clock = [], itertools.count(0, 4)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(progress.logging, "info", lambda text, *values: logged.append(text % values))
+    monkeypatch.setattr(
+        progress.logging, "info", lambda text, *values: logged.append(text % values)
+    )
     return logged
 
 
@@ -22,8 +24,10 @@ def test_every_ten_seconds_and_at_the_end(lines):
     for _ in range(5):
         shown.add(10)
     # At 12 s, 3 of 5 tens are done; at 20 s all are.
-    assert lines == ["pairs encoded: 30 of 50, 2.5/s, about 8 s left",
-                     "pairs encoded: 50 of 50, 2.5/s, about 0 s left"]
+    assert lines == [
+        "pairs encoded: 30 of 50, 2.5/s, about 8 s left",
+        "pairs encoded: 50 of 50, 2.5/s, about 0 s left",
+    ]
 
 
 def test_what_is_quick_logs_nothing(lines):

@@ -19,29 +19,82 @@ def load_config(name, *arguments):
 # are shared through the compilation cache.
 OVERRIDES = {
     "resolution": 32,
-    "steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "sample_every": 100,
-    "warmup_steps": 1, "decay": "constant", "learning_rate": 1e-3, "beta": 100.0,
-    "data.train_size": 12, "data.validation_size": 2, "data.test_size": 4,
-    "evaluation.scenes": 0, "evaluation.batch_size": 2, "evaluation.pictures": 2,
+    "steps": 4,
+    "batch_size": 4,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "sample_every": 100,
+    "warmup_steps": 1,
+    "decay": "constant",
+    "learning_rate": 1e-3,
+    "beta": 100.0,
+    "data.train_size": 12,
+    "data.validation_size": 2,
+    "data.test_size": 4,
+    "evaluation.scenes": 0,
+    "evaluation.batch_size": 2,
+    "evaluation.pictures": 2,
     "sampling.steps": 2,
 }
 
 SIZES = {
-    "vae": {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_groups": 4,
-            "mid_attention": False, "scaling_factor": 1.0},
-    "text_encoder": {"vocab_size": 573, "max_length": 16, "hidden_size": 8, "num_layers": 1,
-                     "num_heads": 2, "intermediate_size": 16, "eos_token_id": 572},
-    "text_encoder_2": {"vocab_size": 573, "max_length": 16, "hidden_size": 8, "num_layers": 1,
-                       "num_heads": 2, "intermediate_size": 16, "eos_token_id": 572,
-                       "projection_dim": 8},
-    "image_encoder": {"image_size": 32, "patch_size": 8, "hidden_size": 8, "num_layers": 1,
-                      "num_heads": 2, "intermediate_size": 16, "projection_dim": 8},
-    "adapter": {"input_dim": 8, "output_dim": 16, "num_tokens": 2, "width": 8, "depth": 1,
-                "num_heads": 2, "head_dim": 4, "expansion": 2},
-    "unet": {"block_out_channels": (8, 8), "transformer_layers_per_block": (0, 2),
-             "mid_transformer_layers": 0, "layers_per_block": 1, "num_heads": (2, 2),
-             "cross_attention_dim": 16, "addition_time_embed_dim": 4, "pooled_dim": 8,
-             "norm_groups": 4, "image_context": True},
+    "vae": {
+        "block_out_channels": (8, 8, 8),
+        "layers_per_block": 1,
+        "norm_groups": 4,
+        "mid_attention": False,
+        "scaling_factor": 1.0,
+    },
+    "text_encoder": {
+        "vocab_size": 573,
+        "max_length": 16,
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "intermediate_size": 16,
+        "eos_token_id": 572,
+    },
+    "text_encoder_2": {
+        "vocab_size": 573,
+        "max_length": 16,
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "intermediate_size": 16,
+        "eos_token_id": 572,
+        "projection_dim": 8,
+    },
+    "image_encoder": {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "intermediate_size": 16,
+        "projection_dim": 8,
+    },
+    "adapter": {
+        "input_dim": 8,
+        "output_dim": 16,
+        "num_tokens": 2,
+        "width": 8,
+        "depth": 1,
+        "num_heads": 2,
+        "head_dim": 4,
+        "expansion": 2,
+    },
+    "unet": {
+        "block_out_channels": (8, 8),
+        "transformer_layers_per_block": (0, 2),
+        "mid_transformer_layers": 0,
+        "layers_per_block": 1,
+        "num_heads": (2, 2),
+        "cross_attention_dim": 16,
+        "addition_time_embed_dim": 4,
+        "pooled_dim": 8,
+        "norm_groups": 4,
+        "image_context": True,
+    },
     "prediction_type": "v_prediction",
     "zero_terminal_snr": True,
 }
@@ -53,8 +106,10 @@ def tiny_config(folder, **overrides):
     Data and model lie in `folder`; `model__pretrained=""` makes a model of SIZES instead.
     """
     config = load_config("toybox_dpo")
-    changes = OVERRIDES | {"data.path": str(folder / "data"),
-                           "model.pretrained": str(folder / "model")}
+    changes = OVERRIDES | {
+        "data.path": str(folder / "data"),
+        "model.pretrained": str(folder / "model"),
+    }
     changes |= {name.replace("__", "."): value for name, value in overrides.items()}
     for name, value in changes.items():
         config.update_from_flattened_dict({name: value})

@@ -34,17 +34,27 @@ ROOT = pathlib.Path(__file__).parents[2]
 def parsed(arguments=None):
     """The command line's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accelerator", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m benchmarks.accelerator",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--minutes", type=float, default=10, help="for everything")
     parser.add_argument("--output", default="runs/accelerator", help="folder of the results")
-    parser.add_argument("--parts", nargs="+", default=list(job_list.PARTS),
-                        help=f"of {', '.join(job_list.PARTS)}; or names of jobs")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=list(job_list.PARTS),
+        help=f"of {', '.join(job_list.PARTS)}; or names of jobs",
+    )
     parser.add_argument("--size", choices=job_list.SIZES, default="full")
-    parser.add_argument("--peers", nargs="*", choices=step.PEERS,
-                        help="how diffusers steps: without torch.compile, with that of each repeated "
-                             "block, or of the whole step, which takes minutes; the latter two unless "
-                             "given, the first for a rehearsal")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=step.PEERS,
+        help="how diffusers steps: without torch.compile, with that of each repeated "
+        "block, or of the whole step, which takes minutes; the latter two unless "
+        "given, the first for a rehearsal",
+    )
     parser.add_argument("--again", action="store_true", help="also what is done")
     # Of a job's process.
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -66,9 +76,13 @@ def work(flags):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     from focusdpo_jax import command
+
     command.keep_compiled_programs()
-    (job,) = [job for job in (job_list.DEVICE, *job_list.all_jobs(flags.size, flags.peers))
-              if job.name == flags.job]
+    (job,) = [
+        job
+        for job in (job_list.DEVICE, *job_list.all_jobs(flags.size, flags.peers))
+        if job.name == flags.job
+    ]
     rows, sys.stdout = sys.stdout, sys.stderr
     context = job_list.Context(flags.seconds, flags.scratch)
     for row in job.measure(context):
@@ -81,18 +95,29 @@ def coordinate(flags):
     record = running.Record(flags.output)
     record.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="accelerator-") as scratch:
+
         def command_of(job, seconds):
-            return [sys.executable, "-m", "benchmarks.accelerator", f"--job={job.name}",
-                    f"--size={flags.size}", f"--seconds={seconds:.0f}", f"--scratch={scratch}",
-                    "--peers", *flags.peers]
+            return [
+                sys.executable,
+                "-m",
+                "benchmarks.accelerator",
+                f"--job={job.name}",
+                f"--size={flags.size}",
+                f"--seconds={seconds:.0f}",
+                f"--scratch={scratch}",
+                "--peers",
+                *flags.peers,
+            ]
 
         def left():
             return 60 * flags.minutes - (time.monotonic() - start)
 
         running.run_all([job_list.DEVICE], record, command_of, left(), again=True, say=say)
         running.run_all(flags.jobs, record, command_of, left(), again=flags.again, say=say)
-    print(f"\n{record.folder / 'accelerator.md'}:\n\n" + (
-        record.folder / "accelerator.md").read_text())
+    print(
+        f"\n{record.folder / 'accelerator.md'}:\n\n"
+        + (record.folder / "accelerator.md").read_text()
+    )
 
 
 def say(line):

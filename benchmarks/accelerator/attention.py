@@ -65,35 +65,61 @@ def attention_shapes(sizes, resolutions, references, others=True):
     found = {}
 
     def note(network, module, *inputs, trained=False, method=None):
-        arrays = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs]
+        arrays = [
+            jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs
+        ]
         with attention.recorded_calls() as calls:
-            jax.eval_shape(functools.partial(module.init, method=method), jax.random.key(0), *arrays)
+            jax.eval_shape(
+                functools.partial(module.init, method=method), jax.random.key(0), *arrays
+            )
         for call in sorted(calls, reverse=True):
             key = (call.queries, call.keys, call.heads, call.head_dim, call.masked, call.causal)
             before = found.get(key)
-            found[key] = Shape(before.network if before else network, *key,
-                               trained or bool(before and before.trained))
+            found[key] = Shape(
+                before.network if before else network,
+                *key,
+                trained or bool(before and before.trained),
+            )
 
     # One block of each kind has all the shapes of many.
     unet = dataclasses.replace(
-        sizes.unet, transformer_layers_per_block=tuple(
-            min(depth, 1) for depth in sizes.unet.transformer_layers_per_block),
-        mid_transformer_layers=min(sizes.unet.mid_transformer_layers, 1), layers_per_block=1,
-        image_context=True, lora_rank=0)
+        sizes.unet,
+        transformer_layers_per_block=tuple(
+            min(depth, 1) for depth in sizes.unet.transformer_layers_per_block
+        ),
+        mid_transformer_layers=min(sizes.unet.mid_transformer_layers, 1),
+        layers_per_block=1,
+        image_context=True,
+        lora_rank=0,
+    )
     tokens, width = sizes.text_encoder.max_length, sizes.unet.cross_attention_dim
     for side in resolutions:
         latents = side // sizes.vae.factor
         for count in references:
             # Both images of a pair ask the same text and references.
-            note(f"UNet, {side} px", UNet(unet), (2, latents, latents, unet.in_channels), (2,),
-                 (1, tokens, width), (1, unet.pooled_dim), (1, 6),
-                 (1, count, sizes.adapter.num_tokens, width),
-                 jax.ShapeDtypeStruct((1, count), bool), trained=True)
+            note(
+                f"UNet, {side} px",
+                UNet(unet),
+                (2, latents, latents, unet.in_channels),
+                (2,),
+                (1, tokens, width),
+                (1, unet.pooled_dim),
+                (1, 6),
+                (1, count, sizes.adapter.num_tokens, width),
+                jax.ShapeDtypeStruct((1, count), bool),
+                trained=True,
+            )
     patches = 1 + sizes.image_encoder.num_patches
-    note("resampler", subject_adapter(sizes.adapter), (1, 1, patches, sizes.adapter.input_dim),
-         trained=True)
+    note(
+        "resampler",
+        subject_adapter(sizes.adapter),
+        (1, 1, patches, sizes.adapter.input_dim),
+        trained=True,
+    )
     encoder = sizes.image_encoder
-    note("CLIP, image", CLIPVision(_shallow(encoder)), (1, encoder.image_size, encoder.image_size, 3))
+    note(
+        "CLIP, image", CLIPVision(_shallow(encoder)), (1, encoder.image_size, encoder.image_size, 3)
+    )
     for part in (sizes.text_encoder, sizes.text_encoder_2):
         note("CLIP, text", CLIPText(_shallow(part)), jax.ShapeDtypeStruct((1, tokens), jnp.int32))
     for side in resolutions:
@@ -112,11 +138,23 @@ def _others():
     big = CLIPVisionConfig(hidden_size=1664, num_layers=1, intermediate_size=8192)
     yield "CLIP bigG, image", CLIPVision(big), (1, 224, 224, 3)
     grounding = SubjectAdapterConfig(kind="grounding", depth=1)
-    yield ("grounding resampler", subject_adapter(grounding), (1, 1, 257, grounding.input_dim),
-           (1, 1, grounding.phrase_dim), (1, 1, 4))
+    yield (
+        "grounding resampler",
+        subject_adapter(grounding),
+        (1, 1, 257, grounding.input_dim),
+        (1, 1, grounding.phrase_dim),
+        (1, 1, 4),
+    )
     small = DINOConfig(num_layers=1)
-    base = DINOConfig(num_layers=1, patch_size=14, image_size=518, hidden_size=768, num_heads=12,
-                      intermediate_size=3072, layer_scale=True)
+    base = DINOConfig(
+        num_layers=1,
+        patch_size=14,
+        image_size=518,
+        hidden_size=768,
+        num_heads=12,
+        intermediate_size=3072,
+        layer_scale=True,
+    )
     for side in (224, 448):  # For images, and for their patches.
         yield f"DINO, {side} px", DINO(small), (1, side, side, 3)
         yield f"DINOv2, {side} px", DINO(base), (1, side, side, 3)
@@ -126,19 +164,28 @@ def measure(settings, context):
     """Yields a row for each shape and use, "inference" or "training"."""
     target = platforms.target_of(jax.devices()[0])
     wide = cases.generator_sizes(settings["size"])
-    shapes = attention_shapes(wide, settings["resolutions"], settings["references"],
-                              others=settings["size"] == "full")[::settings["every"]]
-    asked = [(shape, use) for use in ("training", "inference") for shape in shapes
-             if shape.trained or use == "inference"]
+    shapes = attention_shapes(
+        wide, settings["resolutions"], settings["references"], others=settings["size"] == "full"
+    )[:: settings["every"]]
+    asked = [
+        (shape, use)
+        for use in ("training", "inference")
+        for shape in shapes
+        if shape.trained or use == "inference"
+    ]
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for first in range(0, len(asked), _AT_ONCE):
             if time.monotonic() - start > 0.85 * context.seconds:
                 raise TimeoutError(f"no time for {len(asked) - first} of {len(asked)}")
-            some = asked[first:first + _AT_ONCE]
-            programs = [{name: pool.submit(_compile, settings, shape, use, function)
-                         for name, function in _kernels(target, shape).items()}
-                        for shape, use in some]
+            some = asked[first : first + _AT_ONCE]
+            programs = [
+                {
+                    name: pool.submit(_compile, settings, shape, use, function)
+                    for name, function in _kernels(target, shape).items()
+                }
+                for shape, use in some
+            ]
             # Nothing is measured while something compiles.
             concurrent.futures.wait([future for kernels in programs for future in kernels.values()])
             for (shape, use), kernels in zip(some, programs, strict=True):
@@ -147,6 +194,7 @@ def measure(settings, context):
 
 def _kernels(target, shape):
     """{name: attention of projected [B, N, C] and a mask}."""
+
     def of_heads(implementation, query, key, value, mask):
         heads = [attention.split_heads(x, shape.heads) for x in (query, key, value)]
         if mask is not None:  # cuDNN takes no mask that is one for all queries.
@@ -166,12 +214,20 @@ def _kernels(target, shape):
 
 
 def _chosen(target, shape):
-    return attention.choose_kernel(target, jnp.bfloat16, shape.queries, shape.keys, shape.head_dim,
-                                   masked=shape.masked, causal=shape.causal)
+    return attention.choose_kernel(
+        target,
+        jnp.bfloat16,
+        shape.queries,
+        shape.keys,
+        shape.head_dim,
+        masked=shape.masked,
+        causal=shape.causal,
+    )
 
 
 def _compile(settings, shape, use, function):
     """The compiled program (rate, arguments) -> what the last of its iterations made."""
+
     def made(query, key, value, cotangent, mask):
         if use == "inference":
             return (function(query, key, value, mask),)
@@ -184,7 +240,7 @@ def _compile(settings, shape, use, function):
             results = made(*moved, cotangent, mask)
             # A gradient moves its own argument, or else the result moves the query.
             steps = results[1:] or results
-            moved = tuple(x + rate * step for x, step in zip(moved, steps)) + moved[len(steps):]
+            moved = tuple(x + rate * step for x, step in zip(moved, steps)) + moved[len(steps) :]
             return (moved, results), None
 
         shapes = jax.eval_shape(made, query, key, value, cotangent, mask)
@@ -192,10 +248,10 @@ def _compile(settings, shape, use, function):
         carry, _ = jax.lax.scan(once, ((query, key, value), nothing), length=settings["iterations"])
         return carry[1]
 
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-                            _arguments(settings, shape, 0)[0])
-    return jax.jit(program).lower(
-        jax.ShapeDtypeStruct((), jnp.bfloat16), *abstract).compile()
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arguments(settings, shape, 0)[0]
+    )
+    return jax.jit(program).lower(jax.ShapeDtypeStruct((), jnp.bfloat16), *abstract).compile()
 
 
 def _arguments(settings, shape, seed):
@@ -210,9 +266,14 @@ def _arguments(settings, shape, seed):
     mask = None
     if shape.masked:  # As with the last of several references absent.
         mask = np.ones((batch, shape.keys), bool)
-        mask[:, max(shape.keys * 2 // 3, 1):] = False
-    return (normal(shape.queries), normal(shape.keys), normal(shape.keys), normal(shape.queries),
-            mask), rows
+        mask[:, max(shape.keys * 2 // 3, 1) :] = False
+    return (
+        normal(shape.queries),
+        normal(shape.keys),
+        normal(shape.keys),
+        normal(shape.queries),
+        mask,
+    ), rows
 
 
 def _row(settings, target, shape, use, kernels):
@@ -220,11 +281,24 @@ def _row(settings, target, shape, use, kernels):
     # Gradients of the sampled queries of one example alone: the others are known to be zero.
     cotangent = np.zeros_like(arguments[3])
     cotangent[0, rows] = arguments[3][0, rows]
-    exact = exact_rows(shape, *(x[0] for x in arguments[:3]), cotangent[0],
-                       None if arguments[4] is None else arguments[4][0], rows)
-    row = {"key": f"{shape} {use}", "use": use, "kernel": _chosen(target, shape), **shape._asdict(),
-           "batch": settings["batch"], "milliseconds": {}, "forward_error": {}, "gradient_error": {},
-           "refused": {}}
+    exact = exact_rows(
+        shape,
+        *(x[0] for x in arguments[:3]),
+        cotangent[0],
+        None if arguments[4] is None else arguments[4][0],
+        rows,
+    )
+    row = {
+        "key": f"{shape} {use}",
+        "use": use,
+        "kernel": _chosen(target, shape),
+        **shape._asdict(),
+        "batch": settings["batch"],
+        "milliseconds": {},
+        "forward_error": {},
+        "gradient_error": {},
+        "refused": {},
+    }
     placed = jax.device_put(arguments)
     for name, compiling in kernels.items():
         try:
@@ -265,6 +339,7 @@ def exact_rows(shape, query, key, value, cotangent, mask, rows):
     Returns:
       float64 output [R, C] and gradients of query [R, C], key and value [K, C].
     """
+
     def heads(x):
         return x.astype(np.float64).reshape(len(x), shape.heads, shape.head_dim).transpose(1, 0, 2)
 
@@ -272,7 +347,7 @@ def exact_rows(shape, query, key, value, cotangent, mask, rows):
         return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
 
     query, key, value, cotangent = map(heads, (query[rows], key, value, cotangent[rows]))
-    scale = shape.head_dim ** -0.5
+    scale = shape.head_dim**-0.5
     logits = scale * query @ key.transpose(0, 2, 1)
     if mask is not None:
         logits = np.where(mask, logits, -np.inf)
@@ -282,8 +357,17 @@ def exact_rows(shape, query, key, value, cotangent, mask, rows):
     weights /= weights.sum(-1, keepdims=True)
     to_weights = cotangent @ value.transpose(0, 2, 1)
     to_logits = scale * weights * (to_weights - (to_weights * weights).sum(-1, keepdims=True))
-    return tuple(map(joined, (weights @ value, to_logits @ key, to_logits.transpose(0, 2, 1) @ query,
-                              weights.transpose(0, 2, 1) @ cotangent)))
+    return tuple(
+        map(
+            joined,
+            (
+                weights @ value,
+                to_logits @ key,
+                to_logits.transpose(0, 2, 1) @ query,
+                weights.transpose(0, 2, 1) @ cotangent,
+            ),
+        )
+    )
 
 
 def _errors(results, exact, rows):

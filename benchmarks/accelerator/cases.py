@@ -8,8 +8,13 @@ from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import models
 
 # The anatomy with fewest blocks, so that a rehearsal compiles in seconds.
-_FEWEST = {"block_out_channels": (16, 32), "transformer_layers_per_block": (0, 1),
-           "mid_transformer_layers": 1, "num_heads": (1, 2), "layers_per_block": 1}
+_FEWEST = {
+    "block_out_channels": (16, 32),
+    "transformer_layers_per_block": (0, 1),
+    "mid_transformer_layers": 1,
+    "num_heads": (1, 2),
+    "layers_per_block": 1,
+}
 
 
 def configuration(settings):
@@ -22,11 +27,21 @@ def configuration(settings):
     debug = settings["size"] == "debug"
     config = load_config("sdxl_dpo", *(["debug"] if debug else []))
     # SDXL's beta would show what rounding does to an error 5000 times larger.
-    config.update({
-        "dtype": settings.get("dtype", "bfloat16"), "objective": settings.get("objective", "dpo"),
-        "trainable": settings.get("trainable", "adapter"), "anchor": 0.0, "beta": 100.0,
-        "accumulate": 1, "learning_rate": 1e-6, "warmup_steps": 0, "weight_decay": 1e-2,
-        "resolution": settings["resolution"], "batch_size": settings.get("batch", 1)})
+    config.update(
+        {
+            "dtype": settings.get("dtype", "bfloat16"),
+            "objective": settings.get("objective", "dpo"),
+            "trainable": settings.get("trainable", "adapter"),
+            "anchor": 0.0,
+            "beta": 100.0,
+            "accumulate": 1,
+            "learning_rate": 1e-6,
+            "warmup_steps": 0,
+            "weight_decay": 1e-2,
+            "resolution": settings["resolution"],
+            "batch_size": settings.get("batch", 1),
+        }
+    )
     if debug:
         config.model.sizes.unet.update(_FEWEST)
         config.model.sizes.adapter.depth = 1

@@ -21,7 +21,12 @@ def measure(settings, context):
         except importlib.metadata.PackageNotFoundError:
             pass
     yield {
-        "key": "device", "name": device.device_kind, "platform": device.platform,
+        "key": "device",
+        "name": device.device_kind,
+        "platform": device.platform,
         "platform_version": device.client.platform_version,
-        "memory": (device.memory_stats() or {}).get("bytes_limit"), "processors": os.cpu_count(),
-        "versions": versions, "matmul_peak": matmul_peak(device, "bfloat16")}
+        "memory": (device.memory_stats() or {}).get("bytes_limit"),
+        "processors": os.cpu_count(),
+        "versions": versions,
+        "matmul_peak": matmul_peak(device, "bfloat16"),
+    }

@@ -71,21 +71,40 @@ def chosen(jobs, names):
     known = {job.part for job in jobs} | {job.name for job in jobs}
     unknown = sorted(set(names) - known)
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: neither a part nor a job; there are "
-                         f"{', '.join(PARTS)} and {', '.join(job.name for job in jobs)}")
+        raise ValueError(
+            f"{', '.join(unknown)}: neither a part nor a job; there are "
+            f"{', '.join(PARTS)} and {', '.join(job.name for job in jobs)}"
+        )
     return [job for job in jobs if job.part in names or job.name in names]
 
 
 def _step(name, seconds, part="step", peers=(), rounds=10, **changes):
-    settings = {"size": "full", "resolution": 1024, "batch": 1, "trainable": "adapter",
-                "objective": "dpo", "dtype": "bfloat16", "remat": True, "scan_layers": True,
-                "peers": list(peers), "warmup": 2, "rounds": rounds}
+    settings = {
+        "size": "full",
+        "resolution": 1024,
+        "batch": 1,
+        "trainable": "adapter",
+        "objective": "dpo",
+        "dtype": "bfloat16",
+        "remat": True,
+        "scan_layers": True,
+        "peers": list(peers),
+        "warmup": 2,
+        "rounds": rounds,
+    }
     return Job(name, part, seconds, "train_step", settings | changes)
 
 
 def _full(peers):
-    attention = {"size": "full", "resolutions": [1024, 512, 768], "references": [1, 3, 2],
-                 "every": 1, "batch": 2, "iterations": 20, "repeats": 5}
+    attention = {
+        "size": "full",
+        "resolutions": [1024, 512, 768],
+        "references": [1, 3, 2],
+        "every": 1,
+        "batch": 2,
+        "iterations": 20,
+        "repeats": 5,
+    }
     sampling = {"size": "full", "resolution": 1024, "steps": 30, "guidance": 5.0, "repeats": 3}
     return [
         Job("attention", "attention", 120, "attention", attention),
@@ -105,21 +124,40 @@ def _full(peers):
         _step("remat-off-512", 210, "variants", resolution=512, remat=False),
         _step("lora-512", 210, "variants", resolution=512, trainable="lora"),
         _step("full-512", 240, "variants", resolution=512, trainable="full"),
-        Job("sampling-512", "sampling", 150, "sampling", sampling | {"resolution": 512})]
+        Job("sampling-512", "sampling", 150, "sampling", sampling | {"resolution": 512}),
+    ]
 
 
 def _debug(peers):
     small = {"size": "debug", "resolution": 64, "rounds": 3}
     return [
-        Job("attention", "attention", 120, "attention", {
-            "size": "debug", "resolutions": [64], "references": [1], "every": 4, "batch": 2,
-            "iterations": 2, "repeats": 2}),
+        Job(
+            "attention",
+            "attention",
+            120,
+            "attention",
+            {
+                "size": "debug",
+                "resolutions": [64],
+                "references": [1],
+                "every": 4,
+                "batch": 2,
+                "iterations": 2,
+                "repeats": 2,
+            },
+        ),
         # In bfloat16 PyTorch takes seconds for it on a CPU, and losses differ by rounding.
         _step("step-64", 240, peers=peers, dtype="float32", **small),
-        Job("sampling-64", "sampling", 120, "sampling", {
-            "size": "debug", "resolution": 64, "steps": 2, "guidance": 5.0, "repeats": 2}),
+        Job(
+            "sampling-64",
+            "sampling",
+            120,
+            "sampling",
+            {"size": "debug", "resolution": 64, "steps": 2, "guidance": 5.0, "repeats": 2},
+        ),
         _step("step-64-batch-2", 180, batch=2, **small),
         _step("remat-off-64", 180, "variants", remat=False, **small),
         _step("lora-64", 180, "variants", trainable="lora", **small),
         _step("full-64", 180, "variants", trainable="full", **small),
-        _step("focus-dpo-64", 180, "variants", objective="focus_dpo", **small)]
+        _step("focus-dpo-64", 180, "variants", objective="focus_dpo", **small),
+    ]

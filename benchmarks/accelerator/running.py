@@ -55,8 +55,11 @@ class Record:
         before = self.values["jobs"].pop(job.name, {})
         rows = before["rows"] if before.get("settings") == job.settings else []
         self.values["jobs"][job.name] = {
-            "part": job.part, "settings": job.settings, "status": "running",
-            "rows": [row | {"earlier": True} for row in rows]}
+            "part": job.part,
+            "settings": job.settings,
+            "status": "running",
+            "rows": [row | {"earlier": True} for row in rows],
+        }
         self.save()
 
     def add(self, job, row):
@@ -81,7 +84,9 @@ class Record:
         found = self.values["jobs"][job.name]
         if status == "done":
             found["rows"] = [row for row in found["rows"] if not row.get("earlier")]
-        found |= {"status": status, "seconds": round(seconds, 1)} | ({"error": error} if error else {})
+        found |= {"status": status, "seconds": round(seconds, 1)} | (
+            {"error": error} if error else {}
+        )
         self.save()
 
     def save(self):
@@ -107,8 +112,9 @@ def run(command, seconds, log, add):
         errors.write(f"\n==== {' '.join(map(str, command))}\n".encode())
         errors.flush()
         start = errors.tell()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
     lines = queue.Queue()
 
     def read():
@@ -168,8 +174,11 @@ def run_all(jobs, record, command_of, seconds, *, again=False, say=print):
         limit = min(job.seconds, left)
         record.start(job)
         start = time.monotonic()
-        status, error = run(command_of(job, limit), limit, record.log,
-                            lambda row, job=job: record.add(job, row))
+        status, error = run(
+            command_of(job, limit), limit, record.log, lambda row, job=job: record.add(job, row)
+        )
         record.end(job, status, time.monotonic() - start, error)
-        say(f"{job.name}: {status} in {time.monotonic() - start:.0f} s"
-            + (f" ({error})" if error else ""))
+        say(
+            f"{job.name}: {status} in {time.monotonic() - start:.0f} s"
+            + (f" ({error})" if error else "")
+        )

@@ -26,8 +26,11 @@ def measure(settings, context):
     mesh, device = cases.one_device(config), jax.devices()[0]
     generator, shapes = models.abstract_model(config, mesh)
     # What is drawn with is in the types of the computation, also what a run would train.
-    parameters = weights.draw(jax.tree_util.tree_map_with_path(
-        functools.partial(_as_computed, generator.unet.dtype), shapes))
+    parameters = weights.draw(
+        jax.tree_util.tree_map_with_path(
+            functools.partial(_as_computed, generator.unet.dtype), shapes
+        )
+    )
     sizes, side = generator.config, settings["resolution"]
     length = sizes.text_encoder.max_length
     references, latents = config.data.subject_counts, generator.latent_shape(side)
@@ -39,23 +42,40 @@ def measure(settings, context):
 
     tokens = jnp.asarray(rng.integers(1, sizes.text_encoder.vocab_size, (1, 2, length)), jnp.int32)
     arguments = (
-        tokens, jnp.asarray([[side, side, 0, 0, side, side]], jnp.float32),
-        ImageView(normal(1, slots, 1 + sizes.image_encoder.num_patches,
-                         sizes.image_encoder.hidden_size)),
-        jnp.ones((1, slots), bool), normal(1, *latents))
-    generate = make_generate(generator, steps=settings["steps"], guidance=settings["guidance"],
-                             negative_token_ids=np.asarray(tokens[0]))
-    decode = jax.jit(lambda parameters, latents: generator.decode_latents(parameters, latents),
-                     compiler_options=compiling.networks_here())
+        tokens,
+        jnp.asarray([[side, side, 0, 0, side, side]], jnp.float32),
+        ImageView(
+            normal(1, slots, 1 + sizes.image_encoder.num_patches, sizes.image_encoder.hidden_size)
+        ),
+        jnp.ones((1, slots), bool),
+        normal(1, *latents),
+    )
+    generate = make_generate(
+        generator,
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        negative_token_ids=np.asarray(tokens[0]),
+    )
+    decode = jax.jit(
+        lambda parameters, latents: generator.decode_latents(parameters, latents),
+        compiler_options=compiling.networks_here(),
+    )
     peak = matmul_peak(device, config.dtype)
     for name, function, given in (
-            ("decoder", decode, (normal(1, *latents),)), ("image", generate, arguments)):
+        ("decoder", decode, (normal(1, *latents),)),
+        ("image", generate, arguments),
+    ):
         start = time.monotonic()
         with traced_for(mesh):
             compiled = function.lower(parameters, *given).compile()
-        row = {"key": name, "what": name, "compile_seconds": time.monotonic() - start,
-               "matmul_peak": peak, "held": memory.bytes_per_device(parameters),
-               "temporaries": compiled.memory_analysis().temp_size_in_bytes}
+        row = {
+            "key": name,
+            "what": name,
+            "compile_seconds": time.monotonic() - start,
+            "matmul_peak": peak,
+            "held": memory.bytes_per_device(parameters),
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        }
         seconds = []
         for _ in range(1 + settings["repeats"]):
             start = time.perf_counter()
@@ -63,9 +83,12 @@ def measure(settings, context):
             seconds.append(time.perf_counter() - start)
         image = np.asarray(image, np.float32)
         yield row | {
-            "seconds": float(np.median(seconds[1:])), "rounds": seconds[1:],
-            "finite": bool(np.isfinite(image).all()), "deviation": float(image.std()),
-            "memory": (device.memory_stats() or {}).get("peak_bytes_in_use")}
+            "seconds": float(np.median(seconds[1:])),
+            "rounds": seconds[1:],
+            "finite": bool(np.isfinite(image).all()),
+            "deviation": float(image.std()),
+            "memory": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        }
 
 
 def _as_computed(dtype, path, leaf):

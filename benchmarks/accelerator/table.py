@@ -10,15 +10,25 @@ def of(values):
     if device:
         versions = ", ".join(f"{name} {version}" for name, version in device["versions"].items())
         memory = f"{device['memory'] / 1e9:.1f} GB for arrays, " if device["memory"] else ""
-        lines += [f"{memory}{device['matmul_peak'] / 1e12:.4g} TFLOP/s in a product of large bfloat16 "
-                  f"matrices, {device['processors']} processor cores; {versions}.", ""]
-    for title, part in (("Attention", _attention), ("Steps", _steps), ("At step 0", _at_start),
-                        ("Sampling", _sampling)):
+        lines += [
+            f"{memory}{device['matmul_peak'] / 1e12:.4g} TFLOP/s in a product of large bfloat16 "
+            f"matrices, {device['processors']} processor cores; {versions}.",
+            "",
+        ]
+    for title, part in (
+        ("Attention", _attention),
+        ("Steps", _steps),
+        ("At step 0", _at_start),
+        ("Sampling", _sampling),
+    ):
         found = list(part(jobs))
         if len(found) > 2:
             lines += [f"## {title}", "", *found, ""]
-    told = [f"- {name}: {job['status']} after {job['seconds']:.0f} s: {job['error']}"
-            for name, job in jobs.items() if job.get("error")]
+    told = [
+        f"- {name}: {job['status']} after {job['seconds']:.0f} s: {job['error']}"
+        for name, job in jobs.items()
+        if job.get("error")
+    ]
     return "\n".join(lines + (["## Not done", "", *told, ""] if told else []))
 
 
@@ -42,48 +52,90 @@ def _figure(value, form=".3g"):
 
 
 def _attention(jobs):
-    yield from _head("network", "queries x keys, heads x channels", "use", "kernel", "ms", "XLA's, ms",
-                     "XLA's / ours", "cuDNN's, ms", "error", "XLA's error", "of gradients", "XLA's")
+    yield from _head(
+        "network",
+        "queries x keys, heads x channels",
+        "use",
+        "kernel",
+        "ms",
+        "XLA's, ms",
+        "XLA's / ours",
+        "cuDNN's, ms",
+        "error",
+        "XLA's error",
+        "of gradients",
+        "XLA's",
+    )
     for _, _, row in _rows(jobs, ("attention",)):
-        times, forward, gradient = (row[name] for name in (
-            "milliseconds", "forward_error", "gradient_error"))
+        times, forward, gradient = (
+            row[name] for name in ("milliseconds", "forward_error", "gradient_error")
+        )
         kind = ", causal" * row["causal"] + ", masked" * row["masked"]
         cudnn = _figure(times.get("cudnn")) or ("refuses" if "cudnn" in row["refused"] else "")
         yield _row(
-            row["network"], f"{row['queries']} x {row['keys']}, {row['heads']} x {row['head_dim']}{kind}",
-            row["use"], row["kernel"],
+            row["network"],
+            f"{row['queries']} x {row['keys']}, {row['heads']} x {row['head_dim']}{kind}",
+            row["use"],
+            row["kernel"],
             _figure(times.get("ours")) or f"refuses: {row['refused'].get('ours')}",
-            _figure(times.get("plain")), _figure(row.get("ratio"), ".2f"), cudnn,
-            *(_figure(errors.get(name), ".1e") for errors in (forward, gradient)
-              for name in ("ours", "plain")))
+            _figure(times.get("plain")),
+            _figure(row.get("ratio"), ".2f"),
+            cudnn,
+            *(
+                _figure(errors.get(name), ".1e")
+                for errors in (forward, gradient)
+                for name in ("ours", "plain")
+            ),
+        )
 
 
 def _case(name, settings):
-    return (f"{name}: {settings['trainable']}, {settings['objective']}, {settings['dtype']}, "
-            f"{settings['resolution']} px, {settings['batch']} pair{'s' * (settings['batch'] > 1)}, "
-            f"remat {'on' if settings['remat'] else 'off'}, "
-            f"blocks {'looped' if settings['scan_layers'] else 'unrolled'}")
+    return (
+        f"{name}: {settings['trainable']}, {settings['objective']}, {settings['dtype']}, "
+        f"{settings['resolution']} px, {settings['batch']} pair{'s' * (settings['batch'] > 1)}, "
+        f"remat {'on' if settings['remat'] else 'off'}, "
+        f"blocks {'looped' if settings['scan_layers'] else 'unrolled'}"
+    )
 
 
 def _steps(jobs):
-    yield from _head("case", "side", "median step, s (quartiles)", "pairs/s", "share of peak",
-                     "times ours (quartiles)", "losses apart by", "memory, GB", "planned, GB",
-                     "compiled in, s")
+    yield from _head(
+        "case",
+        "side",
+        "median step, s (quartiles)",
+        "pairs/s",
+        "share of peak",
+        "times ours (quartiles)",
+        "losses apart by",
+        "memory, GB",
+        "planned, GB",
+        "compiled in, s",
+    )
     for name, settings, row in _rows(jobs, ("step", "variants")):
         if row.get("error") or row.get("fits") is False:
-            told = row.get("error") or (f"does not fit: {row['planned']['peak'] / 1e9:.1f} GB of "
-                                        f"{row['room'] / 1e9:.1f}")
+            told = row.get("error") or (
+                f"does not fit: {row['planned']['peak'] / 1e9:.1f} GB of {row['room'] / 1e9:.1f}"
+            )
             yield _row(_case(name, settings), row["side"], told, *[""] * 7)
             continue
         low, high = row["quartiles"]
-        ratio = "" if "ratio" not in row else "{:.2f} ({:.2f} to {:.2f})".format(
-            row["ratio"], *row["ratio_quartiles"])
+        ratio = (
+            ""
+            if "ratio" not in row
+            else "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_quartiles"])
+        )
         yield _row(
-            _case(name, settings), row["side"], f"{row['seconds']:.4g} ({low:.4g} to {high:.4g})",
-            _figure(settings["batch"] / row["seconds"]), _figure(row.get("share_of_peak"), ".1%"),
-            ratio, _losses(row), f"{row['memory'] / 1e9:.2f}",
+            _case(name, settings),
+            row["side"],
+            f"{row['seconds']:.4g} ({low:.4g} to {high:.4g})",
+            _figure(settings["batch"] / row["seconds"]),
+            _figure(row.get("share_of_peak"), ".1%"),
+            ratio,
+            _losses(row),
+            f"{row['memory'] / 1e9:.2f}",
             f"{row['planned']['peak'] / 1e9:.2f}" if "planned" in row else "",
-            _figure(row.get("compile_seconds"), ".0f"))
+            _figure(row.get("compile_seconds"), ".0f"),
+        )
 
 
 def _losses(row):
@@ -94,23 +146,53 @@ def _losses(row):
 
 def _at_start(jobs):
     """The same parameters in two programs: what should be zero."""
-    yield from _head("case", "largest difference of the error maps", "reference's error", "margin",
-                     "beta / 2 times it, beta 5000")
+    yield from _head(
+        "case",
+        "largest difference of the error maps",
+        "reference's error",
+        "margin",
+        "beta / 2 times it, beta 5000",
+    )
     for name, settings, row in _rows(jobs, ("step", "variants")):
         found = row.get("at_start", {})
         if "error_map_difference" in found:
-            yield _row(_case(name, settings), *(_figure(found[kind], form) for kind, form in (
-                ("error_map_difference", ".2e"), ("reference_error", ".3g"), ("margin", ".2e"),
-                ("half_beta_margin", ".2e"))))
+            yield _row(
+                _case(name, settings),
+                *(
+                    _figure(found[kind], form)
+                    for kind, form in (
+                        ("error_map_difference", ".2e"),
+                        ("reference_error", ".3g"),
+                        ("margin", ".2e"),
+                        ("half_beta_margin", ".2e"),
+                    )
+                ),
+            )
 
 
 def _sampling(jobs):
-    yield from _head("case", "what", "seconds", "held, GB", "temporaries, GB",
-                     "most in this process, GB", "compiled in, s")
+    yield from _head(
+        "case",
+        "what",
+        "seconds",
+        "held, GB",
+        "temporaries, GB",
+        "most in this process, GB",
+        "compiled in, s",
+    )
     for name, settings, row in _rows(jobs, ("sampling",)):
-        case = (f"{name}: {settings['resolution']} px, {settings['steps']} DDIM steps, guidance "
-                f"{settings['guidance']}")
+        case = (
+            f"{name}: {settings['resolution']} px, {settings['steps']} DDIM steps, guidance "
+            f"{settings['guidance']}"
+        )
         finite = "" if row["finite"] else ", NOT finite"
-        yield _row(case, row["what"] + finite, _figure(row["seconds"]), *(
-            _figure(row[kind] and row[kind] / 1e9, ".2f")
-            for kind in ("held", "temporaries", "memory")), _figure(row["compile_seconds"], ".0f"))
+        yield _row(
+            case,
+            row["what"] + finite,
+            _figure(row["seconds"]),
+            *(
+                _figure(row[kind] and row[kind] / 1e9, ".2f")
+                for kind in ("held", "temporaries", "memory")
+            ),
+            _figure(row["compile_seconds"], ".0f"),
+        )

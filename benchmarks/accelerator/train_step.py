@@ -36,8 +36,15 @@ from . import cases, weights
 # The strength that SDXL is trained with, for which a margin is also told.
 _BETA = 5000.0
 # Of a margin's parts, in a step's metrics.
-_AT_START = ("margin", "winner_error_difference", "loser_error_difference", "reference_error",
-             "error_map_difference", "loss", "gradient_norm")
+_AT_START = (
+    "margin",
+    "winner_error_difference",
+    "loser_error_difference",
+    "reference_error",
+    "error_map_difference",
+    "loss",
+    "gradient_norm",
+)
 
 
 class Ours:
@@ -58,8 +65,8 @@ class Ours:
         """Seconds of the next step."""
         start = time.perf_counter()
         self._state, metrics = self.compiled(
-            self._structure, self._state, self._frozen, self._pairs, self._numbers,
-            len(self.losses))
+            self._structure, self._state, self._frozen, self._pairs, self._numbers, len(self.losses)
+        )
         self.metrics = as_floats(metrics)
         jax.block_until_ready(self._state)
         seconds = time.perf_counter() - start
@@ -79,34 +86,45 @@ def measure(settings, context):
     if "reference" in plan.task.frozen:
         frozen["reference"] = jax.jit(
             lambda tree: tasks.as_computed(tree, config.dtype),
-            out_shardings=_shardings(plan.task.frozen["reference"]))(trainable)
+            out_shardings=_shardings(plan.task.frozen["reference"]),
+        )(trainable)
     on_host = filled(plan.batch, config, plan.generator.config.unet)
     pairs = meshes.shard_batch(on_host, mesh)
     buckets = plan.task.buckets
     structure, numbers = next(iter(buckets.values()))
     row = {"key": "ours", "side": "focusdpo_jax", "matmul_peak": peak}
     peers, start = {}, time.monotonic()
-    with compile_beside(plan.task, plan.optimizer, buckets, plan.state, pairs,
-                        seed=config.seed) as compiling:
+    with compile_beside(
+        plan.task, plan.optimizer, buckets, plan.state, pairs, seed=config.seed
+    ) as compiling:
         if settings["peers"] and _have_peers():
             folder = pathlib.Path(context.scratch)
             parameters = merge_parameters(trainable, frozen["parameters"])
             _write(folder, settings, config, plan, parameters, on_host)
             _write_noisy(folder, settings, config, plan, pairs)
             del parameters
-            peers = {how: Side("step_diffusers.py", "", folder, how, config.dtype,
-                               int(config.model.remat)) for how in settings["peers"]}
+            peers = {
+                how: Side(
+                    "step_diffusers.py", "", folder, how, config.dtype, int(config.model.remat)
+                )
+                for how in settings["peers"]
+            }
             for how, side in peers.items():
                 if how != "eager":  # Compiles in its first step; the other would disturb.
                     for _ in range(settings["warmup"]):
                         side.send("step")
-        state = jax.jit(lambda tree: create_state(tree, plan.optimizer, config.ema_decay),
-                        donate_argnums=0, out_shardings=_shardings(plan.state))(trainable)
+        state = jax.jit(
+            lambda tree: create_state(tree, plan.optimizer, config.ema_decay),
+            donate_argnums=0,
+            out_shardings=_shardings(plan.state),
+        )(trainable)
         del trainable
         compiled = compiling.result()
-    row |= {"compile_seconds": time.monotonic() - start,
-            "products": compiled.products[structure],
-            "planned": planned(compiled, (frozen, state, pairs))}
+    row |= {
+        "compile_seconds": time.monotonic() - start,
+        "products": compiled.products[structure],
+        "planned": planned(compiled, (frozen, state, pairs)),
+    }
     room = device_memory.limit(device)
     if room and row["planned"]["peak"] > room:
         yield row | {"fits": False, "room": room}
@@ -122,10 +140,17 @@ def measure(settings, context):
     most_memory = _MostMemory(device)
     most_memory.reset()
     seconds = [ours.step() for _ in range(settings["rounds"])]
-    yield row | _spread(seconds) | {
-        "fits": True, "memory": most_memory(), "losses": ours.losses,
-        "pairs_per_second": config.batch_size / float(np.median(seconds)),
-        "share_of_peak": row["products"] / float(np.median(seconds)) / peak}
+    yield (
+        row
+        | _spread(seconds)
+        | {
+            "fits": True,
+            "memory": most_memory(),
+            "losses": ours.losses,
+            "pairs_per_second": config.batch_size / float(np.median(seconds)),
+            "share_of_peak": row["products"] / float(np.median(seconds)) / peak,
+        }
+    )
     if settings["peers"] and not peers:
         yield {"key": "peers", "side": "diffusers", "error": "not installed with torch"}
     for how, side in peers.items():
@@ -161,9 +186,11 @@ def watched(objective):
 def planned(compiled, held):
     """Bytes that `plan` would tell, of the programs that were compiled here: by kind, and "peak"."""
     memory = [program.memory_analysis() for program in (*compiled.guides.values(), compiled.update)]
-    kinds = {"held": device_memory.bytes_per_device(held),
-             "temporaries": max(m.temp_size_in_bytes for m in memory),
-             "outputs": max(m.output_size_in_bytes - m.alias_size_in_bytes for m in memory)}
+    kinds = {
+        "held": device_memory.bytes_per_device(held),
+        "temporaries": max(m.temp_size_in_bytes for m in memory),
+        "outputs": max(m.output_size_in_bytes - m.alias_size_in_bytes for m in memory),
+    }
     return kinds | {"peak": sum(kinds.values())}
 
 
@@ -240,8 +267,16 @@ def _beside(ours, how, side, settings, *, asked):
     side.close()
     mine, theirs = np.transpose(times)
     ratios = np.percentile(theirs / mine, [50, 25, 75]).tolist()
-    right = np.array(ours.losses[:len(losses)])
-    return row | _spread(theirs.tolist()) | {
-        "memory": memory, "ours_in_turn": float(np.median(mine)), "ratio": ratios[0],
-        "ratio_quartiles": ratios[1:], "losses": losses,
-        "losses_apart": float(np.max(np.abs(np.array(losses) - right) / np.abs(right)))}
+    right = np.array(ours.losses[: len(losses)])
+    return (
+        row
+        | _spread(theirs.tolist())
+        | {
+            "memory": memory,
+            "ours_in_turn": float(np.median(mine)),
+            "ratio": ratios[0],
+            "ratio_quartiles": ratios[1:],
+            "losses": losses,
+            "losses_apart": float(np.max(np.abs(np.array(losses) - right) / np.abs(right))),
+        }
+    )

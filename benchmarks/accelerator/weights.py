@@ -32,10 +32,12 @@ def draw(shapes):
     tree = {}
     for path, leaf in flat.items():
         vector = stacking.is_vector(path, leaf.shape)
-        summed = math.prod(leaf.shape[stacking.STACKED in path:-1])
+        summed = math.prod(leaf.shape[stacking.STACKED in path : -1])
         tree[path] = programs[leaf.shape, leaf.dtype, leaf.sharding](
             np.uint32(zlib.crc32("/".join(path).encode())),
-            np.float32(vector and path[-1] == "scale"), np.float32(0.02 if vector else summed ** -0.5))
+            np.float32(vector and path[-1] == "scale"),
+            np.float32(0.02 if vector else summed**-0.5),
+        )
     return traverse_util.unflatten_dict(tree)
 
 
@@ -49,4 +51,3 @@ def _program(kind):
 
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     return normal.lower(jax.ShapeDtypeStruct((), jnp.uint32), scalar, scalar).compile()
-

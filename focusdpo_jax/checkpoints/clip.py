@@ -44,27 +44,42 @@ def load(folder):
     folder = epath.Path(folder)
     path = folder / "config.json"
     values = diffusers_configs.read_file(
-        folder, f"config.json, model.safetensors and {vocabulary.NEEDED}")
+        folder, f"config.json, model.safetensors and {vocabulary.NEEDED}"
+    )
     if not isinstance(values, dict) or values.get("model_type") != "clip":
-        raise UserError(f"{path}: model_type is not 'clip': give the folder of a CLIPModel, with "
-                        "both towers.")
+        raise UserError(
+            f"{path}: model_type is not 'clip': give the folder of a CLIPModel, with both towers."
+        )
     tensors = weight_files.read(folder, "model")
     towers = {}
     for name, read, kind, example in (
-            ("text", diffusers_configs.read_clip_text, CLIPText,
-             jax.ShapeDtypeStruct((1, 2), np.int32)),
-            ("vision", diffusers_configs.read_clip_vision, CLIPVision, None)):
-        config = read({**(values.get(f"{name}_config") or {}),
-                       "projection_dim": values.get("projection_dim", 512),
-                       "architectures": ["WithProjection"]}, str(path))
+        (
+            "text",
+            diffusers_configs.read_clip_text,
+            CLIPText,
+            jax.ShapeDtypeStruct((1, 2), np.int32),
+        ),
+        ("vision", diffusers_configs.read_clip_vision, CLIPVision, None),
+    ):
+        config = read(
+            {
+                **(values.get(f"{name}_config") or {}),
+                "projection_dim": values.get("projection_dim", 512),
+                "architectures": ["WithProjection"],
+            },
+            str(path),
+        )
         if example is None:
             side = config.image_size
             example = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
         module = kind(config)
         template = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
         projection = "text_projection" if name == "text" else "visual_projection"
-        own = {key: value for key, value in tensors.items()
-               if key.startswith((f"{name}_model.", f"{projection}."))}
+        own = {
+            key: value
+            for key, value in tensors.items()
+            if key.startswith((f"{name}_model.", f"{projection}."))
+        }
         params = pytorch_names.to_flax(own, template, str(folder))
         towers[name] = module, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     tokenizer = Tokenizer(folder, towers["text"][0].config.max_length)

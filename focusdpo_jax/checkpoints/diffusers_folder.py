@@ -34,23 +34,34 @@ from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
 ADAPTER = "ip_adapter.safetensors"
 _CLASS = "StableDiffusionXLPipeline"
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-          "text_encoder": "model", "text_encoder_2": "model", "image_encoder": "model"}
-_READERS = {"unet": diffusers_configs.read_unet, "vae": diffusers_configs.read_vae,
-            "text_encoder": diffusers_configs.read_clip_text,
-            "text_encoder_2": diffusers_configs.read_clip_text,
-            "image_encoder": diffusers_configs.read_clip_vision}
+_STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "image_encoder": "model",
+}
+_READERS = {
+    "unet": diffusers_configs.read_unet,
+    "vae": diffusers_configs.read_vae,
+    "text_encoder": diffusers_configs.read_clip_text,
+    "text_encoder_2": diffusers_configs.read_clip_text,
+    "image_encoder": diffusers_configs.read_clip_vision,
+}
 FETCH = (
     "Such a folder is normally fetched by `hf download stabilityai/stable-diffusion-xl-base-1.0 "
     "--local-dir DIR`, its image_encoder/ is models/image_encoder/ of h94/IP-Adapter, and "
     f"{ADAPTER}, which may be left out, is sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors of "
     "the same. Give config.model.pretrained=DIR of a folder that has them, or "
     "config.model.image_encoder, config.model.adapter and config.model.tokenizer where they lie "
-    "elsewhere.")
+    "elsewhere."
+)
 # Which of IP-Adapter's releases belong together.
-PAIRS = ("Of h94/IP-Adapter, sdxl_models/ip-adapter*_vit-h.safetensors were trained with "
-         "models/image_encoder, and sdxl_models/ip-adapter_sdxl.safetensors with "
-         "sdxl_models/image_encoder.")
+PAIRS = (
+    "Of h94/IP-Adapter, sdxl_models/ip-adapter*_vit-h.safetensors were trained with "
+    "models/image_encoder, and sdxl_models/ip-adapter_sdxl.safetensors with "
+    "sdxl_models/image_encoder."
+)
 # A repository, and perhaps a path in it.
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?$")
 
@@ -72,6 +83,7 @@ def find(name):
     match = _HUB_NAME.match(str(name))
     if match:
         import huggingface_hub  # Needed for this alone.
+
         try:
             cached = epath.Path(huggingface_hub.snapshot_download(match[1], local_files_only=True))
         except (OSError, ValueError):
@@ -96,8 +108,11 @@ def missing_files(folders, tokenizer, base="", variant=None):
       base: folder that paths below it are given without.
       variant: see `weight_files.find`.
     """
-    missing = [str(folder / "config.json") for folder in folders.values()
-               if not (folder / "config.json").exists()]
+    missing = [
+        str(folder / "config.json")
+        for folder in folders.values()
+        if not (folder / "config.json").exists()
+    ]
     for part, folder in folders.items():
         missing += weight_files.missing(folder, _STEMS[part], variant)
     missing += vocabulary.missing(tokenizer)
@@ -126,8 +141,7 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
     index = read_json(index) if index.exists() else {}
     _require_sdxl(folder, index)
     folders = part_folders(folder, image_encoder)
-    missing = missing_files(folders, epath.Path(tokenizer or folder / "tokenizer"), folder,
-                            variant)
+    missing = missing_files(folders, epath.Path(tokenizer or folder / "tokenizer"), folder, variant)
     if missing:
         raise MissingFiles(f"{folder} lacks {', '.join(missing)}. {FETCH}")
     parts = {part: read_part_config(folders[part], part) for part in _READERS}
@@ -138,8 +152,10 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
         # The class in model_index.json takes precedence over the one in the scheduler's own file.
         named = index.get("scheduler") or ()
         named = {"_class_name": named[1]} if len(named) > 1 and isinstance(named[1], str) else {}
-        noise = _read_config(scheduler, lambda values, source: diffusers_configs.read_scheduler(
-            values | named, source))
+        noise = _read_config(
+            scheduler,
+            lambda values, source: diffusers_configs.read_scheduler(values | named, source),
+        )
     parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
     try:
         check_parts(**{name: config for name, config in parts.items() if name != "image_encoder"})
@@ -147,22 +163,35 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
         raise UserError(f"{folder}: {error}") from error
     # What diffusers takes for granted where the file is silent.
     zeros = index.get("force_zeros_for_empty_prompt", True)
-    return generator_config(parts, adapter or folder / ADAPTER, folders["image_encoder"],
-                            zero_empty_prompt=zeros, **noise)
+    return generator_config(
+        parts,
+        adapter or folder / ADAPTER,
+        folders["image_encoder"],
+        zero_empty_prompt=zeros,
+        **noise,
+    )
 
 
 def _require_sdxl(folder, index):
     """Raises a UserError where a model_index.json, a dict, is that of another kind of pipeline."""
     name = index.get("_class_name", _CLASS)
     if _CLASS.removesuffix("Pipeline") not in str(name):
-        raise UserError(f"{folder} is a {name} (its model_index.json says so), and only SDXL is read: "
-                        f"give the folder of a {_CLASS}")
-    absent = [part for part in _STEMS if part != "image_encoder"
-              and (index.get(part, True) is None or index.get(part) == [None, None])]
+        raise UserError(
+            f"{folder} is a {name} (its model_index.json says so), and only SDXL is read: "
+            f"give the folder of a {_CLASS}"
+        )
+    absent = [
+        part
+        for part in _STEMS
+        if part != "image_encoder"
+        and (index.get(part, True) is None or index.get(part) == [None, None])
+    ]
     if absent:
         refiner = " (SDXL's refiner has no first one)" if absent == ["text_encoder"] else ""
-        raise UserError(f"{folder} has no {' and no '.join(absent)}{refiner}, as its model_index.json says: "
-                        "give the folder of an SDXL base model, which has both text encoders")
+        raise UserError(
+            f"{folder} has no {' and no '.join(absent)}{refiner}, as its model_index.json says: "
+            "give the folder of an SDXL base model, which has both text encoders"
+        )
 
 
 def generator_config(parts, adapter, image_encoder, **others):
@@ -181,9 +210,11 @@ def generator_config(parts, adapter, image_encoder, **others):
     try:
         return GeneratorConfig(**parts, adapter=read, **others)
     except UserError as error:
-        raise UserError(f"{adapter} does not fit the model with the image encoder {image_encoder}: "
-                        f"{error}. {PAIRS} Set config.model.adapter and config.model.image_encoder "
-                        "to two that belong together.") from error
+        raise UserError(
+            f"{adapter} does not fit the model with the image encoder {image_encoder}: "
+            f"{error}. {PAIRS} Set config.model.adapter and config.model.image_encoder "
+            "to two that belong together."
+        ) from error
 
 
 def read_part_config(folder, part):
@@ -200,8 +231,11 @@ def adapter_config(file, parts):
     """
     if file is not None and file.exists():
         return ip_adapter.read_config(*tensor_file.read(file), str(file))
-    return SubjectAdapterConfig(input_dim=parts["image_encoder"].hidden_size,
-                                output_dim=parts["unet"].cross_attention_dim, dropped="blank")
+    return SubjectAdapterConfig(
+        input_dim=parts["image_encoder"].hidden_size,
+        output_dim=parts["unet"].cross_attention_dim,
+        dropped="blank",
+    )
 
 
 def open_part(folder, part, example, *, adapter=None, image_encoder=None, variant=None):
@@ -284,9 +318,13 @@ def save_part(folder, part, parameters, config, resolution):
     part_config = getattr(config, part)
     if part == "unet":
         written = diffusers_configs.write_unet(part_config, resolution // config.vae.factor)
-        parameters = traverse_util.unflatten_dict({
-            path: leaf for path, leaf in traverse_util.flatten_dict(parameters).items()
-            if path[-1] not in ("lora_a", "lora_b") and not ip_adapter.is_image_branch(path)})
+        parameters = traverse_util.unflatten_dict(
+            {
+                path: leaf
+                for path, leaf in traverse_util.flatten_dict(parameters).items()
+                if path[-1] not in ("lora_a", "lora_b") and not ip_adapter.is_image_branch(path)
+            }
+        )
     elif part == "vae":
         written = diffusers_configs.write_vae(part_config, resolution)
     elif part == "image_encoder":
@@ -307,8 +345,9 @@ def save_adapter(folder, parameters, config):
       config: the `GeneratorConfig`.
     """
     tensors = ip_adapter.from_flax(parameters["unet"], parameters["adapter"])
-    tensor_file.write(epath.Path(folder) / ADAPTER, tensors,
-                      ip_adapter.write_config(config.adapter))
+    tensor_file.write(
+        epath.Path(folder) / ADAPTER, tensors, ip_adapter.write_config(config.adapter)
+    )
 
 
 def save_surroundings(folder, config, tokenizer):
@@ -321,36 +360,60 @@ def save_surroundings(folder, config, tokenizer):
     folder = epath.Path(folder)
     for name, padding in zip(("tokenizer", "tokenizer_2"), tokenizer.fillers):
         tokenizer.save(folder / name)
-        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-                   "unk_token": "<|endoftext|>", "pad_token": padding}
-        _write_json(folder / name / "tokenizer_config.json", {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, **special})
+        special = {
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": padding,
+        }
+        _write_json(
+            folder / name / "tokenizer_config.json",
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, **special},
+        )
         _write_json(folder / name / "special_tokens_map.json", special)
     size = config.image_encoder.image_size
     for name, file, values in (
-            ("scheduler", "scheduler_config.json", diffusers_configs.write_scheduler(
-                config)),
-            ("feature_extractor", "preprocessor_config.json", {
-                "image_processor_type": "CLIPImageProcessor", "do_resize": True,
-                "size": {"shortest_edge": size}, "do_center_crop": True,
-                "crop_size": {"height": size, "width": size}, "do_convert_rgb": True,
-                "do_rescale": True, "do_normalize": True, "resample": 3,
-                "image_mean": clip.MEAN, "image_std": clip.DEVIATION})):
+        ("scheduler", "scheduler_config.json", diffusers_configs.write_scheduler(config)),
+        (
+            "feature_extractor",
+            "preprocessor_config.json",
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "do_resize": True,
+                "size": {"shortest_edge": size},
+                "do_center_crop": True,
+                "crop_size": {"height": size, "width": size},
+                "do_convert_rgb": True,
+                "do_rescale": True,
+                "do_normalize": True,
+                "resample": 3,
+                "image_mean": clip.MEAN,
+                "image_std": clip.DEVIATION,
+            },
+        ),
+    ):
         (folder / name).mkdir(parents=True, exist_ok=True)
         _write_json(folder / name / file, values)
-    projected = {part: "WithProjection" if getattr(config, part).projection_dim else ""
-                 for part in ("text_encoder", "text_encoder_2", "image_encoder")}
-    _write_json(folder / "model_index.json", {
-        "_class_name": _CLASS,
-        "force_zeros_for_empty_prompt": config.zero_empty_prompt,
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel" + projected["text_encoder"]],
-        "text_encoder_2": ["transformers", "CLIPTextModel" + projected["text_encoder_2"]],
-        "image_encoder": ["transformers", "CLIPVisionModel" + projected["image_encoder"]],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "feature_extractor": ["transformers", "CLIPImageProcessor"]})
+    projected = {
+        part: "WithProjection" if getattr(config, part).projection_dim else ""
+        for part in ("text_encoder", "text_encoder_2", "image_encoder")
+    }
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": _CLASS,
+            "force_zeros_for_empty_prompt": config.zero_empty_prompt,
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel" + projected["text_encoder"]],
+            "text_encoder_2": ["transformers", "CLIPTextModel" + projected["text_encoder_2"]],
+            "image_encoder": ["transformers", "CLIPVisionModel" + projected["image_encoder"]],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        },
+    )
 
 
 def _read_config(path, read):

@@ -16,8 +16,12 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.dino import DINO, DINOConfig
 
 # Parts of a layer: a ViTModel's name, a Dinov2Model's.
-_VIT = {"layernorm_before": "norm1", "layernorm_after": "norm2", "intermediate.dense": "mlp.fc1",
-        "output.dense": "mlp.fc2"}
+_VIT = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
 _LAYER = re.compile(r"(encoder\.layer\.\d+)\.(.*)\.(weight|bias)$")
 # What features have no use for: the stand-in for patches hidden in pre-training, and a ViTModel's
 # pooler, which DINO never trained.
@@ -41,23 +45,31 @@ def read_config(values, source="config.json"):
     """
     kind = values.get("model_type")
     if kind not in ("vit", "dinov2"):
-        raise UserError(f"{source}: model_type = {kind!r}: give a folder of 'vit' (DINO) or "
-                        "'dinov2'")
+        raise UserError(
+            f"{source}: model_type = {kind!r}: give a folder of 'vit' (DINO) or 'dinov2'"
+        )
     for name, value in _FIXED.items():
         if values.get(name, value) != value:
             raise UserError(f"{source}: {name} = {values[name]!r}: only {value!r} is supported")
     for name in ("image_size", "patch_size"):
         if isinstance(values.get(name), list):
-            raise UserError(f"{source}: {name} = {values[name]}: only squares, in one number, "
-                            "are supported")
+            raise UserError(
+                f"{source}: {name} = {values[name]}: only squares, in one number, are supported"
+            )
     try:
         width = values["hidden_size"]
         return DINOConfig(
-            image_size=values["image_size"], patch_size=values["patch_size"], hidden_size=width,
-            num_layers=values["num_hidden_layers"], num_heads=values["num_attention_heads"],
-            intermediate_size=(values["intermediate_size"] if kind == "vit"
-                               else int(width * values["mlp_ratio"])),
-            epsilon=values["layer_norm_eps"], layer_scale=kind == "dinov2")
+            image_size=values["image_size"],
+            patch_size=values["patch_size"],
+            hidden_size=width,
+            num_layers=values["num_hidden_layers"],
+            num_heads=values["num_attention_heads"],
+            intermediate_size=(
+                values["intermediate_size"] if kind == "vit" else int(width * values["mlp_ratio"])
+            ),
+            epsilon=values["layer_norm_eps"],
+            layer_scale=kind == "dinov2",
+        )
     except KeyError as error:
         raise UserError(f"{source} has no {error}") from error
 

@@ -26,9 +26,15 @@ _HEAD_DIM = 64
 _FREQUENCIES = 8
 _STAGES = ("down_blocks", "up_blocks", "mid_block")
 # Parts of a resampler's layer: theirs in the file, theirs in diffusers.
-_RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q",
-              "0.to_out": "attn.to_out.0", "1.0": "ff.0", "1.1": "ff.1.net.0.proj",
-              "1.3": "ff.1.net.2"}
+_RESAMPLER = {
+    "0.norm1": "ln0",
+    "0.norm2": "ln1",
+    "0.to_q": "attn.to_q",
+    "0.to_out": "attn.to_out.0",
+    "1.0": "ff.0",
+    "1.1": "ff.1.net.0.proj",
+    "1.3": "ff.1.net.2",
+}
 _LAYER = re.compile(r"(layers\.\d+)\.(.*)\.(weight|bias)$")
 
 
@@ -39,19 +45,25 @@ def is_image_branch(path):
 
 def _projections(unet_params):
     """Pairs of the file's name and diffusers' for the image branch of a UNet's tree."""
-    attentions = {path[:-2] for path in flax.traverse_util.flatten_dict(stacking.split(unet_params))
-                  if is_image_branch(path)}
+    attentions = {
+        path[:-2]
+        for path in flax.traverse_util.flatten_dict(stacking.split(unet_params))
+        if is_image_branch(path)
+    }
 
     def order(path):
-        numbers = [int(re.search(r"_(\d+)$", part)[1]) for part in path[:-1]
-                   if re.search(r"_\d+$", part)]
+        numbers = [
+            int(re.search(r"_(\d+)$", part)[1]) for part in path[:-1] if re.search(r"_\d+$", part)
+        ]
         stage = next(i for i, name in enumerate(_STAGES) if path[0].startswith(name))
         return stage, numbers
 
     for i, attention in enumerate(sorted(attentions, key=order)):
         for part in ("to_k_ip", "to_v_ip"):
-            yield (f"ip_adapter.{2 * i + 1}.{part}.weight",
-                   pytorch_names.torch_name((*attention, part, "kernel")))
+            yield (
+                f"ip_adapter.{2 * i + 1}.{part}.weight",
+                pytorch_names.torch_name((*attention, part, "kernel")),
+            )
 
 
 def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
@@ -69,8 +81,11 @@ def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
     Raises:
       UserError: if a projection of the UNet has no tensor, or a tensor no place.
     """
-    tensors = {re.sub(r"^ms_adapter\.", "ip_adapter.", name): value
-               for name, value in tensors.items() if name != "dummy_image_tokens"}
+    tensors = {
+        re.sub(r"^ms_adapter\.", "ip_adapter.", name): value
+        for name, value in tensors.items()
+        if name != "dummy_image_tokens"
+    }
     unet, missing, known = {}, [], set()
     for theirs, name in _projections(unet_template):
         known.add(theirs)
@@ -78,8 +93,9 @@ def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
             unet[name] = tensors[theirs]
         else:
             missing.append(theirs)
-    left = sorted(name for name in tensors
-                  if name not in known and not name.startswith(_PROJECTION))
+    left = sorted(
+        name for name in tensors if name not in known and not name.startswith(_PROJECTION)
+    )
     pytorch_names.require_fit(source, {"missing": missing, "unexpected": left})
     return unet, image_projection(tensors)
 
@@ -138,29 +154,44 @@ def read_config(tensors, metadata, source="IP-Adapter file"):
     try:
         if "proj.weight" in shapes:
             (output_dim,), (rows, input_dim) = shapes["norm.weight"], shapes["proj.weight"]
-            return SubjectAdapterConfig(kind="projection", input_dim=input_dim,
-                                        output_dim=output_dim, num_tokens=rows // output_dim,
-                                        dropped=dropped)
+            return SubjectAdapterConfig(
+                kind="projection",
+                input_dim=input_dim,
+                output_dim=output_dim,
+                num_tokens=rows // output_dim,
+                dropped=dropped,
+            )
         head_dim = int(metadata.get("head_dim", _HEAD_DIM))
         latents, own = shapes.get("latents"), {"dropped": dropped}
         if "grounding_latents" in shapes:
             latents = shapes["grounding_latents"]
             frequencies = int(metadata.get("frequencies", _FREQUENCIES))
-            own = {"kind": "grounding", "dropped": metadata.get("dropped", "absent"),
-                   "frequencies": frequencies,
-                   "phrase_dim": shapes["latent_proj.0.weight"][1] - 8 * frequencies}
+            own = {
+                "kind": "grounding",
+                "dropped": metadata.get("dropped", "absent"),
+                "frequencies": frequencies,
+                "phrase_dim": shapes["latent_proj.0.weight"][1] - 8 * frequencies,
+            }
         elif latents is None:
             raise KeyError("latents")
         width, input_dim = shapes["proj_in.weight"]
         layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
         return SubjectAdapterConfig(
-            input_dim=input_dim, output_dim=shapes["proj_out.weight"][0],
-            num_tokens=latents[1], width=width, depth=len(layers),
-            num_heads=shapes["layers.0.0.to_q.weight"][0] // head_dim, head_dim=head_dim,
-            expansion=shapes["layers.0.1.1.weight"][0] // width, **own)
+            input_dim=input_dim,
+            output_dim=shapes["proj_out.weight"][0],
+            num_tokens=latents[1],
+            width=width,
+            depth=len(layers),
+            num_heads=shapes["layers.0.0.to_q.weight"][0] // head_dim,
+            head_dim=head_dim,
+            expansion=shapes["layers.0.1.1.weight"][0] // width,
+            **own,
+        )
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{source} is neither of IP-Adapter's layout nor of IP-Adapter-Plus's or "
-                        f"MS-Diffusion's ({error}).") from error
+        raise UserError(
+            f"{source} is neither of IP-Adapter's layout nor of IP-Adapter-Plus's or "
+            f"MS-Diffusion's ({error})."
+        ) from error
 
 
 def write_config(config):
@@ -177,10 +208,16 @@ def unreadable(config):
     """
     if config.kind == "grounding":
         return "the subject adapter is MS-Diffusion's"
-    fixed = ({"depth": 4, "head_dim": _HEAD_DIM, "expansion": 4} if config.kind == "resampler"
-             else {"num_tokens": 4})
-    wrong = [f"{name} = {getattr(config, name)} (not {value})" for name, value in fixed.items()
-             if getattr(config, name) != value]
+    fixed = (
+        {"depth": 4, "head_dim": _HEAD_DIM, "expansion": 4}
+        if config.kind == "resampler"
+        else {"num_tokens": 4}
+    )
+    wrong = [
+        f"{name} = {getattr(config, name)} (not {value})"
+        for name, value in fixed.items()
+        if getattr(config, name) != value
+    ]
     return f"the subject adapter has {', '.join(wrong)}" if wrong else None
 
 
@@ -195,8 +232,11 @@ def from_flax(unet_params, adapter_params):
       dict from the file's names to numpy arrays.
     """
     flat = flax.traverse_util.flatten_dict(unet_params)
-    branch = pytorch_names.from_flax(flax.traverse_util.unflatten_dict(
-        {path: leaf for path, leaf in flat.items() if is_image_branch(path)}))
+    branch = pytorch_names.from_flax(
+        flax.traverse_util.unflatten_dict(
+            {path: leaf for path, leaf in flat.items() if is_image_branch(path)}
+        )
+    )
     tensors = {theirs: branch[name] for theirs, name in _projections(unet_params)}
     adapter = pytorch_names.from_flax(adapter_params)
     back = {ours: theirs for theirs, ours in _RESAMPLER.items()}

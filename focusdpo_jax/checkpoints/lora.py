@@ -34,11 +34,22 @@ from focusdpo_jax.models import stacking
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
-_KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te1_", "lora_te_"),
-          "text_encoder_2": ("lora_te2_",)}
-_ENDS = {".lora_A.weight": "down", ".lora_B.weight": "up", ".lora.down.weight": "down",
-         ".lora.up.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
-         "_lora.down.weight": "down", "_lora.up.weight": "up", ".alpha": "alpha"}
+_KOHYA = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te1_", "lora_te_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+_ENDS = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".alpha": "alpha",
+}
 
 
 class LowRank(NamedTuple):
@@ -108,12 +119,17 @@ def load(path, parameters, unet_config):
     if path.is_dir():
         found = [name for name in (WEIGHTS, _PEFT_WEIGHTS) if (path / name).exists()]
         if len(found) != 1:
-            raise UserError(f"{path} has {' and '.join(found) or f'neither {WEIGHTS} nor {_PEFT_WEIGHTS}'}"
-                            ": give the file to read.")
+            raise UserError(
+                f"{path} has {' and '.join(found) or f'neither {WEIGHTS} nor {_PEFT_WEIGHTS}'}"
+                ": give the file to read."
+            )
         path = path / found[0]
     tensors, metadata = tensor_file.read(path)
     adapter = None
-    if any(name.startswith(_PEFT_PREFIX) for name in tensors) and lora_strength.HEADER not in metadata:
+    if (
+        any(name.startswith(_PEFT_PREFIX) for name in tensors)
+        and lora_strength.HEADER not in metadata
+    ):
         adapter = lora_strength.of_folder(path.parent)
     return read(tensors, parameters, unet_config, str(path), metadata=metadata, adapter=adapter)
 
@@ -141,8 +157,9 @@ def read(tensors, parameters, unet_config, source="LoRA file", *, metadata=None,
     if adapter is not None:
         configs = dict.fromkeys(_KOHYA, adapter)
     kohya = lora_strength.kohya_alpha(metadata or {}, source)
-    modules = _modules({part: tree for part, tree in parameters.items() if part in _KOHYA},
-                       unet_config)
+    modules = _modules(
+        {part: tree for part, tree in parameters.items() if part in _KOHYA}, unet_config
+    )
     shapes = traverse_util.flatten_dict(stacking.split(parameters))
     pieces, layers, unexpected = {}, {}, []
     for name in sorted(tensors):
@@ -162,17 +179,26 @@ def read(tensors, parameters, unet_config, source="LoRA file", *, metadata=None,
         rank, kernel = down.shape[0], shapes[path].shape
         wanted = ((rank, kernel[-2], *kernel[:-2]), (kernel[-1], rank, *(1 for _ in kernel[:-2])))
         if (down.shape, up.shape) != wanted:
-            misshaped.append(f"{names['down']} and {names['up']} are {down.shape} and {up.shape}, "
-                             f"not {wanted[0]} and {wanted[1]}")
+            misshaped.append(
+                f"{names['down']} and {names['up']} are {down.shape} and {up.shape}, "
+                f"not {wanted[0]} and {wanted[1]}"
+            )
             continue
         halves[path] = down, up
-    pytorch_names.require_fit(source, {"missing": missing, "unexpected": unexpected,
-                                       "of another shape": misshaped})
-    alphas = {path: np.asarray(tensors[names["alpha"]]).item()
-              for path, names in pieces.items() if "alpha" in names}
-    return {path: LowRank(down, up, _scale(path, layers[path], down.shape[0], alphas, configs, kohya,
-                                           source))
-            for path, (down, up) in halves.items()}
+    pytorch_names.require_fit(
+        source, {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    )
+    alphas = {
+        path: np.asarray(tensors[names["alpha"]]).item()
+        for path, names in pieces.items()
+        if "alpha" in names
+    }
+    return {
+        path: LowRank(
+            down, up, _scale(path, layers[path], down.shape[0], alphas, configs, kohya, source)
+        )
+        for path, (down, up) in halves.items()
+    }
 
 
 def _scale(path, layer, rank, alphas, configs, kohya, source):
@@ -191,30 +217,41 @@ def _scale(path, layer, rank, alphas, configs, kohya, source):
     stated = None
     if config is not None:
         # Text encoders as the file calls their layers, which with transformers' version differs.
-        own = layer.removeprefix(f"{part}.") if part != "unet" and "." in layer else (
-            pytorch_names.torch_name(path[1:]).removesuffix(".weight"))
+        own = (
+            layer.removeprefix(f"{part}.")
+            if part != "unet" and "." in layer
+            else (pytorch_names.torch_name(path[1:]).removesuffix(".weight"))
+        )
         stated = config.scale(own, rank)
     if path in alphas:
         scale = alphas[path] / rank
         if not math.isfinite(scale):
             raise UserError(f"{source}: the alpha of {layer} is {alphas[path]}, which is no number")
         if stated is not None and not math.isclose(scale, stated, rel_tol=1e-3):
-            raise UserError(f"{source}: {layer} has a tensor alpha = {alphas[path]:g}, a factor of "
-                            f"{scale:g}, and {config.source} says {stated:g}: remove one of them")
+            raise UserError(
+                f"{source}: {layer} has a tensor alpha = {alphas[path]:g}, a factor of "
+                f"{scale:g}, and {config.source} says {stated:g}: remove one of them"
+            )
         return scale
     if stated is not None:
         return stated
     if configs:
-        raise UserError(f"{source}: its {lora_strength.HEADER} says nothing of {part}, so that the strength "
-                        f"of {layer} is unknown: save it again with the metadata of all that it updates")
+        raise UserError(
+            f"{source}: its {lora_strength.HEADER} says nothing of {part}, so that the strength "
+            f"of {layer} is unknown: save it again with the metadata of all that it updates"
+        )
     others = {alpha for other, alpha in alphas.items() if other[0] == part}
     if others - {rank}:
-        raise UserError(f"{source}: {layer} has no alpha, unlike other layers of {part}: kohya's scripts "
-                        f"take its rank {rank} for it, diffusers what most layers have. Add the tensor")
+        raise UserError(
+            f"{source}: {layer} has no alpha, unlike other layers of {part}: kohya's scripts "
+            f"take its rank {rank} for it, diffusers what most layers have. Add the tensor"
+        )
     if kohya not in (None, rank):
-        raise UserError(f"{source}: ss_network_alpha = {kohya:g} in its header, but {layer}, of rank {rank}, "
-                        "has no tensor alpha, without which kohya's scripts and diffusers take the rank. Add "
-                        "the tensors or, where the strength is in the matrices, remove the field")
+        raise UserError(
+            f"{source}: ss_network_alpha = {kohya:g} in its header, but {layer}, of rank {rank}, "
+            "has no tensor alpha, without which kohya's scripts and diffusers take the rank. Add "
+            "the tensors or, where the strength is in the matrices, remove the field"
+        )
     return 1.0
 
 
@@ -237,15 +274,20 @@ def to_flax(updates, template, config, source="LoRA file"):
     shapes = traverse_util.flatten_dict(stacking.split(template))
     places = {path[:-1]: leaf.shape for path, leaf in shapes.items() if path[-1] == "lora_a"}
     ours = {path[1:-1]: update for path, update in updates.items() if path[0] == "unet"}
-    lost = [".".join(path[:-1]) for path in updates
-            if path[0] != "unet" or path[1:-1] not in places]
+    lost = [
+        ".".join(path[:-1]) for path in updates if path[0] != "unet" or path[1:-1] not in places
+    ]
     if lost:
-        raise UserError(f"{source} updates {len(lost)} layers that have no trainable update here, "
-                        f"such as {lost[0]}; merge it into the base instead (lora.merge)")
+        raise UserError(
+            f"{source} updates {len(lost)} layers that have no trainable update here, "
+            f"such as {lost[0]}; merge it into the base instead (lora.merge)"
+        )
     rank = max((update.down.shape[0] for update in ours.values()), default=0)
     if rank > config.lora_rank:
-        raise UserError(f"{source} has rank {rank}; set config.model.lora_rank = {rank}, "
-                        f"which is {config.lora_rank}")
+        raise UserError(
+            f"{source} has rank {rank}; set config.model.lora_rank = {rank}, "
+            f"which is {config.lora_rank}"
+        )
     flat = {}
     for path, (width, rank) in places.items():
         update, features = ours.get(path), shapes[*path, "lora_b"].shape[1]
@@ -292,9 +334,11 @@ def from_flax(unet_parameters, config):
       dict from name to float32 array. The factor alpha / rank is in `lora_B`: exact both ways
       where it is a power of two.
     """
-    flat = {path: np.asarray(leaf, np.float32) for path, leaf
-            in traverse_util.flatten_dict(unet_parameters).items()
-            if path[-1] in ("lora_a", "lora_b")}
+    flat = {
+        path: np.asarray(leaf, np.float32)
+        for path, leaf in traverse_util.flatten_dict(unet_parameters).items()
+        if path[-1] in ("lora_a", "lora_b")
+    }
     if not flat:
         raise UserError("the model has no low-rank updates to write")
     scale = np.float32(config.lora_alpha / config.lora_rank)

@@ -27,11 +27,22 @@ _RANK, _ALPHA = 8, 8
 # Fields of PEFT that change what the layers compute, in other ways than by a low-rank update, with the
 # values that leave it at one.
 _PLAIN = {
-    "peft_type": ("LORA",), "use_dora": (False,), "bias": ("none",), "modules_to_save": (),
-    "fan_in_fan_out": (False,), "layer_replication": (), "lora_bias": (False,),
-    "trainable_token_indices": (), "target_parameters": (), "use_qalora": (False,),
-    "use_bdlora": (False,), "arrow_config": (), "kasa_config": (), "monteclora_config": (),
-    "alora_invocation_tokens": ()}
+    "peft_type": ("LORA",),
+    "use_dora": (False,),
+    "bias": ("none",),
+    "modules_to_save": (),
+    "fan_in_fan_out": (False,),
+    "layer_replication": (),
+    "lora_bias": (False,),
+    "trainable_token_indices": (),
+    "target_parameters": (),
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "alora_invocation_tokens": (),
+}
 # Initialisations that also change the base's weights, which a file of updates does not hold.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 
@@ -61,25 +72,41 @@ class AdapterConfig:
         Raises:
           UserError: one of them asks for more than low-rank updates, or makes no sense.
         """
-        other = [f"{name} = {fields[name]!r}" for name, plain in _PLAIN.items()
-                 if fields.get(name) and fields[name] not in plain]
+        other = [
+            f"{name} = {fields[name]!r}"
+            for name, plain in _PLAIN.items()
+            if fields.get(name) and fields[name] not in plain
+        ]
         init = fields.get("init_lora_weights", True)
         if isinstance(init, str) and _CHANGES_BASE.match(init):
             other.append(f"init_lora_weights = {init!r} (which changes the base's weights, too)")
         if other:
-            raise UserError(f"{source} asks for more than low-rank updates: {', '.join(other)}. Only "
-                            "plain LoRA is supported: merge the adapter into its base with PEFT "
-                            "(merge_and_unload) and start from that, or train it without.")
+            raise UserError(
+                f"{source} asks for more than low-rank updates: {', '.join(other)}. Only "
+                "plain LoRA is supported: merge the adapter into its base with PEFT "
+                "(merge_and_unload) and start from that, or train it without."
+            )
         patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
         rank, alpha = fields.get("r", _RANK), fields.get("lora_alpha", _ALPHA)
-        for name, value in {"r": rank, "lora_alpha": alpha, **{
-                f"{field}[{key!r}]": value for field, pattern in patterns.items()
-                for key, value in _items(pattern, field, source)}}.items():
+        for name, value in {
+            "r": rank,
+            "lora_alpha": alpha,
+            **{
+                f"{field}[{key!r}]": value
+                for field, pattern in patterns.items()
+                for key, value in _items(pattern, field, source)
+            },
+        }.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or (
-                    name.startswith("r") and (value < 1 or value != int(value))):
-                raise UserError(f"{source}: {name} = {value!r}: give a finite number, and for a rank a "
-                                "positive whole one.")
+            if (
+                not number
+                or not math.isfinite(value)
+                or (name.startswith("r") and (value < 1 or value != int(value)))
+            ):
+                raise UserError(
+                    f"{source}: {name} = {value!r}: give a finite number, and for a rank a "
+                    "positive whole one."
+                )
         return cls(rank, alpha, root=bool(fields.get("use_rslora")), source=source, **patterns)
 
     def scale(self, layer, rank):
@@ -94,8 +121,10 @@ class AdapterConfig:
         """
         stated = self._of(self.rank_pattern, layer, self.rank)
         if stated != rank:
-            raise UserError(f"{self.source} says rank {stated} for {layer}, whose matrices have rank "
-                            f"{rank}: they do not belong together.")
+            raise UserError(
+                f"{self.source} says rank {stated} for {layer}, whose matrices have rank "
+                f"{rank}: they do not belong together."
+            )
         alpha = self._of(self.alpha_pattern, layer, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
 
@@ -114,7 +143,9 @@ def _items(pattern, name, source):
         try:
             re.compile(key)
         except re.error as error:
-            raise UserError(f"{source}: {name}[{key!r}] is no regular expression ({error}).") from error
+            raise UserError(
+                f"{source}: {name}[{key!r}] is no regular expression ({error})."
+            ) from error
     return pattern.items()
 
 
@@ -126,8 +157,10 @@ def of_folder(folder):
     """
     path = folder / CONFIG
     if not path.exists():
-        raise UserError(f"{path} is missing: PEFT keeps alpha there and not in its tensors. Copy it from where "
-                        "adapter_model.safetensors comes from.")
+        raise UserError(
+            f"{path} is missing: PEFT keeps alpha there and not in its tensors. Copy it from where "
+            "adapter_model.safetensors comes from."
+        )
     return AdapterConfig.of(read_json(path), str(path))
 
 

@@ -3,16 +3,24 @@
 import json
 
 _LOADING = {
-    "unet": ("unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder=\"unet\")\n"
-             "pipe = StableDiffusionXLPipeline.from_pretrained(BASE, unet=unet)"),
-    "adapter": ("pipe.load_ip_adapter(FOLDER, subfolder=\"\", "
-                "weight_name=\"ip_adapter.safetensors\",\n"
-                "                     image_encoder_folder=ENCODER)"),
-    "lora": "pipe.load_lora_weights(FOLDER)"}
-_OBJECTIVES = {"focus_dpo": "FocusDPO", "dpo": "Diffusion-DPO",
-               "prior_dpo": "DPO on the area where a pair differs",
-               "sft": "supervised fine-tuning on chosen pictures",
-               "subject_sft": "supervised fine-tuning on chosen pictures, subjects weighted"}
+    "unet": (
+        'unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder="unet")\n'
+        "pipe = StableDiffusionXLPipeline.from_pretrained(BASE, unet=unet)"
+    ),
+    "adapter": (
+        'pipe.load_ip_adapter(FOLDER, subfolder="", '
+        'weight_name="ip_adapter.safetensors",\n'
+        "                     image_encoder_folder=ENCODER)"
+    ),
+    "lora": "pipe.load_lora_weights(FOLDER)",
+}
+_OBJECTIVES = {
+    "focus_dpo": "FocusDPO",
+    "dpo": "Diffusion-DPO",
+    "prior_dpo": "DPO on the area where a pair differs",
+    "sft": "supervised fine-tuning on chosen pictures",
+    "subject_sft": "supervised fine-tuning on chosen pictures, subjects weighted",
+}
 _TAGS = {"adapter": "ip-adapter", "lora": "lora"}
 
 
@@ -28,36 +36,81 @@ def render(run, metrics, names, whole, caveat=None):
     """
     objective = _OBJECTIVES.get(run["objective"], run["objective"])
     base = run["model"]["pretrained"] or "random weights"
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags:",
-             "- focusdpo", *(f"- {_TAGS[name]}" for name in names if name in _TAGS), "---", "",
-             f"# {objective}, {run['trainable']}", "",
-             f"Trained by focusdpo_jax for {metrics.get('step', run['steps'])} of {run['steps']} "
-             f"steps from `{base}`. Here: {', '.join(f'`{name}`' for name in names)}.", "",
-             "## Loading", "", "```python"]
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        "tags:",
+        "- focusdpo",
+        *(f"- {_TAGS[name]}" for name in names if name in _TAGS),
+        "---",
+        "",
+        f"# {objective}, {run['trainable']}",
+        "",
+        f"Trained by focusdpo_jax for {metrics.get('step', run['steps'])} of {run['steps']} "
+        f"steps from `{base}`. Here: {', '.join(f'`{name}`' for name in names)}.",
+        "",
+        "## Loading",
+        "",
+        "```python",
+    ]
     if whole:
         lines += ["pipe = StableDiffusionXLPipeline.from_pretrained(FOLDER)"]
-    lines += [text for name, text in _LOADING.items()
-              if name in names and not (whole and name == "unet")]
-    lines += ["```", "", "FOLDER is this folder"
-              + ("." if whole else ", BASE the model that training started from, ENCODER the "
-                 "folder of its image encoder.")]
+    lines += [
+        text for name, text in _LOADING.items() if name in names and not (whole and name == "unet")
+    ]
+    lines += [
+        "```",
+        "",
+        "FOLDER is this folder"
+        + (
+            "."
+            if whole
+            else ", BASE the model that training started from, ENCODER the "
+            "folder of its image encoder."
+        ),
+    ]
     if whole or "unet" in names:
         kept = run.get("dtype", "float32")
-        lines[-1] += (" All weights are float32" + (
-            f", though the run computed in {kept}" if kept != "float32" else "")
+        lines[-1] += (
+            " All weights are float32"
+            + (f", though the run computed in {kept}" if kept != "float32" else "")
             + "; with `torch_dtype=torch.bfloat16`, given to every `from_pretrained`, they are loaded at "
-            "half the memory.")
+            "half the memory."
+        )
     if caveat:
-        lines += ["", f"**`ip_adapter.safetensors` is not for diffusers:** {caveat}, which "
-                  "`load_ip_adapter` cannot know. focusdpo_jax reads it."]
+        lines += [
+            "",
+            f"**`ip_adapter.safetensors` is not for diffusers:** {caveat}, which "
+            "`load_ip_adapter` cannot know. focusdpo_jax reads it.",
+        ]
     data = run["data"]
     rendered = data.get("source", "toybox") == "toybox"
-    lines += ["", "## Data", "",
-              f"{data['train_size']} pairs of `{data['path']}`, seed {data['seed']}." if rendered
-              else f"Pairs of `{data['path']}`.",
-              "", "## Last metrics", "", "| metric | value |", "| --- | --- |"]
-    lines += [f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items())
-              if isinstance(value, (int, float)) and name != "step" and "/" not in name]
-    lines += ["", "## Configuration", "", "```json", json.dumps(run, indent=2, sort_keys=True),
-              "```", ""]
+    lines += [
+        "",
+        "## Data",
+        "",
+        f"{data['train_size']} pairs of `{data['path']}`, seed {data['seed']}."
+        if rendered
+        else f"Pairs of `{data['path']}`.",
+        "",
+        "## Last metrics",
+        "",
+        "| metric | value |",
+        "| --- | --- |",
+    ]
+    lines += [
+        f"| {name} | {value:.6g} |"
+        for name, value in sorted(metrics.items())
+        if isinstance(value, (int, float)) and name != "step" and "/" not in name
+    ]
+    lines += [
+        "",
+        "## Configuration",
+        "",
+        "```json",
+        json.dumps(run, indent=2, sort_keys=True),
+        "```",
+        "",
+    ]
     return "\n".join(lines)

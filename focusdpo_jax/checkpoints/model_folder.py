@@ -22,8 +22,10 @@ from focusdpo_jax.models.generator import GeneratorConfig
 
 def save_part(folder, name, tree):
     """Writes one part's parameter tree in the types that it has, tensor by tensor."""
-    tensor_file.write(epath.Path(folder) / f"{name}.safetensors",
-                      traverse_util.flatten_dict(stacking.split(tree), sep="/"))
+    tensor_file.write(
+        epath.Path(folder) / f"{name}.safetensors",
+        traverse_util.flatten_dict(stacking.split(tree), sep="/"),
+    )
 
 
 def open_part(folder, name, example=None):
@@ -44,12 +46,17 @@ def open_part(folder, name, example=None):
         return None
     tensors, _ = tensor_file.read(path)
     if example is not None:
-        expected = {k: v.shape for k, v in traverse_util.flatten_dict(
-            stacking.split(example), sep="/").items()}
+        expected = {
+            k: v.shape
+            for k, v in traverse_util.flatten_dict(stacking.split(example), sep="/").items()
+        }
         wrong = [f"missing {k}" for k in sorted(expected.keys() - tensors.keys())]
         wrong += [f"unexpected {k}" for k in sorted(tensors.keys() - expected.keys())]
-        wrong += [f"{k} is {tensors[k].shape}, not {expected[k]}" for k in sorted(expected)
-                  if k in tensors and tensors[k].shape != expected[k]]
+        wrong += [
+            f"{k} is {tensors[k].shape}, not {expected[k]}"
+            for k in sorted(expected)
+            if k in tensors and tensors[k].shape != expected[k]
+        ]
         if wrong:
             raise UserError(f"{path} does not fit model.json: {'; '.join(wrong)}.")
     return {tuple(key.split("/")): tensor for key, tensor in tensors.items()}
@@ -86,7 +93,9 @@ def save_config(folder, config, step=None):
       step: of the run whose weights these are; None for a model that is of no run.
     """
     values = json.loads(config.to_json()) | ({} if step is None else {"step": step})
-    replace_file(epath.Path(folder) / "model.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    replace_file(
+        epath.Path(folder) / "model.json", json.dumps(values, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def load_step(folder):
@@ -113,8 +122,10 @@ def load_config(folder):
         values.pop("step", None)
         return GeneratorConfig.from_dict(values)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}). Point "
-                        "config.model.pretrained to a folder that has a model.json.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}). Point "
+            "config.model.pretrained to a folder that has a model.json."
+        ) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

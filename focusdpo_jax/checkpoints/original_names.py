@@ -11,30 +11,56 @@ import numpy as np
 
 from focusdpo_jax.errors import UserError
 
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
-            "text_encoder": "conditioner.embedders.0.transformer.",
-            "text_encoder_2": "conditioner.embedders.1.model."}
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+}
 MARKERS = ("v_pred", "ztsnr")
 """Empty tensors that mark the prediction type and the noise schedule of a file (see single_file)."""
 # Of a file's other tensors: buffers, moving averages kept for training.
 _IGNORED = re.compile(
-    rf"model_ema\.|denoiser\.|.*\.(position_ids|logit_scale)$|({'|'.join(MARKERS)})$")
+    rf"model_ema\.|denoiser\.|.*\.(position_ids|logit_scale)$|({'|'.join(MARKERS)})$"
+)
 
 _UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-_UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-                "norm2": "out_layers.0", "conv2": "out_layers.3",
-                "conv_shortcut": "skip_connection"}
-_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-                  "to_out.0": "proj_out"}
-_OPEN_CLIP = {"embeddings.token_embedding.weight": "token_embedding.weight",
-              "embeddings.position_embedding.weight": "positional_embedding",
-              "final_layer_norm.weight": "ln_final.weight",
-              "final_layer_norm.bias": "ln_final.bias"}
-_OPEN_CLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
-                    "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
 _BLOCK = re.compile(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(\w+)\.(\d+)\.?(.*)$")
 
 
@@ -147,14 +173,21 @@ def to_diffusers(tensors, names, part, config):
             try:
                 found[name] = tensors[theirs] if change is _same else tensors[theirs].map(change)
             except (IndexError, ValueError) as error:
-                raise UserError(f"{theirs} has the shape {tensors[theirs].shape}, which cannot "
-                                f"become {name}") from error
-    left = {name: value for name, value in tensors.items() if name not in used
-            and name.startswith(PREFIXES[part]) and not _IGNORED.match(name)}
+                raise UserError(
+                    f"{theirs} has the shape {tensors[theirs].shape}, which cannot become {name}"
+                ) from error
+    left = {
+        name: value
+        for name, value in tensors.items()
+        if name not in used and name.startswith(PREFIXES[part]) and not _IGNORED.match(name)
+    }
     return found | left
 
 
 def foreign(tensors):
     """Names in a file that belong to no part of an original SDXL file."""
-    return sorted(name for name in tensors
-                  if not name.startswith(tuple(PREFIXES.values())) and not _IGNORED.match(name))
+    return sorted(
+        name
+        for name in tensors
+        if not name.startswith(tuple(PREFIXES.values())) and not _IGNORED.match(name)
+    )

@@ -70,10 +70,12 @@ class Pretrained:
             return model_folder.load_config(self.path)
         if self.layout is single_file:
             return single_file.load_config(
-                self.path, tokenizer=self.tokenizer, prediction_type=self.prediction_type,
-                **self._pieces)
-        config = diffusers_folder.load_config(
-            self.path, tokenizer=self.tokenizer, **self._pieces)
+                self.path,
+                tokenizer=self.tokenizer,
+                prediction_type=self.prediction_type,
+                **self._pieces,
+            )
+        config = diffusers_folder.load_config(self.path, tokenizer=self.tokenizer, **self._pieces)
         if self.prediction_type:
             config = dataclasses.replace(config, **single_file.prediction(self.prediction_type))
         return config
@@ -106,8 +108,9 @@ class Pretrained:
         if self.layout is model_folder:
             return model_folder.open_part(self.path, part, example)
         if self.layout is single_file:
-            return single_file.open_part(self.path, part, example, getattr(config, part),
-                                         **self._pieces)
+            return single_file.open_part(
+                self.path, part, example, getattr(config, part), **self._pieces
+            )
         return diffusers_folder.open_part(self.path, part, example, **self._pieces)
 
     def load_part(self, part, example, *, config, dtype=None, sharding=None):
@@ -116,7 +119,8 @@ class Pretrained:
         See `open_part` and `tensor_file.placement` for the arguments and errors.
         """
         return tensor_file.load(
-            self.open_part(part, example, config=config), example, dtype, sharding)
+            self.open_part(part, example, config=config), example, dtype, sharding
+        )
 
 
 def is_model(path):
@@ -144,19 +148,25 @@ def locate(fields, shipped, prediction_type=""):
         if field == "pretrained" and "/" not in name and shipped(name).exists():
             found[field] = shipped(name)
         if name and found[field] is None:
-            problems.append(f"config.model.{field} = {name!r}: no such file or folder, nor in the "
-                            "hub's cache of this machine")
+            problems.append(
+                f"config.model.{field} = {name!r}: no such file or folder, nor in the "
+                "hub's cache of this machine"
+            )
     if problems:
-        raise MissingFiles(f"{'; '.join(problems)}. {diffusers_folder.FETCH} (Or give {_OWN!r}, "
-                        "which ships with this package.)")
+        raise MissingFiles(
+            f"{'; '.join(problems)}. {diffusers_folder.FETCH} (Or give {_OWN!r}, "
+            "which ships with this package.)"
+        )
     pretrained = Pretrained(found.pop("pretrained"), **found)
     path, given = pretrained.path, [field for field in found if found[field] is not None]
     if prediction_type:
         fields, given = fields | {"prediction_type": prediction_type}, [*given, "prediction_type"]
         pretrained = dataclasses.replace(pretrained, prediction_type=prediction_type)
     if pretrained.layout is model_folder and given:
-        raise UserError(f"config.model.{given[0]} = {fields[given[0]]!r}: {path} is a model "
-                        "folder, which has everything; give ''")
+        raise UserError(
+            f"config.model.{given[0]} = {fields[given[0]]!r}: {path} is a model "
+            "folder, which has everything; give ''"
+        )
     if pretrained.tokenizer is None and path.is_dir():
         pretrained = dataclasses.replace(pretrained, tokenizer=path / "tokenizer")
     return pretrained

@@ -6,8 +6,13 @@ from focusdpo_jax.models.clip import CLIPVisionConfig
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
 # OpenCLIP ViT-bigG/14, which h94/IP-Adapter has as sdxl_models/image_encoder; the other is ViT-H/14.
-_BIG_G = {"hidden_size": 1664, "intermediate_size": 8192, "num_layers": 48, "num_heads": 16,
-          "projection_dim": 1280}
+_BIG_G = {
+    "hidden_size": 1664,
+    "intermediate_size": 8192,
+    "num_layers": 48,
+    "num_heads": 16,
+    "projection_dim": 1280,
+}
 
 
 def adapter_sizes(name):
@@ -26,5 +31,6 @@ def adapter_sizes(name):
         own = {"dropped": "blank"} if file else {}
         return SubjectAdapterConfig(**own), CLIPVisionConfig()
     encoder = CLIPVisionConfig() if "vit-h" in file else CLIPVisionConfig(**_BIG_G)
-    return SubjectAdapterConfig(kind="projection", input_dim=encoder.projection_dim, num_tokens=4,
-                                dropped="blank"), encoder
+    return SubjectAdapterConfig(
+        kind="projection", input_dim=encoder.projection_dim, num_tokens=4, dropped="blank"
+    ), encoder

@@ -23,8 +23,13 @@ from focusdpo_jax.models import stacking
 _KEPT = re.compile(r"linear_[12]$")
 # diffusers keeps the image branch's projections inside the attention processor.
 _RENAMED = {"to_k_ip": "processor.to_k_ip.0", "to_v_ip": "processor.to_v_ip.0"}
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight",
-           "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+}
 # Buffers that older files carry and that are no parameters.
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 # What a message lists before it counts the rest.
@@ -52,8 +57,10 @@ def _axes(path, rank):
 
 def lay_out(params):
     """Names a parameter tree as PyTorch does; the arrays are views in PyTorch's order of axes."""
-    return {torch_name(path): np.transpose(np.asarray(leaf), _axes(path, np.ndim(leaf)))
-            for path, leaf in flax.traverse_util.flatten_dict(stacking.split(params)).items()}
+    return {
+        torch_name(path): np.transpose(np.asarray(leaf), _axes(path, np.ndim(leaf)))
+        for path, leaf in flax.traverse_util.flatten_dict(stacking.split(params)).items()
+    }
 
 
 def names(params):
@@ -122,10 +129,12 @@ def fit(tensors, template, source="checkpoint"):
             misshaped.append(f"{name} is {tensors[name].shape}, not {shape}")
             continue
         found[path] = tensor_file.LazyTensor.of(tensors[name]).map(
-            functools.partial(np.transpose, axes=np.argsort(axes)))
+            functools.partial(np.transpose, axes=np.argsort(axes))
+        )
     unexpected = sorted(set(tensors) - {torch_name(path) for path in expected})
-    require_fit(source, {"missing": missing, "unexpected": unexpected,
-                         "of another shape": misshaped})
+    require_fit(
+        source, {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    )
     return found
 
 

@@ -1,10 +1,10 @@
 """The result of a run, as files that diffusers and tools built on its layouts load.
 
-    README.md                               model card
-    ip_adapter.safetensors                  of pipe.load_ip_adapter
-    pytorch_lora_weights.safetensors        of pipe.load_lora_weights
-    unet/                                   of UNet2DConditionModel.from_pretrained
-    ...                                     the other parts (see diffusers_folder), where asked for
+README.md                               model card
+ip_adapter.safetensors                  of pipe.load_ip_adapter
+pytorch_lora_weights.safetensors        of pipe.load_lora_weights
+unet/                                   of UNet2DConditionModel.from_pretrained
+...                                     the other parts (see diffusers_folder), where asked for
 """
 
 import functools
@@ -30,8 +30,12 @@ from focusdpo_jax.models.tokenizer import Tokenizer
 
 LORA = "lora"
 # What each value of config.trainable changes.
-_TRAINED = {"adapter": ("adapter",), "lora": (LORA,), "full": ("unet", "adapter"),
-            "generator": ("unet", "adapter", "text_encoder", "text_encoder_2")}
+_TRAINED = {
+    "adapter": ("adapter",),
+    "lora": (LORA,),
+    "full": ("unet", "adapter"),
+    "generator": ("unet", "adapter", "text_encoder", "text_encoder_2"),
+}
 # Objectives that train something else, whatever config.trainable says.
 _ENCODERS = {"autoencode": ("vae",), "attributes": ("image_encoder",), "probe": ()}
 
@@ -57,15 +61,24 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
     run, weights = run_folder.read_config(workdir), run_folder.newest_weights(workdir)
     if weights.folder is None:
         if read_checkpoint is None:
-            raise UserError(f"--workdir={workdir}: the run's newest weights are in its checkpoint of step "
-                            f"{weights.step}, not in model/. Run the training's command again to its end.")
+            raise UserError(
+                f"--workdir={workdir}: the run's newest weights are in its checkpoint of step "
+                f"{weights.step}, not in model/. Run the training's command again to its end."
+            )
         model = read_checkpoint()
         config, tokenizer = model.generator.config, model.tokenizer
         read_part = functools.partial(_of_model, model.parameters)
     else:
         config = model_folder.load_config(weights.folder)
-        tokenizer = Tokenizer(weights.folder / "tokenizer", config.text_encoder.max_length,
-                              vocabulary.fillers(weights.folder)) if whole else None
+        tokenizer = (
+            Tokenizer(
+                weights.folder / "tokenizer",
+                config.text_encoder.max_length,
+                vocabulary.fillers(weights.folder),
+            )
+            if whole
+            else None
+        )
         read_part = functools.partial(_part, weights.folder)
     names = _ENCODERS.get(run["objective"], _TRAINED[run["trainable"]])
     if config.unet.lora_rank and ("unet" in names or whole):
@@ -73,8 +86,10 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
     if whole:
         names = tuple(dict.fromkeys((*PARTS, *names)))
     if not names:
-        raise UserError(f"--workdir={workdir}: a run of config.objective = {run['objective']!r} "
-                        "trains nothing that diffusers knows; add --whole for the generator")
+        raise UserError(
+            f"--workdir={workdir}: a run of config.objective = {run['objective']!r} "
+            "trains nothing that diffusers knows; add --whole for the generator"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         _write(read_part, output, names, config, run["resolution"])
@@ -82,8 +97,11 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
             diffusers_folder.save_surroundings(output, config, tokenizer)
         caveat = ip_adapter.unreadable(config.adapter) if "adapter" in names else None
         if caveat:
-            logging.warning("%s of %s: diffusers loads it as something else",
-                            caveat, output / diffusers_folder.ADAPTER)
+            logging.warning(
+                "%s of %s: diffusers loads it as something else",
+                caveat,
+                output / diffusers_folder.ADAPTER,
+            )
         metrics = run_folder.last_metrics(workdir, weights.step)
         if weights.step is not None:
             metrics["step"] = weights.step
@@ -91,8 +109,12 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
         replace_file(output / "README.md", card)
     except OSError as error:
         raise cannot_write(f"--output={output}", error) from error
-    logging.info("%s written to %s%s", ", ".join(names), output,
-                 "" if weights.step is None else f": step {weights.step} of {run['steps']}")
+    logging.info(
+        "%s written to %s%s",
+        ", ".join(names),
+        output,
+        "" if weights.step is None else f": step {weights.step} of {run['steps']}",
+    )
     return names
 
 
@@ -120,6 +142,7 @@ def _part(folder, name):
     """
     tree = model_folder.load_part(folder, name, dtype=np.float32)
     if tree is None:
-        raise UserError(f"{folder / name}.safetensors is missing; run the training's command "
-                        "again to write it.")
+        raise UserError(
+            f"{folder / name}.safetensors is missing; run the training's command again to write it."
+        )
     return tree

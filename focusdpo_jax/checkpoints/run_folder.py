@@ -23,7 +23,8 @@ def read_config(workdir):
         raise UserError(
             f"--workdir={workdir}: no run there (its config.json cannot be read: "
             f"{error.strerror or error}). Give the folder of a run of focusdpo_jax.main, or what "
-            "else --help says.") from error
+            "else --help says."
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}.") from error
 
@@ -61,9 +62,11 @@ def newest_weights(workdir):
     if checkpoint is None and folder is None:
         config = read_config(workdir)
         first = min(config.get("checkpoint_every") or config["steps"], config["steps"])
-        raise UserError(f"--workdir={workdir}: the run has no checkpoint yet, whose first it writes at step "
-                        f"{first}, and the run is not finished (it has no model/ yet). Run the training's "
-                        "command again, which goes on where it stopped.")
+        raise UserError(
+            f"--workdir={workdir}: the run has no checkpoint yet, whose first it writes at step "
+            f"{first}, and the run is not finished (it has no model/ yet). Run the training's "
+            "command again, which goes on where it stopped."
+        )
     if checkpoint is None:
         return Weights(folder, step)
     if folder is None or not _reaches(workdir, step, checkpoint):
@@ -81,7 +84,8 @@ def _reaches(workdir, step, checkpoint):
         return False
     written = workdir / "checkpoints" / str(checkpoint) / "_CHECKPOINT_METADATA"
     return not written.exists() or (
-        (workdir / "model" / "model.json").stat().mtime >= written.stat().mtime)
+        (workdir / "model" / "model.json").stat().mtime >= written.stat().mtime
+    )
 
 
 def newest_checkpoint(workdir):

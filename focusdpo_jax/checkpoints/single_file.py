@@ -27,10 +27,18 @@ from focusdpo_jax.models.vae import VAEConfig
 
 # The parts that a file has; GeneratorConfig's other fields come from elsewhere.
 SDXL = {
-    "unet": UNetConfig(image_context=True), "vae": VAEConfig(), "text_encoder": CLIPTextConfig(),
-    "text_encoder_2": CLIPTextConfig(hidden_size=1280, num_layers=32, num_heads=20,
-                                     intermediate_size=5120, activation="gelu",
-                                     projection_dim=1280)}
+    "unet": UNetConfig(image_context=True),
+    "vae": VAEConfig(),
+    "text_encoder": CLIPTextConfig(),
+    "text_encoder_2": CLIPTextConfig(
+        hidden_size=1280,
+        num_layers=32,
+        num_heads=20,
+        intermediate_size=5120,
+        activation="gelu",
+        projection_dim=1280,
+    ),
+}
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "v_prediction_zero_snr")
@@ -51,27 +59,39 @@ def load_config(path, *, image_encoder=None, tokenizer=None, adapter=None, predi
     """
     path = epath.Path(path)
     tensor_file.read(path)  # What it is comes first.
-    missing = [f"config.model.{field}" for field, folder
-               in (("image_encoder", image_encoder), ("tokenizer", tokenizer)) if folder is None]
+    missing = [
+        f"config.model.{field}"
+        for field, folder in (("image_encoder", image_encoder), ("tokenizer", tokenizer))
+        if folder is None
+    ]
     if missing:
-        raise MissingFiles(f"{path} is a single file, which has neither image encoder nor tokenizer: "
-                        f"give {' and '.join(missing)}. {diffusers_folder.FETCH}")
-    missing = diffusers_folder.missing_files({"image_encoder": epath.Path(image_encoder)},
-                                             epath.Path(tokenizer))
+        raise MissingFiles(
+            f"{path} is a single file, which has neither image encoder nor tokenizer: "
+            f"give {' and '.join(missing)}. {diffusers_folder.FETCH}"
+        )
+    missing = diffusers_folder.missing_files(
+        {"image_encoder": epath.Path(image_encoder)}, epath.Path(tokenizer)
+    )
     if missing:
         raise MissingFiles(f"{path} needs {', '.join(missing)}. {diffusers_folder.FETCH}")
-    parts = SDXL | {"image_encoder": diffusers_folder.read_part_config(
-        epath.Path(image_encoder), "image_encoder")}
+    parts = SDXL | {
+        "image_encoder": diffusers_folder.read_part_config(
+            epath.Path(image_encoder), "image_encoder"
+        )
+    }
     noise = prediction(prediction_type) if prediction_type else _prediction_of(path)
     # As in the scheduler_config.json that is published with SDXL.
     return diffusers_folder.generator_config(
-        parts, adapter, image_encoder, zero_empty_prompt=True, set_alpha_to_one=False, **noise)
+        parts, adapter, image_encoder, zero_empty_prompt=True, set_alpha_to_one=False, **noise
+    )
 
 
 def prediction(name):
     """`GeneratorConfig`'s fields of one of PREDICTION_TYPES."""
-    return {"prediction_type": name.removesuffix("_zero_snr"),
-            "zero_terminal_snr": name.endswith("_zero_snr")}
+    return {
+        "prediction_type": name.removesuffix("_zero_snr"),
+        "zero_terminal_snr": name.endswith("_zero_snr"),
+    }
 
 
 def _prediction_of(path):
@@ -79,19 +99,29 @@ def _prediction_of(path):
     tensors, metadata = tensor_file.read(path)
     v_pred, zero_snr = (name in tensors for name in original_names.MARKERS)
     said = metadata.get("modelspec.prediction_type", "")
-    known = {"": "epsilon", "epsilon": "epsilon", "v": "v_prediction",
-             "v_prediction": "v_prediction"}
+    known = {
+        "": "epsilon",
+        "epsilon": "epsilon",
+        "v": "v_prediction",
+        "v_prediction": "v_prediction",
+    }
     cure = f"Set config.model.prediction_type to one of {', '.join(PREDICTION_TYPES)}."
     if said not in known:
-        raise UserError(f"{path} has modelspec.prediction_type = {said!r} in its metadata; known "
-                        f"are 'epsilon' and 'v'. {cure}")
+        raise UserError(
+            f"{path} has modelspec.prediction_type = {said!r} in its metadata; known "
+            f"are 'epsilon' and 'v'. {cure}"
+        )
     if v_pred and said == "epsilon":
-        logging.warning("%s says v by its tensor v_pred and epsilon in its metadata; read as v", path)
+        logging.warning(
+            "%s says v by its tensor v_pred and epsilon in its metadata; read as v", path
+        )
     kind = "v_prediction" if v_pred else known[said]
     if zero_snr and kind == "epsilon":
-        raise UserError(f"{path} has a tensor ztsnr, for noise of zero terminal SNR, but neither "
-                        f"v_pred nor modelspec.prediction_type = 'v', without which it means nothing. "
-                        f"{cure}")
+        raise UserError(
+            f"{path} has a tensor ztsnr, for noise of zero terminal SNR, but neither "
+            f"v_pred nor modelspec.prediction_type = 'v', without which it means nothing. "
+            f"{cure}"
+        )
     return {"prediction_type": kind, "zero_terminal_snr": zero_snr}
 
 
@@ -145,4 +175,5 @@ def load_part(path, part, example, config, *, dtype=None, sharding=None, **files
       UserError: see `open_part`.
     """
     return tensor_file.load(
-        open_part(path, part, example, config, **files), example, dtype, sharding)
+        open_part(path, part, example, config, **files), example, dtype, sharding
+    )

@@ -21,10 +21,22 @@ from focusdpo_jax.files import new_file
 from focusdpo_jax.models import stacking
 
 _TYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 _NAMES = {np.dtype(value): name for name, value in _TYPES.items()}
 # As in safetensors: a longer header is a damaged file.
 _LONGEST_HEADER = 100_000_000
@@ -76,11 +88,13 @@ def read(path):
             if len(head) < 8 or not 2 <= length <= _LONGEST_HEADER or head[8:9] not in (b"{", b""):
                 what = file_kinds.describe(head) or (
                     f"is no safetensors file (its first bytes are {head[:8]!r}, and not the length of a "
-                    "header): fetch the .safetensors file of the model")
+                    "header): fetch the .safetensors file of the model"
+                )
                 raise UserError(f"{path} {what}.")
             if size < 8 + length:
-                raise ValueError(f"it has {size} bytes and should have more than the {8 + length} of its "
-                                 "header")
+                raise ValueError(
+                    f"it has {size} bytes and should have more than the {8 + length} of its header"
+                )
             file.seek(8)
             header = json.loads(file.read(length).decode())
         metadata = header.pop("__metadata__", None) or {}
@@ -93,16 +107,20 @@ def read(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}). It is damaged or "
-                        "incomplete: fetch or copy it again.") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}). It is damaged or "
+            "incomplete: fetch or copy it again."
+        ) from error
     return tensors, metadata
 
 
 def _entry(path, name, entry, start):
     """The lazy tensor of one entry of a header."""
     if entry["dtype"] not in _TYPES:
-        raise UserError(f"{path}: {name} is of the type {entry['dtype']}, which is not read; give a file in "
-                        "float32, float16 or bfloat16.")
+        raise UserError(
+            f"{path}: {name} is of the type {entry['dtype']}, which is not read; give a file in "
+            "float32, float16 or bfloat16."
+        )
     dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
@@ -128,8 +146,11 @@ def placement(dtype=None, sharding=None):
       The `place` of `pytorch_names.to_flax`; it converts and distributes each leaf at once.
     """
     of_type, of_sharding = (
-        (lambda path, value=value: value) if not isinstance(value, dict)
-        else traverse_util.flatten_dict(value).get for value in (dtype, sharding))
+        (lambda path, value=value: value)
+        if not isinstance(value, dict)
+        else traverse_util.flatten_dict(value).get
+        for value in (dtype, sharding)
+    )
 
     def place(path, value):
         value = value if of_type(path) is None else value.astype(of_type(path))
@@ -173,8 +194,11 @@ def write(path, tensors, metadata=None):
     for name in order:
         dtype, shape = np.dtype(tensors[name].dtype), tensors[name].shape
         size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape),
-                        "data_offsets": [position, position + size]}
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

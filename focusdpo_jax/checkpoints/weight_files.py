@@ -31,8 +31,10 @@ def find(folder, stem, variant=None):
         single = folder / f"{stem}{dot}.safetensors"
         if single.exists():
             return [single]
-        for index in (folder / f"{stem}.safetensors.index{dot}.json",
-                      folder / f"{stem}{dot}.safetensors.index.json"):
+        for index in (
+            folder / f"{stem}.safetensors.index{dot}.json",
+            folder / f"{stem}{dot}.safetensors.index.json",
+        ):
             if index.exists():
                 return [folder / name for name in _shards(index)]
     return []
@@ -41,8 +43,11 @@ def find(folder, stem, variant=None):
 def _shards(index):
     """Names of the files that an index lists."""
     listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed or not all(
-            isinstance(name, str) and name and "/" not in name for name in listed.values()):
+    if (
+        not isinstance(listed, dict)
+        or not listed
+        or not all(isinstance(name, str) and name and "/" not in name for name in listed.values())
+    ):
         raise UserError(f"{index} is damaged: its weight_map names no files.")
     return sorted({*listed.values()})
 
@@ -65,9 +70,11 @@ def read(folder, stem, variant=None):
     folder = epath.Path(folder)
     lacks = missing(folder, stem, variant)
     if lacks:
-        raise UserError(f"missing: {', '.join(lacks)}. Weights are read from safetensors alone, in one file "
-                        f"or in all shards that {stem}.safetensors.index.json lists: fetch them again, or "
-                        "write them with save_pretrained of the library that has the model.")
+        raise UserError(
+            f"missing: {', '.join(lacks)}. Weights are read from safetensors alone, in one file "
+            f"or in all shards that {stem}.safetensors.index.json lists: fetch them again, or "
+            "write them with save_pretrained of the library that has the model."
+        )
     tensors = {}
     for path in find(folder, stem, variant):
         tensors |= tensor_file.read(path)[0]

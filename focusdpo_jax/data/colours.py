@@ -66,7 +66,8 @@ def _conversion(mode, profile):
 def _transform(profile, mode):
     """From pictures of the mode to sRGB; None where it would change nothing."""
     transform = ImageCms.buildTransform(
-        ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB")
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
+    )
     if mode == "CMYK":
         return transform
     levels = np.arange(256) if mode == "L" else np.arange(0, 256, 15)

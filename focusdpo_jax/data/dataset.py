@@ -53,9 +53,18 @@ def toybox_world(config) -> toybox.World:
     """The world that the fields of a run's configuration (ConfigDict) describe."""
     data = config.data
     return toybox.World(
-        data.seed, config.resolution, tuple(data.subject_counts), data.leak_probability,
-        tuple(data.subject_radii), data.pattern_scale, data.same_class_probability, data.one_look_probability,
-        data.nuisance_probability, data.prior_mask, data.second_reference_probability)
+        data.seed,
+        config.resolution,
+        tuple(data.subject_counts),
+        data.leak_probability,
+        tuple(data.subject_radii),
+        data.pattern_scale,
+        data.same_class_probability,
+        data.one_look_probability,
+        data.nuisance_probability,
+        data.prior_mask,
+        data.second_reference_probability,
+    )
 
 
 def build_toybox(
@@ -134,8 +143,11 @@ def build(
         reason = no_room(error)
         if reason is None and not isinstance(error, OSError):
             raise
-        cure = ("make room and run the same command again" if reason
-                else "choose a directory that can be written")
+        cure = (
+            "make room and run the same command again"
+            if reason
+            else "choose a directory that can be written"
+        )
         raise UserError(
             f"cannot write the data set to {data_dir} ({reason or error}); {cure}"
         ) from error
@@ -182,7 +194,8 @@ class StoredSource:
             )
         self.splits = tuple(builder.info.splits)
         self._source = builder.as_data_source(
-            split, decoders=preference_pairs.decoders(builder.info.features))
+            split, decoders=preference_pairs.decoders(builder.info.features)
+        )
         self.settings = dict(builder.info.metadata or {})
 
     def __reduce__(self):
@@ -204,7 +217,6 @@ class StoredSource:
                 "delete the directory and build it again"
             ) from error
 
-
     def texts(self, seconds: float = 10) -> list[tuple[str, list[str]]]:
         """Captions with the phrases of their subjects, of the records that can be read in a time.
 
@@ -217,18 +229,24 @@ class StoredSource:
         with _quiet():
             builder = tfds.builder_from_directory(self._path)
             source = builder.as_data_source(
-                self._split, decoders=preference_pairs.skipping_images(builder.info.features))
+                self._split, decoders=preference_pairs.skipping_images(builder.info.features)
+            )
         found, end = [], time.monotonic() + seconds
         try:
             for index in range(len(self)):
                 record = source[index]
-                found.append((record["caption"].decode(),
-                              [phrase.decode() for phrase in record["subjects"]["phrase"]]))
+                found.append(
+                    (
+                        record["caption"].decode(),
+                        [phrase.decode() for phrase in record["subjects"]["phrase"]],
+                    )
+                )
                 if time.monotonic() > end:
                     break
         except Exception as error:  # As in `__getitem__`.
-            logging.warning("%s: record %d cannot be read (%s)", self._path, len(found),
-                            type(error).__name__)
+            logging.warning(
+                "%s: record %d cannot be read (%s)", self._path, len(found), type(error).__name__
+            )
         return found
 
 
@@ -245,11 +263,14 @@ def open_prepared(path: epath.PathLike) -> dict[str, StoredSource]:
     """
     pairs = epath.Path(path) / PAIRS
     if not (pairs / "dataset_info.json").exists():
-        raise UserError(f"config.data.path = {str(path)!r} holds no prepared data set; make one "
-                        f"with python -m focusdpo_jax.prepare --manifest=... --output={path}")
+        raise UserError(
+            f"config.data.path = {str(path)!r} holds no prepared data set; make one "
+            f"with python -m focusdpo_jax.prepare --manifest=... --output={path}"
+        )
     train = open_source(pairs, "train")
-    return {split: train if split == "train" else open_source(pairs, split)
-            for split in train.splits}
+    return {
+        split: train if split == "train" else open_source(pairs, split) for split in train.splits
+    }
 
 
 def _record(stored: dict) -> dict:

@@ -46,8 +46,9 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
     photos = _find(folder)
     listed = folder / "prompts_and_classes.txt"
     kinds = classes(listed.read_text() if listed.exists() else "", photos)
-    logging.info("DreamBench: %d photographs of %d subjects", sum(map(len, photos.values())),
-                 len(photos))
+    logging.info(
+        "DreamBench: %d photographs of %d subjects", sum(map(len, photos.values())), len(photos)
+    )
     lines = []
     try:
         remove_unfinished(target)
@@ -64,8 +65,10 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
         manifest = target / "manifest.jsonl"
         replace_file(manifest, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
-        raise UserError(f"--output: {target} cannot be written ({error.strerror or error}); give "
-                        "a folder with room that you may write") from error
+        raise UserError(
+            f"--output: {target} cannot be written ({error.strerror or error}); give "
+            "a folder with room that you may write"
+        ) from error
     return manifest
 
 
@@ -75,13 +78,18 @@ def _find(folder):
         raise UserError(f"--dreambench={folder} is no folder; give one with a folder a subject")
     photos = {}
     for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
-        found = sorted(path for path in subject.iterdir()
-                       if PHOTO.match(path.name) and mask_path(path).exists())
+        found = sorted(
+            path
+            for path in subject.iterdir()
+            if PHOTO.match(path.name) and mask_path(path).exists()
+        )
         if len(found) > 1:
             photos[subject.name] = found
     if not photos:
-        raise UserError(f"--dreambench={folder} has no folder with two photographs and their "
-                        "masks; a subject's folder holds 00.jpg, 00_mask.png, 01.jpg and so on")
+        raise UserError(
+            f"--dreambench={folder} has no folder with two photographs and their "
+            "masks; a subject's folder holds 00.jpg, 00_mask.png, 01.jpg and so on"
+        )
     return photos
 
 
@@ -116,12 +124,18 @@ def _pairs(path, reference, other, kind, target):
     name = f"{subject}/{path.stem}"
     phrase = with_article(kind)
     line = {
-        "caption": f"a photo of {phrase}", "group": subject,
+        "caption": f"a photo of {phrase}",
+        "group": subject,
         "chosen": f"{subject}/{path.name}",
-        "subjects": [{
-            "phrase": phrase, "mask": f"{subject}/{mask_path(path).name}",
-            "reference": f"{subject}/{reference.name}",
-            "reference_mask": f"{subject}/{mask_path(reference).name}"}]}
+        "subjects": [
+            {
+                "phrase": phrase,
+                "mask": f"{subject}/{mask_path(path).name}",
+                "reference": f"{subject}/{reference.name}",
+                "reference_mask": f"{subject}/{mask_path(reference).name}",
+            }
+        ],
+    }
     if other is None:
         lines, (composite, prior) = [], _tinted(chosen, mask)
     else:
@@ -129,13 +143,26 @@ def _pairs(path, reference, other, kind, target):
         everywhere = np.ones(mask.shape, bool)
         replace_file(target / f"{name}_rejected.png", encode_png(_covering(picture, mask.shape)))
         replace_file(target / f"{name}_everywhere.png", encode_png(everywhere))
-        lines = [line | {"rejected": f"{name}_rejected.png", "info": {"kind": "photograph"},
-                         "prior_mask": f"{name}_everywhere.png"}]
+        lines = [
+            line
+            | {
+                "rejected": f"{name}_rejected.png",
+                "info": {"kind": "photograph"},
+                "prior_mask": f"{name}_everywhere.png",
+            }
+        ]
         composite, prior = _replaced(chosen, mask, picture, other_mask)
     replace_file(target / f"{name}_composite.png", encode_png(composite))
     replace_file(target / f"{name}_prior.png", encode_png(prior))
-    return [*lines, line | {"rejected": f"{name}_composite.png", "info": {"kind": "composite"},
-                            "prior_mask": f"{name}_prior.png"}]
+    return [
+        *lines,
+        line
+        | {
+            "rejected": f"{name}_composite.png",
+            "info": {"kind": "composite"},
+            "prior_mask": f"{name}_prior.png",
+        },
+    ]
 
 
 def _load(path):
@@ -158,7 +185,7 @@ def _covering(picture, shape):
     scale = min(height / shape[0], width / shape[1])
     inner = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-    part = picture[top:top + inner[0], left:left + inner[1]]
+    part = picture[top : top + inner[0], left : left + inner[1]]
     return cv2.resize(part, shape[::-1], interpolation=cv2.INTER_AREA)
 
 
@@ -170,11 +197,16 @@ def _replaced(picture, mask, other, other_mask):
     (v0, v1), (u0, u1) = geometry.bounds(other_mask)
     # As large as what it replaces; its middle where that had its own.
     scale = (mask.sum() / other_mask[v0:v1, u0:u1].sum()) ** 0.5
-    move = np.array([[scale, 0, (x0 + x1 - scale * (u0 + u1)) / 2],
-                     [0, scale, (y0 + y1 - scale * (v0 + v1)) / 2]])
+    move = np.array(
+        [
+            [scale, 0, (x0 + x1 - scale * (u0 + u1)) / 2],
+            [0, scale, (y0 + y1 - scale * (v0 + v1)) / 2],
+        ]
+    )
     size = mask.shape[::-1]
-    pasted = cv2.warpAffine(other, move, size, flags=cv2.INTER_LINEAR,
-                            borderMode=cv2.BORDER_REPLICATE)
+    pasted = cv2.warpAffine(
+        other, move, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
     place = cv2.warpAffine(other_mask.astype(np.uint8) * 255, move, size)
     soft = cv2.GaussianBlur(place, (_SEAM, _SEAM), 0)[..., None] / 255
     result = np.rint(background * (1 - soft) + pasted * soft).astype(np.uint8)
@@ -202,6 +234,8 @@ def _filled(picture, hole):
     rough = cv2.inpaint(
         cv2.resize(picture, small, interpolation=cv2.INTER_AREA),
         (cv2.resize(hole * 255, small, interpolation=cv2.INTER_AREA) > 0).astype(np.uint8),
-        5, cv2.INPAINT_TELEA)
+        5,
+        cv2.INPAINT_TELEA,
+    )
     smooth = cv2.resize(rough, size, interpolation=cv2.INTER_CUBIC)
     return np.where(hole[..., None] > 0, smooth, picture)

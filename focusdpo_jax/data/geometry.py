@@ -105,7 +105,7 @@ def box_mask(box: tuple[float, float, float, float], height: int, width: int) ->
     x0, y0, x1, y1 = box
     mask = np.zeros((height, width), bool)
     rows = slice(int(y0 * height), int(np.ceil(y1 * height)))
-    mask[rows, int(x0 * width):int(np.ceil(x1 * width))] = True
+    mask[rows, int(x0 * width) : int(np.ceil(x1 * width))] = True
     return mask
 
 
@@ -127,7 +127,7 @@ def pad_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
         result = np.full((size, size, 3), WHITE, np.uint8)
         small = _resize(pixels, inner, Image.Resampling.BICUBIC)
     top, left = (size - inner[0]) // 2, (size - inner[1]) // 2
-    result[top:top + inner[0], left:left + inner[1]] = small
+    result[top : top + inner[0], left : left + inner[1]] = small
     return result
 
 

@@ -24,8 +24,12 @@ MAX_PIXELS = 64_000_000
 # What cameras, editors and networks write. Pillow knows more, some of it by calling other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 _GREYS = ("1", "L", "LA", "La")
-_PICTURE = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP,
-            cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE)
+_PICTURE = (
+    cv2.IMWRITE_PNG_FILTER,
+    cv2.IMWRITE_PNG_FILTER_UP,
+    cv2.IMWRITE_PNG_STRATEGY,
+    cv2.IMWRITE_PNG_STRATEGY_RLE,
+)
 _MASK = (cv2.IMWRITE_PNG_BILEVEL, 1)
 
 
@@ -99,8 +103,9 @@ def decode_mask_levels(content: bytes) -> np.ndarray:
         image = image.convert("RGB")
     grey = np.asarray(image.convert("L"))
     if 0 < grey.max() < 128:
-        raise UnreadableImage(f"is no mask: its lightest value is {grey.max()}; white (128 to "
-                              "255) marks the subject")
+        raise UnreadableImage(
+            f"is no mask: its lightest value is {grey.max()}; white (128 to 255) marks the subject"
+        )
     return grey
 
 
@@ -127,8 +132,11 @@ def read_mask_levels(path: epath.PathLike, kind: str = "") -> np.ndarray:
 def warn_of_profiles(path: epath.PathLike, changes: tuple[str, ...]) -> None:
     """Logs a file whose colour profile could not be used."""
     if colours.IGNORED in changes:
-        logging.warning("%s: its ICC colour profile is damaged or of another kind of picture; it "
-                        "is read as sRGB", path)
+        logging.warning(
+            "%s: its ICC colour profile is damaged or of another kind of picture; it "
+            "is read as sRGB",
+            path,
+        )
 
 
 def is_converted(content: bytes) -> bool:
@@ -181,8 +189,9 @@ def decode_png(content: bytes) -> np.ndarray:
     """
     # The header's colour type is 2 for RGB and 0 for the greys of a mask.
     mask = content[25:26] == b"\0"
-    image = cv2.imdecode(np.frombuffer(content, np.uint8),
-                         cv2.IMREAD_GRAYSCALE if mask else cv2.IMREAD_COLOR_RGB)
+    image = cv2.imdecode(
+        np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE if mask else cv2.IMREAD_COLOR_RGB
+    )
     if image is None:
         raise UnreadableImage("is damaged; copy it again")
     return image > 0 if mask else image
@@ -243,8 +252,9 @@ def _has_second_frame(image: Image.Image) -> bool:
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"is {height} x {width} pixels, more than {MAX_PIXELS // 10**6} "
-                              "million; scale it down")
+        raise UnreadableImage(
+            f"is {height} x {width} pixels, more than {MAX_PIXELS // 10**6} million; scale it down"
+        )
 
 
 def _eight_bits(image: Image.Image, changes: list[str]) -> Image.Image:
@@ -253,8 +263,10 @@ def _eight_bits(image: Image.Image, changes: list[str]) -> Image.Image:
         changes.append("16 bit")
         values = np.asarray(image).astype(np.int64)
         if 0 < values.max() < 256:
-            raise UnreadableImage(f"has 16 bits a channel but no value above {values.max()} of "
-                                  "65535, as if 8 were meant; save it with 8")
+            raise UnreadableImage(
+                f"has 16 bits a channel but no value above {values.max()} of "
+                "65535, as if 8 were meant; save it with 8"
+            )
         grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
         if isinstance(image.info.get("transparency"), int):  # The one value that is transparent.
             shown = values != image.info["transparency"]
@@ -262,8 +274,14 @@ def _eight_bits(image: Image.Image, changes: list[str]) -> Image.Image:
         return grey
     if mode in ("I", "F"):
         raise UnreadableImage("has 32 bits a channel; save it with 8")
-    named = {"P": "palette", "PA": "palette", "CMYK": "cmyk", "L": "grey", "1": "grey",
-             "LA": "grey"}
+    named = {
+        "P": "palette",
+        "PA": "palette",
+        "CMYK": "cmyk",
+        "L": "grey",
+        "1": "grey",
+        "LA": "grey",
+    }
     if mode in named:
         changes.append(named[mode])
     elif mode not in ("RGB", "RGBA"):

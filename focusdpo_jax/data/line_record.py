@@ -85,13 +85,15 @@ def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[d
         if not reference_mask.any():
             raise Refused(where + "reference_mask", "is too small; mark the subject's pixels")
         mask = _seen(where + "mask", mask, view)
-        record["subjects"].append({
-            "phrase": subject.phrase,
-            "reference": geometry.pad_to_square(pictures[where + "reference"], sizes.reference),
-            "reference_mask": reference_mask,
-            "mask": mask,
-            "box": geometry.mask_box(mask),
-        })
+        record["subjects"].append(
+            {
+                "phrase": subject.phrase,
+                "reference": geometry.pad_to_square(pictures[where + "reference"], sizes.reference),
+                "reference_mask": reference_mask,
+                "mask": mask,
+                "box": geometry.mask_box(mask),
+            }
+        )
     return record, _facts(line, record, contents, changes)
 
 
@@ -126,7 +128,7 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
 def check_masks(masks: dict[str, np.ndarray], pictures: dict[str, np.ndarray]) -> None:
     """Refuses a mask that is empty or of another size than its picture."""
     for field, mask in masks.items():
-        picture = (field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen")
+        picture = field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen"
         _same_size(field, mask, pictures[picture].shape[:2], picture)
         if not mask.any():
             raise Refused(field, "is empty; make the subject's pixels white")
@@ -135,8 +137,11 @@ def check_masks(masks: dict[str, np.ndarray], pictures: dict[str, np.ndarray]) -
 def check_resolution(shape: tuple[int, int], resolution: int) -> None:
     """Refuses a chosen picture, of (height, width), that would be enlarged too much."""
     if min(shape) * MAGNIFIED < resolution:
-        raise Refused("chosen", f"is {_size(shape)} pixels, too small for {resolution}; give "
-                      f"at least {-(-resolution // MAGNIFIED)} on the shorter side")
+        raise Refused(
+            "chosen",
+            f"is {_size(shape)} pixels, too small for {resolution}; give "
+            f"at least {-(-resolution // MAGNIFIED)} on the shorter side",
+        )
 
 
 def _facts(line, record, contents, changes):
@@ -161,8 +166,11 @@ def _difference(chosen, rejected):
         raise Refused("rejected", "equals chosen; a pair without a difference teaches nothing")
     difference = np.abs(chosen.astype(np.int16) - rejected).max(-1) >= VISIBLE
     if not difference.any():
-        raise Refused("rejected", f"differs from chosen nowhere by {VISIBLE} of 255 or more; "
-                      "nobody can see why it is rejected")
+        raise Refused(
+            "rejected",
+            f"differs from chosen nowhere by {VISIBLE} of 255 or more; "
+            "nobody can see why it is rejected",
+        )
     return difference
 
 
@@ -176,8 +184,9 @@ def _masks(line, masks, difference):
             boxed = geometry.box_mask(subject.box, *difference.shape)
             inside = 1.0 if mask is None else (mask & boxed).sum() / mask.sum()
             if inside < KEPT:
-                raise Refused(f"subjects[{i}].box", f"holds {inside:.0%} of the mask; mend one of "
-                              "the two")
+                raise Refused(
+                    f"subjects[{i}].box", f"holds {inside:.0%} of the mask; mend one of the two"
+                )
             mask = boxed if mask is None else mask
         own.append(mask)
     prior, told = masks.get("prior_mask"), "prior_mask"
@@ -188,8 +197,11 @@ def _masks(line, masks, difference):
         return prior, [prior if mask is None else mask for mask in own]
     missed = (difference & ~_grown(prior)).sum() / difference.sum()
     if missed > MISSED:
-        raise Refused("prior_mask", f"misses {missed:.0%} of where chosen and rejected differ "
-                      f"({told}); mark all of it, or leave all masks in the target out")
+        raise Refused(
+            "prior_mask",
+            f"misses {missed:.0%} of where chosen and rejected differ "
+            f"({told}); mark all of it, or leave all masks in the target out",
+        )
     return prior, [prior if mask is None else mask for mask in own]
 
 
@@ -208,8 +220,11 @@ def _seen(field, mask, view):
     left, top, right, bottom = np.rint(view.box).astype(int)
     kept = mask[top:bottom, left:right].sum() / mask.sum()
     if kept < KEPT:
-        raise Refused(field, f"has only {kept:.0%} of its pixels inside the square that is kept of "
-                      "chosen; crop the pictures around the subjects yourself")
+        raise Refused(
+            field,
+            f"has only {kept:.0%} of its pixels inside the square that is kept of "
+            "chosen; crop the pictures around the subjects yourself",
+        )
     seen = view.mask(mask)
     if not seen.any():
         raise Refused(field, f"is too small: nothing of it is left at {view.size} pixels")
@@ -218,8 +233,10 @@ def _seen(field, mask, view):
 
 def _same_size(field, array, shape, other):
     if array.shape[:2] != shape:
-        raise Refused(field, f"is {_size(array.shape)} pixels and {other} is {_size(shape)}; give "
-                      "both one size")
+        raise Refused(
+            field,
+            f"is {_size(array.shape)} pixels and {other} is {_size(shape)}; give both one size",
+        )
 
 
 def _size(shape):

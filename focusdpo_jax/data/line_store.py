@@ -57,14 +57,17 @@ def work(task: Task) -> dict:
     try:
         line = manifest.parse_line(task.text, max_subjects=task.max_subjects)
         manifest.check_tokens(line.caption, task.tokens)
-        contents = {field: manifest.read_file(task.root, path, field)
-                    for field, path in line.files().items()}
+        contents = {
+            field: manifest.read_file(task.root, path, field)
+            for field, path in line.files().items()
+        }
         settings = [_FORMAT, *dataclasses.astuple(task.sizes)]
         parts = [hashlib.sha256(content).hexdigest() for content in contents.values()]
         if any(map(is_converted, contents.values())):
             settings.append("colour profiles")  # Records from before they were read differ.
         outcome["digest"] = hashlib.sha256(
-            json.dumps([settings, outcome["digest"], parts]).encode()).hexdigest()
+            json.dumps([settings, outcome["digest"], parts]).encode()
+        ).hexdigest()
         if task.store is None:
             return outcome
         path = location(task.store, outcome["digest"])
@@ -76,8 +79,13 @@ def work(task: Task) -> dict:
     except Refused as error:
         return outcome | {"refused": [error.field, error.reason]}
     except MemoryError:
-        return outcome | {"refused": ["", "has pictures that do not fit into memory; scale them "
-                                      "down, or give fewer --workers"]}
+        return outcome | {
+            "refused": [
+                "",
+                "has pictures that do not fit into memory; scale them "
+                "down, or give fewer --workers",
+            ]
+        }
 
 
 def start_worker() -> None:
@@ -103,9 +111,13 @@ def _facts(path: epath.Path) -> dict | None:
 
 def _write(path: epath.Path, record: dict, facts: dict) -> None:
     pictures, values = {}, {"subjects": [{} for _ in record["subjects"]]}
-    for entry, target, prefix in [(record, values, ""), *(
+    for entry, target, prefix in [
+        (record, values, ""),
+        *(
             (subject, values["subjects"][i], f"{i}.")
-            for i, subject in enumerate(record["subjects"]))]:
+            for i, subject in enumerate(record["subjects"])
+        ),
+    ]:
         for name, value in entry.items():
             if isinstance(value, np.ndarray) and value.ndim > 1:
                 pictures[prefix + name] = encode_png(value)

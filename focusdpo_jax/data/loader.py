@@ -68,6 +68,7 @@ def make_loader(
     import grain
 
     from focusdpo_jax.data import order
+
     local_size = _local_size(batch_size, process_count)
     if not len(source):
         raise UserError("the data set is empty; build it with at least one record")
@@ -81,8 +82,11 @@ def make_loader(
     dataset = dataset.batch(local_size, drop_remainder=True)
     if batch_transform is not None:
         dataset = dataset.map(batch_transform)
-    return Batches(dataset, workers, grain.ReadOptions(
-        num_threads=1 if workers else threads, prefetch_buffer_size=prefetch))
+    return Batches(
+        dataset,
+        workers,
+        grain.ReadOptions(num_threads=1 if workers else threads, prefetch_buffer_size=prefetch),
+    )
 
 
 class Batches:
@@ -136,17 +140,20 @@ class Batches:
         rest = self._dataset.slice(slice(self._given, None)).to_iter_dataset(self._options)
         if self._workers:
             import grain
+
             if not flags.FLAGS.is_parsed():  # Grain looks at its own, also without a command line.
                 flags.FLAGS.mark_as_parsed()
             rest = rest.mp_prefetch(
                 grain.MultiprocessingOptions(self._workers, self._options.prefetch_buffer_size),
-                worker_init_fn=_start_worker)
+                worker_init_fn=_start_worker,
+            )
         return iter(rest)
 
 
 def _start_worker(index: int, count: int) -> None:
     """Leaves accelerators and signals to the process that trains, and the cores to other workers."""
     import cv2
+
     del index, count
     jax.config.update("jax_platforms", "cpu")
     for number in (signal.SIGINT, signal.SIGTERM):  # Many are sent to all processes of a run.
@@ -193,8 +200,11 @@ def pair_transform(
 
     def transform(record: dict) -> PreferenceBatch:
         check_record(record, max_subjects=num_subjects)
-        return PreferenceBatch(**encode(record, tokenize=tokenize, num_subjects=num_subjects,
-                                        reference_size=reference_size))
+        return PreferenceBatch(
+            **encode(
+                record, tokenize=tokenize, num_subjects=num_subjects, reference_size=reference_size
+            )
+        )
 
     return transform
 

@@ -101,8 +101,9 @@ def read_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (OSError, ValueError) as error:
-        raise UserError(f"--manifest={path} cannot be read ({_why(error)}); give a file of JSON "
-                        "lines") from error
+        raise UserError(
+            f"--manifest={path} cannot be read ({_why(error)}); give a file of JSON lines"
+        ) from error
 
 
 def parse_line(text: bytes, *, max_subjects: int) -> Line:
@@ -114,10 +115,14 @@ def parse_line(text: bytes, *, max_subjects: int) -> Line:
     values = parse_object(text, _FIELDS)
     return Line(
         caption=read_text(values, "caption", CAPTION),
-        chosen=read_path(values, "chosen"), rejected=read_path(values, "rejected"),
-        subjects=tuple(_subject(s, f"subjects[{i}]")
-                       for i, s in enumerate(read_subjects(values, max_subjects))),
-        prior_mask=read_path(values, "prior_mask", optional=True), group=read_group(values))
+        chosen=read_path(values, "chosen"),
+        rejected=read_path(values, "rejected"),
+        subjects=tuple(
+            _subject(s, f"subjects[{i}]") for i, s in enumerate(read_subjects(values, max_subjects))
+        ),
+        prior_mask=read_path(values, "prior_mask", optional=True),
+        group=read_group(values),
+    )
 
 
 def parse_object(text: bytes, fields: tuple[str, ...]) -> dict:
@@ -131,15 +136,19 @@ def parse_object(text: bytes, fields: tuple[str, ...]) -> dict:
     try:
         decoded = text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused("", f"is not UTF-8 text (byte {error.start + 1}); save the manifest as "
-                      "UTF-8") from error
+        raise Refused(
+            "", f"is not UTF-8 text (byte {error.start + 1}); save the manifest as UTF-8"
+        ) from error
     try:
         values = json.loads(decoded, object_pairs_hook=_unique)
     except RecursionError as error:
         raise Refused("", "is nested too deeply; write one flat object") from error
     except ValueError as error:
-        reason = (f"{error.msg} at column {error.colno}"
-                  if isinstance(error, json.JSONDecodeError) else str(error))
+        reason = (
+            f"{error.msg} at column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         raise Refused("", f"is not JSON ({reason}); write one object a line") from error
     if not isinstance(values, dict):
         raise Refused("", "is not a JSON object; write {...}")
@@ -151,8 +160,9 @@ def read_subjects(values: dict, max_subjects: int) -> list:
     """The list of a line's subjects, not looked into."""
     subjects = values.get("subjects")
     if not isinstance(subjects, list):
-        raise Refused("subjects", f"{_given(values, 'subjects')}; give a list of 1 to "
-                      f"{max_subjects} objects")
+        raise Refused(
+            "subjects", f"{_given(values, 'subjects')}; give a list of 1 to {max_subjects} objects"
+        )
     if not 1 <= len(subjects) <= max_subjects:
         raise Refused("subjects", f"has {len(subjects)} entries; give 1 to {max_subjects}")
     return subjects
@@ -170,7 +180,8 @@ def _subject(values, where: str) -> Subject:
         reference_mask=read_path(values, "reference_mask", where + "."),
         phrase=read_text(values, "phrase", PHRASE, where + "."),
         mask=read_path(values, "mask", where + ".", optional=True),
-        box=read_box(values, where + "."))
+        box=read_box(values, where + "."),
+    )
 
 
 def check_subject(values, fields: tuple[str, ...], where: str) -> None:
@@ -194,8 +205,11 @@ def check_known(values: dict, fields: tuple[str, ...], where: str) -> None:
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
-            raise Refused(where + name[:60], "is not a field; " + (
-                f"did you mean {close[0]}?" if close else "what is your own belongs in info"))
+            raise Refused(
+                where + name[:60],
+                "is not a field; "
+                + (f"did you mean {close[0]}?" if close else "what is your own belongs in info"),
+            )
 
 
 def _given(values: dict, name: str) -> str:
@@ -212,8 +226,9 @@ def read_text(values: dict, name: str, cure: str, where: str = "") -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refused(where + name, "holds half a surrogate pair, which is no character; write "
-                      "it as UTF-8") from error
+        raise Refused(
+            where + name, "holds half a surrogate pair, which is no character; write it as UTF-8"
+        ) from error
     return text
 
 
@@ -233,8 +248,11 @@ def read_box(values: dict, where: str) -> tuple[float, float, float, float] | No
     if value is None:
         return None
     form = "give [x0, y0, x1, y1] as shares of width and height, 0 <= x0 < x1 <= 1"
-    numbers = isinstance(value, list) and len(value) == 4 and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    numbers = (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    )
     if not numbers:
         raise Refused(field, f"is {json.dumps(value)[:60]}; {form}")
     x0, y0, x1, y1 = value
@@ -255,8 +273,9 @@ def check_tokens(caption: str, tokens: int | None) -> None:
     at_least = "" if tokens is not None else "at least "
     tokens = len(_PIECES.findall(caption)) + 2 if tokens is None else tokens
     if tokens > MAX_TOKENS:
-        raise Refused("caption", f"has {at_least}{tokens} tokens and CLIP reads {MAX_TOKENS}; "
-                      "shorten it")
+        raise Refused(
+            "caption", f"has {at_least}{tokens} tokens and CLIP reads {MAX_TOKENS}; shorten it"
+        )
 
 
 def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
@@ -273,14 +292,16 @@ def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
         real = os.path.realpath(root)  # Links may lead anywhere.
         outside = not os.path.realpath(path).startswith(real.rstrip("/") + "/")
     if outside:
-        raise Refused(field, f"= {name[:80]!r} leads out of the manifest's folder; give a path "
-                      "below it")
+        raise Refused(
+            field, f"= {name[:80]!r} leads out of the manifest's folder; give a path below it"
+        )
     try:
         if "://" not in root and not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused(field, f"= {name[:80]!r} is no ordinary file; give a picture")
         if path.stat().length > MAX_FILE:
-            raise Refused(field, f"= {name[:80]!r} is larger than {MAX_FILE >> 20} MiB; save it "
-                          "smaller")
+            raise Refused(
+                field, f"= {name[:80]!r} is larger than {MAX_FILE >> 20} MiB; save it smaller"
+            )
         return path.read_bytes()
     except FileNotFoundError as error:
         raise Refused(field, f"= {name[:80]!r}: no such file in the manifest's folder") from error

@@ -55,8 +55,10 @@ def skipping_images(features: tfds.features.FeaturesDict) -> dict[str, Any]:
 
 def _for_images(features, decode):
     names = ("chosen", "rejected", "prior_mask", "changed_mask")
-    return {**{name: decode for name in names if name in features},
-            "subjects": dict.fromkeys(("reference", "reference_mask", "mask"), decode)}
+    return {
+        **{name: decode for name in names if name in features},
+        "subjects": dict.fromkeys(("reference", "reference_mask", "mask"), decode),
+    }
 
 
 class PreferencePairs(tfds.core.GeneratorBasedBuilder):

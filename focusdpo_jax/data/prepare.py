@@ -58,16 +58,20 @@ class Settings:
             raise UserError(f"--resolution={self.resolution}: give a side in pixels, 8 or more")
         if self.resolution % 4:
             nearest = max(8, round(self.resolution / 8) * 8)
-            raise UserError(f"--resolution={self.resolution}: no model draws squares of that side; give a "
-                            f"multiple of 8, such as {nearest} (Toybox's model also takes multiples of 4)")
+            raise UserError(
+                f"--resolution={self.resolution}: no model draws squares of that side; give a "
+                f"multiple of 8, such as {nearest} (Toybox's model also takes multiples of 4)"
+            )
         if self.max_subjects < 1:
             raise UserError(f"--max_subjects={self.max_subjects}: give 1 or more")
         for name in ("validation", "test"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
         if self.validation + self.test >= 1:
-            raise UserError(f"--validation={self.validation} --test={self.test}: nothing is left "
-                            "to train on; make their sum less than 1")
+            raise UserError(
+                f"--validation={self.validation} --test={self.test}: nothing is left "
+                "to train on; make their sum less than 1"
+            )
 
     @property
     def sizes(self) -> Sizes:
@@ -115,8 +119,10 @@ def prepare(
                     work.rmtree()
                 return _finished(output, make, total, workers)
             if not work.exists():
-                raise UserError(f"--output={output} has a folder {PAIRS} that `prepare` did not "
-                                "make; give another --output")
+                raise UserError(
+                    f"--output={output} has a folder {PAIRS} that `prepare` did not "
+                    "make; give another --output"
+                )
         work.mkdir(parents=True, exist_ok=True)
         remove_unfinished(output)
         outcomes = list(_run(make(work / "lines"), total, workers))
@@ -130,8 +136,10 @@ def prepare(
         _write_report(output, report | {"status": "complete"})
         work.rmtree()
     except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error.strerror or error}); give a "
-                        "folder with room that you may write") from error
+        raise UserError(
+            f"--output={output} cannot be written ({error.strerror or error}); give a "
+            "folder with room that you may write"
+        ) from error
     return report | {"status": "complete"}
 
 
@@ -144,9 +152,14 @@ class _Tasks:
     def __call__(self, store) -> Iterator[line_store.Task]:
         for number, text in manifest.read_lines(self._path):
             yield line_store.Task(
-                number=number, text=text, tokens=self._tokens(text), root=str(self._path.parent),
-                store=str(store) if store else None, sizes=self._settings.sizes,
-                max_subjects=self._settings.max_subjects)
+                number=number,
+                text=text,
+                tokens=self._tokens(text),
+                root=str(self._path.parent),
+                store=str(store) if store else None,
+                sizes=self._settings.sizes,
+                max_subjects=self._settings.max_subjects,
+            )
 
     def _tokens(self, text):
         if self._count is None:
@@ -171,22 +184,27 @@ def _run(tasks, total, workers) -> Iterator[dict]:
         else:
             outcomes = _in_processes(tasks, workers, stack)
         bar = stack.enter_context(
-            tqdm(total=total, unit="line", disable=not sys.stderr.isatty(), dynamic_ncols=True))
+            tqdm(total=total, unit="line", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        )
         began = time.monotonic()
         for done, outcome in enumerate(outcomes, 1):
             bar.update()
             if bar.disable:
                 left = (time.monotonic() - began) / done * (total - done)
                 logging.log_every_n_seconds(
-                    logging.INFO, "line %d of %d, about %.0f s left", 10, done, total, left)
+                    logging.INFO, "line %d of %d, about %.0f s left", 10, done, total, left
+                )
             yield outcome
 
 
 def _in_processes(tasks, workers, stack):
     """Works on a few tasks a worker ahead, so that a long manifest is never in memory."""
     # Fresh interpreters: forking a process that has threads may hang.
-    pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), line_store.start_worker))
+    pool = stack.enter_context(
+        concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), line_store.start_worker
+        )
+    )
     # Entered later and so left first: what waits is dropped when this process stops.
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
 
@@ -201,19 +219,25 @@ def _in_processes(tasks, workers, stack):
             yield waiting.popleft().result()
             waiting.extend(itertools.islice(futures, 1))
     except concurrent.futures.BrokenExecutor as error:
-        raise UserError("a worker process died, perhaps for want of memory; run the same line "
-                        "again with fewer --workers, it goes on from here") from error
+        raise UserError(
+            "a worker process died, perhaps for want of memory; run the same line "
+            "again with fewer --workers, it goes on from here"
+        ) from error
 
 
 def _build(output, work, outcomes, report, settings, draw_sheet):
     """Writes the data set and the contact sheet, each under its final name when it is whole."""
-    splits = assign_splits({o["line"]: o["facts"]["group"] for o in outcomes if "facts" in o},
-                           settings)
+    splits = assign_splits(
+        {o["line"]: o["facts"]["group"] for o in outcomes if "facts" in o}, settings
+    )
     report["splits"] = dict(collections.Counter(splits.values()))
     sources = {}
     for split in ("train", "validation", "test"):
-        paths = [line_store.location(work / "lines", o["digest"]) for o in outcomes
-                 if splits.get(o["line"]) == split]
+        paths = [
+            line_store.location(work / "lines", o["digest"])
+            for o in outcomes
+            if splits.get(o["line"]) == split
+        ]
         if paths:
             sources[split] = line_store.ReadySource(paths)
     for leftover in (work / "build", output / PAIRS):
@@ -221,9 +245,12 @@ def _build(output, work, outcomes, report, settings, draw_sheet):
             leftover.rmtree()
     most = max(map(int, report["subjects_per_scene"]))
     path = dataset.build(
-        work / "build", "prepared", sources,
+        work / "build",
+        "prepared",
+        sources,
         {"resolution": settings.resolution, "subjects": most, "content": report["content"]},
-        max_subjects=most)
+        max_subjects=most,
+    )
     draw_sheet(output / SHEET, _spread(dataset.open_source(path, "train")))
     path.rename(output / PAIRS)
 
@@ -240,11 +267,15 @@ def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     Returns:
       Line to "train", "validation" or "test".
     """
-    place = {group: int(hashlib.sha256(group.encode()).hexdigest()[:12], 16) / 16**12
-             for group in groups.values()}
+    place = {
+        group: int(hashlib.sha256(group.encode()).hexdigest()[:12], 16) / 16**12
+        for group in groups.values()
+    }
     edges = settings.validation, settings.validation + settings.test
-    split = {group: "validation" if where < edges[0] else "test" if where < edges[1] else "train"
-             for group, where in place.items()}
+    split = {
+        group: "validation" if where < edges[0] else "test" if where < edges[1] else "train"
+        for group, where in place.items()
+    }
     order = sorted(place, key=lambda group: (place[group], group))
     if len(order) >= 3:
         for name in ("validation", "test"):
@@ -268,8 +299,10 @@ def _finished(output, make, total, workers):
     identity = make.identity(list(_run(make(None), total, workers)))
     if identity == {name: report.get(name) for name in identity}:
         return report
-    raise UserError(f"--output={output} holds another data set: its manifest, pictures or settings "
-                    "were others. Give another --output, or remove the folder")
+    raise UserError(
+        f"--output={output} holds another data set: its manifest, pictures or settings "
+        "were others. Give another --output, or remove the folder"
+    )
 
 
 def _read_report(output):

@@ -33,8 +33,11 @@ def summarize(outcomes: list[dict], identity: dict) -> dict:
     return identity | {
         "lines": len(outcomes),
         "accepted": len(accepted),
-        "refused": [{"line": o["line"], "field": o["refused"][0], "reason": o["refused"][1]}
-                    for o in outcomes if "refused" in o],
+        "refused": [
+            {"line": o["line"], "field": o["refused"][0], "reason": o["refused"][1]}
+            for o in outcomes
+            if "refused" in o
+        ],
         "duplicates": duplicates,
         "subjects_per_scene": _count(str(f["subjects"]) for f in facts),
         "sizes": _count(f"{f['size'][0]} x {f['size'][1]}" for f in facts),
@@ -57,22 +60,30 @@ def _spread(values):
 
 def describe(report: dict) -> str:
     """The report in a few lines for a terminal."""
+
     def listed(counts, unit=""):
         return ", ".join(f"{n} with {name}{unit}" for name, n in counts.items()) or "none"
 
     splits = ", ".join(f"{name} {count}" for name, count in report["splits"].items())
-    lines = [f"{report['accepted']} of {report['lines']} lines accepted ({splits})",
-             f"subjects: {listed(report['subjects_per_scene'])}",
-             "subject area: {least:.1%} to {most:.1%} of the picture, median {median:.1%}".format(
-                 **report["subject_area"])]
+    lines = [
+        f"{report['accepted']} of {report['lines']} lines accepted ({splits})",
+        f"subjects: {listed(report['subjects_per_scene'])}",
+        "subject area: {least:.1%} to {most:.1%} of the picture, median {median:.1%}".format(
+            **report["subject_area"]
+        ),
+    ]
     if report["changes"]:
         lines.append(f"converted: {listed(report['changes'])}")
     if report["enlarged"]:
         lines.append(f"smaller than the resolution, and enlarged: {report['enlarged']}")
     if report["duplicates"]:
-        lines.append("duplicates: " + ", ".join(
-            f"line {d['line']} repeats {d['same_as']}" for d in report["duplicates"][:5])
-            + (" and more" if len(report["duplicates"]) > 5 else ""))
+        lines.append(
+            "duplicates: "
+            + ", ".join(
+                f"line {d['line']} repeats {d['same_as']}" for d in report["duplicates"][:5]
+            )
+            + (" and more" if len(report["duplicates"]) > 5 else "")
+        )
     for entry in report["refused"][:10]:
         field = f" {entry['field']}" if entry["field"] else ""
         lines.append(f"refused line {entry['line']}:{field} {entry['reason']}")
@@ -94,5 +105,6 @@ def complaint(refused: list[dict], total: int, path, skip: bool) -> str:
     where = f"line {first['line']}: " + (f"{first['field']} " if first["field"] else "")
     count = "line is" if total == 1 else f"{total} lines are"
     start = f"{len(refused)} of {count} refused" + (", nothing is left" if skip else "")
-    return (f"{start}; {where}{first['reason']}. All reasons are in {path}"
-            + ("" if skip else ". Mend the lines, or leave them out with --on-error=skip"))
+    return f"{start}; {where}{first['reason']}. All reasons are in {path}" + (
+        "" if skip else ". Mend the lines, or leave them out with --on-error=skip"
+    )

@@ -116,7 +116,9 @@ def parse_line(text: bytes, *, max_subjects: int, hooks: Hooks) -> SceneLine:
         caption=_told(values, "caption", manifest.CAPTION, hooks),
         chosen=manifest.read_path(values, "chosen"),
         subjects=tuple(_subject(s, f"subjects[{i}]", hooks) for i, s in enumerate(subjects)),
-        group=manifest.read_group(values), info=values.get("info"))
+        group=manifest.read_group(values),
+        info=values.get("info"),
+    )
 
 
 def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
@@ -128,19 +130,28 @@ def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
         box=manifest.read_box(values, where),
         reference=manifest.read_path(values, "reference", where, optional=True),
         reference_mask=manifest.read_path(values, "reference_mask", where, optional=True),
-        info=values.get("info"))
+        info=values.get("info"),
+    )
     if subject.mask is None and subject.box is None and hooks.segment is None:
-        raise Refused(where + "mask", "is missing; give the file of a mask, a box, or a "
-                      "--segmenter that finds it")
+        raise Refused(
+            where + "mask",
+            "is missing; give the file of a mask, a box, or a --segmenter that finds it",
+        )
     if subject.mask is None and subject.box is None and subject.phrase is None:
-        raise Refused(where + "phrase", "is missing like the mask; give one of the two, by which "
-                      "the other can be found")
+        raise Refused(
+            where + "phrase",
+            "is missing like the mask; give one of the two, by which the other can be found",
+        )
     if subject.reference is None and subject.reference_mask is not None:
-        raise Refused(where + "reference", "is missing beside a reference_mask; give both, or none "
-                      "to take what the mask cuts out")
+        raise Refused(
+            where + "reference",
+            "is missing beside a reference_mask; give both, or none to take what the mask cuts out",
+        )
     if subject.reference is not None and subject.reference_mask is None and hooks.segment is None:
-        raise Refused(where + "reference_mask", "is missing; give the file of a mask, or a "
-                      "--segmenter that finds it")
+        raise Refused(
+            where + "reference_mask",
+            "is missing; give the file of a mask, or a --segmenter that finds it",
+        )
     return subject
 
 
@@ -168,10 +179,20 @@ def open_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> 
     shape = pictures["chosen"].shape[:2]
     line_record.check_resolution(shape, resolution)
     line_record.check_masks(masks, pictures)
-    subjects = [Subject(subject.phrase, *(
-        kind.get(f"subjects[{i}].{field}") for kind, field in (
-            (masks, "mask"), (pictures, "reference"), (masks, "reference_mask"))))
-        for i, subject in enumerate(line.subjects)]
+    subjects = [
+        Subject(
+            subject.phrase,
+            *(
+                kind.get(f"subjects[{i}].{field}")
+                for kind, field in (
+                    (masks, "mask"),
+                    (pictures, "reference"),
+                    (masks, "reference_mask"),
+                )
+            ),
+        )
+        for i, subject in enumerate(line.subjects)
+    ]
     scene = Scene(line.caption, pictures["chosen"], subjects)
     for i, subject in enumerate(subjects):
         _check_subject(scene, subject, f"subjects[{i}].")
@@ -184,19 +205,29 @@ def _check_subject(scene, subject, where):
     if subject.mask is not None:
         extent = max(high - low for low, high in geometry.bounds(subject.mask))
         if extent > min(height, width):
-            raise Refused(where + "mask", f"is {extent} pixels long and the shorter side of chosen "
-                          f"{min(height, width)}; crop the picture so that a square holds the "
-                          "subject")
+            raise Refused(
+                where + "mask",
+                f"is {extent} pixels long and the shorter side of chosen "
+                f"{min(height, width)}; crop the picture so that a square holds the "
+                "subject",
+            )
     if None not in (scene.caption, subject.phrase):
         caption = scene.caption.casefold()
         words = [w for w in _WORDS.findall(subject.phrase.casefold()) if w not in _SMALL]
         if words and not any(word in caption for word in words):
-            raise Refused(where + "phrase", f"= {subject.phrase[:60]!r} has no word in common with "
-                          "the caption, which is to name every subject; mend one of the two")
+            raise Refused(
+                where + "phrase",
+                f"= {subject.phrase[:60]!r} has no word in common with "
+                "the caption, which is to name every subject; mend one of the two",
+            )
 
 
-def fill(scene: Scene, line: SceneLine, hooks: Hooks,
-         cut: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+def fill(
+    scene: Scene,
+    line: SceneLine,
+    hooks: Hooks,
+    cut: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+) -> None:
     """Makes up for what a scene lacks, in place.
 
     Args:
@@ -213,7 +244,8 @@ def fill(scene: Scene, line: SceneLine, hooks: Hooks,
         where = f"subjects[{i}]."
         if subject.mask is None and hooks.segment is not None:
             subject.mask = _segmented(
-                hooks, scene.picture, subject.phrase, told.box, where + "mask")
+                hooks, scene.picture, subject.phrase, told.box, where + "mask"
+            )
         elif subject.mask is None:
             subject.mask = geometry.box_mask(told.box, *shape)
         if subject.phrase is None:
@@ -222,7 +254,8 @@ def fill(scene: Scene, line: SceneLine, hooks: Hooks,
             subject.reference, subject.reference_mask = cut(scene.picture, subject.mask)
         elif subject.reference_mask is None:
             subject.reference_mask = _segmented(
-                hooks, subject.reference, subject.phrase, None, where + "reference_mask")
+                hooks, subject.reference, subject.phrase, None, where + "reference_mask"
+            )
     if scene.caption is None:
         scene.caption = _described(hooks, scene.picture, np.ones(shape, bool), "caption")
     for i, subject in enumerate(scene.subjects):
@@ -232,11 +265,17 @@ def fill(scene: Scene, line: SceneLine, hooks: Hooks,
 def _segmented(hooks, picture, phrase, box, field):
     mask = np.asarray(hooks.segment(picture, phrase or "", box))
     if mask.dtype != bool or mask.shape != picture.shape[:2]:
-        raise Refused(field, f"by --segmenter is {mask.dtype} {list(mask.shape)}; it has to return "
-                      f"bool {list(picture.shape[:2])}, the picture's size")
+        raise Refused(
+            field,
+            f"by --segmenter is {mask.dtype} {list(mask.shape)}; it has to return "
+            f"bool {list(picture.shape[:2])}, the picture's size",
+        )
     if not mask.any():
-        raise Refused(field, f"by --segmenter is empty: it finds no {phrase or 'subject'!r}; give "
-                      "the file of a mask")
+        raise Refused(
+            field,
+            f"by --segmenter is empty: it finds no {phrase or 'subject'!r}; give "
+            "the file of a mask",
+        )
     return mask
 
 

@@ -67,9 +67,9 @@ class Spacing:
 
     def __post_init__(self):
         if self.name not in SPACINGS:
-            raise UserError(f"timestep spacing is {self.name!r}; choose one of "
-                            f"{', '.join(SPACINGS)}")
-
+            raise UserError(
+                f"timestep spacing is {self.name!r}; choose one of {', '.join(SPACINGS)}"
+            )
 
 
 class _Coefficients(NamedTuple):
@@ -172,8 +172,7 @@ def sampling_timesteps(
     spacing = _as_spacing(spacing)
     laid = steps + chosen.lays_the_end
     if steps < 1 or laid >= timesteps:
-        raise UserError(
-            f"sampling steps is {steps}; choose 1 to {timesteps - 1 - (laid - steps)}")
+        raise UserError(f"sampling steps is {steps}; choose 1 to {timesteps - 1 - (laid - steps)}")
     # In the arithmetic of diffusers, whose rounding decides between two timesteps at some counts.
     if spacing.name == "leading":
         visited = np.arange(laid)[::-1] * (timesteps // laid) + spacing.steps_offset
@@ -184,8 +183,10 @@ def sampling_timesteps(
     else:
         visited = np.linspace(0, timesteps - 1, laid).round()[::-1]
     if visited[0] >= timesteps:
-        raise UserError(f"steps_offset is {spacing.steps_offset}: {steps} steps would begin at "
-                        f"timestep {visited[0]}, of {timesteps}; give fewer steps")
+        raise UserError(
+            f"steps_offset is {spacing.steps_offset}: {steps} steps would begin at "
+            f"timestep {visited[0]}, of {timesteps}; give fewer steps"
+        )
     return visited[:steps].astype(np.int32)
 
 
@@ -221,9 +222,7 @@ def guides(scale: float) -> bool:
     return scale > 1
 
 
-def classifier_free_guidance(
-    denoise_fn: DenoiseFn, scale: Float[Array, ""] | float
-) -> DenoiseFn:
+def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Float[Array, ""] | float) -> DenoiseFn:
     """A denoiser of B latents from one of 2B: one call on [conditional, unconditional].
 
         prediction = unconditional + scale (conditional - unconditional)
@@ -270,8 +269,10 @@ def first_step(steps: int, strength: float) -> int:
     """
     made = int(steps * strength) if 0 < strength <= 1 else 0
     if not made:
-        raise UserError(f"strength is {strength} of {steps} steps; choose a share of 1 step or "
-                        f"more: {1 / steps:.3g} to 1")
+        raise UserError(
+            f"strength is {strength} of {steps} steps; choose a share of 1 step or "
+            f"more: {1 / steps:.3g} to 1"
+        )
     return steps - made
 
 
@@ -279,6 +280,7 @@ def step_noise(
     keys: Key[Array, "batch"], step: Int[Array, ""] | int, shape: tuple[int, ...]
 ) -> Latents:
     """The fresh noise of one ancestral step, [B, *shape]; a row depends on its own key alone."""
+
     def draw(key):
         return jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32)
 
@@ -321,18 +323,22 @@ def sample(
     chosen, spacing = _sampler_named(sampler), _as_spacing(spacing)
     first = 0 if known is None else first_step(steps, known.strength)
     visited = sampling_timesteps(schedule.timesteps, steps, spacing, sampler)[first:]
-    alpha, sigma = (jnp.append(level, end) for level, end
-                    in zip(_levels(schedule, visited), (1.0, 0.0)))
+    alpha, sigma = (
+        jnp.append(level, end) for level, end in zip(_levels(schedule, visited), (1.0, 0.0))
+    )
     coefficients, alpha_next = chosen.coefficients(alpha, sigma), alpha[1:]
     if chosen.steps_back:
         back = visited - schedule.timesteps // steps
         abar = jnp.asarray(schedule.alphas_cumprod)
-        abar = jnp.where(back >= 0, abar[np.maximum(back, 0)],
-                         1.0 if spacing.set_alpha_to_one else abar[0])
+        abar = jnp.where(
+            back >= 0, abar[np.maximum(back, 0)], 1.0 if spacing.set_alpha_to_one else abar[0]
+        )
         alpha_next, coefficients = jnp.sqrt(abar), _Coefficients(kept=jnp.sqrt(1 - abar))
     if coefficients.fresh is not None and keys is None:
-        raise ValueError(f"sampler {sampler!r} draws noise at every step; pass keys, one for each "
-                         "of the latents: jax.random.split(key, len(noise))")
+        raise ValueError(
+            f"sampler {sampler!r} draws noise at every step; pass keys, one for each "
+            "of the latents: jax.random.split(key, len(noise))"
+        )
 
     def step(carry, now):
         latents, x0_before = carry
@@ -354,7 +360,13 @@ def sample(
         start = alpha[0] * known.latents + sigma[0] * start
     elif chosen.starts_without_signal and spacing.name != "leading":
         start = sigma[0] * start
-    table = (jnp.arange(first, steps), jnp.asarray(visited), (alpha[:-1], sigma[:-1]),
-             (alpha[1:], sigma[1:]), alpha_next, coefficients)
+    table = (
+        jnp.arange(first, steps),
+        jnp.asarray(visited),
+        (alpha[:-1], sigma[:-1]),
+        (alpha[1:], sigma[1:]),
+        alpha_next,
+        coefficients,
+    )
     (latents, _), _ = jax.lax.scan(step, (start, jnp.zeros_like(start)), table)
     return latents

@@ -146,11 +146,14 @@ def scaled_linear_schedule(
         about the image where there is only noise.
     """
     if prediction_type not in PREDICTION_TYPES:
-        raise UserError(f"prediction_type is {prediction_type!r}; "
-                        f"choose one of {', '.join(PREDICTION_TYPES)}")
+        raise UserError(
+            f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}"
+        )
     if zero_terminal_snr and prediction_type == "epsilon":
-        raise UserError("prediction_type is 'epsilon', which a schedule with zero terminal SNR "
-                        "cannot use; choose v_prediction or sample")
+        raise UserError(
+            "prediction_type is 'epsilon', which a schedule with zero terminal SNR "
+            "cannot use; choose v_prediction or sample"
+        )
     betas = np.square(np.linspace(np.sqrt(beta_start), np.sqrt(beta_end), timesteps))
     alphas_cumprod = np.cumprod(1 - betas)  # in float64; rounded once, at the end
     if zero_terminal_snr:

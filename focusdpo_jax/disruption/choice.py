@@ -31,8 +31,9 @@ def own_encoder(model, batch_size):
 
     parameters = {"image_encoder": model.parameters["image_encoder"]}
     settings = Preprocessing((size, size), None, mean=(0.0,) * 3, deviation=(1.0,) * 3)
-    return encoders.PictureEncoder("image_encoder", apply, parameters, settings,
-                                   encoders.digest_of(parameters), batch_size)
+    return encoders.PictureEncoder(
+        "image_encoder", apply, parameters, settings, encoders.digest_of(parameters), batch_size
+    )
 
 
 class Judge:
@@ -48,8 +49,10 @@ class Judge:
         Without CLIP the phrase's fit is left to the generator.
         """
         self._encode, self._clip = encode, clip
-        self.name = {"instance_similarity": f"{encode.name} {encode.digest}",
-                     "caption_similarity": f"clip {clip[0].digest}" if clip else "denoising"}
+        self.name = {
+            "instance_similarity": f"{encode.name} {encode.digest}",
+            "caption_similarity": f"clip {clip[0].digest}" if clip else "denoising",
+        }
 
     def scores(self, original, candidates, mask, phrase, fits):
         """What there is to choose by.

@@ -36,17 +36,21 @@ def load(flag, group, name):
     found = importlib.metadata.entry_points(group=group)
     if name not in found.names:
         listed = ", ".join(sorted(found.names)) or "none"
-        raise UserError(f"--{flag}={name}: no installed package has such an entry point in the "
-                        f"group {group} (there: {listed}); install one, or see docs/data.md for "
-                        "how to write it")
+        raise UserError(
+            f"--{flag}={name}: no installed package has such an entry point in the "
+            f"group {group} (there: {listed}); install one, or see docs/data.md for "
+            "how to write it"
+        )
     entry = found[name]
     try:
         function = entry.load()
     except Exception as error:  # Whatever importing somebody's module raises.
         reason = " ".join(str(error).split())
-        raise UserError(f"--{flag}={name}: {entry.value} cannot be loaded "
-                        f"({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"--{flag}={name}: {entry.value} cannot be loaded ({type(error).__name__}: {reason})"
+        ) from error
     if not callable(function):
-        raise UserError(f"--{flag}={name}: {entry.value} is {type(function).__name__} and not a "
-                        "function")
+        raise UserError(
+            f"--{flag}={name}: {entry.value} is {type(function).__name__} and not a function"
+        )
     return function

@@ -25,9 +25,11 @@ def inpaints(generator):
     """
     channels, read = generator.config.vae.latent_channels, generator.config.unet.in_channels
     if read not in (channels, 2 * channels + 1):
-        raise UserError(f"the UNet reads {read} channels; disruption needs one that reads the "
-                        f"{channels} of the latents, or {2 * channels + 1} with mask and masked "
-                        "picture")
+        raise UserError(
+            f"the UNet reads {read} channels; disruption needs one that reads the "
+            f"{channels} of the latents, or {2 * channels + 1} with mask and masked "
+            "picture"
+        )
     return read != channels
 
 
@@ -46,8 +48,9 @@ def latent_mask(mask, factor):
     return cells.any((1, 3)).astype(jnp.float32)[None, :, :, None]
 
 
-def make_inpaint(generator, *, steps, strength, guidance, negative_token_ids, sampler="ddim",
-                 image_scale=1.0):
+def make_inpaint(
+    generator, *, steps, strength, guidance, negative_token_ids, sampler="ddim", image_scale=1.0
+):
     """Builds the jitted function that draws several candidates for one place.
 
     With a UNet that reads latents alone, those outside the mask are put back after every step
@@ -88,16 +91,30 @@ def make_inpaint(generator, *, steps, strength, guidance, negative_token_ids, sa
             inpainting = for_all(_for_inpainting(generator, parameters, pixels, mask, drawn))
         view = generator.view(parameters, reference[None, None])
         denoise = conditioned_denoiser(
-            generator, parameters, for_all(token_ids[None]), for_all(time_ids[None]),
-            jax.tree.map(for_all, view), for_all(jnp.reshape(present, (1, 1))),
+            generator,
+            parameters,
+            for_all(token_ids[None]),
+            for_all(time_ids[None]),
+            jax.tree.map(for_all, view),
+            for_all(jnp.reshape(present, (1, 1))),
             negative_token_ids=negative_token_ids if guided else None,
-            image_scale=image_scale, inpainting=inpainting)
+            image_scale=image_scale,
+            inpainting=inpainting,
+        )
         if guided:
             denoise = samplers.classifier_free_guidance(denoise, guidance)
         latents = samplers.sample(
-            denoise, generator.schedule, noise, steps, spacing, sampler=sampler, keys=keys,
-            known=samplers.Known(latents=clean, kept=None if reads_mask else 1 - drawn,
-                                 strength=strength))
+            denoise,
+            generator.schedule,
+            noise,
+            steps,
+            spacing,
+            sampler=sampler,
+            keys=keys,
+            known=samplers.Known(
+                latents=clean, kept=None if reads_mask else 1 - drawn, strength=strength
+            ),
+        )
         pixels = jnp.clip(generator.decode_latents(parameters, latents), 0, 1)
         return jnp.round(pixels * 255).astype(jnp.uint8)
 
@@ -136,18 +153,26 @@ def make_fit(generator, negative_token_ids):
 
         inpainting = None
         if reads_mask:
-            inpainting = for_all(
-                _for_inpainting(generator, parameters, pixels[:1], mask, drawn))
+            inpainting = for_all(_for_inpainting(generator, parameters, pixels[:1], mask, drawn))
         nobody = generator.view(parameters, jnp.ones((1, 1, size, size, 3)))
         denoise = conditioned_denoiser(
-            generator, parameters, for_all(token_ids[None]), for_all(time_ids[None]),
-            jax.tree.map(for_all, nobody), jnp.zeros((count, 1), bool),
-            negative_token_ids=negative_token_ids, inpainting=inpainting)
+            generator,
+            parameters,
+            for_all(token_ids[None]),
+            for_all(time_ids[None]),
+            jax.tree.map(for_all, nobody),
+            jnp.zeros((count, 1), bool),
+            negative_token_ids=negative_token_ids,
+            inpainting=inpainting,
+        )
 
         def gain(at):
             number, timestep = at
-            noise = for_all(jax.random.normal(
-                jax.random.fold_in(jax.random.key(0), number), (1, *clean.shape[1:])))
+            noise = for_all(
+                jax.random.normal(
+                    jax.random.fold_in(jax.random.key(0), number), (1, *clean.shape[1:])
+                )
+            )
             t = jnp.full((count,), timestep)
             noisy, target = schedule.add_noise(clean, noise, t), schedule.target(clean, noise, t)
             predicted = denoise(jnp.concatenate([noisy, noisy]), jnp.concatenate([t, t]))
@@ -164,8 +189,9 @@ def make_fit(generator, negative_token_ids):
 class Inpainter:
     """Draws candidates for a place in a picture, a batch at a time, on devices that share it."""
 
-    def __init__(self, model, *, resolution, steps, strength, guidance, sampler="ddim",
-                 batch_size=8):
+    def __init__(
+        self, model, *, resolution, steps, strength, guidance, sampler="ddim", batch_size=8
+    ):
         """Builds the programs.
 
         Args:
@@ -184,8 +210,13 @@ class Inpainter:
         self._parameters = replicate(model.parameters, self._mesh)
         nothing = model.tokenizer("")
         self._inpaint = make_inpaint(
-            model.generator, steps=steps, strength=strength, guidance=guidance, sampler=sampler,
-            negative_token_ids=nothing)
+            model.generator,
+            steps=steps,
+            strength=strength,
+            guidance=guidance,
+            sampler=sampler,
+            negative_token_ids=nothing,
+        )
         self._fit = make_fit(model.generator, nothing)
 
     def draw(self, picture, mask, phrase, seeds, reference=None):
@@ -208,30 +239,42 @@ class Inpainter:
         """
         side = self._resolution
         extent = max(high - low for low, high in geometry.bounds(mask))
-        square = geometry.square_around(
-            mask, min(max(side, CONTEXT * extent), *picture.shape[:2]))
+        square = geometry.square_around(mask, min(max(side, CONTEXT * extent), *picture.shape[:2]))
         small, inside = (geometry.pad_to_square(x[square], side) for x in (picture, mask))
         size = self._generator.config.image_encoder.image_size
-        shown = (np.full((size, size, 3), 255, np.uint8) if reference is None
-                 else geometry.pad_to_square(reference, size))
-        shared = replicate((small, inside, self._tokenizer(phrase), np.float32(
-            [side, side, 0, 0, side, side])), self._mesh)
+        shown = (
+            np.full((size, size, 3), 255, np.uint8)
+            if reference is None
+            else geometry.pad_to_square(reference, size)
+        )
+        shared = replicate(
+            (small, inside, self._tokenizer(phrase), np.float32([side, side, 0, 0, side, side])),
+            self._mesh,
+        )
         shown = replicate((np.float32(shown) / 255, np.array(reference is not None)), self._mesh)
         pictures, fits = [], []
         for start in range(0, len(seeds), self._batch_size):
-            batch = list(seeds[start:start + self._batch_size])
+            batch = list(seeds[start : start + self._batch_size])
             filled = batch + batch[-1:] * (self._batch_size - len(batch))  # One shape, one program.
-            noise = jnp.concatenate([scene_noise(
-                seed, [0], self._generator.latent_shape(side)) for seed in filled])
+            noise = jnp.concatenate(
+                [scene_noise(seed, [0], self._generator.latent_shape(side)) for seed in filled]
+            )
             # The noise on the way must not repeat that of the start, which folds in 0.
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
-                jnp.asarray(filled))
-            drawn = np.asarray(self._inpaint(
-                self._parameters, *shared, *shown, *shard_batch((noise, keys), self._mesh)))
+                jnp.asarray(filled)
+            )
+            drawn = np.asarray(
+                self._inpaint(
+                    self._parameters, *shared, *shown, *shard_batch((noise, keys), self._mesh)
+                )
+            )
             seen = np.where(inside[..., None], drawn, small)
-            fits.append(np.asarray(self._fit(
-                self._parameters, shard_batch(seen, self._mesh), *shared[1:]))[:len(batch)])
-            for candidate in drawn[:len(batch)]:
+            fits.append(
+                np.asarray(self._fit(self._parameters, shard_batch(seen, self._mesh), *shared[1:]))[
+                    : len(batch)
+                ]
+            )
+            for candidate in drawn[: len(batch)]:
                 result = picture.copy()
                 part = result[square]  # A view: what is put there is put into the result.
                 part[mask[square]] = geometry.pad_to_square(candidate, len(part))[mask[square]]

@@ -104,8 +104,9 @@ def disrupt(
       UserError: lines were refused, nothing is left, or `output` holds something else.
     """
     path, output = epath.Path(path), epath.Path(output)
-    identity = json.loads(json.dumps(
-        {**dataclasses.asdict(settings), **identity, **judge.name, "format": _FORMAT}))
+    identity = json.loads(
+        json.dumps({**dataclasses.asdict(settings), **identity, **judge.name, "format": _FORMAT})
+    )
     work = _Work(path, output, settings, inpainter, judge, hooks, count_tokens)
     texts = dict(manifest.read_lines(path))
     if not texts:
@@ -132,8 +133,10 @@ def disrupt(
             progress.add(1)
         return _sum_up(output, lines, refused, texts, identity, draw_sheet)
     except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error.strerror or error}); give a "
-                        "folder with room that you may write") from error
+        raise UserError(
+            f"--output={output} cannot be written ({error.strerror or error}); give a "
+            "folder with room that you may write"
+        ) from error
 
 
 class _Work:
@@ -147,12 +150,18 @@ class _Work:
     def read(self, text):
         """A line, the contents of its files, and its `Scene`; refuses what cannot be used."""
         line = scene_manifest.parse_line(
-            text, max_subjects=self._settings.max_subjects, hooks=self._hooks)
+            text, max_subjects=self._settings.max_subjects, hooks=self._hooks
+        )
         if self._settings.mode == "leak" and len(line.subjects) < 2:
-            raise Refused("subjects", "has 1 entry and --mode=leak needs another one, whose looks "
-                          "it can wear; use --mode=phrase")
-        contents = {field: manifest.read_file(self._root, name, field)
-                    for field, name in line.files().items()}
+            raise Refused(
+                "subjects",
+                "has 1 entry and --mode=leak needs another one, whose looks "
+                "it can wear; use --mode=phrase",
+            )
+        contents = {
+            field: manifest.read_file(self._root, name, field)
+            for field, name in line.files().items()
+        }
         opened = scene_manifest.open_scene(line, contents, self._settings.resolution)
         self._check_tokens(opened)
         return line, contents, opened
@@ -162,8 +171,10 @@ class _Work:
             if subject.phrase is not None:
                 tokens, most = self._count_tokens(subject.phrase)
                 if tokens > most:
-                    raise Refused(f"subjects[{i}].phrase", f"has {tokens} tokens and the model "
-                                  f"reads {most}; shorten it")
+                    raise Refused(
+                        f"subjects[{i}].phrase",
+                        f"has {tokens} tokens and the model reads {most}; shorten it",
+                    )
 
     def finish(self, number, text):
         """The line of the pair; draws it unless it is there."""
@@ -180,8 +191,10 @@ class _Work:
         self._check_tokens(opened)
         rejected, told = self._rejected(opened, contents["chosen"])
         (folder / "line.json").unlink(missing_ok=True)
-        made = {"digest": digest, "line": _write_pair(
-            folder, line, contents, opened, rejected, told)}
+        made = {
+            "digest": digest,
+            "line": _write_pair(folder, line, contents, opened, rejected, told),
+        }
         replace_file(folder / "line.json", json.dumps(made, indent=2) + "\n")
         return made["line"]
 
@@ -196,16 +209,33 @@ class _Work:
                 others = [j for j in range(len(opened.subjects)) if j != i]
                 donor = others[first % len(others)]
             candidates, fits = self._inpainter.draw(
-                picture, subject.mask, subject.phrase, seeds,
-                None if donor is None else opened.subjects[donor].reference)
+                picture,
+                subject.mask,
+                subject.phrase,
+                seeds,
+                None if donor is None else opened.subjects[donor].reference,
+            )
             instance, caption = self._judge.scores(
-                opened.picture, candidates, subject.mask, subject.phrase, fits)
+                opened.picture, candidates, subject.mask, subject.phrase, fits
+            )
             best = choose(instance, caption)
-            scored = [{"seed": seed, "instance_similarity": round(float(a), 5),
-                       "caption_similarity": round(float(b), 5)}
-                      for seed, a, b in zip(seeds, instance, caption, strict=True)]
-            told.append({"mode": settings.mode, "strength": settings.strength, **scored[best],
-                         "candidates": scored} | ({} if donor is None else {"donor": donor}))
+            scored = [
+                {
+                    "seed": seed,
+                    "instance_similarity": round(float(a), 5),
+                    "caption_similarity": round(float(b), 5),
+                }
+                for seed, a, b in zip(seeds, instance, caption, strict=True)
+            ]
+            told.append(
+                {
+                    "mode": settings.mode,
+                    "strength": settings.strength,
+                    **scored[best],
+                    "candidates": scored,
+                }
+                | ({} if donor is None else {"donor": donor})
+            )
             picture = candidates[best]
         return picture, told
 
@@ -237,14 +267,24 @@ def _write_pair(folder, line, contents, opened, rejected, told):
         return f"scenes/{folder.name}/{name}"
 
     union = np.any([subject.mask for subject in opened.subjects], axis=0)
-    pair = {"caption": opened.caption, "chosen": put("chosen", "chosen", None),
-            "rejected": put("rejected", "rejected", rejected),
-            "prior_mask": put("prior_mask", "prior_mask", union), "subjects": []}
+    pair = {
+        "caption": opened.caption,
+        "chosen": put("chosen", "chosen", None),
+        "rejected": put("rejected", "rejected", rejected),
+        "prior_mask": put("prior_mask", "prior_mask", union),
+        "subjects": [],
+    }
     for i, (subject, own) in enumerate(zip(opened.subjects, line.subjects, strict=True)):
-        pair["subjects"].append({"phrase": subject.phrase, **{
-            field: put(f"subjects[{i}].{field}", f"{field}{i}", getattr(subject, field))
-            for field in ("reference", "reference_mask", "mask")},
-            "info": _info(own.info) | {"disruption": told[i]}})
+        pair["subjects"].append(
+            {
+                "phrase": subject.phrase,
+                **{
+                    field: put(f"subjects[{i}].{field}", f"{field}{i}", getattr(subject, field))
+                    for field in ("reference", "reference_mask", "mask")
+                },
+                "info": _info(own.info) | {"disruption": told[i]},
+            }
+        )
     if line.group is not None:
         pair["group"] = line.group
     if line.info is not None:
@@ -270,15 +310,20 @@ def _claim(output, identity):
     if found.get("command") != _COMMAND:
         for name in (MANIFEST, REPORT, SHEET, "scenes"):
             if (output / name).exists():
-                raise UserError(f"--output={output} has a {name} that `disrupt` did not make; give "
-                                "another --output")
+                raise UserError(
+                    f"--output={output} has a {name} that `disrupt` did not make; give "
+                    "another --output"
+                )
     elif (output / "scenes").exists():
         before = found["settings"]
-        other = sorted(name for name in {*before, *identity}
-                       if before.get(name) != identity.get(name))
+        other = sorted(
+            name for name in {*before, *identity} if before.get(name) != identity.get(name)
+        )
         if other:
-            raise UserError(f"--output={output} holds pairs with another {', '.join(other)}; give "
-                            "another --output, or remove the folder")
+            raise UserError(
+                f"--output={output} holds pairs with another {', '.join(other)}; give "
+                "another --output, or remove the folder"
+            )
         return
     _write_report(output, "begun", identity)
 
@@ -292,8 +337,10 @@ def _complain(refused, texts, output, identity, skip):
 
 
 def _listed(refused):
-    return [{"line": number, "field": error.field, "reason": error.reason}
-            for number, error in sorted(refused.items())]
+    return [
+        {"line": number, "field": error.field, "reason": error.reason}
+        for number, error in sorted(refused.items())
+    ]
 
 
 def _sum_up(output, lines, refused, texts, identity, draw_sheet):
@@ -301,31 +348,50 @@ def _sum_up(output, lines, refused, texts, identity, draw_sheet):
     pairs = list(lines.values())
     replace_file(output / MANIFEST, "".join(json.dumps(pair) + "\n" for pair in pairs))
     count = min(_SHEET_ROWS, len(pairs))
-    draw_sheet(output / SHEET,
-               [_record(output, pairs[i * len(pairs) // count]) for i in range(count)])
+    draw_sheet(
+        output / SHEET, [_record(output, pairs[i * len(pairs) // count]) for i in range(count)]
+    )
     told = [s["info"]["disruption"] for pair in pairs for s in pair["subjects"]]
     report = _write_report(
-        output, "complete", identity, lines=len(texts), scenes=len(pairs), subjects=len(told),
-        refused=_listed(refused), **{
+        output,
+        "complete",
+        identity,
+        lines=len(texts),
+        scenes=len(pairs),
+        subjects=len(told),
+        refused=_listed(refused),
+        **{
             name: round(float(np.mean([t[name] for t in told])), 5)
-            for name in ("instance_similarity", "caption_similarity")})
+            for name in ("instance_similarity", "caption_similarity")
+        },
+    )
     _sweep(output, lines)
     return report
 
 
 def _record(output, pair):
     """A pair as a contact sheet takes it: all pictures brought to squares."""
+
     def picture(name):
         return _square(decode_picture((output / name).read_bytes())[0])
 
     def mask(name):
         return _square(decode_mask((output / name).read_bytes()))
 
-    return {"caption": pair["caption"], "chosen": picture(pair["chosen"]),
-            "rejected": picture(pair["rejected"]), "prior_mask": mask(pair["prior_mask"]),
-            "subjects": [{"reference": picture(s["reference"]), "mask": mask(s["mask"]),
-                          "reference_mask": mask(s["reference_mask"])}
-                         for s in pair["subjects"]]}
+    return {
+        "caption": pair["caption"],
+        "chosen": picture(pair["chosen"]),
+        "rejected": picture(pair["rejected"]),
+        "prior_mask": mask(pair["prior_mask"]),
+        "subjects": [
+            {
+                "reference": picture(s["reference"]),
+                "mask": mask(s["mask"]),
+                "reference_mask": mask(s["reference_mask"]),
+            }
+            for s in pair["subjects"]
+        ],
+    }
 
 
 def _square(pixels):
@@ -342,7 +408,8 @@ def _sweep(output, lines):
             continue
         pair = lines[int(folder.name)]
         named = {pair[name] for name in ("chosen", "rejected", "prior_mask")} | {
-            s[name] for s in pair["subjects"] for name in ("reference", "reference_mask", "mask")}
+            s[name] for s in pair["subjects"] for name in ("reference", "reference_mask", "mask")
+        }
         keep = {epath.Path(name).name for name in named} | {"line.json"}
         for file in folder.iterdir():
             if file.name not in keep:

@@ -37,33 +37,52 @@ class Toybox:
           UserError: the configuration is not about Toybox, or has no scenes, or there is no probe.
         """
         if config.data.source != "toybox":
-            raise UserError(f"config.data.source = {config.data.source!r}: of people's own "
-                            "pictures the truth is not known; give --dreambench or --scenes.")
+            raise UserError(
+                f"config.data.source = {config.data.source!r}: of people's own "
+                "pictures the truth is not known; give --dreambench or --scenes."
+            )
         if not config.evaluation.scenes:
-            raise UserError("config.evaluation.scenes = 0: give --config.evaluation.scenes=192 "
-                            "(with --config), or --dreambench or --scenes.")
+            raise UserError(
+                "config.evaluation.scenes = 0: give --config.evaluation.scenes=192 "
+                "(with --config), or --dreambench or --scenes."
+            )
         if probe is None:
-            raise UserError(f"config.model.pretrained = {config.model.pretrained!r} has no "
-                            "probe.safetensors, which reads Toybox's pictures; start from a model "
-                            "that has it, such as toybox.")
+            raise UserError(
+                f"config.model.pretrained = {config.model.pretrained!r} has no "
+                "probe.safetensors, which reads Toybox's pictures; start from a model "
+                "that has it, such as toybox."
+            )
         self._world = dataset.toybox_world(config)
         self._count = config.evaluation.scenes
         if limit is not None:
             self._count = min(self._count, -(-limit // samples))
         self._source = dataset.ToyboxSource(self._world, "test", self._count)
         self._samples, self._seed, self._limit = samples, seed, limit
-        self.scorers = [toybox_scenes.ToyboxScorer(
-            probe, self._source, self._world.max_subjects, batch_size)]
-        self.settings = {"benchmark": "toybox", "world": dataclasses.asdict(self._world),
-                         "scenes": self._count, "samples": samples, "seed": seed, "limit": limit}
-        self.about = (f"Toybox: {self._count} test scenes with subjects never trained on, read "
-                      "by the probe network; a group is a scene.")
+        self.scorers = [
+            toybox_scenes.ToyboxScorer(probe, self._source, self._world.max_subjects, batch_size)
+        ]
+        self.settings = {
+            "benchmark": "toybox",
+            "world": dataclasses.asdict(self._world),
+            "scenes": self._count,
+            "samples": samples,
+            "seed": seed,
+            "limit": limit,
+        }
+        self.about = (
+            f"Toybox: {self._count} test scenes with subjects never trained on, read "
+            "by the probe network; a group is a scene."
+        )
 
     def scenes(self, folder):
         """A list of Scene; writes their references to `folder`."""
         return toybox_scenes.write_scenes(
-            self._source, self._count, folder.path / "references", samples=self._samples,
-            seed=self._seed)[:self._limit]
+            self._source,
+            self._count,
+            folder.path / "references",
+            samples=self._samples,
+            seed=self._seed,
+        )[: self._limit]
 
 
 class Photographs:
@@ -84,8 +103,10 @@ class Photographs:
           UserError: the benchmark cannot be read, or there is no network to measure with.
         """
         if not any(networks.values()):
-            raise UserError("give --dinov2, --dino or --clip, the folder of a network to measure "
-                            "with; docs/evaluation.md says where they come from.")
+            raise UserError(
+                "give --dinov2, --dino or --clip, the folder of a network to measure "
+                "with; docs/evaluation.md says where they come from."
+            )
         how = {"protocol": protocol, "samples": samples, "seed": seed}
         if scenes is None:
             self._scenes = dreambench.single(folder, **how)
@@ -93,16 +114,26 @@ class Photographs:
             self._scenes = dreambench.listed(scenes, folder, **how)
         self._scenes = self._scenes[:limit]
         self.scorers, self.place_scorer = _load_scorers(networks, batch_size, self._scenes)
-        digest = hashlib.sha256(json.dumps(
-            [dataclasses.asdict(scene) for scene in self._scenes]).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(
+            json.dumps([dataclasses.asdict(scene) for scene in self._scenes]).encode()
+        ).hexdigest()[:12]
         self.settings = {
             "benchmark": "dreambench" if scenes is None else f"scenes of {scenes}",
-            "scenes": len(self._scenes), "limit": limit, "digest of scenes": digest, **how}
-        compared = ("all photographs of a subject" if protocol == "all"
-                    else "the one photograph that is the reference")
+            "scenes": len(self._scenes),
+            "limit": limit,
+            "digest of scenes": digest,
+            **how,
+        }
+        compared = (
+            "all photographs of a subject"
+            if protocol == "all"
+            else "the one photograph that is the reference"
+        )
         groups = len({scene.group for scene in self._scenes})
-        self.about = (f"{len(self._scenes)} pictures of {groups} subjects or combinations of them "
-                      f"(the groups), compared with {compared}.")
+        self.about = (
+            f"{len(self._scenes)} pictures of {groups} subjects or combinations of them "
+            f"(the groups), compared with {compared}."
+        )
 
     def scenes(self, folder):
         """A list of Scene; their references are the user's files."""
@@ -121,8 +152,10 @@ def _load_scorers(networks, batch_size, scenes):
     if networks["clip"]:
         image, text = encoders.load_clip(networks["clip"], batch_size)
         truncation.warn(text.tokenize, scene_files.texts(scenes), "clip_t")
-        scorers += [scoring.SimilarityScorer(image, needs=places and places.name),
-                    scoring.PromptScorer(image, text)]
+        scorers += [
+            scoring.SimilarityScorer(image, needs=places and places.name),
+            scoring.PromptScorer(image, text),
+        ]
     if places:
         scorers.append(scoring.MissingScorer(places.name))
     return scorers, places

@@ -27,44 +27,66 @@ def compare(paths):
     results = [folder.read("results.json") for folder in folders]
     for folder, result in zip(folders, results):
         if not isinstance(result.get("settings"), dict) or "scores" not in result["settings"]:
-            raise UserError(f"{folder.path}/results.json is not of focusdpo_jax.evaluate; evaluate "
-                            "that run first.")
+            raise UserError(
+                f"{folder.path}/results.json is not of focusdpo_jax.evaluate; evaluate "
+                "that run first."
+            )
     sides = ["policy" if "policy" in r["settings"]["scores"] else "base" for r in results]
     columns = []
     for folder, result, side in zip(folders, results, sides):
-        scores = {name.partition("-")[0]: (name, folder.load_scores(side, name))
-                  for name in result["settings"]["scores"][side]}
+        scores = {
+            name.partition("-")[0]: (name, folder.load_scores(side, name))
+            for name in result["settings"]["scores"][side]
+        }
         columns.append((folder, {s.name: s for s in folder.scenes()}, scores))
     scenes = _common(columns)
     kinds = set.intersection(*(set(scores) for *_, scores in columns))
     for kind in kinds:
         names = {scores[kind][0] for *_, scores in columns}
         if len(names) > 1:
-            raise UserError(f"--compare: {kind} was measured with different weights "
-                            f"({', '.join(sorted(names))}); evaluate again with the same.")
+            raise UserError(
+                f"--compare: {kind} was measured with different weights "
+                f"({', '.join(sorted(names))}); evaluate again with the same."
+            )
     if not kinds:
         raise UserError("--compare: the folders have no measure in common.")
     seed = results[0]["settings"]["seed"]
-    tables = [summaries.grouped(scenes, summaries.joined(
-        scores[kind][1] for kind in scores if kind in kinds)) for *_, scores in columns]
+    tables = [
+        summaries.grouped(
+            scenes, summaries.joined(scores[kind][1] for kind in scores if kind in kinds)
+        )
+        for *_, scores in columns
+    ]
     metrics = {}
     for name in tables[0]:
-        estimates = [statistics.bootstrap_mean(table[name], seed=seed)._asdict()
-                     for table in tables]
+        estimates = [
+            statistics.bootstrap_mean(table[name], seed=seed)._asdict() for table in tables
+        ]
         if any(estimate["n"] for estimate in estimates):
-            metrics[name] = {"estimates": estimates, "differences": [
-                statistics.bootstrap_difference(tables[0][name], table[name], seed=seed)._asdict()
-                for table in tables[1:]]}
-    return {"columns": [{"folder": str(folder.path), "side": side}
-                        for folder, side in zip(folders, sides)],
-            "scenes": len(scenes), "metrics": metrics}
+            metrics[name] = {
+                "estimates": estimates,
+                "differences": [
+                    statistics.bootstrap_difference(
+                        tables[0][name], table[name], seed=seed
+                    )._asdict()
+                    for table in tables[1:]
+                ],
+            }
+    return {
+        "columns": [
+            {"folder": str(folder.path), "side": side} for folder, side in zip(folders, sides)
+        ],
+        "scenes": len(scenes),
+        "metrics": metrics,
+    }
 
 
 def _common(columns):
     """The scenes that all have, which must be the same ones."""
     first, known, _ = columns[0]
-    scenes = [scene for name, scene in known.items()
-              if all(name in others for _, others, _ in columns)]
+    scenes = [
+        scene for name, scene in known.items() if all(name in others for _, others, _ in columns)
+    ]
     if not scenes:
         raise UserError("--compare: the folders have no scene in common.")
     for folder, others, _ in columns[1:]:
@@ -73,7 +95,8 @@ def _common(columns):
             if (other.prompt, other.group) != (scene.prompt, scene.group):
                 raise UserError(
                     f"--compare: scene {scene.name} is {scene.prompt!r} in {first.path} and "
-                    f"{other.prompt!r} in {folder.path}; evaluate the same benchmark.")
+                    f"{other.prompt!r} in {folder.path}; evaluate the same benchmark."
+                )
     return scenes
 
 
@@ -81,7 +104,8 @@ def format_comparison(compared):
     """What `compare` returned, as text."""
     names = [column["folder"] for column in compared["columns"]]
     columns = [*names, *(f"{name} - {names[0]}" for name in names[1:])]
-    rows = [(name, [*values["estimates"], *values["differences"]], len(values["differences"]))
-            for name, values in compared["metrics"].items()]
-    return (f"{compared['scenes']} scenes; mean and 95 % interval\n"
-            + format_table(columns, rows))
+    rows = [
+        (name, [*values["estimates"], *values["differences"]], len(values["differences"]))
+        for name, values in compared["metrics"].items()
+    ]
+    return f"{compared['scenes']} scenes; mean and 95 % interval\n" + format_table(columns, rows)

@@ -56,8 +56,11 @@ def single(folder, *, protocol, samples, seed):
         for i, prompt in enumerate(prompts[kind in _LIVE]):
             text = " ".join(prompt.format("", kind).split())
             for sample in range(samples):
-                scenes.append(Scene(f"{subject}/{i:02d}_{sample}", text, (given,),
-                                    seed + len(scenes), subject))
+                scenes.append(
+                    Scene(
+                        f"{subject}/{i:02d}_{sample}", text, (given,), seed + len(scenes), subject
+                    )
+                )
     return scenes
 
 
@@ -88,9 +91,11 @@ def listed(path, folder, *, protocol, samples, seed):
     except ValueError as error:
         raise UserError(f"--scenes={path} is no JSON: {error}.") from error
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"--scenes={path}: give a list of scenes, such as "
-                        '[{"prompt": "a dog and a cat", "image_paths": ["dog/00.jpg", '
-                        '"cat/00.jpg"]}].')
+        raise UserError(
+            f"--scenes={path}: give a list of scenes, such as "
+            '[{"prompt": "a dog and a cat", "image_paths": ["dog/00.jpg", '
+            '"cat/00.jpg"]}].'
+        )
     found = []
     for number, entry in enumerate(entries):
         try:
@@ -102,8 +107,15 @@ def listed(path, folder, *, protocol, samples, seed):
     for number, (entry, references) in enumerate(zip(entries, found)):
         given = tuple(subjects(reference, box) for reference, box in references)
         for sample in range(samples):
-            scenes.append(Scene(f"{number:04d}_{sample}", entry["prompt"], given,
-                                seed + len(scenes), "+".join(s.name for s in given)))
+            scenes.append(
+                Scene(
+                    f"{number:04d}_{sample}",
+                    entry["prompt"],
+                    given,
+                    seed + len(scenes),
+                    "+".join(s.name for s in given),
+                )
+            )
     return scenes
 
 
@@ -112,8 +124,9 @@ def _entry(entry, base, folder):
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise UserError("it has no prompt.")
     if set(entry) - _FIELDS:
-        raise UserError(f"unknown field {min(set(entry) - _FIELDS)!r}; known: "
-                        f"{', '.join(sorted(_FIELDS))}.")
+        raise UserError(
+            f"unknown field {min(set(entry) - _FIELDS)!r}; known: {', '.join(sorted(_FIELDS))}."
+        )
     paths = entry.get("image_paths")
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
         raise UserError("image_paths must be a list of one or more paths.")
@@ -122,12 +135,15 @@ def _entry(entry, base, folder):
         raise UserError(f"boxes must be a list of {len(paths)}, one for each of image_paths.")
     references = []
     for name, box in zip(paths, boxes):
-        candidates = [base / name] + ([] if folder is None else [
-            epath.Path(folder).joinpath(*epath.Path(name).parts[-2:])])
+        candidates = [base / name] + (
+            [] if folder is None else [epath.Path(folder).joinpath(*epath.Path(name).parts[-2:])]
+        )
         found = next((path for path in candidates if path.exists()), None)
         if found is None:
-            raise UserError(f"{name} is not there; give --dreambench with the folder of the "
-                            "subjects, or paths relative to the file.")
+            raise UserError(
+                f"{name} is not there; give --dreambench with the folder of the "
+                "subjects, or paths relative to the file."
+            )
         box = None if box is None else tuple(box) if isinstance(box, list) else (box,)
         Reference(str(found), box=box)  # Names a box that is none.
         references.append((found, box))
@@ -146,8 +162,11 @@ class _Subjects:
                 inside[_key(reference.parent)].add(reference)
             for key, pictures in inside.items():
                 uses[key].append((entry["prompt"], pictures))
-        self._flat = {key for key, used in uses.items()
-                      if _is_flat(key, used, table) or key == _key(path.parent)}
+        self._flat = {
+            key
+            for key, used in uses.items()
+            if _is_flat(key, used, table) or key == _key(path.parent)
+        }
         # {what is one subject: its name}, longer where two have one name.
         keys = {self._identity(reference) for references in found for reference, _ in references}
         named = collections.Counter(map(_name, keys))
@@ -159,8 +178,10 @@ class _Subjects:
             elif len(pictures) > 1:
                 logging.warning(
                     "--scenes: the pictures in %s (%s and others) are taken for photographs of one "
-                    "subject; if they show several, name each after what it shows", key,
-                    " and ".join(pictures[:2]))
+                    "subject; if they show several, name each after what it shows",
+                    key,
+                    " and ".join(pictures[:2]),
+                )
 
     def _identity(self, reference):
         parent = _key(reference.parent)
@@ -173,8 +194,9 @@ class _Subjects:
             around = [reference, *around]
         own = reference.stem if flat else reference.parent.name
         kind = dreambench.classes(self._table, [own])[own].strip(" -") or "subject"
-        return _subject(around, reference, kind, self._protocol, box,
-                        self._names[self._identity(reference)])
+        return _subject(
+            around, reference, kind, self._protocol, box, self._names[self._identity(reference)]
+        )
 
 
 def _is_flat(folder, used, table):
@@ -200,8 +222,11 @@ def _is_flat(folder, used, table):
         return False
     if len({_words(p.stem) for _, pictures in used for p in pictures}) > 1:
         return True
-    return any(_words(p.stem) and _words(p.stem) <= _words(prompt)
-               for prompt, pictures in used for p in pictures)
+    return any(
+        _words(p.stem) and _words(p.stem) <= _words(prompt)
+        for prompt, pictures in used
+        for p in pictures
+    )
 
 
 def _words(text):
@@ -221,19 +246,27 @@ def _name(key, parts=1):
 
 def _subject(photos, reference, kind, protocol, box=None, name=None):
     compared = photos if protocol == "all" else [reference]
-    return Subject(name or reference.parent.name, dreambench.with_article(kind), str(reference),
-                   tuple(map(str, compared)), box)
+    return Subject(
+        name or reference.parent.name,
+        dreambench.with_article(kind),
+        str(reference),
+        tuple(map(str, compared)),
+        box,
+    )
 
 
 def _photographs(folder):
     if not folder.is_dir():
         raise UserError(f"--dreambench={folder} is no folder; give DreamBench's dataset folder.")
-    photos = {subject.name: _pictures(subject) for subject in sorted(folder.iterdir())
-              if subject.is_dir()}
+    photos = {
+        subject.name: _pictures(subject) for subject in sorted(folder.iterdir()) if subject.is_dir()
+    }
     photos = {subject: paths for subject, paths in photos.items() if paths}
     if not photos:
-        raise UserError(f"--dreambench={folder} has no folders with photographs; give DreamBench's "
-                        "dataset folder, with backpack/00.jpg and so on.")
+        raise UserError(
+            f"--dreambench={folder} has no folders with photographs; give DreamBench's "
+            "dataset folder, with backpack/00.jpg and so on."
+        )
     return photos
 
 
@@ -262,6 +295,8 @@ def _prompts(listing):
         if match and current is not None:
             current.append(match["text"])
     if not all(lists):
-        raise UserError("--dreambench: there is no prompts_and_classes.txt with DreamBench's "
-                        "prompts in the folder or beside it; copy it from the benchmark.")
+        raise UserError(
+            "--dreambench: there is no prompts_and_classes.txt with DreamBench's "
+            "prompts in the folder or beside it; copy it from the benchmark."
+        )
     return lists

@@ -23,8 +23,10 @@ LARGEST, MEAN = 2, 0.1
 """Of a picture's values, in 1/255: what differs by more, at one place or in the mean, is no rounding."""
 
 _PROMPT, _STEPS, _SEED = "a star on grass", 4, 0
-_NEEDS = ("--check draws with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
-          "pip install -e '.[test]', or leave --check out.")
+_NEEDS = (
+    "--check draws with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
+    "pip install -e '.[test]', or leave --check out."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,10 @@ def check(workdir, output, names, *, whole):
     config = model.generator.config
     reads = "adapter" in names and ip_adapter.unreadable(config.adapter) is None
     if not reads and not whole and set(names) <= {"adapter"}:
-        raise UserError(f"--check: {ip_adapter.unreadable(config.adapter)}, so that diffusers cannot draw "
-                        f"with {epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check")
+        raise UserError(
+            f"--check: {ip_adapter.unreadable(config.adapter)}, so that diffusers cannot draw "
+            f"with {epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check"
+        )
     if not whole:
         # What was not trained as the base has it: a bfloat16 run has rounded it.
         base = run.base()
@@ -83,24 +87,35 @@ def check(workdir, output, names, *, whole):
     with tempfile.TemporaryDirectory() as scratch:
         if base is not None:
             _write_base(epath.Path(scratch), base, config, resolution)
-        pipe = _open(epath.Path(output), epath.Path(scratch) if base else epath.Path(output), names, reads)
+        pipe = _open(
+            epath.Path(output), epath.Path(scratch) if base else epath.Path(output), names, reads
+        )
         theirs = _draw_theirs(pipe, output, np.asarray(noise), reference, resolution, guidance)
-    generate = make_generate(model.generator, steps=_STEPS, guidance=guidance,
-                             negative_token_ids=model.tokenizer(""))
+    generate = make_generate(
+        model.generator, steps=_STEPS, guidance=guidance, negative_token_ids=model.tokenizer("")
+    )
     shown = np.full((size, size, 3), 255, np.uint8) if reference is None else reference
     view = jax.jit(model.generator.view)(model.parameters, shown[None, None] / np.float32(255))
-    ours = np.asarray(generate(
-        model.parameters, model.tokenizer(_PROMPT)[None],
-        np.float32([[resolution, resolution, 0, 0, resolution, resolution]]), view,
-        np.array([[reads]]), noise))[0]
+    ours = np.asarray(
+        generate(
+            model.parameters,
+            model.tokenizer(_PROMPT)[None],
+            np.float32([[resolution, resolution, 0, 0, resolution, resolution]]),
+            view,
+            np.array([[reads]]),
+            noise,
+        )
+    )[0]
     apart = np.abs(ours.astype(np.int32) - theirs)
     found = Difference(int(apart.max()), float(apart.mean()), reads)
     if found.largest > LARGEST or found.mean > MEAN:
-        raise UserError(f"--check: diffusers draws of {output} something else than the run: one picture "
-                        f"differs by up to {found.largest}/255, {found.mean:.3g}/255 in the mean; "
-                        f"rounding makes up to {LARGEST}/255 and {MEAN}/255. The files do not hold "
-                        "what was trained, or diffusers reads them otherwise: export again, and report it if "
-                        "it stays.")
+        raise UserError(
+            f"--check: diffusers draws of {output} something else than the run: one picture "
+            f"differs by up to {found.largest}/255, {found.mean:.3g}/255 in the mean; "
+            f"rounding makes up to {LARGEST}/255 and {MEAN}/255. The files do not hold "
+            "what was trained, or diffusers reads them otherwise: export again, and report it if "
+            "it stays."
+        )
     return found
 
 
@@ -123,20 +138,29 @@ def _open(output, base, names, reads):
     """The pipeline, opened as the model card says (`model_card`); `base` is `output` where that is whole."""
     import diffusers
     import transformers
+
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     try:
-        parts = {} if base == output or "unet" not in names else {
-            "unet": diffusers.UNet2DConditionModel.from_pretrained(output, subfolder="unet")}
+        parts = (
+            {}
+            if base == output or "unet" not in names
+            else {"unet": diffusers.UNet2DConditionModel.from_pretrained(output, subfolder="unet")}
+        )
         pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(base, **parts)
         if reads:
-            pipe.load_ip_adapter(output, subfolder="", weight_name=diffusers_folder.ADAPTER,
-                                 image_encoder_folder=None)
+            pipe.load_ip_adapter(
+                output,
+                subfolder="",
+                weight_name=diffusers_folder.ADAPTER,
+                image_encoder_folder=None,
+            )
         if run_export.LORA in names:
             pipe.load_lora_weights(output)
     except Exception as error:  # What diffusers raises over files is not documented.
-        raise UserError(f"--check: diffusers {diffusers.__version__} cannot open {output}: "
-                        f"{_line(error)}") from error
+        raise UserError(
+            f"--check: diffusers {diffusers.__version__} cannot open {output}: {_line(error)}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -148,7 +172,9 @@ def _write_base(folder, base, config, resolution):
     """
     for part in PARTS:
         if part != "adapter":
-            diffusers_folder.save_part(folder, part, base.parameters[part], base.generator.config, resolution)
+            diffusers_folder.save_part(
+                folder, part, base.parameters[part], base.generator.config, resolution
+            )
     diffusers_folder.save_surroundings(folder, config, base.tokenizer)
 
 
@@ -157,15 +183,25 @@ def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
     import diffusers
     import torch
     from PIL import Image
+
     shown = {} if reference is None else {"ip_adapter_image": Image.fromarray(reference)}
     try:
         with torch.no_grad():
-            picture = pipe(_PROMPT, **shown, height=resolution, width=resolution, num_inference_steps=_STEPS,
-                           guidance_scale=guidance, output_type="np",
-                           latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy())).images[0]
+            picture = pipe(
+                _PROMPT,
+                **shown,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=_STEPS,
+                guidance_scale=guidance,
+                output_type="np",
+                latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy()),
+            ).images[0]
     except Exception as error:
-        raise UserError(f"--check: diffusers {diffusers.__version__} opens {output}, but cannot draw with "
-                        f"it: {_line(error)}") from error
+        raise UserError(
+            f"--check: diffusers {diffusers.__version__} opens {output}, but cannot draw with "
+            f"it: {_line(error)}"
+        ) from error
     return np.round(picture * 255).astype(np.int32)
 
 
@@ -176,8 +212,13 @@ def _line(error):
 
 def describe(found, names):
     """One line about a `Difference` that is small enough, of an export of `names`."""
-    left_out = "" if found.reference or "adapter" not in names else (
-        f" ({diffusers_folder.ADAPTER} is not for diffusers and took no part)")
+    left_out = (
+        ""
+        if found.reference or "adapter" not in names
+        else (f" ({diffusers_folder.ADAPTER} is not for diffusers and took no part)")
+    )
     how = "with" if found.reference else "without"
-    return (f"checked: diffusers draws the same picture {how} a reference{left_out}, "
-            f"largest difference {found.largest}/255, mean {found.mean:.3g}/255")
+    return (
+        f"checked: diffusers draws the same picture {how} a reference{left_out}, "
+        f"largest difference {found.largest}/255, mean {found.mean:.3g}/255"
+    )

@@ -7,8 +7,16 @@ ENCODERS = {"dino": "DINO", "dinov2": "DINOv2", "clip_i": "CLIP-I"}
 
 _KINDS = {"crop": "of subjects", "leakage": "leakage"}
 # What a report sorts its cases by: the first of these that was measured.
-_HEADLINES = ("fidelity", "dinov2_crop", "dino_crop", "clip_i_crop", "dino", "dinov2", "clip_i",
-              "clip_t")
+_HEADLINES = (
+    "fidelity",
+    "dinov2_crop",
+    "dino_crop",
+    "clip_i_crop",
+    "dino",
+    "dinov2",
+    "clip_i",
+    "clip_t",
+)
 
 
 def title(name):
@@ -52,6 +60,7 @@ def interval(name, estimate, *, signed=False):
     """An estimate (dict) as text: its value and, in brackets, its interval without units."""
     if not estimate["n"]:
         return "-"
-    ends = [number(name, estimate[end], signed=signed).removesuffix(" %")
-            for end in ("low", "high")]
+    ends = [
+        number(name, estimate[end], signed=signed).removesuffix(" %") for end in ("low", "high")
+    ]
     return f"{number(name, estimate['mean'], signed=signed)} [{ends[0]}, {ends[1]}]"

@@ -45,7 +45,8 @@ class OutputFolder:
             if other:
                 raise UserError(
                     f"--output={self.path} holds an evaluation with another {', '.join(other)}. "
-                    "Give another --output, or remove the folder to start again.")
+                    "Give another --output, or remove the folder to start again."
+                )
             self.write("settings.json", stored | settings)
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Remove --output={self.path}.") from error
@@ -67,8 +68,10 @@ class OutputFolder:
         try:
             return json.loads(path.read_text())
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error}). Give the --output "
-                            "folder of a finished focusdpo_jax.evaluate.") from error
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}). Give the --output "
+                "folder of a finished focusdpo_jax.evaluate."
+            ) from error
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate again.") from error
 
@@ -123,7 +126,8 @@ class ImagesFolder:
         if missing:
             raise UserError(
                 f"--images={path} lacks {len(missing)} of {len(wanted)} pictures, such as "
-                f"{missing[0]}.png; scenes.jsonl in --output names all and what they show.")
+                f"{missing[0]}.png; scenes.jsonl in --output names all and what they show."
+            )
 
     def _find(self, name):
         for ending in ("png", "jpg", "jpeg", "webp"):

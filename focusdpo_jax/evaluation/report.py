@@ -22,11 +22,16 @@ _SMALL = 128  # Up to this side a picture is kept pixel by pixel.
 _PAGE_SIDE = 1800  # Longest side of the run's own pages, in pixels.
 # The run's pages of samples, and what they show.
 _PAGES = {
-    "step": ("scenes that the run drew: references, the pair, base and policy, and the weight that "
-             "the run's objective gives to every place of the chosen picture in its cleanest range "
-             "of timesteps (lighter is more)."),
-    "focus": ("how that weight comes about in every range of timesteps: similarity with each "
-              "reference, what matches, what does not, detail, and the weight.")}
+    "step": (
+        "scenes that the run drew: references, the pair, base and policy, and the weight that "
+        "the run's objective gives to every place of the chosen picture in its cleanest range "
+        "of timesteps (lighter is more)."
+    ),
+    "focus": (
+        "how that weight comes about in every range of timesteps: similarity with each "
+        "reference, what matches, what does not, detail, and the weight."
+    ),
+}
 _CURVES = ("loss", "implicit_accuracy", "margin", "policy_error")  # First, where there are any.
 _MOST_CURVES = 12
 _MOST_BARS = 40
@@ -106,23 +111,37 @@ class Report:
 
 def write(path, report, *, cases=6):
     """Writes the page; `cases` best and as many worst scenes are shown."""
-    body = [f"<h1>{html.escape(report.title)}</h1>", f"<p>{html.escape(report.about)}</p>",
-            _summary(report), _subjects(report), _cases(report, cases), _focus(report.workdir),
-            _curves(report.workdir), _settings(report.results["settings"])]
-    page = ("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
-            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-            f"<title>{html.escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-            + "\n".join(part for part in body if part) + "\n</body>\n</html>\n")
+    body = [
+        f"<h1>{html.escape(report.title)}</h1>",
+        f"<p>{html.escape(report.about)}</p>",
+        _summary(report),
+        _subjects(report),
+        _cases(report, cases),
+        _focus(report.workdir),
+        _curves(report.workdir),
+        _settings(report.results["settings"]),
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</body>\n</html>\n"
+    )
     replace_file(path, page)
 
 
 def _summary(report):
     """The table of all measures."""
     metrics = report.results["metrics"]
-    sides = [side for side in (*charts.SIDES, "difference")
-             if any(side in estimates for estimates in metrics.values())]
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>'
-                   for name in ("measure", *sides, "groups"))
+    sides = [
+        side
+        for side in (*charts.SIDES, "difference")
+        if any(side in estimates for estimates in metrics.values())
+    ]
+    head = "".join(
+        f'<th scope="col">{html.escape(name)}</th>' for name in ("measure", *sides, "groups")
+    )
     rows = []
     for name, estimates in metrics.items():
         arrow = "↓" if measures.lower_is_better(name) else "↑"
@@ -132,7 +151,8 @@ def _summary(report):
             kind, text = "", "-"
             if estimate is not None and estimate["n"]:
                 text, _, ends = measures.interval(
-                    name, estimate, signed=side == "difference").partition(" [")
+                    name, estimate, signed=side == "difference"
+                ).partition(" [")
                 text = f"{html.escape(text)} <small>[{html.escape(ends)}</small>"
             if side == "difference":
                 kind = _verdict(name, estimate)
@@ -140,13 +160,19 @@ def _summary(report):
         counts = dict.fromkeys(str(e["n"]) for side, e in estimates.items() if side != "difference")
         cells.append(f"<td>{'/'.join(counts)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    note = ("Mean and 95 % bootstrap interval over groups of scenes; an arrow points to where "
-            "better is.")
+    note = (
+        "Mean and 95 % bootstrap interval over groups of scenes; an arrow points to where "
+        "better is."
+    )
     if "difference" in sides:
-        note += (" Difference: policy minus base on the same scenes; coloured where its interval "
-                 "leaves out zero.")
-    return (f'<h2>Summary</h2>\n<p class="soft">{note}</p>\n<div class="wide"><table><thead><tr>'
-            f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+        note += (
+            " Difference: policy minus base on the same scenes; coloured where its interval "
+            "leaves out zero."
+        )
+    return (
+        f'<h2>Summary</h2>\n<p class="soft">{note}</p>\n<div class="wide"><table><thead><tr>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def _verdict(name, difference):
@@ -172,8 +198,11 @@ def _subjects(report):
         if not ordered:
             continue
         title = f"{measures.title(name)}, by subject"
-        chart = charts.bars(ordered[:_MOST_BARS], title=title,
-                            number=lambda value, name=name: measures.number(name, value))
+        chart = charts.bars(
+            ordered[:_MOST_BARS],
+            title=title,
+            number=lambda value, name=name: measures.number(name, value),
+        )
         rest = len(ordered) - _MOST_BARS
         more = f'<p class="soft">and {rest} more in scores/</p>' if rest > 0 else ""
         parts.append(f"<div><h3>{html.escape(title)}</h3>{chart}{more}</div>")
@@ -204,31 +233,38 @@ def _cases(report, count):
     for scene in report.scenes:
         values = [report.scores[side][scene.name].get(name) for side in sides]
         # A subject that is not found resembles nothing; otherwise two of one would be a best case.
-        ranks = [_mean(value, 0.0 if name.endswith("_crop") and value else None)
-                 for value in values]
+        ranks = [
+            _mean(value, 0.0 if name.endswith("_crop") and value else None) for value in values
+        ]
         if None not in ranks:
             rank = ranks[-1] - ranks[0] if len(sides) == 2 else ranks[0]
             ranked.append((-rank if measures.lower_is_better(name) else rank, scene, values))
     ranked.sort(key=lambda entry: (entry[0], entry[1].name))
     both = len(sides) == 2
     if both:
-        best, worst = ([entry for entry in ranked if entry[0] > 0],
-                       [entry for entry in ranked if entry[0] < 0])
+        best, worst = (
+            [entry for entry in ranked if entry[0] > 0],
+            [entry for entry in ranked if entry[0] < 0],
+        )
     else:
-        best, worst = ranked[len(ranked) // 2:], ranked[:len(ranked) // 2]
+        best, worst = ranked[len(ranked) // 2 :], ranked[: len(ranked) // 2]
     parts = []
     for heading, entries in (
-            ("Where the policy gains most" if both else "Best", best[::-1][:count]),
-            ("Where the policy loses most" if both else "Worst", worst[:count])):
+        ("Where the policy gains most" if both else "Best", best[::-1][:count]),
+        ("Where the policy loses most" if both else "Worst", worst[:count]),
+    ):
         if not entries:
             continue
         cards = "".join(_case(report, name, sides, scene, values) for _, scene, values in entries)
-        parts.append(f'<h3>{heading}, by {html.escape(measures.title(name))}</h3>'
-                     f'<div class="grid">{cards}</div>')
+        parts.append(
+            f"<h3>{heading}, by {html.escape(measures.title(name))}</h3>"
+            f'<div class="grid">{cards}</div>'
+        )
     if not parts:
         return ""
-    note = ("The subject reference images, and below them what was drawn"
-            + (", both sides from one noise." if both else "."))
+    note = "The subject reference images, and below them what was drawn" + (
+        ", both sides from one noise." if both else "."
+    )
     return f'<h2>Cases</h2>\n<p class="soft">{note}</p>\n' + "\n".join(parts)
 
 
@@ -240,17 +276,21 @@ def _case(report, name, sides, scene, values):
         if name.endswith("_crop") and None in value:
             text += f", {value.count(None)} not found"
         drawn.append(_tile(read_picture(report.picture(side, scene)), text))
-    return (f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
-            f'({html.escape(scene.name)})</span></p>'
-            f'<div class="row references">{"".join(references)}</div>'
-            f'<div class="row">{"".join(drawn)}</div></div>')
+    return (
+        f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
+        f"({html.escape(scene.name)})</span></p>"
+        f'<div class="row references">{"".join(references)}</div>'
+        f'<div class="row">{"".join(drawn)}</div></div>'
+    )
 
 
 def _tile(picture, caption):
     caption = html.escape(caption)
     kind = ' class="pixels"' if max(picture.shape[:2]) <= _SMALL else ""
-    return (f'<figure><img{kind} src="{data_url(picture, _SIDE)}" alt="{caption}">'
-            f"<figcaption>{caption}</figcaption></figure>")
+    return (
+        f'<figure><img{kind} src="{data_url(picture, _SIDE)}" alt="{caption}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def data_url(picture, side):
@@ -279,8 +319,10 @@ def _focus(workdir):
         if pages:
             step = int(pages[-1].stem.partition("_")[2])
             url = data_url(read_picture(pages[-1]), _PAGE_SIDE)
-            parts.append(f'<p>Step {step}: {text}</p>\n<div class="wide"><img class="page" '
-                         f'src="{url}" alt="{html.escape(text)}"></div>')
+            parts.append(
+                f'<p>Step {step}: {text}</p>\n<div class="wide"><img class="page" '
+                f'src="{url}" alt="{html.escape(text)}"></div>'
+            )
     return "\n".join(["<h2>Focus maps</h2>", *parts]) if parts else ""
 
 
@@ -300,8 +342,11 @@ def _curves(workdir):
                 points.setdefault(name, []).append((values["step"], value))
     names = [name for name in _CURVES if name in points]
     names += [name for name in sorted(points) if name not in names]
-    drawn = [charts.curve(points[name], title=name.replace("_", " "))
-             for name in names if len(points[name]) > 1][:_MOST_CURVES]
+    drawn = [
+        charts.curve(points[name], title=name.replace("_", " "))
+        for name in names
+        if len(points[name]) > 1
+    ][:_MOST_CURVES]
     if not drawn:
         return ""
     parts = "".join(f"<div>{chart}</div>" for chart in drawn)
@@ -312,13 +357,15 @@ def _settings(settings):
     rows = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th><td class="free">'
         f"{html.escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
-        for name, value in sorted(settings.items()))
+        for name, value in sorted(settings.items())
+    )
     return f'<h2>Settings</h2>\n<div class="wide"><table><tbody>{rows}</tbody></table></div>'
 
 
 def _mean(value, undefined=None):
     """A score as one number, or None where nothing of it is defined; see `_cases`."""
-    values = [undefined if v is None else v
-              for v in (value if isinstance(value, list) else [value])]
+    values = [
+        undefined if v is None else v for v in (value if isinstance(value, list) else [value])
+    ]
     values = [v for v in values if v is not None]
     return float(np.mean(values)) if values else None

@@ -18,8 +18,18 @@ from focusdpo_jax.vision.encoders import digest_of
 from focusdpo_jax.vision.places import Place
 
 
-def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=None, workdir=None,
-        cases=6):
+def run(
+    folder,
+    benchmark,
+    sides,
+    sampling,
+    *,
+    batch_size,
+    share=(0, 1),
+    images=None,
+    workdir=None,
+    cases=6,
+):
     """Draws, scores, sums up and reports.
 
     Args:
@@ -58,12 +68,16 @@ def run(folder, benchmark, sides, sampling, *, batch_size, share=(0, 1), images=
         places = known_places(boxes, given)
         for scorer in benchmark.scorers:
             score(folder, side, scenes, scorer, places=places, **how)
-        scores[side] = {scorer.name: folder.load_scores(side, scorer.name)
-                        for scorer in benchmark.scorers}
+        scores[side] = {
+            scorer.name: folder.load_scores(side, scorer.name) for scorer in benchmark.scorers
+        }
     missing = {name for values in scores.values() for name in summaries.unscored(scenes, values)}
     if missing:
-        logging.info("%d of %d scenes belong to other shares; the line without --share makes the "
-                     "report", len(missing), len(scenes))
+        logging.info(
+            "%d of %d scenes belong to other shares; the line without --share makes the report",
+            len(missing),
+            len(scenes),
+        )
         return None
     return _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases)
 
@@ -72,14 +86,24 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
     """Draws with one model and lets go of it; returns the sampler, which needs none of its own."""
     model = load()
     if sampler is None:
-        sampler = Sampler(model.with_parameters({}), batch_size=batch_size, **sampling,
-                          slots=max(len(scene.subjects) for scene in scenes))
+        sampler = Sampler(
+            model.with_parameters({}),
+            batch_size=batch_size,
+            **sampling,
+            slots=max(len(scene.subjects) for scene in scenes),
+        )
         truncation.warn(model.tokenizer, scene_files.texts(scenes), "the scenes")
     # Not before the sampler is there, which refuses what cannot be.
     folder.claim({"sampling": sampling, f"{side} model": digest_of(model.parameters)})
     parameters = sampler.place(model.parameters)
-    draw(folder, side, scenes, lambda prompts: sampler.draw(prompts, parameters),
-         batch_size=batch_size, share=share)
+    draw(
+        folder,
+        side,
+        scenes,
+        lambda prompts: sampler.draw(prompts, parameters),
+        batch_size=batch_size,
+        share=share,
+    )
     return sampler
 
 
@@ -90,14 +114,29 @@ def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
     results = {
         "metrics": summaries.summarize(
             {side: summaries.grouped(scenes, own) for side, own in values.items()},
-            seed=settings["seed"]),
-        "settings": {**settings, "pictures": len(scenes),
-                     "scores": {side: sorted(by_scorer) for side, by_scorer in scores.items()}}}
+            seed=settings["seed"],
+        ),
+        "settings": {
+            **settings,
+            "pictures": len(scenes),
+            "scores": {side: sorted(by_scorer) for side, by_scorer in scores.items()},
+        },
+    }
     folder.write("results.json", results)
     name = workdir.name if workdir else settings.get("images", " and ".join(scores))
-    report.write(folder.path / "report.html", report.Report(
-        title=f"Evaluation of {name}", about=benchmark.about, results=results, scenes=scenes,
-        scores=values, picture=pictures.picture_path, workdir=workdir), cases=cases)
+    report.write(
+        folder.path / "report.html",
+        report.Report(
+            title=f"Evaluation of {name}",
+            about=benchmark.about,
+            results=results,
+            scenes=scenes,
+            scores=values,
+            picture=pictures.picture_path,
+            workdir=workdir,
+        ),
+        cases=cases,
+    )
     return results
 
 
@@ -106,7 +145,7 @@ def batches(scenes, size, share=(0, 1)):
     index, count = share
     for number, start in enumerate(range(0, len(scenes), size)):
         if number % count == index:
-            yield number, scenes[start:start + size]
+            yield number, scenes[start : start + size]
 
 
 def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
@@ -122,8 +161,10 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
     Returns:
       How many were drawn.
     """
-    work = [(batch, [s for s in batch if not folder.picture_path(side, s).exists()])
-            for _, batch in batches(scenes, batch_size, share)]
+    work = [
+        (batch, [s for s in batch if not folder.picture_path(side, s).exists()])
+        for _, batch in batches(scenes, batch_size, share)
+    ]
     total = sum(len(missing) for _, missing in work)
     progress = Progress(f"{side}: pictures drawn", total)
     for batch, missing in work:
@@ -148,16 +189,22 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
       batch_size: pictures at once.
     """
     known = folder.load_scores(side, scorer.name)
-    work = [(number, batch) for number, batch in batches(scenes, batch_size, share)
-            if not all(scene.name in known for scene in batch)]
-    progress = Progress(f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
-                         sum(len(batch) for _, batch in work))
+    work = [
+        (number, batch)
+        for number, batch in batches(scenes, batch_size, share)
+        if not all(scene.name in known for scene in batch)
+    ]
+    progress = Progress(
+        f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
+        sum(len(batch) for _, batch in work),
+    )
     for number, batch in work:
         images = [read_picture(pictures.picture_path(side, s)) for s in batch]
         found = [places(scene, image) for scene, image in zip(batch, images)]
         values = scorer.score(batch, images, found)
-        folder.save_scores(side, scorer.name, number,
-                           {scene.name: value for scene, value in zip(batch, values)})
+        folder.save_scores(
+            side, scorer.name, number, {scene.name: value for scene, value in zip(batch, values)}
+        )
         progress.add(len(batch))
 
 
@@ -171,10 +218,13 @@ def known_places(boxes, given=None):
       boxes: {scene: {"boxes": a list}} as `scoring.PlaceScorer` finds them; may be empty.
       given: an `ImagesFolder`, or None.
     """
+
     def places(scene, picture):
         found = boxes.get(scene.name, {"boxes": [None] * len(scene.subjects)})["boxes"]
         masks = given.places(scene, picture) if given else [None] * len(scene.subjects)
-        return [mask or (Place(subject.box) if subject.box else box and Place(tuple(box)))
-                for mask, subject, box in zip(masks, scene.subjects, found)]
+        return [
+            mask or (Place(subject.box) if subject.box else box and Place(tuple(box)))
+            for mask, subject, box in zip(masks, scene.subjects, found)
+        ]
 
     return places

@@ -49,8 +49,11 @@ class Scene:
 
     def as_prompt(self):
         """The scene as `sampling.Sampler` takes it."""
-        return Prompt(self.prompt, tuple(
-            Reference(s.reference, s.phrase, box=s.box) for s in self.subjects), self.seed)
+        return Prompt(
+            self.prompt,
+            tuple(Reference(s.reference, s.phrase, box=s.box) for s in self.subjects),
+            self.seed,
+        )
 
 
 def texts(scenes):
@@ -73,13 +76,22 @@ def read(path):
     try:
         for line in epath.Path(path).read_text().splitlines():
             values = json.loads(line)
-            subjects = tuple(Subject(**{**s, "photographs": tuple(s["photographs"]),
-                                        "box": s["box"] and tuple(s["box"])})
-                             for s in values.pop("subjects"))
+            subjects = tuple(
+                Subject(
+                    **{
+                        **s,
+                        "photographs": tuple(s["photographs"]),
+                        "box": s["box"] and tuple(s["box"]),
+                    }
+                )
+                for s in values.pop("subjects")
+            )
             scenes.append(Scene(subjects=subjects, **values))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}). Give the --output "
-                        "folder of focusdpo_jax.evaluate.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}). Give the --output "
+            "folder of focusdpo_jax.evaluate."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}. Evaluate again.") from error
     return scenes

@@ -25,13 +25,18 @@ class Photographs:
 
     def whole(self, paths):
         """Unit vectors [len(paths), ...] of whole photographs."""
-        return self._encoded(self._encoder, self._whole, paths,
-                             lambda path: read_photograph(path)[0])
+        return self._encoded(
+            self._encoder, self._whole, paths, lambda path: read_photograph(path)[0]
+        )
 
     def subjects(self, paths):
         """The same of their subjects alone, where there are masks to cut them out by."""
-        return self._encoded(self._subject_encoder, self._subjects, paths,
-                             lambda path: subject_places.cut(*read_photograph(path)))
+        return self._encoded(
+            self._subject_encoder,
+            self._subjects,
+            paths,
+            lambda path: subject_places.cut(*read_photograph(path)),
+        )
 
     def _encoded(self, encoder, known, paths, read):
         missing = [path for path in dict.fromkeys(paths) if path not in known]
@@ -64,26 +69,38 @@ class SimilarityScorer:
         vectors = self._encoder(pictures)
         # Of a subject that is alone in its scene the whole picture speaks.
         places = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, places)]
-        cuts = [subject_places.cut(picture, place)
-                for picture, row in zip(pictures, places) for place in row if place]
+        cuts = [
+            subject_places.cut(picture, place)
+            for picture, row in zip(pictures, places)
+            for place in row
+            if place
+        ]
         crops = iter(self._subject_encoder(cuts) if cuts else ())
         for scene, vector, row in zip(scenes, vectors, places):
-            own = [float((self._photographs.whole(s.photographs) @ vector).mean())
-                   for s in scene.subjects]
+            own = [
+                float((self._photographs.whole(s.photographs) @ vector).mean())
+                for s in scene.subjects
+            ]
             values.append({name: float(np.mean(own))})
             if not row:
                 continue
             table = []
             for place in row:
                 crop = next(crops) if place else None
-                table.append(place and [
-                    float((self._photographs.subjects(s.photographs) @ crop).mean())
-                    for s in scene.subjects])
+                table.append(
+                    place
+                    and [
+                        float((self._photographs.subjects(s.photographs) @ crop).mean())
+                        for s in scene.subjects
+                    ]
+                )
             values[-1] |= {
                 f"{name}_crop": [line and line[i] for i, line in enumerate(table)],
                 f"{name}_leakage": [
                     line and max(x for j, x in enumerate(line) if j != i) - line[i]
-                    for i, line in enumerate(table)]}
+                    for i, line in enumerate(table)
+                ],
+            }
         return values
 
 
@@ -98,8 +115,10 @@ class PromptScorer:
     def score(self, scenes, pictures, places):
         """See the module."""
         vectors = self._encoder(pictures)
-        return [{"clip_t": float(vector @ self._text(scene.prompt))}
-                for scene, vector in zip(scenes, vectors)]
+        return [
+            {"clip_t": float(vector @ self._text(scene.prompt))}
+            for scene, vector in zip(scenes, vectors)
+        ]
 
 
 class PlaceScorer:
@@ -116,15 +135,21 @@ class PlaceScorer:
             if path not in self._prototypes:
                 picture, place = read_photograph(path)
                 self._prototypes[path] = subject_places.prototype(
-                    self._encode([picture])[0], place and place.mask)
+                    self._encode([picture])[0], place and place.mask
+                )
         mean = np.mean([self._prototypes[path] for path in paths], axis=0)
         return mean / np.linalg.norm(mean)
 
     def score(self, scenes, pictures, places):
         """See the module."""
-        return [{"boxes": subject_places.find(
-            features, [self._prototype(s.photographs) for s in scene.subjects])}
-            for scene, features in zip(scenes, self._encode(pictures))]
+        return [
+            {
+                "boxes": subject_places.find(
+                    features, [self._prototype(s.photographs) for s in scene.subjects]
+                )
+            }
+            for scene, features in zip(scenes, self._encode(pictures))
+        ]
 
 
 class MissingScorer:
@@ -139,8 +164,10 @@ class MissingScorer:
 
     def score(self, scenes, pictures, places):
         """See the module."""
-        return [{"missing": [float(place is None) for place in row]}
-                if len(scene.subjects) > 1 else {} for scene, row in zip(scenes, places)]
+        return [
+            {"missing": [float(place is None) for place in row]} if len(scene.subjects) > 1 else {}
+            for scene, row in zip(scenes, places)
+        ]
 
 
 def read_photograph(path):

@@ -81,8 +81,11 @@ def _sums(values):
 
 def _resamples(scenes, seed, resamples):
     """How often each scene is drawn, [resamples, scenes]; as floats the product is a fast one."""
-    return np.random.default_rng(seed).multinomial(
-        scenes, np.full(scenes, 1 / scenes), size=resamples).astype(np.float64)
+    return (
+        np.random.default_rng(seed)
+        .multinomial(scenes, np.full(scenes, 1 / scenes), size=resamples)
+        .astype(np.float64)
+    )
 
 
 def _estimate(mean, resampled, scenes, confidence):
@@ -107,8 +110,9 @@ def summarize(base, policy=None, *, seed):
     sides = {"base": base} | ({"policy": policy} if policy is not None else {})
     metrics = {}
     for name in base:
-        estimates = {side: bootstrap_mean(measures[name], seed=seed)
-                     for side, measures in sides.items()}
+        estimates = {
+            side: bootstrap_mean(measures[name], seed=seed) for side, measures in sides.items()
+        }
         if policy is not None:
             estimates["difference"] = bootstrap_difference(base[name], policy[name], seed=seed)
         if any(estimate.n for estimate in estimates.values()):
@@ -117,7 +121,7 @@ def summarize(base, policy=None, *, seed):
 
 
 def verdict(name, difference):
-    """"better" or "worse" by an estimate (dict) of a difference, "" where its interval contains zero."""
+    """ "better" or "worse" by an estimate (dict) of a difference, "" where its interval contains zero."""
     if not tables.certain(difference):
         return ""
     return "better" if (difference["mean"] > 0) != (name in LOWER_IS_BETTER) else "worse"
@@ -136,8 +140,11 @@ def format_table(results):
       Lines joined by newlines, none behind the last.
     """
     metrics = results["metrics"]
-    sides = [side for side in ("base", "policy")
-             if any(side in estimates for estimates in metrics.values())]
+    sides = [
+        side
+        for side in ("base", "policy")
+        if any(side in estimates for estimates in metrics.values())
+    ]
     compared = len(sides) == 2
     lines = [["measure", *sides, *["policy - base", "policy is"] * compared, "scenes"]]
     for name, estimates in metrics.items():

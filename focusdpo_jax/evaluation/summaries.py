@@ -7,8 +7,11 @@ from focusdpo_jax.evaluation import statistics
 
 def unscored(scenes, scores):
     """Names of scenes that one of `scores`, {name: {scene: ...}}, lacks."""
-    return [scene.name for scene in scenes
-            if not all(scene.name in values for values in scores.values())]
+    return [
+        scene.name
+        for scene in scenes
+        if not all(scene.name in values for values in scores.values())
+    ]
 
 
 def joined(scores):
@@ -40,7 +43,7 @@ def grouped(scenes, scores):
             row.extend(value if isinstance(value, list) else [value])
         table = np.full((len(rows), max(map(len, rows.values()))), np.nan)
         for line, row in zip(table, rows.values()):
-            line[:len(row)] = [np.nan if value is None else value for value in row]
+            line[: len(row)] = [np.nan if value is None else value for value in row]
         tables[name] = table
     return tables
 
@@ -59,11 +62,14 @@ def summarize(tables, *, seed):
     metrics = {}
     for name in dict.fromkeys(name for table in tables.values() for name in table):
         sides = {side: table[name] for side, table in tables.items() if name in table}
-        estimates = {side: statistics.bootstrap_mean(values, seed=seed)._asdict()
-                     for side, values in sides.items()}
+        estimates = {
+            side: statistics.bootstrap_mean(values, seed=seed)._asdict()
+            for side, values in sides.items()
+        }
         if {"base", "policy"} <= sides.keys():
             estimates["difference"] = statistics.bootstrap_difference(
-                sides["base"], sides["policy"], seed=seed)._asdict()
+                sides["base"], sides["policy"], seed=seed
+            )._asdict()
         if any(estimate["n"] for estimate in estimates.values()):
             metrics[name] = estimates
     return metrics

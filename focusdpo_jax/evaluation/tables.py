@@ -29,8 +29,9 @@ def format_table(columns, rows):
 def aligned(lines):
     """Lists of cells, the first of them headings, as text in columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-            for line in lines]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    ]
     return "\n".join([text[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *text[1:]])
 
 
@@ -41,8 +42,13 @@ def certain(difference):
 
 def format_results(results):
     """The metrics of an evaluation's results.json, as text."""
-    sides = [side for side in ("base", "policy", "difference")
-             if any(side in estimates for estimates in results["metrics"].values())]
-    rows = [(name, [estimates.get(side) for side in sides], int("difference" in sides))
-            for name, estimates in results["metrics"].items()]
+    sides = [
+        side
+        for side in ("base", "policy", "difference")
+        if any(side in estimates for estimates in results["metrics"].values())
+    ]
+    rows = [
+        (name, [estimates.get(side) for side in sides], int("difference" in sides))
+        for name, estimates in results["metrics"].items()
+    ]
     return format_table(sides, rows)

@@ -35,8 +35,15 @@ def write_scenes(source, count, folder, *, samples, seed):
                 grids.save_png(path, subject["reference"])
             subjects.append(Subject(subject["phrase"], subject["phrase"], str(path), (str(path),)))
         for sample in range(samples):
-            scenes.append(Scene(f"{index:04d}_{sample}", record["caption"], tuple(subjects),
-                                seed + len(scenes), f"{index:04d}"))
+            scenes.append(
+                Scene(
+                    f"{index:04d}_{sample}",
+                    record["caption"],
+                    tuple(subjects),
+                    seed + len(scenes),
+                    f"{index:04d}",
+                )
+            )
     return scenes
 
 
@@ -49,8 +56,7 @@ class ToyboxScorer:
         self._mesh, self._source = drawing_mesh(batch_size), source
         self._probe = replicate(probe, self._mesh)
         self._slots, self._batch_size = slots, batch_size
-        self._read = jax.jit(lambda p, x: read(
-            Probe(TOYBOX).apply({"params": p}, x / 255.0)))
+        self._read = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x / 255.0)))
 
     def score(self, scenes, drawn, places):
         """{measure: list of a value a subject, or a value}, None where it is not defined."""
@@ -58,16 +64,24 @@ class ToyboxScorer:
         images = np.stack(drawn)
         images = np.concatenate([images, np.repeat(images[-1:], side - len(images), axis=0)])
         readings = self._read(self._probe, shard_batch(images, self._mesh))
-        readings = jax.tree.map(lambda x: np.asarray(x)[:len(drawn)], readings)
+        readings = jax.tree.map(lambda x: np.asarray(x)[: len(drawn)], readings)
         records = [self._source[int(scene.group)] for scene in scenes]
         present = np.array([[i < len(r["subjects"]) for i in range(self._slots)] for r in records])
-        truth = {name: np.array([[s[name] for s in r["subjects"]]
-                                 + [0] * (self._slots - len(r["subjects"])) for r in records])
-                 for name in _TRUTH}
+        truth = {
+            name: np.array(
+                [
+                    [s[name] for s in r["subjects"]] + [0] * (self._slots - len(r["subjects"]))
+                    for r in records
+                ]
+            )
+            for name in _TRUTH
+        }
         truth["background"] = np.array([r["background"] for r in records])
         measured = measures.measure(readings, truth, present)
-        return [{name: _plain(values[row]) for name, values in measured.items()}
-                for row in range(len(scenes))]
+        return [
+            {name: _plain(values[row]) for name, values in measured.items()}
+            for row in range(len(scenes))
+        ]
 
 
 def _plain(value):

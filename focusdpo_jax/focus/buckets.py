@@ -129,8 +129,13 @@ def make_buckets(
         if not 0 <= value <= 1:
             raise UserError(f"focus buckets: {name} is {value}; choose a number from 0 to 1")
     for name, value in (
-        ("rho_noisy", rho_noisy), ("rho_clean", rho_clean), ("lambda_s", lambda_s),
-        ("lambda_d", lambda_d), ("lambda_c", lambda_c), ("gate_width", gate_width), ("background", background),
+        ("rho_noisy", rho_noisy),
+        ("rho_clean", rho_clean),
+        ("lambda_s", lambda_s),
+        ("lambda_d", lambda_d),
+        ("lambda_c", lambda_c),
+        ("gate_width", gate_width),
+        ("background", background),
     ):
         if not 0 <= value < float("inf"):
             raise UserError(f"focus buckets: {name} is {value}; choose a finite number >= 0")
@@ -189,8 +194,6 @@ def _order(seed, block, count):
     return np.argsort(draws, kind="stable").tolist()
 
 
-def sample_timesteps(
-    key: PRNGKeyArray, numbers: BucketNumbers, batch: int
-) -> Int[Array, "batch"]:
+def sample_timesteps(key: PRNGKeyArray, numbers: BucketNumbers, batch: int) -> Int[Array, "batch"]:
     """Draws timesteps uniformly from [t_low, t_high), one a pair: both of its images share it."""
     return jax.random.randint(key, (batch,), numbers.t_low, numbers.t_high, dtype=jnp.int32)

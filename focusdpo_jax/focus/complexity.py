@@ -32,9 +32,7 @@ def luminance(
     return jnp.sum(image.astype(jnp.float32) * jnp.array([0.299, 0.587, 0.114]), axis=-1)
 
 
-def bin_membership(
-    values: Float[Array, "*shape"], bins: int
-) -> Float[Array, "*shape bins"]:
+def bin_membership(values: Float[Array, "*shape"], bins: int) -> Float[Array, "*shape bins"]:
     """Spreads values in [0, 1] over `bins` equal bins with short ramps in place of hard edges.
 
     Memberships are >= 0 and sum to 1. A value further than a quarter of a bin from every edge
@@ -84,8 +82,9 @@ def local_entropy(
     def blur(maps):
         # As matrix products: the border is exact, and it runs once an image, with the data.
         maps = jnp.einsum("yY,bYxq->byxq", gaussian_window(rows, sigma), maps, precision="highest")
-        return jnp.einsum("xX,byXq->byxq", gaussian_window(columns, sigma), maps,
-                          precision="highest")
+        return jnp.einsum(
+            "xX,byXq->byxq", gaussian_window(columns, sigma), maps, precision="highest"
+        )
 
     entropy = jnp.sum(jax.scipy.special.entr(blur(membership)), axis=-1)
     information = entropy - blur(own_entropy)[..., 0]

@@ -86,8 +86,9 @@ def prototypes(
         return centres
 
     def cosine(centres):
-        return jnp.einsum("bsnd,bspd->bsnp", directions, centres,
-                          precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum(
+            "bsnd,bspd->bsnp", directions, centres, precision=jax.lax.Precision.HIGHEST
+        )
 
     for _ in range(count - 1):
         nearest = jnp.where(masks > 0.5, jnp.max(cosine(centres), axis=-1), jnp.inf)
@@ -114,8 +115,13 @@ def inside_and_outside(
     count: int,
 ) -> Float[Array, "batch subjects 2 count features"]:
     """`prototypes` of each subject, then of what surrounds it in its reference image."""
-    return jnp.stack([prototypes(reference_features, masks, present, count)
-                      for masks in (reference_masks, 1 - reference_masks)], axis=2)
+    return jnp.stack(
+        [
+            prototypes(reference_features, masks, present, count)
+            for masks in (reference_masks, 1 - reference_masks)
+        ],
+        axis=2,
+    )
 
 
 def cosine_similarity(
@@ -128,8 +134,12 @@ def cosine_similarity(
     """
     target = _unit(target_features.astype(jnp.float32))
     # Full precision: competition and rank compare numbers that are close together.
-    cosine = jnp.einsum("bspd,bhwd->bsphw", prototype.astype(jnp.float32), target,
-                        precision=jax.lax.Precision.HIGHEST)
+    cosine = jnp.einsum(
+        "bspd,bhwd->bsphw",
+        prototype.astype(jnp.float32),
+        target,
+        precision=jax.lax.Precision.HIGHEST,
+    )
     known = jnp.any(prototype != 0, axis=-1)
     return jnp.max(jnp.where(known[..., None, None], cosine, -1), axis=2)
 
@@ -152,8 +162,9 @@ def patch_quality(
     """
     usable = present[..., None] & (reference_masks > 0.5)
     references = jnp.where(usable[..., None], reference_features.astype(jnp.float32), 0)
-    cosine = jnp.einsum("bsnd,bhwd->bsnhw", _unit(references),
-                        _unit(target_features.astype(jnp.float32)))
+    cosine = jnp.einsum(
+        "bsnd,bhwd->bsnhw", _unit(references), _unit(target_features.astype(jnp.float32))
+    )
     # Unusable patches have a cosine of 0, which is the least that counts.
     return jnp.clip(jnp.max(cosine, axis=(1, 2)), 0, 1)
 
@@ -250,9 +261,7 @@ def to_grid(matched: Match, grid: tuple[int, int]) -> Match:
     )
 
 
-def inside_own(
-    matched: Match, masks: Float[Array, "batch subjects height width"]
-) -> Match:
+def inside_own(matched: Match, masks: Float[Array, "batch subjects height width"]) -> Match:
     """Keeps the matches that lie on their own subject, and drops those on another or on none [ours].
 
     Otherwise a subject that wears looks of its neighbour is matched by the neighbour's reference, and has low
@@ -278,9 +287,7 @@ def unmatched(
     return prior * (1 - matched)
 
 
-def alignment(
-    matched: Match, prior: Float[Array, "batch height width"]
-) -> Float[Array, "batch"]:
+def alignment(matched: Match, prior: Float[Array, "batch height width"]) -> Float[Array, "batch"]:
     """How much of the match lies where it should: `|M' and M_prior| / min(k, |M_prior|)` [ours].
 
     Args:

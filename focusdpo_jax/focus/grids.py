@@ -27,7 +27,8 @@ def average_to_grid(
     if rows % height or columns % width:
         raise UserError(
             f"grid {height} x {width} does not divide a map of {rows} x {columns}: choose a "
-            "resolution that is a multiple of the grid")
+            "resolution that is a multiple of the grid"
+        )
     cells = maps.reshape(*maps.shape[:-2], height, rows // height, width, columns // width)
     return jnp.mean(cells, axis=(-3, -1))
 

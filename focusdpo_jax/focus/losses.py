@@ -90,14 +90,17 @@ def diffusion_dpo(
         reference_error: the reference model's weighted error, mean of both images.
     """
     reference_chosen, reference_rejected = jax.lax.stop_gradient(
-        (reference_chosen, reference_rejected))
+        (reference_chosen, reference_rejected)
+    )
     winner = weighted_mean(weights_chosen, policy_chosen - reference_chosen)
     loser = weighted_mean(weights_rejected, policy_rejected - reference_rejected)
     margin = winner - loser
     # -log sigmoid(-x) = softplus(x), which neither overflows nor loses small losses.
     loss = jax.nn.softplus(0.5 * beta * margin)
-    reference_error = 0.5 * (weighted_mean(weights_chosen, reference_chosen)
-                             + weighted_mean(weights_rejected, reference_rejected))
+    reference_error = 0.5 * (
+        weighted_mean(weights_chosen, reference_chosen)
+        + weighted_mean(weights_rejected, reference_rejected)
+    )
     diagnostics = {
         "margin": margin,
         "logit_scale": jnp.abs(0.5 * beta * margin),
@@ -134,8 +137,7 @@ def anchor(
       formula.
     """
     difference = jnp.mean(policy_chosen - jax.lax.stop_gradient(reference_chosen), axis=(1, 2))
-    return 0.25 * beta * difference, {
-        "chosen_error_difference": jax.lax.stop_gradient(difference)}
+    return 0.25 * beta * difference, {"chosen_error_difference": jax.lax.stop_gradient(difference)}
 
 
 def preference_slope(
@@ -195,8 +197,12 @@ def patch_dpo(
       The loss of each pair [B], and per-pair diagnostics [B]: `winner_error` and `loser_error`,
       each image's own weighted error.
     """
-    loss = weighted_mean(jnp.concatenate([weights_chosen, weights_rejected], axis=1),
-                         jnp.concatenate([policy_chosen, policy_rejected], axis=1))
-    diagnostics = {"winner_error": weighted_mean(weights_chosen, policy_chosen),
-                   "loser_error": weighted_mean(weights_rejected, policy_rejected)}
+    loss = weighted_mean(
+        jnp.concatenate([weights_chosen, weights_rejected], axis=1),
+        jnp.concatenate([policy_chosen, policy_rejected], axis=1),
+    )
+    diagnostics = {
+        "winner_error": weighted_mean(weights_chosen, policy_chosen),
+        "loser_error": weighted_mean(weights_rejected, policy_rejected),
+    }
     return loss, jax.lax.stop_gradient(diagnostics)

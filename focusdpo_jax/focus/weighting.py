@@ -116,7 +116,9 @@ def focus_weights(
         with jax.named_scope("dpce"):
             diagnostics["gate"] = (
                 gate(diagnostics["alignment"], numbers.tau, numbers.gate_width)
-                if structure.spaf else jnp.ones(prior.shape[0], jnp.float32))
+                if structure.spaf
+                else jnp.ones(prior.shape[0], jnp.float32)
+            )
             opened = diagnostics["gate"][:, None, None]
 
     inside = jnp.ones_like(prior)

@@ -13,8 +13,9 @@ from focusdpo_jax.progress import Progress
 from focusdpo_jax.sharding import mesh as meshes
 
 
-def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale=1.0,
-                  sampler="ddim"):
+def make_generate(
+    generator, *, steps, guidance, negative_token_ids, image_scale=1.0, sampler="ddim"
+):
     """Builds the jitted sampler.
 
     Args:
@@ -40,25 +41,54 @@ def make_generate(generator, *, steps, guidance, negative_token_ids, image_scale
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
     @functools.partial(jax.jit, compiler_options=compiling.networks_here())
-    def generate(parameters, token_ids, time_ids, references, present, noise, keys=None,
-                 scales=None, masks=None):
+    def generate(
+        parameters,
+        token_ids,
+        time_ids,
+        references,
+        present,
+        noise,
+        keys=None,
+        scales=None,
+        masks=None,
+    ):
         denoise = conditioned_denoiser(
-            generator, parameters, token_ids, time_ids, references, present,
+            generator,
+            parameters,
+            token_ids,
+            time_ids,
+            references,
+            present,
             negative_token_ids=negative_token_ids if guided else None,
-            image_scale=image_scale, scales=scales, masks=masks)
+            image_scale=image_scale,
+            scales=scales,
+            masks=masks,
+        )
         if guided:
             denoise = samplers.classifier_free_guidance(denoise, guidance)
-        latents = samplers.sample(denoise, generator.schedule, noise, steps, spacing,
-                                  sampler=sampler, keys=keys)
+        latents = samplers.sample(
+            denoise, generator.schedule, noise, steps, spacing, sampler=sampler, keys=keys
+        )
         pixels = jnp.clip(generator.decode_latents(parameters, latents), 0, 1)
         return jnp.round(pixels * 255).astype(jnp.uint8)
 
     return generate
 
 
-def conditioned_denoiser(generator, parameters, token_ids, time_ids, references, present, *,
-                         negative_token_ids=None, image_scale=1.0, scales=None, masks=None,
-                         inpainting=None):
+def conditioned_denoiser(
+    generator,
+    parameters,
+    token_ids,
+    time_ids,
+    references,
+    present,
+    *,
+    negative_token_ids=None,
+    image_scale=1.0,
+    scales=None,
+    masks=None,
+    inpainting=None,
+):
     """The denoiser of B prompts with their references, without guidance.
 
     Args:
@@ -74,16 +104,27 @@ def conditioned_denoiser(generator, parameters, token_ids, time_ids, references,
     """
     text, pooled = generator.encode_text(parameters, token_ids)
     conditioning = Conditioning(
-        text=text, pooled=pooled, time_ids=time_ids, image_present=present,
-        image_tokens=generator.subject_tokens(parameters, references), image_scales=scales,
-        image_masks=masks)
+        text=text,
+        pooled=pooled,
+        time_ids=time_ids,
+        image_present=present,
+        image_tokens=generator.subject_tokens(parameters, references),
+        image_scales=scales,
+        image_masks=masks,
+    )
     if negative_token_ids is not None:
         other_text, other_pooled = generator.encode_negative(
-            parameters, jnp.asarray(negative_token_ids)[None])
-        without = generator.drop_references(parameters, conditioning.replace(
-            text=jnp.broadcast_to(other_text, text.shape),
-            pooled=jnp.broadcast_to(other_pooled, pooled.shape)), jnp.ones(len(present), bool),
-            generator.blank_reference(parameters))
+            parameters, jnp.asarray(negative_token_ids)[None]
+        )
+        without = generator.drop_references(
+            parameters,
+            conditioning.replace(
+                text=jnp.broadcast_to(other_text, text.shape),
+                pooled=jnp.broadcast_to(other_pooled, pooled.shape),
+            ),
+            jnp.ones(len(present), bool),
+            generator.blank_reference(parameters),
+        )
         conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
         if inpainting is not None:
             inpainting = jnp.concatenate([inpainting, inpainting])
@@ -91,8 +132,9 @@ def conditioned_denoiser(generator, parameters, token_ids, time_ids, references,
     def denoise(latents, timesteps):
         if inpainting is not None:
             latents = jnp.concatenate([latents, inpainting], axis=-1)
-        return generator.denoise(parameters, latents, timesteps, conditioning,
-                                 image_scale=image_scale)[0]
+        return generator.denoise(
+            parameters, latents, timesteps, conditioning, image_scale=image_scale
+        )[0]
 
     return denoise
 
@@ -120,8 +162,10 @@ def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         noise = scene_noise(seed, scenes.index[rows], latent_shape)
-        inputs = jax.tree.map(lambda x, rows=rows: x[rows], (
-            scenes.token_ids, scenes.time_ids, scenes.references, scenes.present))
+        inputs = jax.tree.map(
+            lambda x, rows=rows: x[rows],
+            (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present),
+        )
         pictures.append(generate(parameters, *place((*inputs, noise))))
     progress = Progress("pictures drawn", count)
     for row, picture in enumerate(pictures):

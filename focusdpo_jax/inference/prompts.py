@@ -40,8 +40,9 @@ class Reference:
 
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path or not isinstance(self.phrase, str):
-            raise UserError(f"reference {self.path!r}: give the path of a picture, and a text as "
-                            "its phrase.")
+            raise UserError(
+                f"reference {self.path!r}: give the path of a picture, and a text as its phrase."
+            )
         if not isinstance(self.scale, (int, float)) or not 0 <= self.scale < float("inf"):
             raise UserError(f"reference {self.path}: scale = {self.scale!r}: give a number >= 0.")
         if self.box is None:
@@ -54,8 +55,10 @@ class Reference:
         except (TypeError, ValueError):
             inside = False
         if not inside:
-            raise UserError(f"reference {self.path}: box = {self.box}: give x0,y0,x1,y1 with "
-                            "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, shares of width and height.")
+            raise UserError(
+                f"reference {self.path}: box = {self.box}: give x0,y0,x1,y1 with "
+                "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, shares of width and height."
+            )
 
     @property
     def placed(self):
@@ -92,8 +95,11 @@ def parse_reference(text):
     box, mask = head and _BOX.match(place), head and path and _MASK.match(place)
     if box or mask:
         rest = head
-    values = {"scale": float(scale[2]) if scale else 1.0, "mask": place if mask else "",
-              "box": tuple(map(float, place.split(","))) if box else None}
+    values = {
+        "scale": float(scale[2]) if scale else 1.0,
+        "mask": place if mask else "",
+        "box": tuple(map(float, place.split(","))) if box else None,
+    }
     return Reference(path, rest.strip(), **values) if path else Reference(rest, **values)
 
 
@@ -146,12 +152,16 @@ def read_prompts(path, default_references=(), seed=0):
             raise UserError(f"{path}, line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
-            raise UserError(f'{path}, line {number}: {reason}. A line is an object such as '
-                            '{"prompt": "a star on grass", "references": ["star.png:a star"]}.'
-                            ) from error
-        references = [dataclasses.replace(r, path=str(path.parent / r.path),
-                                          mask=str(path.parent / r.mask) if r.mask else "")
-                      for r in references]
+            raise UserError(
+                f"{path}, line {number}: {reason}. A line is an object such as "
+                '{"prompt": "a star on grass", "references": ["star.png:a star"]}.'
+            ) from error
+        references = [
+            dataclasses.replace(
+                r, path=str(path.parent / r.path), mask=str(path.parent / r.mask) if r.mask else ""
+            )
+            for r in references
+        ]
         prompts.append(Prompt(text, tuple(references) or tuple(default_references), own_seed))
     if not prompts:
         raise UserError(f"--prompts={path} has no line.")
@@ -167,8 +177,7 @@ def load_reference(path, size):
       UserError: the file is missing or cannot be used.
     """
     picture = Image.fromarray(read_picture(path, "reference"))
-    return np.asarray(ImageOps.pad(
-        picture, (size, size), Image.Resampling.BICUBIC, color="white"))
+    return np.asarray(ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color="white"))
 
 
 def load_place(reference, side):
@@ -183,6 +192,8 @@ def load_place(reference, side):
     levels = Image.fromarray(read_mask_levels(reference.mask, "mask"))
     mask = np.asarray(levels.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
     if mask.max() < 0.5:
-        raise UserError(f"mask {reference.mask} is dark all over; its light pixels say where the "
-                        "subject may be.")
+        raise UserError(
+            f"mask {reference.mask} is dark all over; its light pixels say where the "
+            "subject may be."
+        )
     return mask

@@ -18,8 +18,19 @@ class Sampler:
     attended to. A batch is divided among as many devices as share it equally.
     """
 
-    def __init__(self, model, *, resolution, slots, steps, guidance, negative="",
-                 image_scale=1.0, sampler="ddim", batch_size=8):
+    def __init__(
+        self,
+        model,
+        *,
+        resolution,
+        slots,
+        steps,
+        guidance,
+        negative="",
+        image_scale=1.0,
+        sampler="ddim",
+        batch_size=8,
+    ):
         """Builds the program.
 
         Args:
@@ -36,8 +47,13 @@ class Sampler:
         self._mesh = drawing_mesh(batch_size)
         self._view = jax.jit(model.generator.view)
         self._generate = make_generate(
-            model.generator, steps=steps, guidance=guidance, image_scale=image_scale,
-            sampler=sampler, negative_token_ids=model.tokenizer(negative))
+            model.generator,
+            steps=steps,
+            guidance=guidance,
+            image_scale=image_scale,
+            sampler=sampler,
+            negative_token_ids=model.tokenizer(negative),
+        )
 
     def place(self, parameters):
         """Parameters on the devices, where `draw` needs them."""
@@ -63,10 +79,11 @@ class Sampler:
             if first not in drawn:
                 # A batch that is not full repeats its last prompt: one shape, one program.
                 rows = [i for i in range(first, len(prompts)) if kinds[i] == kind]
-                rows = rows[:self._batch_size]
+                rows = rows[: self._batch_size]
                 filled = rows + rows[-1:] * (self._batch_size - len(rows))
-                batch = self._draw_batch(parameters, [prompts[i] for i in filled], pictures,
-                                         places if kind else None)
+                batch = self._draw_batch(
+                    parameters, [prompts[i] for i in filled], pictures, places if kind else None
+                )
                 drawn |= dict(zip(rows, np.asarray(batch)))
             yield drawn.pop(first)
 
@@ -86,14 +103,18 @@ class Sampler:
                     masks[row, slot] = places[reference]
         token_ids = np.stack([self._model.tokenizer(prompt.text) for prompt in prompts])
         time_ids = np.tile(np.float32([side, side, 0, 0, side, side]), (len(prompts), 1))
-        noise = jnp.concatenate([
-            scene_noise(prompt.seed, [0], generator.latent_shape(side)) for prompt in prompts])
+        noise = jnp.concatenate(
+            [scene_noise(prompt.seed, [0], generator.latent_shape(side)) for prompt in prompts]
+        )
         # The noise on the way must not repeat that of the start, which folds in 0.
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
-            jnp.asarray([prompt.seed for prompt in prompts]))
+            jnp.asarray([prompt.seed for prompt in prompts])
+        )
         references, *inputs = shard_batch(
-            (references, token_ids, time_ids, present, noise, keys, scales, masks), self._mesh)
+            (references, token_ids, time_ids, present, noise, keys, scales, masks), self._mesh
+        )
         token_ids, time_ids, present, noise, keys, scales, masks = inputs
         views = self._view(parameters, references.astype(jnp.float32) / 255)
-        return self._generate(parameters, token_ids, time_ids, views, present, noise, keys, scales,
-                              masks)
+        return self._generate(
+            parameters, token_ids, time_ids, views, present, noise, keys, scales, masks
+        )

@@ -63,8 +63,9 @@ def recorded_calls():
         _CALLS.reset(token)
 
 
-def choose_kernel(target, dtype, queries, keys, head_dim, *, masked=False, causal=False,
-                  divided=False):
+def choose_kernel(
+    target, dtype, queries, keys, head_dim, *, masked=False, causal=False, divided=False
+):
     """The kernel for an attention, forward and backward.
 
     Args:
@@ -86,8 +87,12 @@ def choose_kernel(target, dtype, queries, keys, head_dim, *, masked=False, causa
     if target.platform == "tpu":
         suits = divided and attention_on_tpu.suits(queries, keys, head_dim)
         return "splash" if suits else "xla"
-    if ((target.compute_capability or 0) >= 8 and dtype in (jnp.bfloat16, jnp.float16)
-            and head_dim <= _CUDNN_HEAD and head_dim % _CUDNN_MULTIPLE == 0):
+    if (
+        (target.compute_capability or 0) >= 8
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and head_dim <= _CUDNN_HEAD
+        and head_dim % _CUDNN_MULTIPLE == 0
+    ):
         return "cudnn-forward" if queries % 2 or keys % 2 else "cudnn"
     return "xla"
 
@@ -112,11 +117,20 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
     heads = [split_heads(x, num_heads) for x in (query, key, value)]
     queries, keys, head_dim = query.shape[1], key.shape[1], heads[0].shape[-1]
     masked, divide = key_mask is not None, platforms.divide()
-    kernel = choose_kernel(platforms.current(), query.dtype, queries, keys, head_dim, masked=masked,
-                           causal=causal, divided=divide is not None)
+    kernel = choose_kernel(
+        platforms.current(),
+        query.dtype,
+        queries,
+        keys,
+        head_dim,
+        masked=masked,
+        causal=causal,
+        divided=divide is not None,
+    )
     if _CALLS.get() is not None:
-        _CALLS.get().add(Call(queries, keys, num_heads, head_dim, query.dtype.name, masked, causal,
-                              kernel))
+        _CALLS.get().add(
+            Call(queries, keys, num_heads, head_dim, query.dtype.name, masked, causal, kernel)
+        )
     if kernel == "by_head":
         out = _in_pieces(attention_by_head.attend, 1, *heads, key_mask)
     elif kernel == "splash":
@@ -137,9 +151,9 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
 def _xla(query, key, value, key_mask=None, causal=False):
     """Plain attention, [B, N, H, d]; the backward pass computes the logits again."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.checkpoint(functools.partial(
-        jax.nn.dot_product_attention, is_causal=causal, implementation="xla"))(
-            query, key, value, mask=mask)
+    return jax.checkpoint(
+        functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla")
+    )(query, key, value, mask=mask)
 
 
 def _cudnn(query, key, value):

@@ -53,16 +53,20 @@ def _forward(query, key, value, bias):
         return out.astype(value.dtype), largest + jnp.log(total)
 
     query, key, value = map(_by_head, (query, key, value))
-    out, normaliser = _by_heads(heads, query.shape[2] * key.shape[2],
-                                query, _scaled_and_turned(key), value)
+    out, normaliser = _by_heads(
+        heads, query.shape[2] * key.shape[2], query, _scaled_and_turned(key), value
+    )
     out = out.transpose(1, 2, 0, 3)
     return out, (*residuals, normaliser, None if key.shape[2] <= _FEW_KEYS else out)
 
 
 def _backward(residuals, gradient):
     query, key, value, bias, normaliser, out = residuals
-    mean = [] if out is None else [
-        _by_head((gradient * out).sum(-1, keepdims=True, dtype=jnp.float32))]
+    mean = (
+        []
+        if out is None
+        else [_by_head((gradient * out).sum(-1, keepdims=True, dtype=jnp.float32))]
+    )
     query, key, value, gradient = map(_by_head, (query, key, value, gradient))
     scale = query.shape[-1] ** -0.5
 
@@ -75,11 +79,25 @@ def _backward(residuals, gradient):
         return _product(inner, key), _product(query_t, inner), _product(gradient_t, share)
 
     gradients = _by_heads(
-        heads, query.shape[2] * key.shape[2], _turned(query), key, _scaled_and_turned(key),
-        _turned(value), normaliser, query, gradient, _turned(gradient), *mean)
+        heads,
+        query.shape[2] * key.shape[2],
+        _turned(query),
+        key,
+        _scaled_and_turned(key),
+        _turned(value),
+        normaliser,
+        query,
+        gradient,
+        _turned(gradient),
+        *mean,
+    )
     of_query, of_key, of_value = (x.astype(query.dtype) for x in gradients)
-    return ((of_query * scale).transpose(1, 2, 0, 3), (of_key * scale).transpose(1, 3, 0, 2),
-            of_value.transpose(1, 3, 0, 2), None)
+    return (
+        (of_query * scale).transpose(1, 2, 0, 3),
+        (of_key * scale).transpose(1, 3, 0, 2),
+        of_value.transpose(1, 3, 0, 2),
+        None,
+    )
 
 
 _attend.defvjp(_forward, _backward)
@@ -93,8 +111,11 @@ def _by_head(x):
 def _by_heads(function, logits, *arrays):
     """`function` of arrays [h * B, ...], on all of [H, B, ...] with as many heads h as are held."""
     heads, batch = arrays[0].shape[:2]
-    at_once = max(n for n in range(1, heads + 1)
-                  if heads % n == 0 and (n == 1 or n * batch * logits <= _LOGITS))
+    at_once = max(
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (n == 1 or n * batch * logits <= _LOGITS)
+    )
     groups = [x.reshape(heads // at_once, at_once * batch, *x.shape[2:]) for x in arrays]
     if at_once == heads:
         results = function(*(x[0] for x in groups))

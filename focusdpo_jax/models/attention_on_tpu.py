@@ -38,11 +38,20 @@ def attend(query, key, value, *, interpret=False):
     keys = key.shape[1]
     q, k = _block(queries), _block(keys)
     sizes = splash.BlockSizes(
-        block_q=q, block_kv=k, block_kv_compute=k, block_q_dkv=q, block_kv_dkv=k,
-        block_kv_dkv_compute=k, block_q_dq=q, block_kv_dq=k)
+        block_q=q,
+        block_kv=k,
+        block_kv_compute=k,
+        block_q_dkv=q,
+        block_kv_dkv=k,
+        block_kv_dkv_compute=k,
+        block_q_dq=q,
+        block_kv_dq=k,
+    )
     kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads), block_sizes=sizes,
-        interpret=interpret)
+        masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads),
+        block_sizes=sizes,
+        interpret=interpret,
+    )
     query, key, value = (x.swapaxes(1, 2) for x in (query * head_dim**-0.5, key, value))
     return jax.vmap(kernel)(query, key, value).swapaxes(1, 2)
 

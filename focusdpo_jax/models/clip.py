@@ -71,8 +71,10 @@ class CLIPVisionConfig:
     def __post_init__(self):
         _check_tower(self)
         if self.image_size % self.patch_size:
-            raise UserError(f"image_size = {self.image_size}: make it a multiple of "
-                            f"patch_size = {self.patch_size}")
+            raise UserError(
+                f"image_size = {self.image_size}: make it a multiple of "
+                f"patch_size = {self.patch_size}"
+            )
 
     @property
     def num_patches(self):
@@ -82,11 +84,14 @@ class CLIPVisionConfig:
 
 def _check_tower(config):
     if config.activation not in layers.ACTIVATIONS:
-        raise UserError(f"activation = {config.activation!r}: choose one of "
-                        f"{list(layers.ACTIVATIONS)}")
+        raise UserError(
+            f"activation = {config.activation!r}: choose one of {list(layers.ACTIVATIONS)}"
+        )
     if config.hidden_size % config.num_heads:
-        raise UserError(f"hidden_size = {config.hidden_size}: make it a multiple of "
-                        f"num_heads = {config.num_heads}")
+        raise UserError(
+            f"hidden_size = {config.hidden_size}: make it a multiple of "
+            f"num_heads = {config.num_heads}"
+        )
 
 
 class CLIPOutput(NamedTuple):
@@ -116,8 +121,10 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps [B, N, C] to the same shape."""
-        query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
-                             for name in ("q_proj", "k_proj", "v_proj"))
+        query, key, value = (
+            nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
         out = attend(query, key, value, self.num_heads, causal=self.causal)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
 
@@ -168,10 +175,20 @@ class TextEmbeddings(nn.Module):
         """Maps ids [B, L] to [B, L, C]."""
         config = self.config
         table = nn.initializers.normal(0.02)
-        tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype,
-                          embedding_init=table, name="token_embedding")(ids)
-        positions = nn.Embed(config.max_length, config.hidden_size, dtype=self.dtype,
-                             embedding_init=table, name="position_embedding")
+        tokens = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=self.dtype,
+            embedding_init=table,
+            name="token_embedding",
+        )(ids)
+        positions = nn.Embed(
+            config.max_length,
+            config.hidden_size,
+            dtype=self.dtype,
+            embedding_init=table,
+            name="position_embedding",
+        )
         return tokens + positions(jnp.arange(ids.shape[1]))
 
 
@@ -203,12 +220,12 @@ class CLIPText(nn.Module):
     @nn.compact
     def __call__(self, ids):
         """Maps token ids, int [B, L] with L <= max_length, to a `CLIPOutput`."""
-        last, penultimate, pooled = TextTransformer(self.config, self.dtype,
-                                                    name="text_model")(ids)
+        last, penultimate, pooled = TextTransformer(self.config, self.dtype, name="text_model")(ids)
         projected = None
         if self.config.projection_dim is not None:
-            projected = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype,
-                                 name="text_projection")(pooled)
+            projected = nn.Dense(
+                self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection"
+            )(pooled)
         return CLIPOutput(last, penultimate, pooled, projected)
 
 
@@ -223,17 +240,29 @@ class VisionEmbeddings(nn.Module):
         """Maps [B, image_size, image_size, 3] to [B, 1 + num_patches, C]."""
         config = self.config
         size = config.patch_size
-        patches = layers.Conv(config.hidden_size, kernel_size=size, stride=size,
-                              padding=((0, 0), (0, 0)), use_bias=False, dtype=self.dtype,
-                              name="patch_embedding")(images)
+        patches = layers.Conv(
+            config.hidden_size,
+            kernel_size=size,
+            stride=size,
+            padding=((0, 0), (0, 0)),
+            use_bias=False,
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(images)
         patches = patches.reshape(images.shape[0], -1, config.hidden_size)
         table = nn.initializers.normal(0.02)
         first = self.param("class_embedding", table, (config.hidden_size,)).astype(self.dtype)
         first = jnp.broadcast_to(first, (images.shape[0], 1, config.hidden_size))
-        positions = nn.Embed(1 + config.num_patches, config.hidden_size, dtype=self.dtype,
-                             embedding_init=table, name="position_embedding")
-        return (jnp.concatenate([first, patches], axis=1)
-                + positions(jnp.arange(1 + config.num_patches)))
+        positions = nn.Embed(
+            1 + config.num_patches,
+            config.hidden_size,
+            dtype=self.dtype,
+            embedding_init=table,
+            name="position_embedding",
+        )
+        return jnp.concatenate([first, patches], axis=1) + positions(
+            jnp.arange(1 + config.num_patches)
+        )
 
 
 class VisionTransformer(nn.Module):
@@ -267,12 +296,17 @@ class CLIPVision(nn.Module):
           images: [B, image_size, image_size, 3], normalised as the tower was trained (see
             `normalise_images`). The sequence is the class token, then the patches row by row.
         """
-        last, penultimate, pooled = VisionTransformer(self.config, self.dtype,
-                                                      name="vision_model")(images)
+        last, penultimate, pooled = VisionTransformer(self.config, self.dtype, name="vision_model")(
+            images
+        )
         projected = None
         if self.config.projection_dim is not None:
-            projected = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype,
-                                 name="visual_projection")(pooled)
+            projected = nn.Dense(
+                self.config.projection_dim,
+                use_bias=False,
+                dtype=self.dtype,
+                name="visual_projection",
+            )(pooled)
         return CLIPOutput(last, penultimate, pooled, projected)
 
 

@@ -49,7 +49,8 @@ def conv2d(x, kernel, *, stride=1, padding=((1, 1), (1, 1))):
 
 def _convolve(x, kernel, padding, stride=1):
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)
+        x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT
+    )
 
 
 def _adds_taps(x, platform):
@@ -84,8 +85,9 @@ def _kernel_gradient_by_taps(x, kernel, gradient, padding):
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     outer = gradient.reshape(-1, gradient.shape[-1]).T  # [Cout, B*H'*W']
     taps = [
-        outer @ padded[:, i:i + height, j:j + width, :].reshape(-1, x.shape[-1])
-        for i in range(kernel.shape[0]) for j in range(kernel.shape[1])
+        outer @ padded[:, i : i + height, j : j + width, :].reshape(-1, x.shape[-1])
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
     ]
     return jnp.stack(taps).swapaxes(1, 2).reshape(kernel.shape)
 
@@ -100,8 +102,10 @@ def by_taps(x, kernel, padding):
 def input_gradient_by_taps(kernel, gradient, padding):
     """The gradient of the input of `conv2d`: a convolution with the kernel turned around."""
     rows, columns = kernel.shape[:2]
-    padding = tuple((size - 1 - before, size - 1 - after) for size, (before, after)
-                    in zip((rows, columns), padding, strict=True))
+    padding = tuple(
+        (size - 1 - before, size - 1 - after)
+        for size, (before, after) in zip((rows, columns), padding, strict=True)
+    )
     taps = [[kernel[i, j] for j in reversed(range(columns))] for i in reversed(range(rows))]
     return _sum_of_taps(gradient, taps, padding, "bhwo,co->bhwc")
 
@@ -111,7 +115,14 @@ def _sum_of_taps(x, taps, padding, product):
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     height = padded.shape[1] - len(taps) + 1
     width = padded.shape[2] - len(taps[0]) + 1
-    shares = [jnp.einsum(product, padded[:, i:i + height, j:j + width], tap,
-                         preferred_element_type=jnp.float32)
-              for i, row in enumerate(taps) for j, tap in enumerate(row)]
+    shares = [
+        jnp.einsum(
+            product,
+            padded[:, i : i + height, j : j + width],
+            tap,
+            preferred_element_type=jnp.float32,
+        )
+        for i, row in enumerate(taps)
+        for j, tap in enumerate(row)
+    ]
     return functools.reduce(jnp.add, shares).astype(x.dtype)

@@ -41,11 +41,14 @@ class DINOConfig:
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
-            raise UserError(f"hidden_size = {self.hidden_size}: make it a multiple of "
-                            f"num_heads = {self.num_heads}")
+            raise UserError(
+                f"hidden_size = {self.hidden_size}: make it a multiple of "
+                f"num_heads = {self.num_heads}"
+            )
         if self.image_size < self.patch_size:
-            raise UserError(f"image_size = {self.image_size}: make it at least "
-                            f"patch_size = {self.patch_size}")
+            raise UserError(
+                f"image_size = {self.image_size}: make it at least patch_size = {self.patch_size}"
+            )
 
     @property
     def grid_size(self):
@@ -84,8 +87,9 @@ def interpolate_positions(positions, grid):
         return positions
     square = positions[0, 1:].reshape(side, side, -1)
     down, across = (layers.bicubic_weights(side, new) for new in grid)
-    patches = jnp.einsum("ri,cj,ijd->rcd", down, across, square,
-                         precision=jax.lax.Precision.HIGHEST)
+    patches = jnp.einsum(
+        "ri,cj,ijd->rcd", down, across, square, precision=jax.lax.Precision.HIGHEST
+    )
     return jnp.concatenate([positions[:, :1], patches.reshape(1, -1, square.shape[-1])], axis=1)
 
 
@@ -99,8 +103,14 @@ class PatchEmbeddings(nn.Module):
     def __call__(self, images):
         """Maps [B, H, W, 3] to [B, H // patch_size, W // patch_size, C]."""
         size = self.config.patch_size
-        return layers.Conv(self.config.hidden_size, kernel_size=size, stride=size,
-                           padding=((0, 0), (0, 0)), dtype=self.dtype, name="projection")(images)
+        return layers.Conv(
+            self.config.hidden_size,
+            kernel_size=size,
+            stride=size,
+            padding=((0, 0), (0, 0)),
+            dtype=self.dtype,
+            name="projection",
+        )(images)
 
 
 class Embeddings(nn.Module):
@@ -118,8 +128,7 @@ class Embeddings(nn.Module):
         table = nn.initializers.normal(0.02)
         first = self.param("cls_token", table, (1, 1, channels)).astype(self.dtype)
         first = jnp.broadcast_to(first, (batch, 1, channels))
-        positions = self.param("position_embeddings", table,
-                               (1, 1 + config.grid_size**2, channels))
+        positions = self.param("position_embeddings", table, (1, 1 + config.grid_size**2, channels))
         positions = interpolate_positions(positions, tuple(grid)).astype(self.dtype)
         return jnp.concatenate([first, patches.reshape(batch, -1, channels)], axis=1) + positions
 
@@ -133,8 +142,10 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps [B, N, C] to the same shape."""
-        query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
-                             for name in ("query", "key", "value"))
+        query, key, value = (
+            nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
+            for name in ("query", "key", "value")
+        )
         return attend(query, key, value, self.num_heads)
 
 
@@ -230,8 +241,9 @@ class DINO(nn.Module):
         """
         unknown = set(capture) - set(range(self.config.num_layers + 1))
         if unknown:
-            raise ValueError(f"cannot capture {sorted(unknown)}; known: 0 to "
-                             f"{self.config.num_layers}")
+            raise ValueError(
+                f"cannot capture {sorted(unknown)}; known: 0 to {self.config.num_layers}"
+            )
         x = Embeddings(self.config, self.dtype, name="embeddings")(images)
         states = Encoder(self.config, self.dtype, name="encoder")(x)
         last = layers.LayerNorm(self.config.epsilon, self.dtype, name="layernorm")(states[-1])

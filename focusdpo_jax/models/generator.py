@@ -58,18 +58,31 @@ def check_parts(unet, vae, text_encoder, text_encoder_2):
     """
     width = text_encoder.hidden_size + text_encoder_2.hidden_size
     for name, value, theirs, given in (
-            ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
-            ("unet.cross_attention_dim", unet.cross_attention_dim,
-             "text_encoder.hidden_size + text_encoder_2.hidden_size", width),
-            ("unet.pooled_dim", unet.pooled_dim, "text_encoder_2.projection_dim",
-             text_encoder_2.projection_dim),
-            ("vae.in_channels", vae.in_channels, "the channels of a picture", 3)):
+        ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
+        (
+            "unet.cross_attention_dim",
+            unet.cross_attention_dim,
+            "text_encoder.hidden_size + text_encoder_2.hidden_size",
+            width,
+        ),
+        (
+            "unet.pooled_dim",
+            unet.pooled_dim,
+            "text_encoder_2.projection_dim",
+            text_encoder_2.projection_dim,
+        ),
+        ("vae.in_channels", vae.in_channels, "the channels of a picture", 3),
+    ):
         if value != given:
-            raise UserError(f"{name} = {value}, but {theirs} = {given}: take parts that belong to one "
-                            "SDXL model")
+            raise UserError(
+                f"{name} = {value}, but {theirs} = {given}: take parts that belong to one "
+                "SDXL model"
+            )
     if unet.in_channels < vae.latent_channels:
-        raise UserError(f"unet.in_channels = {unet.in_channels}, but vae.latent_channels = "
-                        f"{vae.latent_channels}: take parts that belong to one SDXL model")
+        raise UserError(
+            f"unet.in_channels = {unet.in_channels}, but vae.latent_channels = "
+            f"{vae.latent_channels}: take parts that belong to one SDXL model"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +123,19 @@ class GeneratorConfig:
                 f"adapter.input_dim = {adapter.input_dim}, but what a subject adapter of kind = "
                 f"{adapter.kind!r} reads is image_encoder."
                 f"{'projection_dim' if pooled else 'hidden_size'} = {given} wide: take the image "
-                "encoder that it was trained with")
+                "encoder that it was trained with"
+            )
         if adapter.output_dim != self.unet.cross_attention_dim:
             raise UserError(
                 f"adapter.output_dim = {adapter.output_dim}, but the UNet reads tokens of width "
                 f"unet.cross_attention_dim = {self.unet.cross_attention_dim}: take an adapter made "
-                "for it")
+                "for it"
+            )
         if adapter.kind == "grounding" and adapter.phrase_dim != self.text_encoder.hidden_size:
             raise UserError(
                 f"adapter.phrase_dim = {adapter.phrase_dim}, but a phrase's embedding is "
-                f"text_encoder.hidden_size = {self.text_encoder.hidden_size} wide")
+                f"text_encoder.hidden_size = {self.text_encoder.hidden_size} wide"
+            )
 
     @property
     def spacing(self):
@@ -152,8 +168,10 @@ class GeneratorConfig:
         factor = self.vae.factor
         if resolution < factor or resolution % factor:
             nearest = max(1, round(resolution / factor)) * factor
-            raise UserError(f"{field}{resolution}: a latent of this model covers {factor} pixels in each "
-                            f"direction; give a positive multiple of {factor}, such as {nearest}")
+            raise UserError(
+                f"{field}{resolution}: a latent of this model covers {factor} pixels in each "
+                f"direction; give a positive multiple of {factor}, such as {nearest}"
+            )
 
     @classmethod
     def from_json(cls, text):
@@ -166,8 +184,9 @@ class GeneratorConfig:
         values = dict(values)
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(field.type):
-                part = {k: tuple(v) if isinstance(v, list) else v
-                        for k, v in values[field.name].items()}
+                part = {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in values[field.name].items()
+                }
                 values[field.name] = field.type(**part)
         return cls(**values)
 
@@ -228,7 +247,8 @@ class Generator:
         self.image_encoder = CLIPVision(config.image_encoder, dtype)
         self.adapter = subject_adapter(config.adapter, dtype)
         self.schedule = noise_schedule.scaled_linear_schedule(
-            config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+            config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
+        )
 
     @property
     def latent_factor(self):
@@ -259,9 +279,15 @@ class Generator:
         config, unet = self.config, self.config.unet
         if part == "unet":
             tokens = jnp.zeros((1, 1, config.adapter.num_tokens, unet.cross_attention_dim))
-            inputs = (jnp.zeros((1, 8, 8, unet.in_channels)), jnp.zeros((1,)),
-                      jnp.zeros((1, 1, unet.cross_attention_dim)), jnp.zeros((1, unet.pooled_dim)),
-                      jnp.zeros((1, 6)), tokens, jnp.ones((1, 1), bool))
+            inputs = (
+                jnp.zeros((1, 8, 8, unet.in_channels)),
+                jnp.zeros((1,)),
+                jnp.zeros((1, 1, unet.cross_attention_dim)),
+                jnp.zeros((1, unet.pooled_dim)),
+                jnp.zeros((1, 6)),
+                tokens,
+                jnp.ones((1, 1), bool),
+            )
         elif part == "vae":
             side = 2 * self.latent_factor
             inputs = (jnp.zeros((1, side, side, 3)),)
@@ -285,14 +311,16 @@ class Generator:
           mean and standard deviation, each [B, H / f, W / f, C] in float32.
         """
         mean, log_variance = self.vae.apply(
-            {"params": parameters["vae"]}, pixels * 2 - 1, method="encode")
+            {"params": parameters["vae"]}, pixels * 2 - 1, method="encode"
+        )
         scale = self.config.vae.scaling_factor
         return mean * scale, jnp.exp(0.5 * log_variance) * scale
 
     def decode_latents(self, parameters, latents):
         """Pixels [B, H, W, 3], about [0, 1] and not clipped, from the UNet's latents."""
-        pixels = self.vae.apply({"params": parameters["vae"]},
-                                latents / self.config.vae.scaling_factor, method="decode")
+        pixels = self.vae.apply(
+            {"params": parameters["vae"]}, latents / self.config.vae.scaling_factor, method="decode"
+        )
         return pixels / 2 + 0.5
 
     def encode_text(self, parameters, token_ids):
@@ -307,7 +335,8 @@ class Generator:
         """
         first = self.text_encoder.apply({"params": parameters["text_encoder"]}, token_ids[:, 0])
         second = self.text_encoder_2.apply(
-            {"params": parameters["text_encoder_2"]}, token_ids[:, 1])
+            {"params": parameters["text_encoder_2"]}, token_ids[:, 1]
+        )
         text = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
         return text, second.projected
 
@@ -322,8 +351,9 @@ class Generator:
         config = self.config.text_encoder
         # The end of a text is the last word of CLIP's vocabulary, also where a configuration has a
         # legacy id.
-        end = (config.vocab_size - 1 if config.eos_token_id == clip.LEGACY_EOS
-               else config.eos_token_id)
+        end = (
+            config.vocab_size - 1 if config.eos_token_id == clip.LEGACY_EOS else config.eos_token_id
+        )
         empty = token_ids[:, 0, 1] == end
         return tuple(jnp.where(empty.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in embeddings)
 
@@ -336,8 +366,9 @@ class Generator:
         shape = pixels.shape
         seen = self.see(parameters, pixels.reshape(-1, *shape[-3:]))
         pooled = seen.projected if self.config.adapter.kind == "projection" else None
-        return jax.tree.map(lambda x: x.reshape(*shape[:-3], *x.shape[1:]),
-                            ImageView(seen.penultimate, pooled))
+        return jax.tree.map(
+            lambda x: x.reshape(*shape[:-3], *x.shape[1:]), ImageView(seen.penultimate, pooled)
+        )
 
     def see(self, parameters, pixels):
         """Everything the image encoder says (`CLIPOutput`) of pixels [B, H, W, 3] in [0, 1].
@@ -349,7 +380,8 @@ class Generator:
             shape = (len(pixels), size, size, 3)
             pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic", antialias=True), 0, 1)
         return self.image_encoder.apply(
-            {"params": parameters["image_encoder"]}, clip.normalise_images(pixels))
+            {"params": parameters["image_encoder"]}, clip.normalise_images(pixels)
+        )
 
     def subject_tokens(self, parameters, view):
         """Tokens [B, S, T, D] of the subject adapter from the `ImageView` [B, S] of references."""
@@ -367,7 +399,8 @@ class Generator:
           boxes: [B, S, 4], x0, y0, x1, y1 in [0, 1] of the picture to draw.
         """
         encoded = self.text_encoder.apply(
-            {"params": parameters["text_encoder"]}, phrase_ids.reshape(-1, phrase_ids.shape[-1]))
+            {"params": parameters["text_encoder"]}, phrase_ids.reshape(-1, phrase_ids.shape[-1])
+        )
         phrases = encoded.pooled.reshape(*phrase_ids.shape[:-1], -1)
         return view.replace(phrases=phrases, boxes=boxes)
 
@@ -390,22 +423,32 @@ class Generator:
         """Takes the references away where `dropped`, bool [B]; `blank` is of `blank_reference`."""
         if blank is None:
             return conditioning.replace(
-                image_present=conditioning.image_present & ~dropped[:, None])
+                image_present=conditioning.image_present & ~dropped[:, None]
+            )
         tokens = self.subject_tokens(parameters, blank)
-        return conditioning.replace(image_tokens=jnp.where(
-            dropped[:, None, None, None], tokens, conditioning.image_tokens))
+        return conditioning.replace(
+            image_tokens=jnp.where(dropped[:, None, None, None], tokens, conditioning.image_tokens)
+        )
 
-    def denoise(self, parameters, latents, timesteps, conditioning, *, image_scale=1.0,
-                capture=()):
+    def denoise(self, parameters, latents, timesteps, conditioning, *, image_scale=1.0, capture=()):
         """The UNet's prediction [B, h, w, C] and what was captured (see `UNet.__call__`).
 
         Of latents [B, h, w, C] and timesteps [B]; the rows of the conditioning may be fewer.
         """
         return self.unet.apply(
-            {"params": parameters["unet"]}, latents, timesteps, conditioning.text,
-            conditioning.pooled, conditioning.time_ids, conditioning.image_tokens,
-            conditioning.image_present, image_scale, image_scales=conditioning.image_scales,
-            image_masks=conditioning.image_masks, capture=capture)
+            {"params": parameters["unet"]},
+            latents,
+            timesteps,
+            conditioning.text,
+            conditioning.pooled,
+            conditioning.time_ids,
+            conditioning.image_tokens,
+            conditioning.image_present,
+            image_scale,
+            image_scales=conditioning.image_scales,
+            image_masks=conditioning.image_masks,
+            capture=capture,
+        )
 
 
 def split_parameters(parameters, trainable):
@@ -426,7 +469,8 @@ def split_parameters(parameters, trainable):
     if not chosen:
         raise UserError(
             f"config.trainable = {trainable!r}: the model has no such parameters"
-            + (" (set config.model.lora_rank, for example to 8)" if trainable == "lora" else ""))
+            + (" (set config.model.lora_rank, for example to 8)" if trainable == "lora" else "")
+        )
     parts = [{p: v for p, v in flat.items() if (p in chosen) == wanted} for wanted in (True, False)]
     return tuple(traverse_util.unflatten_dict(part) for part in parts)
 

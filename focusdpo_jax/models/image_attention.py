@@ -25,8 +25,13 @@ def attend_within_masks(query, key, value, key_mask, slot_masks, num_heads):
     def by_slot(x):
         return x.reshape(batch * slots, -1, *x.shape[2:])
 
-    seen = attention.attend(jnp.repeat(query, slots, axis=0), by_slot(key), by_slot(value), num_heads,
-                         key_mask=by_slot(key_mask))
+    seen = attention.attend(
+        jnp.repeat(query, slots, axis=0),
+        by_slot(key),
+        by_slot(value),
+        num_heads,
+        key_mask=by_slot(key_mask),
+    )
     seen = seen.reshape(batch, slots, positions, -1)
     return (seen * slot_masks[..., None].astype(seen.dtype)).sum(1)
 
@@ -39,8 +44,13 @@ def masks_on_grid(masks, grid):
     here such masks are stretched over the picture.
     """
     down, across = (layers.bicubic_weights(old, new) for old, new in zip(masks.shape[2:], grid))
-    small = jnp.einsum("bsyx,hy,wx->bshw", masks.astype(jnp.float32), down, across,
-                       precision=jax.lax.Precision.HIGHEST)
+    small = jnp.einsum(
+        "bsyx,hy,wx->bshw",
+        masks.astype(jnp.float32),
+        down,
+        across,
+        precision=jax.lax.Precision.HIGHEST,
+    )
     return small.reshape(*small.shape[:2], -1)
 
 

@@ -64,8 +64,9 @@ class Conv(nn.Module):
         padding = self.padding or ((size // 2, size // 2),) * 2
         shape = (size, size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype),
-                   stride=self.stride, padding=padding)
+        y = conv2d(
+            x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=padding
+        )
         if self.use_bias:
             bias = self.param("bias", ZEROS, (self.features,))
             y = add_bias(y, bias.astype(self.dtype))
@@ -89,7 +90,8 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", ZEROS, (x.shape[-1],))
         return normalisation.group_norm(
-            x, scale, bias, self.groups, self.epsilon, self.dtype, self.activation)
+            x, scale, bias, self.groups, self.epsilon, self.dtype, self.activation
+        )
 
 
 class LayerNorm(nn.Module):
@@ -172,8 +174,9 @@ class Attention(nn.Module):
         width = self.width or x.shape[-1]
 
         def dense(features, use_bias, name):
-            return LoRADense(features, use_bias, self.lora_rank, self.lora_alpha,
-                             dtype=self.dtype, name=name)
+            return LoRADense(
+                features, use_bias, self.lora_rank, self.lora_alpha, dtype=self.dtype, name=name
+            )
 
         query = dense(width, self.input_bias, "to_q")(x)
         key = dense(width, self.input_bias, "to_k")(context)
@@ -200,8 +203,9 @@ class ResnetBlock(nn.Module):
         h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, nn.silu, name="norm1")(x)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         if embedding is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype,
-                             name="time_emb_proj")(nn.silu(embedding))
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(
+                nn.silu(embedding)
+            )
             h = h + shift[:, None, None, :]
         h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, nn.silu, name="norm2")(h)
         h = Conv(self.features, kernel_init=ZEROS, dtype=self.dtype, name="conv2")(h)
@@ -237,7 +241,7 @@ class Upsample(nn.Module):
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
         x = x.reshape(batch, 2 * height, 2 * width, channels)
         if size is not None:
-            x = x[:, :size[0], :size[1]]
+            x = x[:, : size[0], : size[1]]
         return Conv(channels, dtype=self.dtype, name="conv")(x)
 
 
@@ -269,8 +273,9 @@ class _Halves(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps [..., C] to two of [..., features]."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(),
-                            (x.shape[-1], 2 * self.features))
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], 2 * self.features)
+        )
         bias = self.param("bias", ZEROS, (2 * self.features,))
         x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1))], axis=-1, dtype=self.dtype)
         kernel = jnp.concatenate([kernel, bias[None]], dtype=self.dtype)
@@ -296,8 +301,10 @@ def _gate_gradients(inputs, gradient):
     x, gate, gradient = (array.astype(jnp.float32) for array in (*inputs, gradient))
     below = _normal_cdf(gate)
     density = jnp.exp(-0.5 * jnp.square(gate)) * np.float32(1 / np.sqrt(2 * np.pi))
-    return ((gradient * gate * below).astype(inputs[0].dtype),
-            (gradient * x * (below + gate * density)).astype(inputs[1].dtype))
+    return (
+        (gradient * gate * below).astype(inputs[0].dtype),
+        (gradient * x * (below + gate * density)).astype(inputs[1].dtype),
+    )
 
 
 _gate.defvjp(lambda x, gate: (_gate(x, gate), (x, gate)), _gate_gradients)

@@ -50,8 +50,11 @@ def _layer_norm_gradients(epsilon, dtype, residuals, gradient):
     scaled = gradient * scale.astype(jnp.float32)
     along = (scaled * normed).mean(-1, keepdims=True)
     of_x = rate * (scaled - scaled.mean(-1, keepdims=True) - normed * along)
-    return (of_x.astype(x.dtype), (gradient * normed).sum(rows).astype(scale.dtype),
-            gradient.sum(rows).astype(bias.dtype))
+    return (
+        of_x.astype(x.dtype),
+        (gradient * normed).sum(rows).astype(scale.dtype),
+        gradient.sum(rows).astype(bias.dtype),
+    )
 
 
 layer_norm.defvjp(_layer_norm, _layer_norm_gradients)
@@ -104,15 +107,18 @@ def _group_norm_gradients(groups, epsilon, dtype, activation, residuals, gradien
     gradient = gradient.reshape(pixels.shape).astype(jnp.float32)
     if activation is not None:
         _, back = jax.vjp(activation, _normed(pixels, scale, bias, mean, rate))
-        gradient, = back(gradient)
+        (gradient,) = back(gradient)
     total = gradient.sum(1, keepdims=True)
     along = (gradient * (pixels.astype(jnp.float32) - mean)).sum(1, keepdims=True) * rate
     positions, scaled = pixels.shape[1], scale.astype(jnp.float32)
     shift = _group_means(total * scaled, groups) / positions
     slope = _group_means(along * scaled, groups) / positions
     of_x = rate * (gradient * scaled - shift - (pixels.astype(jnp.float32) - mean) * rate * slope)
-    return (of_x.astype(x.dtype).reshape(x.shape), along.sum((0, 1)).astype(scale.dtype),
-            total.sum((0, 1)).astype(bias.dtype))
+    return (
+        of_x.astype(x.dtype).reshape(x.shape),
+        along.sum((0, 1)).astype(scale.dtype),
+        total.sum((0, 1)).astype(bias.dtype),
+    )
 
 
 group_norm.defvjp(_group_norm, _group_norm_gradients)

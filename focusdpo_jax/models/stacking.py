@@ -34,7 +34,8 @@ def split(tree):
         leaf = leaf if abstract else np.asarray(leaf)
         for number in range(leaf.shape[0]):
             flat[block_path(path, number)] = (
-                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if abstract else leaf[number])
+                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if abstract else leaf[number]
+            )
     return traverse_util.unflatten_dict(flat)
 
 
@@ -68,7 +69,7 @@ def join(flat, template, read=np.asarray, place=as_it_is):
 def block_path(path, number):
     """The path that a parameter of stacked blocks has in each file, for the block of a number."""
     where = path.index(STACKED)
-    return (*path[:where], f"{STACKED}_{number}", *path[where + 1:])
+    return (*path[:where], f"{STACKED}_{number}", *path[where + 1 :])
 
 
 def _stacked(blocks, read):

@@ -61,8 +61,7 @@ class SubjectAdapterConfig:
 
 def subject_adapter(config, dtype=jnp.float32):
     """The module that `config.kind` names."""
-    kinds = {"resampler": Resampler, "projection": ImageProjection,
-             "grounding": GroundingResampler}
+    kinds = {"resampler": Resampler, "projection": ImageProjection, "grounding": GroundingResampler}
     return kinds[config.kind](config, dtype)
 
 
@@ -79,8 +78,12 @@ class ResamplerLayer(nn.Module):
         features = layers.LayerNorm(dtype=self.dtype, name="ln0")(features)
         normed = layers.LayerNorm(dtype=self.dtype, name="ln1")(latents)
         attention = layers.Attention(
-            config.num_heads, config.num_heads * config.head_dim, output_bias=False,
-            dtype=self.dtype, name="attn")
+            config.num_heads,
+            config.num_heads * config.head_dim,
+            output_bias=False,
+            dtype=self.dtype,
+            name="attn",
+        )
         latents = latents + attention(normed, jnp.concatenate([features, normed], axis=1))
         h = layers.LayerNorm(dtype=self.dtype, name="ff_0")(latents)
         return latents + layers.FeedForward(config.expansion, False, self.dtype, name="ff_1")(h)
@@ -119,10 +122,12 @@ class Resampler(nn.Module):
         """Maps features [B, S, P, input_dim] of S slots to tokens [B, S, T, output_dim]."""
         config = self.config
         batch, slots = features.shape[:2]
-        latents = self.param("latents", nn.initializers.normal(config.width**-0.5),
-                             (1, config.num_tokens, config.width))
-        latents = jnp.broadcast_to(latents.astype(self.dtype),
-                                   (batch * slots, *latents.shape[1:]))
+        latents = self.param(
+            "latents",
+            nn.initializers.normal(config.width**-0.5),
+            (1, config.num_tokens, config.width),
+        )
+        latents = jnp.broadcast_to(latents.astype(self.dtype), (batch * slots, *latents.shape[1:]))
         return _resample(config, self.dtype, features, latents)
 
 
@@ -136,8 +141,9 @@ class ImageProjection(nn.Module):
     def __call__(self, embeddings):
         """Maps embeddings [B, S, input_dim] of S slots to tokens [B, S, T, output_dim]."""
         config = self.config
-        tokens = nn.Dense(config.num_tokens * config.output_dim, dtype=self.dtype,
-                          name="image_embeds")(embeddings)
+        tokens = nn.Dense(
+            config.num_tokens * config.output_dim, dtype=self.dtype, name="image_embeds"
+        )(embeddings)
         tokens = tokens.reshape(*embeddings.shape[:2], config.num_tokens, config.output_dim)
         return layers.LayerNorm(dtype=self.dtype, name="norm")(tokens)
 
@@ -180,20 +186,27 @@ class GroundingResampler(nn.Module):
         """
         config = self.config
         shape = config.num_tokens, config.width
-        learned = self.param("grounding_latents", nn.initializers.normal(config.width**-0.5),
-                             (1, *shape))
+        learned = self.param(
+            "grounding_latents", nn.initializers.normal(config.width**-0.5), (1, *shape)
+        )
         count = features.shape[0] * features.shape[1]
         grounded = phrases is not None
         if not grounded:  # The layers are made all the same, so that they have parameters.
             phrases, boxes = jnp.zeros((count, config.phrase_dim)), jnp.zeros((count, 4))
-        ground = jnp.concatenate([
-            phrases.reshape(count, -1).astype(jnp.float32),
-            box_frequencies(boxes.reshape(count, 4), config.frequencies)], axis=-1)
+        ground = jnp.concatenate(
+            [
+                phrases.reshape(count, -1).astype(jnp.float32),
+                box_frequencies(boxes.reshape(count, 4), config.frequencies),
+            ],
+            axis=-1,
+        )
         latents = nn.Dense(2 * ground.shape[-1], dtype=self.dtype, name="latent_proj_0")(ground)
-        latents = nn.Dense(shape[0] * shape[1], dtype=self.dtype,
-                           name="latent_proj_2")(nn.gelu(latents, approximate=False))
+        latents = nn.Dense(shape[0] * shape[1], dtype=self.dtype, name="latent_proj_2")(
+            nn.gelu(latents, approximate=False)
+        )
         latents = layers.LayerNorm(dtype=self.dtype, name="latent_norm")(
-            latents.reshape(count, *shape))
+            latents.reshape(count, *shape)
+        )
         if not grounded:
             latents = jnp.broadcast_to(learned.astype(self.dtype), latents.shape)
         return _resample(config, self.dtype, features, latents, "attention_norm")

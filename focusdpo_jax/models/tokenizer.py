@@ -31,18 +31,24 @@ class Tokenizer:
           UserError: files are missing or damaged, or not those of a tokenizer of CLIP.
         """
         import transformers  # Slow to import, so only where captions are read.
+
         self._files = vocabulary.read(epath.Path(folder))
         self.length, self.fillers = length, tuple(fillers)
         # Through files, which transformers reads in the same way whatever they were read from.
         with tempfile.TemporaryDirectory() as copy:
             self._write(epath.Path(copy))
             self._encoders = [
-                transformers.CLIPTokenizer(vocab=f"{copy}/vocab.json", merges=f"{copy}/merges.txt",
-                                           pad_token=filler) for filler in self.fillers]
+                transformers.CLIPTokenizer(
+                    vocab=f"{copy}/vocab.json", merges=f"{copy}/merges.txt", pad_token=filler
+                )
+                for filler in self.fillers
+            ]
         for encoder, filler in zip(self._encoders, self.fillers):
             if len(encoder) > encoder.vocab_size:
-                raise UserError(f"{folder}: pad_token = {filler!r} is not in its vocabulary: give one that "
-                                f"is, such as {vocabulary.END!r}.")
+                raise UserError(
+                    f"{folder}: pad_token = {filler!r} is not in its vocabulary: give one that "
+                    f"is, such as {vocabulary.END!r}."
+                )
 
     @classmethod
     def of_words(cls, words, length):
@@ -76,16 +82,24 @@ class Tokenizer:
     def spell(self, caption):
         """A caption as its tokens spell it, in two texts: what is read of it, and what is cut off."""
         tokens = self._encoders[0](caption)["input_ids"][1:-1]
-        kept, whole = (self._encoders[0].decode(part, clean_up_tokenization_spaces=False)
-                       for part in (tokens[:self.length - 2], tokens))
+        kept, whole = (
+            self._encoders[0].decode(part, clean_up_tokenization_spaces=False)
+            for part in (tokens[: self.length - 2], tokens)
+        )
         # The end of what is read may be a part of a letter.
-        return kept, whole[len(kept.rstrip("\ufffd")):] if len(tokens) > self.length - 2 else ""
+        return kept, whole[len(kept.rstrip("\ufffd")) :] if len(tokens) > self.length - 2 else ""
 
     def __call__(self, caption):
         """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""
-        return np.array([encoder(caption, truncation=True, max_length=self.length,
-                                 padding="max_length")["input_ids"]
-                         for encoder in self._encoders], np.int32)
+        return np.array(
+            [
+                encoder(caption, truncation=True, max_length=self.length, padding="max_length")[
+                    "input_ids"
+                ]
+                for encoder in self._encoders
+            ],
+            np.int32,
+        )
 
 
 def _byte_alphabet():

@@ -23,18 +23,33 @@ def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], sourc
     cut = [text for text, (_, lost) in whole.items() if lost]
     if not cut:
         return 0
-    lost = {(text, phrase): None for text, phrases in texts if whole[text][1]
-            for phrase in phrases if _is_lost(tokenizer, phrase, *whole[text])}
+    lost = {
+        (text, phrase): None
+        for text, phrases in texts
+        if whole[text][1]
+        for phrase in phrases
+        if _is_lost(tokenizer, phrase, *whole[text])
+    }
     phrases = ""
     if lost:
         named = list(dict.fromkeys(phrase for _, phrase in lost))
-        phrases = (f". The model does not read {', '.join(map(repr, named[:5]))}"
-                   f"{' and others' if len(named) > 5 else ''}: {len({t for t, _ in lost})} of them "
-                   "lose the phrase of a subject")
+        phrases = (
+            f". The model does not read {', '.join(map(repr, named[:5]))}"
+            f"{' and others' if len(named) > 5 else ''}: {len({t for t, _ in lost})} of them "
+            "lose the phrase of a subject"
+        )
     logging.warning(
         "%s: %d of %d texts are longer than the %d tokens that the model reads and are cut. The "
-        "first, %r, has %d and loses %r%s", source, len(cut), len(whole), tokenizer.length, cut[0],
-        tokenizer.count(cut[0]), whole[cut[0]][1].strip(), phrases)
+        "first, %r, has %d and loses %r%s",
+        source,
+        len(cut),
+        len(whole),
+        tokenizer.length,
+        cut[0],
+        tokenizer.count(cut[0]),
+        whole[cut[0]][1].strip(),
+        phrases,
+    )
     return len(cut)
 
 

@@ -69,13 +69,16 @@ class UNetConfig:
         for field in ("transformer_layers_per_block", "num_heads"):
             value = getattr(self, field)
             if len(value) != levels:
-                raise UserError(f"{field} = {value}: give {levels} entries, "
-                                f"one a level of block_out_channels = {self.block_out_channels}")
+                raise UserError(
+                    f"{field} = {value}: give {levels} entries, "
+                    f"one a level of block_out_channels = {self.block_out_channels}"
+                )
         for width, heads in zip(self.block_out_channels, self.num_heads):
             if width % self.norm_groups or width % heads:
                 raise UserError(
                     f"block_out_channels = {self.block_out_channels}: {width} must be a multiple "
-                    f"of norm_groups = {self.norm_groups} and of its num_heads = {heads}")
+                    f"of norm_groups = {self.norm_groups} and of its num_heads = {heads}"
+                )
 
     @property
     def image_attention_level(self):
@@ -119,8 +122,14 @@ class CrossAttention(nn.Module):
         width = x.shape[-1]
 
         def dense(use_bias, name):
-            return LoRADense(width, use_bias, self.config.lora_rank, self.config.lora_alpha,
-                             dtype=self.dtype, name=name)
+            return LoRADense(
+                width,
+                use_bias,
+                self.config.lora_rank,
+                self.config.lora_alpha,
+                dtype=self.dtype,
+                name=name,
+            )
 
         # Pictures of one condition ask together, of keys and values that are made once.
         query = dense(False, "to_q")(x).reshape(len(context.text), -1, width)
@@ -141,11 +150,13 @@ class CrossAttention(nn.Module):
                 seen = attend(query, key, value, self.num_heads, key_mask=mask)
             else:
                 seen = image_attention.attend_within_masks(
-                    query, key, value, mask, context.image_masks, self.num_heads)
+                    query, key, value, mask, context.image_masks, self.num_heads
+                )
             out = out + jnp.asarray(context.image_scale, out.dtype) * seen
             if self.record:
                 attention = image_attention.slot_attention(
-                    query, key, mask, self.num_heads, slots).reshape(*x.shape[:2], slots)
+                    query, key, mask, self.num_heads, slots
+                ).reshape(*x.shape[:2], slots)
         return dense(True, "to_out_0")(out.reshape(x.shape)), attention
 
 
@@ -162,8 +173,12 @@ class TransformerBlock(nn.Module):
         """Maps tokens [B, N, C] to [B, N, C] and, if recorded, `slot_attention` [B, N, S]."""
         config = self.config
         among_themselves = layers.Attention(
-            self.num_heads, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-            dtype=self.dtype, name="attn1")
+            self.num_heads,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            dtype=self.dtype,
+            name="attn1",
+        )
         x = x + among_themselves(layers.LayerNorm(dtype=self.dtype, name="norm1")(x))
         cross = CrossAttention(config, self.num_heads, self.record, self.dtype, name="attn2")
         seen, attention = cross(layers.LayerNorm(dtype=self.dtype, name="norm2")(x), context)
@@ -202,10 +217,18 @@ class SpatialTransformer(nn.Module):
         arguments = self.config, self.num_heads, self.record, self.dtype
         if self.config.scan_layers:
             # Inside a loop there is no other computation that a repeated one could be merged with.
-            block = (nn.remat(TransformerBlock, prevent_cse=False) if self.config.remat
-                     else TransformerBlock)
-            blocks = nn.scan(block, length=self.depth, in_axes=nn.broadcast,
-                             variable_axes={"params": 0}, split_rngs={"params": True})
+            block = (
+                nn.remat(TransformerBlock, prevent_cse=False)
+                if self.config.remat
+                else TransformerBlock
+            )
+            blocks = nn.scan(
+                block,
+                length=self.depth,
+                in_axes=nn.broadcast,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+            )
             h, attention = blocks(*arguments, name=stacking.STACKED)(h, context)
             return h, [] if attention is None else list(attention)
         block = nn.remat(TransformerBlock) if self.config.remat else TransformerBlock
@@ -256,12 +279,22 @@ class Stage(nn.Module):
         for i in range(resnets):
             if skips:
                 x = jnp.concatenate([x, skips[i]], axis=-1)
-            x = resnet(config.block_out_channels[self.level], config.norm_groups, 1e-5,
-                       self.dtype, name=f"resnets_{i}")(x, embedding)
+            x = resnet(
+                config.block_out_channels[self.level],
+                config.norm_groups,
+                1e-5,
+                self.dtype,
+                name=f"resnets_{i}",
+            )(x, embedding)
             if depth and i < attentions:
                 x, seen = SpatialTransformer(
-                    config, config.num_heads[self.level], depth, self.record, self.dtype,
-                    name=f"attentions_{i}")(x, context)
+                    config,
+                    config.num_heads[self.level],
+                    depth,
+                    self.record,
+                    self.dtype,
+                    name=f"attentions_{i}",
+                )(x, context)
                 recorded += seen
             made.append(x)
         features = x
@@ -305,9 +338,21 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, sample, timesteps, text, pooled, time_ids, image_tokens=None,
-                 image_present=None, image_scale=1.0, *, image_scales=None, image_masks=None,
-                 capture=()):
+    def __call__(
+        self,
+        sample,
+        timesteps,
+        text,
+        pooled,
+        time_ids,
+        image_tokens=None,
+        image_present=None,
+        image_scale=1.0,
+        *,
+        image_scales=None,
+        image_masks=None,
+        capture=(),
+    ):
         """Runs the network.
 
         Several pictures may have one condition, whose keys and values are then made once: the
@@ -346,14 +391,21 @@ class UNet(nn.Module):
         if unknown:
             raise ValueError(f"cannot capture {sorted(unknown)}; known: {config.capture_names}")
         if config.image_context != (image_tokens is not None and image_present is not None):
-            raise ValueError("give image_tokens and image_present if and only if "
-                             f"image_context is set (it is {config.image_context})")
+            raise ValueError(
+                "give image_tokens and image_present if and only if "
+                f"image_context is set (it is {config.image_context})"
+            )
         embedding = self._embedding(timesteps, pooled, time_ids)
         context = Context(text.astype(self.dtype))
         if config.image_context:
-            context = Context(context.text, image_tokens.astype(self.dtype),
-                              image_present.astype(bool), image_scale, image_scales,
-                              image_masks)
+            context = Context(
+                context.text,
+                image_tokens.astype(self.dtype),
+                image_present.astype(bool),
+                image_scale,
+                image_scales,
+                image_masks,
+            )
 
         captured, recorded = {}, []
         last = len(config.block_out_channels) - 1
@@ -367,18 +419,21 @@ class UNet(nn.Module):
         for level in range(last + 1):
             name = f"down_blocks_{level}"
             x, captured[name], made, seen = stage("down", level, level < last, name)(
-                x, embedding, context)
+                x, embedding, context
+            )
             skips += made
             recorded += seen
         x, captured["mid_block"], _, seen = stage("mid", last, False, "mid_block")(
-            x, embedding, context)
+            x, embedding, context
+        )
         recorded += seen
         for i in range(last + 1):
             name, level = f"up_blocks_{i}", last - i
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
             size = skips[-1].shape[1:3] if skips else None
             x, captured[name], _, seen = stage("up", level, level > 0, name)(
-                x, embedding, context, taken, size)
+                x, embedding, context, taken, size
+            )
             recorded += seen
 
         x = layers.GroupNorm(config.norm_groups, 1e-5, self.dtype, name="conv_norm_out")(x)
@@ -396,5 +451,6 @@ class UNet(nn.Module):
         ids = ids.reshape(time_ids.shape[0], -1)
         added = jnp.concatenate([pooled.astype(jnp.float32), ids], axis=-1)
         added = Embedding(width, self.dtype, name="add_embedding")(added)
-        return (Embedding(width, self.dtype, name="time_embedding")(time)
-                + jnp.repeat(added, len(time) // len(added), axis=0))
+        return Embedding(width, self.dtype, name="time_embedding")(time) + jnp.repeat(
+            added, len(time) // len(added), axis=0
+        )

@@ -38,8 +38,10 @@ class VAEConfig:
     def __post_init__(self):
         for width in self.block_out_channels:
             if width % self.norm_groups:
-                raise UserError(f"block_out_channels = {self.block_out_channels}: {width} must be "
-                                f"a multiple of norm_groups = {self.norm_groups}")
+                raise UserError(
+                    f"block_out_channels = {self.block_out_channels}: {width} must be "
+                    f"a multiple of norm_groups = {self.norm_groups}"
+                )
 
     @property
     def factor(self):
@@ -59,8 +61,10 @@ class MidAttention(nn.Module):
         h = layers.GroupNorm(self.norm_groups, EPSILON, self.dtype, name="group_norm")(x)
         query = h.reshape(h.shape[0], -1, h.shape[-1])
         width = h.shape[-1]
-        dense = {name: nn.Dense(width, dtype=self.dtype, name=name)
-                 for name in ("to_q", "to_k", "to_v", "to_out_0")}
+        dense = {
+            name: nn.Dense(width, dtype=self.dtype, name=name)
+            for name in ("to_q", "to_k", "to_v", "to_out_0")
+        }
         h = attend(dense["to_q"](query), dense["to_k"](query), dense["to_v"](query), 1)
         return x + dense["to_out_0"](h).reshape(x.shape)
 
@@ -94,8 +98,9 @@ class ResnetStack(nn.Module):
     def __call__(self, x):
         """Maps [B, H, W, C] to [B, H', W', features]."""
         for i in range(self.depth):
-            x = layers.ResnetBlock(self.features, self.config.norm_groups, EPSILON, self.dtype,
-                                   name=f"resnets_{i}")(x)
+            x = layers.ResnetBlock(
+                self.features, self.config.norm_groups, EPSILON, self.dtype, name=f"resnets_{i}"
+            )(x)
         if self.resample == "down":
             x = layers.Downsample(((0, 1), (0, 1)), self.dtype, name="downsamplers_0")(x)
         elif self.resample == "up":
@@ -116,12 +121,19 @@ class Encoder(nn.Module):
         last = len(config.block_out_channels) - 1
         x = layers.Conv(config.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
         for i, width in enumerate(config.block_out_channels):
-            x = ResnetStack(config, width, config.layers_per_block, "down" if i < last else None,
-                            self.dtype, name=f"down_blocks_{i}")(x)
+            x = ResnetStack(
+                config,
+                width,
+                config.layers_per_block,
+                "down" if i < last else None,
+                self.dtype,
+                name=f"down_blocks_{i}",
+            )(x)
         x = MidBlock(config, self.dtype, name="mid_block")(x)
         x = layers.GroupNorm(config.norm_groups, EPSILON, self.dtype, name="conv_norm_out")(x)
-        return layers.Conv(2 * config.latent_channels, dtype=self.dtype,
-                           name="conv_out")(nn.silu(x))
+        return layers.Conv(2 * config.latent_channels, dtype=self.dtype, name="conv_out")(
+            nn.silu(x)
+        )
 
 
 class Decoder(nn.Module):
@@ -139,8 +151,14 @@ class Decoder(nn.Module):
         x = MidBlock(config, self.dtype, name="mid_block")(x)
         for i, width in enumerate(widths):
             resample = "up" if i < len(widths) - 1 else None
-            x = ResnetStack(config, width, config.layers_per_block + 1, resample, self.dtype,
-                            name=f"up_blocks_{i}")(x)
+            x = ResnetStack(
+                config,
+                width,
+                config.layers_per_block + 1,
+                resample,
+                self.dtype,
+                name=f"up_blocks_{i}",
+            )(x)
         x = layers.GroupNorm(config.norm_groups, EPSILON, self.dtype, name="conv_norm_out")(x)
         return layers.Conv(config.in_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
 

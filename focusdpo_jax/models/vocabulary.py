@@ -1,9 +1,9 @@
 """The files of CLIP's tokenizer: vocabulary, merges and special tokens, as transformers writes them.
 
-    vocab.json, merges.txt      of transformers up to 4, and what is published with SDXL and CLIP
-    tokenizer.json              all in one; the only one that transformers 5 writes
-    tokenizer_config.json, special_tokens_map.json, added_tokens.json
-                                special tokens; a folder need not have them
+vocab.json, merges.txt      of transformers up to 4, and what is published with SDXL and CLIP
+tokenizer.json              all in one; the only one that transformers 5 writes
+tokenizer_config.json, special_tokens_map.json, added_tokens.json
+                            special tokens; a folder need not have them
 """
 
 import json
@@ -42,8 +42,10 @@ def read(folder):
     """
     lacks = missing(folder)
     if lacks:
-        raise UserError(f"{' and '.join(lacks)} {'are' if len(lacks) > 1 else 'is'} missing; a folder of "
-                        f"CLIP's tokenizer has {NEEDED}.")
+        raise UserError(
+            f"{' and '.join(lacks)} {'are' if len(lacks) > 1 else 'is'} missing; a folder of "
+            f"CLIP's tokenizer has {NEEDED}."
+        )
     if all((folder / name).exists() for name in _PAIR):
         vocabulary = read_json(folder / "vocab.json")
         files = {name: (folder / name).read_bytes() for name in _PAIR}
@@ -52,11 +54,15 @@ def read(folder):
     path = folder / (_PAIR[0] if (folder / _PAIR[0]).exists() else _WHOLE)
     absent = [token for token in (START, END) if token not in vocabulary]
     if absent:
-        raise UserError(f"{path} has no {' and no '.join(absent)}: it is not the vocabulary of CLIP.")
+        raise UserError(
+            f"{path} has no {' and no '.join(absent)}: it is not the vocabulary of CLIP."
+        )
     settings = _settings(folder)
     for name, token in (("bos_token", START), ("eos_token", END)):
         if settings.get(name, token) != token:
-            raise UserError(f"{folder}: {name} = {settings[name]!r}: only CLIP's {token!r} is supported.")
+            raise UserError(
+                f"{folder}: {name} = {settings[name]!r}: only CLIP's {token!r} is supported."
+            )
     _refuse_added(folder, settings, vocabulary)
     return files
 
@@ -71,16 +77,25 @@ def _read_whole(path):
     try:
         vocabulary = model["vocab"]
         # A list of two in newer files, with a space between them in older ones.
-        merges = [merge if isinstance(merge, str) else "{} {}".format(*merge) for merge in model["merges"]]
+        merges = [
+            merge if isinstance(merge, str) else "{} {}".format(*merge) for merge in model["merges"]
+        ]
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is damaged: its model has no vocabulary and merges ({error}).") from error
+        raise UserError(
+            f"{path} is damaged: its model has no vocabulary and merges ({error})."
+        ) from error
     known = {START, END, "!"}
-    added = [token for token in _contents(values.get("added_tokens"))
-             if token not in vocabulary or token not in known]
+    added = [
+        token
+        for token in _contents(values.get("added_tokens"))
+        if token not in vocabulary or token not in known
+    ]
     _refuse(path, added)
     text = json.dumps(vocabulary, ensure_ascii=False)
-    return vocabulary, {"vocab.json": text.encode(),
-                        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode()}
+    return vocabulary, {
+        "vocab.json": text.encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+    }
 
 
 def _difference(values):
@@ -113,8 +128,10 @@ def _settings(folder):
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            found |= {field: value["content"] if isinstance(value, dict) and "content" in value else value
-                      for field, value in read_json(folder / name).items()}
+            found |= {
+                field: value["content"] if isinstance(value, dict) and "content" in value else value
+                for field, value in read_json(folder / name).items()
+            }
     return found
 
 
@@ -135,8 +152,10 @@ def _refuse_added(folder, settings, vocabulary):
 
 def _refuse(path, added):
     if added:
-        raise UserError(f"{path} adds tokens to CLIP's, such as {added[0]!r}: textual inversions and other "
-                        "additions are not supported; give a tokenizer without them.")
+        raise UserError(
+            f"{path} adds tokens to CLIP's, such as {added[0]!r}: textual inversions and other "
+            "additions are not supported; give a tokenizer without them."
+        )
 
 
 def fillers(folder):
@@ -148,8 +167,10 @@ def fillers(folder):
     Returns:
       A token for each of the two text encoders.
     """
-    return tuple(_settings(folder / name).get("pad_token") or filler
-                 for name, filler in zip(("tokenizer", "tokenizer_2"), FILLERS))
+    return tuple(
+        _settings(folder / name).get("pad_token") or filler
+        for name, filler in zip(("tokenizer", "tokenizer_2"), FILLERS)
+    )
 
 
 def save_fillers(folder, tokens):

@@ -52,11 +52,19 @@ def cost(made, chips_per_host, assumptions=Assumptions()):
     # A checkpoint is copied while training waits, and written beside it; the next one waits for that.
     interval = (training + waiting) / count
     writing = made["checkpoint_bytes"] / (hosts * assumptions.write_bandwidth)
-    checkpoints = count * (made["checkpoint_bytes_per_chip"] / assumptions.host_copy
-                           + max(writing - interval, 0))
+    checkpoints = count * (
+        made["checkpoint_bytes_per_chip"] / assumptions.host_copy + max(writing - interval, 0)
+    )
     seconds = training + waiting + checkpoints
-    return {"hosts": hosts, "hours": seconds / 3600, "chip_hours": made["chips"] * seconds / 3600,
-            "training": training, "waiting_for_data": waiting, "checkpoints": checkpoints,
-            "checkpoint_count": count, "reads_per_second": reads,
-            "bytes_per_second": reads * made["record_bytes"],
-            "files": math.ceil(assumptions.pairs / assumptions.records_per_file)}
+    return {
+        "hosts": hosts,
+        "hours": seconds / 3600,
+        "chip_hours": made["chips"] * seconds / 3600,
+        "training": training,
+        "waiting_for_data": waiting,
+        "checkpoints": checkpoints,
+        "checkpoint_count": count,
+        "reads_per_second": reads,
+        "bytes_per_second": reads * made["record_bytes"],
+        "files": math.ceil(assumptions.pairs / assumptions.records_per_file),
+    }

@@ -99,46 +99,170 @@ class GPU:
 _HOPPER = {"capability": (9, 0), "fpus": 128, "shared": 233472, "block": 232448, "threads": 2048}
 _AMPERE = {"capability": (8, 0), "fpus": 64, "shared": 167936, "block": 166912, "threads": 2048}
 _ADA = {"capability": (8, 9), "fpus": 128, "shared": 102400, "block": 101376, "threads": 1536}
-_BLACKWELL = {"capability": (10, 0), "fpus": 128, "shared": 233472, "block": 232448, "threads": 2048}
-_BLACKWELL_RTX = {"capability": (12, 0), "fpus": 128, "shared": 131072, "block": 101376,
-                  "threads": 1536}
+_BLACKWELL = {
+    "capability": (10, 0),
+    "fpus": 128,
+    "shared": 233472,
+    "block": 232448,
+    "threads": 2048,
+}
+_BLACKWELL_RTX = {
+    "capability": (12, 0),
+    "fpus": 128,
+    "shared": 131072,
+    "block": 101376,
+    "threads": 1536,
+}
 _PCIE4, _PCIE5, _SHARED_NETWORK = 32e9, 64e9, 12.5e9 / PER_HOST
 
 # h100, h100-pcie, h200, a100-*, a6000, b200 and rtx6000pro: sizes and memory from XLA's own descriptions
 # (openxla/xla, xla/backends/gpu/target_config/specs, 2026). The others, and all speeds: NVIDIA's data
 # sheets, as remembered and not looked up when this table was made.
 GPUS = {
-    "h100": GPU("NVIDIA H100 80GB HBM3", cores=132, clock=1.98, memory=84942979072,
-                bandwidth=3352.32e9, cache=52428800, flops=989e12, link=450e9, network=50e9, **_HOPPER),
-    "h100-pcie": GPU("NVIDIA H100 PCIe", cores=114, clock=1.755, memory=84942979072,
-                     bandwidth=2039.04e9, cache=52428800, flops=756e12, link=_PCIE5,
-                     network=_SHARED_NETWORK, **_HOPPER),
-    "h200": GPU("NVIDIA H200 141GB HBM3e", cores=132, clock=1.98, memory=151397597184,
-                bandwidth=4800e9, cache=52428800, flops=989e12, link=450e9, network=50e9, **_HOPPER),
-    "b200": GPU("NVIDIA B200", cores=148, clock=1.965, memory=191514411008, bandwidth=7672.32e9,
-                cache=132644864, flops=2250e12, link=900e9, network=50e9, **_BLACKWELL),
-    "a100-40": GPU("NVIDIA A100-SXM4-40GB", cores=108, clock=1.41, memory=42331013120,
-                   bandwidth=1555.2e9, cache=41943040, flops=312e12, link=300e9, network=25e9,
-                   **_AMPERE),
-    "a100-80": GPU("NVIDIA A100-SXM4-80GB", cores=108, clock=1.41, memory=85100068864,
-                   bandwidth=2039.04e9, cache=41943040, flops=312e12, link=300e9, network=25e9,
-                   **_AMPERE),
-    "a6000": GPU("NVIDIA RTX A6000", cores=84, clock=1.8, memory=51041271808, bandwidth=768.096e9,
-                 cache=6291456, flops=154.8e12, link=_PCIE4, network=_SHARED_NETWORK,
-                 **(_ADA | {"capability": (8, 6)})),
-    "l4": GPU("NVIDIA L4", cores=58, clock=2.04, memory=23580639232, bandwidth=300e9, cache=50331648,
-              flops=121e12, link=_PCIE4, network=_SHARED_NETWORK, **_ADA),
-    "l40s": GPU("NVIDIA L40S", cores=142, clock=2.52, memory=47810936832, bandwidth=864e9,
-                cache=100663296, flops=362e12, link=_PCIE4, network=_SHARED_NETWORK, **_ADA),
-    "rtx4090": GPU("NVIDIA GeForce RTX 4090", cores=128, clock=2.52, memory=25386352640,
-                   bandwidth=1008e9, cache=75497472, flops=165.2e12, link=_PCIE4,
-                   network=_SHARED_NETWORK, **_ADA),
-    "rtx5090": GPU("NVIDIA GeForce RTX 5090", cores=170, clock=2.407, memory=34190458880,
-                   bandwidth=1792e9, cache=100663296, flops=209.5e12, link=_PCIE5,
-                   network=_SHARED_NETWORK, **_BLACKWELL_RTX),
-    "rtx6000pro": GPU("NVIDIA RTX PRO 6000 Blackwell", cores=188, clock=2.6, memory=103079215104,
-                      bandwidth=1792e9, cache=134217728, flops=503.8e12, link=_PCIE5,
-                      network=_SHARED_NETWORK, **_BLACKWELL_RTX),
+    "h100": GPU(
+        "NVIDIA H100 80GB HBM3",
+        cores=132,
+        clock=1.98,
+        memory=84942979072,
+        bandwidth=3352.32e9,
+        cache=52428800,
+        flops=989e12,
+        link=450e9,
+        network=50e9,
+        **_HOPPER,
+    ),
+    "h100-pcie": GPU(
+        "NVIDIA H100 PCIe",
+        cores=114,
+        clock=1.755,
+        memory=84942979072,
+        bandwidth=2039.04e9,
+        cache=52428800,
+        flops=756e12,
+        link=_PCIE5,
+        network=_SHARED_NETWORK,
+        **_HOPPER,
+    ),
+    "h200": GPU(
+        "NVIDIA H200 141GB HBM3e",
+        cores=132,
+        clock=1.98,
+        memory=151397597184,
+        bandwidth=4800e9,
+        cache=52428800,
+        flops=989e12,
+        link=450e9,
+        network=50e9,
+        **_HOPPER,
+    ),
+    "b200": GPU(
+        "NVIDIA B200",
+        cores=148,
+        clock=1.965,
+        memory=191514411008,
+        bandwidth=7672.32e9,
+        cache=132644864,
+        flops=2250e12,
+        link=900e9,
+        network=50e9,
+        **_BLACKWELL,
+    ),
+    "a100-40": GPU(
+        "NVIDIA A100-SXM4-40GB",
+        cores=108,
+        clock=1.41,
+        memory=42331013120,
+        bandwidth=1555.2e9,
+        cache=41943040,
+        flops=312e12,
+        link=300e9,
+        network=25e9,
+        **_AMPERE,
+    ),
+    "a100-80": GPU(
+        "NVIDIA A100-SXM4-80GB",
+        cores=108,
+        clock=1.41,
+        memory=85100068864,
+        bandwidth=2039.04e9,
+        cache=41943040,
+        flops=312e12,
+        link=300e9,
+        network=25e9,
+        **_AMPERE,
+    ),
+    "a6000": GPU(
+        "NVIDIA RTX A6000",
+        cores=84,
+        clock=1.8,
+        memory=51041271808,
+        bandwidth=768.096e9,
+        cache=6291456,
+        flops=154.8e12,
+        link=_PCIE4,
+        network=_SHARED_NETWORK,
+        **(_ADA | {"capability": (8, 6)}),
+    ),
+    "l4": GPU(
+        "NVIDIA L4",
+        cores=58,
+        clock=2.04,
+        memory=23580639232,
+        bandwidth=300e9,
+        cache=50331648,
+        flops=121e12,
+        link=_PCIE4,
+        network=_SHARED_NETWORK,
+        **_ADA,
+    ),
+    "l40s": GPU(
+        "NVIDIA L40S",
+        cores=142,
+        clock=2.52,
+        memory=47810936832,
+        bandwidth=864e9,
+        cache=100663296,
+        flops=362e12,
+        link=_PCIE4,
+        network=_SHARED_NETWORK,
+        **_ADA,
+    ),
+    "rtx4090": GPU(
+        "NVIDIA GeForce RTX 4090",
+        cores=128,
+        clock=2.52,
+        memory=25386352640,
+        bandwidth=1008e9,
+        cache=75497472,
+        flops=165.2e12,
+        link=_PCIE4,
+        network=_SHARED_NETWORK,
+        **_ADA,
+    ),
+    "rtx5090": GPU(
+        "NVIDIA GeForce RTX 5090",
+        cores=170,
+        clock=2.407,
+        memory=34190458880,
+        bandwidth=1792e9,
+        cache=100663296,
+        flops=209.5e12,
+        link=_PCIE5,
+        network=_SHARED_NETWORK,
+        **_BLACKWELL_RTX,
+    ),
+    "rtx6000pro": GPU(
+        "NVIDIA RTX PRO 6000 Blackwell",
+        cores=188,
+        clock=2.6,
+        memory=103079215104,
+        bandwidth=1792e9,
+        cache=134217728,
+        flops=503.8e12,
+        link=_PCIE5,
+        network=_SHARED_NETWORK,
+        **_BLACKWELL_RTX,
+    ),
 }
 
 _PROTO = """\
@@ -175,8 +299,10 @@ device_description_str: "{description}"
 def target_config(gpu):
     """XLA's description of a `GPU` to compile for: a GpuTargetConfigProto in text form."""
     accelerated = gpu.capability in ((9, 0), (10, 0))  # Instructions of that architecture alone.
-    return _PROTO.format(**dataclasses.asdict(gpu), extension=(
-        " feature_extension: ACCELERATED_FEATURES" if accelerated else ""))
+    return _PROTO.format(
+        **dataclasses.asdict(gpu),
+        extension=(" feature_extension: ACCELERATED_FEATURES" if accelerated else ""),
+    )
 
 
 def devices(topology):
@@ -192,21 +318,23 @@ def devices(topology):
     if topology == "local":
         found = jax.devices()
         stats = found[0].memory_stats() or {}
-        return found, Chip(found[0].device_kind, stats.get("bytes_limit", 0.0), 0.0,
-                           per_host=len(found))
+        return found, Chip(
+            found[0].device_kind, stats.get("bytes_limit", 0.0), 0.0, per_host=len(found)
+        )
     kind, _, shape = topology.partition(":")
     if kind in GPUS:
         return _gpus(topology, kind, shape)
     if kind not in TPUS:
-        raise UserError(f"--topology={topology}: give a TPU slice, {', '.join(TPUS)} with its shape, "
-                        f"such as v5e:4x4; GPUs, {', '.join(GPUS)} and how many, such as h100:8; or "
-                        "local")
+        raise UserError(
+            f"--topology={topology}: give a TPU slice, {', '.join(TPUS)} with its shape, "
+            f"such as v5e:4x4; GPUs, {', '.join(GPUS)} and how many, such as h100:8; or "
+            "local"
+        )
     options = dict(_TPU_OPTIONS.get(kind, {}))
     if shape == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **options)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:  # Of the plugin, of several kinds.
         raise _no_compiler(topology, "libtpu", "plan", error) from error
     return described.devices, TPUS[kind]
@@ -215,28 +343,43 @@ def devices(topology):
 def _gpus(topology, kind, shape):
     count = int(shape) if shape.isdecimal() else 0 if shape else 1
     if not count or count > PER_HOST and count % PER_HOST:
-        raise UserError(f"--topology={topology}: give a number of GPUs after the colon, up to {PER_HOST} "
-                        f"in one machine or a multiple of {PER_HOST}, such as {kind}:8")
+        raise UserError(
+            f"--topology={topology}: give a number of GPUs after the colon, up to {PER_HOST} "
+            f"in one machine or a multiple of {PER_HOST}, such as {kind}:8"
+        )
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise UserError(f"--topology={topology}: no compiler for NVIDIA GPUs here; it comes with pip "
-                        "install 'focusdpo_jax[plan-gpu]' and needs no GPU")
+        raise UserError(
+            f"--topology={topology}: no compiler for NVIDIA GPUs here; it comes with pip "
+            "install 'focusdpo_jax[plan-gpu]' and needs no GPU"
+        )
     gpu, hosts = GPUS[kind], -(-count // PER_HOST)
     try:
         # Slices, machines of a slice, GPUs of a machine.
         described = topologies.get_topology_desc(
-            gpu.description, "cuda", target_config=target_config(gpu),
-            topology=f"1x{hosts}x{count // hosts}")
+            gpu.description,
+            "cuda",
+            target_config=target_config(gpu),
+            topology=f"1x{hosts}x{count // hosts}",
+        )
     except Exception as error:
         raise _no_compiler(topology, "jax's CUDA plugin", "plan-gpu", error) from error
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_SHARE))
     return described.devices, Chip(
-        gpu.description, share * gpu.memory, gpu.flops, gpu.bandwidth, gpu.link, gpu.network,
+        gpu.description,
+        share * gpu.memory,
+        gpu.flops,
+        gpu.bandwidth,
+        gpu.link,
+        gpu.network,
         per_host=PER_HOST,
         memory_note=f"{share:.0%} of {gpu.memory / 1e9:.1f} GB, which is JAX's share "
-        "(XLA_PYTHON_CLIENT_MEM_FRACTION)")
+        "(XLA_PYTHON_CLIENT_MEM_FRACTION)",
+    )
 
 
 def _no_compiler(topology, name, extra, error):
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"--topology={topology}: no compiler for it. It comes with {name} (pip install "
-                     f"'focusdpo_jax[{extra}]'), and the shape must exist: {reason}")
+    return UserError(
+        f"--topology={topology}: no compiler for it. It comes with {name} (pip install "
+        f"'focusdpo_jax[{extra}]'), and the shape must exist: {reason}"
+    )

@@ -29,9 +29,11 @@ def candidates(config, name, chips):
         own = _fewer_rows("evaluation.batch_size", config.evaluation.batch_size, shares)
     else:
         own = _of_a_step(config, name, shares)
-    divided = [{"mesh.data": chips // (size * config.mesh.tensor), "mesh.fsdp": size}
-               for size in range(2, shares + 1)
-               if shares % size == 0 and size > max(config.mesh.fsdp, 1)]
+    divided = [
+        {"mesh.data": chips // (size * config.mesh.tensor), "mesh.fsdp": size}
+        for size in range(2, shares + 1)
+        if shares % size == 0 and size > max(config.mesh.fsdp, 1)
+    ]
     last = [{"accumulate": 1}] if config.accumulate > 1 else []
     if config.trainable != "lora":
         last.append({"trainable": "lora", "model.lora_rank": config.model.lora_rank or 32})
@@ -101,7 +103,11 @@ def find(options, made, limit, try_out):
             guess = held + temporaries * scale
         if guess > limit:
             continue
-        if temporaries is not None and guess <= (1 - _SPARE) * limit and "model.remat" not in changes:
+        if (
+            temporaries is not None
+            and guess <= (1 - _SPARE) * limit
+            and "model.remat" not in changes
+        ):
             return {"changes": changes, "peak": guess, "compiled": False}
         peak, compiled = peak_of(), compiled + 1
         if (peak if peak is not None else math.inf) <= limit:
@@ -120,8 +126,14 @@ def in_words(name, made, limit):
     needs += f" of the chip's {limit / 1e9:.1f} GB"
     cure = made.get("cure")
     if not cure:
-        return (f"{name} does not fit: {needs}; nothing that was tried makes it fit: take more chips or a "
-                "smaller config.resolution")
+        return (
+            f"{name} does not fit: {needs}; nothing that was tried makes it fit: take more chips or a "
+            "smaller config.resolution"
+        )
     fields = ", ".join(f"config.{field} = {value!r}" for field, value in cure["changes"].items())
-    peak = (f" ({'' if cure['compiled'] else 'about '}{cure['peak'] / 1e9:.1f} GB)" if cure["peak"] else "")
+    peak = (
+        f" ({'' if cure['compiled'] else 'about '}{cure['peak'] / 1e9:.1f} GB)"
+        if cure["peak"]
+        else ""
+    )
     return f"{name} does not fit: {needs}; give {fields}{peak}"

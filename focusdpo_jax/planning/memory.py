@@ -49,26 +49,30 @@ def held(config, mesh):
     trainable, frozen = split_parameters(parameters, config.trainable)
     source, _ = tasks.make_encoder(generator, config, tasks.focus_buckets(config))
     length = generator.config.text_encoder.max_length
-    parts = objectives.Objective(
-        generator, config, np.zeros((2, length), np.int32), source).parts
+    parts = objectives.Objective(generator, config, np.zeros((2, length), np.int32), source).parts
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
     lies = shapes.state_shardings(state, mesh)
     sizes = {
         "frozen parameters": bytes_per_device(
-            {part: tree for part, tree in frozen.items() if part in parts}),
-        "encoders": 0 if config.data.cache else bytes_per_device(
-            {part: tree for part, tree in frozen.items() if part not in parts}),
+            {part: tree for part, tree in frozen.items() if part in parts}
+        ),
+        "encoders": 0
+        if config.data.cache
+        else bytes_per_device({part: tree for part, tree in frozen.items() if part not in parts}),
         "reference": 0,
-        "trained parameters": bytes_per_device((state.trainable, state.average),
-                                               (lies.trainable, lies.average)),
+        "trained parameters": bytes_per_device(
+            (state.trainable, state.average), (lies.trainable, lies.average)
+        ),
         "optimizer": bytes_per_device(state.optimizer, lies.optimizer),
         # Clipping by the global norm reads all of it before any of it is used; where gradients are
         # accumulated, the optimiser's sum of them takes its place.
         "gradient": 0 if config.accumulate > 1 else bytes_per_device(trainable),
         # Encoders that see every batch read it from the device.
-        "images": 0 if config.data.cache else bytes_per_device(
-            shapes.raw_batch(config, generator), meshes.batch_sharding(mesh))}
+        "images": 0
+        if config.data.cache
+        else bytes_per_device(shapes.raw_batch(config, generator), meshes.batch_sharding(mesh)),
+    }
     if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
         sizes["reference"] = bytes_per_device(kept, rules.tree_shardings(kept, mesh))
@@ -88,8 +92,10 @@ def bytes_per_device(tree, shardings=None):
         shardings = [shardings] * len(leaves)
     else:
         shardings = jax.tree.leaves(shardings)
-    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf, sharding in zip(leaves, shardings, strict=True))
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    )
 
 
 def limit(device):
@@ -129,7 +135,8 @@ def require_fit(config, mesh):
         f"config.trainable = {config.trainable!r} with config.batch_size = {config.batch_size} and "
         f"config.data.cache = {config.data.cache} holds {total / 1e9:.1f} GB on each device before "
         f"activations ({listed}), and {device.device_kind} has {available / 1e9:.1f} GB: "
-        f"{_cure(config, mesh, needed, available)}")
+        f"{_cure(config, mesh, needed, available)}"
+    )
 
 
 def _cure(config, mesh, needed, available):
@@ -139,10 +146,13 @@ def _cure(config, mesh, needed, available):
       config, mesh, needed: arguments and result of `held`.
       available: bytes of a device.
     """
-    alone = [(changes, _total(_changed(config, changes), mesh))
-             for changes in _savings(config, mesh, needed)]
-    fitting = [f"{_named(changes)} ({size / 1e9:.1f} GB)"
-               for changes, size in alone if size <= available]
+    alone = [
+        (changes, _total(_changed(config, changes), mesh))
+        for changes in _savings(config, mesh, needed)
+    ]
+    fitting = [
+        f"{_named(changes)} ({size / 1e9:.1f} GB)" for changes, size in alone if size <= available
+    ]
     if fitting:
         return "give " + ", or ".join(fitting)
     together, least = {}, sum(needed.values())
@@ -166,15 +176,16 @@ def _savings(config, mesh, needed):
         yield {"mesh.data": 1, "mesh.fsdp": shares}
     if config.batch_size > shares and needed["images"] > sum(needed.values()) / 100:
         # As many pairs an update as before.
-        yield {"batch_size": shares,
-               "accumulate": config.accumulate * (config.batch_size // shares)}
+        yield {
+            "batch_size": shares,
+            "accumulate": config.accumulate * (config.batch_size // shares),
+        }
     if config.dtype == "float32":
         yield {"dtype": "bfloat16"}
     if config.ema_decay:
         yield {"ema_decay": 0.0}
     if config.trainable in ("adapter", "full"):
-        yield {"trainable": "lora"} | (
-            {} if config.model.lora_rank else {"model.lora_rank": _RANK})
+        yield {"trainable": "lora"} | ({} if config.model.lora_rank else {"model.lora_rank": _RANK})
 
 
 def _changed(config, changes):
@@ -219,8 +230,12 @@ def _control_groups():
     for line in _text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
-            root, most, now, prefix = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes",
-                                       "memory.usage_in_bytes", "total_")
+            root, most, now, prefix = (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_",
+            )
         elif not controllers:
             root, most, now, prefix = "/sys/fs/cgroup", "memory.max", "memory.current", ""
         else:

@@ -65,13 +65,18 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
     if unless_held and chip.memory and held["update"]["total"] > chip.memory:
         raise UserError(
             f"{_split(mesh)}: parameters, optimiser and batch alone take "
-            f"{held['update']['total'] / 1e9:.1f} GB of a chip's {chip.memory / 1e9:.0f}")
+            f"{held['update']['total'] / 1e9:.1f} GB of a chip's {chip.memory / 1e9:.0f}"
+        )
     start, found, texts, work = time.monotonic(), {}, {}, {}
     for name, program in of_run.items():
         if only is None or name in only:
             found[name], texts[name], work[name] = _compiled(program, chip, mesh.size)
-            logging.info("%s: %s GB, compiled in %.0f s", name, "more than" if not found[name]["peak"]
-                         else f"{found[name]['peak'] / 1e9:.2f}", found[name]["compile_seconds"])
+            logging.info(
+                "%s: %s GB, compiled in %.0f s",
+                name,
+                "more than" if not found[name]["peak"] else f"{found[name]['peak'] / 1e9:.2f}",
+                found[name]["compile_seconds"],
+            )
     seconds = time.monotonic() - start
     # All programs of a run are loaded, if not running.
     code = sum(made.pop("code") for made in found.values())
@@ -89,29 +94,53 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
     model_update = work["update"].products
     if config.model.remat:
         plain = changed(config, {"model.remat": False})
-        model_update = flops.count(
-            programs.run_programs(plain, mesh)[0]["update"].trace()).products
+        model_update = flops.count(programs.run_programs(plain, mesh)[0]["update"].trace()).products
     flops_per_pair, model_flops = (
-        (update + guide_work) / config.batch_size for update in (work["update"].products, model_update))
+        (update + guide_work) / config.batch_size
+        for update in (work["update"].products, model_update)
+    )
     result = {
-        "topology": topology, "chip": chip.name, "chips": mesh.size,
-        "mesh": {axis: mesh.shape[axis] for axis in AXES}, "batch_size": config.batch_size,
-        "trainable": config.trainable, "resolution": config.resolution,
-        "remat": config.model.remat, "cache": config.data.cache, "accumulate": config.accumulate,
-        "checkpoint_every": config.checkpoint_every, "chips_per_host": min(chip.per_host, mesh.size),
+        "topology": topology,
+        "chip": chip.name,
+        "chips": mesh.size,
+        "mesh": {axis: mesh.shape[axis] for axis in AXES},
+        "batch_size": config.batch_size,
+        "trainable": config.trainable,
+        "resolution": config.resolution,
+        "remat": config.model.remat,
+        "cache": config.data.cache,
+        "accumulate": config.accumulate,
+        "checkpoint_every": config.checkpoint_every,
+        "chips_per_host": min(chip.per_host, mesh.size),
         "record_bytes": _record_bytes(config, of_run),
         "checkpoint_bytes": _bytes([of_run["update"].held[kind] for kind in _SAVED]),
         "checkpoint_bytes_per_chip": sum(held["update"][kind] for kind in _SAVED),
-        "fits": fits, "bytes_per_chip": _fullest(found, held, code, chip),
-        "limit_note": chip.memory_note, "programs": found,
+        "fits": fits,
+        "bytes_per_chip": _fullest(found, held, code, chip),
+        "limit_note": chip.memory_note,
+        "programs": found,
         "not_planned": [name for name in of_run if name not in found],
-        "flops_per_pair": flops_per_pair, "model_flops_per_pair": model_flops,
-        **_speed(config, chip, mesh.size, found, work["update"].products, guide_work, model_flops,
-                 flops_per_pair, utilisation),
-        "collectives": {name: collectives.summary(collectives.read(text))
-                        for name, text in texts.items() if text},
+        "flops_per_pair": flops_per_pair,
+        "model_flops_per_pair": model_flops,
+        **_speed(
+            config,
+            chip,
+            mesh.size,
+            found,
+            work["update"].products,
+            guide_work,
+            model_flops,
+            flops_per_pair,
+            utilisation,
+        ),
+        "collectives": {
+            name: collectives.summary(collectives.read(text))
+            for name, text in texts.items()
+            if text
+        },
         "compile_seconds": seconds,
-        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     if cure and fits is False:
         _add_cures(config, topology, chip, result, of_run)
     return result
@@ -120,12 +149,28 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
 def _compiled(program, chip, devices):
     """Compiles a RunProgram: what `plan` says of it, its `hlo.Program` and its Operations."""
     held, start = _bytes_per_chip(program.held), time.monotonic()
-    made = {"when": program.when, "rows_per_chip": program.rows_per_chip,
-            "field": f"config.{program.field}", "held": held["total"]}
-    refused = {"temporaries": None, "outputs": None, "padding": None, "peak": None, "fits": False, "code": 0}
+    made = {
+        "when": program.when,
+        "rows_per_chip": program.rows_per_chip,
+        "field": f"config.{program.field}",
+        "held": held["total"],
+    }
+    refused = {
+        "temporaries": None,
+        "outputs": None,
+        "padding": None,
+        "peak": None,
+        "fits": False,
+        "code": 0,
+    }
     if chip.memory and held["total"] > chip.memory:
-        return made | refused | {"needs_at_least": held["total"], "refused": _HELD_ALONE,
-                                 "compile_seconds": 0.0}, None, None
+        return (
+            made
+            | refused
+            | {"needs_at_least": held["total"], "refused": _HELD_ALONE, "compile_seconds": 0.0},
+            None,
+            None,
+        )
     traced = program.trace()
     work = flops.count(traced)
     try:
@@ -137,15 +182,25 @@ def _compiled(program, chip, devices):
         reason = " ".join(str(error).split())
         used = _USED.search(reason)
         used = used and float(used[1] or used[3]) * _UNITS[used[2] or used[4]]
-        return made | refused | {"needs_at_least": used, "refused": reason[:300],
-                                 "compile_seconds": time.monotonic() - start}, None, work
+        return (
+            made
+            | refused
+            | {
+                "needs_at_least": used,
+                "refused": reason[:300],
+                "compile_seconds": time.monotonic() - start,
+            },
+            None,
+            work,
+        )
     memory, text = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     made |= {
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         # Of the layouts in which the arguments lie.
         "padding": max(memory.argument_size_in_bytes - text.parameter_bytes, 0),
-        "code": memory.generated_code_size_in_bytes}
+        "code": memory.generated_code_size_in_bytes,
+    }
     made["peak"] = sum((held["total"], made["temporaries"], made["outputs"], made["padding"]))
     made["fits"] = bool(made["peak"] <= chip.memory) if chip.memory else None
     made["estimate"] = _estimate(chip, devices, text, work)
@@ -164,39 +219,65 @@ def _estimate(chip, devices, text, work):
     """
     told = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link
-    found = {"products": work.products / devices, "bytes": told,
-             "links": told / speed if speed else None}
+    found = {
+        "products": work.products / devices,
+        "bytes": told,
+        "links": told / speed if speed else None,
+    }
     if chip.clock:
         estimate = estimates.read(text)
         kernels = work.kernels / devices
         return found | {
-            "seconds": estimates.seconds(estimate, chip, kernels), "cycles": estimate.cycles,
-            "kinds": estimate.kinds, "kernels": estimate.kernels,
-            "kernel_seconds": kernels / chip.flops, "unknown_loops": estimate.unknown_loops,
+            "seconds": estimates.seconds(estimate, chip, kernels),
+            "cycles": estimate.cycles,
+            "kinds": estimate.kinds,
+            "kernels": estimate.kernels,
+            "kernel_seconds": kernels / chip.flops,
+            "unknown_loops": estimate.unknown_loops,
             "most_expensive": [
-                {"name": name, "seconds": cycles / chip.clock, "share": cycles / estimate.cycles,
-                 "count": count} for name, cycles, count in estimate.sources[:MOST_EXPENSIVE]]}
+                {
+                    "name": name,
+                    "seconds": cycles / chip.clock,
+                    "share": cycles / estimate.cycles,
+                    "count": count,
+                }
+                for name, cycles, count in estimate.sources[:MOST_EXPENSIVE]
+            ],
+        }
     if chip.bandwidth:
         accessed = text.bytes_accessed
-        return found | {"bytes_accessed": accessed,
-                        "roofline": estimates.roofline(chip, work.products / devices, accessed)}
+        return found | {
+            "bytes_accessed": accessed,
+            "roofline": estimates.roofline(chip, work.products / devices, accessed),
+        }
     return found
 
 
-def _speed(config, chip, devices, found, update_work, guide_work, model_flops, flops_per_pair,
-           utilisation):
+def _speed(
+    config, chip, devices, found, update_work, guide_work, model_flops, flops_per_pair, utilisation
+):
     """Seconds of a batch, and how fast that is."""
-    nothing = {"seconds_per_batch": None, "pairs_per_second": None, "model_flops_utilisation": None,
-               "seconds_links": None, "speed_from": None}
+    nothing = {
+        "seconds_per_batch": None,
+        "pairs_per_second": None,
+        "model_flops_utilisation": None,
+        "seconds_links": None,
+        "speed_from": None,
+    }
     if not chip.flops:
         return nothing
     update = found.get("update", {}).get("estimate", {})
     if update.get("seconds"):
-        names = [name for name in _OF_A_BATCH if found.get(name, {}).get("estimate")
-                 and found[name]["when"] == "of every batch"]
+        names = [
+            name
+            for name in _OF_A_BATCH
+            if found.get(name, {}).get("estimate") and found[name]["when"] == "of every batch"
+        ]
         seconds = sum(found[name]["estimate"]["seconds"] for name in names)
         links = sum(found[name]["estimate"]["links"] or 0 for name in names)
-        source = "the compiler's estimate, with transfers between chips as if nothing ran beside them"
+        source = (
+            "the compiler's estimate, with transfers between chips as if nothing ran beside them"
+        )
         if "guide" not in names:  # Of which nothing is known but its operations.
             share = 1 + guide_work / update_work
             seconds, links = seconds * share, links * share
@@ -206,12 +287,18 @@ def _speed(config, chip, devices, found, update_work, guide_work, model_flops, f
         total = seconds + links
     else:
         total = flops_per_pair * config.batch_size / devices / (utilisation * chip.flops)
-        return nothing | {"seconds_per_batch": total, "pairs_per_second": config.batch_size / total,
-                          "speed_from": f"{utilisation:.0%} of the chip's speed on paper, assumed"}
-    return {"seconds_per_batch": total, "seconds_links": links,
+        return nothing | {
+            "seconds_per_batch": total,
             "pairs_per_second": config.batch_size / total,
-            "model_flops_utilisation": model_flops * config.batch_size / devices / total / chip.flops,
-            "speed_from": source}
+            "speed_from": f"{utilisation:.0%} of the chip's speed on paper, assumed",
+        }
+    return {
+        "seconds_per_batch": total,
+        "seconds_links": links,
+        "pairs_per_second": config.batch_size / total,
+        "model_flops_utilisation": model_flops * config.batch_size / devices / total / chip.flops,
+        "speed_from": source,
+    }
 
 
 def _fullest(found, held, code, chip):
@@ -219,8 +306,12 @@ def _fullest(found, held, code, chip):
     name = max(found, key=lambda name: found[name]["peak"] or math.inf)
     made = found[name]
     kinds = {kind: size for kind, size in held[name].items() if kind != "total"}
-    kinds |= {"activations and temporaries": made["temporaries"] or 0,
-              "outputs": made["outputs"] or 0, "padding": made["padding"] or 0, "programs": code}
+    kinds |= {
+        "activations and temporaries": made["temporaries"] or 0,
+        "outputs": made["outputs"] or 0,
+        "padding": made["padding"] or 0,
+        "programs": code,
+    }
     peak = made["peak"] if made["peak"] else max(sum(kinds.values()), made["needs_at_least"] or 0)
     return {**kinds, "peak": peak, "limit": chip.memory or None}
 
@@ -237,8 +328,11 @@ def _add_cures(config, topology, chip, result, of_run):
         program = programs.run_programs(tried, mesh)[0].get(name)
         if program is None:
             return 0, 0, lambda: 0
-        return (_bytes_per_chip(program.held)["total"], program.rows_per_chip,
-                lambda: _compiled(program, chip, mesh.size)[0]["peak"])
+        return (
+            _bytes_per_chip(program.held)["total"],
+            program.rows_per_chip,
+            lambda: _compiled(program, chip, mesh.size)[0]["peak"],
+        )
 
     before = []
     for name, made in result["programs"].items():
@@ -247,9 +341,13 @@ def _add_cures(config, topology, chip, result, of_run):
         if made.get("refused") == _HELD_ALONE and before:
             made["cure"] = before[0]  # Nothing is known of this one but what it has in common.
             continue
-        options = [*(cure["changes"] for cure in before), *cures.candidates(config, name, result["chips"])]
-        made["cure"] = cures.find(options, made, chip.memory,
-                                  lambda changes, name=name: try_out(name, changes))
+        options = [
+            *(cure["changes"] for cure in before),
+            *cures.candidates(config, name, result["chips"]),
+        ]
+        made["cure"] = cures.find(
+            options, made, chip.memory, lambda changes, name=name: try_out(name, changes)
+        )
         before += [made["cure"]] if made["cure"] else []
 
 
@@ -281,8 +379,9 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
       UserError: nothing fits.
     """
     count = len(chips.devices(topology)[0])
-    splits = splits or [{"data": count // n, "fsdp": n, "tensor": 1}
-                        for n in range(1, count + 1) if count % n == 0]
+    splits = splits or [
+        {"data": count // n, "fsdp": n, "tensor": 1} for n in range(1, count + 1) if count % n == 0
+    ]
     splits = sorted(splits, key=lambda split: -split["fsdp"] * split["tensor"])
     found = []
 
@@ -302,17 +401,24 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
 
     for levers in _levers(config, remats):
         for per_chip in sorted(batches):
-            fitting = list(itertools.takewhile(
-                lambda split, size=per_chip, levers=levers: fits(split, size, levers), splits))
+            fitting = list(
+                itertools.takewhile(
+                    lambda split, size=per_chip, levers=levers: fits(split, size, levers), splits
+                )
+            )
             if not fitting:
                 break
         if any(made["fits"] for made in found):
             break
-    good = sorted((made for made in found if made["fits"]),
-                  key=lambda made: (-made["pairs_per_second"], _exchanged(made)))
+    good = sorted(
+        (made for made in found if made["fits"]),
+        key=lambda made: (-made["pairs_per_second"], _exchanged(made)),
+    )
     if not good:
-        raise UserError(f"--topology={topology}: nothing of what was tried fits; take more chips, a "
-                        "smaller config.resolution or config.trainable = 'lora'")
+        raise UserError(
+            f"--topology={topology}: nothing of what was tried fits; take more chips, a "
+            "smaller config.resolution or config.trainable = 'lora'"
+        )
     return good + [made for made in found if not made["fits"]]
 
 
@@ -322,8 +428,9 @@ def plan_recommended(config, topology, changes, **options):
     Where a program does not fit, what makes it fit is added to the changes. They are in "changes".
     """
     made = plan(changed(config, changes), topology, **options)
-    cured = [program["cure"]["changes"] for program in made["programs"].values()
-             if program.get("cure")]
+    cured = [
+        program["cure"]["changes"] for program in made["programs"].values() if program.get("cure")
+    ]
     if cured:
         for more in cured:
             changes = changes | more
@@ -343,8 +450,10 @@ def _levers(config, remats):
 
 def _exchanged(made):
     """Bytes of collectives for each pair."""
-    return sum(kind["bytes"] for kinds in made["collectives"].values()
-               for kind in kinds.values()) / made["batch_size"]
+    return (
+        sum(kind["bytes"] for kinds in made["collectives"].values() for kind in kinds.values())
+        / made["batch_size"]
+    )
 
 
 def _split(mesh):

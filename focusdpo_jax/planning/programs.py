@@ -66,8 +66,15 @@ def run_programs(config, mesh):
       mesh: of devices that may not be there.
     """
     step = shapes.abstract_step(config, mesh)
-    guides, update = trace_step(step.task, step.optimizer, step.task.buckets, step.state, step.batch,
-                                step.key, ema_decay=config.ema_decay)
+    guides, update = trace_step(
+        step.task,
+        step.optimizer,
+        step.task.buckets,
+        step.state,
+        step.batch,
+        step.key,
+        ema_decay=config.ema_decay,
+    )
     fullest = max(guides, key=lambda structure: sum(dataclasses.astuple(structure.weight)))
     frozen = dict(step.task.frozen)
     resident = {
@@ -77,7 +84,8 @@ def run_programs(config, mesh):
         "trained parameters": (step.state.trainable, step.state.average),
         "optimizer": step.state.optimizer,
         # This one, and the next, which is made while this one is trained on.
-        "batch": (step.batch, step.batch)}
+        "batch": (step.batch, step.batch),
+    }
     drawing = resident | {"encoders": step.others}
     platform = mesh.devices.flat[0].platform
     networks = compiling.networks_on(platform)
@@ -87,8 +95,15 @@ def run_programs(config, mesh):
 
     def add(name, when, trace, held, field, rows, options=networks):
         found[name] = RunProgram(
-            name, when, trace, held, {**options, **(_ON_ABSENT_GPU if absent else {})}, field, rows,
-            rows // shares if rows % shares == 0 else rows)
+            name,
+            when,
+            trace,
+            held,
+            {**options, **(_ON_ABSENT_GPU if absent else {})},
+            field,
+            rows,
+            rows // shares if rows % shares == 0 else rows,
+        )
 
     add("update", "of every batch", update, resident, "batch_size", config.batch_size)
     add("guide", "of every batch", guides[fullest], resident, "batch_size", config.batch_size)
@@ -99,29 +114,52 @@ def run_programs(config, mesh):
         encode = tasks.kept_encoder(config, step.generator, step.source, encode)
         size = config.data.train_size if config.data.source == "toybox" else evaluated
         rows = tasks.rows_at_once(config, range(size), mesh)
-        add("encoding", "once over the data", functools.partial(
-            _trace_encoding, config, mesh, step, encode, rows),
+        add(
+            "encoding",
+            "once over the data",
+            functools.partial(_trace_encoding, config, mesh, step, encode, rows),
             drawing | {"batch": {}, "inputs": _raw(config, mesh, step, rows)},
-            "evaluation.batch_size", rows)
+            "evaluation.batch_size",
+            rows,
+        )
     else:
         rows = config.batch_size
-        add("encoding", "of every batch", functools.partial(
-            _trace_encoding, config, mesh, step, encode, rows),
+        add(
+            "encoding",
+            "of every batch",
+            functools.partial(_trace_encoding, config, mesh, step, encode, rows),
             resident | {"batch": step.batch, "inputs": _raw(config, mesh, step, rows)},
-            "batch_size", rows)
+            "batch_size",
+            rows,
+        )
 
-    scenes = (max(config.evaluation.scenes, config.evaluation.validation_scenes)
-              if config.data.source == "toybox" else 0)
+    scenes = (
+        max(config.evaluation.scenes, config.evaluation.validation_scenes)
+        if config.data.source == "toybox"
+        else 0
+    )
     if config.evaluation.pictures or scenes:
         inputs = _drawn(config, mesh, step)
-        add("sampling", "of every sample", functools.partial(_trace_sampling, config, mesh, step, inputs),
-            drawing | {"inputs": inputs}, "evaluation.batch_size", evaluated)
+        add(
+            "sampling",
+            "of every sample",
+            functools.partial(_trace_sampling, config, mesh, step, inputs),
+            drawing | {"inputs": inputs},
+            "evaluation.batch_size",
+            evaluated,
+        )
     if config.evaluation.pictures:
         rows = config.evaluation.pictures
         pairs = shapes.placed(_encoded(config, step, rows), _rows_sharding(mesh, rows))
-        add("focus maps", "of every sample", functools.partial(
-            _trace_maps, mesh, step, fullest, pairs), resident | {"inputs": pairs},
-            "evaluation.pictures", rows, compiling.FAST_TO_COMPILE)
+        add(
+            "focus maps",
+            "of every sample",
+            functools.partial(_trace_maps, mesh, step, fullest, pairs),
+            resident | {"inputs": pairs},
+            "evaluation.pictures",
+            rows,
+            compiling.FAST_TO_COMPILE,
+        )
     if scenes:
         side = config.resolution
         pixels = jax.ShapeDtypeStruct((evaluated, side, side, 3), jnp.float32)
@@ -129,8 +167,15 @@ def run_programs(config, mesh):
         weights = jax.eval_shape(probe.init, jax.random.key(0), pixels)["params"]
         one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
         arguments = shapes.placed((weights, pixels), one)
-        add("probe", "at the end", lambda: jax.jit(lambda p, x: read(probe.apply({"params": p}, x))).trace(
-            *arguments), resident | {"inputs": arguments}, "evaluation.batch_size", evaluated, {})
+        add(
+            "probe",
+            "at the end",
+            lambda: jax.jit(lambda p, x: read(probe.apply({"params": p}, x))).trace(*arguments),
+            resident | {"inputs": arguments},
+            "evaluation.batch_size",
+            evaluated,
+            {},
+        )
     return {name: found[name] for name in NAMES if name in found}, list(guides.values())
 
 
@@ -150,22 +195,29 @@ def _raw(config, mesh, step, rows):
 
 def _at_start(step):
     """The parameters that encoding reads."""
-    return merge_parameters(step.task.frozen.get("reference", {}),
-                            step.task.frozen["parameters"] | step.others)
+    return merge_parameters(
+        step.task.frozen.get("reference", {}), step.task.frozen["parameters"] | step.others
+    )
 
 
 def _encoded(config, step, rows):
     """EncodedPairs of so many scenes, as shapes."""
-    return jax.eval_shape(step.encode, _at_start(step), shapes.raw_batch(config, step.generator, rows))
+    return jax.eval_shape(
+        step.encode, _at_start(step), shapes.raw_batch(config, step.generator, rows)
+    )
 
 
 def _drawn(config, mesh, step):
     """What the sampler takes besides parameters."""
     rows = config.evaluation.batch_size
     scenes = _encoded(config, step, rows)
-    noise = jax.ShapeDtypeStruct((rows, *step.generator.latent_shape(config.resolution)), jnp.float32)
-    return shapes.placed((scenes.token_ids, scenes.time_ids, scenes.references, scenes.present, noise),
-                         _rows_sharding(mesh, rows))
+    noise = jax.ShapeDtypeStruct(
+        (rows, *step.generator.latent_shape(config.resolution)), jnp.float32
+    )
+    return shapes.placed(
+        (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present, noise),
+        _rows_sharding(mesh, rows),
+    )
 
 
 def _unjitted(function):
@@ -180,10 +232,14 @@ def _trace_encoding(config, mesh, step, encode, rows):
 
 def _trace_sampling(config, mesh, step, inputs):
     generate = make_generate(
-        step.generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
-        negative_token_ids=step.empty)
+        step.generator,
+        steps=config.sampling.steps,
+        guidance=config.sampling.guidance,
+        negative_token_ids=step.empty,
+    )
     parameters = merge_parameters(
-        step.state.evaluated, step.task.frozen["parameters"] | step.others)
+        step.state.evaluated, step.task.frozen["parameters"] | step.others
+    )
     with traced_for(mesh):
         return jax.jit(_unjitted(generate)).trace(parameters, *inputs)
 
@@ -192,4 +248,5 @@ def _trace_maps(mesh, step, structure, pairs):
     numbers = step.task.buckets[_first_of(step.task.buckets, structure)][1]
     with traced_for(mesh):
         return jax.jit(step.objective.focus_maps, static_argnums=0).trace(
-            structure, step.task.frozen, pairs, numbers, step.key)
+            structure, step.task.frozen, pairs, numbers, step.key
+        )

@@ -36,28 +36,43 @@ def abstract_step(config, mesh):
     length = generator.config.text_encoder.max_length
     empty = np.zeros((2, length), np.int32)
     objective = objectives.Objective(generator, config, empty, source)
-    fixed = {"parameters": {part: tree for part, tree in frozen.items()
-                            if part in objective.parts}}
+    fixed = {"parameters": {part: tree for part, tree in frozen.items() if part in objective.parts}}
     if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
         fixed["reference"] = placed(kept, rules.tree_shardings(kept, mesh))
     if objective.drops:
-        fixed["unconditional"] = placed(jax.eval_shape(
-            objective.unconditional, merge_parameters(trainable, frozen)), meshes.replicated(mesh))
+        fixed["unconditional"] = placed(
+            jax.eval_shape(objective.unconditional, merge_parameters(trainable, frozen)),
+            meshes.replicated(mesh),
+        )
     encoded = jax.eval_shape(
-        encode, merge_parameters(trainable, frozen), raw_batch(config, generator))
+        encode, merge_parameters(trainable, frozen), raw_batch(config, generator)
+    )
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
     whole = meshes.replicated(mesh)
     others = {part: tree for part, tree in frozen.items() if part not in objective.parts}
     return types.SimpleNamespace(
-        encoders={} if config.data.cache else others, others=others, generator=generator,
-        objective=objective, source=source, empty=empty, encode=encode,
-        task=types.SimpleNamespace(trainable=trainable, frozen=fixed, guide=objective.guide,
-                                   loss=objective.loss, buckets=buckets, mesh=mesh),
-        optimizer=optimizer, state=placed(state, state_shardings(state, mesh)),
+        encoders={} if config.data.cache else others,
+        others=others,
+        generator=generator,
+        objective=objective,
+        source=source,
+        empty=empty,
+        encode=encode,
+        task=types.SimpleNamespace(
+            trainable=trainable,
+            frozen=fixed,
+            guide=objective.guide,
+            loss=objective.loss,
+            buckets=buckets,
+            mesh=mesh,
+        ),
+        optimizer=optimizer,
+        state=placed(state, state_shardings(state, mesh)),
         batch=placed(encoded, jax.tree.map(lambda _: meshes.batch_sharding(mesh), encoded)),
-        key=placed(jax.eval_shape(lambda: jax.random.key(0)), whole))
+        key=placed(jax.eval_shape(lambda: jax.random.key(0)), whole),
+    )
 
 
 def state_shardings(state, mesh):
@@ -69,7 +84,7 @@ def state_shardings(state, mesh):
         starts = [i for i, name in enumerate(names) if name in parts]
         if not starts or not leaf.shape:
             return meshes.replicated(mesh)
-        return rules.parameter_sharding(tuple(names[starts[0]:]), leaf.shape, mesh)
+        return rules.parameter_sharding(tuple(names[starts[0] :]), leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -88,17 +103,27 @@ def raw_batch(config, generator, count=None):
         return jax.ShapeDtypeStruct((count, *shape), dtype)
 
     return PreferenceBatch(
-        chosen=array(jnp.uint8, side, side, 3), rejected=array(jnp.uint8, side, side, 3),
+        chosen=array(jnp.uint8, side, side, 3),
+        rejected=array(jnp.uint8, side, side, 3),
         references=array(jnp.uint8, slots, size, size, 3),
-        reference_masks=array(bool, slots, size, size), masks=array(bool, slots, side, side),
-        present=array(bool, slots), prior_mask=array(bool, side, side),
-        time_ids=array(jnp.float32, 6), token_ids=array(jnp.int32, 2, length),
-        index=array(jnp.int32), truth={})
+        reference_masks=array(bool, slots, size, size),
+        masks=array(bool, slots, side, side),
+        present=array(bool, slots),
+        prior_mask=array(bool, side, side),
+        time_ids=array(jnp.float32, 6),
+        token_ids=array(jnp.int32, 2, length),
+        index=array(jnp.int32),
+        truth={},
+    )
 
 
 def placed(tree, shardings):
     """A tree of shapes with these shardings, a tree or one for all."""
-    shardings = (jax.tree.map(lambda _: shardings, tree)
-                 if isinstance(shardings, jax.sharding.Sharding) else shardings)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        tree, shardings)
+    shardings = (
+        jax.tree.map(lambda _: shardings, tree)
+        if isinstance(shardings, jax.sharding.Sharding)
+        else shardings
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

@@ -47,9 +47,16 @@ class Collective:
         """
         count = self.group or devices
         share = (count - 1) / count
-        return self.size * {"all-gather": share, "all-reduce": 2 * share,
-                            "reduce-scatter": count - 1, "all-to-all": share,
-                            "collective-permute": 1}[self.kind]
+        return (
+            self.size
+            * {
+                "all-gather": share,
+                "all-reduce": 2 * share,
+                "reduce-scatter": count - 1,
+                "all-to-all": share,
+                "collective-permute": 1,
+            }[self.kind]
+        )
 
 
 def read(program):
@@ -66,20 +73,29 @@ def read(program):
             continue
         sizes, count = hlo.array_sizes(instruction.type), len(instruction.operands)
         if instruction.opcode.endswith("-start") and len(sizes) >= 2 * count:
-            sizes = sizes[count:2 * count]  # What a start gives holds its inputs as well.
-        found.append(Collective(
-            instruction.name, kind, sum(sizes), instruction.operands, instruction.operation,
-            instruction.line, times, _group(instruction.attributes)))
+            sizes = sizes[count : 2 * count]  # What a start gives holds its inputs as well.
+        found.append(
+            Collective(
+                instruction.name,
+                kind,
+                sum(sizes),
+                instruction.operands,
+                instruction.operation,
+                instruction.line,
+                times,
+                _group(instruction.attributes),
+            )
+        )
     return found
 
 
 def _group(attributes):
     """Devices of a replica group, in one of the ways in which XLA writes them; 0 if in none."""
-    if (listed := _LISTED.search(attributes)):
+    if listed := _LISTED.search(attributes):
         return len(listed[1].split(","))
-    if (counted := _COUNTED.search(attributes)):
+    if counted := _COUNTED.search(attributes):
         return int(counted[1])
-    if (mesh := _MESH.search(attributes)):
+    if mesh := _MESH.search(attributes):
         sizes = {name: int(size) for name, size in _AXIS.findall(mesh[1])}
         return math.prod(sizes.get(name, 1) for name in _NAMED.findall(mesh[2])) if sizes else 0
     return 0
@@ -87,9 +103,14 @@ def _group(attributes):
 
 def summary(found):
     """{kind: {"count": how often one runs, "bytes": of all of them}} of a list of Collective."""
-    return {kind: {"count": sum(c.times for c in of_kind),
-                   "bytes": sum(c.times * c.size for c in of_kind)} for kind in KINDS
-            if (of_kind := [c for c in found if c.kind == kind])}
+    return {
+        kind: {
+            "count": sum(c.times for c in of_kind),
+            "bytes": sum(c.times * c.size for c in of_kind),
+        }
+        for kind in KINDS
+        if (of_kind := [c for c in found if c.kind == kind])
+    }
 
 
 def received(found, devices):

@@ -17,13 +17,26 @@ import re
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 # Custom calls that compute nothing.
-_BOOKKEEPING = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape",
-                "SPMDShardToFullShape")
+_BOOKKEEPING = (
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+)
 _PRODUCTS = ("convolution", "dot")
 _LAYER = re.compile(r"(blocks|attentions|resnets|samplers|layers)_\d+")
 # Methods and functions within a module, and JAX's wrappers of functions.
 _NO_PLACE = re.compile(r"\._|<lambda>|^(jit|vmap|jvp|transpose)\(")
-_WRAPPERS = ("checkpoint", "rematted_computation", "while", "body", "closed_call", "cond", "shard_map")
+_WRAPPERS = (
+    "checkpoint",
+    "rematted_computation",
+    "while",
+    "body",
+    "closed_call",
+    "cond",
+    "shard_map",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +74,13 @@ def read(program):
             target = _TARGET.search(instruction.attributes)
             if target and target[1] not in _BOOKKEEPING:
                 kernels[target[1]] += times
-    return Estimate(sum(kinds.values()), dict(kinds.most_common()),
-                    [(name, cycles, counts[name]) for name, cycles in sources.most_common()],
-                    dict(kernels.most_common()), len(program.unknown_loops))
+    return Estimate(
+        sum(kinds.values()),
+        dict(kinds.most_common()),
+        [(name, cycles, counts[name]) for name, cycles in sources.most_common()],
+        dict(kernels.most_common()),
+        len(program.unknown_loops),
+    )
 
 
 def _kind(program, instruction):
@@ -82,7 +99,8 @@ def source(program, instruction):
     name = instruction.operation
     if "/" not in name:
         inner = collections.Counter(
-            each.operation for each in program.inside(instruction) if "/" in each.operation)
+            each.operation for each in program.inside(instruction) if "/" in each.operation
+        )
         name = inner.most_common(1)[0][0] if inner else ""
     return short_name(name) or f"({instruction.opcode} of the compiler's)"
 

@@ -12,12 +12,37 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 # What only moves, names or makes numbers.
-_FREE = frozenset((
-    "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "device_put",
-    "dynamic_slice", "dynamic_update_slice", "gather", "iota", "name", "optimization_barrier",
-    "pad", "random_bits", "random_fold_in", "random_seed", "random_split",
-    "random_unwrap", "random_wrap", "reshape", "rev", "sharding_constraint", "slice", "split",
-    "squeeze", "stop_gradient", "transpose"))
+_FREE = frozenset(
+    (
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "device_put",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "gather",
+        "iota",
+        "name",
+        "optimization_barrier",
+        "pad",
+        "random_bits",
+        "random_fold_in",
+        "random_seed",
+        "random_split",
+        "random_unwrap",
+        "random_wrap",
+        "reshape",
+        "rev",
+        "sharding_constraint",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    )
+)
 
 
 class Operations(NamedTuple):
@@ -68,8 +93,9 @@ def _of_equation(equation):
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
-        return Operations(2 * equation.outvars[0].aval.size
-                          * math.prod(shape[axis] for axis in contracted), 0)
+        return Operations(
+            2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted), 0
+        )
     if name == "conv_general_dilated":
         return Operations(_of_convolution(equation), 0)
     if name == "cond":
@@ -84,8 +110,10 @@ def _of_equation(equation):
         return Operations(products, others, products if name == "pallas_call" else kernels)
     if name in _FREE:
         return Operations(0, 0)
-    largest = max((v.aval.size for v in (*equation.invars, *equation.outvars)
-                   if hasattr(v.aval, "shape")), default=0)
+    largest = max(
+        (v.aval.size for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape")),
+        default=0,
+    )
     if name == "sort":
         return Operations(0, largest * max(math.log2(max(largest, 1)), 1))
     return Operations(0, largest)
@@ -115,5 +143,7 @@ def _of_convolution(equation):
 def _of_cudnn(equation, backward):
     """Of cuDNN's fused attention: two products forward, five backward, which makes the logits again."""
     query, key = (v.aval.shape for v in equation.invars[:2])
-    lengths = 2 if equation.params["layout"] else 1  # Their axis: layout 0 is [B, N, H, d], 1 [B, H, N, d].
-    return ((5 if backward else 2) * 2 * math.prod(query) * key[lengths])
+    lengths = (
+        2 if equation.params["layout"] else 1
+    )  # Their axis: layout 0 is [B, N, H, d], 1 [B, H, N, d].
+    return (5 if backward else 2) * 2 * math.prod(query) * key[lengths]

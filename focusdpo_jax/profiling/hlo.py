@@ -10,25 +10,60 @@ import math
 import re
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
-         "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
-         "f8e4m3fn": 8, "f8e5m2": 8}
+_BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "bf16": 16,
+    "f16": 16,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+    "f8e4m3fn": 8,
+    "f8e5m2": 8,
+}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(
     r"^\s*(ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9\-]*)"
-    r"\((?P<operands>[^)]*)\)(?P<attributes>.*)$")
+    r"\((?P<operands>[^)]*)\)(?P<attributes>.*)$"
+)
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _CALLS = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.\-]+)"
-                       r"|\bbranch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(
+    r"\b(?:true_computation|false_computation)=%?([\w.\-]+)"
+    r"|\bbranch_computations=\{([^}]*)\}"
+)
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"^\d+$")
 # Instructions that name, group or wait for what others have made.
-_FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
-                   "while", "conditional", "call", "partition-id", "replica-id", "iota"))
+_FREE = frozenset(
+    (
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "while",
+        "conditional",
+        "call",
+        "partition-id",
+        "replica-id",
+        "iota",
+    )
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -90,25 +125,36 @@ class Program:
         for number, line in enumerate(lines):
             if not line.startswith(" "):
                 if line == "}":
-                    self.texts[inside] = "\n".join(lines[first:number + 1])
+                    self.texts[inside] = "\n".join(lines[first : number + 1])
                     inside = ""
-                elif (computation := _COMPUTATION.match(line)):
+                elif computation := _COMPUTATION.match(line):
                     inside, first = computation[2], number
                     self.entry = inside if computation[1] else self.entry
                     self.computations[inside] = []
                 elif inside and self.computations[inside]:
                     # The description of a kernel goes on over several lines.
                     last = self.computations[inside][-1]
-                    self.computations[inside][-1] = last._replace(
-                        attributes=last.attributes + line)
+                    self.computations[inside][-1] = last._replace(attributes=last.attributes + line)
                 continue
             found = _INSTRUCTION.match(line)
             if found:
-                operands = tuple(part.strip().split("%")[-1]
-                                 for part in found["operands"].split(",") if part.strip())
-                self.computations[inside].append(Instruction(
-                    found["name"], found["type"], found["opcode"], operands, found["attributes"],
-                    inside, number, bool(found[1])))
+                operands = tuple(
+                    part.strip().split("%")[-1]
+                    for part in found["operands"].split(",")
+                    if part.strip()
+                )
+                self.computations[inside].append(
+                    Instruction(
+                        found["name"],
+                        found["type"],
+                        found["opcode"],
+                        operands,
+                        found["attributes"],
+                        inside,
+                        number,
+                        bool(found[1]),
+                    )
+                )
 
     def trips(self, loop):
         """How often a `while` instruction runs its body; None where the text does not say."""
@@ -117,9 +163,14 @@ class Program:
             return int(known[1])
         # It counts from 0 to the one constant that its condition compares with.
         condition = _CONDITION.search(loop.attributes)
-        bounds = {int(operand) for name in self._reached(condition and condition[1])
-                  for instruction in self.computations[name] if instruction.opcode == "constant"
-                  for operand in instruction.operands if _CONSTANT.match(operand)}
+        bounds = {
+            int(operand)
+            for name in self._reached(condition and condition[1])
+            for instruction in self.computations[name]
+            if instruction.opcode == "constant"
+            for operand in instruction.operands
+            if _CONSTANT.match(operand)
+        }
         return bounds.pop() if len(bounds) == 1 else None
 
     def _reached(self, name):
@@ -156,15 +207,19 @@ class Program:
     @functools.cached_property
     def unknown_loops(self):
         """Names of the loops whose trip count is unknown; they count once."""
-        return [instruction.name for instruction, _ in self.runs
-                if instruction.opcode == "while" and self.trips(instruction) is None]
+        return [
+            instruction.name
+            for instruction, _ in self.runs
+            if instruction.opcode == "while" and self.trips(instruction) is None
+        ]
 
     def inside(self, instruction):
         """All instructions of a fusion, those of nested ones too; none of anything else."""
         if instruction.opcode != "fusion":
             return []
-        return [inner for name in self._reached(instruction.called)
-                for inner in self.computations[name]]
+        return [
+            inner for name in self._reached(instruction.called) for inner in self.computations[name]
+        ]
 
     @functools.cached_property
     def bytes_accessed(self):
@@ -186,7 +241,8 @@ class Program:
         called = self.computations.get(instruction.called, ())
         if instruction.opcode != "fusion" or not called:
             return sum(array_sizes(instruction.type)) + sum(
-                sizes.get(operand, 0) for operand in instruction.operands)
+                sizes.get(operand, 0) for operand in instruction.operands
+            )
         inner, users = self._sizes(instruction.called), collections.defaultdict(list)
         for each in called:
             for operand in each.operands:
@@ -195,21 +251,31 @@ class Program:
         for each in called:
             if each.opcode != "parameter" or not users[each.name]:
                 continue
-            read += min(each.size, sum(
-                user.size if user.opcode in _SLICES and user.operands[0] == each.name
-                else 0 if user.opcode == "dynamic-update-slice" and user.operands[0] == each.name
-                else each.size for user in users[each.name]))
+            read += min(
+                each.size,
+                sum(
+                    user.size
+                    if user.opcode in _SLICES and user.operands[0] == each.name
+                    else 0
+                    if user.opcode == "dynamic-update-slice" and user.operands[0] == each.name
+                    else each.size
+                    for user in users[each.name]
+                ),
+            )
         root = next((each for each in called if each.root), called[-1])
         by_name = {each.name: each for each in called}
         outputs = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        written = sum(inner.get(each.operands[1], 0) if each.opcode == "dynamic-update-slice"
-                      else each.size for each in outputs)
+        written = sum(
+            inner.get(each.operands[1], 0) if each.opcode == "dynamic-update-slice" else each.size
+            for each in outputs
+        )
         return read + written
 
     def _sizes(self, name):
         if name not in self._known_sizes:
             self._known_sizes[name] = {
-                each.name: each.size for each in self.computations.get(name, ())}
+                each.name: each.size for each in self.computations.get(name, ())
+            }
         return self._known_sizes[name]
 
     @functools.cached_property
@@ -219,8 +285,11 @@ class Program:
     @functools.cached_property
     def parameter_bytes(self):
         """Bytes of the program's arguments on one device, without the padding of their layouts."""
-        return sum(each.size for each in self.computations.get(self.entry, ())
-                   if each.opcode == "parameter")
+        return sum(
+            each.size
+            for each in self.computations.get(self.entry, ())
+            if each.opcode == "parameter"
+        )
 
 
 def body(loop):
@@ -230,5 +299,8 @@ def body(loop):
 
 def array_sizes(text):
     """Bytes of each array of a type, in order."""
-    return [math.prod(int(n) for n in dimensions.split(",") if n) * _BITS[dtype] // 8
-            for dtype, dimensions in _ARRAY.findall(text) if dtype in _BITS]
+    return [
+        math.prod(int(n) for n in dimensions.split(",") if n) * _BITS[dtype] // 8
+        for dtype, dimensions in _ARRAY.findall(text)
+        if dtype in _BITS
+    ]

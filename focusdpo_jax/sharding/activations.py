@@ -33,7 +33,8 @@ def divided(mesh):
             return x
         free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
         return jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *free)))
+            x, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *free))
+        )
 
     def intercept(call, arguments, keywords, context):
         outputs = call(*arguments, **keywords)

@@ -26,7 +26,8 @@ def by_example_and_head(mesh, attend):
         examples = None if batch % math.prod(mesh.shape[a] for a in BATCH_AXES) else BATCH_AXES
         spec = PartitionSpec(examples, None, None if heads % mesh.shape["tensor"] else "tensor")
         # The kernel is opaque to the check of what varies over which axis, too.
-        return jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec,
-                             check_vma=False)(query, key, value)
+        return jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+            query, key, value
+        )
 
     return divided

@@ -36,8 +36,10 @@ def make_mesh(sizes, batch_size, devices=None):
     filled = _fill(sizes, len(devices))
     count = math.prod(filled.values())
     if count > len(devices) or count < len(devices) and jax.process_count() > 1:
-        raise UserError(f"{_named(sizes)} takes {count} devices and there are {len(devices)}; "
-                        f"give {_good_split(sizes, len(devices))}")
+        raise UserError(
+            f"{_named(sizes)} takes {count} devices and there are {len(devices)}; "
+            f"give {_good_split(sizes, len(devices))}"
+        )
     shares = math.prod(filled[axis] for axis in BATCH_AXES)
     if batch_size % shares:
         multiple = -(-batch_size // shares) * shares
@@ -45,7 +47,8 @@ def make_mesh(sizes, batch_size, devices=None):
             f"config.batch_size = {batch_size} does not divide among the {shares} devices of "
             f"config.mesh.data = {filled['data']} times config.mesh.fsdp = {filled['fsdp']}; give "
             f"config.batch_size = {multiple}, or axes whose product is one of "
-            f"{[n for n in range(1, len(devices) + 1) if batch_size % n == 0]}")
+            f"{[n for n in range(1, len(devices) + 1) if batch_size % n == 0]}"
+        )
     shape = tuple(filled[axis] for axis in AXES)
     if devices[0].platform == "tpu":
         # Neighbours on the mesh are neighbours in the machine.
@@ -57,8 +60,10 @@ def _fill(sizes, count):
     """`sizes` with the one -1 replaced by what is left of `count` devices."""
     fixed = math.prod(sizes[axis] for axis in AXES if sizes[axis] != -1)
     if [sizes[axis] for axis in AXES].count(-1) and count % fixed:
-        raise UserError(f"{_named(sizes)}: {count} devices do not divide by {fixed}; give "
-                        f"{_good_split(sizes, count)}")
+        raise UserError(
+            f"{_named(sizes)}: {count} devices do not divide by {fixed}; give "
+            f"{_good_split(sizes, count)}"
+        )
     return {axis: count // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES}
 
 
@@ -134,8 +139,7 @@ def shard_batch(batch, mesh):
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return _placed_by_call(sharding)(batch)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 @functools.cache

@@ -38,8 +38,11 @@ def joined(coordinator=None, count=None, index=None):
             _leave(f"error: {error}", 2)
         if isinstance(error, jax.errors.JaxRuntimeError):
             reason = " ".join(str(error).split())
-            _leave("error: another process of this run has gone; start all of them again to go on "
-                   f"from the last checkpoint. ({reason:.300})", LOST)
+            _leave(
+                "error: another process of this run has gone; start all of them again to go on "
+                f"from the last checkpoint. ({reason:.300})",
+                LOST,
+            )
         traceback.print_exc()
         _leave("", 1)
 
@@ -64,18 +67,21 @@ def initialize(coordinator=None, count=None, index=None):
     given = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
-        raise UserError(f"{' and '.join(missing)} missing: give all of {', '.join(given)}, or none "
-                        "of them to read the environment")
+        raise UserError(
+            f"{' and '.join(missing)} missing: give all of {', '.join(given)}, or none "
+            "of them to read the environment"
+        )
     if missing and not _has_others():
         return
     # Processes on CPUs, for tests and for a laptop.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(coordinator, count, index,
-                                   heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
-        raise UserError("the processes of this run cannot find each other: "
-                        f"{str(error).strip().splitlines()[0]}") from error
+        raise UserError(
+            "the processes of this run cannot find each other: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
     if not is_first():
         logging.set_verbosity(logging.WARNING)

@@ -14,8 +14,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 RULES = {"width": "fsdp", "hidden": "tensor"}
 
 # Layers of UNet, adapter, CLIP, DINO and autoencoder, by name.
-_SPREADING = {"to_q", "to_k", "to_v", "to_k_ip", "to_v_ip", "q_proj", "k_proj", "v_proj",
-              "query", "key", "value", "net_0", "proj", "fc1", "conv1", "time_emb_proj"}
+_SPREADING = {
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_k_ip",
+    "to_v_ip",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "query",
+    "key",
+    "value",
+    "net_0",
+    "proj",
+    "fc1",
+    "conv1",
+    "time_emb_proj",
+}
 _GATHERING = {"to_out_0", "out_proj", "net_2", "fc2", "conv2"}
 # Whose parameters have an axis over equal blocks before their own. A loop takes one block after the
 # other, so that this axis is never divided.
@@ -79,4 +95,5 @@ def tree_shardings(tree, mesh):
     """The shardings of a tree of parameters whose paths begin with their part."""
     flat = traverse_util.flatten_dict(tree)
     return traverse_util.unflatten_dict(
-        {path: parameter_sharding(path, leaf.shape, mesh) for path, leaf in flat.items()})
+        {path: parameter_sharding(path, leaf.shape, mesh) for path, leaf in flat.items()}
+    )

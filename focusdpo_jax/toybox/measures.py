@@ -72,8 +72,10 @@ def measure(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
         return np.take_along_axis(np.asarray(per_class), class_id, axis=1)
 
     found = present & (of_subjects(area) >= min_area)
-    seen = {name: of_subjects(getattr(readings, name))
-            for name in ("hue", "pattern", "pattern_hue", "part")}
+    seen = {
+        name: of_subjects(getattr(readings, name))
+        for name in ("hue", "pattern", "pattern_hue", "part")
+    }
     patterned = present & (own["pattern"] != _PLAIN)
 
     def matches(name, value):
@@ -90,8 +92,10 @@ def measure(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
 
     # [B, S, S]: subject s wears what belongs to subject o. Where o is s, it wears its own.
     pairs = found[:, :, None] & present[:, None, :]
-    worn = {name: pairs & matches(name, own[name][:, None, :]) & ~match[name][:, :, None]
-            for name in seen}
+    worn = {
+        name: pairs & matches(name, own[name][:, None, :]) & ~match[name][:, :, None]
+        for name in seen
+    }
     # Only patterned subjects have a pattern hue, to give as well as to lose.
     worn["pattern_hue"] &= (patterned & shows_pattern)[:, :, None] & patterned[:, None, :]
     leaking = {name: worn[name].any(-1) for name in worn}
@@ -108,7 +112,8 @@ def measure(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
         "missing": _where(present, ~found),
         "class_accuracy": _where(in_scene, ((area >= min_area) == asked).all(1)),
         "background_accuracy": _where(
-            in_scene, np.asarray(readings.background) == own["background"]),
+            in_scene, np.asarray(readings.background) == own["background"]
+        ),
         "hue": _where(present, match["hue"]),
         "pattern": _where(present, match["pattern"]),
         "pattern_hue": _where(patterned, match["pattern_hue"]),

@@ -32,7 +32,8 @@ def blur(rng, canvas, mask):
     for axis in (1, 2):
         reach = [(width - 1,) * 2 if a == axis else (0, 0) for a in range(3)]
         shifted = np.lib.stride_tricks.sliding_window_view(
-            np.pad(smooth, reach, "edge"), len(window), axis)
+            np.pad(smooth, reach, "edge"), len(window), axis
+        )
         smooth = shifted @ window
     return np.where(mask, smooth, canvas)
 

@@ -37,9 +37,13 @@ def crops_around(images, masks, key, size):
     marked = masks.astype(jnp.float32)
     total = jnp.maximum(marked.sum((1, 2)), 1.0)
     limits = np.array(images.shape[1:3])
-    middle = jnp.stack([
-        jnp.einsum("bhw,h->b", marked, jnp.arange(limits[0], dtype=jnp.float32)) / total,
-        jnp.einsum("bhw,w->b", marked, jnp.arange(limits[1], dtype=jnp.float32)) / total], -1)
+    middle = jnp.stack(
+        [
+            jnp.einsum("bhw,h->b", marked, jnp.arange(limits[0], dtype=jnp.float32)) / total,
+            jnp.einsum("bhw,w->b", marked, jnp.arange(limits[1], dtype=jnp.float32)) / total,
+        ],
+        -1,
+    )
     middle = middle + size / 8 * jax.random.normal(key, middle.shape)
     offsets = jnp.clip(jnp.round(middle - size / 2), 0, limits - size).astype(jnp.int32)
 
@@ -53,16 +57,24 @@ def _reconstruction(generator, parameters, images, key):
     """Loss and terms of one pass of `images` [B, H, W, 3] in [0, 1] through the autoencoder."""
     mean, deviation = generator.encode_image(parameters, images)
     decoded = generator.decode_latents(
-        parameters, mean + deviation * jax.random.normal(key, mean.shape))
+        parameters, mean + deviation * jax.random.normal(key, mean.shape)
+    )
     # An absolute error keeps edges sharp, a squared one keeps colours true.
     absolute, squared = jnp.abs(decoded - images).mean(), jnp.square(decoded - images).mean()
     scale = generator.config.vae.scaling_factor
     mean, deviation = mean / scale, deviation / scale
-    divergence = 0.5 * (jnp.square(mean) + jnp.square(deviation) - 1
-                        - 2 * jnp.log(deviation)).sum((1, 2, 3)).mean()
+    divergence = (
+        0.5
+        * (jnp.square(mean) + jnp.square(deviation) - 1 - 2 * jnp.log(deviation))
+        .sum((1, 2, 3))
+        .mean()
+    )
     total = absolute + 2 * squared + _DIVERGENCE_WEIGHT * divergence
-    return total, {"absolute_error": absolute, "divergence": divergence,
-                   "psnr": -10 * jnp.log10(squared)}
+    return total, {
+        "absolute_error": absolute,
+        "divergence": divergence,
+        "psnr": -10 * jnp.log10(squared),
+    }
 
 
 def autoencoder_loss(generator):
@@ -79,13 +91,19 @@ def autoencoder_loss(generator):
         count, slots, size = *batch.present.shape, batch.chosen.shape[1] // 2
         slot = jax.random.randint(keys[0], (count,), 0, slots) % batch.present.sum(1)
         row = jnp.arange(count)
-        images = jnp.concatenate([
-            crops_around(batch.chosen, batch.masks[row, slot], keys[1], size),
-            crops_around(batch.references[row, slot], batch.reference_masks[row, slot],
-                         keys[2], size)])
-        whole = batch.chosen[:count // 4]
-        losses = [_reconstruction(generator, trainable, pixels(x), k)
-                  for x, k in ((images, keys[3]), (whole, keys[4]))]
+        images = jnp.concatenate(
+            [
+                crops_around(batch.chosen, batch.masks[row, slot], keys[1], size),
+                crops_around(
+                    batch.references[row, slot], batch.reference_masks[row, slot], keys[2], size
+                ),
+            ]
+        )
+        whole = batch.chosen[: count // 4]
+        losses = [
+            _reconstruction(generator, trainable, pixels(x), k)
+            for x, k in ((images, keys[3]), (whole, keys[4]))
+        ]
         (total, terms), (whole_total, whole_terms) = losses
         return total + whole_total, terms | {"whole_psnr": whole_terms["psnr"]}
 
@@ -114,6 +132,7 @@ def image_encoder_loss(generator):
 
     def loss(trainable, frozen, batch, guidance, numbers, key):
         del frozen, guidance, numbers, key
+
         def encode(images):
             return generator.see(trainable, pixels(images))
 
@@ -125,21 +144,29 @@ def image_encoder_loss(generator):
         truth = batch.truth
         scenes, alone = encode(batch.chosen), encode(first_reference(batch))
         scene_loss, terms = attribute_loss(
-            read(scenes), truth, batch.masks, batch.present, truth["background"])
+            read(scenes), truth, batch.masks, batch.present, truth["background"]
+        )
         # A reference shows one subject on white, which is no background of a scene.
         first = {name: values[:, :1] for name, values in truth.items() if name != "background"}
         alone_loss, alone_terms = attribute_loss(
-            read(alone), first, batch.reference_masks[:, :1], batch.present[:, :1],
-            truth["background"])
+            read(alone),
+            first,
+            batch.reference_masks[:, :1],
+            batch.present[:, :1],
+            truth["background"],
+        )
         alone_loss = alone_loss - alone_terms["background"]
         shown = jax.nn.one_hot(truth["class_id"], TOYBOX.classes) * batch.present[..., None]
-        named = jnp.concatenate([shown.sum(1), jax.nn.one_hot(truth["background"],
-                                                              TOYBOX.backgrounds)], axis=-1)
+        named = jnp.concatenate(
+            [shown.sum(1), jax.nn.one_hot(truth["background"], TOYBOX.backgrounds)], axis=-1
+        )
         logits = scenes.projected @ trainable["heads"]["names"]
-        naming = jnp.mean(jnp.maximum(logits, 0) - logits * named
-                          + jnp.log1p(jnp.exp(-jnp.abs(logits))))
+        naming = jnp.mean(
+            jnp.maximum(logits, 0) - logits * named + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+        )
         terms = {f"scene_{k}": v for k, v in terms.items()} | {
-            f"reference_{k}": v for k, v in alone_terms.items() if k != "background"}
+            f"reference_{k}": v for k, v in alone_terms.items() if k != "background"
+        }
         return scene_loss + alone_loss + naming, terms | {"naming": naming}
 
     return loss
@@ -149,8 +176,9 @@ def init_heads(generator, key):
     """Parameters of the read-outs that `image_encoder_loss` trains along and then drops."""
     config = generator.config.image_encoder
     side = generator.patch_grid
-    heads = AttributeHeads(TOYBOX).init(
-        key, jnp.zeros((1, side, side, config.hidden_size)))["params"]
+    heads = AttributeHeads(TOYBOX).init(key, jnp.zeros((1, side, side, config.hidden_size)))[
+        "params"
+    ]
     names = TOYBOX.classes + TOYBOX.backgrounds
     heads["names"] = 0.02 * jax.random.normal(key, (config.projection_dim, names))
     return heads
@@ -177,7 +205,8 @@ def probe_loss(generator):
         maps = probe.apply({"params": trainable["probe"]}, jnp.concatenate([decoded, raw]))
 
         return attribute_loss(
-            maps, batch.truth, batch.masks, batch.present, batch.truth["background"])
+            maps, batch.truth, batch.masks, batch.present, batch.truth["background"]
+        )
 
     return loss
 

@@ -28,8 +28,12 @@ class AttributeSpace:
     backgrounds: int
 
 
-TOYBOX = AttributeSpace(classes=len(toybox.CLASSES), patterns=len(toybox.PATTERNS),
-                        parts=len(toybox.PARTS), backgrounds=len(toybox.BACKGROUNDS))
+TOYBOX = AttributeSpace(
+    classes=len(toybox.CLASSES),
+    patterns=len(toybox.PATTERNS),
+    parts=len(toybox.PARTS),
+    backgrounds=len(toybox.BACKGROUNDS),
+)
 
 
 @flax.struct.dataclass
@@ -67,8 +71,7 @@ class AttributeHeads(nn.Module):
             pattern_hue=nn.Dense(2, name="pattern_hue")(features),
             pattern_logits=nn.Dense(space.patterns, name="pattern")(features),
             part_logits=nn.Dense(space.parts, name="part")(features),
-            background_logits=nn.Dense(space.backgrounds, name="background")(
-                features.mean((1, 2))),
+            background_logits=nn.Dense(space.backgrounds, name="background")(features.mean((1, 2))),
         )
 
 
@@ -94,7 +97,9 @@ class Probe(nn.Module):
             h = nn.silu(layers.GroupNorm(8, name=f"norm_{i}_1")(h))
             h = nn.Conv(self.width, (3, 3), kernel_dilation=dilation, name=f"conv_{i}_1")(h)
             x = x + h
-        return AttributeHeads(self.space, name="heads")(nn.silu(layers.GroupNorm(8, name="norm")(x)))
+        return AttributeHeads(self.space, name="heads")(
+            nn.silu(layers.GroupNorm(8, name="norm")(x))
+        )
 
 
 def hue_vector(hue):
@@ -135,7 +140,8 @@ def attribute_loss(maps, truth, masks, present, background):
 
     def cross_entropy(logits, values):
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits[:, None], jnp.broadcast_to(values[:, :, None, None], coverage.shape))
+            logits[:, None], jnp.broadcast_to(values[:, :, None, None], coverage.shape)
+        )
 
     def squared_error(vectors, hue):
         return jnp.square(vectors[:, None] - hue_vector(hue)[:, :, None, None]).sum(-1)
@@ -144,10 +150,12 @@ def attribute_loss(maps, truth, masks, present, background):
     losses["hue"] = over_subjects(squared_error(maps.hue, truth["hue"]))
     losses["pattern"] = over_subjects(cross_entropy(maps.pattern_logits, truth["pattern"]))
     losses["pattern_hue"] = over_subjects(
-        squared_error(maps.pattern_hue, truth["pattern_hue"]), patterned)
+        squared_error(maps.pattern_hue, truth["pattern_hue"]), patterned
+    )
     losses["part"] = over_subjects(cross_entropy(maps.part_logits, truth["part"]))
     losses["background"] = optax.softmax_cross_entropy_with_integer_labels(
-        maps.background_logits, background).mean()
+        maps.background_logits, background
+    ).mean()
     return sum(losses.values()), losses
 
 
@@ -185,7 +193,10 @@ def read(maps):
         return (jnp.arctan2(voted[..., 1], voted[..., 0]) / (2 * jnp.pi)) % 1.0
 
     return Readings(
-        area=area, hue=angle(maps.hue), pattern_hue=angle(maps.pattern_hue),
+        area=area,
+        hue=angle(maps.hue),
+        pattern_hue=angle(maps.pattern_hue),
         pattern=vote(jax.nn.log_softmax(maps.pattern_logits)).argmax(-1),
         part=vote(jax.nn.log_softmax(maps.part_logits)).argmax(-1),
-        background=maps.background_logits.argmax(-1))
+        background=maps.background_logits.argmax(-1),
+    )

@@ -160,8 +160,11 @@ def changed_looks(a: Subject, b: Subject) -> tuple[str, ...]:
     The pattern hue counts where both are patterned; otherwise it comes and goes with the pattern.
     """
     patterned = "plain" not in (PATTERNS[a.pattern], PATTERNS[b.pattern])
-    return tuple(name for name in LOOKS if getattr(a, name) != getattr(b, name)
-                 and (patterned or name != "pattern_hue"))
+    return tuple(
+        name
+        for name in LOOKS
+        if getattr(a, name) != getattr(b, name) and (patterned or name != "pattern_hue")
+    )
 
 
 def with_one_other_look(rng: np.random.Generator, subject: Subject, split: str) -> Subject | None:
@@ -179,14 +182,20 @@ def with_one_other_look(rng: np.random.Generator, subject: Subject, split: str) 
             other = dataclasses.replace(other, pattern_hue=drawn.pattern_hue)
         if other.pattern and hue_distance(other.hue, other.pattern_hue) < MIN_PATTERN_CONTRAST:
             continue
-        if (changed_looks(subject, other) == (name,) and visibly_different(subject, other)
-                and split_of(other) == split):
+        if (
+            changed_looks(subject, other) == (name,)
+            and visibly_different(subject, other)
+            and split_of(other) == split
+        ):
             return other
     return None
 
 
 def disrupt(
-    rng: np.random.Generator, subjects: tuple[Subject, ...], split: str, leak_probability: float,
+    rng: np.random.Generator,
+    subjects: tuple[Subject, ...],
+    split: str,
+    leak_probability: float,
     one_look_probability: float = 0.0,
 ) -> tuple[Subject, ...]:
     """Replaces a random non-empty subset of subjects by other individuals of their classes.

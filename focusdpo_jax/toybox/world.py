@@ -94,10 +94,14 @@ class World:
         if self.resolution < 32:
             raise UserError(f"resolution is {self.resolution}; Toybox needs at least 32 pixels")
         if len(self.subject_radii) < len(self.count_probabilities) or min(self.subject_radii) <= 0:
-            raise UserError(f"subject_radii is {self.subject_radii}; give one above 0 for each number of "
-                            f"subjects, up to {len(self.count_probabilities)}")
+            raise UserError(
+                f"subject_radii is {self.subject_radii}; give one above 0 for each number of "
+                f"subjects, up to {len(self.count_probabilities)}"
+            )
         if self.prior_mask not in PRIOR_MASKS:
-            raise UserError(f"prior_mask is {self.prior_mask!r}; choose one of {', '.join(PRIOR_MASKS)}")
+            raise UserError(
+                f"prior_mask is {self.prior_mask!r}; choose one of {', '.join(PRIOR_MASKS)}"
+            )
         total = sum(self.count_probabilities)
         if not 1 <= len(self.count_probabilities) <= 3 or abs(total - 1) > 1e-6:
             raise UserError(
@@ -146,9 +150,12 @@ class World:
             mask = covered_pixels(crop, offset, self.resolution)
             disrupted = other is not subject
             if disrupted:
-                prior_mask |= self._region(mask | covered_pixels(other_crop, offset, self.resolution))
+                prior_mask |= self._region(
+                    mask | covered_pixels(other_crop, offset, self.resolution)
+                )
             reference, reference_mask = render_reference(
-                rng, subject, self.resolution, self.pattern_scale)
+                rng, subject, self.resolution, self.pattern_scale
+            )
             entries.append(
                 {
                     "phrase": subject.phrase,
@@ -161,12 +168,18 @@ class World:
                     **{f"rejected_{name}": value for name, value in vars(other).items()},
                 }
             )
-        if (self.second_reference_probability and count < self.max_subjects
-                and rng.random() < self.second_reference_probability):
+        if (
+            self.second_reference_probability
+            and count < self.max_subjects
+            and rng.random() < self.second_reference_probability
+        ):
             slot = rng.integers(count)
             reference, reference_mask = render_reference(
-                rng, subjects[slot], self.resolution, self.pattern_scale)
-            entries.append(entries[slot] | {"reference": reference, "reference_mask": reference_mask})
+                rng, subjects[slot], self.resolution, self.pattern_scale
+            )
+            entries.append(
+                entries[slot] | {"reference": reference, "reference_mask": reference_mask}
+            )
         chosen, other = to_uint8(chosen), to_uint8(rejected)
         changed_mask = (chosen != other).any(-1)
         if self.nuisance_probability and rng.random() < self.nuisance_probability:
@@ -199,8 +212,14 @@ class World:
                     rng.uniform(0.85, 1) * largest, rng.uniform(-15, 15), bool(rng.integers(2))
                 )
                 crop = render_subject(subject, pose, self.pattern_scale)
-                groups.append(trim(crop, crop if other is subject else render_subject(
-                    other, pose, self.pattern_scale)))
+                groups.append(
+                    trim(
+                        crop,
+                        crop
+                        if other is subject
+                        else render_subject(other, pose, self.pattern_scale),
+                    )
+                )
             for _ in range(10):
                 offsets = find_places(rng, groups, self.resolution)
                 if offsets is not None:

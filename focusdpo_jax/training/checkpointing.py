@@ -29,8 +29,12 @@ class Checkpoints:
         """
         self.folder = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, enable_async_checkpointing=not read_only,
-            cleanup_tmp_directories=not read_only, read_only=read_only)
+            max_to_keep=keep,
+            create=not read_only,
+            enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
         self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
 
     @property
@@ -47,8 +51,12 @@ class Checkpoints:
           loader_state: what the loader's `get_state` gave, JSON-serialisable.
         """
         with self._written():
-            self._manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(loader_state)))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(loader_state)
+                ),
+            )
 
     def restore(self, example, *, release=False):
         """The newest checkpoint.
@@ -69,13 +77,18 @@ class Checkpoints:
                 array.delete()
         step = self.latest
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore()))
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore()
+                ),
+            )
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"cannot restore checkpoint {step} of {self.folder}: {reason}. Remove the folder "
-                f"{self.folder / str(step)} to go back to an earlier one.") from error
+                f"{self.folder / str(step)} to go back to an earlier one."
+            ) from error
         return restored.state, restored.loader
 
     def close(self):
@@ -103,6 +116,10 @@ class Checkpoints:
                     path.rmtree(missing_ok=True)
             raise UserError(
                 f"cannot write a checkpoint in {self.folder} ({reason or error}). "
-                + ("There is no complete one yet" if last is None
-                   else f"The last complete one is of step {last}")
-                + "; make room and run the same command again") from error
+                + (
+                    "There is no complete one yet"
+                    if last is None
+                    else f"The last complete one is of step {last}"
+                )
+                + "; make room and run the same command again"
+            ) from error

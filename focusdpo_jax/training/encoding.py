@@ -101,8 +101,12 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             return x.reshape(-1, len(images), *x.shape[1:])
 
         # One image of each pair at a time: in float32, the encoder of both would take twice the memory.
-        mean, deviation = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(
-            functools.partial(generator.encode_image, parameters), jnp.moveaxis(pair, 1, 0)))
+        mean, deviation = (
+            jnp.moveaxis(x, 0, 1)
+            for x in jax.lax.map(
+                functools.partial(generator.encode_image, parameters), jnp.moveaxis(pair, 1, 0)
+            )
+        )
         marked = batch.masks.any(1) if supervised else batch.prior_mask
         prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
         references = generator.view(parameters, batch.references.astype(jnp.float32) / 255)
@@ -116,17 +120,36 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             area = (batch.masks & batch.prior_mask[:, None]).mean((2, 3), dtype=jnp.float32)
             subject_masks = average_to_grid(batch.masks.astype(jnp.float32), mean.shape[2:4])
         if dpce:
-            detail = grouped(complexity.complexity(
-                flat, jnp.repeat(prior, 2, axis=0), config.focus.detail_bins,
-                config.focus.detail_sigma))
+            detail = grouped(
+                complexity.complexity(
+                    flat,
+                    jnp.repeat(prior, 2, axis=0),
+                    config.focus.detail_bins,
+                    config.focus.detail_sigma,
+                )
+            )
         if quality:
-            found = patch_quality(generator, parameters, batch, pair[:, 1], references,
-                                  prior.shape[1:])
+            found = patch_quality(
+                generator, parameters, batch, pair[:, 1], references, prior.shape[1:]
+            )
         return EncodedPairs(
-            latents_mean=mean, latents_deviation=deviation, token_ids=batch.token_ids,
-            text=text, pooled=pooled, time_ids=batch.time_ids, references=references,
-            present=batch.present, prior=prior, prototypes=prototypes, similarity=similarity,
-            area=area, subject_masks=subject_masks, detail=detail, quality=found, index=batch.index)
+            latents_mean=mean,
+            latents_deviation=deviation,
+            token_ids=batch.token_ids,
+            text=text,
+            pooled=pooled,
+            time_ids=batch.time_ids,
+            references=references,
+            present=batch.present,
+            prior=prior,
+            prototypes=prototypes,
+            similarity=similarity,
+            area=area,
+            subject_masks=subject_masks,
+            detail=detail,
+            quality=found,
+            index=batch.index,
+        )
 
     return jax.jit(encode, compiler_options=compiling.networks_here())
 
@@ -136,8 +159,11 @@ def patch_quality(generator, parameters, batch, rejected, references, grid):
     side = generator.patch_grid
     seen = generator.view(parameters, rejected).features[:, 1:]
     quality = correspondence.patch_quality(
-        references.features[:, :, 1:], masks_on_grid(batch.reference_masks, (side, side)),
-        seen.reshape(-1, side, side, seen.shape[-1]), batch.present)
+        references.features[:, :, 1:],
+        masks_on_grid(batch.reference_masks, (side, side)),
+        seen.reshape(-1, side, side, seen.shape[-1]),
+        batch.present,
+    )
     return nearest_on_grid(quality, grid)
 
 
@@ -159,8 +185,9 @@ def in_memory(records):
     """The EncodedSource of encoded records by position."""
     if isinstance(records, EncodedSource):
         return records
-    return EncodedSource(jax.tree.map(
-        lambda *rows: np.stack(rows), *(records[i] for i in range(len(records)))))
+    return EncodedSource(
+        jax.tree.map(lambda *rows: np.stack(rows), *(records[i] for i in range(len(records))))
+    )
 
 
 def cached(encode, parameters, batches, count):

@@ -49,13 +49,17 @@ def make_key(model, config, content, source):
       content: digest of the data set, from its metadata.
       source: of SPAF's similarity (see `sources`), or None.
     """
-    return {"format": _FORMAT, "tokenizer": model.tokenizer.digest(),
-            "adapter": model.generator.config.adapter.kind,
-            "captions": encoding.text_is_frozen(config),
-            "dtype": config.dtype, "pictures": content,
-            "resolution": config.resolution,
-            "detail": [config.focus.detail_bins, config.focus.detail_sigma],
-            "features": source and source.settings}
+    return {
+        "format": _FORMAT,
+        "tokenizer": model.tokenizer.digest(),
+        "adapter": model.generator.config.adapter.kind,
+        "captions": encoding.text_is_frozen(config),
+        "dtype": config.dtype,
+        "pictures": content,
+        "resolution": config.resolution,
+        "detail": [config.focus.detail_bins, config.focus.detail_sigma],
+        "features": source and source.settings,
+    }
 
 
 def digest(sizes, tree):
@@ -91,11 +95,18 @@ class StoredEncodings:
     def __getitem__(self, index):
         with np.load(io.BytesIO(_file(self._folder, index).read_bytes())) as saved:
             found = {name: _named(value) for name, value in saved.items()}
-        references = {field.name: found.pop(f"references.{field.name}", None)
-                      for field in dataclasses.fields(ImageView)}
-        return encoding.EncodedPairs(references=ImageView(**references), **{
-            field.name: found.get(field.name)
-            for field in dataclasses.fields(encoding.EncodedPairs) if field.name != "references"})
+        references = {
+            field.name: found.pop(f"references.{field.name}", None)
+            for field in dataclasses.fields(ImageView)
+        }
+        return encoding.EncodedPairs(
+            references=ImageView(**references),
+            **{
+                field.name: found.get(field.name)
+                for field in dataclasses.fields(encoding.EncodedPairs)
+                if field.name != "references"
+            },
+        )
 
 
 def cached(folder, key, parts, files, parameters, encode, batches, count):
@@ -121,8 +132,7 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
     try:
         _check(folder, key, parts, files, parameters)
         processes.wait("key of the encoded pairs")
-        ready = processes.from_first(
-            sum(_file(folder, index).exists() for index in range(count)))
+        ready = processes.from_first(sum(_file(folder, index).exists() for index in range(count)))
         if ready == count:
             logging.info("encoded before: %d records in %s", count, folder)
             return StoredEncodings(folder, count)
@@ -131,8 +141,11 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
             remove_unfinished(folder)
         tree, progress = parameters(), Progress("pairs encoded", count - ready)
         for batch in batches:
-            rows = [i for i, index in enumerate(batch.index)
-                    if index >= 0 and not _file(folder, index).exists()]
+            rows = [
+                i
+                for i, index in enumerate(batch.index)
+                if index >= 0 and not _file(folder, index).exists()
+            ]
             if processes.from_first(bool(rows)):
                 encoded = meshes.fetch(encode(tree, batch))
                 for i in rows if processes.is_first() else ():
@@ -141,8 +154,10 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
                 progress.add(len(rows))
         processes.wait("encoded pairs")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}); make room, or "
-                        "set config.data.cache = False") from error
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror or error}); make room, or "
+            "set config.data.cache = False"
+        ) from error
     return StoredEncodings(folder, count)
 
 
@@ -152,8 +167,11 @@ def complete(folder, key, parts, files, count):
     if processes.is_first() and (folder / "key.json").exists():
         old = json.loads((folder / "key.json").read_text())
         encoders = old.pop("encoders")
-        there = (old == key and _same(encoders, {part: files(part) for part in parts})
-                 and all(_file(folder, index).exists() for index in range(count)))
+        there = (
+            old == key
+            and _same(encoders, {part: files(part) for part in parts})
+            and all(_file(folder, index).exists() for index in range(count))
+        )
     if not processes.from_first(there):
         return None
     logging.info("encoded before: %d records in %s", count, folder)
@@ -184,16 +202,19 @@ def _check(folder, key, parts, files, parameters):
 def _same(encoders, found):
     """Whether the files are those that the key tells of."""
     # A part that lies in no file has to be looked at itself.
-    return all(found[part] is not None and found[part] == told["files"]
-               for part, told in encoders.items())
+    return all(
+        found[part] is not None and found[part] == told["files"] for part, told in encoders.items()
+    )
 
 
 def _refuse(folder, old, new):
     """Raises a UserError that names what differs, if anything does."""
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
-        raise UserError(f"{folder} was made with other {', '.join(changed)}; remove it to encode "
-                        "the data set again, or set config.data.cache = False")
+        raise UserError(
+            f"{folder} was made with other {', '.join(changed)}; remove it to encode "
+            "the data set again, or set config.data.cache = False"
+        )
 
 
 def _file(folder, index):
@@ -211,6 +232,11 @@ def _named(x):
 
 def _write(path, row):
     content = io.BytesIO()
-    np.savez(content, **{jax.tree_util.keystr(where, simple=True, separator="."): _plain(leaf)
-                         for where, leaf in jax.tree_util.tree_leaves_with_path(row)})
+    np.savez(
+        content,
+        **{
+            jax.tree_util.keystr(where, simple=True, separator="."): _plain(leaf)
+            for where, leaf in jax.tree_util.tree_leaves_with_path(row)
+        },
+    )
     replace_file(path, content.getvalue())

@@ -51,8 +51,12 @@ def run(config, workdir, *, accept_changes=False):
         if processes.is_first():
             open_workdir(workdir, config)
         processes.wait("run folder")
-        logging.info("focusdpo_jax on %d x %s, run folder %s",
-                     jax.device_count(), jax.devices()[0].device_kind, workdir)
+        logging.info(
+            "focusdpo_jax on %d x %s, run folder %s",
+            jax.device_count(),
+            jax.devices()[0].device_kind,
+            workdir,
+        )
         logging.info("%s", preflight.outline(config))
         _run(config, workdir, require_lock)
 
@@ -68,11 +72,22 @@ def _run(config, workdir, require_lock):
     try:
         if done < config.steps:
             if processes.is_first() and run_folder.drop_later_model(workdir, done):
-                logging.warning("%s/model is of other training than that which goes on at step %d; it will "
-                                "be written anew", workdir, done)
+                logging.warning(
+                    "%s/model is of other training than that which goes on at step %d; it will "
+                    "be written anew",
+                    workdir,
+                    done,
+                )
             # The step is compiled while the data is encoded and a checkpoint read.
-            with compile_beside(task, optimizer, task.buckets, state, task.example(),
-                                seed=config.seed, ema_decay=config.ema_decay) as step:
+            with compile_beside(
+                task,
+                optimizer,
+                task.buckets,
+                state,
+                task.example(),
+                seed=config.seed,
+                ema_decay=config.ema_decay,
+            ) as step:
                 task.start(writer)
                 batches = task.batches
                 if done:
@@ -81,7 +96,9 @@ def _run(config, workdir, require_lock):
                     state, position = checkpoints.restore(state, release=True)
                     batches.set_state(position)
                     logging.info("resumed at step %d", done)
-            state = train(config, task, state, step.result(), checkpoints, writer, done, require_lock)
+            state = train(
+                config, task, state, step.result(), checkpoints, writer, done, require_lock
+            )
         else:
             task.start(writer)
             state, _ = checkpoints.restore(state, release=True)
@@ -101,9 +118,13 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
     leave = contextlib.ExitStack()
     preempted = leave.enter_context(preemption.watch())
     progress = Progress(
-        start=done, total=config.steps, unit=task.unit,
-        per_step=config.batch_size * config.accumulate, devices=task.mesh.size,
-        peak=matmul_peak(jax.local_devices()[0], config.dtype))
+        start=done,
+        total=config.steps,
+        unit=task.unit,
+        per_step=config.batch_size * config.accumulate,
+        devices=task.mesh.size,
+        peak=matmul_peak(jax.local_devices()[0], config.dtype),
+    )
     windows, began = Windows(writer, progress, checkpoints, task.buckets), time.monotonic()
     # What there is lives as long as the run: Python need not look through it for garbage again.
     gc.collect()
@@ -160,7 +181,8 @@ def require_same_run(workdir, config, accept_changes=False):
         if not (workdir / "config.json").exists() or not any(file.exists() for file in kept):
             return
         changed = config_rules.changed_fields(
-            run_folder.read_config(workdir), json.loads(config_rules.to_json(config)))
+            run_folder.read_config(workdir), json.loads(config_rules.to_json(config))
+        )
     except OSError as error:
         raise cannot_write(f"--workdir={workdir}", error) from error
     if changed and accept_changes:
@@ -169,7 +191,8 @@ def require_same_run(workdir, config, accept_changes=False):
         raise UserError(
             f"{workdir} holds a run with another {', '.join(changed)}. Give another "
             "--workdir, remove the folder to start again, or go on with what is new by "
-            "--accept_changes.")
+            "--accept_changes."
+        )
 
 
 def open_workdir(workdir, config):

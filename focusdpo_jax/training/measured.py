@@ -40,5 +40,8 @@ def added(total: tuple[Measured, ...], more: tuple[Measured, ...]) -> tuple[Meas
 def as_floats(parts: Iterable[Measured]) -> dict[str, float]:
     """All numbers on the host, by name; waits for them."""
     parts = jax.device_get(tuple(parts))
-    return {name: value for part in parts
-            for name, value in zip(part.names, np.asarray(part.values).tolist(), strict=True)}
+    return {
+        name: value
+        for part in parts
+        for name, value in zip(part.names, np.asarray(part.values).tolist(), strict=True)
+    }

@@ -72,14 +72,20 @@ class MetricWriter:
             replace_file(path, "".join(line + "\n" for line in lines))
         if self._tensorboard:
             self._tensorboard.scalars(
-                step, {f"validation/{name}": mean for name, mean in means.items()})
+                step, {f"validation/{name}": mean for name, mean in means.items()}
+            )
 
     def results(self, step, results):
         """Shows the means of an evaluation in TensorBoard; they are not a logged step."""
         if self._tensorboard:
-            self._tensorboard.scalars(step, {
-                f"evaluation/{name}_{side}": estimate["mean"]
-                for name, sides in results["metrics"].items() for side, estimate in sides.items()})
+            self._tensorboard.scalars(
+                step,
+                {
+                    f"evaluation/{name}_{side}": estimate["mean"]
+                    for name, sides in results["metrics"].items()
+                    for side, estimate in sides.items()
+                },
+            )
 
     def picture(self, step, name, image):
         """Shows a uint8 picture [H, W, 3] in TensorBoard."""
@@ -139,8 +145,14 @@ class Progress:
             self._bar.update(step - self._shown)
             self._bar.set_postfix_str(f"{numbers}  {line}")
         else:
-            logging.info("step %d/%d  %s  %s  %s left", step, self._total, numbers, line,
-                         duration((self._total - step) * seconds))
+            logging.info(
+                "step %d/%d  %s  %s  %s left",
+                step,
+                self._total,
+                numbers,
+                line,
+                duration((self._total - step) * seconds),
+            )
         self._shown, self._time = step, now
         return speed
 

@@ -69,9 +69,12 @@ def stored_type(config, path, shape):
       config: the run's; `dtype` and `trainable` matter.
       path: of the parameter, from its part on.
     """
-    if (config.dtype == "float32" or stacking.is_vector(path, shape)
-            or path[:2] in (("vae", "encoder"), ("vae", "quant_conv"))
-            or TRAINABLE[config.trainable](path)):
+    if (
+        config.dtype == "float32"
+        or stacking.is_vector(path, shape)
+        or path[:2] in (("vae", "encoder"), ("vae", "quant_conv"))
+        or TRAINABLE[config.trainable](path)
+    ):
         return jnp.float32
     return jnp.bfloat16
 
@@ -125,8 +128,10 @@ def open_model(config, *, inpainting=False):
     words = int(tokenizer("").max()) + 1
     known = min(sizes.text_encoder.vocab_size, sizes.text_encoder_2.vocab_size)
     if words > known:
-        raise UserError(f"{source.tokenizer} has a vocabulary of {words}, and the text encoders read "
-                        f"{known}: set config.model.tokenizer to the one that they were trained with")
+        raise UserError(
+            f"{source.tokenizer} has a vocabulary of {words}, and the text encoders read "
+            f"{known}: set config.model.tokenizer to the one that they were trained with"
+        )
     return Model(generator, {}, tokenizer, model_folder.load_part(source.path, "probe"))
 
 
@@ -159,14 +164,19 @@ def load_parts(config, parts, place=None):
         init = functools.partial(generator.init_part, part)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         shapes = part_shapes(sizes, part)
-        types = {path: stored_type(config, (part, *path), leaf.shape)
-                 for path, leaf in shapes.items()}
-        shardings = {path: place and place((part, *path), leaf.shape)
-                     for path, leaf in shapes.items()}
+        types = {
+            path: stored_type(config, (part, *path), leaf.shape) for path, leaf in shapes.items()
+        }
+        shardings = {
+            path: place and place((part, *path), leaf.shape) for path, leaf in shapes.items()
+        }
         tree = source and source.load_part(
-            part, _published(shapes, stored), config=sizes,
+            part,
+            _published(shapes, stored),
+            config=sizes,
             dtype=traverse_util.unflatten_dict(types),
-            sharding=place and traverse_util.unflatten_dict(shardings))
+            sharding=place and traverse_util.unflatten_dict(shardings),
+        )
         flat = {} if tree is None else traverse_util.flatten_dict(tree)
         missing = sorted(shapes.keys() - flat.keys())
         if missing:
@@ -193,11 +203,18 @@ def check_files(config):
     for path in dict.fromkeys(path for part in PARTS for path in source.files(part)):
         tensor_file.read(path)
     try:
-        new = [part for part in PARTS if source.open_part(
-            part, _published(part_shapes(sizes, part), stored), config=sizes) is None]
+        new = [
+            part
+            for part in PARTS
+            if source.open_part(part, _published(part_shapes(sizes, part), stored), config=sizes)
+            is None
+        ]
     except UserError as error:
-        given = ", ".join(f"config.model.{field} = {config.model[field]!r}"
-                          for field in _FILES if config.model[field])
+        given = ", ".join(
+            f"config.model.{field} = {config.model[field]!r}"
+            for field in _FILES
+            if config.model[field]
+        )
         raise UserError(f"{error} ({given}). Give files that belong to one model.") from error
     if new and config.objective in config_rules.PREFERENCE_OBJECTIVES:
         _refuse_new(config, source, new[0])
@@ -206,17 +223,26 @@ def check_files(config):
 def _refuse_new(config, source, part):
     """Raises the UserError of a preference objective whose reference model is partly random."""
     field = part if part in _FILES else "pretrained"
-    cure = ("an IP-Adapter file; a new adapter has to be trained with config.objective = 'sft' first"
-            if part == "adapter" else "files that have it")
+    cure = (
+        "an IP-Adapter file; a new adapter has to be trained with config.objective = 'sft' first"
+        if part == "adapter"
+        else "files that have it"
+    )
     raise UserError(
         f"config.model.{field} = {config.model[field]!r}: {source.path} has no {part}. It would be drawn "
-        f"at random, and {config.objective} compares with a reference model that has it. Give {cure}.")
+        f"at random, and {config.objective} compares with a reference model that has it. Give {cure}."
+    )
 
 
 def _published(shapes, stored):
     """Of the shapes of a part the tree that files have: low-rank updates only where `stored`."""
-    return traverse_util.unflatten_dict({path: leaf for path, leaf in shapes.items()
-                                         if stored or path[-1] not in ("lora_a", "lora_b")})
+    return traverse_util.unflatten_dict(
+        {
+            path: leaf
+            for path, leaf in shapes.items()
+            if stored or path[-1] not in ("lora_a", "lora_b")
+        }
+    )
 
 
 def files_digest(config, part):
@@ -247,22 +273,32 @@ def _open(config):
     sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes.to_dict())
     stored, wanted = sizes.unet.lora_rank, config.model.lora_rank
     if wanted and stored and wanted != stored:
-        raise UserError(f"config.model.lora_rank = {wanted}: "
-                        f"{source.path if source else 'config.model.sizes'} has low-rank updates "
-                        f"of rank {stored}; give {stored}, or start from a model without updates.")
+        raise UserError(
+            f"config.model.lora_rank = {wanted}: "
+            f"{source.path if source else 'config.model.sizes'} has low-rank updates "
+            f"of rank {stored}; give {stored}, or start from a model without updates."
+        )
     if stored and config.model.lora_alpha not in (0, sizes.unet.lora_alpha):
-        raise UserError(f"config.model.lora_alpha = {config.model.lora_alpha}: the low-rank updates of "
-                        f"{source.path if source else 'config.model.sizes'} have alpha "
-                        f"{sizes.unet.lora_alpha}; give that, or 0, which takes it.")
+        raise UserError(
+            f"config.model.lora_alpha = {config.model.lora_alpha}: the low-rank updates of "
+            f"{source.path if source else 'config.model.sizes'} have alpha "
+            f"{sizes.unet.lora_alpha}; give that, or 0, which takes it."
+        )
     return source, _as_configured(sizes, config), stored
 
 
 def _as_configured(sizes, config):
     """The generator's sizes with the fields of `config.model` that change the UNet."""
-    return dataclasses.replace(sizes, unet=dataclasses.replace(
-        sizes.unet, lora_rank=config.model.lora_rank or sizes.unet.lora_rank,
-        lora_alpha=config.model.lora_alpha or sizes.unet.lora_alpha,
-        remat=config.model.remat, scan_layers=config.model.scan_layers))
+    return dataclasses.replace(
+        sizes,
+        unet=dataclasses.replace(
+            sizes.unet,
+            lora_rank=config.model.lora_rank or sizes.unet.lora_rank,
+            lora_alpha=config.model.lora_alpha or sizes.unet.lora_alpha,
+            remat=config.model.remat,
+            scan_layers=config.model.scan_layers,
+        ),
+    )
 
 
 def _require_latents_alone(config, sizes):
@@ -270,12 +306,17 @@ def _require_latents_alone(config, sizes):
     if not sizes.further_channels:
         return
     channels = sizes.vae.latent_channels
-    kinds = {channels + 1: "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. ",
-             channels: "One of those edits pictures (InstructPix2Pix). "}
-    raise UserError(f"{config.model.pretrained or 'config.model.sizes'}: its UNet reads "
-                    f"{sizes.unet.in_channels} channels (in_channels of its configuration), and not the "
-                    f"{channels} of the latents alone. {kinds.get(sizes.further_channels, '')}"
-                    f"Give a model whose UNet reads {channels}.")
+    kinds = {
+        channels
+        + 1: "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. ",
+        channels: "One of those edits pictures (InstructPix2Pix). ",
+    }
+    raise UserError(
+        f"{config.model.pretrained or 'config.model.sizes'}: its UNet reads "
+        f"{sizes.unet.in_channels} channels (in_channels of its configuration), and not the "
+        f"{channels} of the latents alone. {kinds.get(sizes.further_channels, '')}"
+        f"Give a model whose UNet reads {channels}."
+    )
 
 
 def abstract_model(config, mesh):
@@ -291,8 +332,9 @@ def abstract_model(config, mesh):
     config = config_rules.complete(config)
     try:
         source = _locate(config)
-        sizes = source.config() if source else GeneratorConfig.from_dict(
-            config.model.sizes.to_dict())
+        sizes = (
+            source.config() if source else GeneratorConfig.from_dict(config.model.sizes.to_dict())
+        )
     except MissingFiles as error:
         logging.warning("%s Planning for SDXL.", str(error).partition(". ")[0] + ".")
         adapter, image_encoder = published.adapter_sizes(config.model.adapter)
@@ -303,10 +345,16 @@ def abstract_model(config, mesh):
     generator = Generator(sizes, jnp.dtype(config.dtype))
     parameters = {}
     for part in PARTS:
-        parameters[part] = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(
-            leaf.shape, stored_type(config, (part, *path), leaf.shape),
-            sharding=rules.parameter_sharding((part, *path), leaf.shape, mesh))
-            for path, leaf in part_shapes(sizes, part).items()})
+        parameters[part] = traverse_util.unflatten_dict(
+            {
+                path: jax.ShapeDtypeStruct(
+                    leaf.shape,
+                    stored_type(config, (part, *path), leaf.shape),
+                    sharding=rules.parameter_sharding((part, *path), leaf.shape, mesh),
+                )
+                for path, leaf in part_shapes(sizes, part).items()
+            }
+        )
     return generator, parameters
 
 
@@ -324,23 +372,30 @@ def _locate(config):
     """The files that a complete configuration names; None where its weights are random."""
     if not config.model.pretrained:
         if config.model.prediction_type:
-            raise UserError(f"config.model.prediction_type = {config.model.prediction_type!r}: it is "
-                            "about a published model, and config.model.pretrained = ''; give '', and "
-                            "config.model.sizes.prediction_type")
+            raise UserError(
+                f"config.model.prediction_type = {config.model.prediction_type!r}: it is "
+                "about a published model, and config.model.pretrained = ''; give '', and "
+                "config.model.sizes.prediction_type"
+            )
         return None
-    return pretrained.locate({field: config.model[field] for field in _FILES}, shipped,
-                             config.model.prediction_type)
+    return pretrained.locate(
+        {field: config.model[field] for field in _FILES}, shipped, config.model.prediction_type
+    )
 
 
 def _draw(init, key, paths, types, shardings):
     """The parameters {path: array} of `paths` that `init` draws."""
+
     def draw(key):
         # Of what is not returned nothing is computed.
         flat = traverse_util.flatten_dict(init(key))
         return {path: flat[path].astype(types[path]) for path in paths}
 
-    return jax.jit(draw, out_shardings={path: shardings[path] for path in paths},
-                   compiler_options=compiling.FAST_TO_COMPILE)(key)
+    return jax.jit(
+        draw,
+        out_shardings={path: shardings[path] for path in paths},
+        compiler_options=compiling.FAST_TO_COMPILE,
+    )(key)
 
 
 class PartsOnDemand:
@@ -401,7 +456,10 @@ def save_model(folder, model, parameters, probe=None, others=(), step=None):
 
 def describe(parameters):
     """One line a part: how many parameters it has."""
+
     def count(tree):
         return sum(x.size for x in jax.tree.leaves(tree))
+
     return "parameters: " + ", ".join(
-        f"{part} {count(tree) / 1e6:.2f} M" for part, tree in parameters.items())
+        f"{part} {count(tree) / 1e6:.2f} M" for part, tree in parameters.items()
+    )

@@ -31,15 +31,20 @@ class StepStructure:
     weight: BucketStructure
 
     def __str__(self):
-        return f"{self.objective} ({self.weight})" if self.objective == "focus_dpo" else (
-            self.objective)
+        return (
+            f"{self.objective} ({self.weight})"
+            if self.objective == "focus_dpo"
+            else (self.objective)
+        )
 
 
 def draw_latents(key, encoded):
     """Latents [B, P, h, w, C] of chosen and rejected (if encoded), with one draw for both."""
     draw = jax.random.normal(key, encoded.latents_mean[:, 0].shape)[:, None]
-    return (encoded.latents_mean.astype(jnp.float32)
-            + encoded.latents_deviation.astype(jnp.float32) * draw)
+    return (
+        encoded.latents_mean.astype(jnp.float32)
+        + encoded.latents_deviation.astype(jnp.float32) * draw
+    )
 
 
 def by_image(x):
@@ -59,8 +64,13 @@ def condition(generator, parameters, encoded):
     if text is None:
         text, pooled = generator.encode_text(parameters, encoded.token_ids)
     tokens = generator.subject_tokens(parameters, encoded.references)
-    return Conditioning(text=text, pooled=pooled, time_ids=encoded.time_ids,
-                        image_tokens=tokens, image_present=encoded.present)
+    return Conditioning(
+        text=text,
+        pooled=pooled,
+        time_ids=encoded.time_ids,
+        image_tokens=tokens,
+        image_present=encoded.present,
+    )
 
 
 @flax.struct.dataclass
@@ -220,20 +230,27 @@ class Objective:
             return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
         chosen, rejected = (
             jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], (policy, guidance))
-            for i in range(2))
+            for i in range(2)
+        )
         if self._compares:
             loss, diagnostics = losses.diffusion_dpo(
-                chosen[0], chosen[1].reference_error, rejected[0], rejected[1].reference_error,
-                chosen[1].weights, rejected[1].weights, self._config.beta)
+                chosen[0],
+                chosen[1].reference_error,
+                rejected[0],
+                rejected[1].reference_error,
+                chosen[1].weights,
+                rejected[1].weights,
+                self._config.beta,
+            )
             if self._config.anchor:
-                term, more = losses.anchor(
-                    chosen[0], chosen[1].reference_error, self._config.beta)
+                term, more = losses.anchor(chosen[0], chosen[1].reference_error, self._config.beta)
                 if self._config.anchor_fades:
                     term *= losses.preference_slope(diagnostics["margin"], self._config.beta)
                 loss, diagnostics = loss + self._config.anchor * term, diagnostics | more
         else:
             loss, diagnostics = losses.patch_dpo(
-                chosen[0], rejected[0], chosen[1].weights, rejected[1].weights)
+                chosen[0], rejected[0], chosen[1].weights, rejected[1].weights
+            )
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
 
     def _reference(self, structure, frozen, encoded, numbers, key):
@@ -241,8 +258,13 @@ class Objective:
         if not self._compares:
             return None, {}
         return self._error(
-            frozen["reference"], frozen, encoded, self.noisy(encoded, numbers, key), key,
-            capture=self._source.capture if structure.weight.spaf else ())
+            frozen["reference"],
+            frozen,
+            encoded,
+            self.noisy(encoded, numbers, key),
+            key,
+            capture=self._source.capture if structure.weight.spaf else (),
+        )
 
     def _weigh(self, structure, numbers, encoded, captured, reference, key):
         """FocusMaps and per-image diagnostics [B * P]."""
@@ -260,12 +282,20 @@ class Objective:
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
                 similarity, background, known = self._source.similarity(
-                    self._conditioned(encoded, key), captured, numbers.index)
+                    self._conditioned(encoded, key), captured, numbers.index
+                )
                 cells = similarity.shape[2] * similarity.shape[3]
                 area = encoded.area.astype(jnp.float32) * cells
-                match = correspondence.to_grid(correspondence.match(
-                    similarity, twice(encoded.present & known), twice(area), numbers.rho,
-                    background), prior.shape[1:])
+                match = correspondence.to_grid(
+                    correspondence.match(
+                        similarity,
+                        twice(encoded.present & known),
+                        twice(area),
+                        numbers.rho,
+                        background,
+                    ),
+                    prior.shape[1:],
+                )
                 if self._config.focus.own_subject:
                     match = correspondence.inside_own(match, twice(encoded.subject_masks))
                 unmatched = correspondence.unmatched(prior, match.union)
@@ -275,7 +305,8 @@ class Objective:
             with jax.named_scope("confidence"):
                 unsure = confidence.uncertainty(reference, prior)
         weights, diagnostics = weighting.focus_weights(
-            structure.weight, numbers, prior, match, detail, unsure)
+            structure.weight, numbers, prior, match, detail, unsure
+        )
         return FocusMaps(weights, similarity, match, unmatched, detail, unsure), diagnostics
 
     def _conditioned(self, encoded, key):
@@ -296,14 +327,18 @@ class Objective:
         latents = by_image(latents) if self._pairs else self._learnt(latents, key)
         if self._config.timestep_logits:
             timesteps = logit_normal_timesteps(
-                time, batch, schedule.timesteps, *self._config.timestep_logits)
+                time, batch, schedule.timesteps, *self._config.timestep_logits
+            )
         else:
             timesteps = sample_timesteps(time, numbers, batch)
         noise = jax.random.normal(noise, (batch, *latents.shape[1:]))
         if self._pairs:
             timesteps, noise = twice((timesteps, noise))
-        return Noisy(schedule.add_noise(latents, noise, timesteps), timesteps,
-                     schedule.target(latents, noise, timesteps))
+        return Noisy(
+            schedule.add_noise(latents, noise, timesteps),
+            timesteps,
+            schedule.target(latents, noise, timesteps),
+        )
 
     def _learnt(self, latents, key):
         """The latents [B] that a supervised objective learns from, of [B, P]."""
@@ -318,10 +353,12 @@ class Objective:
         parameters = merge_parameters(trainable, frozen["parameters"])
         conditioning = condition(self._generator, parameters, encoded)
         if self.drops:
-            conditioning = self._drop(frozen["unconditional"], parameters, conditioning,
-                                      *self._dropped(encoded, key))
+            conditioning = self._drop(
+                frozen["unconditional"], parameters, conditioning, *self._dropped(encoded, key)
+            )
         prediction, captured = self._denoise(
-            parameters, noisy.latents, noisy.timesteps, conditioning, capture=capture)
+            parameters, noisy.latents, noisy.timesteps, conditioning, capture=capture
+        )
         return losses.error_map(noisy.target, prediction), captured
 
     def _drop(self, instead, parameters, conditioning, no_caption, no_references):
@@ -331,6 +368,8 @@ class Objective:
             text, pooled = self._generator.encode_negative(parameters, self._empty)
         conditioning = conditioning.replace(
             text=jnp.where(no_caption[:, None, None], text, conditioning.text),
-            pooled=jnp.where(no_caption[:, None], pooled, conditioning.pooled))
+            pooled=jnp.where(no_caption[:, None], pooled, conditioning.pooled),
+        )
         return self._generator.drop_references(
-            parameters, conditioning, no_references, instead.blank)
+            parameters, conditioning, no_references, instead.blank
+        )

@@ -37,22 +37,27 @@ def part_shapes(sizes, part):
         name = path[where].removesuffix("_0")
         count = _depth(sizes.unet, path[0]) if part == "unet" else getattr(sizes, part).num_layers
         if part == "unet" and sizes.unet.scan_layers:
-            shapes[*path[:where], name, *path[where + 1:]] = jax.ShapeDtypeStruct(
-                (count, *leaf.shape), leaf.dtype)
+            shapes[*path[:where], name, *path[where + 1 :]] = jax.ShapeDtypeStruct(
+                (count, *leaf.shape), leaf.dtype
+            )
             continue
         for i in range(count):
-            shapes[*path[:where], f"{name}_{i}", *path[where + 1:]] = leaf
+            shapes[*path[:where], f"{name}_{i}", *path[where + 1 :]] = leaf
     return shapes
 
 
 def _thin(sizes, part):
     """The same sizes with one block in each stack; parts that do not matter to `part` are equal."""
     unet = dataclasses.replace(
-        sizes.unet, scan_layers=False, remat=False,
+        sizes.unet,
+        scan_layers=False,
+        remat=False,
         transformer_layers_per_block=tuple(
-            min(depth, 1) for depth in sizes.unet.transformer_layers_per_block),
+            min(depth, 1) for depth in sizes.unet.transformer_layers_per_block
+        ),
         mid_transformer_layers=min(sizes.unet.mid_transformer_layers, 1),
-        lora_rank=sizes.unet.lora_rank if part == "unet" else 0)
+        lora_rank=sizes.unet.lora_rank if part == "unet" else 0,
+    )
     towers = {name: dataclasses.replace(getattr(sizes, name), num_layers=1) for name in _TOWERS}
     return dataclasses.replace(sizes, unet=unet, **towers)
 
@@ -68,5 +73,6 @@ def _depth(unet, stage):
 
 @functools.lru_cache(maxsize=64)
 def _traced(sizes, part):
-    return traverse_util.flatten_dict(jax.eval_shape(
-        functools.partial(Generator(sizes).init_part, part), jax.random.key(0)))
+    return traverse_util.flatten_dict(
+        jax.eval_shape(functools.partial(Generator(sizes).init_part, part), jax.random.key(0))
+    )

@@ -26,8 +26,10 @@ class Preempted(Exception):
 
     def __init__(self, number, step, total):
         """Of a signal's number, noted in step `step` of `total`."""
-        super().__init__(f"asked to leave ({_NAMES.get(number, number)}) after step {step} of {total}, which "
-                         "is saved; the same command goes on from there")
+        super().__init__(
+            f"asked to leave ({_NAMES.get(number, number)}) after step {step} of {total}, which "
+            "is saved; the same command goes on from there"
+        )
         self.status = 128 + number
 
 
@@ -57,11 +59,15 @@ def watch():
         os.kill(os.getpid(), signal.SIGTERM)  # jax forwards it to the other processes.
 
     def asked_of_all(step):
-        return multihost_utils.reached_preemption_sync_point(step) and (noted or [signal.SIGTERM])[0]
+        return (
+            multihost_utils.reached_preemption_sync_point(step) and (noted or [signal.SIGTERM])[0]
+        )
 
     # The signal reaches one process; jax notifies the others and chooses a common step.
     several = jax.process_count() > 1
-    handlers = {signal.SIGINT: note_for_all} if several else {signal.SIGINT: note, signal.SIGTERM: note}
+    handlers = (
+        {signal.SIGINT: note_for_all} if several else {signal.SIGINT: note, signal.SIGTERM: note}
+    )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield asked_of_all if several else lambda step: noted[0] if noted else 0

@@ -30,8 +30,9 @@ def check(config):
     except UserError:
         logging.info("checked for %.1f s; nothing was built", time.monotonic() - start)
         raise
-    logging.info("checked configuration, weights and memory in %.1f s%s",
-                 time.monotonic() - start, room)
+    logging.info(
+        "checked configuration, weights and memory in %.1f s%s", time.monotonic() - start, room
+    )
 
 
 def outline(config):
@@ -41,16 +42,23 @@ def outline(config):
       config: a ConfigDict that `config.validate` has passed.
     """
     accumulated = f" times {config.accumulate}" if config.accumulate > 1 else ""
-    parts = [f"{config.objective} on {config.data.source}, {config.steps} steps of "
-             f"{config.batch_size}{accumulated}"]
+    parts = [
+        f"{config.objective} on {config.data.source}, {config.steps} steps of "
+        f"{config.batch_size}{accumulated}"
+    ]
     if config.objective in config_rules.GENERATOR_OBJECTIVES:
         evaluation = config.evaluation
         if evaluation.pictures:
-            every = (f"every {config.sample_every} steps and " if 0 < config.sample_every < config.steps
-                     else "")
+            every = (
+                f"every {config.sample_every} steps and "
+                if 0 < config.sample_every < config.steps
+                else ""
+            )
             parts.append(f"{evaluation.pictures} validation scenes to look at {every}at the end")
         if evaluation.scenes and config.data.source == "toybox":
-            parts.append(f"then {evaluation.scenes} test scenes drawn by base and policy and measured")
+            parts.append(
+                f"then {evaluation.scenes} test scenes drawn by base and policy and measured"
+            )
     return "; ".join(parts) + ". Time left is logged on the way"
 
 
@@ -69,7 +77,8 @@ def _check(config):
     if config.objective in config_rules.GENERATOR_OBJECTIVES:
         held, available = memory.require_fit(config, mesh)
         room = f": {held / 1e9:.2f} GB are held on each device before activations" + (
-            f", of {available / 1e9:.1f}" if available is not None else "")
+            f", of {available / 1e9:.1f}" if available is not None else ""
+        )
     # Its vocabulary; the library that reads it takes a second to import.
     models.open_model(config)
     return room

@@ -50,6 +50,7 @@ def held(workdir):
       UserError: another process trains there, or the folder cannot be written.
     """
     from focusdpo_jax.sharding import processes  # Imports jax.
+
     if not processes.is_first():
         yield lambda: None
         return
@@ -85,9 +86,14 @@ class _Lock:
 
     def __init__(self, workdir):
         self._path, self._count = workdir / NAME, 0
-        self._own = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
-                     "started": _started(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                     "token": uuid.uuid4().hex}
+        self._own = {
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "token": uuid.uuid4().hex,
+        }
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -111,8 +117,10 @@ class _Lock:
     def check(self):
         found = _read(self._path)
         if found is not None and not self._is_own(found):
-            raise UserError(f"--workdir={self._path.parent} was taken by {_named(found)} while this process "
-                            "had stopped; nothing more is written here")
+            raise UserError(
+                f"--workdir={self._path.parent} was taken by {_named(found)} while this process "
+                "had stopped; nothing more is written here"
+            )
 
     def release(self):
         self._left.set()
@@ -163,14 +171,18 @@ def _wait(path):
         if alive is False or found and found == _dead:
             return found
         if (alive or moved) and now - began >= _PATIENCE:
-            raise UserError(f"--workdir={path.parent} is in use: {_named(found)} trains there since "
-                            f"{found.get('since', 'some time ago')}. Stop it, wait for its end, or give "
-                            "another --workdir")
+            raise UserError(
+                f"--workdir={path.parent} is in use: {_named(found)} trains there since "
+                f"{found.get('since', 'some time ago')}. Stop it, wait for its end, or give "
+                "another --workdir"
+            )
         if now - changed >= _STALE:
             _dead.clear()
             _dead.update(found)
             return found
-        logging.log_first_n(logging.INFO, "%s is of %s; looking whether it is alive", 1, path, _named(found))
+        logging.log_first_n(
+            logging.INFO, "%s is of %s; looking whether it is alive", 1, path, _named(found)
+        )
         time.sleep(_POLL)
     return None
 

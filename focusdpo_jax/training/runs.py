@@ -24,7 +24,9 @@ def load_folder(name, *, inpainting=False):
 
 
 def _config_of(name):
-    return ml_collections.ConfigDict({"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}})
+    return ml_collections.ConfigDict(
+        {"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}}
+    )
 
 
 def folder_sizes(name, *, inpainting=False):
@@ -68,13 +70,19 @@ class Run:
         """
         weights = self.check_policy()
         if weights.step is not None:
-            logging.info("%s: weights of step %d of %d", self._workdir, weights.step, self.config.steps)
+            logging.info(
+                "%s: weights of step %d of %d", self._workdir, weights.step, self.config.steps
+            )
         if weights.folder is None:
             return self.checkpoint()
         config = config_rules.complete(self.config)
         config.model.update(
-            pretrained=str(weights.folder), adapter="", image_encoder="", tokenizer="",
-            prediction_type="")
+            pretrained=str(weights.folder),
+            adapter="",
+            image_encoder="",
+            tokenizer="",
+            prediction_type="",
+        )
         return models.load_model(config)
 
     def checkpoint(self):
@@ -84,17 +92,23 @@ class Run:
           UserError: it cannot be read, or the run trains an encoder and not a generator.
         """
         if self.config.objective in config_rules.ENCODER_OBJECTIVES:
-            raise UserError(f"--workdir={self._workdir}: the run of config.objective = "
-                            f"{self.config.objective!r} is not finished, and its checkpoints are no "
-                            "generators. Run the training's command again, which goes on where it "
-                            "stopped.")
+            raise UserError(
+                f"--workdir={self._workdir}: the run of config.objective = "
+                f"{self.config.objective!r} is not finished, and its checkpoints are no "
+                "generators. Run the training's command again, which goes on where it "
+                "stopped."
+            )
         checkpoints = Checkpoints(self._workdir, read_only=True)
         model = self.base()
         trainable, frozen = split_parameters(model.parameters, self.config.trainable)
         # On a device, so that it is read there, wherever the run had it.
-        state, _ = checkpoints.restore(create_state(
-            jax.device_put(trainable, jax.devices()[0]), make_optimizer(self.config),
-            self.config.ema_decay))
+        state, _ = checkpoints.restore(
+            create_state(
+                jax.device_put(trainable, jax.devices()[0]),
+                make_optimizer(self.config),
+                self.config.ema_decay,
+            )
+        )
         checkpoints.close()
         return model.with_parameters(merge_parameters(state.evaluated, frozen))
 

@@ -32,8 +32,22 @@ _EXPLAINED = 2
 class Showcase:
     """Draws, measures and shows scenes during a run."""
 
-    def __init__(self, config, workdir, model, sources, mesh, encode, transform, generate,
-                 buckets, focus_maps, merged, at_start, reference):
+    def __init__(
+        self,
+        config,
+        workdir,
+        model,
+        sources,
+        mesh,
+        encode,
+        transform,
+        generate,
+        buckets,
+        focus_maps,
+        merged,
+        at_start,
+        reference,
+    ):
         """All processes encode and draw together; the first one measures, shows and writes.
 
         Args:
@@ -70,15 +84,17 @@ class Showcase:
 
     @functools.cached_property
     def _validated(self):
-        return self._scenes(
-            self._sources["validation"], self._config.evaluation.validation_scenes)
+        return self._scenes(self._sources["validation"], self._config.evaluation.validation_scenes)
 
     def _scenes(self, source, count):
         """The first `count` records or all, as loaded and as encoded, on the host."""
         count = min(count, len(source))
         size = min(count, self._config.evaluation.batch_size)
-        batches = list(loader.evaluation_batches(
-            [source[i] for i in range(count)], batch_size=size, transform=self._transform))
+        batches = list(
+            loader.evaluation_batches(
+                [source[i] for i in range(count)], batch_size=size, transform=self._transform
+            )
+        )
         encoded = encoding.cached(self._encode, self._at_start(), batches, count).encoded
         raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *batches)
         captions = [source[i]["caption"] for i in range(count)]
@@ -86,10 +102,14 @@ class Showcase:
 
     def _draw(self, trainable, scenes):
         return generate_all(
-            self._generate, self._merged(trainable), scenes, seed=self._config.seed,
+            self._generate,
+            self._merged(trainable),
+            scenes,
+            seed=self._config.seed,
             latent_shape=self._latent_shape,
             batch_size=self._config.evaluation.batch_size,
-            place=functools.partial(meshes.shard_rows, mesh=self._mesh))
+            place=functools.partial(meshes.shard_rows, mesh=self._mesh),
+        )
 
     def start(self, trainable):
         """Draws with the base now, if it is gone later."""
@@ -134,11 +154,19 @@ class Showcase:
         drawn = self._draw(trainable, encoded)
         if not processes.is_first():
             return
-        means = {name: float(np.nanmean(values))
-                 for name, values in self._measure(drawn, raw).items()
-                 if not np.isnan(values).all()}
-        logging.info("step %d, %d validation scenes: %s", step, len(drawn), ", ".join(
-            f"{name.replace('_', ' ')} {100 * mean:.1f} %" for name, mean in means.items()))
+        means = {
+            name: float(np.nanmean(values))
+            for name, values in self._measure(drawn, raw).items()
+            if not np.isnan(values).all()
+        }
+        logging.info(
+            "step %d, %d validation scenes: %s",
+            step,
+            len(drawn),
+            ", ".join(
+                f"{name.replace('_', ' ')} {100 * mean:.1f} %" for name, mean in means.items()
+            ),
+        )
         writer.validation(step, means)
 
     def _show(self, step, trainable, writer):
@@ -147,19 +175,27 @@ class Showcase:
         base, drawn = self._by_base("shown"), self._draw(trainable, encoded)
         pairs = meshes.shard_rows(encoded, self._mesh)
         key = meshes.random_key(self._config.seed, self._mesh)
-        maps = {name: meshes.fetch(self._focus_maps(structure, pairs, numbers, key))
-                for name, (structure, numbers) in self._buckets.items()}
+        maps = {
+            name: meshes.fetch(self._focus_maps(structure, pairs, numbers, key))
+            for name, (structure, numbers) in self._buckets.items()
+        }
         if not processes.is_first():
             return
         # W of the chosen pictures in the cleanest bucket.
         focus = list(maps.values())[-1].weights
-        focus = focus[::len(focus) // len(captions)]
-        rows = [grids.PreferenceRow(
-            caption=captions[i],
-            references=raw.references[i][raw.present[i]],
-            chosen=raw.chosen[i], rejected=raw.rejected[i], base=base[i],
-            policy=drawn[i], focus=focus[i])
-            for i in range(len(captions))]
+        focus = focus[:: len(focus) // len(captions)]
+        rows = [
+            grids.PreferenceRow(
+                caption=captions[i],
+                references=raw.references[i][raw.present[i]],
+                chosen=raw.chosen[i],
+                rejected=raw.rejected[i],
+                base=base[i],
+                policy=drawn[i],
+                focus=focus[i],
+            )
+            for i in range(len(captions))
+        ]
         image = grids.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
         path = self._workdir / "samples" / f"step_{step:06d}.png"
         grids.save_png(path, image)
@@ -179,12 +215,19 @@ class Showcase:
                 for side, image in (("chosen", raw.chosen[i]), ("rejected", raw.rejected[i])):
                     # The two of a pair lie side by side.
                     seen = jax.tree.map(lambda x, k=2 * i + (side == "rejected"): x[k], bucket)
-                    rows.append(grids.FocusRow(
-                        caption=f"{name}, {side}: {captions[i]}",
-                        references=raw.references[i][present], image=image,
-                        similarity=() if seen.similarity is None else seen.similarity[present],
-                        matched=seen.match and seen.match.union, unmatched=seen.unmatched,
-                        detail=seen.detail, uncertainty=seen.uncertainty, weights=seen.weights))
+                    rows.append(
+                        grids.FocusRow(
+                            caption=f"{name}, {side}: {captions[i]}",
+                            references=raw.references[i][present],
+                            image=image,
+                            similarity=() if seen.similarity is None else seen.similarity[present],
+                            matched=seen.match and seen.match.union,
+                            unmatched=seen.unmatched,
+                            detail=seen.detail,
+                            uncertainty=seen.uncertainty,
+                            weights=seen.weights,
+                        )
+                    )
         return grids.focus_grid(rows)
 
     def finish(self, step, trainable, writer):
@@ -201,25 +244,44 @@ class Showcase:
         results = statistics.summarize(base, policy, seed=seed)
         ceiling = statistics.summarize(self._measure(raw.chosen, raw), seed=seed)
         results["settings"] = {
-            "scenes": len(encoded.prior), "split": "test", "step": step,
-            "sampling": self._config.sampling.to_dict(), "seed": seed,
-            "probe_on_renders": {k: v["base"] for k, v in ceiling["metrics"].items()}}
-        replace_file(self._workdir / "results.json",
-                     json.dumps(results, indent=2, sort_keys=True) + "\n")
+            "scenes": len(encoded.prior),
+            "split": "test",
+            "step": step,
+            "sampling": self._config.sampling.to_dict(),
+            "seed": seed,
+            "probe_on_renders": {k: v["base"] for k, v in ceiling["metrics"].items()},
+        }
+        replace_file(
+            self._workdir / "results.json", json.dumps(results, indent=2, sort_keys=True) + "\n"
+        )
         writer.results(step, results)
         renders = ceiling["metrics"]
-        print(f"\nToybox, {len(encoded.prior)} test scenes with subjects never trained on; "
-              "mean and 95 % interval")
+        print(
+            f"\nToybox, {len(encoded.prior)} test scenes with subjects never trained on; "
+            "mean and 95 % interval"
+        )
         print(statistics.format_table(results))
-        print("The probe that reads the pictures, on renders of the same scenes: " + ", ".join(
-            f"{name.replace('_', ' ')} {100 * renders[name]['base']['mean']:.1f} %"
-            for name in ("fidelity", "leakage", "missing", "class_accuracy", "background_accuracy")
-            if name in renders))  # Where no subject is found, leakage is not defined.
+        print(
+            "The probe that reads the pictures, on renders of the same scenes: "
+            + ", ".join(
+                f"{name.replace('_', ' ')} {100 * renders[name]['base']['mean']:.1f} %"
+                for name in (
+                    "fidelity",
+                    "leakage",
+                    "missing",
+                    "class_accuracy",
+                    "background_accuracy",
+                )
+                if name in renders
+            )
+        )  # Where no subject is found, leakage is not defined.
         print(f"Pictures: {self._workdir / 'samples'}\n")
 
     def _measure(self, images, raw):
         size = self._config.evaluation.batch_size
-        readings = [self._probe(self._probe_parameters, jnp.asarray(images[i:i + size]) / 255.0)
-                    for i in range(0, len(images), size)]
+        readings = [
+            self._probe(self._probe_parameters, jnp.asarray(images[i : i + size]) / 255.0)
+            for i in range(0, len(images), size)
+        ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
         return measures.measure(readings, raw.truth, raw.present)

@@ -72,10 +72,14 @@ class EncoderSource:
         side = self._generator.patch_grid
         features = self._generator.view(parameters, pictures).features[:, 1:]
         prototypes = correspondence.inside_and_outside(
-            references.features[:, :, 1:], masks_on_grid(batch.reference_masks, (side, side)),
-            batch.present, self._count)
+            references.features[:, :, 1:],
+            masks_on_grid(batch.reference_masks, (side, side)),
+            batch.present,
+            self._count,
+        )
         subjects, background, _ = _compare(
-            prototypes, features.reshape(-1, side, side, features.shape[-1]))
+            prototypes, features.reshape(-1, side, side, features.shape[-1])
+        )
         return None, jnp.concatenate([subjects, background[:, None]], axis=1)
 
     def similarity(self, encoded, captured, index):
@@ -109,8 +113,12 @@ class UNetSource:
         generator = self._generator
         count, slots = batch.present.shape
         size = pictures.shape[1:3]
-        pixels = jax.image.resize(batch.references.astype(jnp.float32) / 255,
-                                  (count, slots, *size, 3), "linear", antialias=True)
+        pixels = jax.image.resize(
+            batch.references.astype(jnp.float32) / 255,
+            (count, slots, *size, 3),
+            "linear",
+            antialias=True,
+        )
         mean, _ = generator.encode_image(parameters, pixels.reshape(-1, *size, 3))
         text, pooled = generator.encode_text(parameters, batch.token_ids)
         tokens = generator.subject_tokens(parameters, references)
@@ -120,24 +128,35 @@ class UNetSource:
             return jnp.repeat(x, slots, axis=0)
 
         conditioning = Conditioning(
-            text=each(text), pooled=each(pooled), time_ids=each(batch.time_ids),
+            text=each(text),
+            pooled=each(pooled),
+            time_ids=each(batch.time_ids),
             image_tokens=tokens.reshape(-1, 1, *tokens.shape[2:]),
-            image_present=batch.present.reshape(-1, 1))
+            image_present=batch.present.reshape(-1, 1),
+        )
         key = jax.random.fold_in(jax.random.key(self._seed), _ROLE)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch.index)
 
         def at(timestep):
-            noise = jax.vmap(lambda k: jax.random.normal(
-                jax.random.fold_in(k, timestep), mean.shape[1:]))(keys)
+            noise = jax.vmap(
+                lambda k: jax.random.normal(jax.random.fold_in(k, timestep), mean.shape[1:])
+            )(keys)
             timesteps = jnp.full(count * slots, timestep)
             _, captured = generator.denoise(
-                parameters, generator.schedule.add_noise(mean, each(noise), timesteps), timesteps,
-                conditioning, capture=self.capture)
+                parameters,
+                generator.schedule.add_noise(mean, each(noise), timesteps),
+                timesteps,
+                conditioning,
+                capture=self.capture,
+            )
             features = captured[self._block]
             grid = features.shape[1:3]
             return correspondence.inside_and_outside(
                 features.reshape(count, slots, -1, features.shape[-1]),
-                masks_on_grid(batch.reference_masks, grid), batch.present, self._count)
+                masks_on_grid(batch.reference_masks, grid),
+                batch.present,
+                self._count,
+            )
 
         return jnp.moveaxis(jax.lax.map(at, self._timesteps), 0, 1), None
 

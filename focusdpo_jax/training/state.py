@@ -44,21 +44,32 @@ def learning_rate_schedule(config):
     if config.decay == "wsd":
         start = max(round(config.steps * (1 - _DECAY_SHARE)), warmup)
         return optax.join_schedules(
-            [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak),
-             optax.linear_schedule(peak, 0.0, max(config.steps - start, 1))], [warmup, start])
+            [
+                optax.linear_schedule(0.0, peak, max(warmup, 1)),
+                optax.constant_schedule(peak),
+                optax.linear_schedule(peak, 0.0, max(config.steps - start, 1)),
+            ],
+            [warmup, start],
+        )
     if config.decay == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0, peak, warmup, max(config.steps, warmup + 1))
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(config.steps, warmup + 1))
     return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)], [warmup])
+        [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)], [warmup]
+    )
 
 
 def make_optimizer(config):
     """`config.optimizer` after clipping by global norm; one update every `config.accumulate` batches."""
     rate, decay = learning_rate_schedule(config), config.weight_decay
     if config.optimizer == "muon":
-        update = contrib.muon(rate, weight_decay=decay, adam_b2=config.adam_b2, adam_weight_decay=decay,
-                              consistent_rms=0.2, muon_weight_dimension_numbers=_matrices)
+        update = contrib.muon(
+            rate,
+            weight_decay=decay,
+            adam_b2=config.adam_b2,
+            adam_weight_decay=decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
     else:
         update = optax.adamw(rate, b1=0.9, b2=config.adam_b2, weight_decay=decay)
     optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), update)
@@ -74,6 +85,7 @@ def _matrices(parameters):
     A kernel is a matrix from all its axes but the last to the last; the first axis of stacked blocks counts
     matrices. AdamW updates biases, norms, embeddings and kernels with at most four outputs, such as pixels.
     """
+
     def dimensions(path, leaf):
         path = tuple(entry.key for entry in path)
         if path[-1] != "kernel" or stacking.is_vector(path, leaf.shape) or leaf.shape[-1] <= 4:
@@ -96,5 +108,7 @@ def create_state(trainable, optimizer, ema_decay):
     if mesh is None:
         return state
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding)
-                        else jax.device_put(x, everywhere), state)
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere),
+        state,
+    )

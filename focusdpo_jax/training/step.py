@@ -47,7 +47,8 @@ class Step:
     def __call__(self, structure, state, frozen, batch, numbers, number):
         """One batch: the new state, and what was measured (`Measured`s), still on the device."""
         guidance, of_guide = self.guides[structure](
-            frozen, batch, numbers, self.key, np.int32(number))
+            frozen, batch, numbers, self.key, np.int32(number)
+        )
         state, of_update = self.update(state, frozen, batch, guidance, numbers, self.key)
         return state, (of_guide, of_update)
 
@@ -70,14 +71,16 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
     def guide(structure, frozen, batch, numbers, key, number):
         with traced_for(task.mesh):
             guidance, metrics = task.guide(
-                structure, frozen, batch, numbers, jax.random.fold_in(key, number))
+                structure, frozen, batch, numbers, jax.random.fold_in(key, number)
+            )
         return guidance, measured(metrics)
 
     def update(state, frozen, batch, guidance, numbers, key):
         key = jax.random.fold_in(key, state.step)
         with traced_for(task.mesh):
             (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(
-                state.trainable, frozen, batch, guidance, numbers, key)
+                state.trainable, frozen, batch, guidance, numbers, key
+            )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = state.average
@@ -92,15 +95,18 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
     structures = dict(buckets.values())
     first, numbers = next(iter(structures.items()))
     guidance, _ = jax.eval_shape(
-        lambda *arguments: guide(first, *arguments), task.frozen, batch, numbers, key, number)
+        lambda *arguments: guide(first, *arguments), task.frozen, batch, numbers, key, number
+    )
     guidance = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=examples), guidance)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=examples), guidance
+    )
 
     def trace_update():
         # The state stays where it lies.
         lies = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(update, donate_argnums=0, out_shardings=(lies, whole)).trace(
-            state, task.frozen, batch, guidance, numbers, key)
+            state, task.frozen, batch, guidance, numbers, key
+        )
 
     def trace_guide(structure):
         return guide.trace(structure, task.frozen, batch, structures[structure], key, number)
@@ -110,8 +116,9 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
 
 def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
     """Compiles a task's step; see `compile_beside`, which this is while nothing else happens."""
-    with compile_beside(task, optimizer, buckets, state, batch, seed=seed,
-                        ema_decay=ema_decay) as step:
+    with compile_beside(
+        task, optimizer, buckets, state, batch, seed=seed, ema_decay=ema_decay
+    ) as step:
         return step.result()
 
 
@@ -131,7 +138,8 @@ def compile_beside(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.
     # Here, where all processes are in step: it runs on all devices.
     key = meshes.random_key(seed, task.mesh)
     state, batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
+    )
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
         yield pool.submit(_compile, task, optimizer, buckets, state, batch, key, ema_decay)
@@ -141,8 +149,7 @@ def compile_beside(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.
 
 def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
     start = time.monotonic()
-    guides, update = trace_step(
-        task, optimizer, buckets, state, batch, key, ema_decay=ema_decay)
+    guides, update = trace_step(task, optimizer, buckets, state, batch, key, ema_decay=ema_decay)
 
     options = compiling.networks_on(task.mesh.devices.flat[0].platform)
 
@@ -155,14 +162,24 @@ def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
         update = pool.submit(compiled, update)
         guides = dict(zip(guides, pool.map(compiled, guides.values()), strict=True))
         update, work = update.result()
-    step = Step({structure: guide for structure, (guide, _) in guides.items()}, update, key,
-                {structure: work.products + its.products for structure, (_, its) in guides.items()})
-    logging.info("compiled %s for %s in %.1f s, and the policy's update that they share",
-                 _count(len(guides), "executable"), _count(len(buckets), "bucket"),
-                 time.monotonic() - start)
+    step = Step(
+        {structure: guide for structure, (guide, _) in guides.items()},
+        update,
+        key,
+        {structure: work.products + its.products for structure, (_, its) in guides.items()},
+    )
+    logging.info(
+        "compiled %s for %s in %.1f s, and the policy's update that they share",
+        _count(len(guides), "executable"),
+        _count(len(buckets), "bucket"),
+        time.monotonic() - start,
+    )
     for structure in guides:
-        logging.info("  %s: %s", structure, ", ".join(
-            name for name, (other, _) in buckets.items() if other == structure))
+        logging.info(
+            "  %s: %s",
+            structure,
+            ", ".join(name for name, (other, _) in buckets.items() if other == structure),
+        )
     return step
 
 

@@ -34,8 +34,7 @@ def make_task(config, workdir):
     """The task of `config.objective`, with its data built and its model loaded."""
     mesh = meshes.make_mesh(config.mesh, config.batch_size)
     sources = open_data(config)
-    make = (generator_task if config.objective in config_rules.GENERATOR_OBJECTIVES
-            else encoder_task)
+    make = generator_task if config.objective in config_rules.GENERATOR_OBJECTIVES else encoder_task
     return make(config, epath.Path(workdir), mesh, sources)
 
 
@@ -50,8 +49,11 @@ def open_data(config):
     """
     if config.data.source == "prepared":
         return _open_prepared(config)
-    sizes = {"train": config.data.train_size, "validation": config.data.validation_size,
-             "test": config.data.test_size}
+    sizes = {
+        "train": config.data.train_size,
+        "validation": config.data.validation_size,
+        "test": config.data.test_size,
+    }
     # Process 0 first: on a shared disk the others find what it has built.
     if not processes.is_first():
         processes.wait("data")
@@ -65,13 +67,20 @@ def _open_prepared(config):
     sources = dataset.open_prepared(config.data.path)
     side, count = sources["train"].settings["resolution"], len(sources["train"])
     if side != config.resolution:
-        raise UserError(f"config.resolution = {config.resolution}: the pictures of "
-                        f"{config.data.path} have {side}; give that, or prepare them again")
-    config_rules.require_pairs(config, config.data.path, count, meshes.batch_shares(
-        meshes.make_mesh(config.mesh, config.batch_size)))
+        raise UserError(
+            f"config.resolution = {config.resolution}: the pictures of "
+            f"{config.data.path} have {side}; give that, or prepare them again"
+        )
+    config_rules.require_pairs(
+        config,
+        config.data.path,
+        count,
+        meshes.batch_shares(meshes.make_mesh(config.mesh, config.batch_size)),
+    )
     if "validation" not in sources:
-        logging.info("%s keeps no pairs for validation; pictures show training pairs",
-                     config.data.path)
+        logging.info(
+            "%s keeps no pairs for validation; pictures show training pairs", config.data.path
+        )
     return {"validation": sources["train"]} | sources
 
 
@@ -87,14 +96,27 @@ def focus_buckets(config):
     focus = config.focus
     single = config.objective != "focus_dpo"
     buckets = make_buckets(
-        1 if single else focus.buckets, spaf=focus.spaf and not single,
-        dpce=focus.dpce and not single, detail_fraction=focus.detail_fraction,
-        rho_noisy=focus.rho_noisy, rho_clean=focus.rho_clean, lambda_s=focus.lambda_s,
-        lambda_d=focus.lambda_d, lambda_c=0.0 if single else focus.lambda_c, tau=focus.tau, gate_width=focus.gate_width,
-        background=focus.background, matched=focus.matched)
-    return {f"t{int(bucket.numbers.t_low):03d}-{int(bucket.numbers.t_high) - 1:03d}":
-            (objectives.StepStructure(config.objective, bucket.structure), bucket.numbers)
-            for bucket in buckets}
+        1 if single else focus.buckets,
+        spaf=focus.spaf and not single,
+        dpce=focus.dpce and not single,
+        detail_fraction=focus.detail_fraction,
+        rho_noisy=focus.rho_noisy,
+        rho_clean=focus.rho_clean,
+        lambda_s=focus.lambda_s,
+        lambda_d=focus.lambda_d,
+        lambda_c=0.0 if single else focus.lambda_c,
+        tau=focus.tau,
+        gate_width=focus.gate_width,
+        background=focus.background,
+        matched=focus.matched,
+    )
+    return {
+        f"t{int(bucket.numbers.t_low):03d}-{int(bucket.numbers.t_high) - 1:03d}": (
+            objectives.StepStructure(config.objective, bucket.structure),
+            bucket.numbers,
+        )
+        for bucket in buckets
+    }
 
 
 def generator_task(config, workdir, mesh, sources):
@@ -103,8 +125,10 @@ def generator_task(config, workdir, mesh, sources):
     generator = model.generator
     _warn_of_long_captions(config, model, sources)
     transform = loader.pair_transform(
-        tokenize=model.tokenizer, num_subjects=subject_slots(config, sources),
-        reference_size=generator.config.image_encoder.image_size)
+        tokenize=model.tokenizer,
+        num_subjects=subject_slots(config, sources),
+        reference_size=generator.config.image_encoder.image_size,
+    )
     empty = model.tokenizer("")
     buckets = focus_buckets(config)
     names = list(buckets)
@@ -115,13 +139,13 @@ def generator_task(config, workdir, mesh, sources):
     # Where everything is encoded once, steps leave encoders alone; otherwise they ask them.
     held = objective.parts if config.data.cache else PARTS
     parameters = models.load_parts(
-        config, held, functools.partial(rules.parameter_sharding, mesh=mesh))
+        config, held, functools.partial(rules.parameter_sharding, mesh=mesh)
+    )
     logging.info("%s", models.describe(parameters))
     others = models.PartsOnDemand(config, [part for part in PARTS if part not in held], mesh)
     trainable, frozen = split_parameters(parameters, config.trainable)
     del parameters  # The loop gives the memory of the trainable ones away.
-    fixed = {"parameters": {part: tree for part, tree in frozen.items()
-                            if part in objective.parts}}
+    fixed = {"parameters": {part: tree for part, tree in frozen.items() if part in objective.parts}}
     if config.objective in config_rules.PREFERENCE_OBJECTIVES:
         fixed["reference"] = as_computed(trainable, config.dtype)
 
@@ -136,19 +160,22 @@ def generator_task(config, workdir, mesh, sources):
     if objective.drops:
         with traced_for(mesh):
             fixed["unconditional"] = jax.jit(
-                objective.unconditional, out_shardings=meshes.replicated(mesh))(at_start())
+                objective.unconditional, out_shardings=meshes.replicated(mesh)
+            )(at_start())
 
-    stored = functools.cache(functools.partial(
-        _stored, config, sources["train"], model, source))
+    stored = functools.cache(functools.partial(_stored, config, sources["train"], model, source))
 
     def example():
         if config.data.cache and stored():
             return _batch_of(_stacked(stored()[0], 1), config.batch_size, mesh)
         with traced_for(mesh):
             encoded = jax.eval_shape(
-                encode_kept if config.data.cache else encode_placed, at_start(),
-                _stacked(transform(sources["train"][0]),
-                         rows_at_once(config, sources["train"], mesh)))
+                encode_kept if config.data.cache else encode_placed,
+                at_start(),
+                _stacked(
+                    transform(sources["train"][0]), rows_at_once(config, sources["train"], mesh)
+                ),
+            )
         return _batch_of(encoded, config.batch_size, mesh)
 
     if config.data.cache:
@@ -163,43 +190,76 @@ def generator_task(config, workdir, mesh, sources):
     def open_batches():
         pairs, change = sources["train"], transform
         if config.data.cache:
-            pairs, change = stored() or _cached(
-                config, pairs, model, at_start, encode_kept, source, transform, mesh), None
+            pairs, change = (
+                stored()
+                or _cached(config, pairs, model, at_start, encode_kept, source, transform, mesh),
+                None,
+            )
             if config.data.source == "toybox":
                 pairs = encoding.in_memory(pairs)
         return _loader(config, mesh, pairs, change)
 
     draw = make_generate(
-        generator, steps=config.sampling.steps, guidance=config.sampling.guidance,
-        negative_token_ids=empty)
+        generator,
+        steps=config.sampling.steps,
+        guidance=config.sampling.guidance,
+        negative_token_ids=empty,
+    )
 
     def generate(*arguments):
         with traced_for(mesh):
             return draw(*arguments)
 
-    look = jax.jit(objective.focus_maps, static_argnums=0,
-                   compiler_options=compiling.FAST_TO_COMPILE)
+    look = jax.jit(
+        objective.focus_maps, static_argnums=0, compiler_options=compiling.FAST_TO_COMPILE
+    )
 
     def focus_maps(structure, *arguments):
         with traced_for(mesh):
             return look(structure, fixed, *arguments)
 
-    showcase = Showcase(config, workdir, model, sources, mesh, _by_rows(encode_placed, mesh),
-                        transform, generate, buckets, focus_maps, merged, at_start,
-                        fixed.get("reference"))
+    showcase = Showcase(
+        config,
+        workdir,
+        model,
+        sources,
+        mesh,
+        _by_rows(encode_placed, mesh),
+        transform,
+        generate,
+        buckets,
+        focus_maps,
+        merged,
+        at_start,
+        fixed.get("reference"),
+    )
 
     def finish(step, tree, writer):
-        models.save_model(workdir / "model", model, merge_parameters(tree, frozen),
-                          others=others.each(), step=step)
+        models.save_model(
+            workdir / "model",
+            model,
+            merge_parameters(tree, frozen),
+            others=others.each(),
+            step=step,
+        )
         showcase.finish(step, tree, writer)
 
     return Task(
-        trainable=trainable, frozen=fixed, buckets=buckets, example=example,
-        open_batches=open_batches, prepare=prepare, guide=objective.guide, loss=objective.loss,
+        trainable=trainable,
+        frozen=fixed,
+        buckets=buckets,
+        example=example,
+        open_batches=open_batches,
+        prepare=prepare,
+        guide=objective.guide,
+        loss=objective.loss,
         unit="pairs",
         bucket_at=lambda number: names[bucket_for_step(config.seed, number, len(names))],
-        start=lambda writer: showcase.start(trainable), sample=showcase.sample, finish=finish,
-        mesh=mesh)
+        start=lambda writer: showcase.start(trainable),
+        sample=showcase.sample,
+        finish=finish,
+        mesh=mesh,
+    )
 
 
 def _warn_of_long_captions(config, model, sources):
@@ -212,8 +272,11 @@ def _warn_of_long_captions(config, model, sources):
         found = [source.texts() for source in by_path.values()]
         seen, count = sum(map(len, found)), sum(map(len, by_path.values()))
         among = "" if seen == count else f", the first {seen} of {count} pairs"
-        truncation.warn(model.tokenizer, itertools.chain(*found),
-                        f"config.data.path = {config.data.path!r}{among}")
+        truncation.warn(
+            model.tokenizer,
+            itertools.chain(*found),
+            f"config.data.path = {config.data.path!r}{among}",
+        )
 
 
 def as_computed(parameters, dtype):
@@ -221,9 +284,12 @@ def as_computed(parameters, dtype):
 
     Layers use matrices in `dtype`, and the vectors of norms in float32.
     """
-    return traverse_util.unflatten_dict({
-        path: jnp.array(x, x.dtype if stacking.is_vector(path, x.shape) else dtype)
-        for path, x in traverse_util.flatten_dict(parameters).items()})
+    return traverse_util.unflatten_dict(
+        {
+            path: jnp.array(x, x.dtype if stacking.is_vector(path, x.shape) else dtype)
+            for path, x in traverse_util.flatten_dict(parameters).items()
+        }
+    )
 
 
 def make_encoder(generator, config, buckets):
@@ -237,12 +303,17 @@ def make_encoder(generator, config, buckets):
     if any(weight.spaf for weight in weights):
         source = make_source(generator, config, [numbers for _, numbers in buckets.values()])
     return source, encoding.encoder(
-        generator, config, source, dpce=any(weight.dpce for weight in weights),
-        quality=config.objective == "patch_dpo")
+        generator,
+        config,
+        source,
+        dpce=any(weight.dpce for weight in weights),
+        quality=config.objective == "patch_dpo",
+    )
 
 
 def _by_rows(encode, mesh):
     """`encode` of batches that lie on the host, in any size."""
+
     def encode_rows(parameters, batch):
         with traced_for(mesh):
             return encode(parameters, meshes.shard_rows(batch, mesh))
@@ -252,13 +323,13 @@ def _by_rows(encode, mesh):
 
 def _cached(config, records, model, parameters, encode, source, transform, mesh):
     """What the encoders say of every pair, beside the data set where it can be kept."""
-    batches = loader.evaluation_batches(records, transform=transform,
-                                        batch_size=rows_at_once(config, records, mesh))
+    batches = loader.evaluation_batches(
+        records, transform=transform, batch_size=rows_at_once(config, records, mesh)
+    )
     place = _place(config, records, model, _kept_source(config, model.generator, source)[0])
     if place is None:
         return encoding.cached(_by_rows(encode, mesh), parameters(), batches, len(records))
-    return encoding_cache.cached(
-        *place, parameters, _by_rows(encode, mesh), batches, len(records))
+    return encoding_cache.cached(*place, parameters, _by_rows(encode, mesh), batches, len(records))
 
 
 def _stored(config, records, model, source):
@@ -303,8 +374,11 @@ def _place(config, records, model, source):
     if None in told.values():
         return None
     key = encoding_cache.make_key(model, config, records.settings, source) | {
-        "objective": config.objective, "spaf": config.focus.spaf, "dpce": config.focus.dpce,
-        "chosen alone": encoding.learns_from_chosen_alone(config)}
+        "objective": config.objective,
+        "spaf": config.focus.spaf,
+        "dpce": config.focus.dpce,
+        "chosen alone": encoding.learns_from_chosen_alone(config),
+    }
     name = hashlib.sha256(json.dumps([key, told], sort_keys=True).encode()).hexdigest()[:10]
     return path / "encoded" / f"toybox-{name}", key, parts, files
 
@@ -319,28 +393,36 @@ def rows_at_once(config, records, mesh):
 def _loader(config, mesh, records, transform):
     """The batches of this process."""
     part, parts = meshes.batch_share(mesh, config.batch_size)
-    order = {"batch_size": config.batch_size, "seed": config.seed,
-             "process_index": part, "process_count": parts}
+    order = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "process_index": part,
+        "process_count": parts,
+    }
     if isinstance(records, encoding.EncodedSource):
         # In memory, so that nobody waits: the rows of a batch are taken at once, without a thread.
-        return loader.make_loader(range(len(records)), batch_transform=records.__getitem__,
-                                  threads=0, **order)
-    return loader.make_loader(
-        records, transform=transform, workers=config.data.workers, **order)
+        return loader.make_loader(
+            range(len(records)), batch_transform=records.__getitem__, threads=0, **order
+        )
+    return loader.make_loader(records, transform=transform, workers=config.data.workers, **order)
 
 
 def _stacked(row, count):
     """Shapes of `count` examples like this one."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
-            (count, *np.shape(x)), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)), row)
+            (count, *np.shape(x)), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+        ),
+        row,
+    )
 
 
 def _batch_of(tree, count, mesh):
     """The same shapes in a batch of `count`, as `meshes.shard_batch` places it."""
     examples = meshes.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        (count, *x.shape[1:]), x.dtype, sharding=examples), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=examples), tree
+    )
 
 
 def encoder_task(config, workdir, mesh, sources):
@@ -349,15 +431,18 @@ def encoder_task(config, workdir, mesh, sources):
     logging.info("%s", models.describe(model.parameters))
     generator, key = model.generator, jax.random.key(config.seed)
     transform = loader.pair_transform(
-        tokenize=model.tokenizer, num_subjects=subject_slots(config, sources))
+        tokenize=model.tokenizer, num_subjects=subject_slots(config, sources)
+    )
     frozen = {"vae": model.parameters["vae"]}
     if config.objective == "autoencode":
         loss = pretraining.autoencoder_loss(generator)
         trainable, frozen = frozen, {}
     elif config.objective == "attributes":
         loss = pretraining.image_encoder_loss(generator)
-        trainable = {"image_encoder": model.parameters["image_encoder"],
-                     "heads": pretraining.init_heads(generator, key)}
+        trainable = {
+            "image_encoder": model.parameters["image_encoder"],
+            "heads": pretraining.init_heads(generator, key),
+        }
     else:
         loss = pretraining.probe_loss(generator)
         trainable = {"probe": pretraining.init_probe(key)}
@@ -368,20 +453,30 @@ def encoder_task(config, workdir, mesh, sources):
         parameters = model.parameters | {k: v for k, v in tree.items() if k in model.parameters}
         finished = model
         if config.objective == "autoencode":
-            images = np.stack([sources["validation"][i]["chosen"]
-                               for i in range(len(sources["validation"]))])
+            images = np.stack(
+                [sources["validation"][i]["chosen"] for i in range(len(sources["validation"]))]
+            )
             finished = pretraining.with_latent_scale(model, parameters, images)
         models.save_model(workdir / "model", finished, parameters, tree.get("probe"), step=step)
 
     return Task(
-        trainable=trainable, frozen=frozen, guide=_unguided, loss=loss,
+        trainable=trainable,
+        frozen=frozen,
+        guide=_unguided,
+        loss=loss,
         buckets={"all": (config.objective, None)},
-        bucket_at=lambda number: "all", unit="scenes",
-        example=lambda: _batch_of(_stacked(transform(sources["train"][0]), 1), config.batch_size,
-                                  mesh),
+        bucket_at=lambda number: "all",
+        unit="scenes",
+        example=lambda: _batch_of(
+            _stacked(transform(sources["train"][0]), 1), config.batch_size, mesh
+        ),
         open_batches=lambda: _loader(config, mesh, sources["train"], transform),
         prepare=functools.partial(meshes.shard_batch, mesh=mesh),
-        start=_nothing, sample=_nothing, finish=finish, mesh=mesh)
+        start=_nothing,
+        sample=_nothing,
+        finish=finish,
+        mesh=mesh,
+    )
 
 
 def _unguided(*_):

@@ -67,7 +67,6 @@ class Windows:
         shown = {name: values[name] for name in _SHOWN if name in values}
         self._writer.scalars(number, values | self._progress.show(number, shown, products))
 
-
     def _log_scales(self, number, values):
         """Logs each bucket's mean logit scale (`focus.losses.diffusion_dpo`) once."""
         if not self._scales or "logit_scale" not in values:
@@ -77,8 +76,11 @@ class Windows:
                 single = values["logit_scale"] if len(self._scales) == 1 else None
                 self._scales[bucket] = values.get(f"{bucket}/logit_scale", single)
         if None not in self._scales.values():
-            logging.info("logit scale (mean of |beta / 2 margin|) of the first %d steps: %s", number,
-                         ", ".join(f"{bucket} {scale:.2g}" for bucket, scale in self._scales.items()))
+            logging.info(
+                "logit scale (mean of |beta / 2 margin|) of the first %d steps: %s",
+                number,
+                ", ".join(f"{bucket} {scale:.2g}" for bucket, scale in self._scales.items()),
+            )
             self._scales = {}
 
 
@@ -106,8 +108,13 @@ def require_finite(values, step, checkpoints):
     """Stops a run whose numbers are no longer finite, before anything of it is saved."""
     wrong = [name for name, value in values.items() if not np.isfinite(value)]
     if wrong:
-        saved = (f"The checkpoint of step {checkpoints.latest} is intact"
-                 if checkpoints.latest else "No checkpoint had been written yet")
+        saved = (
+            f"The checkpoint of step {checkpoints.latest} is intact"
+            if checkpoints.latest
+            else "No checkpoint had been written yet"
+        )
         checkpoints.close()
-        raise UserError(f"{wrong[0]} = {values[wrong[0]]} at step {step}. {saved}; "
-                        "go on from it with a lower config.learning_rate or config.beta.")
+        raise UserError(
+            f"{wrong[0]} = {values[wrong[0]]} at step {step}. {saved}; "
+            "go on from it with a lower config.learning_rate or config.beta."
+        )

@@ -50,12 +50,12 @@ class PictureEncoder:
         """Vectors of length 1 along the last axis, float32 [N, ...], of uint8 [H, W, 3] each."""
         (mesh, parameters), vectors = self._placed, []
         for start in range(0, len(pictures), self.batch_size):
-            batch = pictures[start:start + self.batch_size]
+            batch = pictures[start : start + self.batch_size]
             pixels = np.stack([preprocess.preprocess(p, self.settings) for p in batch])
             # One shape, one program.
             pixels = np.pad(pixels, [(0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
             encoded = self.apply(parameters, shard_batch(pixels, mesh))
-            vectors.append(np.asarray(encoded)[:len(batch)])
+            vectors.append(np.asarray(encoded)[: len(batch)])
         return np.concatenate(vectors)
 
 
@@ -69,9 +69,12 @@ class TextEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Vectors of length 1, float32 [N, D]."""
-        return np.concatenate([
-            np.asarray(self.apply(self.parameters, self.tokenize(prompt)[None, 0]))
-            for prompt in prompts])
+        return np.concatenate(
+            [
+                np.asarray(self.apply(self.parameters, self.tokenize(prompt)[None, 0]))
+                for prompt in prompts
+            ]
+        )
 
 
 def load_dino(name, folder, batch_size=16):
@@ -111,10 +114,13 @@ def load_dino(name, folder, batch_size=16):
         return _unit(states(parameters, pixels, inner)[:, 1:].reshape(len(pixels), grid, grid, -1))
 
     square = dataclasses.replace(preprocess.DINO, resize=(side, side), crop=None)
-    return (PictureEncoder(name, whole, parameters, preprocess.DINO, digest, batch_size),
-            PictureEncoder(name, subject, parameters, preprocess.DINO, f"{digest} layer {before}",
-                           batch_size),
-            PictureEncoder(name, patches, parameters, square, digest, max(1, batch_size // 4)))
+    return (
+        PictureEncoder(name, whole, parameters, preprocess.DINO, digest, batch_size),
+        PictureEncoder(
+            name, subject, parameters, preprocess.DINO, f"{digest} layer {before}", batch_size
+        ),
+        PictureEncoder(name, patches, parameters, square, digest, max(1, batch_size // 4)),
+    )
 
 
 def load_clip(folder, batch_size=16):
@@ -136,8 +142,10 @@ def load_clip(folder, batch_size=16):
         return _unit(clip.text.apply({"params": parameters}, ids).projected)
 
     digest = digest_of((clip.image_parameters, clip.text_parameters))
-    return (PictureEncoder("clip_i", image, clip.image_parameters, settings, digest, batch_size),
-            TextEncoder(text, jax.device_put(clip.text_parameters), clip.tokenizer))
+    return (
+        PictureEncoder("clip_i", image, clip.image_parameters, settings, digest, batch_size),
+        TextEncoder(text, jax.device_put(clip.text_parameters), clip.tokenizer),
+    )
 
 
 def digest_of(tree):

@@ -53,7 +53,7 @@ def cut(picture, place):
     columns = slice(max(left, 0), max(min(left + side, width), 0))
     part = picture[rows, columns]
     y, x = rows.start - top, columns.start - left
-    square[y:y + part.shape[0], x:x + part.shape[1]] = part
+    square[y : y + part.shape[0], x : x + part.shape[1]] = part
     return square
 
 
@@ -85,8 +85,9 @@ def prototype(features, mask):
     """
     weight = np.ones(features.shape[:2], np.float32)
     if mask is not None:
-        grid = cv2.resize(mask.astype(np.float32), features.shape[1::-1],
-                          interpolation=cv2.INTER_AREA)
+        grid = cv2.resize(
+            mask.astype(np.float32), features.shape[1::-1], interpolation=cv2.INTER_AREA
+        )
         weight = grid if grid.any() else weight
     mean = np.einsum("yxd,yx->d", features, weight)
     return mean / np.linalg.norm(mean)
@@ -115,7 +116,8 @@ def find(features, prototypes):
     boxes = []
     for subject in range(len(prototypes)):
         pieces, labels, numbers, _ = cv2.connectedComponentsWithStats(
-            ((best == subject) & shown).astype(np.uint8), connectivity=4)
+            ((best == subject) & shown).astype(np.uint8), connectivity=4
+        )
         areas = numbers[1:, cv2.CC_STAT_AREA]
         if pieces < 2 or areas.max() < _SMALLEST * best.size:
             boxes.append(None)

@@ -63,8 +63,9 @@ def from_config(values):
     kind = values.get("image_processor_type", values.get("feature_extractor_type", ""))
     family = next((name for name in _PROCESSORS if kind.startswith(name)), None)
     if family is None:
-        raise UserError(f"image_processor_type = {kind!r}: only those of {', '.join(_PROCESSORS)} "
-                        "are supported")
+        raise UserError(
+            f"image_processor_type = {kind!r}: only those of {', '.join(_PROCESSORS)} are supported"
+        )
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not values.get(step, True):
             raise UserError(f"{step} = {values[step]!r}: only true is supported")
@@ -79,8 +80,13 @@ def from_config(values):
         if values.get("do_center_crop", False):
             crop = values["crop_size"]
             crop = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
-        return Preprocessing(resize, crop, tuple(values["image_mean"]), tuple(values["image_std"]),
-                             Image.Resampling(values["resample"]))
+        return Preprocessing(
+            resize,
+            crop,
+            tuple(values["image_mean"]),
+            tuple(values["image_std"]),
+            Image.Resampling(values["resample"]),
+        )
     except KeyError as error:
         raise UserError(f"preprocessor_config.json has no {error}") from error
 
@@ -108,6 +114,6 @@ def preprocess(image, settings):
     if settings.crop is not None:
         # Of an odd margin the smaller part is above and on the left, as in transformers.
         top, left = (height - settings.crop[0]) // 2, (width - settings.crop[1]) // 2
-        pixels = pixels[top:top + settings.crop[0], left:left + settings.crop[1]]
+        pixels = pixels[top : top + settings.crop[0], left : left + settings.crop[1]]
     pixels = pixels.astype(np.float32) / 255
     return (pixels - np.float32(settings.mean)) / np.float32(settings.deviation)

@@ -28,8 +28,10 @@ def bars(rows, *, number, title):
         parts.append(_text(_LABEL - 6, y + height / 2, _shortened(label, 19), "end"))
         for side, value in row.items():
             x = _LABEL + (min(value, 0.0) - low) * scale
-            parts.append(f'<rect class="{side}" x="{x:.1f}" y="{y + 2:.1f}" '
-                         f'width="{abs(value) * scale:.1f}" height="{_BAR}"/>')
+            parts.append(
+                f'<rect class="{side}" x="{x:.1f}" y="{y + 2:.1f}" '
+                f'width="{abs(value) * scale:.1f}" height="{_BAR}"/>'
+            )
             end = _LABEL + (max(value, 0.0) - low) * scale + 4
             parts.append(_text(end, y + _ROW / 2, number(value), "start", "small"))
             y += _ROW
@@ -57,8 +59,10 @@ def curve(points, *, title):
     across = (right - left) / max(steps[-1] - steps[0], 1)
 
     def place(step, value):
-        return (f"{left + (step - steps[0]) * across:.1f} "
-                f"{bottom - (value - low) / (high - low) * (bottom - top):.1f}")
+        return (
+            f"{left + (step - steps[0]) * across:.1f} "
+            f"{bottom - (value - low) / (high - low) * (bottom - top):.1f}"
+        )
 
     line = "L".join(place(*point) for point in thinned(points, _WIDTH))
     parts = [
@@ -68,7 +72,8 @@ def curve(points, *, title):
         _text(left - 5, top + 4, f"{high:.3g}", "end", "small"),
         _text(left - 5, bottom - 4, f"{low:.3g}", "end", "small"),
         _text(left, bottom + 12, f"{steps[0]}", "start", "small"),
-        _text(right, bottom + 12, f"step {steps[-1]}", "end", "small")]
+        _text(right, bottom + 12, f"step {steps[-1]}", "end", "small"),
+    ]
     return _svg(_WIDTH, bottom + 22, parts, f"{title} from step {steps[0]} to {steps[-1]}")
 
 
@@ -79,15 +84,19 @@ def thinned(points, most):
 
 
 def _svg(width, height, parts, title):
-    return (f'<svg viewBox="0 0 {width} {height:.0f}" role="img" '
-            f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>')
+    return (
+        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" '
+        f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+    )
 
 
 def _text(x, y, text, anchor, kind=""):
     kind = f' class="{kind}"' if kind else ""
-    return (f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
-            f'dominant-baseline="central">{html.escape(text)}</text>')
+    return (
+        f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
+        f'dominant-baseline="central">{html.escape(text)}</text>'
+    )
 
 
 def _shortened(text, most):
-    return text if len(text) <= most else text[:most - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -20,12 +20,18 @@ def draw(path, records):
       path: of the file.
       records: preference records, at least one.
     """
-    rows = [grids.PreferenceRow(
-        caption=record["caption"],
-        references=[_fit(_marked(s["reference"], s["reference_mask"])) for s in record["subjects"]],
-        chosen=_fit(record["chosen"]), rejected=_fit(record["rejected"]),
-        masks=_fit(_masks(record)))
-        for record in records]
+    rows = [
+        grids.PreferenceRow(
+            caption=record["caption"],
+            references=[
+                _fit(_marked(s["reference"], s["reference_mask"])) for s in record["subjects"]
+            ],
+            chosen=_fit(record["chosen"]),
+            rejected=_fit(record["rejected"]),
+            masks=_fit(_masks(record)),
+        )
+        for record in records
+    ]
     grids.save_png(path, grids.preference_grid(rows, scale=1))
 
 

@@ -24,8 +24,10 @@ _INK, _FRAME = (40, 40, 40), (225, 225, 225)
 
 # From dark to light with ever more luminance, so that the order shows in grey and to the
 # colour-blind as well.
-_HEAT = np.array([(4, 4, 22), (66, 14, 104), (158, 36, 98), (226, 86, 46), (250, 166, 34),
-                  (252, 252, 190)], np.float64)
+_HEAT = np.array(
+    [(4, 4, 22), (66, 14, 104), (158, 36, 98), (226, 86, 46), (250, 166, 34), (252, 252, 190)],
+    np.float64,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +108,22 @@ def preference_grid(rows, *, scale=2):
     Returns:
       uint8 [height, width, 3].
     """
-    names = [name for name in ("chosen", "rejected", "base", "policy", "focus", "masks")
-             if any(getattr(row, name) is not None for row in rows)]
+    names = [
+        name
+        for name in ("chosen", "rejected", "base", "policy", "focus", "masks")
+        if any(getattr(row, name) is not None for row in rows)
+    ]
 
     def tile(row, name):
         value = getattr(row, name)
         return heat(value, row.chosen) if name == "focus" and value is not None else value
 
-    return _page([(row.caption, row.references, [tile(row, name) for name in names])
-                  for row in rows], names, columns=1, scale=scale)
+    return _page(
+        [(row.caption, row.references, [tile(row, name) for name in names]) for row in rows],
+        names,
+        columns=1,
+        scale=scale,
+    )
 
 
 def sample_grid(rows, *, columns=2, scale=2):
@@ -130,10 +139,18 @@ def sample_grid(rows, *, columns=2, scale=2):
       uint8 [height, width, 3].
     """
     if rows[0].base is not None:
-        return _page([(row.caption, row.references, [row.base, row.generated]) for row in rows],
-                     ["base", "policy"], columns=columns, scale=scale)
-    return _page([(row.caption, row.references, [row.generated]) for row in rows],
-                 ["generated"], columns=columns, scale=scale)
+        return _page(
+            [(row.caption, row.references, [row.base, row.generated]) for row in rows],
+            ["base", "policy"],
+            columns=columns,
+            scale=scale,
+        )
+    return _page(
+        [(row.caption, row.references, [row.generated]) for row in rows],
+        ["generated"],
+        columns=columns,
+        scale=scale,
+    )
 
 
 def focus_grid(rows, *, scale=2):
@@ -149,20 +166,34 @@ def focus_grid(rows, *, scale=2):
       uint8 [height, width, 3].
     """
     slots = max(len(row.similarity) for row in rows)
-    maps = {"M'": "matched", "M_s": "unmatched", "M_d": "detail", "U": "uncertainty", "W": "weights"}
-    maps = {name: field for name, field in maps.items()
-            if any(getattr(row, field) is not None for row in rows)}
+    maps = {
+        "M'": "matched",
+        "M_s": "unmatched",
+        "M_d": "detail",
+        "U": "uncertainty",
+        "W": "weights",
+    }
+    maps = {
+        name: field
+        for name, field in maps.items()
+        if any(getattr(row, field) is not None for row in rows)
+    }
 
     def tiles(row):
         # A similarity may be negative, and only its order counts.
         alike = [heat(x - x.min(), row.image) for x in row.similarity]
         values = [getattr(row, field) for field in maps.values()]
-        return [row.image, *alike, *[None] * (slots - len(alike)),
-                *(None if value is None else heat(value, row.image) for value in values)]
+        return [
+            row.image,
+            *alike,
+            *[None] * (slots - len(alike)),
+            *(None if value is None else heat(value, row.image) for value in values),
+        ]
 
     names = ["picture", *(f"like {i + 1}" for i in range(slots)), *maps]
-    return _page([(row.caption, row.references, tiles(row)) for row in rows], names, columns=1,
-                 scale=scale)
+    return _page(
+        [(row.caption, row.references, tiles(row)) for row in rows], names, columns=1, scale=scale
+    )
 
 
 def model_grid(rows, *, scale=2):
@@ -175,8 +206,12 @@ def model_grid(rows, *, scale=2):
     Returns:
       uint8 [height, width, 3].
     """
-    return _page([("", row.references, [row.chosen, *row.drawn.values()]) for row in rows],
-                 ["chosen", *rows[0].drawn], columns=1, scale=scale)
+    return _page(
+        [("", row.references, [row.chosen, *row.drawn.values()]) for row in rows],
+        ["chosen", *rows[0].drawn],
+        columns=1,
+        scale=scale,
+    )
 
 
 def heat(weights, image):
@@ -223,7 +258,8 @@ def save_png(path, image, text=None):
         replace_file(path, content.getvalue())
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error}. Give a folder that can be written.") from error
+            f"cannot write {path}: {error}. Give a folder that can be written."
+        ) from error
 
 
 # --- Layout ---------------------------------------------------------------------------------------
@@ -237,9 +273,14 @@ def _page(scenes, names, *, columns, scale):
     panel_width = (slots + len(names)) * (size[1] + _GAP) - _GAP
     panel_height = size[0] + _LINE
     headings = ["reference" if slots == 1 else f"reference {i + 1}" for i in range(slots)] + names
-    page = Image.new("RGB", (
-        int(2 * _MARGIN + columns * (panel_width + _GUTTER) - _GUTTER),
-        int(_LINE + -(-len(scenes) // columns) * (panel_height + _MARGIN))), "white")
+    page = Image.new(
+        "RGB",
+        (
+            int(2 * _MARGIN + columns * (panel_width + _GUTTER) - _GUTTER),
+            int(_LINE + -(-len(scenes) // columns) * (panel_height + _MARGIN)),
+        ),
+        "white",
+    )
     draw = ImageDraw.Draw(page)
     draw.font = ImageFont.load_default(_TEXT_SIZE)
 
@@ -259,8 +300,9 @@ def _page(scenes, names, *, columns, scale):
             page.paste(Image.fromarray(_magnify(picture, size)), (x, top))
             if i < slots:  # References are white up to their edge.
                 draw.rectangle((x, top, x + size[1] - 1, top + size[0] - 1), outline=_FRAME)
-        draw.text((left, top + size[0] + _LINE / 2), _fit(draw, caption, panel_width), _INK,
-                  anchor="lm")
+        draw.text(
+            (left, top + size[0] + _LINE / 2), _fit(draw, caption, panel_width), _INK, anchor="lm"
+        )
     return np.asarray(page)
 
 

@@ -29,10 +29,25 @@ def command(tmp_path_factory):
 
     def run():
         found = subprocess.run(
-            [sys.executable, "-m", "benchmarks.accelerator", "--size=debug", "--minutes=8",
-             "--parts", "attention", "step-64", "--peers", "eager", f"--output={folder}"],
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.accelerator",
+                "--size=debug",
+                "--minutes=8",
+                "--parts",
+                "attention",
+                "step-64",
+                "--peers",
+                "eager",
+                f"--output={folder}",
+            ],
             # Threads of PyTorch that wait would take the cores from others.
-            cwd=tiny.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            cwd=tiny.ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         log = (folder / "accelerator.log").read_text()
         assert found.returncode == 0, found.stderr + log
         record = json.loads((folder / "accelerator.json").read_text())
@@ -68,11 +83,21 @@ def test_attention_is_as_exact_as_its_type(rehearsal):
 
 def test_the_step_is_measured_beside_its_peer(rehearsal):
     ours, *peers = rehearsal[1]["jobs"]["step-64"]["rows"]
-    numbers = [ours[name] for name in ("seconds", "compile_seconds", "products", "memory",
-                                       "pairs_per_second", "share_of_peak")]
+    numbers = [
+        ours[name]
+        for name in (
+            "seconds",
+            "compile_seconds",
+            "products",
+            "memory",
+            "pairs_per_second",
+            "share_of_peak",
+        )
+    ]
     assert ours["fits"] and all(math.isfinite(x) and x > 0 for x in numbers + ours["losses"])
     assert ours["planned"]["peak"] == sum(
-        ours["planned"][kind] for kind in ("held", "temporaries", "outputs"))
+        ours["planned"][kind] for kind in ("held", "temporaries", "outputs")
+    )
     # At step 0 policy and reference are one model; in float32 two programs of it agree.
     start = ours["at_start"]
     assert start["loss"] == pytest.approx(math.log(2), rel=1e-5)
@@ -98,9 +123,12 @@ def test_a_job_that_fails_or_does_not_end_costs_itself_alone(accelerator, tmp_pa
         "crashes": "row('a', 1); raise MemoryError('too large')",
         "killed": "import os; row('a', 1); os.kill(os.getpid(), 9)",
         "endless": "row('a', 1); import time; time.sleep(600)",
-        "good": "row('a', 1); row('a', 2); row('b', 3)"}
-    begin = f"import json\ndef row(key, x): print('{running.MARK}' + json.dumps(" \
-            "{'key': key, 'x': x}), flush=True)\nprint('other'); "
+        "good": "row('a', 1); row('a', 2); row('b', 3)",
+    }
+    begin = (
+        f"import json\ndef row(key, x): print('{running.MARK}' + json.dumps("
+        "{'key': key, 'x': x}), flush=True)\nprint('other'); "
+    )
     made = [jobs.Job(name, "none", 3 if name == "endless" else 60, "", {}) for name in scripts]
     asked, said = [], []
 
@@ -114,7 +142,11 @@ def test_a_job_that_fails_or_does_not_end_costs_itself_alone(accelerator, tmp_pa
 
     first = run()
     assert {name: job["status"] for name, job in first.items()} == {
-        "crashes": "failed", "killed": "failed", "endless": "stopped", "good": "done"}
+        "crashes": "failed",
+        "killed": "failed",
+        "endless": "stopped",
+        "good": "done",
+    }
     assert "MemoryError: too large" in first["crashes"]["error"]
     assert first["endless"]["seconds"] < 30
     for name in ("crashes", "killed", "endless"):
@@ -136,8 +168,14 @@ def test_a_job_that_fails_or_does_not_end_costs_itself_alone(accelerator, tmp_pa
 
 def test_results_of_another_device_are_kept_aside(accelerator, tmp_path):
     jobs, running = accelerator("jobs"), accelerator("running")
-    device = {"key": "device", "name": "one", "versions": {"jax": "1"}, "memory": 8e9,
-              "matmul_peak": 1e12, "processors": 2}
+    device = {
+        "key": "device",
+        "name": "one",
+        "versions": {"jax": "1"},
+        "memory": 8e9,
+        "matmul_peak": 1e12,
+        "processors": 2,
+    }
     other = jobs.Job("other", "none", 60, "", {})
     for name in ("one", "two"):
         record = running.Record(tmp_path)
@@ -147,7 +185,7 @@ def test_results_of_another_device_are_kept_aside(accelerator, tmp_path):
         assert not record.is_done(other)
         record.start(other)
         record.end(other, "done", 1.0)
-    kept, = [path for path in tmp_path.glob("*.json") if path.stem != "accelerator"]
+    (kept,) = [path for path in tmp_path.glob("*.json") if path.stem != "accelerator"]
     assert json.loads(kept.read_text())["device"]["name"] == "one"
     assert running.Record(tmp_path).values["device"]["name"] == "two"
 
@@ -155,16 +193,28 @@ def test_results_of_another_device_are_kept_aside(accelerator, tmp_path):
 @pytest.mark.usefixtures("cudnn_to_trace")
 def test_the_shapes_are_those_of_every_network(accelerator):
     from focusdpo_jax.models import platforms
+
     attention, cases = accelerator("attention"), accelerator("cases")
     target = platforms.Target("gpu", 9.0)
     with platforms.compiled_for(target):
         shapes = attention.attention_shapes(cases.generator_sizes("full"), [1024], [1])
     found = {shape[1:5]: shape for shape in shapes}
     trained = {sizes for sizes, shape in found.items() if shape.trained}
-    assert {(4096, 4096, 10, 64), (1024, 1024, 20, 64), (16, 273, 20, 64),
-            (8192, 77, 10, 64), (8192, 16, 10, 64)} <= trained
-    others = {(16384, 16384, 1, 512), (257, 257, 16, 80), (257, 257, 16, 104), (77, 77, 12, 64),
-              (77, 77, 20, 64), (197, 197, 6, 64)}
+    assert {
+        (4096, 4096, 10, 64),
+        (1024, 1024, 20, 64),
+        (16, 273, 20, 64),
+        (8192, 77, 10, 64),
+        (8192, 16, 10, 64),
+    } <= trained
+    others = {
+        (16384, 16384, 1, 512),
+        (257, 257, 16, 80),
+        (257, 257, 16, 104),
+        (77, 77, 12, 64),
+        (77, 77, 20, 64),
+        (197, 197, 6, 64),
+    }
     assert others <= found.keys() and not others & trained
     assert found[8192, 16, 10, 64].masked and found[77, 77, 12, 64].causal
 
@@ -181,8 +231,11 @@ def test_the_exact_attention_is_that_of_the_formula(accelerator, masked, causal)
     def plain(*arrays):
         heads = [x.reshape(1, 12, 2, 4) for x in arrays]
         return jax.nn.dot_product_attention(
-            *heads, mask=None if mask is None else jnp.asarray(mask)[None, None, None],
-            is_causal=causal, implementation="xla").reshape(12, 8)
+            *heads,
+            mask=None if mask is None else jnp.asarray(mask)[None, None, None],
+            is_causal=causal,
+            implementation="xla",
+        ).reshape(12, 8)
 
     out, gradient = jax.vjp(plain, query, key, value)
     exact = attention.exact_rows(shape, query, key, value, cotangent, mask, rows)
@@ -193,7 +246,10 @@ def test_the_exact_attention_is_that_of_the_formula(accelerator, masked, causal)
 
 def test_unknown_parts_are_a_mistake_in_one_line():
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.accelerator", "--parts", "speed"], cwd=tiny.ROOT,
-        capture_output=True, text=True)
+        [sys.executable, "-m", "benchmarks.accelerator", "--parts", "speed"],
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 2
     assert "speed: neither a part nor a job" in found.stderr.splitlines()[-1]

@@ -1,6 +1,5 @@
 """What FocusDPO adds to a step, counted before compilation at SDXL's debug sizes."""
 
-
 import pytest
 
 from focusdpo_jax.profiling import flops
@@ -16,8 +15,7 @@ def test_focus_adds_at_most_three_percent_to_a_step_of_dpo(focus_cost):
         config, sizes = focus_cost.case("debug")
         config.objective = objective
         programs = focus_cost.Programs(config, sizes)
-        return programs, [flops.count(traced).total
-                          for traced, _ in programs.guides().values()]
+        return programs, [flops.count(traced).total for traced, _ in programs.guides().values()]
 
     programs, (plain,) = guides("dpo")
     update = flops.count(programs.update()[0]).total

@@ -1,6 +1,5 @@
 """Bodies of loops count as often as they run."""
 
-
 import jax
 import jax.numpy as jnp
 import pytest

@@ -11,16 +11,38 @@ def tables(import_benchmark):
 
 
 def plan(chip="TPU v5p", fits=True):
-    update = {"when": "of every batch", "peak": 34e9, "held": 16e9, "fits": True, "estimate": {"seconds": 0.3, "bytes": 1e9}}
+    update = {
+        "when": "of every batch",
+        "peak": 34e9,
+        "held": 16e9,
+        "fits": True,
+        "estimate": {"seconds": 0.3, "bytes": 1e9},
+    }
     sampling = {"when": "of every sample", "peak": 20e9, "held": 16e9, "fits": fits, "estimate": {}}
     if not fits:
         sampling["cure"] = {"changes": {"evaluation.batch_size": 1}, "peak": 17e9}
-    return {"chip": chip, "chips": 4, "topology": "v5p:2x2x1", "mesh": {"data": 4, "fsdp": 1, "tensor": 1},
-            "batch_size": 4, "remat": False, "cache": False, "accumulate": 4, "checkpoint_every": 100,
-            "chips_per_host": 4, "record_bytes": 4e6, "checkpoint_bytes": 7e9,
-            "checkpoint_bytes_per_chip": 7e9, "fits": fits, "programs": {"update": update, "sampling": sampling},
-            "bytes_per_chip": {"peak": 34e9, "limit": 100e9}, "seconds_per_batch": 0.4, "seconds_links": 0.1,
-            "pairs_per_second": 10.0, "model_flops_utilisation": 0.3}
+    return {
+        "chip": chip,
+        "chips": 4,
+        "topology": "v5p:2x2x1",
+        "mesh": {"data": 4, "fsdp": 1, "tensor": 1},
+        "batch_size": 4,
+        "remat": False,
+        "cache": False,
+        "accumulate": 4,
+        "checkpoint_every": 100,
+        "chips_per_host": 4,
+        "record_bytes": 4e6,
+        "checkpoint_bytes": 7e9,
+        "checkpoint_bytes_per_chip": 7e9,
+        "fits": fits,
+        "programs": {"update": update, "sampling": sampling},
+        "bytes_per_chip": {"peak": 34e9, "limit": 100e9},
+        "seconds_per_batch": 0.4,
+        "seconds_links": 0.1,
+        "pairs_per_second": 10.0,
+        "model_flops_utilisation": 0.3,
+    }
 
 
 def test_rows_are_commands(tables):
@@ -28,10 +50,14 @@ def test_rows_are_commands(tables):
         keys = [tables.path_of(tables.ROOT, group, row, "c") for row in tables.rows(group)]
         assert len(set(keys)) == len(keys) > 0
     line = tables.printed(tables.command(*tables.rows("gpus")[1]))
-    assert line == ("python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=h100 --json "
-                    f"--config.model.adapter={tables.PROJECTION} --config.batch_size=1 --programs=update,guide")
+    assert line == (
+        "python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=h100 --json "
+        f"--config.model.adapter={tables.PROJECTION} --config.batch_size=1 --programs=update,guide"
+    )
     assert "--programs" not in tables.printed(tables.command(*tables.rows("gpus")[0]))
-    counts = [row[2]["config.mesh.data"] * row[2]["config.mesh.fsdp"] for row in tables.rows("chips")]
+    counts = [
+        row[2]["config.mesh.data"] * row[2]["config.mesh.fsdp"] for row in tables.rows("chips")
+    ]
     assert set(counts) == {4, 16, 64, 256}
 
 
@@ -46,14 +72,31 @@ def test_made_once_and_written_between_the_markers(tables, tmp_path, monkeypatch
     document = tmp_path / "scaling.md"
     document.write_text("Before.\n<!-- gpus: begin -->\nold\n<!-- gpus: end -->\nAfter.\n")
     monkeypatch.setattr(tables.subprocess, "run", run)
-    monkeypatch.setattr(tables.sys, "argv", [
-        "scaling_tables", f"--output={tmp_path}", f"--document={document}", "--commit=abc", "--rows", "gpus",
-        "--trained", "adapter", "lora", "--machines", "h100", "--prefix=nice -n 5"])
+    monkeypatch.setattr(
+        tables.sys,
+        "argv",
+        [
+            "scaling_tables",
+            f"--output={tmp_path}",
+            f"--document={document}",
+            "--commit=abc",
+            "--rows",
+            "gpus",
+            "--trained",
+            "adapter",
+            "lora",
+            "--machines",
+            "h100",
+            "--prefix=nice -n 5",
+        ],
+    )
     tables.main()
     tables.main()
     assert len(calls) == 2 and calls[0][:3] == ["nice", "-n", "5"]
     text = document.read_text()
-    assert text.startswith("Before.\n<!-- gpus: begin -->\n| machine |") and text.endswith("-->\nAfter.\n")
+    assert text.startswith("Before.\n<!-- gpus: begin -->\n| machine |") and text.endswith(
+        "-->\nAfter.\n"
+    )
     assert "old" not in text and "Commit abc, jax " in text
     assert "| no | sampling: `evaluation.batch_size = 1`" in text
 
@@ -63,6 +106,10 @@ def test_steps_and_their_cost(tables):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == header.count("|") - 1
     found = dict(zip((cell.strip() for cell in header.strip("|").split("|")), cells, strict=True))
-    assert (found["compute, s"], found["links, s"], found["pairs/s a chip"]) == ("0.3", "0.1", "2.5")
+    assert (found["compute, s"], found["links, s"], found["pairs/s a chip"]) == (
+        "0.3",
+        "0.1",
+        "2.5",
+    )
     # A million pairs at 10 a second on four chips are 111 chip-hours, checkpoints 625 times 0.7 s.
     assert found["chip-hours for a million pairs"] == "112"

@@ -15,15 +15,23 @@ from focusdpo_jax.training.models import shipped
 
 # Of stabilityai/stable-diffusion-xl-base-1.0, the fields that tell its sizes.
 PUBLISHED = {
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
     "cross_attention_dim": 2048,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "in_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "num_attention_heads": None,
-    "out_channels": 4, "projection_class_embeddings_input_dim": 2816,
-    "transformer_layers_per_block": [1, 2, 10], "upcast_attention": None,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "transformer_layers_per_block": [1, 2, 10],
+    "upcast_attention": None,
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "use_linear_projection": True}
+    "use_linear_projection": True,
+}
 
 
 def test_sdxls_published_unet():
@@ -45,18 +53,25 @@ def test_what_is_written_is_read():
             assert configs.read_clip_text(configs.write_clip_text(parts[part]), "x") == parts[part]
         encoder = parts["image_encoder"]
         assert configs.read_clip_vision(configs.write_clip_vision(encoder), "x") == encoder
-    for noise in ({"timestep_spacing": "leading"},
-                  {"timestep_spacing": "trailing", "steps_offset": 0},
-                  {"timestep_spacing": "linspace", "set_alpha_to_one": False},
-                  {"prediction_type": "v_prediction", "zero_terminal_snr": True,
-                   "timestep_spacing": "leading"}):
+    for noise in (
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "trailing", "steps_offset": 0},
+        {"timestep_spacing": "linspace", "set_alpha_to_one": False},
+        {
+            "prediction_type": "v_prediction",
+            "zero_terminal_snr": True,
+            "timestep_spacing": "leading",
+        },
+    ):
         config = dataclasses.replace(toybox, prediction_type="epsilon", zero_terminal_snr=False)
         config = dataclasses.replace(config, **noise)
         read = configs.read_scheduler(configs.write_scheduler(config), "x")
         read = dataclasses.replace(config, **read)
         assert read.spacing == config.spacing
         assert (read.prediction_type, read.zero_terminal_snr) == (
-            config.prediction_type, config.zero_terminal_snr)
+            config.prediction_type,
+            config.zero_terminal_snr,
+        )
         assert GeneratorConfig.from_json(config.to_json()) == config
     # What ships and what was saved before has none of these fields, and no other file than before.
     assert "timestep_spacing" not in toybox.to_json() and toybox.spacing.name == "trailing"
@@ -64,37 +79,73 @@ def test_what_is_written_is_read():
 
 # Of stabilityai/stable-diffusion-xl-base-1.0.
 SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "clip_sample": False, "interpolation_type": "linear",
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0,
-    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-    "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False}
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
 
 
 def test_sdxls_published_scheduler():
     assert configs.read_scheduler(SCHEDULER, "x") == {
-        "prediction_type": "epsilon", "zero_terminal_snr": False, "timestep_spacing": None,
-        "steps_offset": 1, "set_alpha_to_one": False}
+        "prediction_type": "epsilon",
+        "zero_terminal_snr": False,
+        "timestep_spacing": None,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    }
     silent = {name: SCHEDULER[name] for name in ("beta_start", "beta_end", "beta_schedule")}
     assert configs.read_scheduler(silent, "x") == {
-        "prediction_type": "epsilon", "zero_terminal_snr": False, "timestep_spacing": None,
-        "steps_offset": 0, "set_alpha_to_one": True}
+        "prediction_type": "epsilon",
+        "zero_terminal_snr": False,
+        "timestep_spacing": None,
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+    }
 
 
-@pytest.mark.parametrize("change", [
-    {"timestep_type": "continuous"}, {"sigma_min": 0.002}, {"sigma_max": 80.0},
-    {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True},
-    {"trained_betas": [0.1, 0.2]}, {"prediction_type": "sample"},
-    {"prediction_type": "v"}, {"final_sigmas_type": "sigma_min"},
-    {"interpolation_type": "log_linear"}, {"clip_sample": True}, {"thresholding": True},
-    {"timestep_spacing": "even"}, {"steps_offset": -1}, {"rescale_betas_zero_snr": True},
-    {"_class_name": "EDMEulerScheduler"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-    {"_class_name": "LCMScheduler"}, {"_class_name": "TCDScheduler"},
-    {"beta_schedule": "squaredcos_cap_v2"}, {"num_train_timesteps": 50},
-    {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
-    {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
-    {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}],
-    ids=lambda change: list(change)[-1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timestep_type": "continuous"},
+        {"sigma_min": 0.002},
+        {"sigma_max": 80.0},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"trained_betas": [0.1, 0.2]},
+        {"prediction_type": "sample"},
+        {"prediction_type": "v"},
+        {"final_sigmas_type": "sigma_min"},
+        {"interpolation_type": "log_linear"},
+        {"clip_sample": True},
+        {"thresholding": True},
+        {"timestep_spacing": "even"},
+        {"steps_offset": -1},
+        {"rescale_betas_zero_snr": True},
+        {"_class_name": "EDMEulerScheduler"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "LCMScheduler"},
+        {"_class_name": "TCDScheduler"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"num_train_timesteps": 50},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"},
+    ],
+    ids=lambda change: list(change)[-1],
+)
 def test_what_a_scheduler_may_not_ask_for(change):
     name, value = list(change.items())[-1]
     with pytest.raises(UserError, match=f"x .*{name} = {re.escape(repr(value))}"):
@@ -111,9 +162,12 @@ def test_a_file_that_does_not_state_clip_sample_has_the_default_of_its_class(nam
 
 def test_classes_and_their_defaults_are_diffusers_own():
     diffusers = pytest.importorskip("diffusers", reason="whose defaults they are")
-    clip = {name for name in configs.SCHEDULERS if "clip_sample" in (
-        parameters := inspect.signature(getattr(diffusers, name)).parameters)
-        and parameters["clip_sample"].default}
+    clip = {
+        name
+        for name in configs.SCHEDULERS
+        if "clip_sample" in (parameters := inspect.signature(getattr(diffusers, name)).parameters)
+        and parameters["clip_sample"].default
+    }
     assert clip == set(configs._CLIP_SAMPLES)
     for name, spacing in configs.SCHEDULERS.items():
         default = inspect.signature(getattr(diffusers, name)).parameters.get("timestep_spacing")
@@ -122,7 +176,11 @@ def test_classes_and_their_defaults_are_diffusers_own():
 
 @pytest.mark.parametrize("depths, mid", [((0, 1), 2), ((0, 1), 0), ((0, 0), 0)])
 def test_unets_that_diffusers_does_not_know(depths, mid):
-    config = UNetConfig(block_out_channels=(32, 64), transformer_layers_per_block=depths,
-                        mid_transformer_layers=mid, num_heads=(1, 2))
+    config = UNetConfig(
+        block_out_channels=(32, 64),
+        transformer_layers_per_block=depths,
+        mid_transformer_layers=mid,
+        num_heads=(1, 2),
+    )
     with pytest.raises(UserError, match=f"mid_transformer_layers = {mid}: diffusers knows only"):
         configs.write_unet(config, 8)

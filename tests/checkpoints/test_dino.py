@@ -11,32 +11,77 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.dino import DINOConfig
 
 # The values that facebook/dino-vits16 and facebook/dinov2-small have, as far as they matter.
-DINO_S16 = {"model_type": "vit", "hidden_act": "gelu", "hidden_size": 384, "image_size": 224,
-            "intermediate_size": 1536, "layer_norm_eps": 1e-12, "num_attention_heads": 6,
-            "num_channels": 3, "num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True}
-DINOV2_S14 = {"model_type": "dinov2", "hidden_act": "gelu", "hidden_size": 384, "image_size": 518,
-              "layer_norm_eps": 1e-6, "mlp_ratio": 4, "num_attention_heads": 6, "num_channels": 3,
-              "num_hidden_layers": 12, "patch_size": 14, "qkv_bias": True, "use_swiglu_ffn": False}
-TINY = {"hidden_size": 8, "image_size": 6, "patch_size": 2, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "intermediate_size": 12, "mlp_ratio": 1.5}
+DINO_S16 = {
+    "model_type": "vit",
+    "hidden_act": "gelu",
+    "hidden_size": 384,
+    "image_size": 224,
+    "intermediate_size": 1536,
+    "layer_norm_eps": 1e-12,
+    "num_attention_heads": 6,
+    "num_channels": 3,
+    "num_hidden_layers": 12,
+    "patch_size": 16,
+    "qkv_bias": True,
+}
+DINOV2_S14 = {
+    "model_type": "dinov2",
+    "hidden_act": "gelu",
+    "hidden_size": 384,
+    "image_size": 518,
+    "layer_norm_eps": 1e-6,
+    "mlp_ratio": 4,
+    "num_attention_heads": 6,
+    "num_channels": 3,
+    "num_hidden_layers": 12,
+    "patch_size": 14,
+    "qkv_bias": True,
+    "use_swiglu_ffn": False,
+}
+TINY = {
+    "hidden_size": 8,
+    "image_size": 6,
+    "patch_size": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "mlp_ratio": 1.5,
+}
 # What a layer of each layout has: names and shapes in PyTorch.
 LAYERS = {
-    "vit": {"layernorm_before": (8,), "attention.attention.query": (8, 8),
-            "attention.attention.key": (8, 8), "attention.attention.value": (8, 8),
-            "attention.output.dense": (8, 8), "layernorm_after": (8,),
-            "intermediate.dense": (12, 8), "output.dense": (8, 12)},
-    "dinov2": {"norm1": (8,), "attention.attention.query": (8, 8),
-               "attention.attention.key": (8, 8), "attention.attention.value": (8, 8),
-               "attention.output.dense": (8, 8), "norm2": (8,), "mlp.fc1": (12, 8),
-               "mlp.fc2": (8, 12)}}
+    "vit": {
+        "layernorm_before": (8,),
+        "attention.attention.query": (8, 8),
+        "attention.attention.key": (8, 8),
+        "attention.attention.value": (8, 8),
+        "attention.output.dense": (8, 8),
+        "layernorm_after": (8,),
+        "intermediate.dense": (12, 8),
+        "output.dense": (8, 12),
+    },
+    "dinov2": {
+        "norm1": (8,),
+        "attention.attention.query": (8, 8),
+        "attention.attention.key": (8, 8),
+        "attention.attention.value": (8, 8),
+        "attention.output.dense": (8, 8),
+        "norm2": (8,),
+        "mlp.fc1": (12, 8),
+        "mlp.fc2": (8, 12),
+    },
+}
 
 
 def published(kind):
     """Tensors of a small network under the names of the published files."""
-    shapes = {"embeddings.cls_token": (1, 1, 8), "embeddings.position_embeddings": (1, 10, 8),
-              "embeddings.patch_embeddings.projection.weight": (8, 3, 2, 2),
-              "embeddings.patch_embeddings.projection.bias": (8,),
-              "layernorm.weight": (8,), "layernorm.bias": (8,)}
+    shapes = {
+        "embeddings.cls_token": (1, 1, 8),
+        "embeddings.position_embeddings": (1, 10, 8),
+        "embeddings.patch_embeddings.projection.weight": (8, 3, 2, 2),
+        "embeddings.patch_embeddings.projection.bias": (8,),
+        "layernorm.weight": (8,),
+        "layernorm.bias": (8,),
+    }
     for number in range(2):
         for name, shape in LAYERS[kind].items():
             shapes[f"encoder.layer.{number}.{name}.weight"] = shape
@@ -44,11 +89,15 @@ def published(kind):
         if kind == "dinov2":
             shapes[f"encoder.layer.{number}.layer_scale1.lambda1"] = (8,)
             shapes[f"encoder.layer.{number}.layer_scale2.lambda1"] = (8,)
-    unused = ({"pooler.dense.weight": (8, 8), "pooler.dense.bias": (8,)} if kind == "vit"
-              else {"embeddings.mask_token": (1, 8)})
+    unused = (
+        {"pooler.dense.weight": (8, 8), "pooler.dense.bias": (8,)}
+        if kind == "vit"
+        else {"embeddings.mask_token": (1, 8)}
+    )
     rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float16)
-            for name, shape in (shapes | unused).items()}
+    return {
+        name: rng.normal(size=shape).astype(np.float16) for name, shape in (shapes | unused).items()
+    }
 
 
 def write(folder, values, tensors):
@@ -59,7 +108,8 @@ def write(folder, values, tensors):
 def test_configs():
     assert dino.read_config(DINO_S16) == DINOConfig()
     assert dino.read_config(DINOV2_S14) == DINOConfig(
-        image_size=518, patch_size=14, epsilon=1e-6, layer_scale=True)
+        image_size=518, patch_size=14, epsilon=1e-6, layer_scale=True
+    )
 
 
 @pytest.mark.parametrize("values", [DINO_S16, DINOV2_S14])
@@ -72,21 +122,29 @@ def test_folder(values, tmp_path):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     layer = params["encoder"]["layer_1"]
     theirs = {"vit": ("layernorm_after", "output.dense"), "dinov2": ("norm2", "mlp.fc2")}[kind]
-    np.testing.assert_array_equal(layer["norm2"]["scale"],
-                                  tensors[f"encoder.layer.1.{theirs[0]}.weight"])
-    np.testing.assert_array_equal(layer["mlp"]["fc2"]["kernel"].T,
-                                  tensors[f"encoder.layer.1.{theirs[1]}.weight"])
-    np.testing.assert_array_equal(layer["attention"]["output"]["dense"]["bias"],
-                                  tensors["encoder.layer.1.attention.output.dense.bias"])
+    np.testing.assert_array_equal(
+        layer["norm2"]["scale"], tensors[f"encoder.layer.1.{theirs[0]}.weight"]
+    )
+    np.testing.assert_array_equal(
+        layer["mlp"]["fc2"]["kernel"].T, tensors[f"encoder.layer.1.{theirs[1]}.weight"]
+    )
+    np.testing.assert_array_equal(
+        layer["attention"]["output"]["dense"]["bias"],
+        tensors["encoder.layer.1.attention.output.dense.bias"],
+    )
     # Everything is used but the mask token and the pooler.
     assert len(pytorch_names.from_flax(params)) == len(tensors) - (2 if kind == "vit" else 1)
 
 
-@pytest.mark.parametrize("changed, message", [
-    ({"model_type": "swin"}, "model_type = 'swin': .*'dinov2'"),
-    ({"hidden_act": "gelu_new"}, "hidden_act = 'gelu_new': only 'gelu'"),
-    ({"use_swiglu_ffn": True}, "use_swiglu_ffn = True: only False"),
-    ({"image_size": [224, 196]}, r"image_size = \[224, 196\]: only squares")])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"model_type": "swin"}, "model_type = 'swin': .*'dinov2'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act = 'gelu_new': only 'gelu'"),
+        ({"use_swiglu_ffn": True}, "use_swiglu_ffn = True: only False"),
+        ({"image_size": [224, 196]}, r"image_size = \[224, 196\]: only squares"),
+    ],
+)
 def test_configs_that_do_not_fit(changed, message):
     with pytest.raises(UserError, match=message):
         dino.read_config(DINOV2_S14 | changed)
@@ -96,7 +154,9 @@ def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="config.json cannot be read .No such file"):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(DINO_S16 | TINY))
-    with pytest.raises(UserError, match="missing: .*model.safetensors. Weights are read from safetensors"):
+    with pytest.raises(
+        UserError, match="missing: .*model.safetensors. Weights are read from safetensors"
+    ):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
@@ -140,10 +200,14 @@ def test_what_shards_lack(tmp_path):
     write_weights(tmp_path, published("dinov2"), 3)
     (tmp_path / "config.json").write_text(json.dumps(DINOV2_S14 | TINY))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="missing: .*model-00002-of-00003.safetensors. Weights are read from"):
+    with pytest.raises(
+        UserError, match="missing: .*model-00002-of-00003.safetensors. Weights are read from"
+    ):
         dino.load(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"00003.safetensors \(a .bin is a pickle, .*: pytorch_model.bin\)"):
+    with pytest.raises(
+        UserError, match=r"00003.safetensors \(a .bin is a pickle, .*: pytorch_model.bin\)"
+    ):
         dino.load(tmp_path)
     for listed in ({}, {"a": "../model.safetensors"}, {"a": 3}):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))

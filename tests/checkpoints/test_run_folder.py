@@ -19,5 +19,6 @@ def test_configuration(tmp_path):
 def test_metrics_are_the_last_of_each_name(tmp_path):
     assert run_folder.last_metrics(tmp_path) == {}
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 3.0, "bound": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+        '{"step": 1, "loss": 3.0, "bound": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo'
+    )
     assert run_folder.last_metrics(tmp_path) == {"step": 2, "loss": 2.0, "bound": 1.0}

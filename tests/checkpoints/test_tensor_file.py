@@ -12,9 +12,14 @@ import safetensors.numpy
 from focusdpo_jax.checkpoints import tensor_file
 from focusdpo_jax.errors import UserError
 
-TENSORS = {"half": np.arange(3, dtype=np.float16), "a": np.arange(6.0).reshape(2, 3),
-           "brain": np.arange(4, dtype=ml_dtypes.bfloat16).reshape(4, 1), "scalar": np.float32(7),
-           "flag": np.array([True, False, True]), "empty": np.zeros((0, 2), np.int32)}
+TENSORS = {
+    "half": np.arange(3, dtype=np.float16),
+    "a": np.arange(6.0).reshape(2, 3),
+    "brain": np.arange(4, dtype=ml_dtypes.bfloat16).reshape(4, 1),
+    "scalar": np.float32(7),
+    "flag": np.array([True, False, True]),
+    "empty": np.zeros((0, 2), np.int32),
+}
 
 EXTENT = sum(np.asarray(value).nbytes for value in TENSORS.values())
 
@@ -39,7 +44,8 @@ def test_reads_what_the_official_library_writes(tmp_path):
     tensors, metadata = tensor_file.read(path)
     assert metadata == {"a": "b"}
     assert {name: (value.shape, value.dtype) for name, value in tensors.items()} == {
-        name: (np.shape(value), np.asarray(value).dtype) for name, value in TENSORS.items()}
+        name: (np.shape(value), np.asarray(value).dtype) for name, value in TENSORS.items()
+    }
     np.testing.assert_equal(arrays(tensors), TENSORS)
     turned = tensors["a"].map(np.transpose)
     assert turned.shape == (3, 2)
@@ -64,11 +70,18 @@ def test_damaged_files_are_named(tmp_path):
     whole = path.read_bytes()
     header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
     for damaged, reason in [
-            (whole[:-1], f"it has {len(whole) - 1} bytes and should have {len(whole)}"),
-            (whole + b"x", f"it has {len(whole) + 1} bytes and should have {len(whole)}"),
-            (whole[:40], f"it has 40 bytes and should have more than the {len(whole) - EXTENT} of its "),
-            (whole[:8], f"it has 8 bytes and should have more than the {len(whole) - EXTENT} of its header"),
-            (len(header).to_bytes(8, "little") + header + bytes(8), "the extent of a contradicts")]:
+        (whole[:-1], f"it has {len(whole) - 1} bytes and should have {len(whole)}"),
+        (whole + b"x", f"it has {len(whole) + 1} bytes and should have {len(whole)}"),
+        (
+            whole[:40],
+            f"it has 40 bytes and should have more than the {len(whole) - EXTENT} of its ",
+        ),
+        (
+            whole[:8],
+            f"it has 8 bytes and should have more than the {len(whole) - EXTENT} of its header",
+        ),
+        (len(header).to_bytes(8, "little") + header + bytes(8), "the extent of a contradicts"),
+    ]:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=reason) as error:
             tensor_file.read(path)
@@ -87,18 +100,26 @@ def zipped():
 
 KINDS = {
     "empty": (b"", "is empty: fetch or copy it again"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5135149760\n",
-                "is a pointer of git-lfs and not the file itself: run `git lfs pull`"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5135149760\n",
+        "is a pointer of git-lfs and not the file itself: run `git lfs pull`",
+    ),
     "page": (b"\n<!DOCTYPE html>\n<html><head>", "is a web page: fetch the file itself"),
     "short page": (b"<html> not here", "is a web page"),
     "gguf": (b"GGUF\3\0\0\0" + bytes(16), "is a GGUF file, whose weights are quantised"),
     "zip": (zipped(), "is a zip archive, as torch.save makes of a pickle.*weights_only=True"),
-    "pickle": (pickle.dumps({"a": list(range(99))}, protocol=2),
-               "is a Python pickle, as torch.save made them.*is not read: convert it"),
+    "pickle": (
+        pickle.dumps({"a": list(range(99))}, protocol=2),
+        "is a Python pickle, as torch.save made them.*is not read: convert it",
+    ),
     "compressed": (b"\x1f\x8b\x08" + bytes(60), "is compressed .gzip.: unpack it first"),
-    "text": (b"Not Found. Please try again later.", r"is no safetensors file \(its first bytes are b'Not"),
+    "text": (
+        b"Not Found. Please try again later.",
+        r"is no safetensors file \(its first bytes are b'Not",
+    ),
     "json": (json.dumps({"weight_map": {"a": "b"}}).encode(), "is no safetensors file"),
-    "few bytes": (b"abc", "is no safetensors file")}
+    "few bytes": (b"abc", "is no safetensors file"),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +132,7 @@ def test_other_files_are_told_by_what_they_are(kind, tmp_path):
     assert "\n" not in str(error.value) and "damaged" not in str(error.value)
 
 
-@pytest.mark.parametrize("length", [0x0280, 0x0580, 0x8b1f])
+@pytest.mark.parametrize("length", [0x0280, 0x0580, 0x8B1F])
 def test_a_header_whose_length_looks_like_another_file(length, tmp_path):
     """The first bytes are those of a pickle or of gzip, and a header's length all the same."""
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()

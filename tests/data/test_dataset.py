@@ -173,8 +173,11 @@ def test_user_mistakes_are_named(path, tmp_path):
 
 def test_every_module_that_renders_is_in_the_fingerprint(monkeypatch):
     """Another renderer, another data set: stale images are never read."""
-    modules = [value for value in vars(toybox).values()
-               if isinstance(value, types.ModuleType) and value.__name__.startswith("focusdpo_jax.data.")]
+    modules = [
+        value
+        for value in vars(toybox).values()
+        if isinstance(value, types.ModuleType) and value.__name__.startswith("focusdpo_jax.data.")
+    ]
     assert len(modules) == 3
     before = dataset._world_fingerprint()
     for module in (toybox, *modules):

@@ -22,14 +22,15 @@ def folder(tmp_path):
         for i in range(2):
             picture = draw.integers(90, 130, (48, 40, 3), np.uint8)
             mask = np.zeros((48, 40), bool)
-            mask[16:32, 8 + 8 * i:24 + 8 * i] = True
+            mask[16:32, 8 + 8 * i : 24 + 8 * i] = True
             picture[mask] = color
             path = tmp_path / "photos" / subject / f"{i:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(example_pairs.encoded(picture))
             path.with_name(f"{i:02d}_mask.png").write_bytes(example_pairs.encoded(mask))
     (tmp_path / "photos" / "prompts_and_classes.txt").write_text(
-        "Classes\n\nsubject_name,class\ndog,dog\ndog2,dog\n\nPrompts\n")
+        "Classes\n\nsubject_name,class\ndog,dog\ndog2,dog\n\nPrompts\n"
+    )
     return tmp_path / "photos"
 
 
@@ -41,11 +42,16 @@ def test_pairs_of_photographs(folder, tmp_path):
     manifest = dreambench.write_manifest(folder, tmp_path / "source")
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     kinds = [(line["group"], line["info"]["kind"]) for line in lines]
-    assert kinds == [*[("dog", "photograph"), ("dog", "composite")] * 2,
-                     *[("dog2", "photograph"), ("dog2", "composite")] * 2,
-                     *[("soup_can", "composite")] * 2]
+    assert kinds == [
+        *[("dog", "photograph"), ("dog", "composite")] * 2,
+        *[("dog2", "photograph"), ("dog2", "composite")] * 2,
+        *[("soup_can", "composite")] * 2,
+    ]
     assert [line["caption"] for line in lines[::4]] == [
-        "a photo of a dog", "a photo of a dog", "a photo of a soup can"]
+        "a photo of a dog",
+        "a photo of a dog",
+        "a photo of a soup can",
+    ]
     for line in lines:
         source, subject = tmp_path / "source", line["subjects"][0]
         assert line["chosen"] != subject["reference"]
@@ -56,7 +62,7 @@ def test_pairs_of_photographs(folder, tmp_path):
         prior = decode_mask(read(source, line["prior_mask"]))
         assert chosen[mask].mean(0) == pytest.approx(COLORS[line["group"]])
         middle = int(np.flatnonzero(mask.any(0)).mean())
-        middle = rejected[22:26, middle - 2:middle + 3].reshape(-1, 3).mean(0)
+        middle = rejected[22:26, middle - 2 : middle + 3].reshape(-1, 3).mean(0)
         if line["group"] == "soup_can":  # Grey has no opposite: it becomes red.
             assert middle[0] > middle[1] + 60
         else:
@@ -72,8 +78,9 @@ def test_pairs_of_photographs(folder, tmp_path):
 def test_they_pass_every_check(folder, tmp_path, monkeypatch):
     manifest = dreambench.write_manifest(folder, tmp_path / "source")
     monkeypatch.setattr(prepare, "_build", lambda *_: None)
-    report = prepare.prepare(manifest, tmp_path / "output", prepare.Settings(resolution=32),
-                             draw_sheet=None)
+    report = prepare.prepare(
+        manifest, tmp_path / "output", prepare.Settings(resolution=32), draw_sheet=None
+    )
     assert report["accepted"] == report["lines"] == 10
 
 

@@ -28,10 +28,19 @@ def test_plain_pictures_are_unchanged():
     np.testing.assert_array_equal(decode_picture(encode_png(PIXELS))[0], PIXELS)
 
 
-@pytest.mark.parametrize(("orientation", "turn"), [
-    (1, lambda x: x), (2, lambda x: x[:, ::-1]), (3, lambda x: x[::-1, ::-1]),
-    (4, lambda x: x[::-1]), (5, lambda x: x.transpose(1, 0, 2)), (6, lambda x: np.rot90(x, -1)),
-    (7, lambda x: x[::-1, ::-1].transpose(1, 0, 2)), (8, lambda x: np.rot90(x))])
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [
+        (1, lambda x: x),
+        (2, lambda x: x[:, ::-1]),
+        (3, lambda x: x[::-1, ::-1]),
+        (4, lambda x: x[::-1]),
+        (5, lambda x: x.transpose(1, 0, 2)),
+        (6, lambda x: np.rot90(x, -1)),
+        (7, lambda x: x[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda x: np.rot90(x)),
+    ],
+)
 def test_exif_turns_picture_and_mask(orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -73,7 +82,8 @@ def test_sixteen_bits_keep_their_brightness():
     assert changes == ("16 bit",)
     assert picture[0, :, 1].tolist() == [0, 100, 255, 7]
     assert decode_mask(example_pairs.encoded(Image.fromarray(values))).tolist() == [
-        [False, False, True, False]]
+        [False, False, True, False]
+    ]
 
 
 def test_grey_and_bits():
@@ -82,7 +92,8 @@ def test_grey_and_bits():
     np.testing.assert_array_equal(picture, np.repeat(grey[..., None], 3, -1))
     assert changes == ("grey",)
     np.testing.assert_array_equal(
-        decode_mask(example_pairs.encoded(Image.fromarray(grey > 99))), grey > 99)
+        decode_mask(example_pairs.encoded(Image.fromarray(grey > 99))), grey > 99
+    )
 
 
 def test_a_cut_out_is_its_own_mask():
@@ -110,13 +121,19 @@ def test_programs_are_not_pictures():
 
 def by_pillow(image, profile):
     """The conversion that Pillow documents, with its defaults."""
-    return np.asarray(ImageCms.profileToProfile(
-        image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"),
-        outputMode="RGB"))
+    return np.asarray(
+        ImageCms.profileToProfile(
+            image,
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGB",
+        )
+    )
 
 
-@pytest.mark.parametrize("space", [example_pairs.ADOBE_RGB, example_pairs.DISPLAY_P3],
-                         ids=["adobe", "p3"])
+@pytest.mark.parametrize(
+    "space", [example_pairs.ADOBE_RGB, example_pairs.DISPLAY_P3], ids=["adobe", "p3"]
+)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP"])
 def test_wide_colours_become_srgb(space, kind):
     profile = example_pairs.rgb_profile(*space)
@@ -130,8 +147,11 @@ def test_wide_colours_become_srgb(space, kind):
 
 def test_adobe_rgb_by_its_formula():
     """Linear light by the gamma, to XYZ under D50 and back by sRGB's primaries and curve."""
-    picture, _ = decode_picture(example_pairs.encoded(
-        PIXELS, icc_profile=example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)))
+    picture, _ = decode_picture(
+        example_pairs.encoded(
+            PIXELS, icc_profile=example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
+        )
+    )
     *primaries, gamma = example_pairs.ADOBE_RGB
     srgb = [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)]
     linear = (PIXELS / 255) ** gamma @ np.array(primaries) @ np.linalg.inv(srgb)
@@ -157,19 +177,22 @@ def test_inks_and_greys_with_a_profile():
     # Of 16 bits, the same greys; and in the profile of an RGB space.
     wide = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
     np.testing.assert_array_equal(
-        decode_picture(example_pairs.encoded(wide, icc_profile=profile))[0], picture)
+        decode_picture(example_pairs.encoded(wide, icc_profile=profile))[0], picture
+    )
     profile = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     np.testing.assert_array_equal(
         decode_picture(example_pairs.encoded(grey, icc_profile=profile))[0],
-        by_pillow(grey.convert("RGB"), profile))
+        by_pillow(grey.convert("RGB"), profile),
+    )
 
 
 def test_profile_below_transparency_and_in_a_palette():
     profile = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     alpha = np.full((6, 8), 255, np.uint8)
     alpha[:, :4] = 0
-    picture, changes = decode_picture(example_pairs.encoded(
-        np.dstack([PIXELS, alpha]), icc_profile=profile))
+    picture, changes = decode_picture(
+        example_pairs.encoded(np.dstack([PIXELS, alpha]), icc_profile=profile)
+    )
     expected = by_pillow(Image.fromarray(PIXELS), profile).copy()
     expected[:, :4] = 255
     np.testing.assert_array_equal(picture, expected)
@@ -207,7 +230,8 @@ def test_sixteen_bits_of_grey(kind, order):
     np.testing.assert_array_equal(picture[..., 0], np.rint(values / 257))
     assert np.ptp(picture) == 255 and changes == ("16 bit",)
     np.testing.assert_array_equal(
-        decode_mask(example_pairs.encoded(Image.fromarray(values), kind)), values / 257 >= 127.5)
+        decode_mask(example_pairs.encoded(Image.fromarray(values), kind)), values / 257 >= 127.5
+    )
 
 
 @pytest.mark.parametrize("kind", [".png", ".tiff"])
@@ -223,13 +247,20 @@ def test_numbers_that_are_no_brightness_are_refused():
     """Floats, 32 bits, and 8 bits that lie in 16."""
     floats = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
     for content, reason in (
-            (example_pairs.encoded(Image.fromarray(floats), "TIFF"), "has 32 bits a channel"),
-            (example_pairs.encoded(Image.fromarray(np.int32(floats * 70000)), "TIFF"),
-             "has 32 bits a channel"),
-            (cv2.imencode(".tiff", np.repeat(floats[..., None], 3, -1))[1].tobytes(),
-             "is a TIFF of a kind that is not read"),
-            (example_pairs.encoded(Image.fromarray(np.uint16(floats * 255))),
-             "no value above 255 of 65535")):
+        (example_pairs.encoded(Image.fromarray(floats), "TIFF"), "has 32 bits a channel"),
+        (
+            example_pairs.encoded(Image.fromarray(np.int32(floats * 70000)), "TIFF"),
+            "has 32 bits a channel",
+        ),
+        (
+            cv2.imencode(".tiff", np.repeat(floats[..., None], 3, -1))[1].tobytes(),
+            "is a TIFF of a kind that is not read",
+        ),
+        (
+            example_pairs.encoded(Image.fromarray(np.uint16(floats * 255))),
+            "no value above 255 of 65535",
+        ),
+    ):
         for decode in (decode_picture, decode_mask):
             with pytest.raises(UnreadableImage, match=reason):
                 decode(content)
@@ -260,8 +291,11 @@ def test_what_earlier_versions_read_otherwise():
     adobe = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert images.is_converted(example_pairs.encoded(PIXELS, icc_profile=adobe))
-    for content in (b"no picture", example_pairs.encoded(PIXELS),
-                    example_pairs.encoded(PIXELS, icc_profile=srgb)):
+    for content in (
+        b"no picture",
+        example_pairs.encoded(PIXELS),
+        example_pairs.encoded(PIXELS, icc_profile=srgb),
+    ):
         assert not images.is_converted(content)
 
 

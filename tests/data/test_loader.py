@@ -59,8 +59,13 @@ def test_order_depends_on_the_seed_and_the_epoch_alone():
 def test_rows_taken_at_once_are_those_of_the_records():
     table = np.arange(SIZE * 3).reshape(SIZE, 3)
     one_by_one = loader.make_loader(list(table), batch_size=4, seed=1)
-    at_once = loader.make_loader(range(SIZE), batch_size=4, seed=1, threads=0,
-                                 batch_transform=lambda positions: table[positions])
+    at_once = loader.make_loader(
+        range(SIZE),
+        batch_size=4,
+        seed=1,
+        threads=0,
+        batch_transform=lambda positions: table[positions],
+    )
     for _ in range(4):
         np.testing.assert_array_equal(next(at_once), next(one_by_one))
     assert at_once.get_state() == one_by_one.get_state()
@@ -134,7 +139,7 @@ def test_workers_give_the_same_batches_and_go_on_where_threads_were():
     for start, workers in ((0, 0), (3, 2), (6, 0)):
         iterator = make(workers=workers)
         iterator.set_state(json.loads(json.dumps(state)))
-        assert indices(iterator, 3) == expected[start:start + 3]
+        assert indices(iterator, 3) == expected[start : start + 3]
         state = iterator.get_state()
         iterator.close()
 

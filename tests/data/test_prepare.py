@@ -31,8 +31,11 @@ def run(manifest, output, settings=SETTINGS, **options):
 
 def tree(folder):
     """{path: digest} of every file in a folder."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,11 @@ def test_records_are_what_the_manifest_says(good):
     assert {name: len(source) for name, source in sources.items()} == told["splits"]
     assert sum(told["splits"].values()) == 6 and len(told["splits"]) == 3
     lines, _ = example_pairs.make(6)
-    records = {r["caption"]: r for source in sources.values()
-               for r in (source[i] for i in range(len(source)))}
+    records = {
+        r["caption"]: r
+        for source in sources.values()
+        for r in (source[i] for i in range(len(source)))
+    }
     assert records.keys() == {line["caption"] for line in lines}
     record = records["thing number 1"]
     assert len(record["subjects"]) == 2
@@ -75,7 +81,8 @@ def test_records_are_what_the_manifest_says(good):
 def test_batches_have_the_encoder_s_references_and_true_time_ids(good):
     source = dataset.open_prepared(good[1])["train"]
     transform = loader.pair_transform(
-        tokenize=lambda caption: np.zeros((2, 5)), num_subjects=2, reference_size=10)
+        tokenize=lambda caption: np.zeros((2, 5)), num_subjects=2, reference_size=10
+    )
     batch = next(loader.evaluation_batches(source, batch_size=2, transform=transform))
     assert batch.references.shape == (2, 2, 10, 10, 3) and batch.truth == {}
     assert batch.reference_masks.shape == (2, 2, 10, 10)
@@ -214,25 +221,34 @@ def test_tokens_are_counted_by_a_tokenizer_where_there_is_one(tmp_path):
         run(manifest, tmp_path / "output", count_tokens=lambda caption: 78 if "2" in caption else 7)
 
 
-def test_training_tells_of_captions_that_the_model_does_not_read(
-        tiny_config, tmp_path, caplog):
+def test_training_tells_of_captions_that_the_model_does_not_read(tiny_config, tmp_path, caplog):
     """Once for all splits of a data set, from the texts alone."""
     from focusdpo_jax.training import tasks
+
     lines, files = example_pairs.make(6)
     for line in lines[:2]:
-        line["caption"] = "a ball and a star and a ring and a cross and a heart and a thing on grass"
-    run(example_pairs.write(tmp_path / "pairs", lines, files), tmp_path / "data",
-        prepare.Settings(resolution=32))
+        line["caption"] = (
+            "a ball and a star and a ring and a cross and a heart and a thing on grass"
+        )
+    run(
+        example_pairs.write(tmp_path / "pairs", lines, files),
+        tmp_path / "data",
+        prepare.Settings(resolution=32),
+    )
     source = dataset.open_prepared(tmp_path / "data")["train"]
     assert source.texts() == [
         (record["caption"], [s["phrase"] for s in record["subjects"]])
-        for record in (source[i] for i in range(len(source)))]
-    config = tiny_config(**{"data.source": "prepared", "data.path": str(tmp_path / "data"),
-                            "batch_size": 1})
+        for record in (source[i] for i in range(len(source)))
+    ]
+    config = tiny_config(
+        **{"data.source": "prepared", "data.path": str(tmp_path / "data"), "batch_size": 1}
+    )
     tasks.make_task(config, tmp_path / "run")
-    message, = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
-    assert message.startswith(f"config.data.path = '{tmp_path / 'data'}': 1 of 5 texts are longer "
-                              "than the 16 tokens that the model reads and are cut")
+    (message,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+    assert message.startswith(
+        f"config.data.path = '{tmp_path / 'data'}': 1 of 5 texts are longer "
+        "than the 16 tokens that the model reads and are cut"
+    )
     assert "The model does not read 'a thing'" in message
 
 
@@ -241,16 +257,35 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
     import tiny
 
     from focusdpo_jax.training import loop, models
+
     output = tmp_path / "data"
-    subprocess.run([sys.executable, "-m", "focusdpo_jax.prepare", f"--manifest={EXAMPLE}",
-                    f"--output={output}", "--resolution=32", "--workers=1"], check=True,
-                   capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "focusdpo_jax.prepare",
+            f"--manifest={EXAMPLE}",
+            f"--output={output}",
+            "--resolution=32",
+            "--workers=1",
+        ],
+        check=True,
+        capture_output=True,
+    )
     assert Image.open(output / "contact_sheet.png").size[0] > 4 * 160
     sources = dataset.open_prepared(output)
     assert sources["train"].settings["subjects"] == 2
 
-    config = tiny_config(**{"data.source": "prepared", "data.path": str(output), "steps": 2,
-                            "batch_size": 2, "evaluation.scenes": 4, "focus.buckets": 1})
+    config = tiny_config(
+        **{
+            "data.source": "prepared",
+            "data.path": str(output),
+            "steps": 2,
+            "batch_size": 2,
+            "evaluation.scenes": 4,
+            "focus.buckets": 1,
+        }
+    )
     loop.run(config, tmp_path / "run")
     losses = tiny.losses(tmp_path / "run")
     assert losses[1] == pytest.approx(np.log(2), abs=1e-4) and np.isfinite(losses[2])
@@ -264,12 +299,22 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
     # Everything is encoded and nothing is drawn: encoders are not read before they are saved.
     config.data.cache, config.data.workers, config.evaluation.pictures = True, 0, 0
     load_parts, read = models.load_parts, []
-    monkeypatch.setattr(models, "load_parts", lambda config, parts, *place: (
-        read.append(sorted(parts)) or load_parts(config, parts, *place)))
+    monkeypatch.setattr(
+        models,
+        "load_parts",
+        lambda config, parts, *place: (
+            read.append(sorted(parts)) or load_parts(config, parts, *place)
+        ),
+    )
     loop.run(config, tmp_path / "without")
     assert tiny.losses(tmp_path / "without") == losses
-    assert read == [["adapter", "unet"], ["text_encoder"], ["text_encoder_2"], ["image_encoder"],
-                    ["vae"]]
+    assert read == [
+        ["adapter", "unet"],
+        ["text_encoder"],
+        ["text_encoder_2"],
+        ["image_encoder"],
+        ["vae"],
+    ]
     assert tree(tmp_path / "without" / "model") == tree(tmp_path / "run" / "model")
     assert not (tmp_path / "without" / "samples").exists()
     other = shutil.copytree(config.model.pretrained, tmp_path / "other")
@@ -280,14 +325,25 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
         loop.run(config, tmp_path / "refused")
 
     for changes, reason in [
-            # One folder for all: a start that was refused does not stand in the next one's way.
-            ({"resolution": 64}, "config.resolution = 64: the pictures of .* have 32"),
-            ({"batch_size": 5}, r"config.batch_size = 5: .* has 4 pairs to train on, and a step takes "
-             "config.batch_size = 5 pairs; give config.batch_size = 4 at most, or prepare more pairs"),
-            ({"data.path": "nowhere"}, "'nowhere' holds no prepared data set"),
-            ({"objective": "probe"}, "learns what Toybox knows")]:
-        config = tiny_config(**{"data.source": "prepared", "data.path": str(output),
-                                "batch_size": 2, "evaluation.scenes": 0} | changes)
+        # One folder for all: a start that was refused does not stand in the next one's way.
+        ({"resolution": 64}, "config.resolution = 64: the pictures of .* have 32"),
+        (
+            {"batch_size": 5},
+            r"config.batch_size = 5: .* has 4 pairs to train on, and a step takes "
+            "config.batch_size = 5 pairs; give config.batch_size = 4 at most, or prepare more pairs",
+        ),
+        ({"data.path": "nowhere"}, "'nowhere' holds no prepared data set"),
+        ({"objective": "probe"}, "learns what Toybox knows"),
+    ]:
+        config = tiny_config(
+            **{
+                "data.source": "prepared",
+                "data.path": str(output),
+                "batch_size": 2,
+                "evaluation.scenes": 0,
+            }
+            | changes
+        )
         with pytest.raises(UserError, match=reason):
             loop.run(config, tmp_path / "refused")
 
@@ -316,14 +372,18 @@ def test_mistakes_are_named(tmp_path):
         ({"manifest": "nowhere/a.jsonl"}, "--manifest=nowhere/a.jsonl cannot be read"),
         ({"dreambench": "nowhere"}, "--dreambench=nowhere is no folder"),
         ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
-        ({"manifest": str(EXAMPLE), "resolution": 33}, "--resolution=33: no model draws squares of that "
-         "side; give a multiple of 8, such as 32"),
-        ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5},
-         "nothing is left to train on"),
-        ({"manifest": str(EXAMPLE), "max_subjects": 1, "resolution": 64}, "2 entries; give 1 to 1")]
+        (
+            {"manifest": str(EXAMPLE), "resolution": 33},
+            "--resolution=33: no model draws squares of that "
+            "side; give a multiple of 8, such as 32",
+        ),
+        ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5}, "nothing is left to train on"),
+        ({"manifest": str(EXAMPLE), "max_subjects": 1, "resolution": 64}, "2 entries; give 1 to 1"),
+    ]
     flags = [{"output": str(tmp_path / "data"), "workers": 1} | given for given, _ in calls]
-    result = subprocess.run([sys.executable, "-c", CALLS, json.dumps(flags)], check=True,
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", CALLS, json.dumps(flags)], check=True, capture_output=True, text=True
+    )
     said = iter(result.stdout.splitlines())
     for _, reason in calls:
         assert any(re.search(reason, line) for line in said), reason

@@ -47,8 +47,10 @@ class Case:
     def file_field(self, masks=True):
         """Any field that names a file: (its dict, its key, its full name)."""
         found = [(self.line, key, key) for key in ("chosen", "rejected", "prior_mask")]
-        found += [(self.subject, key, f"subjects[{self.slot}].{key}")
-                  for key in ("reference", "reference_mask", "mask")]
+        found += [
+            (self.subject, key, f"subjects[{self.slot}].{key}")
+            for key in ("reference", "reference_mask", "mask")
+        ]
         return self.pick(*(f for f in found if f[1] in f[0] and (masks or "mask" not in f[1])))
 
     def any_object(self):
@@ -86,9 +88,15 @@ def empty_file(case):
 
 def no_picture(case):
     where, key, field = case.file_field()
-    where[key] = case.new_file(case.pick(
-        case.draw.bytes(300), b"<svg></svg>", b"%!PS-Adobe-3.0 EPSF-3.0\n" * 20, b"\x00",
-        b"\n" * 99))
+    where[key] = case.new_file(
+        case.pick(
+            case.draw.bytes(300),
+            b"<svg></svg>",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n" * 20,
+            b"\x00",
+            b"\n" * 99,
+        )
+    )
     return field, "is no picture"
 
 
@@ -96,7 +104,7 @@ def cut_off(case):
     where, key, field = case.file_field()
     kind = case.pick("PNG", "JPEG", "WEBP", "BMP", "TIFF")
     content = example_pairs.encoded(case.noise(), kind)
-    where[key] = case.new_file(content[:int(case.draw.integers(1, int(len(content) * 0.7)))])
+    where[key] = case.new_file(content[: int(case.draw.integers(1, int(len(content) * 0.7)))])
     return field, BAD_FILE
 
 
@@ -114,10 +122,13 @@ def bomb(case):
     where, key, field = case.file_field()
     side = case.pick(9000, 40000, 65000)
     content = case.pick(
-        png(side, zlib.compress(bytes(10000))), png(2**30, zlib.compress(bytes(10000))),
-        patched("BMP", 18, "<ii", side, side), patched("GIF", 6, "<HH", side, side),
+        png(side, zlib.compress(bytes(10000))),
+        png(2**30, zlib.compress(bytes(10000))),
+        patched("BMP", 18, "<ii", side, side),
+        patched("GIF", 6, "<HH", side, side),
         patched("TIFF", b"\x00\x01\x04\x00\x01\x00\x00\x00", "<I", side),
-        patched("JPEG", b"\xff\xc0\x00\x11\x08", ">HH", side, side))
+        patched("JPEG", b"\xff\xc0\x00\x11\x08", ">HH", side, side),
+    )
     where[key] = case.new_file(content)
     return field, "million|far too large"
 
@@ -126,7 +137,8 @@ def compressed_text(case):
     """A picture whose comment, when it is unpacked, has 256 MiB."""
     where, key, field = case.file_field()
     where[key] = case.new_file(
-        png(16, zlib.compress(bytes(10000)), chunk(b"zTXt", b"Comment\0\0" + zeros())))
+        png(16, zlib.compress(bytes(10000)), chunk(b"zTXt", b"Comment\0\0" + zeros()))
+    )
     return field, "damaged"
 
 
@@ -139,9 +151,13 @@ def zeros():
 
 def png(side, pixels, *chunks):
     """A PNG file of a square picture, with these chunks before its pixels."""
-    return (b"\x89PNG\r\n\x1a\n" + chunk(
-        b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + b"".join(chunks)
-        + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        + b"".join(chunks)
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
 
 
 def chunk(name, data):
@@ -159,8 +175,11 @@ def patched(kind, where, form, *values):
 def wrong_depth(case):
     where, key, field = case.file_field()
     image = Image.fromarray(case.noise()[..., 0].astype(np.float32))
-    image = image if case.pick(True, False) else Image.fromarray(
-        np.full((HEIGHT, WIDTH), 2**20, np.int32))
+    image = (
+        image
+        if case.pick(True, False)
+        else Image.fromarray(np.full((HEIGHT, WIDTH), 2**20, np.int32))
+    )
     where[key] = case.new_file(example_pairs.encoded(image, "TIFF"))
     return field, "32 bits|more than 16 bits"
 
@@ -168,14 +187,20 @@ def wrong_depth(case):
 def frames(case):
     where, key, field = case.file_field()
     images = [Image.fromarray(case.noise()) for _ in range(3)]
-    where[key] = case.new_file(example_pairs.encoded(
-        images[0], case.pick("GIF", "TIFF", "WEBP"), save_all=True, append_images=images[1:]))
+    where[key] = case.new_file(
+        example_pairs.encoded(
+            images[0], case.pick("GIF", "TIFF", "WEBP"), save_all=True, append_images=images[1:]
+        )
+    )
     return field, "has several frames"
 
 
 def rejected_size(case):
-    case.line["rejected"] = case.new_file(example_pairs.encoded(
-        case.noise(*case.pick((WIDTH, HEIGHT), (HEIGHT, WIDTH + 1), (12, 16)))))
+    case.line["rejected"] = case.new_file(
+        example_pairs.encoded(
+            case.noise(*case.pick((WIDTH, HEIGHT), (HEIGHT, WIDTH + 1), (12, 16)))
+        )
+    )
     return "rejected", rf"pixels and chosen is {HEIGHT} x {WIDTH}"
 
 
@@ -189,8 +214,9 @@ def turned(case):
 def mask_size(case):
     key = case.pick("prior_mask", "mask", "reference_mask")
     where = case.line if key == "prior_mask" else case.subject
-    where[key] = case.new_file(example_pairs.encoded(
-        np.ones(case.pick((8, 8), (WIDTH, HEIGHT), (48, 64)), bool)))
+    where[key] = case.new_file(
+        example_pairs.encoded(np.ones(case.pick((8, 8), (WIDTH, HEIGHT), (48, 64)), bool))
+    )
     return ("" if key == "prior_mask" else f"subjects[{case.slot}].") + key, "pixels and .* is"
 
 
@@ -211,8 +237,12 @@ def mask_of_labels(case):
 
 def box_outside(case):
     case.subject["box"] = case.pick(
-        [0.1, 0.1, 1.2, 0.5], [-0.1, 0, 1, 1], [4, 5, 20, 22], [0.1, 0.1, 0.2, float("nan")],
-        [0, 0, 1e999, 1])
+        [0.1, 0.1, 1.2, 0.5],
+        [-0.1, 0, 1, 1],
+        [4, 5, 20, 22],
+        [0.1, 0.1, 0.2, float("nan")],
+        [0, 0, 1e999, 1],
+    )
     return f"subjects[{case.slot}].box", "reaches outside"
 
 
@@ -229,8 +259,10 @@ def box_form(case):
 def box_beside_mask(case):
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[:12, :12] = True
-    case.subject |= {"mask": case.new_file(example_pairs.encoded(mask)),
-                     "box": case.pick([0.5, 0.5, 1, 1], [0.3, 0, 1, 1], [0, 0, 0.1, 0.1])}
+    case.subject |= {
+        "mask": case.new_file(example_pairs.encoded(mask)),
+        "box": case.pick([0.5, 0.5, 1, 1], [0.3, 0, 1, 1], [0, 0, 0.1, 0.1]),
+    }
     return f"subjects[{case.slot}].box", r"holds \d+% of the mask"
 
 
@@ -252,7 +284,7 @@ def invisible_difference(case):
 
 def prior_misses(case):
     mask = np.zeros((HEIGHT, WIDTH), bool)
-    mask[:, :case.pick(1, 4, 9)] = True
+    mask[:, : case.pick(1, 4, 9)] = True
     case.line["prior_mask"] = case.new_file(example_pairs.encoded(mask))
     return "prior_mask", r"misses \d+% of where"
 
@@ -291,15 +323,25 @@ def half_character(case):
 
 def escape(case):
     where, key, field = case.file_field()
-    name = case.pick("../outside.png", "0/../../outside.png", "/etc/hostname", "~/a.png",
-                     "link.png", "folder/outside.png", "gs://bucket/a.png", "..", "0/../../",
-                     "..\\outside.png")
+    name = case.pick(
+        "../outside.png",
+        "0/../../outside.png",
+        "/etc/hostname",
+        "~/a.png",
+        "link.png",
+        "folder/outside.png",
+        "gs://bucket/a.png",
+        "..",
+        "0/../../",
+        "..\\outside.png",
+    )
     where[key] = name
 
     def after(folder):
         (folder.parent / "outside.png").write_bytes(example_pairs.encoded(case.noise()))
         (folder / "link.png").symlink_to(folder.parent / "outside.png")
         (folder / "folder").symlink_to(folder.parent)
+
     case.after = after
     return field, "leads out of the manifest's folder"
 
@@ -307,8 +349,15 @@ def escape(case):
 def not_json(case):
     text = json.dumps(case.line).encode()
     case.lines[case.i] = case.pick(
-        text[:int(case.draw.integers(1, len(text)))], b"chosen,rejected", text + b",", text + text,
-        text.replace(b'"', b"'"), b"\x00", b"[" * 200_000, b'{"caption": ' + b"9" * 5000 + b"}")
+        text[: int(case.draw.integers(1, len(text)))],
+        b"chosen,rejected",
+        text + b",",
+        text + text,
+        text.replace(b'"', b"'"),
+        b"\x00",
+        b"[" * 200_000,
+        b'{"caption": ' + b"9" * 5000 + b"}",
+    )
     return "", "is not JSON|nested too deeply"
 
 
@@ -331,8 +380,11 @@ def given_twice(case):
 
 def missing_field(case):
     where, field = case.any_object()
-    keys = (("caption", "chosen", "rejected", "subjects") if where is case.line
-            else ("phrase", "reference", "reference_mask"))
+    keys = (
+        ("caption", "chosen", "rejected", "subjects")
+        if where is case.line
+        else ("phrase", "reference", "reference_mask")
+    )
     key = case.pick(*keys)
     if case.pick(True, False):
         del where[key]
@@ -358,7 +410,7 @@ def misspelt(case):
     where, field = case.any_object()
     key = case.pick(*(k for k in ("caption", "rejected", "subjects", "phrase") if k in where))
     at = int(case.draw.integers(1, len(key)))
-    wrong = key[:at] + key[at + 1:]
+    wrong = key[:at] + key[at + 1 :]
     where[wrong] = where.pop(key)
     return field + wrong, f"is not a field; did you mean {key}"
 
@@ -371,8 +423,10 @@ def subject_form(case):
 def too_small(case):
     size = case.pick((3, 32), (24, 2), (1, 1))
     for key in ("chosen", "rejected"):
-        case.line[key] = case.new_file(example_pairs.encoded(
-            np.full((*size, 3), 200 * (key == "chosen"), np.uint8)), key + ".png")
+        case.line[key] = case.new_file(
+            example_pairs.encoded(np.full((*size, 3), 200 * (key == "chosen"), np.uint8)),
+            key + ".png",
+        )
     for subject in case.line["subjects"]:
         subject.pop("mask", None)
     return "chosen", "too small for 16; give at least 4"
@@ -384,26 +438,66 @@ def outside_crop(case):
     masks = np.zeros((2, 8, 64), bool)
     masks[0, :, :4], masks[1, :, 60:] = True, True
     add = case.new_file
-    case.line |= {"chosen": add(example_pairs.encoded(chosen), "c.png"),
-                  "rejected": add(example_pairs.encoded(chosen + 99), "r.png"),
-                  "prior_mask": add(example_pairs.encoded(prior), "p.png"),
-                  "subjects": [case.subject | {"mask": add(example_pairs.encoded(m), f"m{i}.png")}
-                               for i, m in enumerate(masks)]}
+    case.line |= {
+        "chosen": add(example_pairs.encoded(chosen), "c.png"),
+        "rejected": add(example_pairs.encoded(chosen + 99), "r.png"),
+        "prior_mask": add(example_pairs.encoded(prior), "p.png"),
+        "subjects": [
+            case.subject | {"mask": add(example_pairs.encoded(m), f"m{i}.png")}
+            for i, m in enumerate(masks)
+        ],
+    }
     return "prior_mask", "has only 12% of its pixels inside the square"
 
 
-SPOIL = [missing_file, no_file, empty_file, no_picture, cut_off, damaged, bomb, compressed_text,
-         wrong_depth, frames, rejected_size, turned, mask_size, mask_empty, mask_of_labels,
-         box_outside, box_empty, box_form, box_beside_mask, equal_pair, invisible_difference,
-         prior_misses, union_misses, long_caption, subject_count, not_utf8, half_character, escape,
-         not_json, not_an_object, long_line, given_twice, missing_field, empty_text,
-         zero_character, misspelt, subject_form, too_small, outside_crop]
+SPOIL = [
+    missing_file,
+    no_file,
+    empty_file,
+    no_picture,
+    cut_off,
+    damaged,
+    bomb,
+    compressed_text,
+    wrong_depth,
+    frames,
+    rejected_size,
+    turned,
+    mask_size,
+    mask_empty,
+    mask_of_labels,
+    box_outside,
+    box_empty,
+    box_form,
+    box_beside_mask,
+    equal_pair,
+    invisible_difference,
+    prior_misses,
+    union_misses,
+    long_caption,
+    subject_count,
+    not_utf8,
+    half_character,
+    escape,
+    not_json,
+    not_an_object,
+    long_line,
+    given_twice,
+    missing_field,
+    empty_text,
+    zero_character,
+    misspelt,
+    subject_form,
+    too_small,
+    outside_crop,
+]
 ROUNDS = 9  # 39 kinds of mistakes, 351 manifests.
 
 
 @contextlib.contextmanager
 def bounded():
     """Fails what hangs, or takes more memory than pictures of these sizes have a reason to."""
+
     def hangs(*_):
         raise TimeoutError("this manifest keeps prepare busy")
 
@@ -457,12 +551,14 @@ def test_the_good_manifest_is_good(tmp_path, monkeypatch):
     report = prepare.prepare(manifest, tmp_path / "output", SETTINGS, draw_sheet=None)
     assert report["accepted"] == 3 and not report["refused"]
 
+
 UPSIDE_DOWN = Image.Exif()
 UPSIDE_DOWN[0x0112] = 3
 ODD = {
     "cmyk": lambda pixels: example_pairs.encoded(Image.fromarray(pixels).convert("CMYK"), "JPEG"),
     "16 bit": lambda pixels: example_pairs.encoded(
-        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)),
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    ),
     "alpha": lambda pixels: example_pairs.encoded(np.dstack([pixels, pixels[..., :1]])),
     "palette": lambda pixels: example_pairs.encoded(Image.fromarray(pixels).convert("P")),
     "grey": lambda pixels: example_pairs.encoded(pixels[..., 0]),
@@ -476,8 +572,9 @@ def test_odd_pictures_are_converted_and_counted(mode, tmp_path, monkeypatch):
     lines, files = example_pairs.make()
     case = Case(lines, files, np.random.default_rng(0))
     for line, name in ((0, "odd_0"), (1, "odd_1")):
-        case.lines[line]["subjects"][0]["reference"] = case.new_file(ODD[mode](case.noise(20, 16)),
-                                                                     name)
+        case.lines[line]["subjects"][0]["reference"] = case.new_file(
+            ODD[mode](case.noise(20, 16)), name
+        )
     manifest = example_pairs.write(tmp_path, case.lines, case.files)
     report = prepare.prepare(manifest, tmp_path / "output", SETTINGS, draw_sheet=None)
     assert report["accepted"] == 3 and report["changes"] == {mode: 2}

@@ -16,15 +16,24 @@ def test_timesteps_by_hand():
     assert samplers.sampling_timesteps(1000, 3, "trailing").tolist() == [999, 666, 332]
     assert samplers.sampling_timesteps(1000, 4, "linspace").tolist() == [999, 666, 333, 0]
     # DPM-Solver++ lays a fifth timestep, for the clean end.
-    assert samplers.sampling_timesteps(
-        1000, 4, "leading", "dpmpp_2m").tolist() == [801, 601, 401, 201]
-    assert samplers.sampling_timesteps(
-        1000, 4, "linspace", "dpmpp_2m").tolist() == [999, 749, 500, 250]
+    assert samplers.sampling_timesteps(1000, 4, "leading", "dpmpp_2m").tolist() == [
+        801,
+        601,
+        401,
+        201,
+    ]
+    assert samplers.sampling_timesteps(1000, 4, "linspace", "dpmpp_2m").tolist() == [
+        999,
+        749,
+        500,
+        250,
+    ]
 
 
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
-@pytest.mark.parametrize("sampler, most", [
-    ("ddim", 999), ("euler", 999), ("euler_a", 999), ("dpmpp_2m", 998)])
+@pytest.mark.parametrize(
+    "sampler, most", [("ddim", 999), ("euler", 999), ("euler_a", 999), ("dpmpp_2m", 998)]
+)
 def test_as_many_steps_as_there_are(sampler, most, spacing):
     every = samplers.sampling_timesteps(1000, most, spacing, sampler)
     assert every.max() <= 999 and every.min() >= 0 and np.all(np.diff(every) < 0)
@@ -32,8 +41,10 @@ def test_as_many_steps_as_there_are(sampler, most, spacing):
         samplers.sampling_timesteps(1000, most + 1, spacing, sampler)
 
 
-@pytest.mark.parametrize("steps, spacing, message", [
-    (0, "leading", "steps is 0"), (1000, "leading", "steps is 1000"), (4, "even", "'even'")])
+@pytest.mark.parametrize(
+    "steps, spacing, message",
+    [(0, "leading", "steps is 0"), (1000, "leading", "steps is 1000"), (4, "even", "'even'")],
+)
 def test_mistakes_are_named(steps, spacing, message):
     with pytest.raises(UserError, match=message):
         samplers.sampling_timesteps(1000, steps, spacing)
@@ -41,14 +52,14 @@ def test_mistakes_are_named(steps, spacing, message):
 
 def test_an_unknown_sampler_is_told_the_known_ones():
     with pytest.raises(UserError, match="'heun'; choose one of ddim, euler, euler_a, dpmpp_2m"):
-        samplers.sample(None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4,
-                        sampler="heun")
+        samplers.sample(None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="heun")
 
 
 def test_an_ancestral_sampler_asks_for_keys():
     with pytest.raises(ValueError, match="'euler_a' draws noise at every step; pass keys"):
-        samplers.sample(None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4,
-                        sampler="euler_a")
+        samplers.sample(
+            None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="euler_a"
+        )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -75,8 +86,15 @@ def test_zero_terminal_snr_leads_to_the_image_too(sampler, steps):
         alpha, sigma = schedule.signal_and_noise(t)
         return schedule.target(image, (noisy - alpha * image) / sigma, t)
 
-    out = samplers.sample(oracle, schedule, noise, steps, "trailing", sampler=sampler,
-                          keys=jax.random.split(jax.random.key(1), 2))
+    out = samplers.sample(
+        oracle,
+        schedule,
+        noise,
+        steps,
+        "trailing",
+        sampler=sampler,
+        keys=jax.random.split(jax.random.key(1), 2),
+    )
     np.testing.assert_allclose(out, image, atol=1e-4)
 
 
@@ -91,7 +109,8 @@ def best_for_a_gaussian(noisy, t):
 
 def test_a_gaussian_comes_out_with_its_own_spread():
     out = samplers.sample(
-        best_for_a_gaussian, scaled_linear_schedule(), jnp.ones((1, 1, 1, 1)), 500)
+        best_for_a_gaussian, scaled_linear_schedule(), jnp.ones((1, 1, 1, 1)), 500
+    )
     # Noise of size 1 at abar = 0.0047 stands for 0.996 of a standard deviation there.
     assert float(out[0, 0, 0, 0]) == pytest.approx(SPREAD, rel=0.01)
 
@@ -101,7 +120,8 @@ def test_the_second_order_is_worth_its_name():
     schedule, steps, error = scaled_linear_schedule(), 20, {}
     for sampler in ("ddim", "dpmpp_2m"):
         out = samplers.sample(
-            best_for_a_gaussian, schedule, jnp.ones((1, 1, 1, 1)), steps, sampler=sampler)
+            best_for_a_gaussian, schedule, jnp.ones((1, 1, 1, 1)), steps, sampler=sampler
+        )
         visited = samplers.sampling_timesteps(1000, steps, sampler=sampler)
         abar = schedule.alphas_cumprod[visited[[0, -1]]].astype(np.float64)
         first, last = np.sqrt(abar * SPREAD**2 + 1 - abar)
@@ -114,8 +134,9 @@ def test_the_second_order_is_worth_its_name():
 def test_ancestral_samples_of_a_gaussian_have_its_spread():
     keys = jax.random.split(jax.random.key(0), 64)
     noise = jax.random.normal(jax.random.key(1), (64, 8, 8, 1))
-    out = samplers.sample(best_for_a_gaussian, scaled_linear_schedule(), noise, 200,
-                          sampler="euler_a", keys=keys)
+    out = samplers.sample(
+        best_for_a_gaussian, scaled_linear_schedule(), noise, 200, sampler="euler_a", keys=keys
+    )
     assert float(out.std()) == pytest.approx(SPREAD, rel=0.05)
     # The noise drawn on the way has made them forget where they began.
     assert abs(np.corrcoef(out.ravel(), noise.ravel())[0, 1]) < 0.2
@@ -125,8 +146,14 @@ def test_ancestral_noise_is_each_picture_s_own():
     keys = jax.random.split(jax.random.key(0), 3)
 
     def run(keys):
-        return samplers.sample(best_for_a_gaussian, scaled_linear_schedule(),
-                               jnp.ones((len(keys), 2, 2, 1)), 4, sampler="euler_a", keys=keys)
+        return samplers.sample(
+            best_for_a_gaussian,
+            scaled_linear_schedule(),
+            jnp.ones((len(keys), 2, 2, 1)),
+            4,
+            sampler="euler_a",
+            keys=keys,
+        )
 
     together = run(keys)
     assert len(np.unique(together)) == together.size
@@ -187,7 +214,9 @@ def test_guidance_is_one_call_with_the_conditional_half_first():
 
 
 def test_only_above_one_there_is_guidance():
-    assert [samplers.guides(scale) for scale in (-1, 0, 0.5, 1, 1.01, 7)] == [False] * 4 + [True] * 2
+    assert [samplers.guides(scale) for scale in (-1, 0, 0.5, 1, 1.01, 7)] == [False] * 4 + [
+        True
+    ] * 2
     for scale in (float("nan"), float("inf")):
         with pytest.raises(UserError, match=f"guidance is {scale}; give a finite number"):
             samplers.guides(scale)
@@ -214,9 +243,15 @@ def test_what_is_known_stays_and_the_rest_is_drawn(sampler):
         return schedule.target(image, (noisy - alpha * image) / sigma, t)
 
     drawn = samplers.sample(
-        oracle, schedule, noise, 10, "trailing", sampler=sampler, keys=jax.random.split(
-            jax.random.key(1), 2),
-        known=samplers.Known(latents=known, kept=kept, strength=0.5))
+        oracle,
+        schedule,
+        noise,
+        10,
+        "trailing",
+        sampler=sampler,
+        keys=jax.random.split(jax.random.key(1), 2),
+        known=samplers.Known(latents=known, kept=kept, strength=0.5),
+    )
     np.testing.assert_allclose(drawn[:, :2], known[:, :2], atol=1e-5)
     np.testing.assert_allclose(drawn[:, 2:], image[:, 2:], atol=2e-4)
     jax.effects_barrier()
@@ -225,4 +260,5 @@ def test_what_is_known_stays_and_the_rest_is_drawn(sampler):
         expected = schedule.add_noise(known, noise, jnp.full(2, step))
         np.testing.assert_allclose(latents[:, :2], expected[:, :2], atol=1e-5)
     np.testing.assert_allclose(  # At the start all of it is.
-        seen[0][1], schedule.add_noise(known, noise, jnp.full(2, 499)), atol=1e-5)
+        seen[0][1], schedule.add_noise(known, noise, jnp.full(2, 499)), atol=1e-5
+    )

@@ -26,7 +26,8 @@ def test_sdxl_numbers():
     # By hand: abar_0 = 1 - beta_start; the second beta lies 1 / 999 of the way between the roots.
     second = (np.sqrt(0.00085) + (np.sqrt(0.012) - np.sqrt(0.00085)) / 999) ** 2
     np.testing.assert_allclose(
-        schedule.alphas_cumprod[:2], [0.99915, 0.99915 * (1 - second)], rtol=1e-7)
+        schedule.alphas_cumprod[:2], [0.99915, 0.99915 * (1 - second)], rtol=1e-7
+    )
     assert schedule.alphas_cumprod[-1] == pytest.approx(0.004660, abs=1e-6)  # sigma_max 14.61
     assert np.all(np.diff(schedule.alphas_cumprod) < 0)
 
@@ -38,12 +39,15 @@ def test_add_noise_by_hand():
     np.testing.assert_allclose(noisy[:, 0, 0, 0], [0.8 * 5 + 0.6 * 10, 0.6 * 5 + 0.8 * 10])
 
 
-@pytest.mark.parametrize("prediction_type, expected", [
-    ("epsilon", 10.0), ("sample", 5.0), ("v_prediction", 0.8 * 10 - 0.6 * 5)])
+@pytest.mark.parametrize(
+    "prediction_type, expected",
+    [("epsilon", 10.0), ("sample", 5.0), ("v_prediction", 0.8 * 10 - 0.6 * 5)],
+)
 def test_target_by_hand(prediction_type, expected):
     schedule = NoiseSchedule(np.array([0.64], np.float32), prediction_type)
     target = schedule.target(
-        jnp.full((1, 1, 1, 1), 5.0), jnp.full((1, 1, 1, 1), 10.0), jnp.array([0]))
+        jnp.full((1, 1, 1, 1), 5.0), jnp.full((1, 1, 1, 1), 10.0), jnp.array([0])
+    )
     assert float(target[0, 0, 0, 0]) == pytest.approx(expected)
 
 
@@ -63,8 +67,12 @@ def test_arithmetic_is_float32_whatever_comes_in():
     schedule = scaled_linear_schedule("v_prediction")
     latents, noise = (x.astype(jnp.bfloat16) for x in draws())
     t = jnp.array([1, 2, 3])
-    for out in (schedule.add_noise(latents, noise, t), schedule.target(latents, noise, t),
-                schedule.to_x0(noise, latents, t), schedule.to_epsilon(noise, latents, t)):
+    for out in (
+        schedule.add_noise(latents, noise, t),
+        schedule.target(latents, noise, t),
+        schedule.to_x0(noise, latents, t),
+        schedule.to_epsilon(noise, latents, t),
+    ):
         assert out.dtype == jnp.float32
 
 

@@ -19,17 +19,18 @@ def make():
         lines.append({"caption": "a star and a ball on grass", "chosen": name, "subjects": []})
         for j in range(count):
             mask = np.zeros((HEIGHT, WIDTH), bool)
-            mask[9 + 4 * j:25 + 4 * j, 5 + 14 * j:22 + 14 * j] = True
+            mask[9 + 4 * j : 25 + 4 * j, 5 + 14 * j : 22 + 14 * j] = True
             files[f"{i}_{j}_mask.png"] = encoded(mask)
             subject = {"phrase": "a star" if j else "a ball", "mask": f"{i}_{j}_mask.png"}
             if i < 2:
                 marked = np.zeros((20, 16), bool)
                 marked[4:16, 3:13] = True
                 reference = draw.integers(0, 256, (20, 16, 3), np.uint8)
-                files |= {f"{i}_{j}.png": encoded(reference),
-                          f"{i}_{j}_reference.png": encoded(marked)}
-                subject |= {"reference": f"{i}_{j}.png",
-                            "reference_mask": f"{i}_{j}_reference.png"}
+                files |= {
+                    f"{i}_{j}.png": encoded(reference),
+                    f"{i}_{j}_reference.png": encoded(marked),
+                }
+                subject |= {"reference": f"{i}_{j}.png", "reference_mask": f"{i}_{j}_reference.png"}
             lines[-1]["subjects"].append(subject)
     lines[0] |= {"group": "the ball", "info": [1, 2]}
     lines[0]["subjects"][0]["info"] = {"from": "a test"}

@@ -41,8 +41,11 @@ class Counted:
 def artist(tiny_folder):
     """(inpainter, judge, tokenizer) of the tiny model."""
     model = runs.load_folder(tiny_folder / "model")
-    return (Inpainter(model, **SETTINGS.inpainting()),
-            choice.Judge(choice.own_encoder(model, 2)), model.tokenizer)
+    return (
+        Inpainter(model, **SETTINGS.inpainting()),
+        choice.Judge(choice.own_encoder(model, 2)),
+        model.tokenizer,
+    )
 
 
 @pytest.fixture
@@ -53,9 +56,16 @@ def run(artist):
 
     def start(manifest, output, settings=SETTINGS, **options):
         return runner.disrupt(
-            manifest, output, settings, counted, judge, identity={"model": "tiny"},
+            manifest,
+            output,
+            settings,
+            counted,
+            judge,
+            identity={"model": "tiny"},
             draw_sheet=contact_sheet.draw,
-            count_tokens=lambda text: (tokenizer.count(text), tokenizer.length), **options)
+            count_tokens=lambda text: (tokenizer.count(text), tokenizer.length),
+            **options,
+        )
 
     start.artist = counted
     return start
@@ -71,9 +81,16 @@ def good(artist, scenes, tmp_path_factory):
     """The folder of an uninterrupted start."""
     inpainter, judge, tokenizer = artist
     output = tmp_path_factory.mktemp("good") / "pairs"
-    runner.disrupt(scenes, output, SETTINGS, inpainter, judge, identity={"model": "tiny"},
-                    draw_sheet=contact_sheet.draw,
-                    count_tokens=lambda text: (tokenizer.count(text), tokenizer.length))
+    runner.disrupt(
+        scenes,
+        output,
+        SETTINGS,
+        inpainter,
+        judge,
+        identity={"model": "tiny"},
+        draw_sheet=contact_sheet.draw,
+        count_tokens=lambda text: (tokenizer.count(text), tokenizer.length),
+    )
     return output
 
 
@@ -104,15 +121,20 @@ def test_the_manifest_says_how_each_subject_came_about(good):
     told = info["disruption"]
     assert (told["mode"], told["strength"]) == ("phrase", 1.0)
     assert len({c["seed"] for c in told["candidates"]}) == 3
-    best = choice.choose([c["instance_similarity"] for c in told["candidates"]],
-                         [c["caption_similarity"] for c in told["candidates"]])
+    best = choice.choose(
+        [c["instance_similarity"] for c in told["candidates"]],
+        [c["caption_similarity"] for c in told["candidates"]],
+    )
     assert {**told, **told["candidates"][best]} == told
 
 
 def test_prepare_takes_the_manifest_as_it_is(good, tmp_path):
     report = prepare.prepare(
-        good / "manifest.jsonl", tmp_path / "data", prepare.Settings(resolution=32, validation=0),
-        draw_sheet=contact_sheet.draw)
+        good / "manifest.jsonl",
+        tmp_path / "data",
+        prepare.Settings(resolution=32, validation=0),
+        draw_sheet=contact_sheet.draw,
+    )
     assert (report["accepted"], report["refused"]) == (3, [])
     # The cut-out of the third scene's subject is its reference.
     last = pairs(good)[2]["subjects"][0]
@@ -192,29 +214,40 @@ def changed(change):
 
 REFUSED = {
     "chosen = 'gone.png': no such file": lambda line, s, f: line.update(chosen="gone.png"),
-    r"subjects\[0\].mask is 9 x 9 pixels and chosen is 40 x 52; give both one size":
-        lambda line, s, f: f.update({"0_0_mask.png": encoded(np.ones((9, 9), bool))}),
-    r"subjects\[0\].mask is empty; make":
-        lambda line, s, f: f.update({"0_0_mask.png": encoded(np.zeros((40, 52), bool))}),
-    r"subjects\[0\].mask is missing; give the file of a mask, a box, or a --segmenter":
-        lambda line, s, f: s.pop("mask"),
-    r"subjects\[0\].mask is 50 pixels long and the shorter side of chosen 40; crop":
-        lambda line, s, f: f.update({"0_0_mask.png": encoded(
-            np.broadcast_to(np.arange(52) < 50, (40, 52)))}),
-    r"subjects\[0\].phrase is missing; name the subject, as in 'a dog', or give a --captioner":
-        lambda line, s, f: s.pop("phrase"),
-    r"subjects\[0\].phrase = 'a blue tent' has no word in common with the caption":
-        lambda line, s, f: s.update(phrase="a blue tent"),
-    r"subjects\[0\].phrase has 25 tokens and the model reads 16; shorten it":
-        lambda line, s, f: s.update(phrase="a ball with extraordinary ears"),
-    r"subjects\[0\].reference is missing beside a reference_mask":
-        lambda line, s, f: s.pop("reference"),
-    r"rejected is not a field; what is your own belongs in info":
-        lambda line, s, f: line.update(rejected="0.png"),
+    r"subjects\[0\].mask is 9 x 9 pixels and chosen is 40 x 52; give both one size": lambda line, s, f: (
+        f.update({"0_0_mask.png": encoded(np.ones((9, 9), bool))})
+    ),
+    r"subjects\[0\].mask is empty; make": lambda line, s, f: f.update(
+        {"0_0_mask.png": encoded(np.zeros((40, 52), bool))}
+    ),
+    r"subjects\[0\].mask is missing; give the file of a mask, a box, or a --segmenter": lambda line, s, f: (
+        s.pop("mask")
+    ),
+    r"subjects\[0\].mask is 50 pixels long and the shorter side of chosen 40; crop": lambda line, s, f: (
+        f.update({"0_0_mask.png": encoded(np.broadcast_to(np.arange(52) < 50, (40, 52)))})
+    ),
+    r"subjects\[0\].phrase is missing; name the subject, as in 'a dog', or give a --captioner": lambda line, s, f: (
+        s.pop("phrase")
+    ),
+    r"subjects\[0\].phrase = 'a blue tent' has no word in common with the caption": lambda line, s, f: (
+        s.update(phrase="a blue tent")
+    ),
+    r"subjects\[0\].phrase has 25 tokens and the model reads 16; shorten it": lambda line, s, f: (
+        s.update(phrase="a ball with extraordinary ears")
+    ),
+    r"subjects\[0\].reference is missing beside a reference_mask": lambda line, s, f: s.pop(
+        "reference"
+    ),
+    r"rejected is not a field; what is your own belongs in info": lambda line, s, f: line.update(
+        rejected="0.png"
+    ),
     "caption is missing; say what the picture shows": lambda line, s, f: line.pop("caption"),
-    "chosen is 7 x 52 pixels, too small for 32; give at least 8":
-        lambda line, s, f: f.update({"0.png": encoded(np.zeros((7, 52, 3), np.uint8)),
-                                  "0_0_mask.png": encoded(np.ones((7, 52), bool))}),
+    "chosen is 7 x 52 pixels, too small for 32; give at least 8": lambda line, s, f: f.update(
+        {
+            "0.png": encoded(np.zeros((7, 52, 3), np.uint8)),
+            "0_0_mask.png": encoded(np.ones((7, 52), bool)),
+        }
+    ),
 }
 
 
@@ -238,8 +271,14 @@ def test_refused_lines_can_be_left_out(run, good, tmp_path):
 def test_the_example_of_the_documentation_can_be_drawn():
     for _, text in manifest.read_lines(EXAMPLE):
         line = scene_manifest.parse_line(text, max_subjects=3, hooks=scene_manifest.Hooks())
-        scene_manifest.open_scene(line, {field: manifest.read_file(EXAMPLE.parent, name, field)
-                                for field, name in line.files().items()}, 64)
+        scene_manifest.open_scene(
+            line,
+            {
+                field: manifest.read_file(EXAMPLE.parent, name, field)
+                for field, name in line.files().items()
+            },
+            64,
+        )
 
 
 def test_hooks_fill_in_what_is_missing(run, tmp_path):
@@ -265,16 +304,23 @@ def test_hooks_fill_in_what_is_missing(run, tmp_path):
     pair = pairs(tmp_path / "pairs")[0]
     assert pair["caption"] == "a star and a ball"
     assert [s["phrase"] for s in pair["subjects"]] == ["a red ball", "a star"]
-    assert asked == [((20, 16, 3), "a red ball", None),
-                     ((40, 52, 3), "a star", (0.5, 0.25, 0.75, 0.75))]
+    assert asked == [
+        ((20, 16, 3), "a red ball", None),
+        ((40, 52, 3), "a star", (0.5, 0.25, 0.75, 0.75)),
+    ]
     for i, name in ((0, "reference_mask"), (1, "mask")):
         found = tmp_path / "pairs" / pair["subjects"][i][name]
         assert decode_mask(found.read_bytes()).sum() == 100
 
     with pytest.raises(UserError, match=r"subjects\[1\].mask by --segmenter is empty: it finds no"):
-        run(path, tmp_path / "empty", hooks=scene_manifest.Hooks(
-            lambda pixels, phrase, box: segment(pixels, phrase, box) & (phrase != "a star"),
-            describe))
+        run(
+            path,
+            tmp_path / "empty",
+            hooks=scene_manifest.Hooks(
+                lambda pixels, phrase, box: segment(pixels, phrase, box) & (phrase != "a star"),
+                describe,
+            ),
+        )
     with pytest.raises(UserError, match=r"subjects\[0\].phrase by --captioner is ''; it has to"):
         run(path, tmp_path / "silent", hooks=scene_manifest.Hooks(segment, lambda *_: ""))
 

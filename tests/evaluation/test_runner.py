@@ -73,10 +73,13 @@ def test_results(whole):
         estimates = results["metrics"][name]
         assert estimates.keys() == {"base", "policy", "difference"}
         assert estimates["difference"]["mean"] == pytest.approx(
-            estimates["policy"]["mean"] - estimates["base"]["mean"])
+            estimates["policy"]["mean"] - estimates["base"]["mean"]
+        )
         assert estimates["base"]["low"] <= estimates["base"]["mean"] <= estimates["base"]["high"]
-    base, policy = (np.asarray(Image.open(whole / "pictures" / side / "0001_0.png"), int)
-                    for side in ("base", "policy"))
+    base, policy = (
+        np.asarray(Image.open(whole / "pictures" / side / "0001_0.png"), int)
+        for side in ("base", "policy")
+    )
     assert base.shape == (32, 32, 3) and np.abs(base - policy).max() > 0
     # Beside an evaluation of a run the training's own table is read the same way.
     assert "fidelity ↑" in tables.format_results(results)
@@ -94,7 +97,8 @@ def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_results(
-        config, probe, sides, whole, tmp_path, monkeypatch):
+    config, probe, sides, whole, tmp_path, monkeypatch
+):
     kept, saved = OutputFolder.save_picture, []
 
     def stop_at_the_sixth(self, side, scene, picture):
@@ -123,7 +127,9 @@ def test_a_stopped_evaluation_goes_on_to_the_same_results(
 def test_shares_add_up(config, probe, sides, whole, tmp_path):
     assert evaluate(tmp_path, config, probe, sides, share=(1, 2)) is None
     assert {path.name for path in tmp_path.glob("pictures/base/*.png")} == {
-        "0002_0.png", "0003_0.png"}
+        "0002_0.png",
+        "0003_0.png",
+    }
     assert not (tmp_path / "results.json").exists()
     evaluate(tmp_path, config, probe, sides, share=(0, 2))
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
@@ -143,7 +149,7 @@ def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
             return [Scene("a", long, (box, box), 0, "a"), Scene("b", "a box", (box,), 1, "b")]
 
     runner.run(OutputFolder(tmp_path / "out"), TwoScenes(), sides, SAMPLING, batch_size=2)
-    message, = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+    (message,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
     assert message.startswith("the scenes: 1 of 2 texts are longer than the 16 tokens")
     assert "The model does not read 'a box'" in message
 
@@ -157,9 +163,11 @@ def test_pictures_of_another_program(config, probe, whole, tmp_path):
         Image.open(path).save(images / path.name)
     results = evaluate(tmp_path / "out", config, probe, {}, images=images)
     expected = json.loads((whole / "results.json").read_text())["metrics"]
-    assert results["metrics"] == {name: {"policy": estimates["policy"]}
-                                  for name, estimates in expected.items()
-                                  if estimates["policy"]["n"]}
+    assert results["metrics"] == {
+        name: {"policy": estimates["policy"]}
+        for name, estimates in expected.items()
+        if estimates["policy"]["n"]
+    }
     Image.new("RGB", (32, 32)).save(images / "0000_0.png")
     with pytest.raises(UserError, match="another digest of images"):
         evaluate(tmp_path / "out", config, probe, {}, images=images)
@@ -225,15 +233,23 @@ def test_report_stands_alone(whole, config, probe, sides, tmp_path):
     run = tmp_path / "a <run>"
     (run / "samples").mkdir(parents=True)
     Image.new("RGB", (300, 200)).save(run / "samples" / "step_000012.png")
-    (run / "metrics.jsonl").write_text("".join(
-        json.dumps({"step": step, "loss": 1 / step, "t0/loss": 3.0}) + "\n"
-        for step in (1, 2, 3)) + '{"step": 4, "lo')
+    (run / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "loss": 1 / step, "t0/loss": 3.0}) + "\n"
+            for step in (1, 2, 3)
+        )
+        + '{"step": 4, "lo'
+    )
     # As if the first evaluation had been of this run; the policy gains in one scene and loses in
     # another.
     shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "out" / "settings.json").unlink()
-    fidelity = {("base", "0001_0"): 0.25, ("policy", "0001_0"): 0.75,
-                ("base", "0002_0"): 1.0, ("policy", "0002_0"): 0.5}
+    fidelity = {
+        ("base", "0001_0"): 0.25,
+        ("policy", "0001_0"): 0.75,
+        ("base", "0002_0"): 1.0,
+        ("policy", "0002_0"): 0.5,
+    }
     for path in (tmp_path / "out").glob("scores/*/*/*.json"):
         scores = json.loads(path.read_text())
         for name, measured in scores.items():

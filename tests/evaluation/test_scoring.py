@@ -52,7 +52,8 @@ def test_one_subject(subjects):
 def test_subjects_without_a_place_are_missing(subjects):
     several, alone = (Scene("a", "", s, 0, "") for s in (subjects, subjects[:1]))
     scores = scoring.MissingScorer("found so").score(
-        [several, alone], [None] * 2, [[None, Place((0, 0, 1, 1))], [None]])
+        [several, alone], [None] * 2, [[None, Place((0, 0, 1, 1))], [None]]
+    )
     assert scores == [{"missing": [1.0, 0.0]}, {}]
 
 
@@ -62,7 +63,8 @@ def test_two_subjects_in_their_places_and_swapped(subjects):
     halves = [Place((0, 0, 0.5, 1)), Place((0.5, 0, 1, 1))]
     scorer = scoring.SimilarityScorer(Colors())
     right, swapped, lost = scorer.score(
-        [scene] * 3, [picture] * 3, [halves, halves[::-1], [None, halves[1]]])
+        [scene] * 3, [picture] * 3, [halves, halves[::-1], [None, halves[1]]]
+    )
     # The whole picture is (1, 1, 0) / sqrt 2; green's photograph (0, 1, 1) / sqrt 2.
     assert right["dinov2"] == pytest.approx((np.sqrt(0.5) + 0.5) / 2)
     # The margin of a box takes in a row of the neighbour's, 1 in 10 columns at most.

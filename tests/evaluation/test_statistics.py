@@ -90,12 +90,22 @@ def test_table():
     def estimate(mean, low, high, n=200):
         return {"mean": mean, "low": low, "high": high, "n": n}
 
-    table = statistics.format_table({"metrics": {
-        "fidelity": {"base": estimate(0.5, 0.43, 0.57), "policy": estimate(1, 1, 1),
-                     "difference": estimate(0.5, 0.43, 0.57)},
-        "hue_leakage": {"base": estimate(0.25, 0.2, 0.3, 90), "policy": estimate(0.2, 0.1, 0.25, 88),
-                        "difference": estimate(-0.05, -0.1, 0.004, 80)},
-    }})
+    table = statistics.format_table(
+        {
+            "metrics": {
+                "fidelity": {
+                    "base": estimate(0.5, 0.43, 0.57),
+                    "policy": estimate(1, 1, 1),
+                    "difference": estimate(0.5, 0.43, 0.57),
+                },
+                "hue_leakage": {
+                    "base": estimate(0.25, 0.2, 0.3, 90),
+                    "policy": estimate(0.2, 0.1, 0.25, 88),
+                    "difference": estimate(-0.05, -0.1, 0.004, 80),
+                },
+            }
+        }
+    )
     assert table.splitlines() == [
         "measure        base                    policy                  policy - base         policy is  scenes",
         "-" * 102,
@@ -126,7 +136,8 @@ def test_a_difference_is_of_the_same_scenes():
 
 
 def test_a_difference_leaves_out_scenes_that_one_side_does_not_define():
-    estimate = statistics.bootstrap_difference([[1, 3], [NAN, NAN], [5, 5]],
-                                               [[2, NAN], [7, 7], [NAN, NAN]], seed=0)
+    estimate = statistics.bootstrap_difference(
+        [[1, 3], [NAN, NAN], [5, 5]], [[2, NAN], [7, 7], [NAN, NAN]], seed=0
+    )
     assert estimate == (0.0, 0.0, 0.0, 1)
     assert statistics.bootstrap_difference([NAN], [1.0], seed=0).n == 0

@@ -19,7 +19,8 @@ def benchmark():
 def photos(benchmark, tmp_path):
     """Two subjects of two photographs: a red and a green block on blue."""
     (tmp_path / "prompts_and_classes.txt").write_text(
-        "Classes\n\nsubject_name,class\nred,block\ngreen,block\nelsewhere,dog\n\nPrompts\n")
+        "Classes\n\nsubject_name,class\nred,block\ngreen,block\nelsewhere,dog\n\nPrompts\n"
+    )
     for name, color in (("red", (255, 0, 0)), ("green", (0, 255, 0))):
         (tmp_path / name).mkdir()
         picture, mask = np.full((512, 512, 3), (0, 0, 255), np.uint8), np.zeros((512, 512), "u1")
@@ -33,7 +34,8 @@ def photos(benchmark, tmp_path):
 def test_a_composite_shows_both_subjects_where_its_masks_say(benchmark, photos):
     assert photos.classes == {"red": "block", "green": "block"} and photos.count("red") == 2
     picture, masks = benchmark.composite(
-        photos, ("red", "green"), np.random.default_rng(0), plain=True)
+        photos, ("red", "green"), np.random.default_rng(0), plain=True
+    )
     assert picture.shape == (448, 448, 3) and masks.shape == (2, 448, 448)
     for side, channel in enumerate((0, 1)):
         rows, columns = np.nonzero(masks[side])
@@ -79,7 +81,10 @@ def test_the_match_of_a_dog_lies_on_the_dog_in_another_photo(benchmark):
     (reference, mask), (target, other) = (photos.read("dog", i) for i in range(2))
     seen = [np.asarray(features(picture[None])[0]) for picture in (reference, target)]
     inside, chance = benchmark.hits(
-        benchmark.match_by_contest, [(seen[0], benchmark.on_patches(mask))], seen[1],
-        benchmark.on_patches(other)[None])
+        benchmark.match_by_contest,
+        [(seen[0], benchmark.on_patches(mask))],
+        seen[1],
+        benchmark.on_patches(other)[None],
+    )
     print(inside, chance)
     assert inside > 0.9 > 2 * chance

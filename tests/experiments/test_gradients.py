@@ -14,12 +14,18 @@ def test_cosine():
 
 def test_equal_settings_have_equal_gradients_and_others_do_not(tiny_config):
     config = tiny_config(focus__buckets=1, focus__background=0.5, trainable="full")
-    found = gradients.compare(config, {
-        "dpo": {"objective": "dpo"}, "prior_dpo": {"objective": "prior_dpo"},
-        # Without SPAF and DPCE the focus weights are the prior's.
-        "none": {"focus.spaf": False, "focus.dpce": False},
-        "focus": {"focus.lambda_s": 10.0, "focus.matched": 0.0},
-    }, pairs=4, seed=0)
+    found = gradients.compare(
+        config,
+        {
+            "dpo": {"objective": "dpo"},
+            "prior_dpo": {"objective": "prior_dpo"},
+            # Without SPAF and DPCE the focus weights are the prior's.
+            "none": {"focus.spaf": False, "focus.dpce": False},
+            "focus": {"focus.lambda_s": 10.0, "focus.matched": 0.0},
+        },
+        pairs=4,
+        seed=0,
+    )
     (settings,) = found.values()
     assert settings["none"] == pytest.approx(settings["prior_dpo"], abs=1e-5)
     assert settings["prior_dpo"]["prior_dpo"] == settings["dpo"]["norm"] == pytest.approx(1)

@@ -32,20 +32,30 @@ def recipe(tmp_path):
     python.chmod(python.stat().st_mode | stat.S_IEXEC)
 
     def run(*arguments, fails="none", hangs="none"):
-        environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}",
-                                    "FAILS": fails, "HANGS": hangs}
+        environment = os.environ | {
+            "PATH": f"{python.parent}:{os.environ['PATH']}",
+            "FAILS": fails,
+            "HANGS": hangs,
+        }
         (tmp_path / "calls").write_text("")
-        status = subprocess.run(["bash", tmp_path / "experiments" / "toybox_base.sh", *arguments],
-                                env=environment, timeout=30, stdout=subprocess.DEVNULL).returncode
+        status = subprocess.run(
+            ["bash", tmp_path / "experiments" / "toybox_base.sh", *arguments],
+            env=environment,
+            timeout=30,
+            stdout=subprocess.DEVNULL,
+        ).returncode
         return status, (tmp_path / "calls").read_text().splitlines()
+
     return run
 
 
 def test_stages_follow_each_other_and_finished_ones_are_skipped(recipe):
     status, calls = recipe("--config.seed=1", fails="probe")
     assert status == 3 and len(calls) == 3
-    assert calls[0] == ("-m focusdpo_jax.main --config=configs/toybox_base.py:autoencoder "
-                        "--workdir=runs/toybox_base_autoencoder --config.seed=1")
+    assert calls[0] == (
+        "-m focusdpo_jax.main --config=configs/toybox_base.py:autoencoder "
+        "--workdir=runs/toybox_base_autoencoder --config.seed=1"
+    )
     status, calls = recipe()
     assert status == 0 and "probe" in calls[0] and len(calls) == len(stages()) - 2
     assert recipe() == (0, [])
@@ -58,7 +68,9 @@ def test_it_saves_and_stops_in_time(recipe):
 
 def stages():
     """The stages of configs/toybox_base.py."""
-    spec = importlib.util.spec_from_file_location("toybox_base", ROOT / "configs" / "toybox_base.py")
+    spec = importlib.util.spec_from_file_location(
+        "toybox_base", ROOT / "configs" / "toybox_base.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.STAGES

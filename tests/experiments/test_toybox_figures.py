@@ -15,21 +15,35 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def model(tiny_folder):
     import jax
     import tiny
+
     model = models.load_model(tiny.tiny_config(tiny_folder))
-    return type(model)(model.generator, model.parameters, model.tokenizer,
-                       pretraining.init_probe(jax.random.key(0)))
+    return type(model)(
+        model.generator,
+        model.parameters,
+        model.tokenizer,
+        pretraining.init_probe(jax.random.key(0)),
+    )
 
 
 def report(model, tiny_config, parts, batch_size=4):
-    return toybox_figures.report(model, tiny_config(), split="validation", count=6, seed=0,
-                                 batch_size=batch_size, parts=parts)
+    return toybox_figures.report(
+        model,
+        tiny_config(),
+        split="validation",
+        count=6,
+        seed=0,
+        batch_size=batch_size,
+        parts=parts,
+    )
 
 
 def test_psnr_inside_subjects(model, tiny_config, monkeypatch):
     """An error of 0.1 inside all subjects and of 0.01 elsewhere is 20 dB inside and 40 dB elsewhere."""
     config = tiny_config()
     source = dataset.ToyboxSource(dataset.toybox_world(config), "validation", 6)
-    inside = np.stack([np.any([s["mask"] for s in source[i]["subjects"]], axis=0) for i in range(6)])
+    inside = np.stack(
+        [np.any([s["mask"] for s in source[i]["subjects"]], axis=0) for i in range(6)]
+    )
 
     def reconstruct(generator, parameters, images, batch_size):
         return images / 255.0 + np.where(inside, 0.1, 0.01)[..., None]
@@ -40,7 +54,8 @@ def test_psnr_inside_subjects(model, tiny_config, monkeypatch):
     assert figures["psnr_background"] == pytest.approx(40, abs=1e-3)
     share = inside.mean()
     assert figures["psnr"] == pytest.approx(
-        -10 * np.log10(share * 0.01 + (1 - share) * 0.0001), abs=1e-3)
+        -10 * np.log10(share * 0.01 + (1 - share) * 0.0001), abs=1e-3
+    )
     assert not tables
 
 

@@ -21,8 +21,10 @@ def study():
     return toybox_study, study_trial, study_report
 
 
-LINE = ("--steps=4 --points=2 --seeds=2 --scenes=6 --validation=5 --learning_rates 0.1 0.2 "
-        "--betas 10 --anchors 0.5 --objectives sft focus_dpo --ablations").split() + ["one bucket"]
+LINE = (
+    "--steps=4 --points=2 --seeds=2 --scenes=6 --validation=5 --learning_rates 0.1 0.2 "
+    "--betas 10 --anchors 0.5 --objectives sft focus_dpo --ablations"
+).split() + ["one bucket"]
 
 
 def settings(study, tmp_path, *more):
@@ -34,8 +36,12 @@ def values(study, scene_means):
     per_subject = np.repeat(np.asarray(scene_means, float)[:, None], 2, axis=1)
     picture = np.zeros((1, 8, 8, 3), np.uint8)
     return {name: per_subject for name in study[2].SHOWN} | {
-        "leakage": 1 - per_subject, "pictures": picture, "chosen": picture,
-        "references": picture[:, None], "present": np.ones((1, 1), bool)}
+        "leakage": 1 - per_subject,
+        "pictures": picture,
+        "chosen": picture,
+        "references": picture[:, None],
+        "present": np.ones((1, 1), bool),
+    }
 
 
 @pytest.fixture
@@ -50,8 +56,10 @@ def no_training(study, monkeypatch):
         overrides = trial["overrides"]
         mean = overrides.get("learning_rate", 0.0) + (overrides.get("objective") == "focus_dpo") / 2
         for step in trial["steps"]:
-            study[1].save(folder / f"{trial['split']}_{step:06d}.npz",
-                          values(study, np.full(trial["scenes"], mean)))
+            study[1].save(
+                folder / f"{trial['split']}_{step:06d}.npz",
+                values(study, np.full(trial["scenes"], mean)),
+            )
         return subprocess.CompletedProcess(line, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -59,21 +67,33 @@ def no_training(study, monkeypatch):
 
 
 def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
-        study, tmp_path, no_training, capsys):
+    study, tmp_path, no_training, capsys
+):
     study[0].main([f"--output={tmp_path}", *LINE])
     assert sorted(no_training[:4]) == [
-        "tune_focus_dpo_l0.1_b10_a0.5", "tune_focus_dpo_l0.2_b10_a0.5",
-        "tune_sft_l0.1", "tune_sft_l0.2"]
+        "tune_focus_dpo_l0.1_b10_a0.5",
+        "tune_focus_dpo_l0.2_b10_a0.5",
+        "tune_sft_l0.1",
+        "tune_sft_l0.2",
+    ]
     assert sorted(no_training[4:]) == sorted(
         ["test_base_s1"]
         + [f"test_sft_l0.2_s{seed}" for seed in (1, 2)]
-        + [f"{name}_l0.2_b10_a0.5_s{seed}" for name in ("test_focus_dpo", "ablation_one_bucket")
-           for seed in (1, 2)])
+        + [
+            f"{name}_l0.2_b10_a0.5_s{seed}"
+            for name in ("test_focus_dpo", "ablation_one_bucket")
+            for seed in (1, 2)
+        ]
+    )
     report = json.loads((tmp_path / "study.json").read_text())
     # The better rate won: fidelity 0.2 (and 0.7), leakage 1 less that.
     assert report["chosen"]["sft"] == {"objective": "sft", "learning_rate": 0.2}
     assert report["chosen"]["focus_dpo"] == {
-        "objective": "focus_dpo", "learning_rate": 0.2, "beta": 10, "anchor": 0.5}
+        "objective": "focus_dpo",
+        "learning_rate": 0.2,
+        "beta": 10,
+        "anchor": 0.5,
+    }
     assert report["results"]["focus_dpo"]["fidelity"]["mean"] == pytest.approx(0.7)
     assert report["results"]["focus_dpo"]["leakage"]["mean"] == pytest.approx(0.3)
     assert sorted(report["curves"]["sft"]) == ["2", "4"]
@@ -82,7 +102,8 @@ def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
     for name in ("curves.png", "pictures.png"):
         assert Image.open(tmp_path / name).size[0] > 50
     ablation = json.loads(
-        (tmp_path / "trials" / "ablation_one_bucket_l0.2_b10_a0.5_s1" / "trial.json").read_text())
+        (tmp_path / "trials" / "ablation_one_bucket_l0.2_b10_a0.5_s1" / "trial.json").read_text()
+    )
     assert ablation["overrides"]["focus.buckets"] == 1 and ablation["overrides"]["beta"] == 10
     assert ablation["steps"] == [4] and ablation["overrides"]["decay"] == "constant"
 
@@ -119,12 +140,13 @@ def test_a_trial_trains_in_stretches_and_measures_unseen_scenes(study, tiny_fold
     path = tmp_path / "config.py"
     path.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\nimport tiny\n"
-        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}))\n")
-    trial = study[0].Trial(
-        "t", {"model.pretrained": str(folder)}, "test", 4, (1, 2))
+        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}))\n"
+    )
+    trial = study[0].Trial("t", {"model.pretrained": str(folder)}, "test", 4, (1, 2))
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "trial.json").write_text(
-        json.dumps(dataclasses.asdict(trial) | {"config": str(path)}))
+        json.dumps(dataclasses.asdict(trial) | {"config": str(path)})
+    )
     study[1].run(tmp_path / "t")
     measured = {step: dict(np.load(tmp_path / "t" / f"test_{step:06d}.npz")) for step in (1, 2)}
     assert sorted(tiny.losses(tmp_path / "t" / "run")) == [1, 2]

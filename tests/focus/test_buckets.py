@@ -19,8 +19,9 @@ def test_four_buckets_with_two_structures():
 
 @pytest.mark.parametrize("count", [1, 3, 7, 1000])
 def test_buckets_tile_the_timesteps(count):
-    covered = np.concatenate([
-        np.arange(b.numbers.t_low, b.numbers.t_high) for b in bk.make_buckets(count)[::-1]])
+    covered = np.concatenate(
+        [np.arange(b.numbers.t_low, b.numbers.t_high) for b in bk.make_buckets(count)[::-1]]
+    )
     np.testing.assert_array_equal(covered, np.arange(1000))
 
 
@@ -32,14 +33,24 @@ def test_detail_fraction_counts_from_the_clean_end(fraction, enabled):
 
 def test_terms_can_be_switched_off_everywhere():
     assert bk.structures(bk.make_buckets(4, spaf=False, dpce=False)) == (
-        bk.BucketStructure(spaf=False, dpce=False),)
+        bk.BucketStructure(spaf=False, dpce=False),
+    )
     assert [str(s) for s in bk.structures(bk.make_buckets(4, spaf=False))] == ["prior", "dpce"]
 
 
-@pytest.mark.parametrize("field, value", [
-    ("count", 0), ("count", 1001), ("tau", 1.5), ("matched", -0.1), ("detail_fraction", 2),
-    ("background", -1), ("lambda_s", float("nan")), ("rho_clean", float("inf")),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("count", 0),
+        ("count", 1001),
+        ("tau", 1.5),
+        ("matched", -0.1),
+        ("detail_fraction", 2),
+        ("background", -1),
+        ("lambda_s", float("nan")),
+        ("rho_clean", float("inf")),
+    ],
+)
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(UserError, match=f"{field} is {value}; choose"):
         bk.make_buckets(**{field: value})

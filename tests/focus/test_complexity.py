@@ -10,7 +10,8 @@ import pytest
 from focusdpo_jax.focus import complexity
 
 local_entropy = functools.partial(
-    jax.jit(complexity.local_entropy, static_argnames=("bins", "sigma")), bins=16)
+    jax.jit(complexity.local_entropy, static_argnames=("bins", "sigma")), bins=16
+)
 
 
 def grey(values):
@@ -26,15 +27,25 @@ def checkerboard(size, low, high):
 def test_luminance_is_rec_601():
     image = jnp.array([[[[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 1.0, 1.0]]]])
     np.testing.assert_allclose(
-        complexity.luminance(image), [[[0.299, 0.587, 0.114, 1.0]]], rtol=1e-6)
+        complexity.luminance(image), [[[0.299, 0.587, 0.114, 1.0]]], rtol=1e-6
+    )
 
 
 def test_bin_membership_by_hand():
     # 4 bins: edges at 0.25, 0.5, 0.75; a ramp reaches 1 / 16 to either side of an edge.
     got = complexity.bin_membership(jnp.array([0.0, 0.1, 0.25, 0.46875, 0.6, 1.0]), 4)
-    np.testing.assert_allclose(got, [
-        [1, 0, 0, 0], [1, 0, 0, 0], [0.5, 0.5, 0, 0],
-        [0, 0.75, 0.25, 0], [0, 0, 1, 0], [0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(
+        got,
+        [
+            [1, 0, 0, 0],
+            [1, 0, 0, 0],
+            [0.5, 0.5, 0, 0],
+            [0, 0.75, 0.25, 0],
+            [0, 0, 1, 0],
+            [0, 0, 0, 1],
+        ],
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("level", [0.0, 0.25, 0.26, 0.4, 0.5, 1.0])
@@ -93,11 +104,15 @@ def test_rows_and_columns_are_blurred_alike():
 def test_normalise_inside_scales_by_the_largest_value_inside_the_prior():
     detail = jnp.array([[[0.1, 0.4, 0.8]], [[0.001, 0.002, 0.9]], [[0.2, 0.3, 0.6]]])
     prior = jnp.array([[[1.0, 1.0, 0.0]], [[1.0, 1.0, 0.0]], [[1.0, 1.0, 0.25]]])
-    np.testing.assert_allclose(complexity.normalise_inside(detail, prior), [
-        [[0.25, 1.0, 1.0]],  # outside the prior it is cut off at 1
-        [[0.0, 0.0, 0.0]],  # a flat subject stays flat
-        [[2 / 3, 1.0, 1.0]],  # a border patch counts by its share: 0.6 * 0.25 < 0.3
-    ], rtol=1e-6)
+    np.testing.assert_allclose(
+        complexity.normalise_inside(detail, prior),
+        [
+            [[0.25, 1.0, 1.0]],  # outside the prior it is cut off at 1
+            [[0.0, 0.0, 0.0]],  # a flat subject stays flat
+            [[2 / 3, 1.0, 1.0]],  # a border patch counts by its share: 0.6 * 0.25 < 0.3
+        ],
+        rtol=1e-6,
+    )
 
 
 def test_an_empty_prior_has_no_detail():

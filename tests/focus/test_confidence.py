@@ -10,8 +10,9 @@ from focusdpo_jax.focus import confidence
 def test_windows_are_cut_off_at_the_border():
     maps = jnp.zeros((1, 3, 4)).at[0, 0, 0].set(36.0)
     # The corner's window has four locations, those beside it six, the middle one nine.
-    np.testing.assert_allclose(confidence.smoothed(maps), [
-        [[9, 6, 0, 0], [6, 4, 0, 0], [0, 0, 0, 0]]], rtol=1e-6)
+    np.testing.assert_allclose(
+        confidence.smoothed(maps), [[[9, 6, 0, 0], [6, 4, 0, 0], [0, 0, 0, 0]]], rtol=1e-6
+    )
 
 
 def test_uncertainty_is_relative_to_the_prior():
@@ -27,13 +28,15 @@ def test_uncertainty_is_relative_to_the_prior():
 def test_the_size_of_errors_does_not_matter_and_nothing_gives_zero():
     draw = np.random.default_rng(0)
     error, prior = jnp.array(draw.random((2, 4, 4))), jnp.array(draw.random((2, 4, 4)))
-    np.testing.assert_allclose(confidence.uncertainty(1e-3 * error, prior),
-                               confidence.uncertainty(error, prior), rtol=1e-5)
+    np.testing.assert_allclose(
+        confidence.uncertainty(1e-3 * error, prior), confidence.uncertainty(error, prior), rtol=1e-5
+    )
     assert not confidence.uncertainty(error, 0 * prior).any()
     assert not confidence.uncertainty(0 * error, prior).any()
 
 
 def test_no_gradient():
     gradient = jax.grad(lambda x: confidence.uncertainty(x, jnp.ones((1, 2, 2))).sum())(
-        jnp.ones((1, 2, 2)))
+        jnp.ones((1, 2, 2))
+    )
     assert not gradient.any()

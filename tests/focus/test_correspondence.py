@@ -34,13 +34,15 @@ def test_prototype_is_the_masked_mean_direction():
     masks = jnp.array([[[1.0, 0.5, 0.0]]])
     # 1 * (3, 0) + 0.5 * (0, 4) = (3, 2)
     np.testing.assert_allclose(
-        spaf.prototypes(features, masks, ALL(1)), [[[[3 / 13**0.5, 2 / 13**0.5]]]], rtol=1e-6)
+        spaf.prototypes(features, masks, ALL(1)), [[[[3 / 13**0.5, 2 / 13**0.5]]]], rtol=1e-6
+    )
 
 
 def test_several_prototypes_are_the_means_of_what_lies_together():
     # Two groups by direction, one patch between them but nearer to the first, one background.
-    features = jnp.array([[[[4.0, 0.0], [2.0, 0.2], [0.0, 1.0], [-0.2, 3.0], [2.0, 1.0],
-                            [-9.0, -9.0]]]])
+    features = jnp.array(
+        [[[[4.0, 0.0], [2.0, 0.2], [0.0, 1.0], [-0.2, 3.0], [2.0, 1.0], [-9.0, -9.0]]]]
+    )
     masks = jnp.array([[[1.0, 1.0, 1.0, 0.6, 1.0, 0.0]]])
     found = np.asarray(spaf.prototypes(features, masks, ALL(1), count=2))[0, 0]
     expected = np.array([[8.0, 1.2], [-0.12, 2.8]])
@@ -49,7 +51,8 @@ def test_several_prototypes_are_the_means_of_what_lies_together():
     # With as many as there are directions, each stands for itself, and none for the background.
     many = np.asarray(spaf.prototypes(features, masks, ALL(1), count=7))[0, 0]
     directions = np.asarray(features[0, 0, :5]) / np.linalg.norm(
-        features[0, 0, :5], axis=1, keepdims=True)
+        features[0, 0, :5], axis=1, keepdims=True
+    )
     np.testing.assert_allclose((directions @ many.T).max(1), 1, atol=1e-6)
     assert (many @ [-1, -1]).max() < 0.1
 
@@ -69,7 +72,8 @@ def test_more_prototypes_than_patches_do_not_hang_on_rounding():
     for _ in range(4):
         noise = 1 + 2e-7 * draw.normal(size=features.shape).astype(np.float32)
         np.testing.assert_allclose(
-            spaf.prototypes(features * noise, masks, present, count=16), found, atol=1e-5)
+            spaf.prototypes(features * noise, masks, present, count=16), found, atol=1e-5
+        )
 
 
 def test_inside_and_outside_of_a_reference():
@@ -101,11 +105,13 @@ def test_cosine_similarity_ignores_the_length_of_target_features():
     prototype = jnp.array([[[[0.6, 0.8]]]])
     target = jnp.array([[[[5.0, 0.0], [0.0, -2.0], [0.03, 0.04], [0.0, 0.0]]]])
     np.testing.assert_allclose(
-        spaf.cosine_similarity(prototype, target), [[[[0.6, -0.8, 1.0, 0.0]]]], atol=1e-6)
+        spaf.cosine_similarity(prototype, target), [[[[0.6, -0.8, 1.0, 0.0]]]], atol=1e-6
+    )
     # The nearest of several counts; one that is not there is no match.
     several = jnp.array([[[[0.6, 0.8], [1.0, 0.0], [0.0, 0.0]]]])
     np.testing.assert_allclose(
-        spaf.cosine_similarity(several, target), [[[[1.0, 0.0, 1.0, 0.0]]]], atol=1e-6)
+        spaf.cosine_similarity(several, target), [[[[1.0, 0.0, 1.0, 0.0]]]], atol=1e-6
+    )
     np.testing.assert_array_equal(spaf.cosine_similarity(0 * several, target), -1)
 
 
@@ -145,12 +151,17 @@ def test_a_subject_may_own_fewer_patches_than_its_budget():
     np.testing.assert_array_equal(match.subjects, [[[[1, 1, 0]], [[0, 0, 1]]]])
 
 
-@pytest.mark.parametrize("area, rho, k", [
-    (10.0, 0.3, 3), (10.0, 0.34, 3), (10.0, 0.35, 4),  # rounded, halves upwards
-    (1.0, 0.1, 1),  # at least one
-    (10.0, 100.0, 16),  # at most every patch
-    (0.0, 1.0, 0),
-])
+@pytest.mark.parametrize(
+    "area, rho, k",
+    [
+        (10.0, 0.3, 3),
+        (10.0, 0.34, 3),
+        (10.0, 0.35, 4),  # rounded, halves upwards
+        (1.0, 0.1, 1),  # at least one
+        (10.0, 100.0, 16),  # at most every patch
+        (0.0, 1.0, 0),
+    ],
+)
 def test_budget(area, rho, k):
     assert int(spaf.budget(jnp.array([[area]]), ALL(1), rho, 16)[0, 0]) == k
 
@@ -213,8 +224,12 @@ def test_absent_subjects_change_nothing_whatever_their_slots_hold():
     case = random_case()
     base = correspondence_fn(**case)
     assert 0 < float(base.union.mean()) < 1
-    for name, junk in (("reference_features", np.nan), ("reference_masks", 1.0),
-                       ("present", False), ("area", 9.0)):
+    for name, junk in (
+        ("reference_features", np.nan),
+        ("reference_masks", 1.0),
+        ("present", False),
+        ("area", 9.0),
+    ):
         extra = np.full_like(case[name][:, :1], junk)
         case[name] = np.concatenate([case[name], extra], axis=1)
     padded = correspondence_fn(**case)
@@ -236,13 +251,16 @@ def test_unmatched_is_prior_and_not_matched():
     np.testing.assert_array_equal(spaf.unmatched(prior, matched), [[[0, 1, 0.5, 0]]])
 
 
-@pytest.mark.parametrize("union, k, prior, score", [
-    ([1, 1, 1, 0], 3, [1, 1, 0, 0], 1.0),  # covers both prior patches: min is |prior|
-    ([1, 0, 1, 0], 2, [1, 1, 1, 0], 1.0),  # every match inside: min is k
-    ([1, 0, 0, 1], 2, [1, 1, 1, 0], 0.5),
-    ([1, 1, 0, 0], 2, [0.5, 0.5, 1, 1], 0.5),  # soft prior: half of each hit
-    ([1, 0, 0, 0], 1, [0, 0, 0, 0], 0.0),  # nothing to align with
-])
+@pytest.mark.parametrize(
+    "union, k, prior, score",
+    [
+        ([1, 1, 1, 0], 3, [1, 1, 0, 0], 1.0),  # covers both prior patches: min is |prior|
+        ([1, 0, 1, 0], 2, [1, 1, 1, 0], 1.0),  # every match inside: min is k
+        ([1, 0, 0, 1], 2, [1, 1, 1, 0], 0.5),
+        ([1, 1, 0, 0], 2, [0.5, 0.5, 1, 1], 0.5),  # soft prior: half of each hit
+        ([1, 0, 0, 0], 1, [0, 0, 0, 0], 0.0),  # nothing to align with
+    ],
+)
 def test_alignment(union, k, prior, score):
     match = spaf.Match(None, jnp.array([[union]], jnp.float32), jnp.array([float(k)]))
     assert spaf.alignment(match, jnp.array([[prior]], jnp.float32)) == pytest.approx([score])
@@ -270,11 +288,14 @@ def test_patch_quality_is_the_best_match_among_the_patches_of_all_subjects():
     targets = jnp.array([[[[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]]])
     present = jnp.array([[True, True]])
     np.testing.assert_allclose(
-        spaf.patch_quality(references, masks, targets, present), [[[1.0, 0.8, 0.0]]], atol=1e-6)
+        spaf.patch_quality(references, masks, targets, present), [[[1.0, 0.8, 0.0]]], atol=1e-6
+    )
     absent = references.at[:, 1].set(jnp.nan)
     np.testing.assert_allclose(
-        spaf.patch_quality(absent, masks, targets, jnp.array([[True, False]])), [[[1.0, 0, 0]]],
-        atol=1e-6)
+        spaf.patch_quality(absent, masks, targets, jnp.array([[True, False]])),
+        [[[1.0, 0, 0]]],
+        atol=1e-6,
+    )
 
 
 def test_matches_on_another_subject_are_dropped():

@@ -18,9 +18,15 @@ def test_a_grid_that_does_not_divide_is_refused():
         grids.average_to_grid(jnp.zeros((1, 8, 8)), (5, 4))
 
 
-@pytest.mark.parametrize("columns, expected", [
-    (6, [0, 0, 1, 1, 2, 2]), (2, [0, 2]), (4, [0, 1, 1, 2]), (3, [0, 1, 2]),
-])
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        (6, [0, 0, 1, 1, 2, 2]),
+        (2, [0, 2]),
+        (4, [0, 1, 1, 2]),
+        (3, [0, 1, 2]),
+    ],
+)
 def test_nearest_reads_the_cell_under_each_centre(columns, expected):
     line = jnp.arange(3.0)[None, None]
     np.testing.assert_array_equal(grids.nearest_on_grid(line, (1, columns)), [[expected]])

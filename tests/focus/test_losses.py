@@ -36,9 +36,14 @@ def numpy_diffusion_dpo(pair, beta):
 def ours(pair, policy_chosen, policy_rejected, weights_chosen, weights_rejected, beta):
     (tw, rw, _), (tl, rl, _) = pair["chosen"], pair["rejected"]
     return losses.diffusion_dpo(
-        losses.error_map(tw, policy_chosen), losses.error_map(tw, rw),
-        losses.error_map(tl, policy_rejected), losses.error_map(tl, rl),
-        weights_chosen, weights_rejected, beta)
+        losses.error_map(tw, policy_chosen),
+        losses.error_map(tw, rw),
+        losses.error_map(tl, policy_rejected),
+        losses.error_map(tl, rl),
+        weights_chosen,
+        weights_rejected,
+        beta,
+    )
 
 
 def as_jax(pair, dtype):
@@ -51,7 +56,8 @@ def loss_and_gradients(pair, weights, beta):
         return loss.mean(), (loss, diagnostics)
 
     (_, aux), gradients = jax.jit(jax.value_and_grad(mean_loss, (0, 1), has_aux=True))(
-        pair["chosen"][2], pair["rejected"][2])
+        pair["chosen"][2], pair["rejected"][2]
+    )
     return *aux, *gradients
 
 
@@ -82,9 +88,14 @@ def test_in_float64_the_formula_is_exact_at_the_published_beta():
 def test_margin_and_diagnostics_by_hand():
     row = lambda *values: jnp.array([[values]], jnp.float32)
     loss, diagnostics = losses.diffusion_dpo(
-        policy_chosen=row(1.0, 2.0), reference_chosen=row(2.0, 2.5),
-        policy_rejected=row(3.0, 5.0), reference_rejected=row(1.0, 4.0),
-        weights_chosen=row(3.0, 1.0), weights_rejected=row(1.0, 4.0), beta=2.0)
+        policy_chosen=row(1.0, 2.0),
+        reference_chosen=row(2.0, 2.5),
+        policy_rejected=row(3.0, 5.0),
+        reference_rejected=row(1.0, 4.0),
+        weights_chosen=row(3.0, 1.0),
+        weights_rejected=row(1.0, 4.0),
+        beta=2.0,
+    )
     # winner: (3 * -1 + 1 * -0.5) / 4, loser: (1 * 2 + 4 * 1) / 5
     assert diagnostics["winner_error_difference"] == pytest.approx([-0.875])
     assert diagnostics["loser_error_difference"] == pytest.approx([1.2])
@@ -106,8 +117,9 @@ def test_anchor_by_hand():
 def test_anchor_weighs_an_error_as_the_preference_does_at_the_start():
     errors = losses.error_map(*as_jax(predictions(), jnp.float32)["chosen"][:2])
     ones = jnp.ones_like(errors)
-    preference = jax.grad(lambda x: losses.diffusion_dpo(
-        x, errors, errors, errors, ones, ones, 50.0)[0].sum())(errors)
+    preference = jax.grad(
+        lambda x: losses.diffusion_dpo(x, errors, errors, errors, ones, ones, 50.0)[0].sum()
+    )(errors)
     held, fixed = jax.grad(lambda x, y: losses.anchor(x, y, 50.0)[0].sum(), (0, 1))(errors, errors)
     np.testing.assert_allclose(held, preference, rtol=1e-6)
     assert jnp.abs(held).min() > 0 and not jnp.any(fixed)
@@ -118,7 +130,8 @@ def test_no_gradient_through_weights_or_reference():
     maps = [losses.error_map(pair["chosen"][0], x) for x in pair["chosen"][1:]]
     arguments = [maps[1], maps[0], maps[1] * 0.5, maps[0], maps[0] + 1, maps[1] + 1]
     gradients = jax.grad(
-        lambda *a: losses.diffusion_dpo(*a, 10.0)[0].sum(), argnums=tuple(range(6)))(*arguments)
+        lambda *a: losses.diffusion_dpo(*a, 10.0)[0].sum(), argnums=tuple(range(6))
+    )(*arguments)
     moved = [bool(jnp.any(g != 0)) for g in gradients]
     assert moved == [True, False, True, False, False, False]
 
@@ -135,7 +148,8 @@ def test_equal_models_give_log_two_and_tie():
     target, prediction, _ = as_jax(predictions(), jnp.float32)["chosen"]
     errors, ones = losses.error_map(target, prediction), jnp.ones((3, 4, 5))
     loss, diagnostics = losses.diffusion_dpo(
-        errors, errors, errors * 2, errors * 2, ones, ones, 5000.0)
+        errors, errors, errors * 2, errors * 2, ones, ones, 5000.0
+    )
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
     np.testing.assert_array_equal(diagnostics["implicit_accuracy"], 0.5)
     np.testing.assert_array_equal(diagnostics["logit_scale"], 0)
@@ -175,14 +189,17 @@ def test_sft_is_the_weighted_denoising_error():
 def test_patch_dpo_by_hand():
     row = lambda *values: jnp.array([[values]], jnp.float32)  # noqa: E731
     loss, diagnostics = losses.patch_dpo(
-        row(1.0, 2.0), row(4.0, 8.0), *weighting.quality_weights(row(0.25, 1.0)))
+        row(1.0, 2.0), row(4.0, 8.0), *weighting.quality_weights(row(0.25, 1.0))
+    )
     # Chosen weighs 0.75 and 0, rejected 0.25 and 1: (0.75 * 1 + 0.25 * 4 + 1 * 8) / 2
     assert loss == pytest.approx([4.875])
     assert diagnostics["winner_error"] == pytest.approx([1.0])
     assert diagnostics["loser_error"] == pytest.approx([7.2])
     # Both images are learnt from: no error may grow to lower the loss.
-    gradient = jax.grad(lambda chosen, rejected: losses.patch_dpo(
-        chosen, rejected, row(0.5), row(0.25))[0].sum(), (0, 1))(row(1.0), row(2.0))
+    gradient = jax.grad(
+        lambda chosen, rejected: losses.patch_dpo(chosen, rejected, row(0.5), row(0.25))[0].sum(),
+        (0, 1),
+    )(row(1.0), row(2.0))
     np.testing.assert_allclose(gradient, [[[[2 / 3]]], [[[1 / 3]]]], rtol=1e-6)
 
 
@@ -192,8 +209,11 @@ def test_the_slope_of_the_preference_is_that_of_its_gradient():
     def loss(margin):
         def row(value):
             return jnp.reshape(value, (1, 1, 1))
+
         ones = jnp.ones((1, 1, 1))
-        return losses.diffusion_dpo(row(margin), row(0.0), row(0.0), row(0.0), ones, ones, 100.0)[0][0]
+        return losses.diffusion_dpo(row(margin), row(0.0), row(0.0), row(0.0), ones, ones, 100.0)[
+            0
+        ][0]
 
     slopes = jax.vmap(jax.grad(loss))(margins)
     factor = losses.preference_slope(margins, 100.0)

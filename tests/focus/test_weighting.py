@@ -9,10 +9,18 @@ from focusdpo_jax.focus import buckets, correspondence, weighting
 from focusdpo_jax.focus.buckets import BucketNumbers, BucketStructure
 
 NUMBERS = BucketNumbers(
-    index=np.int32(0), t_low=np.int32(0), t_high=np.int32(1000), rho=np.float32(0.5),
+    index=np.int32(0),
+    t_low=np.int32(0),
+    t_high=np.int32(1000),
+    rho=np.float32(0.5),
     lambda_s=np.float32(2.0),
-    lambda_d=np.float32(3.0), lambda_c=np.float32(4.0), tau=np.float32(0.5), gate_width=np.float32(0.0),
-    background=np.float32(0.25), matched=np.float32(0.5))
+    lambda_d=np.float32(3.0),
+    lambda_c=np.float32(4.0),
+    tau=np.float32(0.5),
+    gate_width=np.float32(0.0),
+    background=np.float32(0.25),
+    matched=np.float32(0.5),
+)
 
 # Five locations: matched inside, unmatched inside, half inside, matched outside, background.
 PRIOR = jnp.array([[[1.0, 1.0, 0.5, 0.0, 0.0]]])
@@ -24,8 +32,12 @@ MATCH = correspondence.Match(UNION[:, None], UNION, jnp.array([2.0]))  # alignme
 def weights_of(spaf, dpce, **numbers):
     structure = BucketStructure(spaf=spaf, dpce=dpce)
     return weighting.focus_weights(
-        structure, NUMBERS._replace(**numbers), PRIOR, MATCH if spaf else None,
-        DETAIL if dpce else None)
+        structure,
+        NUMBERS._replace(**numbers),
+        PRIOR,
+        MATCH if spaf else None,
+        DETAIL if dpce else None,
+    )
 
 
 def test_with_the_gate_shut_matched_is_low_and_unmatched_is_high():
@@ -58,15 +70,22 @@ def test_a_half_open_soft_gate_is_halfway_between():
     opened, _ = weights_of(spaf=True, dpce=True, tau=np.float32(0.5))
     shut, _ = weights_of(spaf=True, dpce=True, tau=np.float32(0.6))
     soft, diagnostics = weights_of(
-        spaf=True, dpce=True, tau=np.float32(0.5), gate_width=np.float32(0.1))
+        spaf=True, dpce=True, tau=np.float32(0.5), gate_width=np.float32(0.1)
+    )
     assert diagnostics["gate"] == pytest.approx([0.5])
     np.testing.assert_allclose(soft, (opened + shut) / 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("alignment, width, expected", [
-    (0.49, 0.0, 0.0), (0.5, 0.0, 1.0), (0.51, 0.0, 1.0),
-    (0.7, 0.1, 1 / (1 + np.exp(-2.0))), (0.3, 0.1, 1 / (1 + np.exp(2.0))),
-])
+@pytest.mark.parametrize(
+    "alignment, width, expected",
+    [
+        (0.49, 0.0, 0.0),
+        (0.5, 0.0, 1.0),
+        (0.51, 0.0, 1.0),
+        (0.7, 0.1, 1 / (1 + np.exp(-2.0))),
+        (0.3, 0.1, 1 / (1 + np.exp(2.0))),
+    ],
+)
 def test_gate(alignment, width, expected):
     assert weighting.gate(jnp.array([alignment]), 0.5, width) == pytest.approx([expected], rel=1e-5)
 
@@ -92,14 +111,16 @@ def test_examples_of_a_batch_have_gates_of_their_own():
     prior = jnp.array([[[1.0, 1.0]], [[1.0, 0.0]]])
     match = correspondence.Match(union[:, None], union, jnp.array([2.0, 1.0]))
     _, diagnostics = weighting.focus_weights(
-        BucketStructure(True, True), NUMBERS, prior, match, jnp.ones((2, 1, 2)))
+        BucketStructure(True, True), NUMBERS, prior, match, jnp.ones((2, 1, 2))
+    )
     assert diagnostics["gate"] == pytest.approx([1.0, 0.0])
 
 
 def test_no_gradient_flows_through_the_weights():
     def total(prior, detail):
         weights, diagnostics = weighting.focus_weights(
-            BucketStructure(True, True), NUMBERS, prior, MATCH, detail)
+            BucketStructure(True, True), NUMBERS, prior, MATCH, detail
+        )
         return weights.sum() + diagnostics["alignment"].sum()
 
     for gradient in jax.grad(total, (0, 1))(PRIOR, DETAIL):
@@ -120,7 +141,8 @@ def test_what_a_structure_switches_off_is_not_compiled():
         matched = None
         if structure.spaf:
             matched = correspondence.match(
-                similarity, jnp.ones((1, 2), bool), jnp.ones((1, 2)), numbers.rho)
+                similarity, jnp.ones((1, 2), bool), jnp.ones((1, 2)), numbers.rho
+            )
         return weighting.focus_weights(structure, numbers, prior, matched, detail)[0]
 
     jitted = jax.jit(weigh, static_argnums=0)
@@ -145,7 +167,8 @@ def test_confidence_adds_weight_whatever_the_gate():
     unsure = jnp.array([[[0.25, 0.5, 1.0, 1.0, 1.0]]])
     without, _ = weights_of(spaf=True, dpce=False)
     weights, _ = weighting.focus_weights(
-        BucketStructure(True, False, confidence=True), NUMBERS, PRIOR, MATCH, uncertainty=unsure)
+        BucketStructure(True, False, confidence=True), NUMBERS, PRIOR, MATCH, uncertainty=unsure
+    )
     # lambda_c = 4, times U, times the prior: nothing outside.
     np.testing.assert_allclose(weights - without, [[[1.0, 2.0, 2.0, 0.0, 0.0]]], rtol=1e-6)
     with pytest.raises(ValueError, match="needs `uncertainty`"):

@@ -13,40 +13,49 @@ from focusdpo_jax.inference import prompts
 from focusdpo_jax.inference.prompts import Prompt, Reference
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("a.png:a red star", Reference("a.png", "a red star")),
-    ("a.png", Reference("a.png")),
-    ("gs://bucket/a.png", Reference("gs://bucket/a.png")),
-    ("gs://bucket/a.png:a star", Reference("gs://bucket/a.png", "a star")),
-    ("a.png:a star@0,0.5,.5,1*0.8", Reference("a.png", "a star", (0, 0.5, 0.5, 1), scale=0.8)),
-    ("a.png@0,0,1,1", Reference("a.png", box=(0, 0, 1, 1))),
-    ("a@b.png:a star@m.png", Reference("a@b.png", "a star", mask="m.png")),
-    ("photos@home/a.png", Reference("photos@home/a.png")),
-    ("a.png*2", Reference("a.png", scale=2.0)),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.png:a red star", Reference("a.png", "a red star")),
+        ("a.png", Reference("a.png")),
+        ("gs://bucket/a.png", Reference("gs://bucket/a.png")),
+        ("gs://bucket/a.png:a star", Reference("gs://bucket/a.png", "a star")),
+        ("a.png:a star@0,0.5,.5,1*0.8", Reference("a.png", "a star", (0, 0.5, 0.5, 1), scale=0.8)),
+        ("a.png@0,0,1,1", Reference("a.png", box=(0, 0, 1, 1))),
+        ("a@b.png:a star@m.png", Reference("a@b.png", "a star", mask="m.png")),
+        ("photos@home/a.png", Reference("photos@home/a.png")),
+        ("a.png*2", Reference("a.png", scale=2.0)),
+    ],
+)
 def test_last_colon_divides_path_and_phrase(text, expected):
     assert prompts.parse_reference(text) == expected
 
 
 def test_file_gives_prompts_with_references_beside_it(tmp_path):
-    lines = [{"prompt": "a star", "references": ["star.png:a star"], "seed": 40},
-             {"prompt": "a ball"}]
+    lines = [
+        {"prompt": "a star", "references": ["star.png:a star"], "seed": 40},
+        {"prompt": "a ball"},
+    ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n\n".join(map(json.dumps, lines)))
     default = (Reference("given.png"),)
     assert prompts.read_prompts(path, default, seed=7) == [
         Prompt("a star", (Reference(str(tmp_path / "star.png"), "a star"),), 40),
-        Prompt("a ball", default, 8)]
+        Prompt("a ball", default, 8),
+    ]
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    ('{"prompt": "a"', "line 2"),
-    ('{"text": "a"}', "unknown key 'text'"),
-    ('{"seed": 1}', "lacks 'prompt'"),
-    ('{"prompt": 3}', "prompt must be a text"),
-    ("[1]", "line 2"),
-    ('{"prompt": "a", "references": [3]}', "line 2"),
-])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "a"', "line 2"),
+        ('{"text": "a"}', "unknown key 'text'"),
+        ('{"seed": 1}', "lacks 'prompt'"),
+        ('{"prompt": 3}', "prompt must be a text"),
+        ("[1]", "line 2"),
+        ('{"prompt": "a", "references": [3]}', "line 2"),
+    ],
+)
 def test_bad_line_is_named(line, reason, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "good"}\n' + line)
@@ -82,8 +91,11 @@ def test_bad_pictures_are_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:5000])
-    for name, reason in (("none", "no such file"), ("text", "is no picture in PNG"),
-                         ("half", "is truncated")):
+    for name, reason in (
+        ("none", "no such file"),
+        ("text", "is no picture in PNG"),
+        ("half", "is truncated"),
+    ):
         with pytest.raises(UserError, match=reason) as error:
             prompts.load_reference(tmp_path / f"{name}.png", 64)
         assert name in str(error.value)
@@ -103,7 +115,8 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
     (tmp_path / "adobe.png").write_bytes(example_pairs.encoded(pixels, icc_profile=profile))
     np.testing.assert_array_equal(
         prompts.load_reference(tmp_path / "adobe.png", 8),
-        decode_picture(example_pairs.encoded(pixels, icc_profile=profile))[0])
+        decode_picture(example_pairs.encoded(pixels, icc_profile=profile))[0],
+    )
     Image.fromarray(np.float32(grey) / 65535).save(tmp_path / "float.tiff")
     with pytest.raises(UserError, match=r"reference .*float.tiff has 32 bits a channel"):
         prompts.load_reference(tmp_path / "float.tiff", 8)
@@ -114,12 +127,15 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
     np.testing.assert_array_equal(place, alpha / np.float32(255))
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("a.png:a star@0,0,2,1", "0 <= x0 < x1 <= 1"),
-    ("a.png:a star@0.5,0,0.5,1", "0 <= x0 < x1 <= 1"),
-    ("a.png:a star@0,0,1", "give x0,y0,x1,y1"),
-    ("a.png:a star*-1", "scale = -1.0"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a.png:a star@0,0,2,1", "0 <= x0 < x1 <= 1"),
+        ("a.png:a star@0.5,0,0.5,1", "0 <= x0 < x1 <= 1"),
+        ("a.png:a star@0,0,1", "give x0,y0,x1,y1"),
+        ("a.png:a star*-1", "scale = -1.0"),
+    ],
+)
 def test_bad_places_and_scales_are_named(text, reason):
     with pytest.raises(UserError, match="reference a.png") as error:
         prompts.parse_reference(text)
@@ -130,11 +146,14 @@ def test_file_gives_references_as_objects(tmp_path):
     path = tmp_path / "prompts.jsonl"
     entry = {"path": "star.png", "phrase": "a star", "mask": "left.png", "scale": 0.5}
     path.write_text(json.dumps({"prompt": "a star", "references": [entry]}))
-    assert prompts.read_prompts(path)[0].references == (Reference(
-        str(tmp_path / "star.png"), "a star", mask=str(tmp_path / "left.png"), scale=0.5),)
-    for wrong, reason in ((entry | {"weight": 1}, "unknown key 'weight'"),
-                          (entry | {"box": [0, 0, 1, 1]}, "a box or a mask"),
-                          (entry | {"mask": "", "box": [1, 0]}, "give x0,y0,x1,y1")):
+    assert prompts.read_prompts(path)[0].references == (
+        Reference(str(tmp_path / "star.png"), "a star", mask=str(tmp_path / "left.png"), scale=0.5),
+    )
+    for wrong, reason in (
+        (entry | {"weight": 1}, "unknown key 'weight'"),
+        (entry | {"box": [0, 0, 1, 1]}, "a box or a mask"),
+        (entry | {"mask": "", "box": [1, 0]}, "give x0,y0,x1,y1"),
+    ):
         path.write_text(json.dumps({"prompt": "a star", "references": [wrong]}))
         with pytest.raises(UserError, match=f"line 1: .*{reason}"):
             prompts.read_prompts(path)

@@ -17,5 +17,6 @@ def fake(tmp_path):
         path.chmod(0o755)
     yield tmp_path
     for pid in tmp_path.glob("host*/focusdpo_jax.pid"):  # What a failed test has left running.
-        subprocess.run(["bash", "-c", f"kill -KILL -- -{pid.read_text().strip()}"],
-                       stderr=subprocess.DEVNULL)
+        subprocess.run(
+            ["bash", "-c", f"kill -KILL -- -{pid.read_text().strip()}"], stderr=subprocess.DEVNULL
+        )

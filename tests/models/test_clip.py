@@ -15,8 +15,14 @@ from tests.models.weights import random_params
 
 SIZES = dict(hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12)
 # SDXL's second text tower, OpenCLIP ViT-bigG/14.
-BIG_G = CLIPTextConfig(hidden_size=1280, num_layers=32, num_heads=20, intermediate_size=5120,
-                       activation="gelu", projection_dim=1280)
+BIG_G = CLIPTextConfig(
+    hidden_size=1280,
+    num_layers=32,
+    num_heads=20,
+    intermediate_size=5120,
+    activation="gelu",
+    projection_dim=1280,
+)
 
 
 def count(model, inputs):
@@ -36,8 +42,10 @@ def test_text_is_causal_and_pools_the_end():
     np.testing.assert_array_equal(out.pooled, np.stack([out.last[0, 2], out.last[1, 3]]))
     # With the legacy id the end is the highest id of the prompt.
     model = CLIPText(CLIPTextConfig(vocab_size=20, max_length=6, **SIZES))
-    out = model.apply({"params": {"text_model": params["text_model"]}},
-                      jnp.array([[1, 19, 4, 2, 2], [1, 2, 2, 2, 19]]))
+    out = model.apply(
+        {"params": {"text_model": params["text_model"]}},
+        jnp.array([[1, 19, 4, 2, 2], [1, 2, 2, 2, 19]]),
+    )
     np.testing.assert_array_equal(out.pooled, np.stack([out.last[0, 1], out.last[1, 4]]))
     assert out.projected is None
 

@@ -8,8 +8,15 @@ from focusdpo_jax.models import dino
 from focusdpo_jax.models.dino import DINO, DINOConfig
 from tests.models.weights import random_params
 
-TINY = DINOConfig(image_size=8, patch_size=2, hidden_size=8, num_layers=2, num_heads=2,
-                  intermediate_size=12, layer_scale=True)
+TINY = DINOConfig(
+    image_size=8,
+    patch_size=2,
+    hidden_size=8,
+    num_layers=2,
+    num_heads=2,
+    intermediate_size=12,
+    layer_scale=True,
+)
 # DINOv2 ViT-S/14.
 DINOV2_SMALL = DINOConfig(image_size=518, patch_size=14, epsilon=1e-6, layer_scale=True)
 

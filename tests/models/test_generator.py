@@ -15,16 +15,24 @@ from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from tests.models.weights import random_tree
 
 RESAMPLER = GeneratorConfig.from_dict(tiny.SIZES)
-PROJECTION = dataclasses.replace(RESAMPLER, adapter=SubjectAdapterConfig(
-    kind="projection", input_dim=8, output_dim=16, num_tokens=4))
-GROUNDING = dataclasses.replace(RESAMPLER, adapter=dataclasses.replace(
-    RESAMPLER.adapter, kind="grounding", phrase_dim=8, frequencies=2))
+PROJECTION = dataclasses.replace(
+    RESAMPLER,
+    adapter=SubjectAdapterConfig(kind="projection", input_dim=8, output_dim=16, num_tokens=4),
+)
+GROUNDING = dataclasses.replace(
+    RESAMPLER,
+    adapter=dataclasses.replace(RESAMPLER.adapter, kind="grounding", phrase_dim=8, frequencies=2),
+)
 PIXELS = np.random.default_rng(0).uniform(size=(2, 3, 32, 32, 3)).astype(np.float32)
 
 
 def parameters(generator, parts=PARTS):
-    shapes = {part: jax.eval_shape(lambda key, part=part: generator.init_part(part, key),
-                                   jax.random.key(0)) for part in parts}
+    shapes = {
+        part: jax.eval_shape(
+            lambda key, part=part: generator.init_part(part, key), jax.random.key(0)
+        )
+        for part in parts
+    }
     return {part: random_tree(tree, seed) for seed, (part, tree) in enumerate(shapes.items())}
 
 
@@ -74,8 +82,14 @@ def test_pictures_by_the_plain_adapter():
     view = jax.eval_shape(generator.view, values, PIXELS)
     ids = np.zeros((2, 2, 16), np.int32)
     pictures = jax.eval_shape(
-        make_generate(generator, steps=2, guidance=3.0, negative_token_ids=ids[0]), values, ids,
-        np.zeros((2, 6)), view, np.ones((2, 3), bool), np.zeros((2, 8, 8, 4)))
+        make_generate(generator, steps=2, guidance=3.0, negative_token_ids=ids[0]),
+        values,
+        ids,
+        np.zeros((2, 6)),
+        view,
+        np.ones((2, 3), bool),
+        np.zeros((2, 8, 8, 4)),
+    )
     assert pictures.shape == (2, 32, 32, 3)
 
 
@@ -86,7 +100,8 @@ def test_parts_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="'projection' .*image_encoder.projection_dim = 1024 wide"):
         dataclasses.replace(PROJECTION, image_encoder=encoder)
     with pytest.raises(UserError, match="phrase_dim = 768, .*text_encoder.hidden_size = 8 wide"):
-        dataclasses.replace(GROUNDING, adapter=dataclasses.replace(
-            GROUNDING.adapter, phrase_dim=768))
+        dataclasses.replace(
+            GROUNDING, adapter=dataclasses.replace(GROUNDING.adapter, phrase_dim=768)
+        )
     with pytest.raises(UserError, match="adapter.output_dim = 2048, .*cross_attention_dim = 16"):
         dataclasses.replace(RESAMPLER, adapter=SubjectAdapterConfig(input_dim=8))

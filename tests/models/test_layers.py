@@ -13,9 +13,15 @@ def test_group_norm_by_hand():
     params = {"scale": jnp.array([1.0, 2.0, 1.0, 1.0]), "bias": jnp.array([0.0, 0.0, 0.0, 5.0])}
     out = layers.GroupNorm(2, 0.0).apply({"params": params}, x)
     first, second = 1 / np.sqrt(2), 1 / np.sqrt(12)
-    np.testing.assert_allclose(out[0], [
-        [-2 * first, 0.0, -2 * second, 5 - 2 * second],
-        [0.0, 4 * first, 6 * second, 5 - 2 * second]], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        out[0],
+        [
+            [-2 * first, 0.0, -2 * second, 5 - 2 * second],
+            [0.0, 4 * first, 6 * second, 5 - 2 * second],
+        ],
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 def test_group_norm_takes_its_statistics_in_float32():
@@ -30,7 +36,8 @@ def test_group_norm_takes_its_statistics_in_float32():
 def test_sinusoidal_embedding_by_hand():
     out = layers.sinusoidal_embedding(jnp.array([0.0, 100.0]), 4)
     np.testing.assert_allclose(
-        out, [[1, 1, 0, 0], [np.cos(100), np.cos(1), np.sin(100), np.sin(1)]], atol=1e-5)
+        out, [[1, 1, 0, 0], [np.cos(100), np.cos(1), np.sin(100), np.sin(1)]], atol=1e-5
+    )
 
 
 def test_downsample_pads_where_asked():
@@ -78,24 +85,31 @@ def test_feed_forward_is_the_same_on_every_platform():
     layer = layers.FeedForward()
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
     flat, tree = jax.tree.flatten(shapes)
-    params = jax.tree.unflatten(tree, [
-        jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(flat)])
+    params = jax.tree.unflatten(
+        tree, [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(flat)]
+    )
     results = []
     for platform in ("cpu", "tpu"):
         with platforms.compiled_for(platforms.Target(platform)):
             assert jax.eval_shape(layer.init, jax.random.key(0), x) == shapes
-            results.append(jax.value_and_grad(
-                lambda params, x: jnp.sin(layer.apply(params, x)).sum(), argnums=(0, 1))(params, x))
+            results.append(
+                jax.value_and_grad(
+                    lambda params, x: jnp.sin(layer.apply(params, x)).sum(), argnums=(0, 1)
+                )(params, x)
+            )
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
-
 
 
 def test_lora_by_hand():
     x = jnp.array([[1.0, 2.0]])
     layer = LoRADense(2, rank=1, alpha=3.0)
-    params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 1.0]]), "bias": jnp.array([0.5, 0.0]),
-              "lora_a": jnp.array([[1.0], [1.0]]), "lora_b": jnp.array([[2.0, -1.0]])}
+    params = {
+        "kernel": jnp.array([[1.0, 0.0], [0.0, 1.0]]),
+        "bias": jnp.array([0.5, 0.0]),
+        "lora_a": jnp.array([[1.0], [1.0]]),
+        "lora_b": jnp.array([[2.0, -1.0]]),
+    }
     # x A = 3; times B = (6, -3); times alpha / rank = (18, -9).
     np.testing.assert_allclose(layer.apply({"params": params}, x), [[19.5, -7.0]])
     fresh = layer.init(jax.random.key(0), x)["params"]
@@ -105,8 +119,9 @@ def test_lora_by_hand():
 
 def test_bicubic_weights_by_hand():
     # Half-way between two samples the kernel is (-3, 19, 19, -3) / 32; the border is repeated.
-    np.testing.assert_allclose(32 * layers.bicubic_weights(4, 2),
-                               [[16, 19, -3, 0], [0, -3, 19, 16]], atol=1e-5)
+    np.testing.assert_allclose(
+        32 * layers.bicubic_weights(4, 2), [[16, 19, -3, 0], [0, -3, 19, 16]], atol=1e-5
+    )
     np.testing.assert_array_equal(layers.bicubic_weights(5, 5), np.eye(5))
     for size, new_size in ((37, 32), (14, 31), (3, 7)):
         weights = layers.bicubic_weights(size, new_size)

@@ -13,14 +13,20 @@ RNG = np.random.default_rng(3)
 
 def difference(ours, expected):
     """The largest relative distance of the leaves of two trees."""
-    return max(np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(b))
-               for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True))
+    return max(
+        np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(b))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True)
+    )
 
 
 def compared(ours, theirs, x, dtype):
     """Relative distance of the outputs, and of the gradients of x, scale and bias."""
-    params = {"params": {"scale": jnp.asarray(RNG.normal(size=x.shape[-1]), jnp.float32),
-                         "bias": jnp.asarray(RNG.normal(size=x.shape[-1]), jnp.float32)}}
+    params = {
+        "params": {
+            "scale": jnp.asarray(RNG.normal(size=x.shape[-1]), jnp.float32),
+            "bias": jnp.asarray(RNG.normal(size=x.shape[-1]), jnp.float32),
+        }
+    }
     outer = jnp.asarray(RNG.normal(size=x.shape), jnp.float32)
     results = []
     for module, kind in ((ours, dtype), (theirs, jnp.float32)):
@@ -35,8 +41,12 @@ def compared(ours, theirs, x, dtype):
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 def test_layer_norm_is_that_of_flax(dtype, tolerance, mean):
     x = jnp.asarray(mean + RNG.normal(size=(2, 7, 24)), dtype)
-    out, gradients = compared(layers.LayerNorm(dtype=dtype).apply,
-                              nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply, x, dtype)
+    out, gradients = compared(
+        layers.LayerNorm(dtype=dtype).apply,
+        nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply,
+        x,
+        dtype,
+    )
     assert out < tolerance and gradients < tolerance
 
 
@@ -47,20 +57,24 @@ def test_group_norm_is_that_of_flax(dtype, tolerance, activation, mean):
     """Over groups of two and three channels, on images that are not square."""
     x = jnp.asarray(mean + RNG.normal(size=(2, 3, 5, 12)), dtype)
     for groups in (4, 6):
+
         def theirs(params, x, groups=groups):
             out = nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False).apply(params, x)
             return out if activation is None else activation(out)
 
         out, gradients = compared(
-            layers.GroupNorm(groups, dtype=dtype, activation=activation).apply, theirs, x, dtype)
+            layers.GroupNorm(groups, dtype=dtype, activation=activation).apply, theirs, x, dtype
+        )
         assert out < tolerance and gradients < tolerance
 
 
 def test_only_the_input_and_statistics_are_kept():
     """What goes into a norm is kept anyway; the rest has one number a row, or one a channel."""
     x = jnp.ones((2, 8, 8, 32), jnp.bfloat16)
-    for module in (layers.LayerNorm(dtype=jnp.bfloat16),
-                   layers.GroupNorm(8, dtype=jnp.bfloat16, activation=nn.silu)):
+    for module in (
+        layers.LayerNorm(dtype=jnp.bfloat16),
+        layers.GroupNorm(8, dtype=jnp.bfloat16, activation=nn.silu),
+    ):
         params = module.init(jax.random.key(0), x)
         _, back = jax.vjp(lambda x: module.apply(params, x), x)
         kept = [leaf for leaf in jax.tree.leaves(back) if leaf.size > 128]
@@ -69,8 +83,10 @@ def test_only_the_input_and_statistics_are_kept():
 
 
 def test_the_gradient_of_a_bias_is_the_sum_of_rows():
-    x, shift, outer = (jnp.asarray(RNG.normal(size=shape), jnp.bfloat16)
-                       for shape in ((3, 40, 16), (16,), (3, 40, 16)))
+    x, shift, outer = (
+        jnp.asarray(RNG.normal(size=shape), jnp.bfloat16)
+        for shape in ((3, 40, 16), (16,), (3, 40, 16))
+    )
     with platforms.compiled_for(platforms.Target("tpu")):
         out, back = jax.vjp(bias.add_bias, x, shift)
         of_x, of_shift = back(outer)

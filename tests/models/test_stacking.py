@@ -4,10 +4,15 @@ from flax import traverse_util
 
 from focusdpo_jax.models import stacking
 
-TREE = {"mid_block": {"transformer_blocks": {
-    "norm1": {"scale": np.arange(12.0).reshape(4, 3)},
-    "ff": {"net_2": {"kernel": np.arange(24.0).reshape(4, 2, 3)}}}},
-    "conv_in": {"kernel": np.ones((3, 3, 4, 8))}}
+TREE = {
+    "mid_block": {
+        "transformer_blocks": {
+            "norm1": {"scale": np.arange(12.0).reshape(4, 3)},
+            "ff": {"net_2": {"kernel": np.arange(24.0).reshape(4, 2, 3)}},
+        }
+    },
+    "conv_in": {"kernel": np.ones((3, 3, 4, 8))},
+}
 
 
 def test_blocks_lie_together_here_and_apart_in_files():
@@ -21,8 +26,9 @@ def test_blocks_lie_together_here_and_apart_in_files():
     jax.tree.map(np.testing.assert_array_equal, stacking.join(flat, TREE), TREE)
     seen = []
     stacking.join(flat, TREE, place=lambda path, array: seen.append((path, array.shape)))
-    assert dict(seen) == {path: leaf.shape
-                          for path, leaf in traverse_util.flatten_dict(TREE).items()}
+    assert dict(seen) == {
+        path: leaf.shape for path, leaf in traverse_util.flatten_dict(TREE).items()
+    }
     # A model whose layers are not scanned has its parameters as files have them.
     jax.tree.map(np.testing.assert_array_equal, stacking.join(flat, apart), apart)
 
@@ -30,7 +36,8 @@ def test_blocks_lie_together_here_and_apart_in_files():
 def test_shapes_are_split_alike():
     shapes = stacking.split(jax.eval_shape(lambda: TREE))
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(
-        lambda x: x.shape, stacking.split(TREE))
+        lambda x: x.shape, stacking.split(TREE)
+    )
 
 
 def test_a_norm_of_many_blocks_is_still_a_vector():

@@ -9,8 +9,11 @@ from tests.models.weights import random_params
 
 
 def test_references_do_not_mix():
-    adapter = subject_adapter(SubjectAdapterConfig(
-        input_dim=4, output_dim=6, num_tokens=2, width=8, depth=1, num_heads=2, head_dim=3))
+    adapter = subject_adapter(
+        SubjectAdapterConfig(
+            input_dim=4, output_dim=6, num_tokens=2, width=8, depth=1, num_heads=2, head_dim=3
+        )
+    )
     features = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
     params = {"params": random_params(adapter, features)}
     apply = jax.jit(adapter.apply)
@@ -22,10 +25,13 @@ def test_references_do_not_mix():
 
 
 def test_projection_by_hand():
-    adapter = subject_adapter(SubjectAdapterConfig(
-        kind="projection", input_dim=1, output_dim=2, num_tokens=2))
-    params = {"image_embeds": {"kernel": jnp.array([[1.0, -1.0, 0.0, 4.0]]), "bias": jnp.zeros(4)},
-              "norm": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, 1.0])}}
+    adapter = subject_adapter(
+        SubjectAdapterConfig(kind="projection", input_dim=1, output_dim=2, num_tokens=2)
+    )
+    params = {
+        "image_embeds": {"kernel": jnp.array([[1.0, -1.0, 0.0, 4.0]]), "bias": jnp.zeros(4)},
+        "norm": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, 1.0])},
+    }
     tokens = adapter.apply({"params": params}, jnp.full((1, 1, 1), 3.0))
     np.testing.assert_allclose(tokens[0, 0], [[1, -1], [-1, 3]], atol=1e-5)
 

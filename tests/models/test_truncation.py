@@ -24,7 +24,7 @@ def test_a_text_in_two(tokenizer):
     assert kept == "a star and a ball and a ring and a cross and a heart"
     assert lost == " and a box on grass"
     (encoder, _), ids = tokenizer._encoders, tokenizer(LONG)[0]
-    removed = encoder(LONG)["input_ids"][tokenizer.length - 1:-1]
+    removed = encoder(LONG)["input_ids"][tokenizer.length - 1 : -1]
     assert encoder.decode(removed) == lost.strip()
     assert encoder.decode(ids[1:-1]) == kept
     # Sixteen tokens with both ends fit, seventeen do not; also in the middle of a letter's bytes.
@@ -33,14 +33,19 @@ def test_a_text_in_two(tokenizer):
 
 
 def test_one_warning_with_count_limit_tail_and_subjects(tokenizer, caplog):
-    texts = [("a star", ["a star"]), (LONG, ["a star", "a heart", "a box", "a moon"]),
-             (LONG, ["a star"]), ("a ball " * 9, ["a ball"])]
+    texts = [
+        ("a star", ["a star"]),
+        (LONG, ["a star", "a heart", "a box", "a moon"]),
+        (LONG, ["a star"]),
+        ("a ball " * 9, ["a ball"]),
+    ]
     assert truncation.warn(tokenizer, texts, "--prompts=x") == 2
-    message, = [record.getMessage() for record in caplog.records]
+    (message,) = [record.getMessage() for record in caplog.records]
     assert message == (
         "--prompts=x: 2 of 3 texts are longer than the 16 tokens that the model reads and are cut. "
         f"The first, '{LONG}', has 23 and loses 'and a box on grass'. The model does not read "
-        "'a box': 1 of them lose the phrase of a subject")
+        "'a box': 1 of them lose the phrase of a subject"
+    )
     caplog.clear()
     assert truncation.warn(tokenizer, [("a ball " * 9, ["a ball"])], "x") == 1
     assert "not told" not in caplog.text  # Named before the end as well.

@@ -14,18 +14,31 @@ from focusdpo_jax.models.unet import UNet, UNetConfig
 from tests.models.weights import random_params
 
 CONFIG = UNetConfig(
-    block_out_channels=(8, 16), transformer_layers_per_block=(0, 1), mid_transformer_layers=1,
-    layers_per_block=1, num_heads=(1, 2), cross_attention_dim=6, addition_time_embed_dim=4,
-    pooled_dim=5, norm_groups=4, image_context=True)
+    block_out_channels=(8, 16),
+    transformer_layers_per_block=(0, 1),
+    mid_transformer_layers=1,
+    layers_per_block=1,
+    num_heads=(1, 2),
+    cross_attention_dim=6,
+    addition_time_embed_dim=4,
+    pooled_dim=5,
+    norm_groups=4,
+    image_context=True,
+)
 ALL = np.ones((2, 3), bool)
 
 
 def inputs():
     keys = jax.random.split(jax.random.key(0), 4)
-    return dict(sample=jax.random.normal(keys[0], (2, 4, 6, 4)), timesteps=jnp.array([3, 900]),
-                text=jax.random.normal(keys[1], (2, 5, 6)),
-                pooled=jax.random.normal(keys[2], (2, 5)), time_ids=jnp.full((2, 6), 64.0),
-                image_tokens=jax.random.normal(keys[3], (2, 3, 2, 6)), image_present=ALL)
+    return dict(
+        sample=jax.random.normal(keys[0], (2, 4, 6, 4)),
+        timesteps=jnp.array([3, 900]),
+        text=jax.random.normal(keys[1], (2, 5, 6)),
+        pooled=jax.random.normal(keys[2], (2, 5)),
+        time_ids=jnp.full((2, 6), 64.0),
+        image_tokens=jax.random.normal(keys[3], (2, 3, 2, 6)),
+        image_present=ALL,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +47,12 @@ def params():
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capture", "dtype"))
-def run(params, batch, scale=1.0, *, config=CONFIG, capture=("image_attention",),
-        dtype=jnp.float32):
-    return UNet(config, dtype).apply({"params": params}, **batch, image_scale=scale,
-                                     capture=capture)
+def run(
+    params, batch, scale=1.0, *, config=CONFIG, capture=("image_attention",), dtype=jnp.float32
+):
+    return UNet(config, dtype).apply(
+        {"params": params}, **batch, image_scale=scale, capture=capture
+    )
 
 
 def test_without_present_slots_there_is_no_image_branch(params):
@@ -51,14 +66,20 @@ def test_without_present_slots_there_is_no_image_branch(params):
 def test_an_absent_slot_has_no_say_and_no_gradient(params):
     present = np.array([[True, False, True], [False, False, False]])
     batch = dict(inputs(), image_present=present)
-    other = dict(batch, image_tokens=jnp.where(present[:, :, None, None],
-                                               batch["image_tokens"], 1e3))
+    other = dict(
+        batch, image_tokens=jnp.where(present[:, :, None, None], batch["image_tokens"], 1e3)
+    )
     prediction, captured = run(params, batch)
     np.testing.assert_array_equal(prediction, run(params, other)[0])
     np.testing.assert_array_equal(captured["image_attention"][0, ..., 1], 0)
 
-    gradient = jax.jit(jax.grad(lambda tokens: jnp.square(
-        UNet(CONFIG).apply({"params": params}, **dict(batch, image_tokens=tokens))[0]).sum()))
+    gradient = jax.jit(
+        jax.grad(
+            lambda tokens: jnp.square(
+                UNet(CONFIG).apply({"params": params}, **dict(batch, image_tokens=tokens))[0]
+            ).sum()
+        )
+    )
     gradient = gradient(batch["image_tokens"])
     assert np.all(np.isfinite(gradient))
     np.testing.assert_array_equal(np.any(np.asarray(gradient) != 0, axis=(2, 3)), present)
@@ -79,14 +100,19 @@ def test_slots_have_no_order(params):
 def test_pictures_of_one_condition_are_what_they_are_with_one_each(params, masked):
     batch = dict(inputs(), image_present=np.array([[True, True, False], [True, False, True]]))
     if masked:
-        batch |= dict(image_masks=jax.random.uniform(jax.random.key(1), (2, 3, 8, 12)),
-                      image_scales=jnp.array([[1.0, 0.5, 1.0], [0.3, 1.0, 2.0]]))
-    pictures = dict(sample=jax.random.normal(jax.random.key(2), (4, 4, 6, 4)),
-                    timesteps=jnp.array([3, 900, 3, 500]))
+        batch |= dict(
+            image_masks=jax.random.uniform(jax.random.key(1), (2, 3, 8, 12)),
+            image_scales=jnp.array([[1.0, 0.5, 1.0], [0.3, 1.0, 2.0]]),
+        )
+    pictures = dict(
+        sample=jax.random.normal(jax.random.key(2), (4, 4, 6, 4)),
+        timesteps=jnp.array([3, 900, 3, 500]),
+    )
     apart = {name: jnp.repeat(value, 2, axis=0) for name, value in batch.items()}
     together, apart = run(params, batch | pictures), run(params, apart | pictures)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
-                 together, apart)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), together, apart
+    )
     assert np.abs(np.diff(together[0], axis=0)).min(axis=(1, 2, 3)).max() > 1e-4
 
 
@@ -128,7 +154,8 @@ def test_remat_keeps_what_goes_into_the_blocks(params):
         """Numbers that the backward pass needs, parameters included."""
         unet = UNet(dataclasses.replace(CONFIG, remat=remat))
         _, pullback = jax.eval_shape(
-            lambda p: jax.vjp(lambda p: unet.apply({"params": p}, **batch)[0], p), params)
+            lambda p: jax.vjp(lambda p: unet.apply({"params": p}, **batch)[0], p), params
+        )
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
     assert kept(True) < 0.3 * kept(False)
@@ -156,11 +183,17 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="16 must be a multiple of .* num_heads = 3"):
         dataclasses.replace(CONFIG, num_heads=(1, 3))
     with pytest.raises(ValueError, match="up_blocks_7"):
-        jax.eval_shape(functools.partial(UNet(CONFIG).init, capture=("up_blocks_7",)),
-                       jax.random.key(0), **inputs())
+        jax.eval_shape(
+            functools.partial(UNet(CONFIG).init, capture=("up_blocks_7",)),
+            jax.random.key(0),
+            **inputs(),
+        )
     with pytest.raises(ValueError, match="image_tokens"):
-        jax.eval_shape(UNet(CONFIG).init, jax.random.key(0),
-                       **dict(inputs(), image_tokens=None, image_present=None))
+        jax.eval_shape(
+            UNet(CONFIG).init,
+            jax.random.key(0),
+            **dict(inputs(), image_tokens=None, image_present=None),
+        )
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -186,5 +219,7 @@ def test_layers_compute_the_same_scanned_or_not(remat):
     for ours, theirs in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     joined = stacking.join(traverse_util.flatten_dict(gradient), params)
-    for ours, theirs in zip(jax.tree.leaves(joined), jax.tree.leaves(expected_gradient), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(joined), jax.tree.leaves(expected_gradient), strict=True
+    ):
         assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)

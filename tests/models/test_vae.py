@@ -8,8 +8,9 @@ from focusdpo_jax.models.vae import VAE, VAEConfig
 
 
 def test_shapes_and_bounds():
-    config = VAEConfig(block_out_channels=(4, 8, 8), layers_per_block=1, norm_groups=4,
-                       latent_channels=3)
+    config = VAEConfig(
+        block_out_channels=(4, 8, 8), layers_per_block=1, norm_groups=4, latent_channels=3
+    )
     images = jnp.zeros((1, 8, 12, 3))
     shapes = jax.eval_shape(VAE(config).init, jax.random.key(0), images)["params"]
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)

@@ -23,10 +23,14 @@ def pair(tmp_path):
 @pytest.fixture
 def whole(pair, tmp_path):
     """The same tokenizer as transformers 5 saves it: tokenizer.json and tokenizer_config.json."""
-    transformers.CLIPTokenizer(vocab=str(pair / "vocab.json"), merges=str(pair / "merges.txt"),
-                               ).save_pretrained(tmp_path / "whole")
+    transformers.CLIPTokenizer(
+        vocab=str(pair / "vocab.json"),
+        merges=str(pair / "merges.txt"),
+    ).save_pretrained(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
-        "tokenizer.json", "tokenizer_config.json"]
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     return tmp_path / "whole"
 
 
@@ -47,7 +51,9 @@ def test_one_file_is_the_same_tokenizer(pair, whole, tmp_path):
     found.save(tmp_path / "model" / "tokenizer")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["tokenizer"]
     assert sorted(path.name for path in (tmp_path / "model/tokenizer").iterdir()) == [
-        "merges.txt", "vocab.json"]
+        "merges.txt",
+        "vocab.json",
+    ]
     again = Tokenizer(tmp_path / "model/tokenizer", 16)
     np.testing.assert_array_equal(again(CAPTION), expected(CAPTION))
     assert again.digest() == found.digest()
@@ -57,16 +63,25 @@ def test_merges_of_older_files(whole):
     """transformers 4 wrote "a b" where newer ones write ["a", "b"]."""
     expected = Tokenizer(whole, 16)(CAPTION)
     model = json.loads((whole / "tokenizer.json").read_text())["model"]
-    change(whole, "tokenizer.json", model={"merges": [" ".join(merge) for merge in model["merges"]]})
+    change(
+        whole, "tokenizer.json", model={"merges": [" ".join(merge) for merge in model["merges"]]}
+    )
     np.testing.assert_array_equal(Tokenizer(whole, 16)(CAPTION), expected)
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"model": {"type": "Unigram"}}, "its model is 'Unigram' and not 'BPE'"),
-    ({"model": {"end_of_word_suffix": None}}, "end_of_word_suffix = None .not '</w>'"),
-    ({"normalizer": None}, r"its normalizer is \[\] .not NFC, Replace, Lowercase"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "pretokenizers": None}}, "its pre_tokenizer is another"),
-    ({"model": None}, "it has no model")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model": {"type": "Unigram"}}, "its model is 'Unigram' and not 'BPE'"),
+        ({"model": {"end_of_word_suffix": None}}, "end_of_word_suffix = None .not '</w>'"),
+        ({"normalizer": None}, r"its normalizer is \[\] .not NFC, Replace, Lowercase"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "pretokenizers": None}},
+            "its pre_tokenizer is another",
+        ),
+        ({"model": None}, "it has no model"),
+    ],
+)
 def test_tokenizers_of_other_models_are_refused(whole, fields, message):
     change(whole, "tokenizer.json", **fields)
     with pytest.raises(UserError, match=f"tokenizer.json is no tokenizer of CLIP: {message}"):
@@ -75,7 +90,9 @@ def test_tokenizers_of_other_models_are_refused(whole, fields, message):
 
 def test_special_tokens_of_other_models_are_refused(whole):
     change(whole, "tokenizer_config.json", bos_token={"content": "<s>"})
-    with pytest.raises(UserError, match="bos_token = '<s>': only CLIP's '<|startoftext|>' is supported"):
+    with pytest.raises(
+        UserError, match="bos_token = '<s>': only CLIP's '<|startoftext|>' is supported"
+    ):
         Tokenizer(whole, 16)
 
 
@@ -91,7 +108,9 @@ def test_added_tokens_are_refused(kind, pair, whole, request):
 
 
 def test_a_tokenizer_to_which_transformers_added(pair, tmp_path):
-    tokenizer = transformers.CLIPTokenizer(vocab=str(pair / "vocab.json"), merges=str(pair / "merges.txt"))
+    tokenizer = transformers.CLIPTokenizer(
+        vocab=str(pair / "vocab.json"), merges=str(pair / "merges.txt")
+    )
     tokenizer.add_tokens(["<sks>"])
     tokenizer.save_pretrained(tmp_path / "added")
     with pytest.raises(UserError, match="tokenizer.json adds tokens to CLIP's, such as '<sks>'"):
@@ -99,13 +118,21 @@ def test_a_tokenizer_to_which_transformers_added(pair, tmp_path):
 
 
 def test_missing_and_damaged_files(whole, tmp_path):
-    with pytest.raises(UserError, match="vocab.json and .*merges.txt are missing; a folder of CLIP's "
-                                        "tokenizer has vocab.json and merges.txt, or tokenizer.json"):
+    with pytest.raises(
+        UserError,
+        match="vocab.json and .*merges.txt are missing; a folder of CLIP's "
+        "tokenizer has vocab.json and merges.txt, or tokenizer.json",
+    ):
         Tokenizer(tmp_path / "nowhere", 16)
-    for text, message in (("{", "is damaged: Expecting"), ("[]", "it is no JSON object"),
-                          ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
-                           "is a pointer of git-lfs and not the file itself: run `git lfs pull`"),
-                          ("{\"model\": {\"type\": \"BPE\"}}", "is no tokenizer of CLIP")):
+    for text, message in (
+        ("{", "is damaged: Expecting"),
+        ("[]", "it is no JSON object"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "is a pointer of git-lfs and not the file itself: run `git lfs pull`",
+        ),
+        ('{"model": {"type": "BPE"}}', "is no tokenizer of CLIP"),
+    ):
         (whole / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match=f"tokenizer.json .*{message}"):
             Tokenizer(whole, 16)
@@ -115,15 +142,21 @@ def test_what_fills_up(pair, tmp_path):
     """A pipeline may say so itself; transformers is the oracle, and a model folder keeps it."""
     for name, filler in (("tokenizer", "!"), ("tokenizer_2", "<|endoftext|>")):
         transformers.CLIPTokenizer(
-            vocab=str(pair / "vocab.json"), merges=str(pair / "merges.txt"), pad_token=filler,
-            model_max_length=16).save_pretrained(tmp_path / "pipe" / name)
+            vocab=str(pair / "vocab.json"),
+            merges=str(pair / "merges.txt"),
+            pad_token=filler,
+            model_max_length=16,
+        ).save_pretrained(tmp_path / "pipe" / name)
     assert vocabulary.fillers(pair.parent) == vocabulary.FILLERS
     fillers = vocabulary.fillers(tmp_path / "pipe")
     assert fillers == ("!", "<|endoftext|>")
     ours = Tokenizer(tmp_path / "pipe/tokenizer", 16, fillers)
-    expected = [transformers.CLIPTokenizer.from_pretrained(tmp_path / "pipe" / name)(
-        "a boat!", padding="max_length", max_length=16, truncation=True)["input_ids"]
-        for name in ("tokenizer", "tokenizer_2")]
+    expected = [
+        transformers.CLIPTokenizer.from_pretrained(tmp_path / "pipe" / name)(
+            "a boat!", padding="max_length", max_length=16, truncation=True
+        )["input_ids"]
+        for name in ("tokenizer", "tokenizer_2")
+    ]
     np.testing.assert_array_equal(ours("a boat!"), expected)
     ours.save(tmp_path / "model/tokenizer")
     assert vocabulary.fillers(tmp_path / "model") == fillers

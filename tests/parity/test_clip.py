@@ -22,8 +22,7 @@ from tests.parity import oracles  # noqa: E402
 
 SIZES = dict(hidden_size=24, num_layers=3, num_heads=3, intermediate_size=40)
 # transformers' names for the same.
-THEIR_SIZES = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3,
-                   intermediate_size=40)
+THEIR_SIZES = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40)
 IDS = np.array([[40, 3, 17, 41, 41, 41, 41], [40, 9, 30, 8, 22, 5, 41]], np.int32)
 
 
@@ -40,19 +39,34 @@ def published(tensors):
     return {f"text_model.{name}": value for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("activation, projection_dim, eos", [
-    ("quick_gelu", None, 2), ("gelu", 12, 2), ("gelu", 12, 22)])
+@pytest.mark.parametrize(
+    "activation, projection_dim, eos", [("quick_gelu", None, 2), ("gelu", 12, 2), ("gelu", 12, 22)]
+)
 def test_text(activation, projection_dim, eos, tmp_path):
     their_config = transformers.CLIPTextConfig(
-        vocab_size=42, max_position_embeddings=9, hidden_act=activation, eos_token_id=eos,
-        bos_token_id=40, projection_dim=projection_dim or 12, **THEIR_SIZES)
-    kind = (transformers.CLIPTextModelWithProjection if projection_dim
-            else transformers.CLIPTextModel)
+        vocab_size=42,
+        max_position_embeddings=9,
+        hidden_act=activation,
+        eos_token_id=eos,
+        bos_token_id=40,
+        projection_dim=projection_dim or 12,
+        **THEIR_SIZES,
+    )
+    kind = (
+        transformers.CLIPTextModelWithProjection if projection_dim else transformers.CLIPTextModel
+    )
     model = oracles.randomised(kind, their_config)
     ids = np.where(IDS == 41, 22, IDS) if eos == 22 else IDS
-    ours = CLIPText(CLIPTextConfig(
-        vocab_size=42, max_length=9, activation=activation, projection_dim=projection_dim,
-        eos_token_id=eos, **SIZES))
+    ours = CLIPText(
+        CLIPTextConfig(
+            vocab_size=42,
+            max_length=9,
+            activation=activation,
+            projection_dim=projection_dim,
+            eos_token_id=eos,
+            **SIZES,
+        )
+    )
     template = jax.eval_shape(ours.init, jax.random.key(0), ids)["params"]
     tensors = saved(model, tmp_path)
     params = oracles.load(template, published(tensors))
@@ -72,10 +86,15 @@ def test_text(activation, projection_dim, eos, tmp_path):
 def test_vision(activation, tmp_path):
     model = oracles.randomised(
         transformers.CLIPVisionModelWithProjection,
-        transformers.CLIPVisionConfig(image_size=20, patch_size=5, hidden_act=activation,
-                                      projection_dim=12, **THEIR_SIZES))
-    ours = CLIPVision(CLIPVisionConfig(image_size=20, patch_size=5, activation=activation,
-                                       projection_dim=12, **SIZES))
+        transformers.CLIPVisionConfig(
+            image_size=20, patch_size=5, hidden_act=activation, projection_dim=12, **THEIR_SIZES
+        ),
+    )
+    ours = CLIPVision(
+        CLIPVisionConfig(
+            image_size=20, patch_size=5, activation=activation, projection_dim=12, **SIZES
+        )
+    )
     images = np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)
     template = jax.eval_shape(ours.init, jax.random.key(0), images)["params"]
     params = oracles.load(template, saved(model, tmp_path))

@@ -45,8 +45,16 @@ from focusdpo_jax.training.models import shipped  # noqa: E402
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, pipeline, test_unet  # noqa: E402
 
-ADAPTER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=2,
-                               num_heads=2, head_dim=8, expansion=3)
+ADAPTER = SubjectAdapterConfig(
+    input_dim=14,
+    output_dim=24,
+    num_tokens=3,
+    width=18,
+    depth=2,
+    num_heads=2,
+    head_dim=8,
+    expansion=3,
+)
 PLAIN = SubjectAdapterConfig(kind="projection", input_dim=12, output_dim=24, num_tokens=4)
 
 
@@ -64,15 +72,20 @@ def folder(models, tmp_path):
 def examples(config):
     """{part: tree of shapes} of a generator."""
     generator = Generator(config)
-    return {part: jax.eval_shape(lambda key, part=part: generator.init_part(part, key),
-                                 jax.random.key(0)) for part in PARTS}
+    return {
+        part: jax.eval_shape(
+            lambda key, part=part: generator.init_part(part, key), jax.random.key(0)
+        )
+        for part in PARTS
+    }
 
 
 def check_exact(params, model):
     """Compares with the model in memory, whose names transformers changes on the way to a file."""
     theirs = oracles.tensors_of(model)
-    ours = {name: value for name, value in pytorch_names.from_flax(params).items()
-            if "_ip." not in name}
+    ours = {
+        name: value for name, value in pytorch_names.from_flax(params).items() if "_ip." not in name
+    }
     short = {name.removeprefix("text_model."): value for name, value in ours.items()}
     ours = ours if set(ours) == set(theirs) else short
     assert set(ours) == set(theirs)
@@ -87,10 +100,12 @@ def test_configuration(folder):
     assert config.unet == dataclasses.replace(test_unet.SMALL, image_context=True)
     assert config.vae == VAEConfig(block_out_channels=(8, 12), layers_per_block=1, norm_groups=4)
     assert config.text_encoder == CLIPTextConfig(hidden_size=8, **text)
-    assert config.text_encoder_2 == CLIPTextConfig(hidden_size=16, activation="gelu",
-                                                   projection_dim=20, **text)
+    assert config.text_encoder_2 == CLIPTextConfig(
+        hidden_size=16, activation="gelu", projection_dim=20, **text
+    )
     assert config.image_encoder == CLIPVisionConfig(
-        image_size=20, patch_size=5, hidden_size=14, projection_dim=12, **tower)
+        image_size=20, patch_size=5, hidden_size=14, projection_dim=12, **tower
+    )
     assert config.adapter == SubjectAdapterConfig(input_dim=14, output_dim=24, dropped="blank")
     assert (config.prediction_type, config.zero_terminal_snr) == ("epsilon", False)
     assert config.zero_empty_prompt
@@ -99,8 +114,12 @@ def test_configuration(folder):
 def test_timesteps_are_kept_from_file_to_file(folder, tmp_path):
     """SDXL-Turbo's scheduler: into a model folder of ours, and out again to diffusers."""
     turbo = diffusers.EulerAncestralDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        timestep_spacing="trailing")
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
     turbo.save_pretrained(folder / "scheduler")
     config = diffusers_folder.load_config(folder)
     assert config.spacing == Spacing("trailing", 1, True)
@@ -118,17 +137,24 @@ def test_timesteps_are_kept_from_file_to_file(folder, tmp_path):
 def test_the_field_says_what_is_predicted(folder):
     """In the place of the scheduler's file, but not of a model folder's own."""
     fields = {"pretrained": str(folder), "adapter": "", "image_encoder": "", "tokenizer": ""}
-    for kind, spacing in (("", "leading"), ("v_prediction", "leading"),
-                          ("v_prediction_zero_snr", "trailing")):
+    for kind, spacing in (
+        ("", "leading"),
+        ("v_prediction", "leading"),
+        ("v_prediction_zero_snr", "trailing"),
+    ):
         config = pretrained.locate(fields, shipped, kind).config()
         assert config.prediction_type == ("v_prediction" if kind else "epsilon")
         assert config.zero_terminal_snr == (spacing == "trailing")
         assert config.spacing.name == spacing
-    with pytest.raises(UserError, match="config.model.prediction_type = 'epsilon': .* is a model "
-                                        "folder, which has everything; give ''"):
+    with pytest.raises(
+        UserError,
+        match="config.model.prediction_type = 'epsilon': .* is a model "
+        "folder, which has everything; give ''",
+    ):
         pretrained.locate(fields | {"pretrained": "toybox"}, shipped, "epsilon")
     assert RULES["model.prediction_type"][0]("") and all(
-        map(RULES["model.prediction_type"][0], single_file.PREDICTION_TYPES))
+        map(RULES["model.prediction_type"][0], single_file.PREDICTION_TYPES)
+    )
 
 
 def test_a_scheduler_is_of_the_class_that_the_index_names(folder):
@@ -146,8 +172,15 @@ def test_a_scheduler_is_of_the_class_that_the_index_names(folder):
         diffusers_folder.load_config(folder)
 
 
-@pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}, {"variant": "fp16"},
-                                 {"max_shard_size": "20KB", "variant": "fp16"}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"max_shard_size": "20KB"},
+        {"variant": "fp16"},
+        {"max_shard_size": "20KB", "variant": "fp16"},
+    ],
+)
 def test_every_part_bit_for_bit(models, how, tmp_path):
     pipeline.save(tmp_path, models, **how)
     shards = len(list((tmp_path / "unet").glob("*.safetensors")))
@@ -165,21 +198,39 @@ def test_a_pipeline_that_transformers_5_saves(models, tmp_path):
     """Its tokenizers have tokenizer.json alone; what fills up captions stands beside it."""
     words = write_vocabulary(tmp_path / "words", pipeline.WORDS)
     parts = pipeline.parts(vocabulary=words)
-    tokenizers = {name: transformers.CLIPTokenizer(
-        vocab=str(tmp_path / "words/vocab.json"), merges=str(tmp_path / "words/merges.txt"),
-        pad_token=padding, model_max_length=16)
-        for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))}
+    tokenizers = {
+        name: transformers.CLIPTokenizer(
+            vocab=str(tmp_path / "words/vocab.json"),
+            merges=str(tmp_path / "words/merges.txt"),
+            pad_token=padding,
+            model_max_length=16,
+        )
+        for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))
+    }
     diffusers.StableDiffusionXLPipeline(
-        **parts, **tokenizers, scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
-        feature_extractor=None).save_pretrained(tmp_path / "saved")
+        **parts,
+        **tokenizers,
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        ),
+        feature_extractor=None,
+    ).save_pretrained(tmp_path / "saved")
     assert not list(tmp_path.glob("saved/*/vocab.json"))
-    model = training_models.load_model(ml_collections.ConfigDict(
-        {"seed": 0, "model": {"pretrained": str(tmp_path / "saved"), "lora_rank": 0}}))
+    model = training_models.load_model(
+        ml_collections.ConfigDict(
+            {"seed": 0, "model": {"pretrained": str(tmp_path / "saved"), "lora_rank": 0}}
+        )
+    )
     for caption in ("a red boat!", "", "a boat " * 20):
-        np.testing.assert_array_equal(model.tokenizer(caption), [
-            tokenizer(caption, padding="max_length", max_length=16, truncation=True)["input_ids"]
-            for tokenizer in tokenizers.values()])
+        np.testing.assert_array_equal(
+            model.tokenizer(caption),
+            [
+                tokenizer(caption, padding="max_length", max_length=16, truncation=True)[
+                    "input_ids"
+                ]
+                for tokenizer in tokenizers.values()
+            ],
+        )
     training_models.save_model(tmp_path / "model", model, model.parameters)
     again = Tokenizer(tmp_path / "model/tokenizer", 16)
     np.testing.assert_array_equal(again("a red boat!"), model.tokenizer("a red boat!"))
@@ -191,16 +242,17 @@ def test_a_new_image_branch_reads_as_the_text_does(folder):
     attention = params["down_blocks_1"]["attentions_0"]["transformer_blocks"]["attn2"]
     assert attention["to_k_ip"]["kernel"].shape == (1, 24, 24)
     for name in ("to_k", "to_v"):
-        np.testing.assert_array_equal(attention[f"{name}_ip"]["kernel"],
-                                      attention[name]["kernel"])
+        np.testing.assert_array_equal(attention[f"{name}_ip"]["kernel"], attention[name]["kernel"])
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, PLAIN], ids=lambda config: config.kind)
 def test_adapter_file(folder, adapter):
     config = dataclasses.replace(diffusers_folder.load_config(folder), adapter=adapter)
     expected = examples(config)
-    parameters = {"unet": random_tree(expected["unet"]),
-                  "adapter": random_tree(expected["adapter"])}
+    parameters = {
+        "unet": random_tree(expected["unet"]),
+        "adapter": random_tree(expected["adapter"]),
+    }
     diffusers_folder.save_adapter(folder, parameters, config)
     assert diffusers_folder.load_config(folder) == config
     adapter = diffusers_folder.load_part(folder, "adapter", expected["adapter"])
@@ -212,10 +264,14 @@ def test_adapter_file(folder, adapter):
 
 
 def test_plain_adapter_files_tell_their_sizes():
-    shapes = {"image_proj.proj.weight": np.zeros((4 * 24, 12)), "image_proj.norm.weight":
-              np.zeros(24), "ip_adapter.1.to_k_ip.weight": np.zeros((8, 24))}
+    shapes = {
+        "image_proj.proj.weight": np.zeros((4 * 24, 12)),
+        "image_proj.norm.weight": np.zeros(24),
+        "ip_adapter.1.to_k_ip.weight": np.zeros((8, 24)),
+    }
     assert ip_adapter.read_config(shapes, {}) == SubjectAdapterConfig(
-        kind="projection", input_dim=12, output_dim=24, num_tokens=4, dropped="blank")
+        kind="projection", input_dim=12, output_dim=24, num_tokens=4, dropped="blank"
+    )
     with pytest.raises(UserError, match="x.safetensors is neither of IP-Adapter's layout"):
         ip_adapter.read_config({"unet.weight": np.zeros(2)}, {}, "x.safetensors")
 
@@ -226,8 +282,9 @@ def test_types_and_shards(folder, models):
     each = jax.tree.map(lambda leaf: sharding, expected)
     plain = diffusers_folder.load_part(folder, "vae", expected)
     for target in (sharding, each):
-        params = diffusers_folder.load_part(folder, "vae", expected, dtype=jnp.bfloat16,
-                                            sharding=target)
+        params = diffusers_folder.load_part(
+            folder, "vae", expected, dtype=jnp.bfloat16, sharding=target
+        )
         for leaf, exact in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
             assert isinstance(leaf, jax.Array) and leaf.sharding == sharding
             np.testing.assert_array_equal(leaf, exact.astype(ml_dtypes.bfloat16))
@@ -236,8 +293,9 @@ def test_types_and_shards(folder, models):
 def test_half_precision_files(folder, models):
     """What a real fp16 variant holds."""
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = {name: value.astype(np.float16) for name, value
-               in oracles.tensors_of(models["unet"]).items()}
+    tensors = {
+        name: value.astype(np.float16) for name, value in oracles.tensors_of(models["unet"]).items()
+    }
     path.unlink()
     safetensors.numpy.save_file(tensors, path.with_suffix(".fp16.safetensors"))
     expected = examples(diffusers_folder.load_config(folder))["unet"]
@@ -259,12 +317,14 @@ def test_misfits_are_named(folder):
     assert str(error.value) == (
         f"{folder}/unet does not fit the configured model: 1 missing: conv_in.bias; "
         "1 unexpected: class_embedding.weight; "
-        "1 of another shape: conv_out.bias is (5,), not (4,)")
+        "1 of another shape: conv_out.bias is (5,), not (4,)"
+    )
 
 
 def test_missing_files_are_listed(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
-        folder / "unet" / "diffusion_pytorch_model.bin")
+        folder / "unet" / "diffusion_pytorch_model.bin"
+    )
     shutil.rmtree(folder / "image_encoder")
     (folder / "tokenizer" / "merges.txt").unlink()
     with pytest.raises(UserError) as error:
@@ -273,7 +333,8 @@ def test_missing_files_are_listed(folder):
         f"{folder} lacks image_encoder/config.json, unet/diffusion_pytorch_model.safetensors "
         "(a .bin is a pickle, which is not read: diffusion_pytorch_model.bin), "
         "image_encoder/model.safetensors, tokenizer/merges.txt. Such a folder is normally fetched by "
-        "`hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`")
+        "`hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR`"
+    )
 
 
 def test_missing_shards_are_listed(models, tmp_path):
@@ -303,15 +364,25 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
     assert diffusers_folder.find("some/model/models/none") is None
 
 
-@pytest.mark.parametrize("part, field, value", [
-    ("unet", "use_linear_projection", False), ("unet", "addition_embed_type", "text"),
-    ("unet", "time_cond_proj_dim", 256), ("vae", "shift_factor", 0.1),
-    ("text_encoder", "layer_norm_eps", 1e-6), ("scheduler", "beta_end", 0.02)])
+@pytest.mark.parametrize(
+    "part, field, value",
+    [
+        ("unet", "use_linear_projection", False),
+        ("unet", "addition_embed_type", "text"),
+        ("unet", "time_cond_proj_dim", 256),
+        ("vae", "shift_factor", 0.1),
+        ("text_encoder", "layer_norm_eps", 1e-6),
+        ("scheduler", "beta_end", 0.02),
+    ],
+)
 def test_another_kind_of_model_is_refused(folder, part, field, value):
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(UserError, match=rf"{part}/.*json describes a model of another kind than "
-                                        rf"SDXL's: {field} = {value!r} \(not"):
+    with pytest.raises(
+        UserError,
+        match=rf"{part}/.*json describes a model of another kind than "
+        rf"SDXL's: {field} = {value!r} \(not",
+    ):
         diffusers_folder.load_config(folder)
 
 
@@ -319,8 +390,11 @@ def test_damaged_configurations_are_named(folder):
     path = folder / "vae" / "config.json"
     values = json.loads(path.read_text())
     del values["scaling_factor"]
-    for text, reason in (("{", "is damaged"), ("[]", "is no JSON object"),
-                         (json.dumps(values), "lacks the field 'scaling_factor'")):
+    for text, reason in (
+        ("{", "is damaged"),
+        ("[]", "is no JSON object"),
+        (json.dumps(values), "lacks the field 'scaling_factor'"),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match=f"vae/config.json .*{reason}"):
             diffusers_folder.load_config(folder)
@@ -351,10 +425,11 @@ def config_of(folder):
 
 REFUSED = {
     9: "its UNet reads 9 channels (in_channels of its configuration), and not the 4 of the latents alone. "
-       "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. Give a model whose UNet "
-       "reads 4.",
+    "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. Give a model whose UNet "
+    "reads 4.",
     8: "its UNet reads 8 channels (in_channels of its configuration), and not the 4 of the latents alone. "
-       "One of those edits pictures (InstructPix2Pix). Give a model whose UNet reads 4."}
+    "One of those edits pictures (InstructPix2Pix). Give a model whose UNet reads 4.",
+}
 
 
 @pytest.mark.parametrize("count", REFUSED)
@@ -363,25 +438,48 @@ def test_unets_that_read_more_than_latents(count, channels):
     folder = channels(count)
     config = config_of(folder)
     mesh = meshes.make_mesh(config.mesh, config.batch_size)
-    for use in (lambda: runs.load_folder(folder), lambda: training_models.load_model(config),
-                lambda: preflight.check(config), lambda: training_models.abstract_model(config, mesh)):
+    for use in (
+        lambda: runs.load_folder(folder),
+        lambda: training_models.load_model(config),
+        lambda: preflight.check(config),
+        lambda: training_models.abstract_model(config, mesh),
+    ):
         with pytest.raises(UserError) as error:
             use()
         assert str(error.value) == f"{folder}: {REFUSED[count]}"
 
 
-@pytest.mark.parametrize("command, arguments", [
-    ("sample", ["--prompt=a red boat", "--resolution=32"]),
-    ("evaluate", ["--config={root}/configs/toybox_dpo.py", "--output={folder}/out", "--limit=1"]),
-    ("plan", ["--config={root}/configs/sdxl_dpo.py", "--config.model.pretrained={folder}"]),
-    ("main", ["--config={root}/configs/sdxl_dpo.py", "--config.model.pretrained={folder}"])])
+@pytest.mark.parametrize(
+    "command, arguments",
+    [
+        ("sample", ["--prompt=a red boat", "--resolution=32"]),
+        (
+            "evaluate",
+            ["--config={root}/configs/toybox_dpo.py", "--output={folder}/out", "--limit=1"],
+        ),
+        ("plan", ["--config={root}/configs/sdxl_dpo.py", "--config.model.pretrained={folder}"]),
+        ("main", ["--config={root}/configs/sdxl_dpo.py", "--config.model.pretrained={folder}"]),
+    ],
+)
 def test_commands_refuse_an_inpainting_unet_in_one_line(command, arguments, channels, tmp_path):
     folder = channels(9)
-    where = [] if command == "plan" else [f"--workdir={folder if command != 'main' else tmp_path / 'run'}"]
+    where = (
+        []
+        if command == "plan"
+        else [f"--workdir={folder if command != 'main' else tmp_path / 'run'}"]
+    )
     result = subprocess.run(
-        [sys.executable, "-m", f"focusdpo_jax.{command}", *where,
-         *(argument.format(root=tiny.ROOT, folder=folder) for argument in arguments)],
-        capture_output=True, text=True, cwd=tmp_path)
+        [
+            sys.executable,
+            "-m",
+            f"focusdpo_jax.{command}",
+            *where,
+            *(argument.format(root=tiny.ROOT, folder=folder) for argument in arguments),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 2, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -395,7 +493,9 @@ def test_disruption_takes_unets_of_both_kinds(channels):
     for count in (9, 4, 8):
         model = runs.load_folder(channels(count), inpainting=True)
         if count == 8:
-            with pytest.raises(UserError, match="the UNet reads 8 channels; disruption needs one that reads"):
+            with pytest.raises(
+                UserError, match="the UNet reads 8 channels; disruption needs one that reads"
+            ):
                 Inpainter(model, **how)
             continue
         picture, mask = np.full((32, 32, 3), 128, np.uint8), np.zeros((32, 32), bool)
@@ -404,44 +504,77 @@ def test_disruption_takes_unets_of_both_kinds(channels):
         assert np.any(drawn[0][mask] != 128) and np.all(drawn[0][~mask] == 128)
 
 
-@pytest.mark.parametrize("index, message", [
-    ({"_class_name": "StableDiffusionPipeline"},
-     "is a StableDiffusionPipeline .its model_index.json says so., and only SDXL is read"),
-    ({"_class_name": "KolorsPipeline"}, "is a KolorsPipeline"),
-    ({"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
-    ({"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
-     r"has no text_encoder \(SDXL's refiner has no first one\), as its model_index.json says")])
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (
+            {"_class_name": "StableDiffusionPipeline"},
+            "is a StableDiffusionPipeline .its model_index.json says so., and only SDXL is read",
+        ),
+        ({"_class_name": "KolorsPipeline"}, "is a KolorsPipeline"),
+        ({"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
+        (
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
+            r"has no text_encoder \(SDXL's refiner has no first one\), as its model_index.json says",
+        ),
+    ],
+)
 def test_pipelines_of_other_kinds_are_named(folder, index, message):
     """Before anything is said of files that those have no reason to have."""
     shutil.rmtree(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps(index))
-    for use in (lambda: runs.load_folder(folder), lambda: training_models.generator_config(config_of(folder)),
-                lambda: training_models.abstract_model(config_of(folder), None)):
+    for use in (
+        lambda: runs.load_folder(folder),
+        lambda: training_models.generator_config(config_of(folder)),
+        lambda: training_models.abstract_model(config_of(folder), None),
+    ):
         with pytest.raises(UserError, match=message):
             use()
 
 
-@pytest.mark.parametrize("part, fields, message", [
-    ("unet", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep' .not None"),
-    ("unet", {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"},
-     "encoder_hid_dim = 4096 .not None"),
-    ("unet", {"transformer_layers_per_block": [1, [1, 2]]},
-     r"transformer_layers_per_block = \[1, \[1, 2\]\]"),
-    ("unet", {"cross_attention_dim": 2048},
-     r"unet.cross_attention_dim = 2048, but text_encoder.hidden_size \+ "
-     r"text_encoder_2.hidden_size = 24: take parts that belong to one"),
-    ("unet", {"in_channels": 3}, "unet.in_channels = 3, but vae.latent_channels = 4"),
-    ("unet", {"out_channels": 8}, "unet.out_channels = 8, but vae.latent_channels = 4"),
-    ("vae", {"latent_channels": 16}, "unet.out_channels = 4, but vae.latent_channels = 16"),
-    ("vae", {"in_channels": 4, "out_channels": 4}, "vae.in_channels = 4, but the channels of a picture = 3"),
-    ("vae", {"shift_factor": 0.1159}, "shift_factor = 0.1159 .not None"),
-    ("text_encoder_2", {"projection_dim": 768},
-     "unet.pooled_dim = 20, but text_encoder_2.projection_dim = 768"),
-    ("text_encoder", {"hidden_size": 1024}, "unet.cross_attention_dim = 24, but .* = 1040")])
+@pytest.mark.parametrize(
+    "part, fields, message",
+    [
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep' .not None"),
+        (
+            "unet",
+            {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"},
+            "encoder_hid_dim = 4096 .not None",
+        ),
+        (
+            "unet",
+            {"transformer_layers_per_block": [1, [1, 2]]},
+            r"transformer_layers_per_block = \[1, \[1, 2\]\]",
+        ),
+        (
+            "unet",
+            {"cross_attention_dim": 2048},
+            r"unet.cross_attention_dim = 2048, but text_encoder.hidden_size \+ "
+            r"text_encoder_2.hidden_size = 24: take parts that belong to one",
+        ),
+        ("unet", {"in_channels": 3}, "unet.in_channels = 3, but vae.latent_channels = 4"),
+        ("unet", {"out_channels": 8}, "unet.out_channels = 8, but vae.latent_channels = 4"),
+        ("vae", {"latent_channels": 16}, "unet.out_channels = 4, but vae.latent_channels = 16"),
+        (
+            "vae",
+            {"in_channels": 4, "out_channels": 4},
+            "vae.in_channels = 4, but the channels of a picture = 3",
+        ),
+        ("vae", {"shift_factor": 0.1159}, "shift_factor = 0.1159 .not None"),
+        (
+            "text_encoder_2",
+            {"projection_dim": 768},
+            "unet.pooled_dim = 20, but text_encoder_2.projection_dim = 768",
+        ),
+        ("text_encoder", {"hidden_size": 1024}, "unet.cross_attention_dim = 24, but .* = 1040"),
+    ],
+)
 def test_other_anatomies_are_named(folder, part, fields, message):
     path = folder / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    for use in (lambda: runs.load_folder(folder),
-                lambda: training_models.abstract_model(config_of(folder), None)):
+    for use in (
+        lambda: runs.load_folder(folder),
+        lambda: training_models.abstract_model(config_of(folder), None),
+    ):
         with pytest.raises(UserError, match=message):
             use()

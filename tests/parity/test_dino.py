@@ -19,18 +19,23 @@ from focusdpo_jax.vision import preprocess
 from tests.parity import oracles  # noqa: E402
 from tests.shared import shared  # noqa: E402
 
-SIZES = dict(image_size=20, patch_size=5, hidden_size=24, num_hidden_layers=3,
-             num_attention_heads=3)
+SIZES = dict(
+    image_size=20, patch_size=5, hidden_size=24, num_hidden_layers=3, num_attention_heads=3
+)
 ALL = (0, 1, 2, 3)
 
 
 def peer(kind):
     if kind == "vit":
         return oracles.randomised(
-            transformers.ViTModel, transformers.ViTConfig(intermediate_size=40, **SIZES),
-            add_pooling_layer=False)
-    return oracles.randomised(transformers.Dinov2Model, transformers.Dinov2Config(
-        mlp_ratio=2, layerscale_value=0.5, **SIZES))
+            transformers.ViTModel,
+            transformers.ViTConfig(intermediate_size=40, **SIZES),
+            add_pooling_layer=False,
+        )
+    return oracles.randomised(
+        transformers.Dinov2Model,
+        transformers.Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **SIZES),
+    )
 
 
 @pytest.fixture(scope="module", params=["vit", "dinov2"])
@@ -82,14 +87,16 @@ def test_a_layer(networks):
 
 
 # 37 x 37 patches are DINOv2's; 32 x 32 are those of 448 pixels.
-@pytest.mark.parametrize("side, grid", [
-    (37, (32, 32)), (37, (24, 41)), (14, (28, 37)), (4, (1, 9))])
+@pytest.mark.parametrize(
+    "side, grid", [(37, (32, 32)), (37, (24, 41)), (14, (28, 37)), (4, (1, 9))]
+)
 def test_positions(side, grid):
     positions = noise(1, 1 + side * side, 6)
     ours = dino.interpolate_positions(positions, grid)
     square = oracles.nchw(positions[:, 1:].reshape(1, side, side, 6))
-    theirs = oracles.nhwc(torch.nn.functional.interpolate(
-        square, size=grid, mode="bicubic", align_corners=False))
+    theirs = oracles.nhwc(
+        torch.nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    )
     np.testing.assert_array_equal(ours[:, 0], positions[:, 0])
     assert oracles.relative_error(ours[:, 1:], theirs.reshape(1, -1, 6)) < 1e-5
 
@@ -106,12 +113,18 @@ def trained():
 def test_trained_weights_on_photographs(trained, height, width):
     ours, params, model = trained
     settings = dataclasses.replace(preprocess.DINO, resize=(height, width), crop=None)
-    images = np.stack([preprocess.preprocess(Image.open(shared(f"dreambench/{name}/00.jpg")),
-                                             settings) for name in ("dog", "vase")])
+    images = np.stack(
+        [
+            preprocess.preprocess(Image.open(shared(f"dreambench/{name}/00.jpg")), settings)
+            for name in ("dog", "vase")
+        ]
+    )
     out = jax.jit(lambda p, x: ours.apply({"params": p}, x, capture=(9, 12)))(params, images)
     theirs = their_output(model, images)
-    errors = {"last": oracles.relative_error(out.last, theirs.last_hidden_state),
-              "pooled": oracles.relative_error(out.pooled, theirs.pooler_output)}
+    errors = {
+        "last": oracles.relative_error(out.last, theirs.last_hidden_state),
+        "pooled": oracles.relative_error(out.pooled, theirs.pooler_output),
+    }
     for number, states in out.captured.items():
         errors[number] = oracles.relative_error(states, theirs.hidden_states[number])
     print(height, width, errors)

@@ -14,8 +14,9 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "full_size_parity.py
 
 
 def test_the_script(tmp_path):
-    result = subprocess.run([sys.executable, SCRIPT, "--small", f"--folder={tmp_path}"],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--small", f"--folder={tmp_path}"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     for name in ("diffusers: make and write", "focusdpo_jax: read"):
         assert re.search(rf"{name} .* run [\d.]+ s; peak \d\.\d\d GB", result.stdout), result.stdout

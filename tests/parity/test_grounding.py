@@ -16,8 +16,16 @@ from focusdpo_jax.models.subject_adapter import (  # noqa: E402
 from tests.parity import oracles  # noqa: E402
 
 CONFIG = SubjectAdapterConfig(
-    kind="grounding", input_dim=14, output_dim=24, num_tokens=3, width=18, depth=2, num_heads=2,
-    head_dim=64, phrase_dim=10)
+    kind="grounding",
+    input_dim=14,
+    output_dim=24,
+    num_tokens=3,
+    width=18,
+    depth=2,
+    num_heads=2,
+    head_dim=64,
+    phrase_dim=10,
+)
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(2, 3, 5, 14)).astype(np.float32)
 PHRASES = RNG.normal(size=(2, 3, 10)).astype(np.float32)
@@ -27,15 +35,29 @@ BOXES = RNG.uniform(size=(2, 3, 4)).astype(np.float32)
 def published():
     """Random tensors under the names, and of the shapes, that ms_adapter.bin has."""
     hidden, inner = 10 + 2 * 4 * 8, 2 * 64
-    shapes = {"grounding_latents": (1, 3, 18), "latent_proj.0": (2 * hidden, hidden),
-              "latent_proj.2": (3 * 18, 2 * hidden), "latent_norm": (18,), "proj_in": (18, 14),
-              "attention_norm": (18,), "proj_out": (24, 18), "norm_out": (24,)}
+    shapes = {
+        "grounding_latents": (1, 3, 18),
+        "latent_proj.0": (2 * hidden, hidden),
+        "latent_proj.2": (3 * 18, 2 * hidden),
+        "latent_norm": (18,),
+        "proj_in": (18, 14),
+        "attention_norm": (18,),
+        "proj_out": (24, 18),
+        "norm_out": (24,),
+    }
     for i in range(2):
         layer = f"layers.{i}."
         shapes |= {layer + "0.norm1": (18,), layer + "0.norm2": (18,), layer + "1.0": (18,)}
-        shapes |= {layer + name + ".weight": shape for name, shape in (
-            ("0.to_q", (inner, 18)), ("0.to_kv", (2 * inner, 18)), ("0.to_out", (18, inner)),
-            ("1.1", (72, 18)), ("1.3", (18, 72)))}
+        shapes |= {
+            layer + name + ".weight": shape
+            for name, shape in (
+                ("0.to_q", (inner, 18)),
+                ("0.to_kv", (2 * inner, 18)),
+                ("0.to_out", (18, inner)),
+                ("1.1", (72, 18)),
+                ("1.3", (18, 72)),
+            )
+        }
     tensors = {}
     for name, shape in shapes.items():
         if name.endswith(("latents", ".weight")):
@@ -48,8 +70,9 @@ def published():
 
 def reference(tensors, x, phrases=None, boxes=None):
     """Tokens [N, T, D] of features [N, P, input_dim], by the steps of the public code."""
-    p = {name.removeprefix("image_proj."): torch.from_numpy(value)
-         for name, value in tensors.items()}
+    p = {
+        name.removeprefix("image_proj."): torch.from_numpy(value) for name, value in tensors.items()
+    }
 
     def dense(x, name):
         return F.linear(x, p[name + ".weight"], p.get(name + ".bias"))
@@ -75,7 +98,8 @@ def reference(tensors, x, phrases=None, boxes=None):
         seen = torch.cat((norm(x, layer + "0.norm1"), queries), 1)
         key, value = dense(seen, layer + "0.to_kv").chunk(2, -1)
         out = F.scaled_dot_product_attention(
-            heads(dense(queries, layer + "0.to_q")), heads(key), heads(value))
+            heads(dense(queries, layer + "0.to_q")), heads(key), heads(value)
+        )
         latents = latents + dense(out.transpose(1, 2).flatten(2), layer + "0.to_out")
         h = dense(norm(latents, layer + "1.0"), layer + "1.1")
         latents = latents + dense(F.gelu(h), layer + "1.3")
@@ -95,20 +119,33 @@ def test_tokens_and_the_file():
     assert "MS-Diffusion" in ip_adapter.unreadable(CONFIG)
 
     apply = jax.jit(module.apply)
-    x, phrases, boxes = (torch.from_numpy(value.reshape(6, *value.shape[2:]))
-                         for value in (FEATURES, PHRASES, BOXES))
-    for ours, theirs in ((apply({"params": params}, FEATURES, PHRASES, BOXES),
-                          reference(tensors, x, phrases, boxes)),
-                         (apply({"params": params}, FEATURES), reference(tensors, x))):
+    x, phrases, boxes = (
+        torch.from_numpy(value.reshape(6, *value.shape[2:])) for value in (FEATURES, PHRASES, BOXES)
+    )
+    for ours, theirs in (
+        (
+            apply({"params": params}, FEATURES, PHRASES, BOXES),
+            reference(tensors, x, phrases, boxes),
+        ),
+        (apply({"params": params}, FEATURES), reference(tensors, x)),
+    ):
         assert oracles.relative_error(ours, theirs.reshape(ours.shape)) < oracles.TOLERANCE
 
 
 def test_the_names_of_its_own_files():
-    unet = {"mid_block": {"attn2": {name: {"kernel": np.ones((2, 2))}
-                                    for name in ("to_k_ip", "to_v_ip")}}}
-    tensors = {"ms_adapter.1.to_k_ip.weight": 1, "ms_adapter.1.to_v_ip.weight": 2,
-               "dummy_image_tokens": 3, "image_proj.norm_out.weight": 4}
+    unet = {
+        "mid_block": {
+            "attn2": {name: {"kernel": np.ones((2, 2))} for name in ("to_k_ip", "to_v_ip")}
+        }
+    }
+    tensors = {
+        "ms_adapter.1.to_k_ip.weight": 1,
+        "ms_adapter.1.to_v_ip.weight": 2,
+        "dummy_image_tokens": 3,
+        "image_proj.norm_out.weight": 4,
+    }
     branch, adapter = ip_adapter.to_diffusers(tensors, unet)
     assert list(branch.values()) == [1, 2] and adapter == {"norm_out.weight": 4}
-    assert pytorch_names.torch_name(
-        ("mid_block", "attn2", "to_k_ip", "kernel")) == next(iter(branch))
+    assert pytorch_names.torch_name(("mid_block", "attn2", "to_k_ip", "kernel")) == next(
+        iter(branch)
+    )

@@ -26,19 +26,39 @@ CASES = {
     "larger": {"r": 3, "lora_alpha": 7},
     "rslora": {"r": 4, "lora_alpha": 4, "use_rslora": True},
     # The first that matches counts, as the end of a name or a regular expression.
-    "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_k": 2},
-                 "alpha_pattern": {"mid_block.*to_q": 16, "to_q": 2, DEEP: 1}},
-    "anchored": {"r": 4, "lora_alpha": 8, "alpha_pattern": {f"^{DEEP}": 1, "o_k": 5, "attn2.to_[kq]": 3}},
-    "ranks": {"r": 4, "lora_alpha": 4, "use_rslora": True, "rank_pattern": {r"attn\d.to_q": 9},
-              "alpha_pattern": {"to_out.0": 0.5}},
-    "convolutions": {"r": 4, "lora_alpha": 12, "target_modules": ["conv1", "proj_in", "ff.net.2"],
-                     "alpha_pattern": {"conv1": 3}}}
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"to_k": 2},
+        "alpha_pattern": {"mid_block.*to_q": 16, "to_q": 2, DEEP: 1},
+    },
+    "anchored": {
+        "r": 4,
+        "lora_alpha": 8,
+        "alpha_pattern": {f"^{DEEP}": 1, "o_k": 5, "attn2.to_[kq]": 3},
+    },
+    "ranks": {
+        "r": 4,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "rank_pattern": {r"attn\d.to_q": 9},
+        "alpha_pattern": {"to_out.0": 0.5},
+    },
+    "convolutions": {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": ["conv1", "proj_in", "ff.net.2"],
+        "alpha_pattern": {"conv1": 3},
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def base():
     """Our parameters of the peer, and the jitted UNet."""
-    params = oracles.load(test_unet.template(CONFIG, BATCH), oracles.tensors_of(test_unet.peer(CONFIG)))
+    params = oracles.load(
+        test_unet.template(CONFIG, BATCH), oracles.tensors_of(test_unet.peer(CONFIG))
+    )
     return params, jax.jit(UNet(CONFIG).apply)
 
 
@@ -72,8 +92,10 @@ def test_diffusers_metadata(base, name, tmp_path):
     model.add_adapter(peft.LoraConfig(**ATTENTION | CASES[name]))
     move(model)
     diffusers.StableDiffusionXLPipeline.save_lora_weights(
-        tmp_path, unet_lora_layers=get_peft_model_state_dict(model),
-        unet_lora_adapter_metadata=model.peft_config["default"].to_dict())
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(model),
+        unet_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
     theirs = their_output(model)
     check(base, tmp_path, theirs)
     loaded = test_unet.peer(CONFIG)
@@ -108,8 +130,9 @@ def test_trained_from_it(base, tmp_path):
     model.save_lora_adapter(tmp_path)
     config = dataclasses.replace(CONFIG, lora_rank=5, lora_alpha=2.0)
     template = test_unet.template(config, BATCH)
-    flat = together(base[0], lora.to_flax(
-        lora.load(tmp_path, {"unet": template}, config), template, config))
+    flat = together(
+        base[0], lora.to_flax(lora.load(tmp_path, {"unet": template}, config), template, config)
+    )
     out = jax.jit(UNet(config).apply)({"params": flat}, **BATCH)[0]
     assert oracles.relative_error(out, their_output(model)) < 1e-5
 
@@ -131,8 +154,11 @@ def test_our_export_in_diffusers(rank, alpha, tmp_path):
     _, metadata = tensor_file.read(tmp_path / lora.WEIGHTS)
     assert set(metadata) == {"format"}
     model = test_unet.peer(CONFIG)
-    tensors = {name: torch.from_numpy(value) for name, value in pytorch_names.from_flax(params).items()
-               if "lora_" not in name}
+    tensors = {
+        name: torch.from_numpy(value)
+        for name, value in pytorch_names.from_flax(params).items()
+        if "lora_" not in name
+    }
     model.load_state_dict(tensors)
     before = their_output(model)
     model.load_lora_adapter(tmp_path, prefix="unet", weight_name=lora.WEIGHTS)

@@ -49,8 +49,12 @@ def cosines(vectors):
 
 
 def pixels(processor, files):
-    return torch.cat([processor(Image.open(f).convert("RGB"), return_tensors="pt")["pixel_values"]
-                      for f in files])
+    return torch.cat(
+        [
+            processor(Image.open(f).convert("RGB"), return_tensors="pt")["pixel_values"]
+            for f in files
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", ["dino", "dinov2"])
@@ -58,11 +62,14 @@ def test_dino(name, files, tmp_path):
     sizes = SIZES | {"image_size": 224, "patch_size": 16}
     if name == "dino":
         model = oracles.randomised(
-            transformers.ViTModel, transformers.ViTConfig(intermediate_size=40, **sizes),
-            add_pooling_layer=False)
+            transformers.ViTModel,
+            transformers.ViTConfig(intermediate_size=40, **sizes),
+            add_pooling_layer=False,
+        )
     else:
         model = oracles.randomised(
-            transformers.Dinov2Model, transformers.Dinov2Config(mlp_ratio=2, **sizes))
+            transformers.Dinov2Model, transformers.Dinov2Config(mlp_ratio=2, **sizes)
+        )
     model.save_pretrained(tmp_path)
     whole, subject, _ = encoders.load_dino(name, tmp_path, batch_size=2)
     output = model(pixels(DINO_PROCESSOR, files), output_hidden_states=True)
@@ -76,21 +83,36 @@ def small_clip(folder):
     size = write_vocabulary(folder, ["a", "red", "dog"])
     tower = {"intermediate_size": 40, **SIZES}
     config = transformers.CLIPConfig(
-        text_config=dict(vocab_size=size, max_position_embeddings=12, bos_token_id=size - 2,
-                         eos_token_id=size - 1, **tower),
-        vision_config=dict(image_size=224, patch_size=32, **tower), projection_dim=16)
+        text_config=dict(
+            vocab_size=size,
+            max_position_embeddings=12,
+            bos_token_id=size - 2,
+            eos_token_id=size - 1,
+            **tower,
+        ),
+        vision_config=dict(image_size=224, patch_size=32, **tower),
+        projection_dim=16,
+    )
     return oracles.randomised(transformers.CLIPModel, config)
 
 
-@pytest.mark.parametrize("dtype, shard", [
-    (torch.float32, "1GB"), (torch.bfloat16, "1GB"), (torch.float16, "30KB"), (torch.bfloat16, "30KB")])
+@pytest.mark.parametrize(
+    "dtype, shard",
+    [
+        (torch.float32, "1GB"),
+        (torch.bfloat16, "1GB"),
+        (torch.float16, "30KB"),
+        (torch.bfloat16, "30KB"),
+    ],
+)
 @pytest.mark.parametrize("tokens", ["pair", "whole"])
 def test_clip_of_every_type_in_shards(dtype, shard, tokens, files, tmp_path):
     """As transformers 5 saves it: perhaps in shards, with tokenizer.json alone."""
     small_clip(tmp_path).to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard == "1GB"
     tokenizer = transformers.CLIPTokenizer(
-        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")
+    )
     if tokens == "whole":
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "vocab.json").unlink()
@@ -99,13 +121,16 @@ def test_clip_of_every_type_in_shards(dtype, shard, tokens, files, tmp_path):
     image, text = encoders.load_clip(tmp_path, batch_size=2)
     with torch.no_grad():
         vision = model.visual_projection(
-            model.vision_model(pixels(CLIPImageProcessorPil(), files)).pooler_output)
+            model.vision_model(pixels(CLIPImageProcessorPil(), files)).pooler_output
+        )
         ids = tokenizer(["a red dog"], padding="max_length", max_length=12, return_tensors="pt")
         prompt = model.text_projection(model.text_model(**ids).pooler_output)
     assert measured(scoring.SimilarityScorer(image), files)["clip_i"] == pytest.approx(
-        cosines(vision), abs=1e-4)
-    assert measured(scoring.PromptScorer(image, text), files, "a red dog")["clip_t"] == pytest.approx(
-        torch.nn.functional.cosine_similarity(prompt, vision[-1:]).item(), abs=1e-4)
+        cosines(vision), abs=1e-4
+    )
+    assert measured(scoring.PromptScorer(image, text), files, "a red dog")[
+        "clip_t"
+    ] == pytest.approx(torch.nn.functional.cosine_similarity(prompt, vision[-1:]).item(), abs=1e-4)
 
 
 def test_clip(files, tmp_path):
@@ -116,10 +141,12 @@ def test_clip(files, tmp_path):
     inputs = pixels(CLIPImageProcessorPil(), files)
     vision = model.visual_projection(model.vision_model(inputs).pooler_output)
     assert measured(scoring.SimilarityScorer(image), files)["clip_i"] == pytest.approx(
-        cosines(vision), abs=1e-4)
+        cosines(vision), abs=1e-4
+    )
 
     tokenizer = transformers.CLIPTokenizer(
-        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")
+    )
     ids = tokenizer(["a red dog"], padding="max_length", max_length=12, return_tensors="pt")
     prompt = model.text_projection(model.text_model(**ids).pooler_output)
     theirs = torch.nn.functional.cosine_similarity(prompt, vision[-1:]).item()

@@ -17,8 +17,11 @@ PROCESSORS = {
     "dinov2": BitImageProcessorPil(size={"shortest_edge": 256}, **IMAGENET),
     # A ViT's processor scales to a square.
     "vit": ViTImageProcessorPil(size={"height": 224, "width": 224}, **IMAGENET),
-    "odd": CLIPImageProcessorPil(size={"shortest_edge": 100}, crop_size={"height": 71, "width": 94},
-                                 resample=Image.Resampling.LANCZOS),
+    "odd": CLIPImageProcessorPil(
+        size={"shortest_edge": 100},
+        crop_size={"height": 71, "width": 94},
+        resample=Image.Resampling.LANCZOS,
+    ),
 }
 
 
@@ -51,12 +54,20 @@ def test_settings():
 
 def test_older_files():
     """Before sizes were dicts, one number was the shorter side for CLIP and a square for ViT."""
-    published = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 224, "size": 224,
-                 "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3,
-                 "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                 "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    published = {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "crop_size": 224,
+        "size": 224,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "resample": 3,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
     assert preprocess.from_config(published) == preprocess.CLIP
-    square = preprocess.from_config({"feature_extractor_type": "ViTFeatureExtractor", "size": 224,
-                                     "resample": 2, **IMAGENET})
+    square = preprocess.from_config(
+        {"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "resample": 2, **IMAGENET}
+    )
     assert square == preprocess.from_config(PROCESSORS["vit"].to_dict())
     assert square.resize == (224, 224) and square.crop is None

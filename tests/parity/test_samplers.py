@@ -14,8 +14,13 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete  # noqa: E4
 
 from tests.parity.oracles import relative_error  # noqa: E402
 
-SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-            beta_schedule="scaled_linear", steps_offset=1)
+SDXL = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+)
 SCHEDULERS = {
     "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False)),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
@@ -45,8 +50,12 @@ def diffusers_sample(theirs, steps, noise, keys, monkeypatch):
     """The loop of diffusers' pipelines; ancestral steps get our noise."""
     draws = iter(range(steps))
     monkeypatch.setattr(
-        scheduling_euler_ancestral_discrete, "randn_tensor", lambda shape, **kwargs:
-        torch.from_numpy(np.array(samplers.step_noise(keys, next(draws), tuple(shape[1:])))))
+        scheduling_euler_ancestral_discrete,
+        "randn_tensor",
+        lambda shape, **kwargs: torch.from_numpy(
+            np.array(samplers.step_noise(keys, next(draws), tuple(shape[1:])))
+        ),
+    )
     theirs.set_timesteps(steps)
     latents = torch.from_numpy(noise) * theirs.init_noise_sigma
     for t in theirs.timesteps:
@@ -80,21 +89,29 @@ def relative_error_of(sampler, steps, spacing, monkeypatch, schedule=None, **set
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_latents_match(sampler, prediction_type, steps, spacing, monkeypatch):
-    assert relative_error_of(
-        sampler, steps, spacing, monkeypatch, prediction_type=prediction_type) <= TOLERANCE
+    assert (
+        relative_error_of(sampler, steps, spacing, monkeypatch, prediction_type=prediction_type)
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_latents_match_where_the_image_is_predicted(sampler, monkeypatch):
-    assert relative_error_of(
-        sampler, 10, "leading", monkeypatch, prediction_type="sample") <= TOLERANCE
+    assert (
+        relative_error_of(sampler, 10, "leading", monkeypatch, prediction_type="sample")
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_latents_match_with_an_offset(sampler, offset, monkeypatch):
-    assert relative_error_of(sampler, 12, samplers.Spacing("leading", offset), monkeypatch,
-                             steps_offset=offset) <= TOLERANCE
+    assert (
+        relative_error_of(
+            sampler, 12, samplers.Spacing("leading", offset), monkeypatch, steps_offset=offset
+        )
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
@@ -111,35 +128,51 @@ def test_latents_match_where_ddim_ends_at_timestep_0(spacing, monkeypatch):
 @pytest.mark.parametrize("euler_at_final", [True, False])
 @pytest.mark.parametrize("steps", [10, 20])
 def test_the_last_step_matches_whatever_the_flags(
-        steps, euler_at_final, lower_order_final, monkeypatch):
+    steps, euler_at_final, lower_order_final, monkeypatch
+):
     """At a final sigma of 0 diffusers' last step is of first order under all its settings."""
-    assert relative_error_of(
-        "dpmpp_2m", steps, "leading", monkeypatch, euler_at_final=euler_at_final,
-        lower_order_final=lower_order_final) <= TOLERANCE
+    assert (
+        relative_error_of(
+            "dpmpp_2m",
+            steps,
+            "leading",
+            monkeypatch,
+            euler_at_final=euler_at_final,
+            lower_order_final=lower_order_final,
+        )
+        <= TOLERANCE
+    )
 
 
-@pytest.mark.parametrize("sampler, tolerance, exact_tolerance", [
-    ("ddim", TOLERANCE, TOLERANCE),
-    # Theirs subtracts within x, of norm 4096, in float32: it is 1e-5 off, ours is not.
-    ("euler", 3e-5, 5e-4),
-    ("euler_a", TOLERANCE, 5e-4),
-    # The step after the first depends on the first one's length, infinite or 6.
-    ("dpmpp_2m", TOLERANCE, 2e-3),
-])
+@pytest.mark.parametrize(
+    "sampler, tolerance, exact_tolerance",
+    [
+        ("ddim", TOLERANCE, TOLERANCE),
+        # Theirs subtracts within x, of norm 4096, in float32: it is 1e-5 off, ours is not.
+        ("euler", 3e-5, 5e-4),
+        ("euler_a", TOLERANCE, 5e-4),
+        # The step after the first depends on the first one's length, infinite or 6.
+        ("dpmpp_2m", TOLERANCE, 2e-3),
+    ],
+)
 def test_latents_match_at_zero_terminal_snr(sampler, tolerance, exact_tolerance, monkeypatch):
     """All of theirs but DDIM put alpha = 2^-12 at the last timestep, where ours has 0."""
     settings = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert relative_error_of(sampler, 10, "trailing", monkeypatch, **settings) <= tolerance
     exact = scaled_linear_schedule("v_prediction", zero_terminal_snr=True)
-    assert relative_error_of(
-        sampler, 10, "trailing", monkeypatch, schedule=exact, **settings) <= exact_tolerance
+    assert (
+        relative_error_of(sampler, 10, "trailing", monkeypatch, schedule=exact, **settings)
+        <= exact_tolerance
+    )
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_latents_match_with_our_own_schedule(sampler, monkeypatch):
     """As a user has it: SDXL's published defaults, on either side."""
-    assert relative_error_of(
-        sampler, 25, "leading", monkeypatch, schedule=scaled_linear_schedule()) <= TOLERANCE
+    assert (
+        relative_error_of(sampler, 25, "leading", monkeypatch, schedule=scaled_linear_schedule())
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)

@@ -23,14 +23,21 @@ from tests.parity import oracles, test_unet  # noqa: E402
 BATCH, SLOTS = 2, 3
 FEATURES = np.random.default_rng(1).normal(size=(BATCH, SLOTS, 5, 14)).astype(np.float32)
 # Depth 4 and 64 channels a head are fixed in diffusers' loader of IP-Adapter files.
-RESAMPLER = SubjectAdapterConfig(input_dim=14, output_dim=24, num_tokens=3, width=18, depth=4,
-                                 num_heads=2, head_dim=64)
+RESAMPLER = SubjectAdapterConfig(
+    input_dim=14, output_dim=24, num_tokens=3, width=18, depth=4, num_heads=2, head_dim=64
+)
 
 
 def their_resampler():
     return oracles.randomised(
-        embeddings.IPAdapterPlusImageProjection, embed_dims=14, output_dims=24, hidden_dims=18,
-        depth=4, heads=2, num_queries=3)
+        embeddings.IPAdapterPlusImageProjection,
+        embed_dims=14,
+        output_dims=24,
+        hidden_dims=18,
+        depth=4,
+        heads=2,
+        num_queries=3,
+    )
 
 
 def parameters(config, inputs, tensors):
@@ -59,8 +66,12 @@ def test_projection():
 @pytest.fixture(scope="module")
 def adapted():
     """Our UNet and resampler with random weights, and diffusers' with our IP-Adapter file."""
-    config = dataclasses.replace(test_unet.CONFIG, image_context=True,
-                                 transformer_layers_per_block=(0, 1, 1), mid_transformer_layers=1)
+    config = dataclasses.replace(
+        test_unet.CONFIG,
+        image_context=True,
+        transformer_layers_per_block=(0, 1, 1),
+        mid_transformer_layers=1,
+    )
     batch = test_unet.inputs(config, 8, 12)
     model = test_unet.peer(config)
     adapter = parameters(RESAMPLER, FEATURES, oracles.tensors_of(their_resampler()))
@@ -70,7 +81,8 @@ def adapted():
     rng = np.random.default_rng(5)
     tensors = oracles.tensors_of(model)
     expected = pytorch_names.from_flax(
-        jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), template))
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), template)
+    )
     for name in sorted(set(expected) - set(tensors)):
         tensors[name] = 0.3 * rng.normal(size=expected[name].shape).astype(np.float32)
     params = oracles.load(template, tensors)
@@ -80,11 +92,15 @@ def adapted():
     assert len(unet) == 2 * (2 + 2 + 1 + 3 + 3)
     for name, value in unet.items():
         np.testing.assert_array_equal(value, tensors[name])
-    jax.tree.map(np.testing.assert_array_equal, adapter,
-                 pytorch_names.to_flax(projection, adapter))
-    parts = {part: {name.removeprefix(f"{part}."): torch.from_numpy(value)
-                    for name, value in file.items() if name.startswith(f"{part}.")}
-             for part in ("image_proj", "ip_adapter")}
+    jax.tree.map(np.testing.assert_array_equal, adapter, pytorch_names.to_flax(projection, adapter))
+    parts = {
+        part: {
+            name.removeprefix(f"{part}."): torch.from_numpy(value)
+            for name, value in file.items()
+            if name.startswith(f"{part}.")
+        }
+        for part in ("image_proj", "ip_adapter")
+    }
     model._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
     model.requires_grad_(False)
     return config, params, batch, model
@@ -103,8 +119,7 @@ def theirs(model, batch, features, scale, **how):
     for processor in model.attn_processors.values():
         if hasattr(processor, "scale"):
             processor.scale = [scale]
-    return test_unet.peer_output(
-        model, batch, how, image_embeds=[torch.from_numpy(features)])
+    return test_unet.peer_output(model, batch, how, image_embeds=[torch.from_numpy(features)])
 
 
 def test_unet_with_an_adapter_file(adapted):
@@ -128,17 +143,28 @@ def test_masks_and_scales_of_each_reference(adapted):
     masks = np.random.default_rng(6).uniform(size=(1, SLOTS, 20, 30)).astype(np.float32)
     masks[0, 1, :, 12:] = 0
     scales = [0.5, 1.5, 0.8]
-    batch = dict(batch, image_masks=np.repeat(masks, BATCH, 0),
-                 image_scales=np.float32([scales] * BATCH))
+    batch = dict(
+        batch, image_masks=np.repeat(masks, BATCH, 0), image_scales=np.float32([scales] * BATCH)
+    )
     prediction, _ = ours(config, params, batch, 1.0)
-    expected = theirs(model, batch, FEATURES, scales, cross_attention_kwargs={
-        "ip_adapter_masks": [torch.from_numpy(masks)]})
+    expected = theirs(
+        model,
+        batch,
+        FEATURES,
+        scales,
+        cross_attention_kwargs={"ip_adapter_masks": [torch.from_numpy(masks)]},
+    )
     assert oracles.relative_error(prediction, expected) < oracles.TOLERANCE
 
     batch["image_present"] = np.array([[True, True, False]] * BATCH)
     prediction, _ = ours(config, params, batch, 1.0)
-    expected = theirs(model, batch, FEATURES[:, :2], scales[:2], cross_attention_kwargs={
-        "ip_adapter_masks": [torch.from_numpy(masks[:, :2])]})
+    expected = theirs(
+        model,
+        batch,
+        FEATURES[:, :2],
+        scales[:2],
+        cross_attention_kwargs={"ip_adapter_masks": [torch.from_numpy(masks[:, :2])]},
+    )
     assert oracles.relative_error(prediction, expected) < oracles.TOLERANCE
 
 
@@ -149,7 +175,8 @@ def test_masks_on_a_grid(grid):
     found = image_attention.masks_on_grid(masks.astype(np.float32), grid)
     for slot in range(2):
         expected = IPAdapterMaskProcessor.downsample(
-            torch.from_numpy(masks[:, slot]), 1, grid[0] * grid[1], 1)
+            torch.from_numpy(masks[:, slot]), 1, grid[0] * grid[1], 1
+        )
         np.testing.assert_allclose(found[0, slot], expected[0, :, 0], atol=1e-6)
 
 
@@ -160,6 +187,7 @@ def test_captures(adapted):
     def keep(name, module):
         def hook(module, inputs, output):
             seen[name] = output[0] if isinstance(output, tuple) else output
+
         handles.append(module.register_forward_hook(hook))
 
     keep("down_blocks_0", model.down_blocks[0].resnets[1])
@@ -168,10 +196,16 @@ def test_captures(adapted):
     for block in (model.down_blocks[1], model.up_blocks[1]):
         for transformer in block.attentions:
             attention = transformer.transformer_blocks[0].attn2
-            handles.append(attention.to_q.register_forward_hook(
-                lambda module, inputs, output: pairs.append([output])))
-            handles.append(attention.processor.to_k_ip[0].register_forward_hook(
-                lambda module, inputs, output: pairs[-1].append(output)))
+            handles.append(
+                attention.to_q.register_forward_hook(
+                    lambda module, inputs, output: pairs.append([output])
+                )
+            )
+            handles.append(
+                attention.processor.to_k_ip[0].register_forward_hook(
+                    lambda module, inputs, output: pairs[-1].append(output)
+                )
+            )
     theirs(model, batch, FEATURES, 1.0)
     for handle in handles:
         handle.remove()

@@ -17,16 +17,21 @@ from tests.parity import oracles  # noqa: E402
 CONFIG = VAEConfig(block_out_channels=(8, 16, 24), layers_per_block=2, norm_groups=4)
 
 
-@pytest.mark.parametrize("config", [
-    CONFIG, dataclasses.replace(CONFIG, layers_per_block=1, mid_attention=False)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, dataclasses.replace(CONFIG, layers_per_block=1, mid_attention=False)]
+)
 def test_encode_and_decode(config):
     levels = len(config.block_out_channels)
     model = oracles.randomised(
-        diffusers.AutoencoderKL, down_block_types=("DownEncoderBlock2D",) * levels,
+        diffusers.AutoencoderKL,
+        down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels, norm_num_groups=config.norm_groups,
-        mid_block_add_attention=config.mid_attention)
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        mid_block_add_attention=config.mid_attention,
+    )
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
     latents = rng.normal(size=(2, 4, 6, config.latent_channels)).astype(np.float32)
@@ -35,7 +40,8 @@ def test_encode_and_decode(config):
     params = oracles.load(template, oracles.tensors_of(model))
 
     mean, log_variance = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode"))(
-        params, images)
+        params, images
+    )
     posterior = model.encode(oracles.nchw(images)).latent_dist
     assert oracles.relative_error(mean, oracles.nhwc(posterior.mean)) < oracles.TOLERANCE
     assert oracles.relative_error(log_variance, oracles.nhwc(posterior.logvar)) < oracles.TOLERANCE

@@ -14,15 +14,25 @@ from focusdpo_jax.profiling import collectives
 
 needs_cuda = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
-    reason="no compiler for NVIDIA GPUs: pip install -e '.[plan-gpu]'")
+    reason="no compiler for NVIDIA GPUs: pip install -e '.[plan-gpu]'",
+)
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e '.[plan]'")
+    importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e '.[plan]'"
+)
 
 
-@pytest.mark.parametrize("name, message", [
-    ("v9:4x4", "give a TPU slice, v4, v5e, v5p, v6e with its shape, .*; GPUs, h100, .*rtx4090"),
-    ("h100:0", "--topology=h100:0: give a number of GPUs after the colon, up to 8 .* such as h100:8"),
-    ("h100:12", "or a multiple of 8"), ("l4:2x2", "give a number of GPUs")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("v9:4x4", "give a TPU slice, v4, v5e, v5p, v6e with its shape, .*; GPUs, h100, .*rtx4090"),
+        (
+            "h100:0",
+            "--topology=h100:0: give a number of GPUs after the colon, up to 8 .* such as h100:8",
+        ),
+        ("h100:12", "or a multiple of 8"),
+        ("l4:2x2", "give a number of GPUs"),
+    ],
+)
 def test_wrong_names_are_refused_with_right_ones(name, message):
     with pytest.raises(UserError, match=message):
         chips.devices(name)
@@ -69,17 +79,24 @@ def test_eight_gpus_are_a_machine():
 def test_gpus_exchange_gradients():
     devices, _ = chips.devices("h100:8")
     mesh = Mesh(np.asarray(devices), ("data",))
-    x = jax.ShapeDtypeStruct((8, 1024), jnp.float32,
-                             sharding=NamedSharding(mesh, PartitionSpec("data")))
-    text = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(
-        mesh, PartitionSpec())).lower(x).compile().as_text()
+    x = jax.ShapeDtypeStruct(
+        (8, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    text = (
+        jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        .lower(x)
+        .compile()
+        .as_text()
+    )
     (found,) = collectives.read(text)
     assert (found.kind, found.size, found.group) == ("all-reduce", 4096, 8)
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name, count, hosts", [
-    ("v4:2x2x2", 8, 2), ("v5e:1x1", 1, 1), ("v5e:16x16", 256, 64), ("v6e:2x4", 8, 2)])
+@pytest.mark.parametrize(
+    "name, count, hosts",
+    [("v4:2x2x2", 8, 2), ("v5e:1x1", 1, 1), ("v5e:16x16", 256, 64), ("v6e:2x4", 8, 2)],
+)
 def test_slices_have_a_device_a_chip(name, count, hosts):
     devices, _ = chips.devices(name)
     assert len(devices) == count and len({d.process_index for d in devices}) == hosts

@@ -17,7 +17,9 @@ def trial(peaks, held=10e9, rows=None):
     def try_out(changes):
         if changes.get("mesh.fsdp") == 3:
             raise UserError("no such mesh")
-        count = next((v for k, v in changes.items() if k in ("evaluation.batch_size", "batch_size")), 4)
+        count = next(
+            (v for k, v in changes.items() if k in ("evaluation.batch_size", "batch_size")), 4
+        )
 
         def peak():
             compiled.append(changes)
@@ -33,7 +35,10 @@ def test_the_first_that_fits_when_compiled():
     options = [{"evaluation.batch_size": 2}, {"evaluation.batch_size": 1}]
     # In proportion two rows would fit; compiled they do not.
     assert cures.find(options, made(), 14.5e9, try_out) == {
-        "changes": {"evaluation.batch_size": 1}, "peak": 13e9, "compiled": True}
+        "changes": {"evaluation.batch_size": 1},
+        "peak": 13e9,
+        "compiled": True,
+    }
     assert compiled == options
 
 
@@ -45,7 +50,10 @@ def test_what_fits_easily_is_not_compiled():
     assert not compiled
     assert cures.find([{"evaluation.batch_size": 1}], made(), 14.9e9, try_out) is None
     # What remat leaves is a guess.
-    assert cures.find([{"model.remat": True}], made(), 99e8 * 2, try_out) is None and len(compiled) == 2
+    assert (
+        cures.find([{"model.remat": True}], made(), 99e8 * 2, try_out) is None
+        and len(compiled) == 2
+    )
 
 
 def test_nothing_hopeless_is_compiled():
@@ -65,7 +73,9 @@ def test_what_the_compiler_refused_is_tried_at_most_three_times():
 def test_candidates_begin_with_what_costs_least(tiny_config):
     config = tiny_config(evaluation__batch_size=4, accumulate=4, batch_size=8)
     assert cures.candidates(config, "sampling", 1)[:2] == [
-        {"evaluation.batch_size": 2}, {"evaluation.batch_size": 1}]
+        {"evaluation.batch_size": 2},
+        {"evaluation.batch_size": 1},
+    ]
     config.data.cache = False
     first, second, third, *others = cures.candidates(config, "update", 2)
     assert (first, second) == ({"model.remat": True}, {"data.cache": True})
@@ -77,11 +87,23 @@ def test_candidates_begin_with_what_costs_least(tiny_config):
     assert cures.candidates(config, "sampling", 4)[0] == {"evaluation.batch_size": 4}
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"cure": {"changes": {"evaluation.batch_size": 1}, "peak": 13e9, "compiled": True}},
-     "it needs 20.0 GB of the chip's 16.0 GB; give config.evaluation.batch_size = 1 (13.0 GB)"),
-    ({"cure": None}, "nothing that was tried makes it fit: take more chips"),
-    ({"cure": {"changes": {"data.cache": True}, "peak": 13e9, "compiled": False}}, "True (about 13.0 GB)"),
-    ({"peak": None, "needs_at_least": 40e9}, "it needs more than 40.0 GB of the chip's 16.0 GB")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"cure": {"changes": {"evaluation.batch_size": 1}, "peak": 13e9, "compiled": True}},
+            "it needs 20.0 GB of the chip's 16.0 GB; give config.evaluation.batch_size = 1 (13.0 GB)",
+        ),
+        ({"cure": None}, "nothing that was tried makes it fit: take more chips"),
+        (
+            {"cure": {"changes": {"data.cache": True}, "peak": 13e9, "compiled": False}},
+            "True (about 13.0 GB)",
+        ),
+        (
+            {"peak": None, "needs_at_least": 40e9},
+            "it needs more than 40.0 GB of the chip's 16.0 GB",
+        ),
+    ],
+)
 def test_words(changes, message):
     assert message in cures.in_words("sampling", made(**changes), 16e9)

@@ -21,13 +21,26 @@ from focusdpo_jax.training.step import compile_step
 
 def described(tree):
     """Shape, type and sharding of every leaf, by its path."""
-    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype, leaf.sharding)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): (leaf.shape, leaf.dtype, leaf.sharding)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
-@pytest.mark.parametrize("overrides", [{}, {"trainable": "full", "dtype": "bfloat16",
-                                            "ema_decay": 0.9, "accumulate": 2, "batch_size": 2},
-                                       {"optimizer": "muon", "accumulate": 2}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {
+            "trainable": "full",
+            "dtype": "bfloat16",
+            "ema_decay": 0.9,
+            "accumulate": 2,
+            "batch_size": 2,
+        },
+        {"optimizer": "muon", "accumulate": 2},
+    ],
+)
 def test_shapes_are_those_of_the_run(tiny_config, tmp_path, overrides):
     config = tiny_config(**overrides)
     task = tasks.make_task(config, epath.Path(tmp_path))
@@ -44,13 +57,17 @@ def test_encoders_are_held_unless_all_is_encoded_before(tiny_config, cache):
     config = tiny_config()
     config.data.cache = cache
     step = shapes.abstract_step(config, meshes.make_mesh(config.mesh, config.batch_size))
-    assert set(step.encoders) == (set() if cache else {
-        "vae", "image_encoder", "text_encoder", "text_encoder_2"})
+    assert set(step.encoders) == (
+        set() if cache else {"vae", "image_encoder", "text_encoder", "text_encoder_2"}
+    )
 
 
 def test_a_resolution_between_latents_is_refused_before_anything_is_compiled(tiny_config):
-    with pytest.raises(UserError, match="^config.resolution = 33: a latent of this model covers 4 pixels in "
-                                        "each direction; give a positive multiple of 4, such as 32$"):
+    with pytest.raises(
+        UserError,
+        match="^config.resolution = 33: a latent of this model covers 4 pixels in "
+        "each direction; give a positive multiple of 4, such as 32$",
+    ):
         planner.plan(tiny_config(resolution=33), "local")
 
 
@@ -78,15 +95,19 @@ def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
     """What is traced for a plan has the run's own products, in the steps and in the sampler."""
     config = tiny_config()
     mesh = meshes.make_mesh(config.mesh, config.batch_size)
-    planned = {name: flops.count(program.trace()).products
-               for name, program in programs.run_programs(config, mesh)[0].items()}
+    planned = {
+        name: flops.count(program.trace()).products
+        for name, program in programs.run_programs(config, mesh)[0].items()
+    }
     task = tasks.make_task(config, epath.Path(tmp_path))
     state = create_state(task.trainable, make_optimizer(config), config.ema_decay)
     step = compile_step(task, make_optimizer(config), task.buckets, state, task.example(), seed=0)
     assert planned["update"] + planned["guide"] == max(step.products.values())
 
 
-def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(tiny_config, monkeypatch):
+def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(
+    tiny_config, monkeypatch
+):
     config = tiny_config(batch_size=1, evaluation__batch_size=64)
     roomy = planner.plan(config, "local", only=("update", "sampling"))
     peaks = {name: made["peak"] for name, made in roomy["programs"].items()}
@@ -107,13 +128,24 @@ def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(tiny
 
 def test_what_is_held_alone_without_room_is_not_compiled(tiny_config, monkeypatch):
     """Nor is a cure looked for more than once."""
-    whole = planner.programs.run_programs(tiny_config(trainable="full"), meshes.make_mesh(
-        {"data": 1, "fsdp": 1, "tensor": 1}, 4))[0]["update"].held
+    whole = planner.programs.run_programs(
+        tiny_config(trainable="full"), meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, 4)
+    )[0]["update"].held
     small = planner.chips.Chip("small", planner._bytes_per_chip(whole)["total"] - 1, 1e12, 1e11)
     monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
     compiled = []
-    monkeypatch.setattr(planner.cures, "find", lambda *arguments: compiled.append(1) or {
-        "changes": {"trainable": "lora", "model.lora_rank": 32}, "peak": 1.0, "compiled": True})
+    monkeypatch.setattr(
+        planner.cures,
+        "find",
+        lambda *arguments: (
+            compiled.append(1)
+            or {
+                "changes": {"trainable": "lora", "model.lora_rank": 32},
+                "peak": 1.0,
+                "compiled": True,
+            }
+        ),
+    )
     found = planner.plan(tiny_config(trainable="full"), "local")
     assert [made["refused"] for made in found["programs"].values()] == [planner._HELD_ALONE] * 5
     # One cure, for what all have in common.
@@ -125,7 +157,8 @@ def test_what_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
     def refuse(*arguments, **options):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
-            "(40.00G) exceeds available HBM (15.75G).")
+            "(40.00G) exceeds available HBM (15.75G)."
+        )
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     small = planner.chips.Chip("small", 15.75 * 2**30, 1e12)
@@ -140,9 +173,14 @@ def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch)
     def plan(config, topology, **options):
         size = config.batch_size * (1 if config.model.remat else 3) / config.mesh.fsdp
         told = {"all-gather": {"count": 1, "bytes": 100 * (1 + config.mesh.fsdp)}}
-        return {"fits": size <= 8, "pairs_per_second": 3 if config.model.remat else 4,
-                "batch_size": config.batch_size, "remat": config.model.remat,
-                "fsdp": config.mesh.fsdp, "collectives": {"update": told}}
+        return {
+            "fits": size <= 8,
+            "pairs_per_second": 3 if config.model.remat else 4,
+            "batch_size": config.batch_size,
+            "remat": config.model.remat,
+            "fsdp": config.mesh.fsdp,
+            "collectives": {"update": told},
+        }
 
     def searched(batches):
         seen = []
@@ -153,11 +191,14 @@ def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch)
     monkeypatch.setattr(planner, "plan", plan)
     monkeypatch.setattr(planner.chips, "devices", lambda topology: ([None] * 4, None))
     # 4 pairs fit in 4 and 2 parts, 8 pairs in 4; nothing is computed again in vain.
-    assert searched([2, 1]) == ({"batch_size": 8, "remat": False, "fsdp": 4},
-                                [(4, False, 4), (4, False, 2), (4, False, 1),
-                                 (8, False, 4), (8, False, 2)])
-    assert searched([8, 9]) == ({"batch_size": 32, "remat": True, "fsdp": 4},
-                                [(32, False, 4), (32, True, 4), (32, True, 2), (36, True, 4)])
+    assert searched([2, 1]) == (
+        {"batch_size": 8, "remat": False, "fsdp": 4},
+        [(4, False, 4), (4, False, 2), (4, False, 1), (8, False, 4), (8, False, 2)],
+    )
+    assert searched([8, 9]) == (
+        {"batch_size": 32, "remat": True, "fsdp": 4},
+        [(32, False, 4), (32, True, 4), (32, True, 2), (36, True, 4)],
+    )
     with pytest.raises(UserError, match="--topology=v5e:2x2: nothing of what was tried fits"):
         searched([100])
 
@@ -169,7 +210,10 @@ def test_a_recommendation_is_planned_as_a_whole_with_its_cures(tiny_config, monk
         planned.append((config.batch_size, config.evaluation.batch_size))
         fits = config.evaluation.batch_size == 1
         cure = None if fits else {"changes": {"evaluation.batch_size": 1}}
-        return {"fits": fits, "programs": {"update": {"fits": True}, "sampling": {"fits": fits, "cure": cure}}}
+        return {
+            "fits": fits,
+            "programs": {"update": {"fits": True}, "sampling": {"fits": fits, "cure": cure}},
+        }
 
     monkeypatch.setattr(planner, "plan", plan)
     made = planner.plan_recommended(tiny_config(), "v5e:2x2", {"batch_size": 8})
@@ -180,21 +224,34 @@ def test_a_recommendation_is_planned_as_a_whole_with_its_cures(tiny_config, monk
 def test_no_compilation_where_there_is_no_room(tiny_config, monkeypatch):
     small = planner.chips.Chip("small", 1000.0, 1.0)
     monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
-    with pytest.raises(UserError, match="mesh data 1 x fsdp 1 x tensor 1: parameters, optimiser "
-                                        "and batch alone take 0.0 GB of a chip's 0"):
+    with pytest.raises(
+        UserError,
+        match="mesh data 1 x fsdp 1 x tensor 1: parameters, optimiser "
+        "and batch alone take 0.0 GB of a chip's 0",
+    ):
         planner.plan(tiny_config(), "local", unless_held=True)
 
 
 def test_mistakes_are_one_line(tiny_folder):
     def run(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "focusdpo_jax.plan",
-             f"--config={tiny.ROOT / 'configs' / 'sdxl_dpo.py'}:debug", *arguments],
-            capture_output=True, text=True, env=os.environ)
+            [
+                sys.executable,
+                "-m",
+                "focusdpo_jax.plan",
+                f"--config={tiny.ROOT / 'configs' / 'sdxl_dpo.py'}:debug",
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ,
+        )
 
     result = run("--topology=v9:4x4")
     assert result.returncode == 2
-    assert "error: --topology=v9:4x4: give a TPU slice, v4, v5e, v5p, v6e with its sh" in result.stderr
+    assert (
+        "error: --topology=v9:4x4: give a TPU slice, v4, v5e, v5p, v6e with its sh" in result.stderr
+    )
     result = run("--programs=training")
     assert result.returncode == 2 and "'training' is none of update, sampling" in result.stderr
 
@@ -203,8 +260,10 @@ def test_mistakes_are_one_line(tiny_folder):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "h100:2"])
 def test_a_whole_run_is_planned_for_machines_that_are_not_here(topology, tmp_path):
     """By the real compilers, which have to be installed."""
-    pytest.importorskip("libtpu" if topology.startswith("v") else "jax_cuda12_plugin",
-                        reason="pip install -e '.[plan,plan-gpu]'")
+    pytest.importorskip(
+        "libtpu" if topology.startswith("v") else "jax_cuda12_plugin",
+        reason="pip install -e '.[plan,plan-gpu]'",
+    )
     config = tiny.tiny_config(tmp_path, model__pretrained="", dtype="bfloat16", trainable="full")
     found = planner.plan(config, topology)
     assert found["fits"] and not found["not_planned"]
@@ -212,8 +271,11 @@ def test_a_whole_run_is_planned_for_machines_that_are_not_here(topology, tmp_pat
     assert 0 < found["pairs_per_second"]
     update = found["programs"]["update"]["estimate"]
     if topology.startswith("v"):
-        assert update["unknown_loops"] == 0 and len(update["most_expensive"]) == planner.MOST_EXPENSIVE
+        assert (
+            update["unknown_loops"] == 0 and len(update["most_expensive"]) == planner.MOST_EXPENSIVE
+        )
         assert sum(update["kinds"].values()) == update["cycles"]
     else:
         assert update["roofline"]["bytes"] > 0 and "the compiler for GPUs estimates no time" in (
-            report.table(found))
+            report.table(found)
+        )

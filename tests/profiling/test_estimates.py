@@ -57,7 +57,9 @@ def test_cycles_add_up_with_loops_as_often_as_they_run(estimate):
 def test_layers_alike_are_one_source(estimate):
     assert estimate.sources == [
         ("backward: up_blocks_N/attentions_N/attn1/to_q/dot_general", 3000, 2),
-        ("forward: mid_block/resnets_N/add", 300, 1), ("(copy of the compiler's)", 50, 5)]
+        ("forward: mid_block/resnets_N/add", 300, 1),
+        ("(copy of the compiler's)", 50, 5),
+    ]
 
 
 def test_kernels_are_counted_and_bookkeeping_is_not(estimate):
@@ -69,16 +71,28 @@ def test_seconds_are_cycles_and_the_kernels_products(estimate):
     assert estimates.seconds(estimate, chip, 2e6) == pytest.approx(3.35 + 2)
 
 
-@pytest.mark.parametrize("name, short", [
-    ("jit(gradient)/transpose(jvp(UNet))/up_blocks_0/attentions_2/attentions_2._blocks/"
-     "transformer_blocks_9/norm3/jvp(UNet)/up_blocks_0/attentions_2/attentions_2._blocks/"
-     "transformer_blocks_9/norm3/checkpoint/norm3._normed/mul",
-     "backward: up_blocks_N/attentions_N/transformer_blocks_N/norm3/mul"),
-    ("jit(f)/transpose(jvp(UNet))/down_blocks_2/ff/jvp(UNet)/down_blocks_2/ff/checkpoint/"
-     "rematted_computation/net_2.<lambda>/erf", "recomputed: down_blocks_N/ff/erf"),
-    ("jit(f)/transpose(jvp(UNet))/down_blocks_0/resnets_0/conv2/transpose(jvp())/conv_general_dilated",
-     "backward: down_blocks_N/resnets_N/conv2/conv_general_dilated"),
-    ("jit(update)/add", "update: add"), ("broadcast.7", "")])
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        (
+            "jit(gradient)/transpose(jvp(UNet))/up_blocks_0/attentions_2/attentions_2._blocks/"
+            "transformer_blocks_9/norm3/jvp(UNet)/up_blocks_0/attentions_2/attentions_2._blocks/"
+            "transformer_blocks_9/norm3/checkpoint/norm3._normed/mul",
+            "backward: up_blocks_N/attentions_N/transformer_blocks_N/norm3/mul",
+        ),
+        (
+            "jit(f)/transpose(jvp(UNet))/down_blocks_2/ff/jvp(UNet)/down_blocks_2/ff/checkpoint/"
+            "rematted_computation/net_2.<lambda>/erf",
+            "recomputed: down_blocks_N/ff/erf",
+        ),
+        (
+            "jit(f)/transpose(jvp(UNet))/down_blocks_0/resnets_0/conv2/transpose(jvp())/conv_general_dilated",
+            "backward: down_blocks_N/resnets_N/conv2/conv_general_dilated",
+        ),
+        ("jit(update)/add", "update: add"),
+        ("broadcast.7", ""),
+    ],
+)
 def test_names_say_where_without_numbers(name, short):
     assert estimates.short_name(name) == short
 
@@ -91,8 +105,9 @@ def test_a_large_product_takes_nearly_what_the_data_sheet_says(kind):
     topology = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1"}.get(kind, f"{kind}:2x2")
     devices, chip = chips.devices(topology)
     assert len(devices) == 4
-    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16,
-                             sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+    x = jax.ShapeDtypeStruct(
+        (4096, 4096), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0])
+    )
     compiled = jax.jit(lambda a, b: (a @ b) @ b).lower(x, x).compile()
     estimate = estimates.read(hlo.Program(compiled.as_text()))
     on_paper = 2 * 2 * 4096**3 / chip.flops

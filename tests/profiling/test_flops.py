@@ -10,8 +10,9 @@ from focusdpo_jax.profiling import flops
 
 
 def counted(function, *shapes):
-    return flops.count(jax.jit(function).trace(
-        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+    return flops.count(
+        jax.jit(function).trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    )
 
 
 def test_products_and_others_are_counted_apart():
@@ -59,8 +60,9 @@ def test_what_each_device_does_with_its_share_counts_on_all_of_them():
     whole = jax.sharding.PartitionSpec()
 
     def divided(x, y):
-        return jax.shard_map(lambda x, y: x @ y, mesh=mesh, in_specs=(rows, whole),
-                             out_specs=rows)(x, y)
+        return jax.shard_map(lambda x, y: x @ y, mesh=mesh, in_specs=(rows, whole), out_specs=rows)(
+            x, y
+        )
 
     # The rows are divided by two; all three along "tensor" do the same.
     assert counted(divided, (4, 5), (5, 7)).products == 3 * (2 * 4 * 5 * 7)
@@ -82,8 +84,9 @@ def test_what_no_result_depends_on_counts_nothing():
 
 def test_gradients_of_convolutions_count_what_the_convolution_does():
     for stride, out in (1, 8), (2, 4):
-        both = jax.grad(lambda x, k, stride=stride: jnp.sum(conv2d(x, k, stride=stride)),
-                        argnums=(0, 1))
+        both = jax.grad(
+            lambda x, k, stride=stride: jnp.sum(conv2d(x, k, stride=stride)), argnums=(0, 1)
+        )
         found = counted(both, (2, 8, 8, 32), (3, 3, 32, 16)).products
         # A sum's gradient needs no forward pass.
         assert found == 2 * 2 * (2 * out * out * 16) * 9 * 32

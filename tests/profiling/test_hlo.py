@@ -76,13 +76,16 @@ def test_an_instruction_may_go_on_over_several_lines(program):
 
 
 def test_a_slice_reads_what_it_takes():
-    text = LOOPS.split("ENTRY")[0].split("%inner_condition")[0] + """
+    text = (
+        LOOPS.split("ENTRY")[0].split("%inner_condition")[0]
+        + """
 ENTRY %main (stack: f32[10,8], n: s32[]) -> f32[8] {
   %stack = f32[10,8]{1,0} parameter(0)
   %n = s32[] parameter(1)
   ROOT %taken = f32[8]{0} fusion(%stack, %n), kind=kLoop, calls=%fused
 }
 """
+    )
     program = hlo.Program(text)
     # A row of eight, an index, and the row again as the result.
     assert program.bytes_accessed == 32 + 4 + 32
@@ -98,7 +101,12 @@ def test_bytes_are_near_those_of_xla():
 
 def test_groups_of_devices_in_each_way_of_writing(program):
     found = {each.name: each for each in collectives.read(program)}
-    assert {name: each.group for name, each in found.items()} == {"g": 4, "r": 4, "never": 0, "last": 2}
+    assert {name: each.group for name, each in found.items()} == {
+        "g": 4,
+        "r": 4,
+        "never": 0,
+        "last": 2,
+    }
     assert found["g"].received(8) == 32 * 3 / 4
     assert found["r"].received(8) == 16 * 2 * 3 / 4
     assert found["never"].received(8) == 8
@@ -119,11 +127,18 @@ def test_collectives_are_read_from_a_program():
 """
     first, second, third = collectives.read(text)
     assert (first.name, first.kind, first.size, first.operands, first.operation) == (
-        "all-gather.1", "all-gather", 256, ("p",), "jit(f)/a/dot")
+        "all-gather.1",
+        "all-gather",
+        256,
+        ("p",),
+        "jit(f)/a/dot",
+    )
     assert (second.kind, second.size, second.operands) == ("all-reduce", 16, ("x", "y"))
     assert third.size == 256
     assert collectives.summary([first, second, third]) == {
-        "all-gather": {"count": 2, "bytes": 512}, "all-reduce": {"count": 1, "bytes": 16}}
+        "all-gather": {"count": 2, "bytes": 512},
+        "all-reduce": {"count": 1, "bytes": 16},
+    }
 
 
 def test_what_is_told_in_a_loop_counts_as_often_as_it_turns():
@@ -142,5 +157,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
     found = collectives.read(text)
     assert {c.name: c.times for c in found} == {"g": 30, "r": 10, "last": 1}
-    assert collectives.summary(found) == {"all-gather": {"count": 31, "bytes": 30 * 32 + 8},
-                                          "all-reduce": {"count": 10, "bytes": 160}}
+    assert collectives.summary(found) == {
+        "all-gather": {"count": 31, "bytes": 30 * 32 + 8},
+        "all-reduce": {"count": 10, "bytes": 160},
+    }

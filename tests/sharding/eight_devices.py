@@ -30,9 +30,17 @@ def make(folder, mesh):
     """The task of the tiny run on a mesh such as "2x2x2", its optimiser and its first state."""
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), map(int, mesh.split("x"))))
     # The anchor would make the loss cross zero, where relative differences mean nothing.
-    config = tiny.tiny_config(folder, batch_size=8, steps=5, trainable="full", anchor=0.0,
-                              beta=30.0,  # More of it magnifies the errors' rounding.
-                              data__train_size=16, evaluation__pictures=1, **sizes)
+    config = tiny.tiny_config(
+        folder,
+        batch_size=8,
+        steps=5,
+        trainable="full",
+        anchor=0.0,
+        beta=30.0,  # More of it magnifies the errors' rounding.
+        data__train_size=16,
+        evaluation__pictures=1,
+        **sizes,
+    )
     task, optimizer = tasks.make_task(config, epath.Path(folder)), make_optimizer(config)
     return task, optimizer, create_state(task.trainable, optimizer, config.ema_decay)
 
@@ -69,8 +77,11 @@ def gathers(text):
     """What a program gathers: kernels, their bytes, and how much of them lies around at once."""
     lines = text.splitlines()
     # Integers are token ids.
-    found = [c for c in collectives.read(text) if c.kind == "all-gather"
-             and lines[c.line].partition(" = ")[2].startswith("f32[")]
+    found = [
+        c
+        for c in collectives.read(text)
+        if c.kind == "all-gather" and lines[c.line].partition(" = ")[2].startswith("f32[")
+    ]
     assert "is_scheduled=true" in lines[0]
     born = {c.name: c.line for c in found}
     dies = {}
@@ -83,10 +94,16 @@ def gathers(text):
                 if any(f" {view}(" in operation for view in ("bitcast", "copy", "transpose")):
                     names.add(value.strip().removeprefix("%"))
         dies[gather.name] = last
-    alive = [sum(c.size for c in found if born[c.name] <= moment < dies[c.name])
-             for moment in born.values()]
-    return {"count": len(found), "bytes": sum(c.size for c in found),
-            "largest": max(c.size for c in found), "alive": max(alive)}
+    alive = [
+        sum(c.size for c in found if born[c.name] <= moment < dies[c.name])
+        for moment in born.values()
+    ]
+    return {
+        "count": len(found),
+        "bytes": sum(c.size for c in found),
+        "largest": max(c.size for c in found),
+        "alive": max(alive),
+    }
 
 
 def restored(folder, workdir, mesh, saved):
@@ -95,9 +112,14 @@ def restored(folder, workdir, mesh, saved):
     wanted = shardings(example)
     state, _ = Checkpoints(workdir, read_only=True).restore(example)
     assert shardings(state) == wanted
-    return all(np.array_equal(a, b) for a, b in zip(
-        jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(jax.device_get(saved)),
-        strict=True))
+    return all(
+        np.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(jax.device_get(state)),
+            jax.tree.leaves(jax.device_get(saved)),
+            strict=True,
+        )
+    )
 
 
 def divided_attention():
@@ -129,8 +151,9 @@ def main():
                 checkpoints = Checkpoints(workdir)
                 checkpoints.save(5, state, task.batches.get_state())
                 checkpoints.close()
-                found["restored"] = {other: restored(folder, workdir, other, state)
-                                     for other in ("2x1x1", "1x1x1")}
+                found["restored"] = {
+                    other: restored(folder, workdir, other, state) for other in ("2x1x1", "1x1x1")
+                }
     print(json.dumps(found))
 
 

@@ -23,12 +23,23 @@ def measured(tiny_folder):
     """What `eight_devices` prints of one device and of every mesh."""
     # The scheduler that a program of several devices gets by itself fetches everything at once;
     # a TPU's or GPU's keeps memory low, as this one does.
-    flags = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-             "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    )
     result = subprocess.run(
-        [sys.executable, str(TESTS / "sharding" / "eight_devices.py"), str(tiny_folder), "1x1x1",
-         *MESHES], env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(
-             [str(TESTS), str(TESTS.parent)])}, capture_output=True, text=True)
+        [
+            sys.executable,
+            str(TESTS / "sharding" / "eight_devices.py"),
+            str(tiny_folder),
+            "1x1x1",
+            *MESHES,
+        ],
+        env=os.environ
+        | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -64,11 +75,14 @@ def test_axes_are_divided_by_what_layers_do():
     spec = rules.parameter_spec
     block = ("unet", "mid_block", "attentions_0")
     assert spec((*block, "to_q", "kernel"), (64, 32), sizes) == PartitionSpec(
-        ("fsdp",), ("tensor",))
+        ("fsdp",), ("tensor",)
+    )
     assert spec((*block, "to_out_0", "kernel"), (32, 64), sizes) == PartitionSpec(
-        ("tensor",), ("fsdp",))
+        ("tensor",), ("fsdp",)
+    )
     assert spec(("unet", "conv_in", "kernel"), (3, 3, 4, 320), sizes) == PartitionSpec(
-        None, None, None, ("fsdp",))
+        None, None, None, ("fsdp",)
+    )
     # 3 divides by neither: the share moves to the input, or stays.
     assert spec(("unet", "proj_out", "kernel"), (64, 3), sizes) == PartitionSpec(("fsdp",), None)
     assert spec(("unet", "proj_out", "kernel"), (5, 3), sizes) == PartitionSpec(None, None)
@@ -76,11 +90,27 @@ def test_axes_are_divided_by_what_layers_do():
     assert spec((*block, "to_q", "lora_b"), (8, 64), sizes) == PartitionSpec(None, ("tensor",))
 
 
-@pytest.mark.parametrize("sizes, batch, message", [
-    ((16, 1, 1), 16, r"mesh.tensor = 1 takes 16 devices and there are 8; give config.mesh.data"),
-    ((-1, 3, 1), 6, r"8 devices do not divide by 3; give config.mesh.data = 8, config.mesh.fsdp"),
-    ((2, 4, 1), 12, r"batch_size = 12 does not divide among the 8 devices .* give "
-                    r"config.batch_size = 16, or axes whose product is one of \[1, 2, 3, 4, 6\]")])
+@pytest.mark.parametrize(
+    "sizes, batch, message",
+    [
+        (
+            (16, 1, 1),
+            16,
+            r"mesh.tensor = 1 takes 16 devices and there are 8; give config.mesh.data",
+        ),
+        (
+            (-1, 3, 1),
+            6,
+            r"8 devices do not divide by 3; give config.mesh.data = 8, config.mesh.fsdp",
+        ),
+        (
+            (2, 4, 1),
+            12,
+            r"batch_size = 12 does not divide among the 8 devices .* give "
+            r"config.batch_size = 16, or axes whose product is one of \[1, 2, 3, 4, 6\]",
+        ),
+    ],
+)
 def test_what_cannot_be_is_refused_with_what_can(sizes, batch, message):
     with pytest.raises(UserError, match=message):
         mesh.make_mesh(dict(zip(mesh.AXES, sizes)), batch, [jax.devices()[0]] * 8)

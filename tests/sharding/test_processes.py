@@ -26,12 +26,23 @@ def start(folder, workdir, devices, *arguments):
     path.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {str(TESTS)!r})\nimport tiny\n"
         f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}), "
-        f"steps={STEPS}, mesh__fsdp=2, objective='dpo')\n")
+        f"steps={STEPS}, mesh__fsdp=2, objective='dpo')\n"
+    )
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-m", "focusdpo_jax.main", f"--config={path}", f"--workdir={workdir}",
-         *arguments], env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            "-m",
+            "focusdpo_jax.main",
+            f"--config={path}",
+            f"--workdir={workdir}",
+            *arguments,
+        ],
+        env=os.environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def start_both(folder, workdir):
@@ -39,8 +50,17 @@ def start_both(folder, workdir):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    return [start(folder, workdir, 2, f"--coordinator=localhost:{port}", "--processes=2",
-                  f"--process={index}") for index in range(2)]
+    return [
+        start(
+            folder,
+            workdir,
+            2,
+            f"--coordinator=localhost:{port}",
+            "--processes=2",
+            f"--process={index}",
+        )
+        for index in range(2)
+    ]
 
 
 def logged(workdir):

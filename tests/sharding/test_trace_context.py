@@ -7,8 +7,9 @@ from focusdpo_jax.sharding.trace_context import traced_for
 
 def test_what_is_traced_for_one_mesh_is_not_taken_for_another():
     devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-    one, other = (Mesh(devices, names) for names in (
-        ("data", "fsdp", "tensor"), ("tensor", "data", "fsdp")))
+    one, other = (
+        Mesh(devices, names) for names in (("data", "fsdp", "tensor"), ("tensor", "data", "fsdp"))
+    )
     traces = []
 
     @jax.jit

@@ -18,8 +18,7 @@ BLUE = {"class_id": 5, "hue": 0.66, "pattern": DOTS, "pattern_hue": 0.98, "part"
 
 def truth_of(*scenes, slots=3):
     """Truth and presence of scenes, each a list of subjects; all backgrounds are 1."""
-    truth = {name: np.full((len(scenes), slots), -1.0 if "hue" in name else -1)
-             for name in GREEN}
+    truth = {name: np.full((len(scenes), slots), -1.0 if "hue" in name else -1) for name in GREEN}
     for b, scene in enumerate(scenes):
         for s, subject in enumerate(scene):
             for name, value in subject.items():
@@ -30,8 +29,11 @@ def truth_of(*scenes, slots=3):
 
 def readings_of(*scenes, classes=6):
     """Readings of pictures that show the given subjects, each on 6 % of the picture."""
-    fields = {name: np.zeros((len(scenes), classes), float if "hue" in name else int)
-              for name in GREEN if name != "class_id"}
+    fields = {
+        name: np.zeros((len(scenes), classes), float if "hue" in name else int)
+        for name in GREEN
+        if name != "class_id"
+    }
     area = np.zeros((len(scenes), classes))
     for b, scene in enumerate(scenes):
         for subject in scene:
@@ -96,16 +98,19 @@ def test_a_missing_subject_has_no_fidelity_and_does_not_leak():
     assert measure_one([GREEN | {"area": 0.013}], [GREEN])["missing"][0] == 0
 
 
-@pytest.mark.parametrize("change, leaks, hue_leaks", [
-    ({"hue": 0.70}, 1, 1),  # Within 1/12 of the neighbour's 0.66.
-    ({"hue": 0.90}, 0, 0),  # Wrong, but nobody's.
-    ({"pattern": DOTS}, 1, 0),
-    ({"pattern": STRIPES}, 0, 0),
-    ({"part": 1}, 1, 0),
-    ({"part": 3}, 0, 0),
-    # A plain subject has no pattern hue to lose, even under another pattern.
-    ({"pattern": STRIPES, "pattern_hue": 0.98}, 0, 0),
-])
+@pytest.mark.parametrize(
+    "change, leaks, hue_leaks",
+    [
+        ({"hue": 0.70}, 1, 1),  # Within 1/12 of the neighbour's 0.66.
+        ({"hue": 0.90}, 0, 0),  # Wrong, but nobody's.
+        ({"pattern": DOTS}, 1, 0),
+        ({"pattern": STRIPES}, 0, 0),
+        ({"part": 1}, 1, 0),
+        ({"part": 3}, 0, 0),
+        # A plain subject has no pattern hue to lose, even under another pattern.
+        ({"pattern": STRIPES, "pattern_hue": 0.98}, 0, 0),
+    ],
+)
 def test_leakage_is_to_wear_the_neighbours_look_instead_of_the_own(change, leaks, hue_leaks):
     result = measure_one([GREEN | change, BLUE], [GREEN, BLUE])
     np.testing.assert_array_equal(result["leakage"], [leaks, 0])
@@ -181,8 +186,12 @@ def test_renders_read_perfectly_are_perfect_and_rejected_ones_leak_when_they_do(
     wrong = measures.measure(readings_of(*rejected, classes=classes), truth, present)
     assert np.nanmean(clean["fidelity"]) == 1 and np.nanmean(clean["leakage"]) == 0
     assert np.nanmean(wrong["missing"]) == 0 and np.nanmean(wrong["class_accuracy"]) == 1
-    disrupted = np.array([[s < len(r["subjects"]) and r["subjects"][s]["disrupted"]
-                           for s in range(3)] for r in records])
+    disrupted = np.array(
+        [
+            [s < len(r["subjects"]) and r["subjects"][s]["disrupted"] for s in range(3)]
+            for r in records
+        ]
+    )
     # Whoever was disrupted looks different, whoever was not does not, and only the first can leak.
     np.testing.assert_array_equal(wrong["fidelity"][present] < 1, disrupted[present])
     assert not np.nansum(wrong["leakage"][~disrupted])

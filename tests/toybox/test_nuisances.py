@@ -16,8 +16,11 @@ def test_a_trace_stays_inside_its_mask(trace):
     assert after.dtype == np.float32 and after.min() >= 0 and after.max() <= 255
     changed = np.abs(after - before).max(0) > 1
     # A seam is the border, one pixel wide; the others are everywhere.
-    assert changed[mask].sum() == 2 * (20 + 40) - 4 if trace is nuisances.seam else (
-        changed[mask].mean() > 0.7)
+    assert (
+        changed[mask].sum() == 2 * (20 + 40) - 4
+        if trace is nuisances.seam
+        else (changed[mask].mean() > 0.7)
+    )
 
 
 def test_blur_keeps_the_mean_and_removes_detail():

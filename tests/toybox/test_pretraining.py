@@ -32,8 +32,9 @@ def test_crops_stay_inside_the_picture():
     assert crop[0, -1, 2] <= images[0, 8, 63, 2] and crop.shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("objective, part", [
-    ("autoencode", "vae"), ("attributes", "image_encoder"), ("probe", "probe")])
+@pytest.mark.parametrize(
+    "objective, part", [("autoencode", "vae"), ("attributes", "image_encoder"), ("probe", "probe")]
+)
 def test_stage_changes_its_part_alone(objective, part, tiny_config, tiny_folder, tmp_path):
     config = tiny_config(objective=objective, steps=2, warmup_steps=0)
     loop.run(config, tmp_path)

@@ -248,8 +248,13 @@ def test_number_of_subjects_follows_its_probabilities():
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(resolution=8), dict(count_probabilities=(0.5, 0.4)), dict(count_probabilities=()),
-     dict(prior_mask="loose"), dict(subject_radii=(14, 13))],
+    [
+        dict(resolution=8),
+        dict(count_probabilities=(0.5, 0.4)),
+        dict(count_probabilities=()),
+        dict(prior_mask="loose"),
+        dict(subject_radii=(14, 13)),
+    ],
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -326,7 +331,10 @@ def test_changed_looks_by_hand():
     assert toybox.changed_looks(plain, plain) == ()
     assert toybox.changed_looks(plain, dotted) == ("pattern",)  # Its hue comes with it.
     assert toybox.changed_looks(plain, toybox.Subject(0, 0.4, 0, 0.4, 0)) == ("hue",)
-    assert toybox.changed_looks(dotted, toybox.Subject(0, 0.1, 2, 0.4, 1)) == ("pattern_hue", "part")
+    assert toybox.changed_looks(dotted, toybox.Subject(0, 0.1, 2, 0.4, 1)) == (
+        "pattern_hue",
+        "part",
+    )
 
 
 def test_changed_mask_marks_what_looks_change(records):
@@ -380,5 +388,7 @@ def test_a_second_reference_shows_a_subject_once_more():
             (own,) = [s for s in before["subjects"] if s["class_id"] == other["class_id"]]
             assert not np.array_equal(own["reference"], other["reference"])
             np.testing.assert_array_equal(own["mask"], other["mask"])
-            assert [own[name] for name in toybox.ATTRIBUTES] == [other[name] for name in toybox.ATTRIBUTES]
+            assert [own[name] for name in toybox.ATTRIBUTES] == [
+                other[name] for name in toybox.ATTRIBUTES
+            ]
     assert seen == {1, 2, 3}

@@ -32,21 +32,37 @@ def encode(parameters, batch):
     """An encoder whose answers tell which record they are of."""
     value = np.float32(batch.index)[:, None, None, None] + parameters["vae"]["shift"]
     fields = dict.fromkeys(encoding.EncodedPairs.__dataclass_fields__)
-    return encoding.EncodedPairs(**fields | {
-        "latents_mean": np.broadcast_to(value, (SIZE, 2, 4, 4)),
-        "references": ImageView(np.zeros((SIZE, 1, 3), np.float32)),
-        "prior": np.ones((SIZE, 4, 4), np.float32),
-        "time_ids": np.tile(np.float32([1000.5, 2, 3]), (SIZE, 1)), "index": batch.index})
+    return encoding.EncodedPairs(
+        **fields
+        | {
+            "latents_mean": np.broadcast_to(value, (SIZE, 2, 4, 4)),
+            "references": ImageView(np.zeros((SIZE, 1, 3), np.float32)),
+            "prior": np.ones((SIZE, 4, 4), np.float32),
+            "time_ids": np.tile(np.float32([1000.5, 2, 3]), (SIZE, 1)),
+            "index": batch.index,
+        }
+    )
 
 
 def cached(folder, key=KEY, encode=encode, parameters=lambda: PARAMETERS, files="files", sizes=1):
-    return encoding_cache.cached(epath.Path(folder), key, {"vae": sizes}, lambda part: files,
-                                 parameters, encode, batches(), COUNT)
+    return encoding_cache.cached(
+        epath.Path(folder),
+        key,
+        {"vae": sizes},
+        lambda part: files,
+        parameters,
+        encode,
+        batches(),
+        COUNT,
+    )
 
 
 def tree(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_files_hold_what_memory_would(tmp_path):
@@ -93,8 +109,9 @@ def test_other_files_may_hold_the_same_encoders(before, after, tmp_path):
     assert len(asked) == (1 if after else 2)
 
 
-@pytest.mark.parametrize("changes", [{"parameters": lambda: {"vae": {"shift": np.float32(0.2)}}},
-                                     {"sizes": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"parameters": lambda: {"vae": {"shift": np.float32(0.2)}}}, {"sizes": 2}]
+)
 def test_other_encoders_are_refused(changes, tmp_path):
     cached(tmp_path / "e")
     before = tree(tmp_path)
@@ -136,6 +153,7 @@ def test_runs_that_need_other_pictures_or_masks_keep_apart():
     def folder(objective, share, features="vit"):
         config = ConfigDict({"objective": objective, "rejected_share": share})
         return encoding_cache.folder_name(config, mock.Mock(settings=[features]))
+
     assert folder("dpo", 0.0) == folder("focus_dpo", 0.0) == "encoded_pairs_vit"
     assert folder("focus_dpo", 0.0, "unet") == "encoded_pairs_unet"
     assert folder("sft", 0.0) == "encoded_chosen"
@@ -143,8 +161,14 @@ def test_runs_that_need_other_pictures_or_masks_keep_apart():
 
 
 def test_key_follows_what_else_matters():
-    config = ConfigDict({"dtype": "float32", "resolution": 8, "trainable": "adapter",
-                         "focus": {"detail_bins": 16, "detail_sigma": 3.0}})
+    config = ConfigDict(
+        {
+            "dtype": "float32",
+            "resolution": 8,
+            "trainable": "adapter",
+            "focus": {"detail_bins": 16, "detail_sigma": 3.0},
+        }
+    )
     generator = ConfigDict({"config": {"adapter": {"kind": "resampler"}}})
 
     def key(content="x", source=None, words="t", **changes):
@@ -153,8 +177,14 @@ def test_key_follows_what_else_matters():
         return encoding_cache.make_key(model, changed, content, source)
 
     unet = mock.Mock(parts=("unet",), settings=["unet", 16, 124, 374])
-    others = [key("y"), key(words="u"), key(source=unet), key(dtype="bfloat16"),
-              key(resolution=16), key(trainable="generator")]
+    others = [
+        key("y"),
+        key(words="u"),
+        key(source=unet),
+        key(dtype="bfloat16"),
+        key(resolution=16),
+        key(trainable="generator"),
+    ]
     assert all(other != key() for other in others)
     assert key(source=unet)["features"] == ["unet", 16, 124, 374]
     # Text encoders matter unless they are trained: then the captions are not kept.
@@ -164,9 +194,14 @@ def test_key_follows_what_else_matters():
     assert encoding_cache.parts_read(config, None) == ["image_encoder", "vae"]
 
 
-@pytest.mark.parametrize("objective, share, name", [
-    ("sft", 0.0, "encoded_chosen"), ("sft", 0.1, "encoded_both"),
-    ("focus_dpo", 0.0, "encoded_pairs_attention")])
+@pytest.mark.parametrize(
+    "objective, share, name",
+    [
+        ("sft", 0.0, "encoded_chosen"),
+        ("sft", 0.1, "encoded_both"),
+        ("focus_dpo", 0.0, "encoded_pairs_attention"),
+    ],
+)
 def test_each_kind_of_records_has_its_folder(objective, share, name):
     config = ConfigDict({"objective": objective, "rejected_share": share})
     assert encoding_cache.folder_name(config, mock.Mock(settings=["attention"])) == name

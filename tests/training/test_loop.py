@@ -56,8 +56,10 @@ def trained(tiny_folder, tmp_path_factory):
     def make(trainable):
         workdir = tmp_path_factory.mktemp(trainable)
         rank = 2 if trainable == "lora" else 0
-        loop.run(tiny.tiny_config(tiny_folder, trainable=trainable, model__lora_rank=rank,
-                                  steps=2), workdir)
+        loop.run(
+            tiny.tiny_config(tiny_folder, trainable=trainable, model__lora_rank=rank, steps=2),
+            workdir,
+        )
         return workdir
 
     return make
@@ -71,13 +73,21 @@ def command(folder, workdir, *overrides):
         path.write_text(
             f"import pathlib, sys\nsys.path.insert(0, {tests!r})\n"
             "import tiny\n"
-            f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}))\n")
-    return [sys.executable, "-m", "focusdpo_jax.main", f"--config={path}",
-            f"--workdir={workdir}", *overrides]
+            f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}))\n"
+        )
+    return [
+        sys.executable,
+        "-m",
+        "focusdpo_jax.main",
+        f"--config={path}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
 
 
 def final_parameters(workdir):
     from safetensors.numpy import load_file
+
     return load_file(workdir / "model" / "unet.safetensors")
 
 
@@ -85,13 +95,23 @@ def test_run_leaves_what_the_contract_says(finished):
     workdir, _ = finished
     assert sorted(tiny.losses(workdir)) == [1, 2, 3, 4]
     line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    for name in ("loss", "implicit_accuracy", "margin", "winner_error_difference",
-                 "loser_error_difference", "reference_error", "gradient_norm", "pairs_per_second"):
+    for name in (
+        "loss",
+        "implicit_accuracy",
+        "margin",
+        "winner_error_difference",
+        "loser_error_difference",
+        "reference_error",
+        "gradient_norm",
+        "pairs_per_second",
+    ):
         assert np.isfinite(line[name]), name
     assert json.loads((workdir / "config.json").read_text())["beta"] == 100.0
     assert (workdir / "checkpoints" / "4").is_dir()
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
-        "focus_000004.png", "step_000004.png"]
+        "focus_000004.png",
+        "step_000004.png",
+    ]
     assert list(workdir.glob("events.out.tfevents.*"))
     assert (workdir / "model" / "model.json").exists()
 
@@ -106,7 +126,8 @@ def test_buckets_of_one_structure_share_an_executable(finished):
     assert any(line.startswith("compiled 2 executables for 4 buckets in ") for line in log)
     assert [line for line in log if line.startswith("  focus_dpo")] == [
         "  focus_dpo (spaf): t750-999, t500-749",
-        "  focus_dpo (spaf+dpce): t250-499, t000-249"]
+        "  focus_dpo (spaf+dpce): t250-499, t000-249",
+    ]
 
 
 def test_resumed_run_equals_uninterrupted_one(finished, trained, tiny_config, tmp_path):
@@ -147,13 +168,16 @@ def test_other_objectives_run_by_one_switch(objective, tiny_config, tmp_path):
     assert abs(values[3] - values[2]) > 1e-3
 
 
-@pytest.mark.parametrize("trainable, changed, kept", [
-    ("adapter", "to_k_ip", "to_q/kernel"), ("lora", "lora_b", "to_q/kernel")])
+@pytest.mark.parametrize(
+    "trainable, changed, kept",
+    [("adapter", "to_k_ip", "to_q/kernel"), ("lora", "lora_b", "to_q/kernel")],
+)
 def test_only_the_trainable_set_changes(trainable, changed, kept, trained, tiny_folder):
     before, after = final_parameters(tiny_folder), final_parameters(trained(trainable))
     assert not any(np.any(after[name] != before[name]) for name in before if kept in name)
-    moved = [name for name in after if changed in name
-             and np.any(after[name] != before.get(name, 0))]
+    moved = [
+        name for name in after if changed in name and np.any(after[name] != before.get(name, 0))
+    ]
     assert moved
 
 
@@ -163,20 +187,29 @@ def test_low_rank_updates_are_read_again(trained, tiny_config):
     assert any(np.any(value) for name, value in expected.items() if "lora_b" in name)
     # A run that starts from the updates need not speak of them.
     goes_on = tiny_config(model__pretrained=str(workdir / "model"))
-    for model in (runs.Run(workdir).policy(), runs.load_folder(workdir / "model"),
-                  models.load_model(goes_on)):
+    for model in (
+        runs.Run(workdir).policy(),
+        runs.load_folder(workdir / "model"),
+        models.load_model(goes_on),
+    ):
         assert model.generator.config.unet.lora_rank == 2
         read = traverse_util.flatten_dict(stacking.split(model.parameters["unet"]), sep="/")
         assert read.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(read[name], value, err_msg=name)
     goes_on.model.lora_rank = 3
-    with pytest.raises(UserError, match=r"config.model.lora_rank = 3: .*model has low-rank updates "
-                                        r"of rank 2; give 2, or"):
+    with pytest.raises(
+        UserError,
+        match=r"config.model.lora_rank = 3: .*model has low-rank updates "
+        r"of rank 2; give 2, or",
+    ):
         models.load_model(goes_on)
     goes_on.model.lora_rank, goes_on.model.lora_alpha = 2, 4.0
-    with pytest.raises(UserError, match=r"config.model.lora_alpha = 4.0: the low-rank updates of .*model "
-                                        r"have alpha 16.0; give that, or 0"):
+    with pytest.raises(
+        UserError,
+        match=r"config.model.lora_alpha = 4.0: the low-rank updates of .*model "
+        r"have alpha 16.0; give that, or 0",
+    ):
         models.load_model(goes_on)
 
 
@@ -196,20 +229,43 @@ def test_accumulation_averages_over_buckets(tiny_config, tmp_path):
 
 def test_a_run_that_is_shorter_than_its_warm_up_ends_in_it(tiny_config):
     schedule = state.learning_rate_schedule(
-        tiny_config(steps=2, warmup_steps=10, decay="cosine", learning_rate=1.0))
+        tiny_config(steps=2, warmup_steps=10, decay="cosine", learning_rate=1.0)
+    )
     assert [float(schedule(step)) for step in range(3)] == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_a_step_is_reported_while_the_next_one_runs(tiny_config, tmp_path, monkeypatch):
     events, call, scalars = [], Step.__call__, MetricWriter.scalars
-    monkeypatch.setattr(Step, "__call__", lambda step, *arguments: (
-        events.append(f"start {arguments[-1] + 1}"), call(step, *arguments))[1])
-    monkeypatch.setattr(MetricWriter, "scalars", lambda writer, step, values: (
-        events.append(f"report {step}"), scalars(writer, step, values))[1])
+    monkeypatch.setattr(
+        Step,
+        "__call__",
+        lambda step, *arguments: (
+            events.append(f"start {arguments[-1] + 1}"),
+            call(step, *arguments),
+        )[1],
+    )
+    monkeypatch.setattr(
+        MetricWriter,
+        "scalars",
+        lambda writer, step, values: (
+            events.append(f"report {step}"),
+            scalars(writer, step, values),
+        )[1],
+    )
     loop.run(tiny_config(steps=5, checkpoint_every=3), tmp_path)
     # Step 3 is reported before it is saved, and the last one before the end.
-    assert events == ["start 1", "start 2", "report 1", "start 3", "report 2", "report 3",
-                      "start 4", "start 5", "report 4", "report 5"]
+    assert events == [
+        "start 1",
+        "start 2",
+        "report 1",
+        "start 3",
+        "report 2",
+        "report 3",
+        "start 4",
+        "start 5",
+        "report 4",
+        "report 5",
+    ]
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(trained, tiny_config, tmp_path):
@@ -238,15 +294,17 @@ def test_another_configuration_is_accepted_when_asked_for(finished, tiny_config,
 def left_by(workdir):
     """(logged steps, saved steps, steps whose samples were drawn) of a run."""
     saved = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
-    drawn = {int(path.stem.removeprefix("step_"))
-             for path in (workdir / "samples").glob("step_*.png")}
+    drawn = {
+        int(path.stem.removeprefix("step_")) for path in (workdir / "samples").glob("step_*.png")
+    }
     return set(tiny.losses(workdir)), saved, drawn
 
 
 @pytest.mark.parametrize("every", [0, 100])
 def test_intervals_of_zero_or_beyond_the_end_leave_the_last_step(tiny_config, tmp_path, every):
-    loop.run(tiny_config(steps=3, log_every=every, checkpoint_every=every, sample_every=every),
-             tmp_path)
+    loop.run(
+        tiny_config(steps=3, log_every=every, checkpoint_every=every, sample_every=every), tmp_path
+    )
     assert left_by(tmp_path) == ({3}, {3}, {3})
 
 
@@ -278,8 +336,11 @@ def with_probe(tiny_config, tmp_path):
 
 
 def test_validation_scenes_need_as_many_records(tiny_config):
-    with pytest.raises(UserError, match="config.evaluation.validation_scenes = 3: there are only "
-                                        "config.data.validation_size = 2"):
+    with pytest.raises(
+        UserError,
+        match="config.evaluation.validation_scenes = 3: there are only "
+        "config.data.validation_size = 2",
+    ):
         config_rules.validate(tiny_config(evaluation__validation_scenes=3))
 
 
@@ -294,12 +355,14 @@ def test_saved_steps_are_logged_so_that_a_resumed_run_logs_the_same(tiny_config,
     assert tiny.losses(tmp_path / "killed") == tiny.losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number, name, status", [
-    (signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)])
+@pytest.mark.parametrize(
+    "number, name, status", [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
+)
 def test_a_signal_saves_and_leaves(number, name, status, tiny_folder, tmp_path):
     workdir = tmp_path / "run"
-    line = command(tiny_folder, workdir, "--config.steps=100000",
-                   "--config.checkpoint_every=100000")
+    line = command(
+        tiny_folder, workdir, "--config.steps=100000", "--config.checkpoint_every=100000"
+    )
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     wait_for_steps(process, workdir, 3)
     asked = time.monotonic()
@@ -340,13 +403,15 @@ def test_killed_run_goes_on_exactly(finished, tiny_folder, tmp_path):
 
 def test_mistakes_on_the_command_line_are_one_line(tiny_folder, tmp_path):
     for override, message in [
-            ("--config.beta=-1.0", "error: config.beta = -1.0: give a number > 0"),
-            ("--config.model.pretrained=nowhere", "error: config.model.pretrained = 'nowhere'"),
-            ("--config.betta=3", "error: config.betta is not a field. Did you mean"),
-            ("--config=nowhere.py", "error: [Errno 2] No such file or directory: 'nowhere.py'"),
-            ("--config.beta=abc", "error: flag --config.beta=abc: could not convert")]:
-        result = subprocess.run(command(tiny_folder, tmp_path, override), capture_output=True,
-                                text=True)
+        ("--config.beta=-1.0", "error: config.beta = -1.0: give a number > 0"),
+        ("--config.model.pretrained=nowhere", "error: config.model.pretrained = 'nowhere'"),
+        ("--config.betta=3", "error: config.betta is not a field. Did you mean"),
+        ("--config=nowhere.py", "error: [Errno 2] No such file or directory: 'nowhere.py'"),
+        ("--config.beta=abc", "error: flag --config.beta=abc: could not convert"),
+    ]:
+        result = subprocess.run(
+            command(tiny_folder, tmp_path, override), capture_output=True, text=True
+        )
         assert result.returncode == 2
         errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert len(errors) == 1 and errors[0].startswith(message)
@@ -367,10 +432,12 @@ importlib.machinery.PathFinder.find_spec = blocked
 def test_trains_without_tensorflow(finished, tiny_folder, tmp_path):
     program = NO_TENSORFLOW + (
         "import runpy\nsys.argv = sys.argv[1:]\n"
-        "runpy.run_module('focusdpo_jax.main', run_name='__main__')\n")
+        "runpy.run_module('focusdpo_jax.main', run_name='__main__')\n"
+    )
     line = command(tiny_folder, tmp_path)
-    result = subprocess.run([line[0], "-c", program, "main", *line[3:]], capture_output=True,
-                            text=True)
+    result = subprocess.run(
+        [line[0], "-c", program, "main", *line[3:]], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stderr.count("TensorBoard events are not written") == 1
     assert not list(tmp_path.glob("events*"))
@@ -378,16 +445,27 @@ def test_trains_without_tensorflow(finished, tiny_folder, tmp_path):
 
 
 def test_imports_without_tensorflow():
-    rooms = ("main", "focus.losses", "diffusion.samplers", "models.generator", "training.loop",
-             "data.loader", "evaluation.probe")
-    program = NO_TENSORFLOW + "".join(f"import focusdpo_jax.{room}\n" for room in rooms) + (
-        "assert not any(name.split('.')[0] == 'tensorflow' for name in sys.modules)\n")
+    rooms = (
+        "main",
+        "focus.losses",
+        "diffusion.samplers",
+        "models.generator",
+        "training.loop",
+        "data.loader",
+        "evaluation.probe",
+    )
+    program = (
+        NO_TENSORFLOW
+        + "".join(f"import focusdpo_jax.{room}\n" for room in rooms)
+        + ("assert not any(name.split('.')[0] == 'tensorflow' for name in sys.modules)\n")
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_state_keeps_no_frozen_parameters(tiny_folder):
     from focusdpo_jax.models.generator import merge_parameters, split_parameters
+
     config = tiny.tiny_config(tiny_folder)
     parameters = models.load_model(config).parameters
     trainable, frozen = split_parameters(parameters, "adapter")
@@ -403,11 +481,18 @@ def test_supervised_runs_find_what_was_encoded(tiny_config, tmp_path):
     shutil.rmtree(folder / "encoded", ignore_errors=True)
 
     def run(name, share):
-        config = tiny_config(objective="subject_sft", rejected_share=share, steps=1,
-                             data__path=str(folder), evaluation__pictures=0)
+        config = tiny_config(
+            objective="subject_sft",
+            rejected_share=share,
+            steps=1,
+            data__path=str(folder),
+            evaluation__pictures=0,
+        )
         loop.run(config, tmp_path / name)
-        return {path.name: {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-                for path in (folder / "encoded").iterdir()}
+        return {
+            path.name: {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+            for path in (folder / "encoded").iterdir()
+        }
 
     first = run("first", 0.0)
     assert len(first) == 1

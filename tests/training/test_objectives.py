@@ -23,11 +23,11 @@ def encode_four(config):
     transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
     records = tasks.open_data(config)["train"]
     (batch,) = loader.evaluation_batches(
-        [records[i] for i in range(4)], batch_size=4, transform=transform)
+        [records[i] for i in range(4)], batch_size=4, transform=transform
+    )
     buckets = tasks.focus_buckets(config)
     source, encode = tasks.make_encoder(model.generator, config, buckets)
-    return model, source, buckets, batch, encode(
-        model.parameters, jax.tree.map(jnp.asarray, batch))
+    return model, source, buckets, batch, encode(model.parameters, jax.tree.map(jnp.asarray, batch))
 
 
 @pytest.fixture
@@ -69,7 +69,8 @@ def test_subject_sft_counts_every_subject_above_the_background(encoded):
 def test_prior_dpo_counts_only_where_the_pair_differs(encoded):
     weights, batch, pairs = encoded("prior_dpo")
     np.testing.assert_allclose(
-        weights[::2], 0.25 + shares(batch.prior_mask, weights.shape[1:]), atol=1e-6)
+        weights[::2], 0.25 + shares(batch.prior_mask, weights.shape[1:]), atol=1e-6
+    )
     assert pairs.latents_mean.shape[1] == 2
 
 
@@ -88,8 +89,9 @@ def test_own_subject_keeps_matches_off_other_subjects(tiny_config, own):
     ((structure, numbers),) = buckets.values()
     task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
     trainable, frozen = split_parameters(model.parameters, "full")
-    maps = task.focus_maps(structure, {"parameters": frozen, "reference": trainable}, pairs, numbers,
-                           jax.random.key(0))
+    maps = task.focus_maps(
+        structure, {"parameters": frozen, "reference": trainable}, pairs, numbers, jax.random.key(0)
+    )
     side = maps.weights.shape[1]
     cells = batch.masks.reshape(4, 3, side, batch.masks.shape[2] // side, side, -1).any((3, 5))
     outside = np.asarray(maps.match.subjects) * ~np.repeat(cells, 2, axis=0)
@@ -116,13 +118,16 @@ def test_confidence_weighs_by_the_reference_models_error(tiny_config):
     assert plain.uncertainty is None
     prior = np.repeat(pairs.prior, 2, axis=0)
     np.testing.assert_allclose(
-        weighed.uncertainty, confidence.uncertainty(guidance.reference_error, prior), rtol=1e-5)
+        weighed.uncertainty, confidence.uncertainty(guidance.reference_error, prior), rtol=1e-5
+    )
     np.testing.assert_allclose(
-        weighed.weights - plain.weights, 3 * prior * weighed.uncertainty, atol=1e-5)
+        weighed.weights - plain.weights, 3 * prior * weighed.uncertainty, atol=1e-5
+    )
 
 
 def test_a_fading_anchor_has_the_slope_of_the_preference(tiny_config):
     """Of one pair, with a policy that is not the reference model."""
+
     def loss(**fields):
         config = tiny_config(objective="dpo", beta=3000.0, **fields)
         model, source, buckets, _, pairs = encode_four(config)
@@ -138,7 +143,9 @@ def test_a_fading_anchor_has_the_slope_of_the_preference(tiny_config):
     without, diagnostics = loss(anchor=0.0)
     slope = 2 / (1 + np.exp(-1500.0 * float(diagnostics["margin"])))
     assert abs(slope - 1) > 0.1
-    constant, fading = (loss(anchor=2.0, anchor_fades=fades)[0] - without for fades in (False, True))
+    constant, fading = (
+        loss(anchor=2.0, anchor_fades=fades)[0] - without for fades in (False, True)
+    )
     np.testing.assert_allclose(fading, slope * constant, rtol=1e-3)
 
 
@@ -165,19 +172,32 @@ def listen(latents, **overrides):
     objective = objectives.Objective(generator, config, np.zeros((2, 4), np.int32))
     grid = jnp.ones((batch, 1, 1))
     encoded = types.SimpleNamespace(
-        latents_mean=latents, latents_deviation=jnp.zeros_like(latents), prior=grid,
-        token_ids=None, text=None, pooled=None, time_ids=None, present=None,
-        references=jnp.zeros((batch, 1)))
+        latents_mean=latents,
+        latents_deviation=jnp.zeros_like(latents),
+        prior=grid,
+        token_ids=None,
+        text=None,
+        pooled=None,
+        time_ids=None,
+        present=None,
+        references=jnp.zeros((batch, 1)),
+    )
     ((_, numbers),) = tasks.focus_buckets(config).values()
     with jax.disable_jit():  # It listens to values, not to their shapes.
-        objective.loss({}, {"parameters": {}}, encoded, objectives.Guidance(grid, None), numbers,
-                       jax.random.key(0))
+        objective.loss(
+            {},
+            {"parameters": {}},
+            encoded,
+            objectives.Guidance(grid, None),
+            numbers,
+            jax.random.key(0),
+        )
     return generator
 
 
 def within_chance(share, expected, count):
     """Whether an observed share of `count` draws lies within four deviations of its law."""
-    return abs(share - expected) < 4 * (expected * (1 - expected) / count)**0.5
+    return abs(share - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
 
 
 @pytest.mark.parametrize("logits, below_881", [((), 0.881), ((2.0, 0.5), 0.5)])
@@ -234,21 +254,27 @@ def without(pairs, model, caption, references):
     """Pairs that have the empty caption, and no references, where asked for."""
     if caption:
         text, pooled = model.generator.encode_negative(
-            model.parameters, jnp.asarray(model.tokenizer(""))[None])
-        pairs = pairs.replace(text=jnp.broadcast_to(text, pairs.text.shape),
-                              pooled=jnp.broadcast_to(pooled, pairs.pooled.shape))
+            model.parameters, jnp.asarray(model.tokenizer(""))[None]
+        )
+        pairs = pairs.replace(
+            text=jnp.broadcast_to(text, pairs.text.shape),
+            pooled=jnp.broadcast_to(pooled, pairs.pooled.shape),
+        )
     return pairs.replace(present=jnp.zeros_like(pairs.present)) if references else pairs
 
 
-@pytest.mark.parametrize("chances, caption, references", [
-    ((1.0, 0.0, 0.0), True, False), ((0.0, 1.0, 0.0), False, True), ((0.0, 0.0, 1.0), True, True)])
+@pytest.mark.parametrize(
+    "chances, caption, references",
+    [((1.0, 0.0, 0.0), True, False), ((0.0, 1.0, 0.0), False, True), ((0.0, 0.0, 1.0), True, True)],
+)
 def test_a_preference_loses_its_conditions_on_both_sides(preference, chances, caption, references):
     step, pairs, model = preference(chances, objective="dpo")
     plain, _, _ = preference((0.0, 0.0, 0.0), objective="dpo")
     guidance, loss, margin = step(pairs)
     expected_guidance, expected, expected_margin = plain(without(pairs, model, caption, references))
     np.testing.assert_allclose(
-        guidance.reference_error, expected_guidance.reference_error, rtol=1e-5)
+        guidance.reference_error, expected_guidance.reference_error, rtol=1e-5
+    )
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert margin == pytest.approx(float(expected_margin), rel=1e-4) and abs(margin) > 1e-6
     whole, _, _ = plain(pairs)
@@ -261,22 +287,32 @@ def test_weights_of_the_attention_source_match_nothing_without_references(prefer
     kept, _, _ = preference((0.0, 0.0, 0.0), **fields)
     # background + prior (1 + lambda_s)
     np.testing.assert_allclose(
-        dropped(pairs)[0].weights, 0.5 + 2 * np.repeat(pairs.prior, 2, axis=0), rtol=1e-6)
+        dropped(pairs)[0].weights, 0.5 + 2 * np.repeat(pairs.prior, 2, axis=0), rtol=1e-6
+    )
     assert np.abs(kept(pairs)[0].weights - dropped(pairs)[0].weights).max() > 0.5
 
 
 def test_conditions_are_dropped_as_often_as_asked():
-    no_caption, no_references = map(np.asarray, objectives.drawn_dropout(
-        jax.random.key(1), 4000, (0.1, 0.2, 0.3)))
-    for drawn, expected in ((no_caption & ~no_references, 0.1), (no_references & ~no_caption, 0.2),
-                            (no_caption & no_references, 0.3)):
+    no_caption, no_references = map(
+        np.asarray, objectives.drawn_dropout(jax.random.key(1), 4000, (0.1, 0.2, 0.3))
+    )
+    for drawn, expected in (
+        (no_caption & ~no_references, 0.1),
+        (no_references & ~no_caption, 0.2),
+        (no_caption & no_references, 0.3),
+    ):
         assert within_chance(drawn.mean(), expected, 4000)
 
 
 def test_bfloat16_margins_are_zero_at_equal_parameters(tiny_config, tmp_path):
     """Of the shipped generator, with remat as SDXL is trained: two programs, one rounding."""
-    config = tiny_config(objective="dpo", dtype="bfloat16", model__remat=True, beta=5000.0,
-                         model__pretrained=tiny.load_config("toybox_dpo").model.pretrained)
+    config = tiny_config(
+        objective="dpo",
+        dtype="bfloat16",
+        model__remat=True,
+        beta=5000.0,
+        model__pretrained=tiny.load_config("toybox_dpo").model.pretrained,
+    )
     task = tasks.make_task(config, tmp_path)
     optimizer = state.make_optimizer(config)
     start = state.create_state(task.trainable, optimizer, 0)

@@ -33,8 +33,7 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 def published(tmp_path_factory):
     """sdxl/, a pipeline in diffusers' layout without values; plain.safetensors, an adapter for another."""
     folder = tmp_path_factory.mktemp("published")
-    sizes = GeneratorConfig.from_dict(
-        tiny.load_config("sdxl_dpo", "debug").model.sizes.to_dict())
+    sizes = GeneratorConfig.from_dict(tiny.load_config("sdxl_dpo", "debug").model.sizes.to_dict())
     trees = zeros(sizes)
     for part in PARTS:
         if part != "adapter":
@@ -53,9 +52,15 @@ def published(tmp_path_factory):
 
 def zeros(sizes):
     """{part: tree of zeros}."""
-    return {part: traverse_util.unflatten_dict({
-        path: np.zeros(leaf.shape, np.float32) for path, leaf in part_shapes(sizes, part).items()})
-        for part in PARTS}
+    return {
+        part: traverse_util.unflatten_dict(
+            {
+                path: np.zeros(leaf.shape, np.float32)
+                for path, leaf in part_shapes(sizes, part).items()
+            }
+        )
+        for part in PARTS
+    }
 
 
 @pytest.fixture
@@ -68,8 +73,11 @@ def folder(published, tmp_path):
 def config_of(folder, **overrides):
     """configs/sdxl_dpo.py for the pipeline in a folder."""
     config = tiny.load_config("sdxl_dpo", "")
-    changes = {"resolution": 64, "data.path": str(folder / "data"),
-               "model.pretrained": str(folder / "sdxl")}
+    changes = {
+        "resolution": 64,
+        "data.path": str(folder / "data"),
+        "model.pretrained": str(folder / "sdxl"),
+    }
     changes |= {name.replace("__", "."): value for name, value in overrides.items()}
     for name, value in changes.items():
         config.update_from_flattened_dict({name: value})
@@ -115,7 +123,9 @@ def refused(monkeypatch):
 def test_a_run_that_can_start_passes(published):
     with log() as logged:
         preflight.check(config_of(published))
-    line, = [line for line in logged if line.startswith("checked configuration, weights and memory in")]
+    (line,) = [
+        line for line in logged if line.startswith("checked configuration, weights and memory in")
+    ]
     assert "GB are held on each device before activations, of " in line
 
 
@@ -131,17 +141,21 @@ def test_missing_files_of_a_pipeline(refused, folder):
     (folder / "sdxl" / VAE).unlink()
     (folder / "sdxl/tokenizer/vocab.json").unlink()
     assert refused(config_of(folder), folder).startswith(
-        f"{folder}/sdxl lacks {VAE}, tokenizer/vocab.json. Such a folder is normally fetched by")
+        f"{folder}/sdxl lacks {VAE}, tokenizer/vocab.json. Such a folder is normally fetched by"
+    )
 
 
-@pytest.mark.parametrize("file", [UNET, "image_encoder/model.safetensors", "ip_adapter.safetensors"])
+@pytest.mark.parametrize(
+    "file", [UNET, "image_encoder/model.safetensors", "ip_adapter.safetensors"]
+)
 def test_a_truncated_file(refused, folder, file):
     path = folder / "sdxl" / file
     content = path.read_bytes()
     path.write_bytes(content[:-7])
     assert refused(config_of(folder), folder) == (
         f"{path} is not a readable safetensors file (it has {len(content) - 7} bytes and should have "
-        f"{len(content)}). It is damaged or incomplete: fetch or copy it again.")
+        f"{len(content)}). It is damaged or incomplete: fetch or copy it again."
+    )
 
 
 def test_an_adapter_of_another_kind(refused, folder):
@@ -150,7 +164,8 @@ def test_an_adapter_of_another_kind(refused, folder):
     assert message.startswith(
         f"{adapter} does not fit the model with the image encoder {folder}/sdxl/image_encoder: "
         "adapter.input_dim = 40, but what a subject adapter of kind = 'projection' reads is "
-        "image_encoder.projection_dim = 32 wide")
+        "image_encoder.projection_dim = 32 wide"
+    )
     assert "sdxl_models/ip-adapter_sdxl.safetensors with sdxl_models/image_encoder" in message
     assert "Set config.model.adapter and config.model.image_encoder" in message
 
@@ -163,7 +178,8 @@ def test_preferences_need_an_adapter_that_was_trained(refused, folder, monkeypat
     assert refused(config, folder) == (
         f"config.model.adapter = '': {folder}/sdxl has no adapter. It would be drawn at random, and focus_dpo "
         "compares with a reference model that has it. Give an IP-Adapter file; a new adapter has to be "
-        "trained with config.objective = 'sft' first.")
+        "trained with config.objective = 'sft' first."
+    )
     config.objective = "sft"
     models.check_files(config)
 
@@ -179,7 +195,8 @@ def test_tensors_that_do_not_fit(refused, folder):
     assert refused(config_of(folder), folder) == (
         f"{folder}/sdxl/vae does not fit the configured model: 1 missing: quant_conv.bias; "
         "1 unexpected: loss.weight; 1 of another shape: decoder.conv_out.bias is (5,), not (3,) "
-        f"(config.model.pretrained = '{folder}/sdxl'). Give files that belong to one model.")
+        f"(config.model.pretrained = '{folder}/sdxl'). Give files that belong to one model."
+    )
 
 
 def test_a_vocabulary_of_other_text_encoders(refused, folder):
@@ -187,29 +204,46 @@ def test_a_vocabulary_of_other_text_encoders(refused, folder):
     assert words > 573
     assert refused(config_of(folder), folder) == (
         f"{folder}/sdxl/tokenizer has a vocabulary of {words}, and the text encoders read 573: set "
-        "config.model.tokenizer to the one that they were trained with")
+        "config.model.tokenizer to the one that they were trained with"
+    )
 
 
 def test_a_resolution_between_latents(refused, published):
     assert refused(config_of(published, resolution=100), published) == (
         "config.resolution = 100: a latent of this model covers 8 pixels in each direction; give a positive "
-        "multiple of 8, such as 96")
+        "multiple of 8, such as 96"
+    )
 
 
 def test_devices_that_are_not_there(refused, published):
     assert refused(config_of(published, mesh__fsdp=1000), published).startswith(
-        "config.mesh.data = -1, config.mesh.fsdp = 1000, config.mesh.tensor = 1")
+        "config.mesh.data = -1, config.mesh.fsdp = 1000, config.mesh.tensor = 1"
+    )
 
 
-@pytest.mark.parametrize("resolution, reason", [
-    (None, "config.data.path = '{}' holds no prepared data set; make one with python -m "
-           "focusdpo_jax.prepare"),
-    (32, "config.resolution = 64: the pictures of {} have 32; give that, or prepare them again")])
-def test_a_prepared_data_set_comes_before_the_weights(refused, folder, monkeypatch, resolution, reason):
+@pytest.mark.parametrize(
+    "resolution, reason",
+    [
+        (
+            None,
+            "config.data.path = '{}' holds no prepared data set; make one with python -m "
+            "focusdpo_jax.prepare",
+        ),
+        (
+            32,
+            "config.resolution = 64: the pictures of {} have 32; give that, or prepare them again",
+        ),
+    ],
+)
+def test_a_prepared_data_set_comes_before_the_weights(
+    refused, folder, monkeypatch, resolution, reason
+):
     monkeypatch.setattr(models, "check_files", lambda *_: pytest.fail("headers are read"))
     config, path = config_of(folder, data__source="prepared"), folder / "data"
     if resolution:
-        monkeypatch.setattr(tasks.dataset, "open_prepared", lambda _: {"train": Prepared(resolution)})
+        monkeypatch.setattr(
+            tasks.dataset, "open_prepared", lambda _: {"train": Prepared(resolution)}
+        )
     assert refused(config, folder).startswith(reason.format(path))
 
 
@@ -229,27 +263,45 @@ def full_size():
     """configs/sdxl_dpo.py with weights that are yet to be drawn, so that no file is needed."""
     config = tiny.load_config("sdxl_dpo", "")
     config.model.pretrained = ""
-    config.model.sizes = json.loads(GeneratorConfig(
-        **single_file.SDXL, image_encoder=CLIPVisionConfig(projection_dim=1024),
-        adapter=SubjectAdapterConfig()).to_json())
+    config.model.sizes = json.loads(
+        GeneratorConfig(
+            **single_file.SDXL,
+            image_encoder=CLIPVisionConfig(projection_dim=1024),
+            adapter=SubjectAdapterConfig(),
+        ).to_json()
+    )
     return config
 
 
-@pytest.mark.parametrize("gigabytes, cure", [
-    (13.5, "give config.data.cache = True (12.8 GB), or config.trainable = 'lora' and "
-           "config.model.lora_rank = 32 (10.0 GB)"),
-    (7.9, "give config.data.cache = True and config.trainable = 'lora' and config.model.lora_rank = 32 "
-          "(6.8 GB)"),
-    (2.0, "even with config.data.cache = True and config.trainable = 'lora' and "
-          "config.model.lora_rank = 32 it is 6.8 GB; use devices with more memory, or more of them "
-          "with config.mesh.fsdp")])
+@pytest.mark.parametrize(
+    "gigabytes, cure",
+    [
+        (
+            13.5,
+            "give config.data.cache = True (12.8 GB), or config.trainable = 'lora' and "
+            "config.model.lora_rank = 32 (10.0 GB)",
+        ),
+        (
+            7.9,
+            "give config.data.cache = True and config.trainable = 'lora' and config.model.lora_rank = 32 "
+            "(6.8 GB)",
+        ),
+        (
+            2.0,
+            "even with config.data.cache = True and config.trainable = 'lora' and "
+            "config.model.lora_rank = 32 it is 6.8 GB; use devices with more memory, or more of them "
+            "with config.mesh.fsdp",
+        ),
+    ],
+)
 def test_too_little_memory(refused, full_size, monkeypatch, tmp_path, gigabytes, cure):
     monkeypatch.setattr(memory, "limit", lambda device: int(gigabytes * 1e9))
     assert refused(full_size, tmp_path) == (
         "config.trainable = 'adapter' with config.batch_size = 8 and config.data.cache = False holds "
         "16.0 GB on each device before activations (frozen parameters 5.1, encoders 3.1, reference "
         "0.8, trained parameters 1.7, optimizer 5.1, images 0.1), and cpu has "
-        f"{gigabytes:.1f} GB: {cure}")
+        f"{gigabytes:.1f} GB: {cure}"
+    )
 
 
 def test_where_memory_is_unknown_nothing_is_refused(published, monkeypatch):
@@ -262,10 +314,18 @@ def test_the_command_says_it_in_one_line(folder):
     path.write_bytes(path.read_bytes()[:-1])
     before = sorted(folder.rglob("*"))
     result = subprocess.run(
-        [sys.executable, "-m", "focusdpo_jax.main",
-         f"--config={tiny.ROOT / 'configs' / 'sdxl_dpo.py'}",
-         f"--config.model.pretrained={folder / 'sdxl'}", "--config.resolution=64"],
-        cwd=folder, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "focusdpo_jax.main",
+            f"--config={tiny.ROOT / 'configs' / 'sdxl_dpo.py'}",
+            f"--config.model.pretrained={folder / 'sdxl'}",
+            "--config.resolution=64",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     lines = result.stderr.splitlines()
     assert lines[-1].startswith(f"error: {path} is not a readable safetensors file (it has")
@@ -277,8 +337,9 @@ def test_the_outline_of_the_default_run():
     config = tiny.load_config("toybox_dpo")
     assert preflight.outline(config) == (
         "focus_dpo on toybox, 80 steps of 16; 8 validation scenes to look at every 40 steps and at the end; "
-        "then 896 test scenes drawn by base and policy and measured. Time left is logged on the way")
-    config.update_from_flattened_dict({
-        "objective": "probe", "accumulate": 2, "steps": 5})
+        "then 896 test scenes drawn by base and policy and measured. Time left is logged on the way"
+    )
+    config.update_from_flattened_dict({"objective": "probe", "accumulate": 2, "steps": 5})
     assert preflight.outline(config) == (
-        "probe on toybox, 5 steps of 16 times 2. Time left is logged on the way")
+        "probe on toybox, 5 steps of 16 times 2. Time left is logged on the way"
+    )

@@ -35,7 +35,9 @@ def quick(monkeypatch):
 
 def hold(folder):
     """A process that has the lock of a folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -43,8 +45,15 @@ def hold(folder):
 def lock_of(folder, **changes):
     """Writes a lock as a process of another machine would have left it."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"host": "elsewhere", "machine": "another boot", "pid": 1, "started": "1", "token": "a",
-              "since": "2026-11-28 09:00:00", "count": "0000000000"} | changes
+    values = {
+        "host": "elsewhere",
+        "machine": "another boot",
+        "pid": 1,
+        "started": "1",
+        "token": "a",
+        "since": "2026-11-28 09:00:00",
+        "count": "0000000000",
+    } | changes
     (folder / run_lock.NAME).write_text(json.dumps(values))
 
 
@@ -56,8 +65,11 @@ def test_a_lock_is_there_while_it_is_held(quick, tmp_path):
         time.sleep(0.5)  # Two beats.
         assert json.loads((folder / "run.lock").read_text())["count"] > found["count"]
         require()
-        with pytest.raises(UserError, match=rf"new/run is in use: process {os.getpid()} on .* trains there "
-                                            "since 20.*Stop it, wait for its end, or give another --work"):
+        with pytest.raises(
+            UserError,
+            match=rf"new/run is in use: process {os.getpid()} on .* trains there "
+            "since 20.*Stop it, wait for its end, or give another --work",
+        ):
             run_lock.require_free(folder)
     assert not list(folder.iterdir())
     run_lock.require_free(folder)
@@ -83,9 +95,13 @@ def test_a_killed_process_does_not_keep_it(tmp_path):
     process.wait()
 
 
-@pytest.mark.parametrize("changes", [
-    {"started": "0"},  # Another process has the number now.
-    {"pid": 2**22 + 1}])  # Larger than any.
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"started": "0"},  # Another process has the number now.
+        {"pid": 2**22 + 1},
+    ],
+)  # Larger than any.
 def test_a_dead_process_of_this_machine_does_not_keep_it(changes, quick, tmp_path):
     lock_of(tmp_path, **{"machine": run_lock._machine(), "pid": os.getpid()} | changes)
     began = time.monotonic()
@@ -117,7 +133,8 @@ def test_another_machine_keeps_it_as_long_as_it_counts(quick, tmp_path):
     thread.start()
     began = time.monotonic()
     with pytest.raises(
-            UserError, match="in use: process 1 on elsewhere trains there since 2026-11-28 09:00:00"):
+        UserError, match="in use: process 1 on elsewhere trains there since 2026-11-28 09:00:00"
+    ):
         run_lock.require_free(tmp_path)
     assert time.monotonic() - began < 1
     left.set()
@@ -130,14 +147,21 @@ def test_another_machine_keeps_it_as_long_as_it_counts(quick, tmp_path):
 
 
 def test_who_leaves_within_seconds_is_waited_for(tmp_path):
-    lock_of(tmp_path, machine=run_lock._machine(), pid=os.getpid(), started=run_lock._started(os.getpid()))
+    lock_of(
+        tmp_path,
+        machine=run_lock._machine(),
+        pid=os.getpid(),
+        started=run_lock._started(os.getpid()),
+    )
     threading.Timer(1, (tmp_path / "run.lock").unlink).start()
     began = time.monotonic()
     run_lock.require_free(tmp_path)
     assert 0.9 <= time.monotonic() - began < 3 and not (tmp_path / "run.lock").exists()
 
 
-@pytest.mark.parametrize("cloud, dead", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "cloud, dead", [(False, False), (False, True), (True, False), (True, True)]
+)
 def test_of_starts_at_once_one_has_it(cloud, dead, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "_in_cloud", lambda path: cloud)
     if dead:
@@ -169,7 +193,8 @@ def test_who_was_stopped_for_long_writes_no_more(quick, tmp_path):
     with run_lock.held(tmp_path) as require:
         lock_of(tmp_path, token="b")
         with pytest.raises(
-                UserError, match="was taken by process 1 on elsewhere while this process had stopped"):
+            UserError, match="was taken by process 1 on elsewhere while this process had stopped"
+        ):
             require()
         time.sleep(0.5)
     # It is the other one's, and left to it.
@@ -178,7 +203,12 @@ def test_who_was_stopped_for_long_writes_no_more(quick, tmp_path):
 
 def test_other_processes_of_one_run_take_none(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "is_first", lambda: False)
-    lock_of(tmp_path, machine=run_lock._machine(), pid=os.getpid(), started=run_lock._started(os.getpid()))
+    lock_of(
+        tmp_path,
+        machine=run_lock._machine(),
+        pid=os.getpid(),
+        started=run_lock._started(os.getpid()),
+    )
     before = (tmp_path / "run.lock").read_text()
     with run_lock.held(tmp_path) as require:
         require()
@@ -197,7 +227,9 @@ def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "open", open_full, raising=False)
     monkeypatch.setattr(run_lock, "_machine", str)
     monkeypatch.setattr(run_lock, "_started", str)
-    with pytest.raises(UserError, match=r"cannot write there \(No space left on device\). Make room"):
+    with pytest.raises(
+        UserError, match=r"cannot write there \(No space left on device\). Make room"
+    ):
         with run_lock.held(tmp_path):
             pass
     assert not list(tmp_path.iterdir())
@@ -206,10 +238,19 @@ def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
 def command(folder, workdir, *overrides):
     path = folder / "tiny_lock.py"
     tests = str(pathlib.Path(tiny.__file__).parent)
-    path.write_text(f"import pathlib, sys\nsys.path.insert(0, {tests!r})\nimport tiny\n"
-                    f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}), "
-                    "evaluation__pictures=0, checkpoint_every=50)\n")
-    return [sys.executable, "-m", "focusdpo_jax.main", f"--config={path}", f"--workdir={workdir}", *overrides]
+    path.write_text(
+        f"import pathlib, sys\nsys.path.insert(0, {tests!r})\nimport tiny\n"
+        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}), "
+        "evaluation__pictures=0, checkpoint_every=50)\n"
+    )
+    return [
+        sys.executable,
+        "-m",
+        "focusdpo_jax.main",
+        f"--config={path}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
 
 
 def saved(folder):
@@ -218,8 +259,11 @@ def saved(folder):
 
 
 def test_a_second_start_is_refused_and_touches_nothing(tiny_folder, tmp_path):
-    first = subprocess.Popen(command(tiny_folder, tmp_path, "--config.steps=100000"),
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command(tiny_folder, tmp_path, "--config.steps=100000"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 200
         while not saved(tmp_path) and time.monotonic() < deadline:
@@ -227,13 +271,15 @@ def test_a_second_start_is_refused_and_touches_nothing(tiny_folder, tmp_path):
             time.sleep(0.05)
         before = sorted(path.name for path in tmp_path.iterdir())
         config, began = (tmp_path / "config.json").read_text(), time.monotonic()
-        second = subprocess.run(command(tiny_folder, tmp_path, "--config.steps=200000"),
-                                capture_output=True, text=True)
+        second = subprocess.run(
+            command(tiny_folder, tmp_path, "--config.steps=200000"), capture_output=True, text=True
+        )
         seconds = time.monotonic() - began
         assert second.returncode == 2, second.stderr
         lines = [line for line in second.stderr.splitlines() if line.startswith("error")]
         assert len(lines) == 1 and lines[0].startswith(
-            f"error: --workdir={tmp_path} is in use: process {first.pid} on "), second.stderr
+            f"error: --workdir={tmp_path} is in use: process {first.pid} on "
+        ), second.stderr
         assert "Traceback" not in second.stderr
         assert seconds < 10
         assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -245,6 +291,10 @@ def test_a_second_start_is_refused_and_touches_nothing(tiny_folder, tmp_path):
         first.send_signal(signal.SIGKILL)
         first.wait()
     reached = max(saved(tmp_path))
-    loop.run(tiny.tiny_config(tiny_folder, evaluation__pictures=0, checkpoint_every=50,
-                              steps=reached + 2), tmp_path)
+    loop.run(
+        tiny.tiny_config(
+            tiny_folder, evaluation__pictures=0, checkpoint_every=50, steps=reached + 2
+        ),
+        tmp_path,
+    )
     assert max(tiny.losses(tmp_path)) == reached + 2 and not (tmp_path / "run.lock").exists()

@@ -57,8 +57,9 @@ def continued(tiny_folder, tmp_path_factory):
 
 def weights(model):
     """The trained weights of a `Model` that change most in the tiny run."""
-    return model.parameters["unet"]["conv_out"]["kernel"], np.concatenate([
-        np.ravel(x) for x in jax.tree.leaves(model.parameters["adapter"])])
+    return model.parameters["unet"]["conv_out"]["kernel"], np.concatenate(
+        [np.ravel(x) for x in jax.tree.leaves(model.parameters["adapter"])]
+    )
 
 
 def same(a, b):
@@ -86,10 +87,15 @@ def test_export_writes_the_newest_checkpoint_and_names_its_step(continued, tmp_p
         read = runs.Run(run).checkpoint
         run_export.export_run(run, tmp_path / out, read_checkpoint=read)
     card = (tmp_path / "new" / "README.md").read_text()
-    assert "for 3 of 4 steps" in card and "for 2 of 2 steps" in (tmp_path / "old/README.md").read_text()
+    assert (
+        "for 3 of 4 steps" in card
+        and "for 2 of 2 steps" in (tmp_path / "old/README.md").read_text()
+    )
     new, old = (load_file(tmp_path / out / "ip_adapter.safetensors") for out in ("new", "old"))
     assert new.keys() == old.keys() and any(np.any(new[k] != old[k]) for k in new)
-    with pytest.raises(UserError, match="newest weights are in its checkpoint of step 3, not in model/"):
+    with pytest.raises(
+        UserError, match="newest weights are in its checkpoint of step 3, not in model/"
+    ):
         run_export.export_run(folder, tmp_path / "none")
 
 
@@ -99,7 +105,9 @@ def test_export_of_a_checkpoint_is_that_of_the_finished_run(continued, tmp_path)
     shutil.rmtree(tmp_path / "stopped" / "model")  # As a run that was killed before its end.
     for run, out in ((finished, "a"), (tmp_path / "stopped", "b")):
         run_export.export_run(run, tmp_path / out, read_checkpoint=runs.Run(run).checkpoint)
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
     assert [str(file) for file in files] == ["README.md", "ip_adapter.safetensors"]
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
@@ -149,16 +157,21 @@ def test_older_folders_record_no_step(continued, tmp_path):
     assert run_folder.newest_weights(tmp_path / "continued") == (None, 3)
     # Killed after the last checkpoint and before model/: that of step 2 is older than the checkpoint.
     (tmp_path / "continued" / "config.json").write_text(
-        (tmp_path / "continued" / "config.json").read_text().replace('"steps": 4', '"steps": 3'))
+        (tmp_path / "continued" / "config.json").read_text().replace('"steps": 4', '"steps": 3')
+    )
     os.utime(tmp_path / "continued" / "model" / "model.json", (1, 1))
     assert run_folder.newest_weights(tmp_path / "continued") == (None, 3)
     shutil.rmtree(tmp_path / "finished" / "checkpoints")
-    assert run_folder.newest_weights(tmp_path / "finished") == (tmp_path / "finished" / "model", None)
+    assert run_folder.newest_weights(tmp_path / "finished") == (
+        tmp_path / "finished" / "model",
+        None,
+    )
 
 
 @pytest.mark.parametrize("removed", ["checkpoints", "checkpoints/3"])
-def test_going_back_does_not_leave_a_newer_looking_model(removed, continued, tiny_config, tmp_path,
-                                                         monkeypatch):
+def test_going_back_does_not_leave_a_newer_looking_model(
+    removed, continued, tiny_config, tmp_path, monkeypatch
+):
     """Checkpoints were removed to go back: what is trained from there is newer than the model/ of step 2."""
     shutil.copytree(continued[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / removed)
@@ -175,5 +188,7 @@ def test_going_back_does_not_leave_a_newer_looking_model(removed, continued, tin
 def test_an_unfinished_run_of_an_encoder_has_no_generator(tiny_config, tmp_path):
     config = tiny_config(objective="probe")
     (tmp_path / "config.json").write_text(config_rules.to_json(config))
-    with pytest.raises(UserError, match="config.objective = 'probe' is not finished, and its checkpoints"):
+    with pytest.raises(
+        UserError, match="config.objective = 'probe' is not finished, and its checkpoints"
+    ):
         runs.Run(tmp_path).checkpoint()

@@ -27,23 +27,27 @@ class Case:
         transform = loader.pair_transform(tokenize=self.model.tokenizer, num_subjects=3)
         records = tasks.open_data(config)["train"]
         (self.batch,) = loader.evaluation_batches(
-            [records[i] for i in range(4)], batch_size=4, transform=transform)
+            [records[i] for i in range(4)], batch_size=4, transform=transform
+        )
         self.buckets = tasks.focus_buckets(config)
         source, self.encoder = tasks.make_encoder(self.model.generator, config, self.buckets)
         self.objective = objectives.Objective(
-            self.model.generator, config, self.model.tokenizer(""), source)
+            self.model.generator, config, self.model.tokenizer(""), source
+        )
         trainable, frozen = split_parameters(self.model.parameters, "full")
         self.frozen = {"parameters": frozen, "reference": trainable}
         self.maps = jax.jit(self.objective.focus_maps, static_argnums=0)
 
     def encode(self, **changes):
-        return self.encoder(self.model.parameters,
-                            jax.tree.map(jnp.asarray, self.batch.replace(**changes)))
+        return self.encoder(
+            self.model.parameters, jax.tree.map(jnp.asarray, self.batch.replace(**changes))
+        )
 
     def weigh(self, encoded, bucket=-1):
         structure, numbers = list(self.buckets.values())[bucket]
         return jax.device_get(
-            self.maps(structure, self.frozen, encoded, numbers, jax.random.key(0)))
+            self.maps(structure, self.frozen, encoded, numbers, jax.random.key(0))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +55,12 @@ def cases(tiny_folder):
     """cases(source): its Case, with two prototypes a subject unless told otherwise."""
     import tiny
 
-    return functools.cache(lambda source, count=2: Case(
-        tiny.tiny_config(tiny_folder, focus__features=source, focus__prototypes=count),
-        tiny_folder))
+    return functools.cache(
+        lambda source, count=2: Case(
+            tiny.tiny_config(tiny_folder, focus__features=source, focus__prototypes=count),
+            tiny_folder,
+        )
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -69,7 +76,8 @@ def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
     filled = {name: getattr(case.batch, name).copy() for name in SLOTS[:3]}
     for value in filled.values():
         value[~present] = junk.integers(0, 2, value[~present].shape) * (
-            255 if value.dtype == np.uint8 else 1)
+            255 if value.dtype == np.uint8 else 1
+        )
     again = case.weigh(case.encode(**filled))
     np.testing.assert_array_equal(again.match.union, maps.match.union)
     np.testing.assert_allclose(again.weights, maps.weights, rtol=1e-5)
@@ -77,8 +85,10 @@ def test_order_and_empty_slots_of_subjects_do_not_matter(source, cases):
     order = np.array([2, 0, 1])
     moved = case.weigh(case.encode(**{n: getattr(case.batch, n)[:, order] for n in SLOTS}))
     np.testing.assert_allclose(
-        (moved.similarity - maps.similarity[:, order])[np.repeat(present[:, order], 2, axis=0)], 0,
-        atol=1e-4)
+        (moved.similarity - maps.similarity[:, order])[np.repeat(present[:, order], 2, axis=0)],
+        0,
+        atol=1e-4,
+    )
     np.testing.assert_array_equal(moved.match.union, maps.match.union)
     np.testing.assert_allclose(moved.weights, maps.weights, rtol=1e-5)
 
@@ -103,12 +113,17 @@ def test_the_encoders_similarity_is_kept_per_picture_in_full_precision(cases):
     assert kept.similarity.dtype == np.float32
     side = generator.patch_grid
     for picture, images in enumerate((case.batch.chosen, case.batch.rejected)):
-        features = [generator.view(parameters, jnp.asarray(x, jnp.float32) / 255).features
-                    for x in (case.batch.references[:, 0], images)]
+        features = [
+            generator.view(parameters, jnp.asarray(x, jnp.float32) / 255).features
+            for x in (case.batch.references[:, 0], images)
+        ]
         reference, target = (x[:, 1:] for x in features)
         described = correspondence.inside_and_outside(
-            reference[:, None], sources.masks_on_grid(
-                case.batch.reference_masks[:, :1], (side, side)), case.batch.present[:, :1], 2)
+            reference[:, None],
+            sources.masks_on_grid(case.batch.reference_masks[:, :1], (side, side)),
+            case.batch.present[:, :1],
+            2,
+        )
         expected, _ = correspondence.compare(described, target.reshape(4, side, side, -1))
         np.testing.assert_allclose(kept.similarity[:, picture, 0], expected[:, 0], atol=1e-5)
 
@@ -121,10 +136,14 @@ def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases)
     mean, _ = generator.encode_image(parameters, pixels)
     text, pooled = generator.encode_text(parameters, encoded.token_ids[:1])
     alone = Conditioning(
-        text=text, pooled=pooled, time_ids=encoded.time_ids[:1],
+        text=text,
+        pooled=pooled,
+        time_ids=encoded.time_ids[:1],
         image_tokens=generator.subject_tokens(
-            parameters, jax.tree.map(lambda x: x[:1, :1], encoded.references)),
-        image_present=jnp.ones((1, 1), bool))
+            parameters, jax.tree.map(lambda x: x[:1, :1], encoded.references)
+        ),
+        image_present=jnp.ones((1, 1), bool),
+    )
     # In the cleanest bucket the noise hardly matters, so none is drawn here.
     timesteps = jnp.array([124])
     noisy = generator.schedule.add_noise(mean, jnp.zeros_like(mean), timesteps)
@@ -134,8 +153,10 @@ def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases)
     mask = case.batch.reference_masks[0, 0].reshape(side, 32 // side, side, -1).mean((1, 3))
     prototype = (features * mask[..., None]).sum((0, 1))
     cosine = prototype / np.linalg.norm(prototype) @ np.asarray(encoded.prototypes[0, -1, 0, 0, 0])
-    others = [prototype / np.linalg.norm(prototype) @ np.asarray(encoded.prototypes[0, k, 0, 0, 0])
-              for k in range(3)]
+    others = [
+        prototype / np.linalg.norm(prototype) @ np.asarray(encoded.prototypes[0, k, 0, 0, 0])
+        for k in range(3)
+    ]
     assert cosine > 0.9 and cosine > max(others)
 
 
@@ -144,18 +165,26 @@ def test_what_a_structure_switches_off_is_not_in_the_compiled_guide(spaf, dpce, 
     case = cases("attention")
     _, numbers = list(case.buckets.values())[-1]
     structure = objectives.StepStructure("focus_dpo", BucketStructure(spaf=spaf, dpce=dpce))
-    compiled = jax.jit(case.objective.guide, static_argnums=0).lower(
-        structure, case.frozen, case.encode(), numbers, jax.random.key(0)).compile().as_text()
+    compiled = (
+        jax.jit(case.objective.guide, static_argnums=0)
+        .lower(structure, case.frozen, case.encode(), numbers, jax.random.key(0))
+        .compile()
+        .as_text()
+    )
     assert ("/spaf/" in compiled) == spaf
     assert ("/slot_attention/" in compiled) == spaf
     assert ("/dpce/" in compiled) == dpce
     assert (" sort(" in compiled) == spaf
 
 
-@pytest.mark.parametrize("switches, structures", [
-    ({"focus__dpce": False}, ["spaf"] * 4),
-    ({"focus__spaf": False}, ["prior"] * 2 + ["dpce"] * 2),
-    ({}, ["spaf"] * 2 + ["spaf+dpce"] * 2)])
+@pytest.mark.parametrize(
+    "switches, structures",
+    [
+        ({"focus__dpce": False}, ["spaf"] * 4),
+        ({"focus__spaf": False}, ["prior"] * 2 + ["dpce"] * 2),
+        ({}, ["spaf"] * 2 + ["spaf+dpce"] * 2),
+    ],
+)
 def test_each_half_of_focus_works_alone(switches, structures, tiny_config):
     buckets = tasks.focus_buckets(tiny_config(**switches))
     assert [str(structure.weight) for structure, _ in buckets.values()] == structures

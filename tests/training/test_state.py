@@ -22,8 +22,11 @@ SHAPES = {
 def updates(config):
     """The first update of parameters of SHAPES that are zero, and their gradient."""
     keys = iter(jax.random.split(jax.random.key(0), 20))
-    gradient = jax.tree.map(lambda shape: jax.random.normal(next(keys), shape), SHAPES,
-                            is_leaf=lambda x: isinstance(x, tuple))
+    gradient = jax.tree.map(
+        lambda shape: jax.random.normal(next(keys), shape),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
     parameters = jax.tree.map(jnp.zeros_like, gradient)
     optimizer = state.make_optimizer(config)
     made, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
@@ -33,13 +36,17 @@ def updates(config):
 @pytest.fixture
 def config(tiny_config):
     return lambda **fields: tiny_config(
-        learning_rate=0.01, warmup_steps=0, gradient_clip=1e9, weight_decay=0.0, **fields)
+        learning_rate=0.01, warmup_steps=0, gradient_clip=1e9, weight_decay=0.0, **fields
+    )
 
 
 def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw(config):
     made, gradient = updates(config(optimizer="muon"))
-    matrices = [made["dense"]["kernel"], made["conv"]["kernel"].reshape(-1, 16),
-                *made["transformer_blocks"]["kernel"]]
+    matrices = [
+        made["dense"]["kernel"],
+        made["conv"]["kernel"].reshape(-1, 16),
+        *made["transformer_blocks"]["kernel"],
+    ]
     for update in matrices:
         values = np.linalg.svd(update, compute_uv=False)
         # Five Newton-Schulz steps bring singular values to about 0.7 to 1.2 of each other.
@@ -48,8 +55,12 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw(config):
         np.testing.assert_allclose(jnp.sqrt(jnp.mean(update**2)), 0.2 * 0.01, rtol=0.15)
     values = np.linalg.svd(gradient["dense"]["kernel"], compute_uv=False)
     assert values.min() < 0.3 * values.max()
-    for part, name in (("dense", "bias"), ("pixels", "kernel"), ("embedding", "embedding"),
-                       ("transformer_blocks", "scale")):
+    for part, name in (
+        ("dense", "bias"),
+        ("pixels", "kernel"),
+        ("embedding", "embedding"),
+        ("transformer_blocks", "scale"),
+    ):
         leaf = gradient[part][name]
         adamw = optax.adamw(0.01, b2=0.99, weight_decay=0.0, nesterov=True)
         expected, _ = adamw.update(leaf, adamw.init(leaf), leaf)
@@ -76,6 +87,7 @@ def test_muon_needs_less_memory_than_adamw(config):
 
 def test_wsd_is_constant_until_the_last_fifth():
     """Steps added before the decay begins leave the rates so far as they were."""
+
     def rates(steps, at):
         config = types.SimpleNamespace(learning_rate=0.5, warmup_steps=10, decay="wsd", steps=steps)
         schedule = state.learning_rate_schedule(config)

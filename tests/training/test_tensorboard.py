@@ -14,8 +14,9 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     events.picture(4, "samples", picture)
     events.close()
     read = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, float(tensor_util.make_ndarray(e.tensor_proto)))
-            for e in read.Tensors("loss")] == [(3, 0.5), (4, 0.25)]
+    assert [
+        (e.step, float(tensor_util.make_ndarray(e.tensor_proto))) for e in read.Tensors("loss")
+    ] == [(3, 0.5), (4, 0.25)]
     assert set(read.Tags()["tensors"]) == {"loss", "bucket/loss", "samples"}
     (image,) = read.Tensors("samples")
     width, height, content = tensor_util.make_ndarray(image.tensor_proto)[:3]

@@ -38,8 +38,10 @@ def windows(recorder):
 
 def measured(**values):
     """Of the two programs of a step."""
-    return (measure({name: jnp.float32(x) for name, x in values.items() if name != "loss"}),
-            measure({"loss": jnp.float32(values["loss"])}))
+    return (
+        measure({name: jnp.float32(x) for name, x in values.items() if name != "loss"}),
+        measure({"loss": jnp.float32(values["loss"])}),
+    )
 
 
 def test_means_are_over_a_windows_steps_and_over_each_buckets(windows, recorder):
@@ -48,9 +50,19 @@ def test_means_are_over_a_windows_steps_and_over_each_buckets(windows, recorder)
     windows.add("noisy", measured(loss=6.0, gate=1.0), 10.0)
     windows.end(3)
     windows.report()
-    assert recorder.reports == [(3, {
-        "loss": 3.0, "gate": 0.75, "noisy/loss": 3.5, "noisy/gate": 0.75, "clean/loss": 2.0,
-        "pairs_per_second": 2.0})]
+    assert recorder.reports == [
+        (
+            3,
+            {
+                "loss": 3.0,
+                "gate": 0.75,
+                "noisy/loss": 3.5,
+                "noisy/gate": 0.75,
+                "clean/loss": 2.0,
+                "pairs_per_second": 2.0,
+            },
+        )
+    ]
     assert recorder.shown == [(3, {"loss": 3.0}, 40.0)]
 
 
@@ -71,20 +83,27 @@ def test_a_window_is_reported_once_and_only_when_asked(windows, recorder):
 def test_what_is_not_finite_is_an_error_and_no_report(windows, recorder):
     windows.add("all", measured(loss=float("nan")), 1.0)
     windows.end(4)
-    with pytest.raises(UserError, match=r"loss = nan at step 4. The checkpoint of step 7 is intact"):
+    with pytest.raises(
+        UserError, match=r"loss = nan at step 4. The checkpoint of step 7 is intact"
+    ):
         windows.report()
     assert recorder.closed and recorder.reports == []
 
 
 def test_logit_scales_are_logged_once_all_buckets_were_seen(recorder, monkeypatch):
     lines = []
-    monkeypatch.setattr(windows_module.logging, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(
+        windows_module.logging, "info", lambda text, *values: lines.append(text % values)
+    )
     windows = Windows(recorder, recorder, recorder, ["noisy", "clean"])
-    for number, seen in enumerate(([("noisy", 0.5)], [("noisy", 2.0), ("clean", 0.25)],
-                                   [("noisy", 9.0), ("clean", 9.0)]), 1):
+    for number, seen in enumerate(
+        ([("noisy", 0.5)], [("noisy", 2.0), ("clean", 0.25)], [("noisy", 9.0), ("clean", 9.0)]), 1
+    ):
         for bucket, scale in seen:
             windows.add(bucket, measured(loss=1.0, logit_scale=scale), 1.0)
         windows.end(number)
         windows.report()
     # A window of one bucket has no means by bucket.
-    assert lines == ["logit scale (mean of |beta / 2 margin|) of the first 2 steps: noisy 2, clean 0.25"]
+    assert lines == [
+        "logit scale (mean of |beta / 2 margin|) of the first 2 steps: noisy 2, clean 0.25"
+    ]

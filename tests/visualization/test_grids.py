@@ -22,7 +22,8 @@ def boxes_of(page, color):
 
 def row(**fields):
     return grids.PreferenceRow(
-        "a star", [flat(RED)], chosen=flat(GREEN), rejected=flat(BLUE), **fields)
+        "a star", [flat(RED)], chosen=flat(GREEN), rejected=flat(BLUE), **fields
+    )
 
 
 def test_tiles_stand_side_by_side_magnified():
@@ -52,7 +53,7 @@ def test_every_row_has_its_place_and_captions_show():
     heights = [page.shape[0] for page in pages]
     assert heights[2] - heights[1] == heights[1] - heights[0] >= 64 + 13
     assert (pages[2] == BLUE).all(-1).sum() == 3 * 64 * 64
-    below = pages[0][boxes_of(pages[0], GREEN)[3]:]
+    below = pages[0][boxes_of(pages[0], GREEN)[3] :]
     assert (below < 100).all(-1).sum() > 20  # Dark pixels: text.
 
 
@@ -65,8 +66,10 @@ def test_a_long_caption_is_cut_to_the_page():
 
 
 def test_sample_grid_fills_rows_first():
-    rows = [grids.SampleRow("a star", [flat(RED)] * n, flat(c))
-            for n, c in ((1, GREEN), (2, BLUE), (1, (9, 9, 9)))]
+    rows = [
+        grids.SampleRow("a star", [flat(RED)] * n, flat(c))
+        for n, c in ((1, GREEN), (2, BLUE), (1, (9, 9, 9)))
+    ]
     page = grids.sample_grid(rows, columns=2)
     first, second, third = (boxes_of(page, c) for c in (GREEN, BLUE, (9, 9, 9)))
     assert second[0] > first[1] and second[2] == first[2]
@@ -76,8 +79,14 @@ def test_sample_grid_fills_rows_first():
 def test_focus_grid_has_a_column_for_each_map():
     def focus(subjects, **maps):
         fields = dict.fromkeys(("matched", "unmatched", "detail", "uncertainty")) | maps
-        return grids.FocusRow("t000-249", [flat(RED)] * subjects, flat(GREEN),
-                                 [np.eye(4) - 2] * subjects, weights=np.eye(2), **fields)
+        return grids.FocusRow(
+            "t000-249",
+            [flat(RED)] * subjects,
+            flat(GREEN),
+            [np.eye(4) - 2] * subjects,
+            weights=np.eye(2),
+            **fields,
+        )
 
     full = {name: np.eye(8) for name in ("matched", "unmatched", "detail", "uncertainty")}
     width = lambda *rows: grids.focus_grid(rows).shape[1]  # noqa: E731
@@ -89,7 +98,7 @@ def test_focus_grid_has_a_column_for_each_map():
     # The order of a similarity shows whatever its sign: its least value is the scale's dark end.
     page = grids.focus_grid([focus(1)])
     green = boxes_of(page, GREEN)
-    similarity = page[green[2]:green[3], green[1] + 4:green[1] + 68]
+    similarity = page[green[2] : green[3], green[1] + 4 : green[1] + 68]
     dark = grids.heat(np.zeros((1, 1)), flat(GREEN))[0, 0]
     np.testing.assert_array_equal(similarity[0, -1], dark)
     assert similarity[0, 0].sum() > similarity[0, -1].sum() + 300
