@@ -23,7 +23,7 @@ def gradient(platform, heads):
     """The compiled gradient of attention along the path of a platform."""
 
     def total(query, key, value):
-        with platforms.compiled_for(platforms.Target(platform)):
+        with platforms.target_platform(platforms.Target(platform)):
             return jnp.square(attend(query, key, value, heads)).sum()
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))

@@ -119,7 +119,7 @@ def calls(name, side, target):
     parameters = _parameters(name, SIDES[0])  # Before recording: initialisation attends as well.
     with (
         cudnn_to_trace(),
-        platforms.compiled_for(target, lambda attend: attend),
+        platforms.target_platform(target, lambda attend: attend),
         attention.recorded_calls() as found,
     ):
         jax.eval_shape(

@@ -124,23 +124,23 @@ class Programs:
     def guides(self):
         """{structure: (traced guide, its arguments)}."""
         key, found = jax.random.key(0), {}
-        for structure, numbers in self.buckets.values():
-            arguments = (self.frozen, self.pairs, numbers, key)
+        for structure, params in self.buckets.values():
+            arguments = (self.frozen, self.pairs, params, key)
             guide = jax.jit(self.objective.guide, static_argnums=0)
             found.setdefault(structure, (guide.trace(structure, *arguments), arguments))
         return found
 
     def update(self):
         """The traced loss with its gradient, and its arguments."""
-        (structure, numbers), key = next(iter(self.buckets.values())), jax.random.key(0)
+        (structure, params), key = next(iter(self.buckets.values())), jax.random.key(0)
         guidance, _ = jax.eval_shape(
             lambda *arguments: self.objective.guide(structure, *arguments),
             self.frozen,
             self.pairs,
-            numbers,
+            params,
             key,
         )
-        arguments = (self.trainable, self.frozen, self.pairs, guidance, numbers, key)
+        arguments = (self.trainable, self.frozen, self.pairs, guidance, params, key)
         gradient = jax.jit(jax.value_and_grad(self.objective.loss, has_aux=True))
         return gradient.trace(*arguments), arguments
 

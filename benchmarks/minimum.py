@@ -224,7 +224,7 @@ def ours(config, topology):
     guides, update = trace_step(
         step.task, step.optimizer, step.task.buckets, step.state, step.batch, step.key
     )
-    done = sum(flops.count(trace()).products for trace in (*guides.values(), update))
+    done = sum(flops.count(trace()).matmul_flops for trace in (*guides.values(), update))
     return done, counted(models.abstract_model(config, mesh)[0], step.batch)
 
 

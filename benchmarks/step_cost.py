@@ -79,7 +79,7 @@ def differences(record, found):
                 if new is None:
                     lines.append(f"{case}, {program}: there is no such program any more; {CURE}")
                     break
-                if name == "products":
+                if name == "matmul_flops":
                     wrong = new != old
                 elif name == "others":
                     wrong = same_jax and new != old

@@ -184,12 +184,12 @@ def main():
     (folder / "pairs.pickle").write_bytes(pickle.dumps(pairs))
     write_conditioning(folder, pairs)
     objective = make_objective(config, sizes)
-    ((_, numbers),) = tasks.focus_buckets(config).values()
+    ((_, params),) = tasks.focus_buckets(config).values()
     key = meshes.random_key(
         config.seed, meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
     )
     for step in range(int(steps)):
-        noisy = objective.noisy(pairs, numbers, jax.random.fold_in(key, step))
+        noisy = objective.noisy(pairs, params, jax.random.fold_in(key, step))
         np.savez(folder / f"noisy_{step}.npz", **noisy._asdict())
 
 

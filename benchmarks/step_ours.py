@@ -55,7 +55,7 @@ def make(case, folder, dtype, remat):
     config, sizes = configuration(case, dtype, remat)
     mesh = meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
     buckets = tasks.focus_buckets(config)
-    ((structure, numbers),) = buckets.values()
+    ((structure, params),) = buckets.values()
     objective = make_objective(config, sizes)
     trainable, frozen = split_parameters(load(config, sizes, folder, mesh), config.trainable)
     task = types.SimpleNamespace(
@@ -72,7 +72,7 @@ def make(case, folder, dtype, remat):
     def step():
         start = time.perf_counter()
         state, metrics = compiled(
-            structure, held["state"], task.frozen, pairs, numbers, held["number"]
+            structure, held["state"], task.frozen, pairs, params, held["number"]
         )
         loss = as_floats(metrics)["loss"]
         jax.block_until_ready(state)

@@ -60,7 +60,7 @@ def measure(module, inputs, trained, mesh):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from focusdpo_jax.profiling import estimates, flops, hlo
-    from focusdpo_jax.sharding.trace_context import traced_for
+    from focusdpo_jax.sharding.trace_context import trace_context
 
     def placed(tree):
         return jax.tree.map(
@@ -78,7 +78,7 @@ def measure(module, inputs, trained, mesh):
 
         def program(parameters, x, outer, *rest):
             def apply(parameters, x):
-                with traced_for(mesh):
+                with trace_context(mesh):
                     return jax.tree.leaves(module.apply({"params": parameters}, x, *rest))[0]
 
             if trained:
@@ -91,7 +91,7 @@ def measure(module, inputs, trained, mesh):
     traced = jax.jit(program).trace(*placed(arguments))
     estimate = estimates.read(hlo.Program(traced.lower().compile().as_text()))
     work = flops.count(traced)
-    return estimate.cycles, work.products - work.kernels
+    return estimate.cycles, work.matmul_flops - work.kernels
 
 
 def main():

@@ -103,12 +103,12 @@ def ours(mesh, example):
     import jax.numpy as jnp
 
     from focusdpo_jax.models.unet import UNet, UNetConfig
-    from focusdpo_jax.sharding.trace_context import traced_for
+    from focusdpo_jax.sharding.trace_context import trace_context
 
     unet = UNet(UNetConfig(scan_layers=False), jnp.bfloat16)
 
     def apply(parameters, latents, timesteps, inputs):
-        with traced_for(mesh):
+        with trace_context(mesh):
             return unet.apply(
                 {"params": parameters},
                 latents,

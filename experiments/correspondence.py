@@ -146,12 +146,14 @@ def match_by_contest(references, reference_masks, target, area, count=0):
     features = references.reshape(1, subjects, -1, channels)
     masks, present = reference_masks.reshape(1, subjects, -1), jnp.ones((1, subjects), bool)
     if count:
-        described = correspondence.inside_and_outside(features, masks, present, count)
+        described = correspondence.subject_and_background_prototypes(
+            features, masks, present, count
+        )
     else:
         features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
         inside = masks[..., None] > 0.5
         described = jnp.stack([features * inside, features * ~inside], axis=2)
-    similarity, background = correspondence.compare(described, target[None])
+    similarity, background = correspondence.prototype_similarity(described, target[None])
     return correspondence.match(similarity, present, area[None], 0.5, background).subjects[0]
 
 

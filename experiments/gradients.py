@@ -16,13 +16,13 @@ def cosine(first, second):
     return float(first @ second / np.sqrt((first @ first) * (second @ second)))
 
 
-def gradients(config, model, batches, structure, numbers, seed):
+def gradients(config, model, batches, structure, params, seed):
     """The gradient of a setting's loss at the reference parameters, one vector a batch.
 
     Args:
       config: of the setting.
       batches: encoded pairs.
-      structure, numbers: StepStructure and BucketNumbers, whose timesteps are drawn.
+      structure, params: StepStructure and BucketParams, whose timesteps are drawn.
       seed: of timesteps and noise; batch i draws from its i-th key whatever the setting.
     """
     trainable, rest = split_parameters(model.parameters, config.trainable)
@@ -35,8 +35,8 @@ def gradients(config, model, batches, structure, numbers, seed):
 
     @jax.jit
     def gradient(trainable, frozen, pairs, key):
-        guidance, _ = objective.guide(structure, frozen, pairs, numbers, key)
-        tree = jax.grad(lambda t: objective.loss(t, frozen, pairs, guidance, numbers, key)[0])(
+        guidance, _ = objective.guide(structure, frozen, pairs, params, key)
+        tree = jax.grad(lambda t: objective.loss(t, frozen, pairs, guidance, params, key)[0])(
             trainable
         )
         return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
@@ -94,9 +94,9 @@ def compare(config, settings, *, pairs, seed, batch_size=16):
             changed = config.copy_and_resolve_references()
             changed.update_from_flattened_dict({"anchor": 0.0, **fields})
             own = tasks.focus_buckets(changed)
-            structure, numbers = own.get(bucket) or next(iter(own.values()))
-            numbers = numbers._replace(index=limits.index, t_low=limits.t_low, t_high=limits.t_high)
-            vectors[name] = gradients(changed, model, batches(changed), structure, numbers, seed)
+            structure, params = own.get(bucket) or next(iter(own.values()))
+            params = params._replace(index=limits.index, t_low=limits.t_low, t_high=limits.t_high)
+            vectors[name] = gradients(changed, model, batches(changed), structure, params, seed)
             logging.info("%s: %s", bucket, name)
         whole = {name: np.sum(parts, axis=0) for name, parts in vectors.items()}
         found[bucket] = {

@@ -32,18 +32,18 @@ def measure(config, model, batches):
     focus_maps = jax.jit(objective.focus_maps, static_argnums=0)
     batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
     encoded = [encode(model.parameters, batch) for batch in batches]
-    for name, (structure, numbers) in buckets.items():
+    for name, (structure, params) in buckets.items():
         inside, chance, alignment = [], [], []
         for number, (batch, pairs) in enumerate(zip(batches, encoded)):
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            match = focus_maps(structure, fixed, pairs, numbers, key).match
+            match = focus_maps(structure, fixed, pairs, params, key).match
             replaced = (batch.masks & batch.prior_mask[:, None]).astype(jnp.float32)
             there = average_to_grid(replaced, match.union.shape[1:])
             found = match.subjects[::2]  # Of the chosen pictures.
             taken, right = (np.asarray(x.sum((2, 3))) for x in (found, found * there))
             inside.append(right[taken > 0] / taken[taken > 0])
             chance.append(np.asarray(there.mean((2, 3)))[taken > 0])
-            prior = objectives.twice(pairs.prior)
+            prior = objectives.repeat_for_pair(pairs.prior)
             alignment.append(np.asarray(correspondence.alignment(match, prior)).reshape(-1, 2).T)
         yield (
             name,

@@ -23,7 +23,7 @@ def reconstruct(generator, parameters, images, batch_size):
 
     @jax.jit
     def through(parameters, batch):
-        mean, _ = generator.encode_image(parameters, batch.astype(jnp.float32) / 255)
+        mean, _ = generator.encode_latents(parameters, batch.astype(jnp.float32) / 255)
         return jnp.clip(generator.decode_latents(parameters, mean), 0, 1)
 
     return np.concatenate(
@@ -37,7 +37,7 @@ def draw(model, scenes, *, steps, guidance, seed, batch_size):
     generate = make_generate(
         generator, steps=steps, guidance=guidance, negative_token_ids=model.tokenizer("")
     )
-    view = jax.jit(generator.view)
+    view = jax.jit(generator.encode_reference)
     shape = generator.latent_shape(scenes.chosen.shape[1])
     drawn = []
     for start in range(0, len(scenes.index), batch_size):

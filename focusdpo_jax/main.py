@@ -57,7 +57,7 @@ def main():
 
     if config.get("batch_size", 0) * config.get("resolution", 0) ** 2 >= _LARGE:
         command.keep_memory()
-    with processes.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
+    with processes.distributed(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
         try:
             loop.run(config, workdir, accept_changes=_ACCEPT.value)
         except preemption.Preempted as reason:

@@ -13,7 +13,7 @@ from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import ImageView
 from focusdpo_jax.planning import memory
 from focusdpo_jax.profiling.peak_flops import matmul_peak
-from focusdpo_jax.sharding.trace_context import traced_for
+from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.training import models
 
 from . import cases, weights
@@ -66,7 +66,7 @@ def measure(settings, context):
         ("image", generate, arguments),
     ):
         start = time.monotonic()
-        with traced_for(mesh):
+        with trace_context(mesh):
             compiled = function.lower(parameters, *given).compile()
         row = {
             "key": name,

@@ -56,16 +56,16 @@ class Ours:
       metrics: what the last step measured, {name: float}.
     """
 
-    def __init__(self, compiled, structure, numbers, state, frozen, pairs):
+    def __init__(self, compiled, structure, params, state, frozen, pairs):
         self.compiled, self.losses, self.metrics = compiled, [], {}
-        self._structure, self._numbers = structure, numbers
+        self._structure, self._params = structure, params
         self._state, self._frozen, self._pairs = state, frozen, pairs
 
     def step(self):
         """Seconds of the next step."""
         start = time.perf_counter()
         self._state, metrics = self.compiled(
-            self._structure, self._state, self._frozen, self._pairs, self._numbers, len(self.losses)
+            self._structure, self._state, self._frozen, self._pairs, self._params, len(self.losses)
         )
         self.metrics = as_floats(metrics)
         jax.block_until_ready(self._state)
@@ -91,7 +91,7 @@ def measure(settings, context):
     on_host = filled(plan.batch, config, plan.generator.config.unet)
     pairs = meshes.shard_batch(on_host, mesh)
     buckets = plan.task.buckets
-    structure, numbers = next(iter(buckets.values()))
+    structure, params = next(iter(buckets.values()))
     row = {"key": "ours", "side": "focusdpo_jax", "matmul_peak": peak}
     peers, start = {}, time.monotonic()
     with compile_beside(
@@ -122,14 +122,14 @@ def measure(settings, context):
         compiled = compiling.result()
     row |= {
         "compile_seconds": time.monotonic() - start,
-        "products": compiled.products[structure],
+        "matmul_flops": compiled.matmul_flops[structure],
         "planned": planned(compiled, (frozen, state, pairs)),
     }
     room = device_memory.limit(device)
     if room and row["planned"]["peak"] > room:
         yield row | {"fits": False, "room": room}
         return
-    ours = Ours(compiled, structure, numbers, state, frozen, pairs)
+    ours = Ours(compiled, structure, params, state, frozen, pairs)
     del state
     ours.step()
     row["at_start"] = {name: ours.metrics[name] for name in _AT_START if name in ours.metrics}
@@ -148,7 +148,7 @@ def measure(settings, context):
             "memory": most_memory(),
             "losses": ours.losses,
             "pairs_per_second": config.batch_size / float(np.median(seconds)),
-            "share_of_peak": row["products"] / float(np.median(seconds)) / peak,
+            "share_of_peak": row["matmul_flops"] / float(np.median(seconds)) / peak,
         }
     )
     if settings["peers"] and not peers:
@@ -172,8 +172,8 @@ def watched(objective):
 
     watching._error = remembered
 
-    def loss(trainable, frozen, encoded, guidance, numbers, key):
-        value, metrics = watching.loss(trainable, frozen, encoded, guidance, numbers, key)
+    def loss(trainable, frozen, encoded, guidance, params, key):
+        value, metrics = watching.loss(trainable, frozen, encoded, guidance, params, key)
         policy = jax.lax.stop_gradient(found.pop())
         if guidance.reference_error is None:
             return value, metrics
@@ -240,9 +240,9 @@ def _write(folder, settings, config, plan, parameters, on_host):
 def _write_noisy(folder, settings, config, plan, pairs):
     """What our step will draw, for each of the peers' steps."""
     noisy, key = jax.jit(plan.objective.noisy), meshes.random_key(config.seed, plan.task.mesh)
-    _, numbers = next(iter(plan.task.buckets.values()))
+    _, params = next(iter(plan.task.buckets.values()))
     for step in range(settings["warmup"] + settings["rounds"]):
-        found = noisy(pairs, numbers, jax.random.fold_in(key, step))
+        found = noisy(pairs, params, jax.random.fold_in(key, step))
         np.savez(folder / f"noisy_{step}.npz", **jax.device_get(found._asdict()))
 
 

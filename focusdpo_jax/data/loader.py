@@ -168,7 +168,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class Ahead:
+class Prefetcher:
     """Batches as a step takes them, each made while the step before it runs.
 
     Attributes:

@@ -26,7 +26,9 @@ def own_encoder(model, batch_size):
 
     @jax.jit
     def apply(parameters, pixels):
-        features = model.generator.see(parameters, pixels).penultimate[:, 1:].astype(jnp.float32)
+        features = (
+            model.generator.encode_image(parameters, pixels).penultimate[:, 1:].astype(jnp.float32)
+        )
         return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
     parameters = {"image_encoder": model.parameters["image_encoder"]}

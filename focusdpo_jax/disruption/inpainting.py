@@ -81,7 +81,7 @@ def make_inpaint(
     def inpaint(parameters, picture, mask, token_ids, time_ids, reference, present, noise, keys):
         pixels = picture[None].astype(jnp.float32) / 255
         drawn = latent_mask(mask, generator.latent_factor)
-        clean, _ = generator.encode_image(parameters, pixels)
+        clean, _ = generator.encode_latents(parameters, pixels)
 
         def for_all(x):
             return jnp.broadcast_to(x, (len(noise), *x.shape[1:]))
@@ -89,7 +89,7 @@ def make_inpaint(
         inpainting = None
         if reads_mask:
             inpainting = for_all(_for_inpainting(generator, parameters, pixels, mask, drawn))
-        view = generator.view(parameters, reference[None, None])
+        view = generator.encode_reference(parameters, reference[None, None])
         denoise = conditioned_denoiser(
             generator,
             parameters,
@@ -123,7 +123,7 @@ def make_inpaint(
 
 def _for_inpainting(generator, parameters, pixels, mask, drawn):
     """What an inpainting UNet reads behind the latents: [1, h, w, 1 + C]."""
-    rest, _ = generator.encode_image(parameters, jnp.where(mask[None, :, :, None], 0.5, pixels))
+    rest, _ = generator.encode_latents(parameters, jnp.where(mask[None, :, :, None], 0.5, pixels))
     return jnp.concatenate([drawn, rest], axis=-1)
 
 
@@ -146,7 +146,7 @@ def make_fit(generator, negative_token_ids):
     def fit(parameters, pictures, mask, token_ids, time_ids):
         pixels = pictures.astype(jnp.float32) / 255
         count, drawn = len(pixels), latent_mask(mask, generator.latent_factor)
-        clean, _ = generator.encode_image(parameters, pixels)
+        clean, _ = generator.encode_latents(parameters, pixels)
 
         def for_all(x):
             return jnp.broadcast_to(x, (count, *x.shape[1:]))
@@ -154,7 +154,7 @@ def make_fit(generator, negative_token_ids):
         inpainting = None
         if reads_mask:
             inpainting = for_all(_for_inpainting(generator, parameters, pixels[:1], mask, drawn))
-        nobody = generator.view(parameters, jnp.ones((1, 1, size, size, 3)))
+        nobody = generator.encode_reference(parameters, jnp.ones((1, 1, size, size, 3)))
         denoise = conditioned_denoiser(
             generator,
             parameters,

@@ -95,7 +95,9 @@ def check(workdir, output, names, *, whole):
         model.generator, steps=_STEPS, guidance=guidance, negative_token_ids=model.tokenizer("")
     )
     shown = np.full((size, size, 3), 255, np.uint8) if reference is None else reference
-    view = jax.jit(model.generator.view)(model.parameters, shown[None, None] / np.float32(255))
+    view = jax.jit(model.generator.encode_reference)(
+        model.parameters, shown[None, None] / np.float32(255)
+    )
     ours = np.asarray(
         generate(
             model.parameters,

@@ -1,14 +1,14 @@
 """Timestep buckets: one step works inside one range of noise, with settings of its own.
 
 A bucket's settings come in two halves. Its *structure* says which terms of the weight exist: it is
-static and decides what is compiled. Its *numbers* (timestep range, rho, lambdas, tau) are dynamic
+static and decides what is compiled. Its *parameters* (timestep range, rho, lambdas, tau) are dynamic
 arguments. Buckets of equal structure share one executable, and what a structure switches off is
 never traced.
 
     buckets = make_buckets(count=4)                                  # 4 buckets, 2 structures
     bucket = buckets[bucket_for_step(seed, step, len(buckets))]      # the same on every host
     step_fn = jax.jit(train_step, static_argnames="structure")
-    step_fn(state, batch, structure=bucket.structure, numbers=bucket.numbers)
+    step_fn(state, batch, structure=bucket.structure, params=bucket.params)
 
 That the focus moves with the timestep, and that detail comes in only at the clean end, is [known]
 (FocusDPO, arXiv 2509.01181, pipeline figure). Buckets, their schedules and their order are [ours].
@@ -49,7 +49,7 @@ class BucketStructure:
         return "+".join(terms) or "prior"
 
 
-class BucketNumbers(NamedTuple):
+class BucketParams(NamedTuple):
     """A bucket's dynamic half: a pytree of scalars.
 
     Attributes:
@@ -63,7 +63,7 @@ class BucketNumbers(NamedTuple):
       gate_width: 0 for a gate that is open or shut; else the width of a sigmoid around tau.
       background: weight of every location, inside the prior or out, >= 0. It is what holds the
         policy to the reference outside the subjects.
-      matched: weight, in place of 1, of prior locations in M' while the gate is shut, in [0, 1].
+      matched_weight: weight, in place of 1, of prior locations in M' while the gate is shut, in [0, 1].
     """
 
     index: Int[Array, ""]
@@ -76,14 +76,14 @@ class BucketNumbers(NamedTuple):
     tau: Float[Array, ""]
     gate_width: Float[Array, ""]
     background: Float[Array, ""]
-    matched: Float[Array, ""]
+    matched_weight: Float[Array, ""]
 
 
 class Bucket(NamedTuple):
     """What one step needs to know of its timestep range."""
 
     structure: BucketStructure
-    numbers: BucketNumbers
+    params: BucketParams
 
 
 def make_buckets(
@@ -117,7 +117,7 @@ def make_buckets(
       spaf, dpce: switch a term off in every bucket.
       detail_fraction: share of the denoising path, counted from the clean end, with detail.
       rho_noisy, rho_clean: rho at the two ends of the path.
-      lambda_s, lambda_d, lambda_c, tau, gate_width, background, matched: see `BucketNumbers`; the same
+      lambda_s, lambda_d, lambda_c, tau, gate_width, background, matched: see `BucketParams`; the same
         in every bucket. With lambda_c = 0 no bucket has confidence.
 
     Raises:
@@ -144,7 +144,7 @@ def make_buckets(
     buckets = []
     for i in range(count):
         u = (i + 0.5) / count
-        numbers = BucketNumbers(
+        params = BucketParams(
             index=np.int32(i),
             t_low=edges[i + 1],
             t_high=edges[i],
@@ -156,11 +156,11 @@ def make_buckets(
             tau=np.float32(tau),
             gate_width=np.float32(gate_width),
             background=np.float32(background),
-            matched=np.float32(matched),
+            matched_weight=np.float32(matched),
         )
         detail = dpce and u >= 1 - detail_fraction
         structure = BucketStructure(spaf=spaf, dpce=detail, confidence=lambda_c > 0)
-        buckets.append(Bucket(structure, numbers))
+        buckets.append(Bucket(structure, params))
     return tuple(buckets)
 
 
@@ -194,6 +194,6 @@ def _order(seed, block, count):
     return np.argsort(draws, kind="stable").tolist()
 
 
-def sample_timesteps(key: PRNGKeyArray, numbers: BucketNumbers, batch: int) -> Int[Array, "batch"]:
+def sample_timesteps(key: PRNGKeyArray, params: BucketParams, batch: int) -> Int[Array, "batch"]:
     """Draws timesteps uniformly from [t_low, t_high), one a pair: both of its images share it."""
-    return jax.random.randint(key, (batch,), numbers.t_low, numbers.t_high, dtype=jnp.int32)
+    return jax.random.randint(key, (batch,), params.t_low, params.t_high, dtype=jnp.int32)

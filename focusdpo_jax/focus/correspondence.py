@@ -108,7 +108,7 @@ def prototypes(
     return jax.lax.scan(step, centres, length=iterations)[0]
 
 
-def inside_and_outside(
+def subject_and_background_prototypes(
     reference_features: Float[Array, "batch subjects patches features"],
     reference_masks: Float[Array, "batch subjects patches"],
     present: Bool[Array, "batch subjects"],
@@ -237,42 +237,42 @@ def match(
     )
 
 
-def compare(
+def prototype_similarity(
     described: Float[Array, "batch subjects 2 count features"],
     target_features: Float[Array, "batch height width features"],
 ) -> tuple[Float[Array, "batch subjects height width"], Float[Array, "batch height width"]]:
     """Similarity of a target with each subject, and with the backgrounds of all references.
 
     Args:
-      described: from `inside_and_outside`. Reference and target features must come from the same
+      described: from `subject_and_background_prototypes`. Reference and target features must come from the same
         layer (and, for a denoiser, the same noise).
     """
     inside, outside = (cosine_similarity(described[:, :, i], target_features) for i in range(2))
     return inside, jnp.max(outside, axis=1)
 
 
-def to_grid(matched: Match, grid: tuple[int, int]) -> Match:
+def to_grid(match: Match, grid: tuple[int, int]) -> Match:
     """The same match on another grid (h, w), usually the latents'; the budget scales with it."""
-    rows, columns = matched.union.shape[-2:]
+    rows, columns = match.union.shape[-2:]
     return Match(
-        subjects=nearest_on_grid(matched.subjects, grid),
-        union=nearest_on_grid(matched.union, grid),
-        budget=matched.budget * (grid[0] * grid[1] / (rows * columns)),
+        subjects=nearest_on_grid(match.subjects, grid),
+        union=nearest_on_grid(match.union, grid),
+        budget=match.budget * (grid[0] * grid[1] / (rows * columns)),
     )
 
 
-def inside_own(matched: Match, masks: Float[Array, "batch subjects height width"]) -> Match:
+def inside_own(match: Match, masks: Float[Array, "batch subjects height width"]) -> Match:
     """Keeps the matches that lie on their own subject, and drops those on another or on none [ours].
 
     Otherwise a subject that wears looks of its neighbour is matched by the neighbour's reference, and has low
     priority exactly where looks have leaked.
 
     Args:
-      matched: on the grid of the masks (see `to_grid`). Its budget stays.
+      match: on the grid of the masks (see `to_grid`). Its budget stays.
       masks: share of each location that each subject covers, in [0, 1].
     """
-    subjects = matched.subjects * (masks > 0)
-    return matched._replace(subjects=subjects, union=jnp.max(subjects, axis=1))
+    subjects = match.subjects * (masks > 0)
+    return match._replace(subjects=subjects, union=jnp.max(subjects, axis=1))
 
 
 def unmatched(
@@ -287,18 +287,18 @@ def unmatched(
     return prior * (1 - matched)
 
 
-def alignment(matched: Match, prior: Float[Array, "batch height width"]) -> Float[Array, "batch"]:
+def alignment(match: Match, prior: Float[Array, "batch height width"]) -> Float[Array, "batch"]:
     """How much of the match lies where it should: `|M' and M_prior| / min(k, |M_prior|)` [ours].
 
     Args:
-      matched: on the grid of `prior` (see `to_grid`); k is its budget.
+      match: on the grid of `prior` (see `to_grid`); k is its budget.
       prior: M_prior in [0, 1].
 
     Returns:
       A score in [0, 1]: 1 if every match lies on a subject (or covers all of them), 0 if none
       does, and 0 where there is nothing to match.
     """
-    hits = jnp.sum(matched.union * prior, axis=(1, 2))
-    possible = jnp.minimum(matched.budget, jnp.sum(prior, axis=(1, 2)))
+    hits = jnp.sum(match.union * prior, axis=(1, 2))
+    possible = jnp.minimum(match.budget, jnp.sum(prior, axis=(1, 2)))
     # Soft borders and uneven grids may leave the ratio a hair above one.
     return jnp.minimum(hits / jnp.where(possible > 0, possible, 1), 1)

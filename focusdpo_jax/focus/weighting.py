@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from focusdpo_jax.focus import correspondence
-from focusdpo_jax.focus.buckets import BucketNumbers, BucketStructure
+from focusdpo_jax.focus.buckets import BucketParams, BucketStructure
 from focusdpo_jax.focus.correspondence import Match
 
 # Per-example figures, each [B]; which ones exist depends on the bucket's structure.
@@ -69,9 +69,9 @@ def gate(
 
 def focus_weights(
     structure: BucketStructure,
-    numbers: BucketNumbers,
+    params: BucketParams,
     prior: Float[Array, "batch height width"],
-    matched: Match | None = None,
+    match: Match | None = None,
     detail: Float[Array, "batch height width"] | None = None,
     uncertainty: Float[Array, "batch height width"] | None = None,
 ) -> tuple[Float[Array, "batch height width"], Diagnostics]:
@@ -81,9 +81,9 @@ def focus_weights(
       structure: the bucket's static half. Without `spaf` there is no M' (nothing is matched, and
         where `dpce` is on its gate stands open: no alignment is known to wait for). Without `dpce`
         the gate stays shut. With neither this is `prior_weights`.
-      numbers: the bucket's dynamic half.
+      params: the bucket's dynamic half.
       prior: M_prior, share of each location covered, in [0, 1].
-      matched: the match on the latent grid (`correspondence.to_grid`); needed with `spaf`.
+      match: the match on the latent grid (`correspondence.to_grid`); needed with `spaf`.
       detail: M_d in [0, 1] (`complexity.complexity`); needed with `dpce`.
       uncertainty: U in [0, 1] (`confidence.uncertainty`); needed with `confidence`.
 
@@ -98,8 +98,8 @@ def focus_weights(
     Raises:
       ValueError: a map that the structure asks for is missing.
     """
-    if structure.spaf and matched is None:
-        raise ValueError(f"structure {structure} needs `matched`")
+    if structure.spaf and match is None:
+        raise ValueError(f"structure {structure} needs `match`")
     if structure.dpce and detail is None:
         raise ValueError(f"structure {structure} needs `detail`")
     if structure.confidence and uncertainty is None:
@@ -111,11 +111,11 @@ def focus_weights(
     # The scopes name these operations in the compiled program, where a test looks for them.
     if structure.spaf:
         with jax.named_scope("spaf"):
-            diagnostics["alignment"] = correspondence.alignment(matched, prior)
+            diagnostics["alignment"] = correspondence.alignment(match, prior)
     if structure.dpce:
         with jax.named_scope("dpce"):
             diagnostics["gate"] = (
-                gate(diagnostics["alignment"], numbers.tau, numbers.gate_width)
+                gate(diagnostics["alignment"], params.tau, params.gate_width)
                 if structure.spaf
                 else jnp.ones(prior.shape[0], jnp.float32)
             )
@@ -124,16 +124,16 @@ def focus_weights(
     inside = jnp.ones_like(prior)
     if structure.spaf:
         with jax.named_scope("spaf"):
-            lowered = (1 - numbers.matched) * matched.union
+            lowered = (1 - params.matched_weight) * match.union
             inside -= lowered if opened is None else (1 - opened) * lowered
-            inside += numbers.lambda_s * (1 - matched.union)
+            inside += params.lambda_s * (1 - match.union)
     if structure.dpce:
         with jax.named_scope("dpce"):
-            inside += opened * numbers.lambda_d * detail
+            inside += opened * params.lambda_d * detail
     if structure.confidence:
         with jax.named_scope("confidence"):
-            inside += numbers.lambda_c * uncertainty
-    weights = numbers.background + prior * inside
+            inside += params.lambda_c * uncertainty
+    weights = params.background + prior * inside
 
     total = jnp.sum(weights, axis=(1, 2))
 
@@ -142,6 +142,6 @@ def focus_weights(
 
     diagnostics["background_share"] = share(1 - prior)
     if structure.spaf:
-        diagnostics["unmatched_share"] = share(correspondence.unmatched(prior, matched.union))
-        diagnostics["matched_share"] = share(prior * matched.union)
+        diagnostics["unmatched_share"] = share(correspondence.unmatched(prior, match.union))
+        diagnostics["matched_share"] = share(prior * match.union)
     return jax.lax.stop_gradient((weights, diagnostics))

@@ -32,7 +32,7 @@ def make_generate(
     Returns:
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
       present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
-      uint8 [B, H, W, 3]. The references are what `Generator.view` says of them. The last three may
+      uint8 [B, H, W, 3]. The references are what `Generator.encode_reference` says of them. The last three may
       be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
       and masks are those of `Conditioning`.
     """

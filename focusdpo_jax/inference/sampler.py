@@ -45,7 +45,7 @@ class Sampler:
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
         self._mesh = drawing_mesh(batch_size)
-        self._view = jax.jit(model.generator.view)
+        self._view = jax.jit(model.generator.encode_reference)
         self._generate = make_generate(
             model.generator,
             steps=steps,

@@ -74,7 +74,7 @@ def choose_kernel(
       queries, keys: lengths.
       head_dim: channels of a head.
       masked, causal: whether keys are masked, or seen up to the query's position only.
-      divided: whether the caller divides an opaque kernel among devices (`platforms.compiled_for`).
+      divided: whether the caller divides an opaque kernel among devices (`platforms.target_platform`).
 
     Returns:
       "by_head", "splash", "cudnn", "cudnn-forward" (cuDNN's backward pass takes no odd lengths: it is

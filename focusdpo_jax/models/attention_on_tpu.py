@@ -3,7 +3,7 @@
 At 1024 pixels the logits of one picture in one of SDXL's finer layers are 671 MB, which XLA writes and
 reads several times over. Here a block of them at a time is in the chip's fast memory, in the backward
 pass as well. XLA's partitioner cannot look into such a kernel: whoever compiles for several devices
-says how it is divided (`platforms.compiled_for`).
+says how it is divided (`platforms.target_platform`).
 """
 
 import jax

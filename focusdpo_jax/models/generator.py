@@ -301,7 +301,7 @@ class Generator:
             inputs = (jnp.zeros((1, 2), jnp.int32),)
         return getattr(self, part).init(key, *inputs)["params"]
 
-    def encode_image(self, parameters, pixels):
+    def encode_latents(self, parameters, pixels):
         """Posterior of the latents, scaled as the UNet takes them.
 
         Args:
@@ -357,20 +357,20 @@ class Generator:
         empty = token_ids[:, 0, 1] == end
         return tuple(jnp.where(empty.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in embeddings)
 
-    def view(self, parameters, pixels):
+    def encode_reference(self, parameters, pixels):
         """The `ImageView` of pictures: all that subject adapter and SPAF need to know of them.
 
         Args:
           pixels: [..., H, W, 3] in [0, 1], of the image encoder's own size.
         """
         shape = pixels.shape
-        seen = self.see(parameters, pixels.reshape(-1, *shape[-3:]))
+        seen = self.encode_image(parameters, pixels.reshape(-1, *shape[-3:]))
         pooled = seen.projected if self.config.adapter.kind == "projection" else None
         return jax.tree.map(
             lambda x: x.reshape(*shape[:-3], *x.shape[1:]), ImageView(seen.penultimate, pooled)
         )
 
-    def see(self, parameters, pixels):
+    def encode_image(self, parameters, pixels):
         """Everything the image encoder says (`CLIPOutput`) of pixels [B, H, W, 3] in [0, 1].
 
         Pictures of another size than the encoder's are brought to it as CLIP's preprocessing does.
@@ -414,7 +414,9 @@ class Generator:
         if self.config.adapter.dropped == "absent":
             return None
         size = self.config.image_encoder.image_size
-        blank = self.view(parameters, jnp.broadcast_to(jnp.array(clip.MEAN), (1, 1, size, size, 3)))
+        blank = self.encode_reference(
+            parameters, jnp.broadcast_to(jnp.array(clip.MEAN), (1, 1, size, size, 3))
+        )
         if blank.embedding is not None:
             blank = blank.replace(embedding=jnp.zeros_like(blank.embedding))
         return blank

@@ -1,7 +1,7 @@
 """The device that a program is compiled for: what is fast on one is slow, or missing, on another.
 
 Layers read `current()` while they are traced. Whoever compiles for other devices than those of this
-machine sets it with `compiled_for`.
+machine sets it with `target_platform`.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def target_of(device):
 
 
 @contextlib.contextmanager
-def compiled_for(target, divide=None):
+def target_platform(target, divide=None):
     """While a function is traced inside, layers take the paths for `target`.
 
     Without it they take those for this machine's devices, which need not be where a program will run.
@@ -61,5 +61,5 @@ def current():
 
 
 def divide():
-    """The function `divide` of `compiled_for`, or None."""
+    """The function `divide` of `target_platform`, or None."""
     return _DIVIDE.get()

@@ -89,15 +89,17 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
 
     if not work.get("update"):
         work["update"] = flops.count(of_run["update"].trace())
-    guides_work = [flops.count(trace()).products for trace in guides]
+    guides_work = [flops.count(trace()).matmul_flops for trace in guides]
     guide_work = sum(guides_work) / len(guides_work)
-    model_update = work["update"].products
+    model_update = work["update"].matmul_flops
     if config.model.remat:
         plain = changed(config, {"model.remat": False})
-        model_update = flops.count(programs.run_programs(plain, mesh)[0]["update"].trace()).products
+        model_update = flops.count(
+            programs.run_programs(plain, mesh)[0]["update"].trace()
+        ).matmul_flops
     flops_per_pair, model_flops = (
         (update + guide_work) / config.batch_size
-        for update in (work["update"].products, model_update)
+        for update in (work["update"].matmul_flops, model_update)
     )
     result = {
         "topology": topology,
@@ -127,7 +129,7 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
             chip,
             mesh.size,
             found,
-            work["update"].products,
+            work["update"].matmul_flops,
             guide_work,
             model_flops,
             flops_per_pair,
@@ -220,7 +222,7 @@ def _estimate(chip, devices, text, work):
     told = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link
     found = {
-        "products": work.products / devices,
+        "matmul_flops": work.matmul_flops / devices,
         "bytes": told,
         "links": told / speed if speed else None,
     }
@@ -248,7 +250,7 @@ def _estimate(chip, devices, text, work):
         accessed = text.bytes_accessed
         return found | {
             "bytes_accessed": accessed,
-            "roofline": estimates.roofline(chip, work.products / devices, accessed),
+            "roofline": estimates.roofline(chip, work.matmul_flops / devices, accessed),
         }
     return found
 

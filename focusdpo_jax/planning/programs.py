@@ -18,7 +18,7 @@ from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models.generator import merge_parameters
 from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.sharding.trace_context import traced_for
+from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import tasks
 from focusdpo_jax.training.step import trace_step
@@ -226,7 +226,7 @@ def _unjitted(function):
 
 
 def _trace_encoding(config, mesh, step, encode, rows):
-    with traced_for(mesh):
+    with trace_context(mesh):
         return jax.jit(_unjitted(encode)).trace(_at_start(step), _raw(config, mesh, step, rows))
 
 
@@ -240,13 +240,13 @@ def _trace_sampling(config, mesh, step, inputs):
     parameters = merge_parameters(
         step.state.evaluated, step.task.frozen["parameters"] | step.others
     )
-    with traced_for(mesh):
+    with trace_context(mesh):
         return jax.jit(_unjitted(generate)).trace(parameters, *inputs)
 
 
 def _trace_maps(mesh, step, structure, pairs):
-    numbers = step.task.buckets[_first_of(step.task.buckets, structure)][1]
-    with traced_for(mesh):
+    params = step.task.buckets[_first_of(step.task.buckets, structure)][1]
+    with trace_context(mesh):
         return jax.jit(step.objective.focus_maps, static_argnums=0).trace(
-            structure, step.task.frozen, pairs, numbers, step.key
+            structure, step.task.frozen, pairs, params, step.key
         )

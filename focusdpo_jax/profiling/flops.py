@@ -49,21 +49,21 @@ class Operations(NamedTuple):
     """How many a program does.
 
     Attributes:
-      products: of matrix products and convolutions.
+      matmul_flops: of matrix products and convolutions.
       others: of everything else that computes: one for each element of an equation's largest
         operand or result, n log2 n to sort n.
-      kernels: those of `products` that are done inside fused kernels (Pallas's and cuDNN's attention),
+      kernels: those of `matmul_flops` that are done inside fused kernels (Pallas's and cuDNN's attention),
         which no compiler can look into.
     """
 
-    products: float
+    matmul_flops: float
     others: float
     kernels: float = 0.0
 
     @property
     def total(self):
         """Of both kinds."""
-        return self.products + self.others
+        return self.matmul_flops + self.others
 
 
 def count(traced):
@@ -88,8 +88,8 @@ def _of_jaxpr(jaxpr):
 def _of_equation(equation):
     name, inner = equation.primitive.name, list(core.jaxprs_in_params(equation.params))
     if name.startswith("dot_product_attention_"):
-        products = _of_cudnn(equation, backward="_bwd" in name)
-        return Operations(products, 0, products)
+        matmul_flops = _of_cudnn(equation, backward="_bwd" in name)
+        return Operations(matmul_flops, 0, matmul_flops)
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
@@ -104,10 +104,10 @@ def _of_equation(equation):
     if inner and not name.startswith(("scatter", "reduce")):
         found = [_of_jaxpr(jaxpr) for jaxpr in inner]
         trips = _trips(equation)
-        products, others, kernels = (trips * math.fsum(kind) for kind in zip(*found))
-        if name == "while" and products:
+        matmul_flops, others, kernels = (trips * math.fsum(kind) for kind in zip(*found))
+        if name == "while" and matmul_flops:
             raise NotImplementedError("matrix products in a loop of unknown length")
-        return Operations(products, others, products if name == "pallas_call" else kernels)
+        return Operations(matmul_flops, others, matmul_flops if name == "pallas_call" else kernels)
     if name in _FREE:
         return Operations(0, 0)
     largest = max(
@@ -136,8 +136,8 @@ def _of_convolution(equation):
     kernel = equation.invars[1].aval.shape
     # Of the kernel's axes: output features, input features (of one group), then its window.
     _, features, *window = (kernel[axis] for axis in numbers.rhs_spec)
-    products = equation.outvars[0].aval.size * features * math.prod(window)
-    return 2 * products / math.prod(equation.params["lhs_dilation"])
+    matmul_flops = equation.outvars[0].aval.size * features * math.prod(window)
+    return 2 * matmul_flops / math.prod(equation.params["lhs_dilation"])
 
 
 def _of_cudnn(equation, backward):

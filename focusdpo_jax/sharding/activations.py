@@ -17,7 +17,7 @@ from focusdpo_jax.sharding.mesh import BATCH_AXES
 
 
 @contextlib.contextmanager
-def divided(mesh):
+def constrain_activations(mesh):
     """While a function is traced inside, its modules' outputs [N, ...] are divided over `mesh`.
 
     N is a batch or a multiple of it; what cannot be divided, such as one empty prompt, is let be.

@@ -20,7 +20,7 @@ LOST = 3
 
 
 @contextlib.contextmanager
-def joined(coordinator=None, count=None, index=None):
+def distributed(coordinator=None, count=None, index=None):
     """`initialize`, and an end that holds nobody up.
 
     Whoever leaves by an error, or because another process has gone, leaves at once: jax would wait

@@ -13,12 +13,16 @@ _MESH = jax.make_user_context()
 
 
 @contextlib.contextmanager
-def traced_for(mesh):
+def trace_context(mesh):
     """While a function is traced inside, its models' layers are made for the devices of `mesh`.
 
     They need not be there, nor be of this machine's kind.
     """
     target = platforms.target_of(mesh.devices.flat[0])
     divide = functools.partial(attention.by_example_and_head, mesh)
-    with _MESH(mesh), activations.divided(mesh), platforms.compiled_for(target, divide):
+    with (
+        _MESH(mesh),
+        activations.constrain_activations(mesh),
+        platforms.target_platform(target, divide),
+    ):
         yield

@@ -55,7 +55,7 @@ def crops_around(images, masks, key, size):
 
 def _reconstruction(generator, parameters, images, key):
     """Loss and terms of one pass of `images` [B, H, W, 3] in [0, 1] through the autoencoder."""
-    mean, deviation = generator.encode_image(parameters, images)
+    mean, deviation = generator.encode_latents(parameters, images)
     decoded = generator.decode_latents(
         parameters, mean + deviation * jax.random.normal(key, mean.shape)
     )
@@ -113,7 +113,7 @@ def autoencoder_loss(generator):
 def with_latent_scale(model, parameters, images):
     """The model with VAEConfig.scaling_factor such that the latents of uint8 `images` vary by 1."""
     generator = model.generator
-    mean, deviation = jax.jit(generator.encode_image)(parameters, pixels(images))
+    mean, deviation = jax.jit(generator.encode_latents)(parameters, pixels(images))
     scale = generator.config.vae.scaling_factor
     spread = float(jnp.sqrt(jnp.var(mean) + jnp.square(deviation).mean()) / scale)
     logging.info("standard deviation of the latents: %.4f", spread)
@@ -134,7 +134,7 @@ def image_encoder_loss(generator):
         del frozen, guidance, numbers, key
 
         def encode(images):
-            return generator.see(trainable, pixels(images))
+            return generator.encode_image(trainable, pixels(images))
 
         def read(output):
             patches = output.penultimate[:, 1:]
@@ -197,7 +197,7 @@ def probe_loss(generator):
         keys = jax.random.split(key, 3)
         clean = pixels(batch.chosen)
         half = len(clean) // 2
-        mean, _ = generator.encode_image(frozen, clean[:half])
+        mean, _ = generator.encode_latents(frozen, clean[:half])
         strength = 0.25 * jax.random.uniform(keys[0], (half, 1, 1, 1))
         mean = mean + strength * jax.random.normal(keys[1], mean.shape)
         decoded = generator.decode_latents(frozen, mean)

@@ -104,12 +104,14 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
         mean, deviation = (
             jnp.moveaxis(x, 0, 1)
             for x in jax.lax.map(
-                functools.partial(generator.encode_image, parameters), jnp.moveaxis(pair, 1, 0)
+                functools.partial(generator.encode_latents, parameters), jnp.moveaxis(pair, 1, 0)
             )
         )
         marked = batch.masks.any(1) if supervised else batch.prior_mask
         prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
-        references = generator.view(parameters, batch.references.astype(jnp.float32) / 255)
+        references = generator.encode_reference(
+            parameters, batch.references.astype(jnp.float32) / 255
+        )
         text = pooled = None
         if text_is_frozen(config):
             text, pooled = generator.encode_text(parameters, batch.token_ids)
@@ -157,7 +159,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
 def patch_quality(generator, parameters, batch, rejected, references, grid):
     """PatchDPO's quality [B, h, w] of the rejected pictures, by the frozen image encoder."""
     side = generator.patch_grid
-    seen = generator.view(parameters, rejected).features[:, 1:]
+    seen = generator.encode_reference(parameters, rejected).features[:, 1:]
     quality = correspondence.patch_quality(
         references.features[:, :, 1:],
         masks_on_grid(batch.reference_masks, (side, side)),

@@ -15,7 +15,7 @@ from etils import epath
 
 from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import run_folder
-from focusdpo_jax.data.loader import Ahead
+from focusdpo_jax.data.loader import Prefetcher
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import cannot_write, replace_file
 from focusdpo_jax.profiling.peak_flops import matmul_peak
@@ -114,7 +114,7 @@ def _run(config, workdir, require_lock):
 
 def train(config, task, state, step, checkpoints, writer, done, require_lock=lambda: None):
     """Runs the steps from `done` to `config.steps`; returns the last state."""
-    ahead = Ahead(task.batches, task.prepare)
+    ahead = Prefetcher(task.batches, task.prepare)
     leave = contextlib.ExitStack()
     preempted = leave.enter_context(preemption.watch())
     progress = Progress(
@@ -133,10 +133,10 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
         for number in range(done + 1, config.steps + 1):
             for micro in range((number - 1) * config.accumulate, number * config.accumulate):
                 bucket = task.bucket_at(micro)
-                structure, numbers = task.buckets[bucket]
-                state, metrics = step(structure, state, task.frozen, ahead.batch, numbers, micro)
+                structure, params = task.buckets[bucket]
+                state, metrics = step(structure, state, task.frozen, ahead.batch, params, micro)
                 ahead.advance()
-                windows.add(bucket, metrics, step.products[structure])
+                windows.add(bucket, metrics, step.matmul_flops[structure])
             windows.report()  # That of the step before, while this one runs.
             last, stop = number == config.steps, preempted(number)
             saves = stop or last or is_due(config.checkpoint_every, number)

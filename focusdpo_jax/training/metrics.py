@@ -121,11 +121,11 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
         self._shown, self._time = start, time.monotonic()
 
-    def show(self, step, values, products=0.0):
+    def show(self, step, values, matmul_flops=0.0):
         """Reports that `step` steps are done, with a few numbers.
 
         Args:
-          products: floating-point operations of all products since the last report.
+          matmul_flops: floating-point operations of all products since the last report.
 
         Returns:
           {"pairs_per_second": units a second, "teraflops_per_device": 10^12 operations a second,
@@ -137,7 +137,7 @@ class Progress:
         rate = self._per_step / seconds
         speed, line = {f"{self._unit}_per_second": rate}, f"{rate:.1f} {self._unit}/s"
         if self._peak:
-            flops = products / window / self._devices
+            flops = matmul_flops / window / self._devices
             speed |= {"teraflops_per_device": flops / 1e12, "utilisation": flops / self._peak}
             line += f"  {flops / 1e12:.3g} TFLOP/s a device, {flops / self._peak:.0%} of its best"
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())

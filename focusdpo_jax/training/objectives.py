@@ -52,7 +52,7 @@ def by_image(x):
     return x.reshape(-1, *x.shape[2:])
 
 
-def twice(tree):
+def repeat_for_pair(tree):
     """Every row of a tree's arrays [B, ...] two times in succession: [2B, ...]."""
     return jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), tree)
 
@@ -201,29 +201,29 @@ class Objective:
         """`encode_unconditional` of this run, which goes into `frozen` where the run `drops`."""
         return encode_unconditional(self._generator, self._config, parameters, self._empty)
 
-    def guide(self, structure, frozen, encoded, numbers, key):
+    def guide(self, structure, frozen, encoded, params, key):
         """Weights and reference errors of a batch.
 
         Args:
           structure: StepStructure, static.
-          numbers: BucketNumbers of the bucket.
+          params: BucketParams of the bucket.
           key: of the step; `loss` draws the same noise from it.
 
         Returns:
           Guidance, and a dict of scalar diagnostics.
         """
-        reference, captured = self._reference(structure, frozen, encoded, numbers, key)
-        maps, diagnostics = self._weigh(structure, numbers, encoded, captured, reference, key)
+        reference, captured = self._reference(structure, frozen, encoded, params, key)
+        maps, diagnostics = self._weigh(structure, params, encoded, captured, reference, key)
         return Guidance(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
 
-    def focus_maps(self, structure, frozen, encoded, numbers, key):
+    def focus_maps(self, structure, frozen, encoded, params, key):
         """`FocusMaps` of a batch, to look at: those that `guide` makes of the same arguments."""
-        reference, captured = self._reference(structure, frozen, encoded, numbers, key)
-        return self._weigh(structure, numbers, encoded, captured, reference, key)[0]
+        reference, captured = self._reference(structure, frozen, encoded, params, key)
+        return self._weigh(structure, params, encoded, captured, reference, key)[0]
 
-    def loss(self, trainable, frozen, encoded, guidance, numbers, key):
+    def loss(self, trainable, frozen, encoded, guidance, params, key):
         """The scalar loss of a batch, and a dict of scalar diagnostics; see `focus.losses`."""
-        noisy = self.noisy(encoded, numbers, key)
+        noisy = self.noisy(encoded, params, key)
         policy, _ = self._error(trainable, frozen, encoded, noisy, key)
         if not self._pairs:
             loss, diagnostics = losses.sft(policy, guidance.weights)
@@ -253,7 +253,7 @@ class Objective:
             )
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
 
-    def _reference(self, structure, frozen, encoded, numbers, key):
+    def _reference(self, structure, frozen, encoded, params, key):
         """The reference model's error maps [2B, h, w], and what SPAF wants to see of its pass."""
         if not self._compares:
             return None, {}
@@ -261,20 +261,20 @@ class Objective:
             frozen["reference"],
             frozen,
             encoded,
-            self.noisy(encoded, numbers, key),
+            self.noisy(encoded, params, key),
             key,
             capture=self._source.capture if structure.weight.spaf else (),
         )
 
-    def _weigh(self, structure, numbers, encoded, captured, reference, key):
+    def _weigh(self, structure, params, encoded, captured, reference, key):
         """FocusMaps and per-image diagnostics [B * P]."""
         prior = encoded.prior.astype(jnp.float32)
         if self._pairs:
-            prior = twice(prior)
+            prior = repeat_for_pair(prior)
         if structure.objective in ("sft", "dpo"):
             return FocusMaps(weighting.uniform_weights(prior)), {}
         if structure.objective in ("prior_dpo", "subject_sft"):
-            return FocusMaps(weighting.prior_weights(prior, numbers.background)), {}
+            return FocusMaps(weighting.prior_weights(prior, params.background)), {}
         if structure.objective == "patch_dpo":
             weights = weighting.quality_weights(encoded.quality.astype(jnp.float32))
             return FocusMaps(by_image(jnp.stack(weights, axis=1))), {}
@@ -282,22 +282,22 @@ class Objective:
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
                 similarity, background, known = self._source.similarity(
-                    self._conditioned(encoded, key), captured, numbers.index
+                    self._conditioned(encoded, key), captured, params.index
                 )
                 cells = similarity.shape[2] * similarity.shape[3]
                 area = encoded.area.astype(jnp.float32) * cells
                 match = correspondence.to_grid(
                     correspondence.match(
                         similarity,
-                        twice(encoded.present & known),
-                        twice(area),
-                        numbers.rho,
+                        repeat_for_pair(encoded.present & known),
+                        repeat_for_pair(area),
+                        params.rho,
                         background,
                     ),
                     prior.shape[1:],
                 )
                 if self._config.focus.own_subject:
-                    match = correspondence.inside_own(match, twice(encoded.subject_masks))
+                    match = correspondence.inside_own(match, repeat_for_pair(encoded.subject_masks))
                 unmatched = correspondence.unmatched(prior, match.union)
         if structure.weight.dpce:
             detail = by_image(encoded.detail).astype(jnp.float32)
@@ -305,7 +305,7 @@ class Objective:
             with jax.named_scope("confidence"):
                 unsure = confidence.uncertainty(reference, prior)
         weights, diagnostics = weighting.focus_weights(
-            structure.weight, numbers, prior, match, detail, unsure
+            structure.weight, params, prior, match, detail, unsure
         )
         return FocusMaps(weights, similarity, match, unmatched, detail, unsure), diagnostics
 
@@ -319,7 +319,7 @@ class Objective:
     def _dropped(self, encoded, key):
         return drawn_dropout(jax.random.fold_in(key, 1), len(encoded.present), self._chances)
 
-    def noisy(self, encoded, numbers, key):
+    def noisy(self, encoded, params, key):
         """`Noisy` of a batch: what `guide` and `loss` ask the denoisers about with this key."""
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
         schedule, batch = self._generator.schedule, len(encoded.prior)
@@ -330,10 +330,10 @@ class Objective:
                 time, batch, schedule.timesteps, *self._config.timestep_logits
             )
         else:
-            timesteps = sample_timesteps(time, numbers, batch)
+            timesteps = sample_timesteps(time, params, batch)
         noise = jax.random.normal(noise, (batch, *latents.shape[1:]))
         if self._pairs:
-            timesteps, noise = twice((timesteps, noise))
+            timesteps, noise = repeat_for_pair((timesteps, noise))
         return Noisy(
             schedule.add_noise(latents, noise, timesteps),
             timesteps,

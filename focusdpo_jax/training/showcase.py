@@ -53,7 +53,7 @@ class Showcase:
         Args:
           encode: (parameters, PreferenceBatch) -> EncodedPairs.
           generate: of `make_generate`.
-          focus_maps: (structure, encoded, numbers, key) -> FocusMaps.
+          focus_maps: (structure, encoded, params, key) -> FocusMaps.
           merged: trainable parameters -> all parameters to draw with.
           at_start: () -> all parameters to encode with.
           reference: trainable parameters as they were at the start; None where a run keeps none, so
@@ -176,8 +176,8 @@ class Showcase:
         pairs = meshes.shard_rows(encoded, self._mesh)
         key = meshes.random_key(self._config.seed, self._mesh)
         maps = {
-            name: meshes.fetch(self._focus_maps(structure, pairs, numbers, key))
-            for name, (structure, numbers) in self._buckets.items()
+            name: meshes.fetch(self._focus_maps(structure, pairs, params, key))
+            for name, (structure, params) in self._buckets.items()
         }
         if not processes.is_first():
             return

@@ -26,11 +26,11 @@ from focusdpo_jax.models.generator import Conditioning
 _ROLE = int.from_bytes(b"refs", "big")
 
 
-def make_source(generator, config, numbers):
+def make_source(generator, config, params):
     """The source that `config.focus.features` names.
 
     Args:
-      numbers: BucketNumbers of the run's buckets, in the order of their index.
+      params: BucketParams of the run's buckets, in the order of their index.
 
     Returns:
       An object with
@@ -53,7 +53,7 @@ def make_source(generator, config, numbers):
         return EncoderSource(generator, config.focus.prototypes)
     if config.focus.features == "attention":
         return AttentionSource(generator)
-    middles = [(int(n.t_low) + int(n.t_high) - 1) // 2 for n in numbers]
+    middles = [(int(n.t_low) + int(n.t_high) - 1) // 2 for n in params]
     return UNetSource(generator, middles, config.focus.prototypes, config.seed)
 
 
@@ -70,8 +70,8 @@ class EncoderSource:
 
     def encode(self, parameters, batch, pictures, references):
         side = self._generator.patch_grid
-        features = self._generator.view(parameters, pictures).features[:, 1:]
-        prototypes = correspondence.inside_and_outside(
+        features = self._generator.encode_reference(parameters, pictures).features[:, 1:]
+        prototypes = correspondence.subject_and_background_prototypes(
             references.features[:, :, 1:],
             masks_on_grid(batch.reference_masks, (side, side)),
             batch.present,
@@ -119,7 +119,7 @@ class UNetSource:
             "linear",
             antialias=True,
         )
-        mean, _ = generator.encode_image(parameters, pixels.reshape(-1, *size, 3))
+        mean, _ = generator.encode_latents(parameters, pixels.reshape(-1, *size, 3))
         text, pooled = generator.encode_text(parameters, batch.token_ids)
         tokens = generator.subject_tokens(parameters, references)
 
@@ -151,7 +151,7 @@ class UNetSource:
             )
             features = captured[self._block]
             grid = features.shape[1:3]
-            return correspondence.inside_and_outside(
+            return correspondence.subject_and_background_prototypes(
                 features.reshape(count, slots, -1, features.shape[-1]),
                 masks_on_grid(batch.reference_masks, grid),
                 batch.present,
@@ -202,5 +202,5 @@ def masks_on_grid(masks, grid):
 def _compare(prototypes, targets):
     """Of prototypes [B, S, 2, count, D] and target features [B * P, h, w, D]."""
     each = jnp.repeat(prototypes, len(targets) // len(prototypes), axis=0)
-    subjects, background = correspondence.compare(each, targets)
+    subjects, background = correspondence.prototype_similarity(each, targets)
     return subjects, background, jnp.any(prototypes[:, :, 0] != 0, axis=(2, 3))

@@ -22,7 +22,7 @@ from absl import logging
 from focusdpo_jax import compiling
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.sharding.trace_context import traced_for
+from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.training.measured import measured
 from focusdpo_jax.training.state import TrainState
 
@@ -32,24 +32,24 @@ class Step:
     """The compiled programs of a run.
 
     Attributes:
-      guides: {structure: (frozen, batch, numbers, key, number) -> (guidance, metrics)}.
-      update: (state, frozen, batch, guidance, numbers, key) -> (state, Measured); `state` is donated.
+      guides: {structure: (frozen, batch, params, key, number) -> (guidance, metrics)}.
+      update: (state, frozen, batch, guidance, params, key) -> (state, Measured); `state` is donated.
       key: every random draw of a step derives from it and the number of the batch.
-      products: {structure: floating-point operations of all matrix products and convolutions of a
+      matmul_flops: {structure: floating-point operations of all matrix products and convolutions of a
         whole step, over all devices}; see `operations`.
     """
 
     guides: Mapping[Hashable, Callable[..., Any]]
     update: Callable[..., Any]
     key: jax.Array
-    products: Mapping[Hashable, float]
+    matmul_flops: Mapping[Hashable, float]
 
-    def __call__(self, structure, state, frozen, batch, numbers, number):
+    def __call__(self, structure, state, frozen, batch, params, number):
         """One batch: the new state, and what was measured (`Measured`s), still on the device."""
         guidance, of_guide = self.guides[structure](
-            frozen, batch, numbers, self.key, np.int32(number)
+            frozen, batch, params, self.key, np.int32(number)
         )
-        state, of_update = self.update(state, frozen, batch, guidance, numbers, self.key)
+        state, of_update = self.update(state, frozen, batch, guidance, params, self.key)
         return state, (of_guide, of_update)
 
 
@@ -59,7 +59,7 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
     Args:
       task: see `training.task.Task`; trainable, frozen, guide, loss and mesh are used.
       optimizer: an optax transformation.
-      buckets: {name: (structure, numbers)}.
+      buckets: {name: (structure, params)}.
       state, batch, key: what the step will be given, or `jax.ShapeDtypeStruct`s with shardings.
       ema_decay: of the moving average of the parameters, if the state has one.
 
@@ -68,18 +68,18 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
       `jax.stages.Traced`, which is compiled by `.lower().compile()`.
     """
 
-    def guide(structure, frozen, batch, numbers, key, number):
-        with traced_for(task.mesh):
+    def guide(structure, frozen, batch, params, key, number):
+        with trace_context(task.mesh):
             guidance, metrics = task.guide(
-                structure, frozen, batch, numbers, jax.random.fold_in(key, number)
+                structure, frozen, batch, params, jax.random.fold_in(key, number)
             )
         return guidance, measured(metrics)
 
-    def update(state, frozen, batch, guidance, numbers, key):
+    def update(state, frozen, batch, guidance, params, key):
         key = jax.random.fold_in(key, state.step)
-        with traced_for(task.mesh):
+        with trace_context(task.mesh):
             (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(
-                state.trainable, frozen, batch, guidance, numbers, key
+                state.trainable, frozen, batch, guidance, params, key
             )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -93,9 +93,9 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
     guide = jax.jit(guide, static_argnums=0, out_shardings=(examples, whole))
     number = np.int32(0)
     structures = dict(buckets.values())
-    first, numbers = next(iter(structures.items()))
+    first, params = next(iter(structures.items()))
     guidance, _ = jax.eval_shape(
-        lambda *arguments: guide(first, *arguments), task.frozen, batch, numbers, key, number
+        lambda *arguments: guide(first, *arguments), task.frozen, batch, params, key, number
     )
     guidance = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=examples), guidance
@@ -105,7 +105,7 @@ def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
         # The state stays where it lies.
         lies = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(update, donate_argnums=0, out_shardings=(lies, whole)).trace(
-            state, task.frozen, batch, guidance, numbers, key
+            state, task.frozen, batch, guidance, params, key
         )
 
     def trace_guide(structure):
@@ -166,7 +166,7 @@ def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
         {structure: guide for structure, (guide, _) in guides.items()},
         update,
         key,
-        {structure: work.products + its.products for structure, (_, its) in guides.items()},
+        {structure: work.matmul_flops + its.matmul_flops for structure, (_, its) in guides.items()},
     )
     logging.info(
         "compiled %s for %s in %.1f s, and the policy's update that they share",

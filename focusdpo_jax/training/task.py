@@ -15,10 +15,10 @@ class Task:
     Attributes:
       trainable: initial parameters under training, a nested dict.
       frozen: everything else that the loss reads, a pytree.
-      guide: (structure, frozen, batch, numbers, key) -> (guidance, dict of scalars), all that the
+      guide: (structure, frozen, batch, params, key) -> (guidance, dict of scalars), all that the
         loss needs and that carries no gradient; `structure` is static and decides what is compiled.
-      loss: (trainable, frozen, batch, guidance, numbers, key) -> (loss, dict of scalars).
-      buckets: {name: (structure, numbers)}: buckets of equal structure share one executable.
+      loss: (trainable, frozen, batch, guidance, params, key) -> (loss, dict of scalars).
+      buckets: {name: (structure, params)}: buckets of equal structure share one executable.
       bucket_at: batch number -> name of its bucket, the same on every host.
       example: () -> batch of the loss, as shapes with shardings: the step is compiled from it while
         the data is made ready.

@@ -22,7 +22,7 @@ from focusdpo_jax.models import stacking, truncation
 from focusdpo_jax.models.generator import PARTS, merge_parameters, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes, rules
-from focusdpo_jax.sharding.trace_context import traced_for
+from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.toybox import pretraining
 from focusdpo_jax.training import encoding, encoding_cache, models, objectives
 from focusdpo_jax.training.showcase import Showcase
@@ -92,7 +92,7 @@ def subject_slots(config, sources):
 
 
 def focus_buckets(config):
-    """{name: (StepStructure, BucketNumbers)} of the configured objective, noisiest first."""
+    """{name: (StepStructure, BucketParams)} of the configured objective, noisiest first."""
     focus = config.focus
     single = config.objective != "focus_dpo"
     buckets = make_buckets(
@@ -111,9 +111,9 @@ def focus_buckets(config):
         matched=focus.matched,
     )
     return {
-        f"t{int(bucket.numbers.t_low):03d}-{int(bucket.numbers.t_high) - 1:03d}": (
+        f"t{int(bucket.params.t_low):03d}-{int(bucket.params.t_high) - 1:03d}": (
             objectives.StepStructure(config.objective, bucket.structure),
-            bucket.numbers,
+            bucket.params,
         )
         for bucket in buckets
     }
@@ -158,7 +158,7 @@ def generator_task(config, workdir, mesh, sources):
         return merged(fixed.get("reference", {}))
 
     if objective.drops:
-        with traced_for(mesh):
+        with trace_context(mesh):
             fixed["unconditional"] = jax.jit(
                 objective.unconditional, out_shardings=meshes.replicated(mesh)
             )(at_start())
@@ -168,7 +168,7 @@ def generator_task(config, workdir, mesh, sources):
     def example():
         if config.data.cache and stored():
             return _batch_of(_stacked(stored()[0], 1), config.batch_size, mesh)
-        with traced_for(mesh):
+        with trace_context(mesh):
             encoded = jax.eval_shape(
                 encode_kept if config.data.cache else encode_placed,
                 at_start(),
@@ -184,7 +184,7 @@ def generator_task(config, workdir, mesh, sources):
         parameters = at_start()
 
         def prepare(batch):
-            with traced_for(mesh):
+            with trace_context(mesh):
                 return encode_placed(parameters, meshes.shard_batch(batch, mesh))
 
     def open_batches():
@@ -207,7 +207,7 @@ def generator_task(config, workdir, mesh, sources):
     )
 
     def generate(*arguments):
-        with traced_for(mesh):
+        with trace_context(mesh):
             return draw(*arguments)
 
     look = jax.jit(
@@ -215,7 +215,7 @@ def generator_task(config, workdir, mesh, sources):
     )
 
     def focus_maps(structure, *arguments):
-        with traced_for(mesh):
+        with trace_context(mesh):
             return look(structure, fixed, *arguments)
 
     showcase = Showcase(
@@ -301,7 +301,7 @@ def make_encoder(generator, config, buckets):
     """
     source, weights = None, [structure.weight for structure, _ in buckets.values()]
     if any(weight.spaf for weight in weights):
-        source = make_source(generator, config, [numbers for _, numbers in buckets.values()])
+        source = make_source(generator, config, [params for _, params in buckets.values()])
     return source, encoding.encoder(
         generator,
         config,
@@ -315,7 +315,7 @@ def _by_rows(encode, mesh):
     """`encode` of batches that lie on the host, in any size."""
 
     def encode_rows(parameters, batch):
-        with traced_for(mesh):
+        with trace_context(mesh):
             return encode(parameters, meshes.shard_rows(batch, mesh))
 
     return encode_rows

@@ -31,24 +31,24 @@ class Windows:
         self._begin()
 
     def _begin(self):
-        self._seen, self._products = {}, 0.0
+        self._seen, self._matmul_flops = {}, 0.0
 
-    def add(self, bucket, measured, products):
+    def add(self, bucket, measured, matmul_flops):
         """Adds a batch.
 
         Args:
           bucket: its name.
           measured: of a `Step`, on the device; what the bucket's structure switches off is missing,
             and will be averaged over the other buckets.
-          products: floating-point operations of its matrix products.
+          matmul_flops: floating-point operations of its matrix products.
         """
         count, total = self._seen.get(bucket, (0, None))
         self._seen[bucket] = count + 1, added(total, measured) if count else measured
-        self._products += products
+        self._matmul_flops += matmul_flops
 
     def end(self, number):
         """Ends the window with step `number`; `report` will report it."""
-        self._ended = number, self._seen, self._products
+        self._ended = number, self._seen, self._matmul_flops
         self._begin()
 
     def report(self):
@@ -59,13 +59,13 @@ class Windows:
         """
         if self._ended is None:
             return
-        number, seen, products = self._ended
+        number, seen, matmul_flops = self._ended
         self._ended = None
         values = means(seen)
         require_finite(values, number, self._checkpoints)
         self._log_scales(number, values)
         shown = {name: values[name] for name in _SHOWN if name in values}
-        self._writer.scalars(number, values | self._progress.show(number, shown, products))
+        self._writer.scalars(number, values | self._progress.show(number, shown, matmul_flops))
 
     def _log_scales(self, number, values):
         """Logs each bucket's mean logit scale (`focus.losses.diffusion_dpo`) once."""

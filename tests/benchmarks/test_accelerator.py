@@ -88,7 +88,7 @@ def test_the_step_is_measured_beside_its_peer(rehearsal):
         for name in (
             "seconds",
             "compile_seconds",
-            "products",
+            "matmul_flops",
             "memory",
             "pairs_per_second",
             "share_of_peak",
@@ -196,7 +196,7 @@ def test_the_shapes_are_those_of_every_network(accelerator):
 
     attention, cases = accelerator("attention"), accelerator("cases")
     target = platforms.Target("gpu", 9.0)
-    with platforms.compiled_for(target):
+    with platforms.target_platform(target):
         shapes = attention.attention_shapes(cases.generator_sizes("full"), [1024], [1])
     found = {shape[1:5]: shape for shape in shapes}
     trained = {sizes for sizes, shape in found.items() if shape.trained}

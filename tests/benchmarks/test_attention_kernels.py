@@ -65,7 +65,7 @@ def test_training_can_be_lowered_for_gpus(kernels, name):
     module, inputs, _ = kernels.networks(512)[name]
 
     def gradient(parameters, *inputs):
-        with platforms.compiled_for(platforms.Target("gpu", 9.0)):
+        with platforms.target_platform(platforms.Target("gpu", 9.0)):
             return jax.grad(
                 lambda x: jnp.square(
                     jax.tree.leaves(module.apply(parameters, x, *inputs[1:]))[0].astype(jnp.float32)

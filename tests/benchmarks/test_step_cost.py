@@ -27,8 +27,8 @@ def test_growth_is_told_with_the_command_that_records_it(step_cost, record):
         return step_cost.differences(record, found)
 
     assert told("bytes", 1.01) == [] and told("bytes", 1.03, "another") == []
-    (line,) = told("products", 1.001, "another")
-    assert line.startswith("toybox, update: products 1.") and "(+0.10%)" in line
+    (line,) = told("matmul_flops", 1.001, "another")
+    assert line.startswith("toybox, update: matmul_flops 1.") and "(+0.10%)" in line
     assert line.endswith("python benchmarks/step_cost.py --record")
     assert len(told("bytes", 1.03)) == len(told("others", 1.001)) == 1
     found = copy.deepcopy(record)

@@ -183,7 +183,7 @@ def test_workers_leave_accelerators_alone():
 
 
 def test_the_batch_ahead_is_not_yet_part_of_the_state():
-    ahead, seen = loader.Ahead(make(), lambda batch: batch), []
+    ahead, seen = loader.Prefetcher(make(), lambda batch: batch), []
     for _ in range(3):
         seen.append((ahead.state, ahead.batch.index.tolist()))
         ahead.advance()

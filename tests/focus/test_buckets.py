@@ -10,9 +10,9 @@ from focusdpo_jax.focus import buckets as bk
 
 def test_four_buckets_with_two_structures():
     buckets = bk.make_buckets(4, rho_noisy=0.2, rho_clean=1.0, detail_fraction=0.5)
-    ranges = [(int(b.numbers.t_low), int(b.numbers.t_high)) for b in buckets]
+    ranges = [(int(b.params.t_low), int(b.params.t_high)) for b in buckets]
     assert ranges == [(750, 1000), (500, 750), (250, 500), (0, 250)]
-    np.testing.assert_allclose([b.numbers.rho for b in buckets], [0.3, 0.5, 0.7, 0.9], rtol=1e-6)
+    np.testing.assert_allclose([b.params.rho for b in buckets], [0.3, 0.5, 0.7, 0.9], rtol=1e-6)
     assert [b.structure.dpce for b in buckets] == [False, False, True, True]
     assert [str(s) for s in bk.structures(buckets)] == ["spaf", "spaf+dpce"]
 
@@ -20,7 +20,7 @@ def test_four_buckets_with_two_structures():
 @pytest.mark.parametrize("count", [1, 3, 7, 1000])
 def test_buckets_tile_the_timesteps(count):
     covered = np.concatenate(
-        [np.arange(b.numbers.t_low, b.numbers.t_high) for b in bk.make_buckets(count)[::-1]]
+        [np.arange(b.params.t_low, b.params.t_high) for b in bk.make_buckets(count)[::-1]]
     )
     np.testing.assert_array_equal(covered, np.arange(1000))
 
@@ -77,18 +77,18 @@ def test_buckets_of_one_structure_share_an_executable():
     traces = []
 
     @jax.jit
-    def step(numbers):
-        traces.append(numbers)
-        return numbers.rho * 2
+    def step(params):
+        traces.append(params)
+        return params.rho * 2
 
     for bucket in (*bk.make_buckets(4), *bk.make_buckets(2, lambda_s=2, background=0)):
-        step(bucket.numbers)
+        step(bucket.params)
     assert len(traces) == 1
-    assert {x.dtype for x in bucket.numbers} == {np.dtype("int32"), np.dtype("float32")}
+    assert {x.dtype for x in bucket.params} == {np.dtype("int32"), np.dtype("float32")}
 
 
 def test_timesteps_are_uniform_within_the_bucket():
-    numbers = bk.make_buckets(4)[2].numbers  # [250, 500)
-    t = np.asarray(bk.sample_timesteps(jax.random.key(0), numbers, 20_000))
+    params = bk.make_buckets(4)[2].params  # [250, 500)
+    t = np.asarray(bk.sample_timesteps(jax.random.key(0), params, 20_000))
     assert t.min() == 250 and t.max() == 499 and t.dtype == np.int32
     assert abs(t.mean() - 374.5) < 2  # standard error 0.5

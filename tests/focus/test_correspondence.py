@@ -13,7 +13,9 @@ match_fn = jax.jit(spaf.match)
 def correspond(reference_features, reference_masks, target_features, present, area, rho):
     """SPAF from features to the match."""
     present = present & jnp.any(reference_masks > 0, axis=-1)
-    described = spaf.inside_and_outside(reference_features, reference_masks, present, 3)
+    described = spaf.subject_and_background_prototypes(
+        reference_features, reference_masks, present, 3
+    )
     similarity, background = spaf.compare(described, target_features)
     return spaf.match(similarity, present, area, rho, background)
 
@@ -78,7 +80,9 @@ def test_more_prototypes_than_patches_do_not_hang_on_rounding():
 
 def test_inside_and_outside_of_a_reference():
     features = jnp.array([[[[1.0, 0.0], [0.0, 1.0], [0.0, 5.0]]]])
-    described = spaf.inside_and_outside(features, jnp.array([[[1.0, 0.0, 0.0]]]), ALL(1), 1)
+    described = spaf.subject_and_background_prototypes(
+        features, jnp.array([[[1.0, 0.0, 0.0]]]), ALL(1), 1
+    )
     np.testing.assert_allclose(described, [[[[[1.0, 0.0]], [[0.0, 1.0]]]]], atol=1e-6)
     similarity, background = spaf.compare(described, jnp.array([[[[3.0, 0.0], [0.6, 0.8]]]]))
     np.testing.assert_allclose(similarity, [[[[1.0, 0.6]]]], atol=1e-6)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from focusdpo_jax.focus import buckets, correspondence, weighting
-from focusdpo_jax.focus.buckets import BucketNumbers, BucketStructure
+from focusdpo_jax.focus.buckets import BucketParams, BucketStructure
 
-NUMBERS = BucketNumbers(
+NUMBERS = BucketParams(
     index=np.int32(0),
     t_low=np.int32(0),
     t_high=np.int32(1000),
@@ -19,7 +19,7 @@ NUMBERS = BucketNumbers(
     tau=np.float32(0.5),
     gate_width=np.float32(0.0),
     background=np.float32(0.25),
-    matched=np.float32(0.5),
+    matched_weight=np.float32(0.5),
 )
 
 # Five locations: matched inside, unmatched inside, half inside, matched outside, background.
@@ -29,11 +29,11 @@ DETAIL = jnp.array([[[0.5, 1.0, 0.2, 0.9, 0.4]]])
 MATCH = correspondence.Match(UNION[:, None], UNION, jnp.array([2.0]))  # alignment 1 / 2
 
 
-def weights_of(spaf, dpce, **numbers):
+def weights_of(spaf, dpce, **params):
     structure = BucketStructure(spaf=spaf, dpce=dpce)
     return weighting.focus_weights(
         structure,
-        NUMBERS._replace(**numbers),
+        NUMBERS._replace(**params),
         PRIOR,
         MATCH if spaf else None,
         DETAIL if dpce else None,
@@ -128,7 +128,7 @@ def test_no_gradient_flows_through_the_weights():
 
 
 def test_a_map_that_the_structure_needs_must_be_there():
-    with pytest.raises(ValueError, match="spaf needs `matched`"):
+    with pytest.raises(ValueError, match="spaf needs `match`"):
         weighting.focus_weights(BucketStructure(True, False), NUMBERS, PRIOR)
     with pytest.raises(ValueError, match="dpce needs `detail`"):
         weighting.focus_weights(BucketStructure(False, True), NUMBERS, PRIOR)
@@ -137,13 +137,13 @@ def test_a_map_that_the_structure_needs_must_be_there():
 def test_what_a_structure_switches_off_is_not_compiled():
     """All buckets of a run through one jitted function: two executables, each with its terms."""
 
-    def weigh(structure, numbers, prior, similarity, detail):
+    def weigh(structure, params, prior, similarity, detail):
         matched = None
         if structure.spaf:
             matched = correspondence.match(
-                similarity, jnp.ones((1, 2), bool), jnp.ones((1, 2)), numbers.rho
+                similarity, jnp.ones((1, 2), bool), jnp.ones((1, 2)), params.rho
             )
-        return weighting.focus_weights(structure, numbers, prior, matched, detail)[0]
+        return weighting.focus_weights(structure, params, prior, matched, detail)[0]
 
     jitted = jax.jit(weigh, static_argnums=0)
     arguments = PRIOR, jnp.zeros((1, 2, 1, 5)), DETAIL

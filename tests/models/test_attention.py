@@ -56,7 +56,7 @@ def cudnn(cudnn_to_trace):
 
     def program(function, *arguments, target=HOPPER):
         def traced(*arrays):
-            with platforms.compiled_for(target):
+            with platforms.target_platform(target):
                 return function(*arrays)
 
         return jax.jit(traced).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -118,7 +118,7 @@ def test_long_rows_of_queries_are_taken_in_pieces(platform, monkeypatch):
             out = attend(*x, 2, key_mask=mask)
             return jnp.sin(out).sum(), out
 
-        with platforms.compiled_for(platforms.Target(platform)):
+        with platforms.target_platform(platforms.Target(platform)):
             program = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
             return program(query, key, value), program.lower(query, key, value).as_text()
 
@@ -135,7 +135,7 @@ def test_the_autoencoder_never_holds_all_logits():
     """At 1024 px they are 16384 x 16384."""
     x = jax.ShapeDtypeStruct((1, 16384, 512), jnp.bfloat16)
     for target in (platforms.Target("cpu"), TPU, HOPPER):
-        with platforms.compiled_for(target):
+        with platforms.target_platform(target):
             text = str(jax.make_jaxpr(lambda *x: attend(*x, 1))(x, x, x))
         assert "16384,16384]" not in text and "2048,16384]" in text
 
@@ -167,7 +167,7 @@ def test_causal_attention_sees_no_later_key():
 def test_attention_of_few_keys_keeps_no_logits():
     query, key = jnp.ones((2, 7, 12)), jnp.ones((2, 9, 12))
     mask = jnp.ones((2, 9), bool).at[0, 3].set(False)
-    with platforms.compiled_for(TPU):
+    with platforms.target_platform(TPU):
         found = kept(lambda *x: attend(*x, 3, key_mask=mask), query, key, key)
     assert not [shape for shape in found if shape[-2:] == (7, 9)]
 
@@ -191,12 +191,12 @@ def test_attention_by_heads_is_attention(dtype, tolerance, few_keys, at_once, ma
         return attend(*arrays, 3, key_mask=mask)
 
     def results(platform):
-        with platforms.compiled_for(platforms.Target(platform)):
+        with platforms.target_platform(platforms.Target(platform)):
             out, back = jax.vjp(masked_attend, query, key, value)
             return [np.asarray(x, np.float32) for x in (out, *back(outer))]
 
     def loops(platform):
-        with platforms.compiled_for(platforms.Target(platform)):
+        with platforms.target_platform(platforms.Target(platform)):
             return "while" in str(
                 jax.jit(lambda *x: masked_attend(*x)).lower(query, key, value).as_text()
             )

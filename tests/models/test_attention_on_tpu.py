@@ -45,11 +45,11 @@ def test_where_it_is_taken(positions, heads, taken):
         asked.append(attend)
         return jax.nn.dot_product_attention
 
-    with platforms.compiled_for(platforms.Target("tpu"), divide):
+    with platforms.target_platform(platforms.Target("tpu"), divide):
         assert (
             jax.eval_shape(lambda *x: attend(*x, heads), query, query, query).shape == query.shape
         )
     assert asked == [attention_on_tpu.attend] * taken
-    with platforms.compiled_for(platforms.Target("tpu")):
+    with platforms.target_platform(platforms.Target("tpu")):
         jax.eval_shape(lambda *x: attend(*x, heads), query, query, query)
     assert len(asked) == taken

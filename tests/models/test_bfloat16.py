@@ -115,7 +115,7 @@ def test_pictures_of_another_size_are_resized_as_pillow_does():
     small = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
     parameters = {"image_encoder": random_tree(shapes_of(generator, "image_encoder"))}
     seen = [
-        generator.see(parameters, jnp.asarray(np.asarray(image)[None], jnp.float32) / 255)
+        generator.encode_image(parameters, jnp.asarray(np.asarray(image)[None], jnp.float32) / 255)
         for image in (picture, small)
     ]
     assert len(picture) == 96 and size == 32
@@ -131,7 +131,7 @@ def test_images_are_encoded_in_float32(tiny_folder):
     ]
     images = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
     wide, narrow = (
-        jax.jit(model.generator.encode_image)(model.parameters, images) for model in models_of
+        jax.jit(model.generator.encode_latents)(model.parameters, images) for model in models_of
     )
     for expected, got in zip(wide, narrow, strict=True):
         np.testing.assert_array_equal(got, expected)

@@ -22,7 +22,7 @@ def test_the_form_for_tpus_is_convolution(size, padding):
         kernel,
     )
     outer = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
-    with platforms.compiled_for(platforms.Target("tpu")):
+    with platforms.target_platform(platforms.Target("tpu")):
         result, ours = jax.vjp(
             lambda x, kernel: convolution.conv2d(x, kernel, padding=padding), x, kernel
         )
@@ -79,7 +79,7 @@ def test_a_tpu_adds_up_taps_of_maps_that_fit(side, taken):
     x, kernel = np.zeros((1, side, side, 32), np.float32), np.zeros((3, 3, 32, 32), np.float32)
 
     def lowered(platform):
-        with platforms.compiled_for(platforms.Target(platform)):
+        with platforms.target_platform(platforms.Target(platform)):
             return (
                 jax.jit(
                     lambda x, kernel: jax.grad(lambda x: convolution.conv2d(x, kernel).sum())(x)

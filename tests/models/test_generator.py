@@ -40,8 +40,8 @@ def test_each_adapter_reads_its_part_of_the_view():
     for config, tokens in ((RESAMPLER, 2), (PROJECTION, 4)):
         generator = Generator(config)
         values = parameters(generator, ("adapter", "image_encoder"))
-        view = jax.jit(generator.view)(values, PIXELS)
-        seen = jax.jit(generator.see)(values, PIXELS[1])
+        view = jax.jit(generator.encode_reference)(values, PIXELS)
+        seen = jax.jit(generator.encode_image)(values, PIXELS[1])
         np.testing.assert_allclose(view.features[1], seen.penultimate, rtol=1e-4, atol=1e-5)
         subjects = jax.jit(generator.subject_tokens)
         found = subjects(values, view)
@@ -59,7 +59,7 @@ def test_each_adapter_reads_its_part_of_the_view():
 def test_phrases_and_boxes_ground_each_reference_by_itself():
     generator = Generator(GROUNDING)
     values = parameters(generator, ("adapter", "image_encoder", "text_encoder"))
-    view = jax.jit(generator.view)(values, PIXELS)
+    view = jax.jit(generator.encode_reference)(values, PIXELS)
     ids = np.random.default_rng(1).integers(0, 500, (2, 3, 16))
     boxes = np.float32([[[0, 0, 0.5, 1]] * 3] * 2)
 
@@ -79,7 +79,7 @@ def test_phrases_and_boxes_ground_each_reference_by_itself():
 def test_pictures_by_the_plain_adapter():
     generator = Generator(PROJECTION)
     values = parameters(generator)
-    view = jax.eval_shape(generator.view, values, PIXELS)
+    view = jax.eval_shape(generator.encode_reference, values, PIXELS)
     ids = np.zeros((2, 2, 16), np.int32)
     pictures = jax.eval_shape(
         make_generate(generator, steps=2, guidance=3.0, negative_token_ids=ids[0]),

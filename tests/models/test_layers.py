@@ -73,9 +73,9 @@ def test_feed_forward_keeps_what_is_not_gated_yet():
     x = jnp.ones((2, 5, 6))
     layer = layers.FeedForward()
     params = layer.init(jax.random.key(0), x)
-    with platforms.compiled_for(platforms.Target("tpu")):
+    with platforms.target_platform(platforms.Target("tpu")):
         assert kept(layer.apply, params, x) == [(2, 5, 48)]
-    with platforms.compiled_for(platforms.Target("cpu")):
+    with platforms.target_platform(platforms.Target("cpu")):
         found = kept(lambda x: layer.apply(params, x), x)
     assert [shape for shape in found if shape[0] == 2 and shape[-1] > 6] == [(2, 5, 24)] * 2
 
@@ -90,7 +90,7 @@ def test_feed_forward_is_the_same_on_every_platform():
     )
     results = []
     for platform in ("cpu", "tpu"):
-        with platforms.compiled_for(platforms.Target(platform)):
+        with platforms.target_platform(platforms.Target(platform)):
             assert jax.eval_shape(layer.init, jax.random.key(0), x) == shapes
             results.append(
                 jax.value_and_grad(

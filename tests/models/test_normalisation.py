@@ -87,7 +87,7 @@ def test_the_gradient_of_a_bias_is_the_sum_of_rows():
         jnp.asarray(RNG.normal(size=shape), jnp.bfloat16)
         for shape in ((3, 40, 16), (16,), (3, 40, 16))
     )
-    with platforms.compiled_for(platforms.Target("tpu")):
+    with platforms.target_platform(platforms.Target("tpu")):
         out, back = jax.vjp(bias.add_bias, x, shift)
         of_x, of_shift = back(outer)
         text = jax.jit(lambda outer: back(outer)).lower(outer).as_text()

@@ -287,7 +287,7 @@ def test_the_same_picture(exported):
             output_type="np",
         ).images[0]
     generator, tokenizer = Generator(config), Tokenizer(out / "tokenizer", 16)
-    view = jax.jit(generator.view)(parameters, reference[None, None] / np.float32(255))
+    view = jax.jit(generator.encode_reference)(parameters, reference[None, None] / np.float32(255))
     generate = make_generate(generator, steps=2, guidance=2.0, negative_token_ids=tokenizer(""))
     found = generate(
         parameters,

@@ -93,7 +93,7 @@ def both(request, tmp_path_factory):
 def draw(ours, sampler, guidance=GUIDANCE, steps=STEPS):
     """Two pictures from one noise: with one reference and with two. uint8 [2, H, W, 3]."""
     generator, parameters, tokenizer = ours
-    view = jax.jit(generator.view)(parameters, np.float32([REFERENCES] * 2) / 255)
+    view = jax.jit(generator.encode_reference)(parameters, np.float32([REFERENCES] * 2) / 255)
     generate = make_generate(
         generator, steps=steps, guidance=guidance, sampler=sampler, negative_token_ids=tokenizer("")
     )

@@ -96,13 +96,13 @@ def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
     config = tiny_config()
     mesh = meshes.make_mesh(config.mesh, config.batch_size)
     planned = {
-        name: flops.count(program.trace()).products
+        name: flops.count(program.trace()).matmul_flops
         for name, program in programs.run_programs(config, mesh)[0].items()
     }
     task = tasks.make_task(config, epath.Path(tmp_path))
     state = create_state(task.trainable, make_optimizer(config), config.ema_decay)
     step = compile_step(task, make_optimizer(config), task.buckets, state, task.example(), seed=0)
-    assert planned["update"] + planned["guide"] == max(step.products.values())
+    assert planned["update"] + planned["guide"] == max(step.matmul_flops.values())
 
 
 def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from focusdpo_jax.sharding.trace_context import traced_for
+from focusdpo_jax.sharding.trace_context import trace_context
 
 
 def test_what_is_traced_for_one_mesh_is_not_taken_for_another():
@@ -18,6 +18,6 @@ def test_what_is_traced_for_one_mesh_is_not_taken_for_another():
         return x
 
     for mesh, count in (one, 1), (other, 2), (one, 2):
-        with traced_for(mesh):
+        with trace_context(mesh):
             function(1.0)
         assert len(traces) == count

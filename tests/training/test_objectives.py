@@ -37,11 +37,11 @@ def encoded(tiny_config):
     def make(objective):
         config = tiny_config(objective=objective, focus__background=0.25)
         model, source, buckets, batch, pairs = encode_four(config)
-        ((structure, numbers),) = buckets.values()
+        ((structure, params),) = buckets.values()
         task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
         trainable, frozen = split_parameters(model.parameters, "full")
         frozen = {"parameters": frozen, "reference": trainable}
-        maps = task.focus_maps(structure, frozen, pairs, numbers, jax.random.key(0))
+        maps = task.focus_maps(structure, frozen, pairs, params, jax.random.key(0))
         return np.asarray(maps.weights), batch, pairs
 
     return make
@@ -86,11 +86,11 @@ def test_patch_dpo_learns_from_each_place_of_the_picture_that_is_good_there(enco
 def test_own_subject_keeps_matches_off_other_subjects(tiny_config, own):
     config = tiny_config(focus__own_subject=own, focus__buckets=1)
     model, source, buckets, batch, pairs = encode_four(config)
-    ((structure, numbers),) = buckets.values()
+    ((structure, params),) = buckets.values()
     task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
     trainable, frozen = split_parameters(model.parameters, "full")
     maps = task.focus_maps(
-        structure, {"parameters": frozen, "reference": trainable}, pairs, numbers, jax.random.key(0)
+        structure, {"parameters": frozen, "reference": trainable}, pairs, params, jax.random.key(0)
     )
     side = maps.weights.shape[1]
     cells = batch.masks.reshape(4, 3, side, batch.masks.shape[2] // side, side, -1).any((3, 5))
@@ -105,13 +105,13 @@ def test_confidence_weighs_by_the_reference_models_error(tiny_config):
     def maps(**fields):
         config = tiny_config(focus__buckets=1, **fields)
         model, source, buckets, _, pairs = encode_four(config)
-        ((structure, numbers),) = buckets.values()
+        ((structure, params),) = buckets.values()
         task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
         trainable, frozen = split_parameters(model.parameters, "full")
         fixed = {"parameters": frozen, "reference": trainable}
         key = jax.random.key(0)
-        guidance, _ = task.guide(structure, fixed, pairs, numbers, key)
-        return task.focus_maps(structure, fixed, pairs, numbers, key), guidance, pairs
+        guidance, _ = task.guide(structure, fixed, pairs, params, key)
+        return task.focus_maps(structure, fixed, pairs, params, key), guidance, pairs
 
     plain, _, _ = maps()
     weighed, guidance, pairs = maps(focus__lambda_c=3.0)
@@ -131,14 +131,14 @@ def test_a_fading_anchor_has_the_slope_of_the_preference(tiny_config):
     def loss(**fields):
         config = tiny_config(objective="dpo", beta=3000.0, **fields)
         model, source, buckets, _, pairs = encode_four(config)
-        ((structure, numbers),) = buckets.values()
+        ((structure, params),) = buckets.values()
         task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
         trainable, frozen = split_parameters(model.parameters, "full")
         fixed = {"parameters": frozen, "reference": trainable}
         policy = jax.tree.map(lambda x: 1.02 * x, trainable)
         pair, key = jax.tree.map(lambda x: x[:1], pairs), jax.random.key(0)
-        guidance, _ = task.guide(structure, fixed, pair, numbers, key)
-        return task.loss(policy, fixed, pair, guidance, numbers, key)
+        guidance, _ = task.guide(structure, fixed, pair, params, key)
+        return task.loss(policy, fixed, pair, guidance, params, key)
 
     without, diagnostics = loss(anchor=0.0)
     slope = 2 / (1 + np.exp(-1500.0 * float(diagnostics["margin"])))
@@ -182,14 +182,14 @@ def listen(latents, **overrides):
         present=None,
         references=jnp.zeros((batch, 1)),
     )
-    ((_, numbers),) = tasks.focus_buckets(config).values()
+    ((_, params),) = tasks.focus_buckets(config).values()
     with jax.disable_jit():  # It listens to values, not to their shapes.
         objective.loss(
             {},
             {"parameters": {}},
             encoded,
-            objectives.Guidance(grid, None),
-            numbers,
+            objectives.ReferenceOutputs(grid, None),
+            params,
             jax.random.key(0),
         )
     return generator
@@ -238,11 +238,11 @@ def preference(tiny_folder):
         frozen = {"parameters": frozen, "reference": reference}
         if objective.drops:
             frozen["unconditional"] = objective.unconditional(model.parameters)
-        structure, numbers = next(iter(buckets.values()))
+        structure, params = next(iter(buckets.values()))
 
         def step(pairs, key=jax.random.key(3)):
-            guidance, _ = objective.guide(structure, frozen, pairs, numbers, key)
-            loss, found = objective.loss(trainable, frozen, pairs, guidance, numbers, key)
+            guidance, _ = objective.guide(structure, frozen, pairs, params, key)
+            loss, found = objective.loss(trainable, frozen, pairs, guidance, params, key)
             return guidance, loss, found["margin"]
 
         return step, pairs, model
@@ -317,9 +317,9 @@ def test_bfloat16_margins_are_zero_at_equal_parameters(tiny_config, tmp_path):
     optimizer = state.make_optimizer(config)
     start = state.create_state(task.trainable, optimizer, 0)
     compiled = step.compile_step(task, optimizer, task.buckets, start, task.example(), seed=0)
-    ((structure, numbers),) = task.buckets.values()
+    ((structure, params),) = task.buckets.values()
     batch = task.prepare(next(iter(task.batches)))
-    _, (_, measured) = compiled(structure, start, task.frozen, batch, numbers, 0)
+    _, (_, measured) = compiled(structure, start, task.frozen, batch, params, 0)
     metrics = dict(zip(measured.names, np.asarray(measured.values), strict=True))
     assert metrics["reference_error"] > 0.1
     assert metrics["logit_scale"] < 1e-3

@@ -44,10 +44,8 @@ class Case:
         )
 
     def weigh(self, encoded, bucket=-1):
-        structure, numbers = list(self.buckets.values())[bucket]
-        return jax.device_get(
-            self.maps(structure, self.frozen, encoded, numbers, jax.random.key(0))
-        )
+        structure, params = list(self.buckets.values())[bucket]
+        return jax.device_get(self.maps(structure, self.frozen, encoded, params, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +112,19 @@ def test_the_encoders_similarity_is_kept_per_picture_in_full_precision(cases):
     side = generator.patch_grid
     for picture, images in enumerate((case.batch.chosen, case.batch.rejected)):
         features = [
-            generator.view(parameters, jnp.asarray(x, jnp.float32) / 255).features
+            generator.encode_reference(parameters, jnp.asarray(x, jnp.float32) / 255).features
             for x in (case.batch.references[:, 0], images)
         ]
         reference, target = (x[:, 1:] for x in features)
-        described = correspondence.inside_and_outside(
+        described = correspondence.subject_and_background_prototypes(
             reference[:, None],
             sources.masks_on_grid(case.batch.reference_masks[:, :1], (side, side)),
             case.batch.present[:, :1],
             2,
         )
-        expected, _ = correspondence.compare(described, target.reshape(4, side, side, -1))
+        expected, _ = correspondence.prototype_similarity(
+            described, target.reshape(4, side, side, -1)
+        )
         np.testing.assert_allclose(kept.similarity[:, picture, 0], expected[:, 0], atol=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases)
     generator, parameters = case.model.generator, case.model.parameters
     encoded = case.encode()
     pixels = jnp.asarray(case.batch.references[:1, 0], jnp.float32) / 255
-    mean, _ = generator.encode_image(parameters, pixels)
+    mean, _ = generator.encode_latents(parameters, pixels)
     text, pooled = generator.encode_text(parameters, encoded.token_ids[:1])
     alone = Conditioning(
         text=text,
@@ -163,11 +163,11 @@ def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases)
 @pytest.mark.parametrize("spaf, dpce", [(False, False), (True, False), (False, True)])
 def test_what_a_structure_switches_off_is_not_in_the_compiled_guide(spaf, dpce, cases):
     case = cases("attention")
-    _, numbers = list(case.buckets.values())[-1]
+    _, params = list(case.buckets.values())[-1]
     structure = objectives.StepStructure("focus_dpo", BucketStructure(spaf=spaf, dpce=dpce))
     compiled = (
         jax.jit(case.objective.guide, static_argnums=0)
-        .lower(structure, case.frozen, case.encode(), numbers, jax.random.key(0))
+        .lower(structure, case.frozen, case.encode(), params, jax.random.key(0))
         .compile()
         .as_text()
     )
@@ -188,7 +188,7 @@ def test_what_a_structure_switches_off_is_not_in_the_compiled_guide(spaf, dpce, 
 def test_each_half_of_focus_works_alone(switches, structures, tiny_config):
     buckets = tasks.focus_buckets(tiny_config(**switches))
     assert [str(structure.weight) for structure, _ in buckets.values()] == structures
-    assert [int(numbers.index) for _, numbers in buckets.values()] == [0, 1, 2, 3]
+    assert [int(params.index) for _, params in buckets.values()] == [0, 1, 2, 3]
 
 
 def test_references_are_denoised_once_or_not_at_all(tiny_config):

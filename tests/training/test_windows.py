@@ -18,8 +18,8 @@ class Recorder:
     def scalars(self, step, values):
         self.reports.append((step, values))
 
-    def show(self, step, values, products):
-        self.shown.append((step, values, products))
+    def show(self, step, values, matmul_flops):
+        self.shown.append((step, values, matmul_flops))
         return {"pairs_per_second": 2.0}
 
     def close(self):

@@ -1,0 +1,110 @@
+"""Whether a change of the code leaves every number of a run as it was, to the digit.
+
+    git worktree add ../before COMMIT
+    python benchmarks/unchanged.py --before=../before            # 20 steps of two configurations
+    python benchmarks/unchanged.py --before=../before --default  # and the whole default run
+
+Runs the same commands in both checkouts, one after the other, and compares `metrics.jsonl` without its
+speeds, `results.json` without its settings, and the record of `step_cost.py`. Runs of a commit are kept
+in --output and not repeated; those of a checkout with changes are. The exit status is 1 if a number
+differs.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+SPEEDS = ("pairs_per_second", "teraflops_per_device", "utilisation")
+SHORT = ("steps=20", "log_every=1", "sample_every=0", "checkpoint_every=0")
+RUNS = {
+    "toybox_dpo": ("configs/toybox_dpo.py", *SHORT, "evaluation.scenes=0", "evaluation.pictures=0"),
+    "sdxl_debug": ("configs/sdxl_dpo.py:debug", *SHORT, "evaluation.pictures=0"),
+}
+DEFAULT = {"default": ("configs/toybox_dpo.py",)}
+
+
+def commit(checkout):
+    """The commit of a checkout, or None if tracked files differ from it."""
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return None if changed else git("rev-parse", "--short=10", "HEAD")
+
+
+def run(checkout, name, config, fields, output):
+    """The folder of a finished run of a checkout."""
+    revision = commit(checkout)
+    folder = output / (revision or "changed") / name
+    if (folder / "done").exists() and revision:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "focusdpo_jax.main", f"--config={config}"]
+    command += [
+        f"--workdir={folder.absolute()}",
+        f"--config.data.path={(output / 'data').absolute()}",
+    ]
+    command += [f"--config.{field}" for field in fields]
+    print(f"{revision or checkout}: {' '.join(command[1:4])}", flush=True)
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(
+            command,
+            cwd=checkout,
+            check=True,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": str(pathlib.Path(checkout).absolute())},
+        )
+    (folder / "done").touch()
+    return folder
+
+
+def numbers(folder):
+    """{name: value} of all that a run has written."""
+    found = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        step = values.pop("step")
+        found |= {f"step {step}: {k}": v for k, v in values.items() if k not in SPEEDS}
+    results = folder / "results.json"
+    if results.exists():
+        for measure, sides in json.loads(results.read_text())["metrics"].items():
+            found |= {f"{measure} of {side}": value for side, value in sides.items()}
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--before", required=True, help="checkout to compare with")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/unchanged"))
+    parser.add_argument("--default", action="store_true", help="compare the whole default run too")
+    arguments = parser.parse_args()
+    different = 0
+    for name, (config, *fields) in (RUNS | (DEFAULT if arguments.default else {})).items():
+        before, after = (
+            numbers(run(checkout, name, config, fields, arguments.output))
+            for checkout in (arguments.before, ROOT)
+        )
+        differs = [key for key in before | after if before.get(key) != after.get(key)]
+        print(f"{name}: {len(before)} numbers, {len(differs)} differ")
+        for key in differs[:10]:
+            print(f"  {key}: {before.get(key)} -> {after.get(key)}")
+        different += len(differs)
+    record = pathlib.Path("benchmarks/step_cost.json")
+    if (pathlib.Path(arguments.before) / record).read_text() != (ROOT / record).read_text():
+        print("step_cost.json differs")
+        different += 1
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()
