@@ -3,16 +3,29 @@
 import importlib.util
 import pathlib
 
+from focusdpo_jax import config as config_lib
+
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
-def load_config(name, *arguments):
-    """The configuration of configs/<name>.py; `arguments` are what follows the colon."""
-    return load_file(CONFIGS / f"{name}.py", *arguments)
+def load_config(name, *arguments, **changes):
+    """The RunConfig of configs/<name>.py; `arguments` are what follows the colon.
+
+    `changes` are other values, dots of names as double underscores; they are not checked.
+    """
+    config = config_lib.parse(load_file(CONFIGS / f"{name}.py", *arguments))
+    return changed(config, **changes)
+
+
+def changed(config, **changes):
+    """A RunConfig with other values, dots of names as double underscores."""
+    return config_lib.replace(
+        config, {name.replace("__", "."): value for name, value in changes.items()}
+    )
 
 
 def load_file(path, *arguments):
-    """The configuration of a file."""
+    """The ConfigDict of a file."""
     spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -40,7 +40,6 @@ def make_model(folder):
     """
     from focusdpo_jax.training import models
 
-    config = benchmark_cases.load_config("toybox_dpo")
     sizes = json.loads((models.shipped("toybox") / "model.json").read_text())
     wide = {"hidden_size": 1024, "num_layers": 3, "num_heads": 16, "intermediate_size": 4096}
     sizes["text_encoder"] |= wide | {"hidden_size": 768, "num_heads": 12}
@@ -48,7 +47,7 @@ def make_model(folder):
     sizes["image_encoder"] |= wide
     sizes["adapter"] |= {"input_dim": 1024, "output_dim": 768 + 1024}
     sizes["unet"] |= {"cross_attention_dim": 768 + 1024}
-    config.model.update(pretrained="", sizes=sizes)
+    config = benchmark_cases.load_config("toybox_dpo", model__pretrained="", model__sizes=sizes)
     model = models.load_model(config)
     models.save_model(folder, model, model.parameters)
     bytes_ = {part: (folder / f"{part}.safetensors").stat().st_size for part in model.parameters}

@@ -4,7 +4,7 @@ r"""What FocusDPO adds to a step of Diffusion-DPO, in floating-point operations.
     python benchmarks/focus_cost.py --cases sdxl   # SDXL at 1024 px
 
 For `dpo` and for every structure and source of similarity of `focus_dpo`: the operations of the
-guide (reference model and weights) and of the policy's loss with its gradient, as they are traced
+reference pass (reference model and weights) and of the policy's loss with its gradient, as they are traced
 (`profiling/flops.py`), and their ratio to `dpo`'s. The optimiser, which is the same in both, is
 left out. Nothing is allocated or compiled: shapes are all that a program is traced from.
 `--repeats=N` also compiles the programs and runs them on zeros, N times each, in turn with those of
@@ -26,26 +26,28 @@ from focusdpo_jax.models.generator import (
     PARTS,
     Generator,
     GeneratorConfig,
-    split_parameters,
 )
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
 from focusdpo_jax.profiling import flops
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import assembly, models
 
 SLOTS = 3  # Subjects that a pair may have.
 
 
-def case(name):
+def case(name, **changes):
     """Configuration and sizes of "toybox", "debug" or "sdxl"."""
     if name == "toybox":
-        return load_config("toybox_dpo"), model_folder.load_config(models.shipped("toybox"))
+        return load_config("toybox_dpo", **changes), model_folder.load_config(
+            models.shipped("toybox")
+        )
     if name == "debug":
-        config = load_config("sdxl_dpo", "debug")
-        return config, GeneratorConfig.from_dict(config.model.sizes.to_dict())
+        config = load_config("sdxl_dpo", "debug", **changes)
+        return config, GeneratorConfig.from_dict(config.model.sizes)
     text = CLIPTextConfig()
-    return load_config("sdxl_dpo"), GeneratorConfig(
+    return load_config("sdxl_dpo", **changes), GeneratorConfig(
         unet=UNetConfig(image_context=True),
         vae=VAEConfig(),
         text_encoder=text,
@@ -107,41 +109,34 @@ class Programs:
     def __init__(self, config, sizes):
         generator = Generator(sizes, jnp.dtype(config.dtype))
         parameters = shapes_of(generator, config)
-        self.trainable, rest = split_parameters(parameters, config.trainable)
-        self.buckets = tasks.focus_buckets(config)
-        source, encode = tasks.make_encoder(generator, config, self.buckets)
-        self.pairs = jax.eval_shape(encode, parameters, batch_shapes(generator, config))
-        self.objective = objectives.Objective(
-            generator, config, jnp.zeros((2, sizes.text_encoder.max_length), jnp.int32), source
-        )
-        self.frozen = {
-            "parameters": {k: v for k, v in rest.items() if k in self.objective.parts},
-            "reference": jax.eval_shape(
-                lambda tree: tasks.as_computed(tree, config.dtype), self.trainable
-            ),
-        }
+        mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
+        empty = np.zeros((2, sizes.text_encoder.max_length), np.int32)
+        parts = assembly.assemble(config, generator, parameters, empty, mesh)
+        self.step, self.trainable = parts.step, parts.trainable
+        self.buckets, self.frozen = parts.definition.buckets, parts.definition.frozen
+        self.pairs = jax.eval_shape(parts.encode, parameters, batch_shapes(generator, config))
 
-    def guides(self):
-        """{structure: (traced guide, its arguments)}."""
+    def reference_passes(self):
+        """{structure: (traced reference pass, its arguments)}."""
         key, found = jax.random.key(0), {}
         for structure, params in self.buckets.values():
             arguments = (self.frozen, self.pairs, params, key)
-            guide = jax.jit(self.objective.guide, static_argnums=0)
-            found.setdefault(structure, (guide.trace(structure, *arguments), arguments))
+            program = jax.jit(self.step.reference_pass, static_argnums=0)
+            found.setdefault(structure, (program.trace(structure, *arguments), arguments))
         return found
 
     def update(self):
         """The traced loss with its gradient, and its arguments."""
         (structure, params), key = next(iter(self.buckets.values())), jax.random.key(0)
-        guidance, _ = jax.eval_shape(
-            lambda *arguments: self.objective.guide(structure, *arguments),
+        outputs, _ = jax.eval_shape(
+            lambda *arguments: self.step.reference_pass(structure, *arguments),
             self.frozen,
             self.pairs,
             params,
             key,
         )
-        arguments = (self.trainable, self.frozen, self.pairs, guidance, params, key)
-        gradient = jax.jit(jax.value_and_grad(self.objective.loss, has_aux=True))
+        arguments = (self.trainable, self.frozen, self.pairs, outputs, params, key)
+        gradient = jax.jit(jax.value_and_grad(self.step.loss, has_aux=True))
         return gradient.trace(*arguments), arguments
 
 
@@ -176,22 +171,24 @@ def measure(name, repeats):
 
     base = update = None
     for features in ("", "vit", "unet", "attention"):
-        config, sizes = case(name)
-        config.objective = "focus_dpo" if features else "dpo"
-        config.focus.features = features or "vit"
+        config, sizes = case(
+            name,
+            objective="focus_dpo" if features else "dpo",
+            focus__features=features or "vit",
+        )
         programs = Programs(config, sizes)
         if update is None:  # All structures share it.
             update = finished(*programs.update())
-        for structure, guide in programs.guides().items():
-            guide = finished(*guide)
-            base = base or guide
-            total, plain = guide[0] + update[0], base[0] + update[0]
+        for structure, program in programs.reference_passes().items():
+            reference_pass = finished(*program)
+            base = base or reference_pass
+            total, plain = reference_pass[0] + update[0], base[0] + update[0]
             line = (
                 f"{name:8s} {structure!s:24s} {features:10s} {total:.4e} operations, "
                 f"{total / plain:.4f} of dpo's"
             )
             if repeats:
-                mine, its, shared = seconds([guide[1], base[1], update[1]], repeats)
+                mine, its, shared = seconds([reference_pass[1], base[1], update[1]], repeats)
                 line += f"; {mine + shared:.3f} s, {(mine + shared) / (its + shared):.3f}"
             print(line, flush=True)
 

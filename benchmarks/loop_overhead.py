@@ -23,7 +23,7 @@ import time
 
 import jax
 import numpy as np
-from benchmark_cases import load_config
+from benchmark_cases import changed, load_config
 
 from focusdpo_jax.training import loop
 from focusdpo_jax.training.step import Step
@@ -78,8 +78,7 @@ def run(config, length, profile):
     Step.__call__ = lambda *arguments: stretches(*arguments)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config.data.path = f"{folder}/data"
-            loop.run(config, f"{folder}/run")
+            loop.run(changed(config, data__path=f"{folder}/data"), f"{folder}/run")
     finally:
         Step.__call__ = call
         profile.disable()
@@ -108,13 +107,17 @@ def main():
     parser.add_argument("--length", type=int, default=20, help="steps of a stretch")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    config = load_config(*arguments.config)
     # Of the last step's end only the loop is wanted, neither checkpoint nor picture.
     steps = (arguments.rounds + WARMUP) * 2 * arguments.length + 1
-    config.update(
-        {"steps": steps, "log_every": 10, "sample_every": 10**6, "checkpoint_every": 10**6}
+    config = load_config(
+        *arguments.config,
+        steps=steps,
+        log_every=10,
+        sample_every=0,
+        checkpoint_every=0,
+        evaluation__pictures=0,
+        evaluation__scenes=0,
     )
-    config.evaluation.update({"pictures": 0, "scenes": 0})
     profile = cProfile.Profile()
     if not arguments.profile:
         profile.enable = profile.disable = lambda: None

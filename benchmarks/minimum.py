@@ -203,28 +203,26 @@ def counted(generator, batch):
 def case(name, remat):
     """The configuration of a case, of `dpo` with an adapter."""
     file, argument, side = CASES[name]
-    config = load_config(file, *([argument] if argument else []))
-    config.update(
-        {
-            "objective": "dpo",
-            "trainable": "adapter",
-            "resolution": side,
-            "batch_size": 1,
-            "accumulate": 1,
-        }
+    return load_config(
+        file,
+        *([argument] if argument else []),
+        objective="dpo",
+        trainable="adapter",
+        resolution=side,
+        batch_size=1,
+        accumulate=1,
+        model__remat=remat,
     )
-    config.model.remat = remat
-    return config
 
 
 def ours(config, topology):
-    """Operations of our guide and our update for a pair, and the minimum as a Cost."""
-    mesh = meshes.make_mesh(config.mesh, 1, chips.devices(topology)[0][:1])
+    """Operations of our reference pass and our update for a pair, and the minimum as a Cost."""
+    mesh = meshes.make_mesh(config.mesh.sizes, 1, chips.devices(topology)[0][:1])
     step = shapes.abstract_step(config, mesh)
-    guides, update = trace_step(
-        step.task, step.optimizer, step.task.buckets, step.state, step.batch, step.key
+    passes, update = trace_step(
+        step.assembly.definition, step.optimizer, step.state, step.batch, step.key
     )
-    done = sum(flops.count(trace()).matmul_flops for trace in (*guides.values(), update))
+    done = sum(flops.count(trace()).matmul_flops for trace in (*passes.values(), update))
     return done, counted(models.abstract_model(config, mesh)[0], step.batch)
 
 

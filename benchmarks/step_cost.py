@@ -4,7 +4,7 @@
     python benchmarks/step_cost.py --record   # a change is meant: writes that file
 
 For the step of each case, as it is traced (`profiling/flops.py`): operations of matrix products
-and convolutions, and of everything else, in the guides and in the update. For Toybox's update,
+and convolutions, and of everything else, in the reference passes (`guide`) and in the update. For Toybox's update,
 compiled for a CPU: bytes that XLA says it reads and writes, the body of a loop once, and its
 temporary memory. A test compares them: products with any jax, the rest with the jax that the record
 names, since other versions trace and fuse differently.
@@ -33,18 +33,18 @@ CURE = "if that is meant, record it: python benchmarks/step_cost.py --record"
 def traced(name):
     """{program: jax.stages.Traced} of a case's step."""
     config = load_config(*CASES[name])
-    mesh = meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
     step = shapes.abstract_step(config, mesh)
-    guides, update = trace_step(
-        step.task,
+    passes, update = trace_step(
+        step.assembly.definition,
         step.optimizer,
-        step.task.buckets,
         step.state,
         step.batch,
         step.key,
+        accumulate=config.accumulate,
         ema_decay=config.ema_decay,
     )
-    return {f"guide {structure}": trace() for structure, trace in guides.items()} | {
+    return {f"guide {structure}": trace() for structure, trace in passes.items()} | {
         "update": update()
     }
 

@@ -15,15 +15,14 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_cases import load_config
+from benchmark_cases import changed, load_config
 
-from focusdpo_jax import config as config_rules
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import Generator, ImageView
 from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import assembly, generator_step, models
 
 PARTS = ("unet", "adapter")
 # Widths of SDXL over four; as many heads, since a quarter of five is none.
@@ -43,27 +42,26 @@ def configuration(case, dtype, remat):
     if case == "toybox":
         config = load_config("toybox_dpo")
     else:
-        config = load_config("sdxl_dpo")
-        config.batch_size = 1
-        config.resolution = 1024 if case == "sdxl-1024" else 512
-    config.update(
-        {
-            "objective": "dpo",
-            "anchor": 0.0,
-            "trainable": "adapter",
-            "dtype": dtype,
-            "accumulate": 1,
-            "learning_rate": 1e-6,
-            "beta": 100.0,
-        }
+        side = 1024 if case == "sdxl-1024" else 512
+        config = load_config("sdxl_dpo", batch_size=1, resolution=side)
+    config = changed(
+        config,
+        objective="dpo",
+        anchor=0.0,
+        trainable="adapter",
+        dtype=dtype,
+        accumulate=1,
+        learning_rate=1e-6,
+        warmup_steps=0,
+        # SDXL's beta would show what rounding does to an error 5000 times larger.
+        beta=100.0,
+        data__cache=True,
+        model__remat=remat,
+        # On a CPU a loop takes less time and memory than its blocks in a row.
+        model__scan_layers=jax.default_backend() == "cpu",
     )
-    # SDXL's beta would show what rounding does to an error 5000 times larger.
-    config.data.cache, config.model.remat, config.warmup_steps = True, remat, 0
-    # What suits the device: on a CPU a loop takes less time and memory than its blocks in a row.
-    config.model.scan_layers = jax.default_backend() == "cpu"
-    config = config_rules.complete(config)
     sizes = models.abstract_model(
-        config, meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+        config, meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
     )[0].config
     if case == "quarter":
         sizes = dataclasses.replace(
@@ -76,7 +74,7 @@ def configuration(case, dtype, remat):
 
 def make_objective(config, sizes):
     """`dpo` with the generator of these sizes."""
-    return objectives.Objective(
+    return generator_step.GeneratorStep(
         Generator(sizes, jnp.dtype(config.dtype)),
         config,
         np.zeros((2, sizes.text_encoder.max_length), np.int32),
@@ -94,7 +92,7 @@ def draw(path, leaf):
 
 def inputs(config, generator):
     """EncodedPairs at random."""
-    _, encode = tasks.make_encoder(generator, config, tasks.focus_buckets(config))
+    _, encode = assembly.make_encoder(generator, config, assembly.focus_buckets(config))
     return filled(
         jax.eval_shape(
             encode,
@@ -184,9 +182,9 @@ def main():
     (folder / "pairs.pickle").write_bytes(pickle.dumps(pairs))
     write_conditioning(folder, pairs)
     objective = make_objective(config, sizes)
-    ((_, params),) = tasks.focus_buckets(config).values()
+    ((_, params),) = assembly.focus_buckets(config).values()
     key = meshes.random_key(
-        config.seed, meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+        config.seed, meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
     )
     for step in range(int(steps)):
         noisy = objective.noisy(pairs, params, jax.random.fold_in(key, step))

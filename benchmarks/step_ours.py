@@ -7,7 +7,6 @@ import pathlib
 import pickle
 import sys
 import time
-import types
 
 from focusdpo_jax import command
 
@@ -23,10 +22,10 @@ from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models.generator import Generator, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
-from focusdpo_jax.training import models, tasks
+from focusdpo_jax.training import assembly, models
 from focusdpo_jax.training.measured import as_floats
 from focusdpo_jax.training.state import create_state, make_optimizer
-from focusdpo_jax.training.step import compile_step
+from focusdpo_jax.training.step import StepDefinition, compile_step
 
 
 def load(config, sizes, folder, mesh):
@@ -53,26 +52,28 @@ def load(config, sizes, folder, mesh):
 def make(case, folder, dtype, remat):
     """The function that does the next step."""
     config, sizes = configuration(case, dtype, remat)
-    mesh = meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
-    buckets = tasks.focus_buckets(config)
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
+    buckets = assembly.focus_buckets(config)
     ((structure, params),) = buckets.values()
     objective = make_objective(config, sizes)
     trainable, frozen = split_parameters(load(config, sizes, folder, mesh), config.trainable)
-    task = types.SimpleNamespace(
-        guide=objective.guide,
+    reference = assembly.reference_parameters(trainable, dtype, mesh)
+    definition = StepDefinition(
+        reference_pass=objective.reference_pass,
         loss=objective.loss,
+        buckets=buckets,
+        frozen={"parameters": frozen, "reference": reference},
         mesh=mesh,
-        frozen={"parameters": frozen, "reference": tasks.as_computed(trainable, dtype)},
     )
     optimizer = make_optimizer(config)
     held = {"state": create_state(trainable, optimizer, 0.0), "number": 0}
     pairs = meshes.shard_batch(pickle.loads((folder / "pairs.pickle").read_bytes()), mesh)
-    compiled = compile_step(task, optimizer, buckets, held["state"], pairs, seed=config.seed)
+    compiled = compile_step(definition, optimizer, held["state"], pairs, seed=config.seed)
 
     def step():
         start = time.perf_counter()
         state, metrics = compiled(
-            structure, held["state"], task.frozen, pairs, params, held["number"]
+            structure, held["state"], definition.frozen, pairs, params, held["number"]
         )
         loss = as_floats(metrics)["loss"]
         jax.block_until_ready(state)

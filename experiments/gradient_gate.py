@@ -46,6 +46,7 @@ SETTINGS = {
 def main():
     """Prints the table of the flags."""
     from experiments import gradients
+    from focusdpo_jax import config as config_lib
     from focusdpo_jax.errors import UserError
 
     if _CONFIG.value is None:
@@ -64,7 +65,9 @@ def main():
     }
     print(
         gradients.format_table(
-            gradients.compare(_CONFIG.value, wanted, pairs=_PAIRS.value, seed=_SEED.value)
+            gradients.compare(
+                config_lib.parse(_CONFIG.value), wanted, pairs=_PAIRS.value, seed=_SEED.value
+            )
         )
     )
 

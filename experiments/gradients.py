@@ -1,14 +1,17 @@
 """Gradients of preference objectives at the reference parameters; see `gradient_gate`, the command."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.data import loader
 from focusdpo_jax.evaluation.tables import aligned
 from focusdpo_jax.models.generator import split_parameters
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import assembly, generator_step, models, run_data
 
 
 def cosine(first, second):
@@ -26,8 +29,8 @@ def gradients(config, model, batches, structure, params, seed):
       seed: of timesteps and noise; batch i draws from its i-th key whatever the setting.
     """
     trainable, rest = split_parameters(model.parameters, config.trainable)
-    source, _ = tasks.make_encoder(model.generator, config, tasks.focus_buckets(config))
-    objective = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+    source, _ = assembly.make_encoder(model.generator, config, assembly.focus_buckets(config))
+    objective = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
     frozen = {
         "parameters": {part: tree for part, tree in rest.items() if part in objective.parts},
         "reference": trainable,
@@ -35,8 +38,8 @@ def gradients(config, model, batches, structure, params, seed):
 
     @jax.jit
     def gradient(trainable, frozen, pairs, key):
-        guidance, _ = objective.guide(structure, frozen, pairs, params, key)
-        tree = jax.grad(lambda t: objective.loss(t, frozen, pairs, guidance, params, key)[0])(
+        outputs, _ = objective.reference_pass(structure, frozen, pairs, params, key)
+        tree = jax.grad(lambda t: objective.loss(t, frozen, pairs, outputs, params, key)[0])(
             trainable
         )
         return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
@@ -54,7 +57,7 @@ def compare(config, settings, *, pairs, seed, batch_size=16):
     """Compares the gradients of settings.
 
     Args:
-      config: ConfigDict of a run on Toybox.
+      config: RunConfig of a run on Toybox.
       settings: {name: {field: value}}, with "dpo" and "prior_dpo" among them.
       pairs: training pairs that are measured, an even number.
       seed: of timesteps and noise.
@@ -64,10 +67,10 @@ def compare(config, settings, *, pairs, seed, batch_size=16):
       {bucket: {name: {"prior_dpo", "dpo", "halves": cosines, "norm": over dpo's}}}.
     """
     model = models.load_model(config)
-    records = tasks.open_data(config)["train"]
+    records = run_data.open_data(config)["train"]
     transform = loader.pair_transform(
         tokenize=model.tokenizer,
-        num_subjects=tasks.subject_slots(config, {"train": records}),
+        num_subjects=run_data.subject_slots(config, {"train": records}),
         reference_size=model.generator.config.image_encoder.image_size,
     )
     size = next(s for s in range(min(batch_size, pairs // 2), 0, -1) if (pairs // 2) % s == 0)
@@ -76,24 +79,22 @@ def compare(config, settings, *, pairs, seed, batch_size=16):
             [records[i] for i in range(pairs)], transform=transform, batch_size=size
         )
     )
-    buckets, encoded, found = tasks.focus_buckets(config), {}, {}
+    buckets, encoded, found = assembly.focus_buckets(config), {}, {}
 
     def batches(changed):
         """The pairs, encoded for the setting's source of similarity."""
         features = changed.focus.features
         if features not in encoded:
-            full = changed.copy_and_resolve_references()
-            full.objective = "focus_dpo"
-            _, encode = tasks.make_encoder(model.generator, full, tasks.focus_buckets(full))
+            full = dataclasses.replace(changed, objective="focus_dpo")
+            _, encode = assembly.make_encoder(model.generator, full, assembly.focus_buckets(full))
             encoded[features] = [encode(model.parameters, batch) for batch in raw]
         return encoded[features]
 
     for bucket, (_, limits) in buckets.items():
         vectors = {}
         for name, fields in settings.items():
-            changed = config.copy_and_resolve_references()
-            changed.update_from_flattened_dict({"anchor": 0.0, **fields})
-            own = tasks.focus_buckets(changed)
+            changed = config_lib.replace(config, {"anchor": 0.0, **fields})
+            own = assembly.focus_buckets(changed)
             structure, params = own.get(bucket) or next(iter(own.values()))
             params = params._replace(index=limits.index, t_low=limits.t_low, t_high=limits.t_high)
             vectors[name] = gradients(changed, model, batches(changed), structure, params, seed)

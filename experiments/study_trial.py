@@ -8,6 +8,7 @@ Training to a further step resumes the run; with a constant learning rate all st
 training.
 """
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -15,32 +16,30 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import logging
 
 from benchmarks.benchmark_cases import load_file
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.data import loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.inference.generate import generate_all, make_generate
 from focusdpo_jax.toybox import measures
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
-from focusdpo_jax.training import encoding, loop, models, runs, tasks
+from focusdpo_jax.training import encoding, loop, models, run_data, runs
 
 PICTURES = 8  # Kept of every measurement.
 
 
 def load_config(path, overrides):
     """The configuration of a file with some fields replaced."""
-    config = load_file(path)
-    for name, value in overrides.items():
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"config.{name} = {value!r}: {error}") from error
-    config_rules.validate(config)
+    config = config_lib.parse(load_file(path))
+    try:
+        config = config_lib.replace(config, overrides)
+    except KeyError as error:
+        raise UserError(f"config.{error.args[0]} is not a field") from error
+    config_lib.check(config)
     return config
 
 
@@ -50,11 +49,16 @@ def scenes_of(config, split, count):
     Returns:
       `count` records of `split` as one PreferenceBatch of numpy arrays, given a model's tokenizer.
     """
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.data.subject_counts = (0.0, 0.5, 0.5)
-    config.data.train_size = 1
-    config.data.validation_size = config.data.test_size = count
-    source = tasks.open_data(config)[split]
+    config = config_lib.replace(
+        config,
+        {
+            "data.subject_counts": (0.0, 0.5, 0.5),
+            "data.train_size": 1,
+            "data.validation_size": count,
+            "data.test_size": count,
+        },
+    )
+    source = run_data.open_data(config)[split]
 
     def batches(model):
         transform = loader.pair_transform(
@@ -76,8 +80,8 @@ def scenes_of(config, split, count):
 def measure(model, config, batches):
     """Toybox's measures of what a model draws, {name: [scenes, ...]}, and all pictures."""
     generator, parameters = model.generator, jax.device_put(model.parameters)
-    supervised = ml_collections.ConfigDict(config.to_dict())
-    supervised.objective = "sft"  # References and captions are all there is to know.
+    # Only references and captions are read.
+    supervised = dataclasses.replace(config, objective="sft")
     encoded = encoding.cached(
         encoding.encoder(generator, supervised),
         parameters,
@@ -129,7 +133,7 @@ def run(folder):
         if path.exists():
             continue
         if step:
-            config.steps = step
+            config = dataclasses.replace(config, steps=step)
             try:
                 loop.run(config, folder / "run")
             except UserError as error:

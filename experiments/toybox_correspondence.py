@@ -19,14 +19,14 @@ from focusdpo_jax.data import loader
 from focusdpo_jax.focus import correspondence
 from focusdpo_jax.focus.grids import average_to_grid
 from focusdpo_jax.models.generator import split_parameters
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import assembly, generator_step, models, run_data
 
 
 def measure(config, model, batches):
     """Yields (bucket, share on the right subject, chance, alignments of chosen and rejected)."""
-    buckets = tasks.focus_buckets(config)
-    source, encode = tasks.make_encoder(model.generator, config, buckets)
-    objective = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+    buckets = assembly.focus_buckets(config)
+    source, encode = assembly.make_encoder(model.generator, config, buckets)
+    objective = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
     trainable, frozen = split_parameters(model.parameters, config.trainable)
     fixed = {"parameters": frozen, "reference": trainable}
     focus_maps = jax.jit(objective.focus_maps, static_argnums=0)
@@ -43,7 +43,7 @@ def measure(config, model, batches):
             taken, right = (np.asarray(x.sum((2, 3))) for x in (found, found * there))
             inside.append(right[taken > 0] / taken[taken > 0])
             chance.append(np.asarray(there.mean((2, 3)))[taken > 0])
-            prior = objectives.repeat_for_pair(pairs.prior)
+            prior = generator_step.repeat_for_pair(pairs.prior)
             alignment.append(np.asarray(correspondence.alignment(match, prior)).reshape(-1, 2).T)
         yield (
             name,
@@ -61,13 +61,16 @@ def main():
     parser.add_argument("--scenes", type=int, default=64)
     parser.add_argument("--prototypes", type=int, nargs="+", default=[1, 4, 16])
     arguments = parser.parse_args()
-    config = benchmark_cases.load_config("toybox_dpo")
-    config.data.train_size, config.data.validation_size = 1, arguments.scenes
-    config.data.test_size = 1
-    records = tasks.open_data(config)["validation"]
+    config = benchmark_cases.load_config(
+        "toybox_dpo",
+        data__train_size=1,
+        data__validation_size=arguments.scenes,
+        data__test_size=1,
+    )
+    records = run_data.open_data(config)["validation"]
     model = models.load_model(config)
     transform = loader.pair_transform(
-        tokenize=model.tokenizer, num_subjects=tasks.subject_slots(config, None)
+        tokenize=model.tokenizer, num_subjects=run_data.subject_slots(config, None)
     )
     batches = list(
         loader.evaluation_batches(
@@ -77,10 +80,11 @@ def main():
         )
     )
     for features in ("vit", "unet", "attention"):
-        config.focus.features = features
         # With attention, it is the image tokens that stand for a subject.
         for count in arguments.prototypes if features != "attention" else [0]:
-            config.focus.prototypes = max(1, count)
+            config = benchmark_cases.changed(
+                config, focus__features=features, focus__prototypes=max(1, count)
+            )
             for bucket, inside, chance, chosen, rejected in measure(config, model, batches):
                 print(
                     f"{features:10s} {count or '':2} prototypes, {bucket}: inside "

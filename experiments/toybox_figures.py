@@ -61,7 +61,7 @@ def report(model, config, *, split, count, seed, batch_size, parts):
 
     Args:
       model: a `training.models.Model` with a probe.
-      config: ConfigDict of the world and of sampling.
+      config: RunConfig of the world and of sampling.
       parts: of "autoencoder", "probe" and "generator".
 
     Returns:

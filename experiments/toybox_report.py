@@ -8,6 +8,7 @@ off generated pictures of the same scenes. Writes report.json, and samples.png: 
 left out. The world, the sampling steps and the guidance are those of --config.
 """
 
+import dataclasses
 import json
 
 from absl import flags
@@ -38,6 +39,7 @@ def main():
     """Measures the model of the flags, and writes what was found."""
     # After the flags, so that --help is quick.
     from experiments import toybox_figures
+    from focusdpo_jax import config as config_lib
     from focusdpo_jax.errors import UserError
     from focusdpo_jax.files import replace_file
     from focusdpo_jax.training import runs
@@ -50,6 +52,7 @@ def main():
     ):
         if value is None:
             raise UserError(f"--{name} is missing; see --help")
+    config = config_lib.parse(_CONFIG.value)
     model, parts = runs.load_folder(_MODEL.value), _PARTS.value
     if model.probe is None and parts != ["autoencoder"]:
         raise UserError(
@@ -58,7 +61,7 @@ def main():
         )
     figures, tables, scenes, captions, drawn = toybox_figures.report(
         model,
-        _CONFIG.value,
+        config,
         split=_SPLIT.value,
         count=_SCENES.value,
         seed=_SEED.value,
@@ -85,7 +88,7 @@ def main():
                 "split": _SPLIT.value,
                 "scenes": _SCENES.value,
                 "seed": _SEED.value,
-                "sampling": _CONFIG.value.sampling.to_dict(),
+                "sampling": dataclasses.asdict(config.sampling),
                 "autoencoder": figures,
                 "probe": tables,
             },

@@ -30,7 +30,7 @@ import threading
 from absl import logging
 
 from experiments import study_report
-from focusdpo_jax.config import PREFERENCE_OBJECTIVES
+from focusdpo_jax import objectives
 from focusdpo_jax.errors import UserError
 
 OBJECTIVES = ("sft", "dpo", "prior_dpo", "patch_dpo", "focus_dpo")
@@ -141,7 +141,7 @@ def tuning_trials(study):
     """One trial for each point of an objective's grid; only preferences have beta and anchor."""
     for objective in study.objectives:
         grid = [study.learning_rates]
-        if objective in PREFERENCE_OBJECTIVES:
+        if objectives.get(objective).needs_reference:
             grid += [study.betas, study.anchors]
         for point in itertools.product(*grid):
             setting = dict(zip(TUNED, point))

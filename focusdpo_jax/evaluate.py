@@ -151,26 +151,26 @@ def read_share():
 
 
 def open_models():
-    """(ConfigDict or None, {side: function that loads its model}, folder of the run or None)."""
-    from focusdpo_jax import config as config_rules
+    """(RunConfig or None, {side: function that loads its model}, folder of the run or None)."""
+    from focusdpo_jax import config as config_lib
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import models, runs
 
     config, name = _CONFIG.value, _WORKDIR.value
     if config is not None:
-        config_rules.validate(config)
+        config = config_lib.parse(config)
         name = name or str(
             command.default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
         )
     if _IMAGES.value:
         if config is None and _WORKDIR.value:
-            config = config_rules.complete(runs.Run(name).config)
+            config = runs.Run(name).config
         return config, {}, None
     if name is None:
         raise UserError("give --workdir, the folder of a run, or --config.")
     if name != "base" and not pretrained.is_model(name):
         run = runs.Run(name)
-        config = config_rules.complete(run.config if config is None else config)
+        config = run.config if config is None else config
         run.sizes().check_resolution(config.resolution)
         return config, {"base": run.base, "policy": run.policy}, epath.Path(name)
     if config is None:

@@ -32,6 +32,9 @@ _ACCEPT = flags.DEFINE_bool(
     False,
     "Go on with a run although its configuration is no longer the one it was started with.",
 )
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Print every field of the configuration with its meaning, and exit."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -47,15 +50,21 @@ def main():
     # After the flags, so that --help is quick.
     from focusdpo_jax.training import run_lock
 
-    config = _CONFIG.value
+    if _PRINT_CONFIG.value:
+        from focusdpo_jax import config as config_lib
+
+        print(config_lib.describe(config_lib.parse(_CONFIG.value)))
+        return
     workdir = _WORKDIR.value or command.default_workdir(
         config_flags.get_config_filename(FLAGS["config"])
     )
     run_lock.require_free(workdir)  # Before imports that take seconds.
+    from focusdpo_jax import config as config_lib
     from focusdpo_jax.sharding import processes
     from focusdpo_jax.training import loop, preemption
 
-    if config.get("batch_size", 0) * config.get("resolution", 0) ** 2 >= _LARGE:
+    config = config_lib.parse(_CONFIG.value)
+    if config.batch_size * config.resolution**2 >= _LARGE:
         command.keep_memory()
     with processes.distributed(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
         try:

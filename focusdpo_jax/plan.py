@@ -69,16 +69,18 @@ def main():
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Of compilers there may be several.
     if _TOPOLOGY.value != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from focusdpo_jax import config as config_rules
+    from focusdpo_jax import config as config_lib
+    from focusdpo_jax import objectives
     from focusdpo_jax.errors import UserError
     from focusdpo_jax.planning import planner, programs, report
 
-    config = _CONFIG.value
-    config_rules.validate(config)
-    if config.objective not in config_rules.GENERATOR_OBJECTIVES:
+    config = config_lib.parse(_CONFIG.value)
+    if not objectives.get(config.objective).trains_generator:
+        names = objectives.names()
+        generators = ", ".join(n for n in names if objectives.get(n).trains_generator)
         raise UserError(
             f"config.objective = {config.objective!r}: a plan is for the training of a "
-            f"generator; choose one of {', '.join(config_rules.GENERATOR_OBJECTIVES)}"
+            f"generator; choose one of {generators}"
         )
     options = {"utilisation": _UTILISATION.value}
     only = ["update"] if _QUICK.value else _PROGRAMS.value

@@ -36,11 +36,11 @@ def tiny_folder(tmp_path_factory):
     import numpy as np
     import tiny
 
-    from focusdpo_jax.training import models, tasks
+    from focusdpo_jax.training import models, run_data
 
     folder = tmp_path_factory.mktemp("tiny")
     config = tiny.tiny_config(folder, model__pretrained="")
-    tasks.open_data(config)
+    run_data.open_data(config)
     model = models.load_model(config)
     # A fresh generator has layers of zeros, through which no gradient reaches what lies before.
     draw = np.random.default_rng(0)

@@ -92,7 +92,7 @@ def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "unfinished").mkdir()
     (folder / "unfinished" / "config.json").write_text(
-        config.to_json(tiny.load_config("toybox_dpo"))
+        config.to_json(tiny.run_config("toybox_dpo"))
     )
     calls = [
         [argument.replace("OUT", str(folder / "out")) for argument in arguments]

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pathlib
 
+from focusdpo_jax import config as config_lib
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -13,6 +15,11 @@ def load_config(name, *arguments):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*arguments)
+
+
+def run_config(name, *arguments, **overrides):
+    """The RunConfig of configs/<name>.py with other values (dots as double underscores), unchecked."""
+    return changed(config_lib.parse(load_config(name, *arguments)), **overrides)
 
 
 # Every field that makes the default run small; the same in every test, so that compiled programs
@@ -101,21 +108,24 @@ SIZES = {
 
 
 def tiny_config(folder, **overrides):
-    """The default configuration with OVERRIDES, then `overrides` (dots as double underscores).
+    """The default RunConfig with OVERRIDES, then `overrides` (dots as double underscores), unchecked.
 
     Data and model lie in `folder`; `model__pretrained=""` makes a model of SIZES instead.
     """
-    config = load_config("toybox_dpo")
     changes = OVERRIDES | {
         "data.path": str(folder / "data"),
         "model.pretrained": str(folder / "model"),
     }
     changes |= {name.replace("__", "."): value for name, value in overrides.items()}
-    for name, value in changes.items():
-        config.update_from_flattened_dict({name: value})
-    if not config.model.pretrained:
-        config.model.sizes = SIZES
-    return config
+    if not changes["model.pretrained"]:
+        changes.setdefault("model.sizes", SIZES)
+    return config_lib.replace(config_lib.parse(load_config("toybox_dpo")), changes)
+
+
+def changed(config, **overrides):
+    """A RunConfig with other values (dots as double underscores), unchecked."""
+    changes = {name.replace("__", "."): value for name, value in overrides.items()}
+    return config_lib.replace(config, changes)
 
 
 def losses(workdir):

@@ -1,9 +1,8 @@
 """Configurations of the cases: SDXL with IP-Adapter-Plus, or its anatomy at debugging sizes."""
 
 import jax
-from benchmark_cases import load_config
+from benchmark_cases import changed, load_config
 
-from focusdpo_jax import config as config_rules
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import models
 
@@ -26,38 +25,41 @@ def configuration(settings):
     """
     debug = settings["size"] == "debug"
     config = load_config("sdxl_dpo", *(["debug"] if debug else []))
-    # SDXL's beta would show what rounding does to an error 5000 times larger.
-    config.update(
-        {
-            "dtype": settings.get("dtype", "bfloat16"),
-            "objective": settings.get("objective", "dpo"),
-            "trainable": settings.get("trainable", "adapter"),
-            "anchor": 0.0,
-            "beta": 100.0,
-            "accumulate": 1,
-            "learning_rate": 1e-6,
-            "warmup_steps": 0,
-            "weight_decay": 1e-2,
-            "resolution": settings["resolution"],
-            "batch_size": settings.get("batch", 1),
-        }
-    )
+    trainable = settings.get("trainable", "adapter")
+    changes = {"model__lora_rank": 4 if debug else 32} if trainable == "lora" else {}
     if debug:
-        config.model.sizes.unet.update(_FEWEST)
-        config.model.sizes.adapter.depth = 1
-    # Encoders are asked once, so that a step is a step.
-    config.data.cache = True
-    config.model.remat = settings.get("remat", True)
-    config.model.scan_layers = settings.get("scan_layers", True)
-    if config.trainable == "lora":
-        config.model.lora_rank = 4 if debug else 32
-    config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1})
-    return config_rules.complete(config)
+        sizes = dict(config.model.sizes)
+        sizes["unet"] = {**sizes["unet"], **_FEWEST}
+        sizes["adapter"] = {**sizes["adapter"], "depth": 1}
+        changes["model__sizes"] = sizes
+    return changed(
+        config,
+        dtype=settings.get("dtype", "bfloat16"),
+        objective=settings.get("objective", "dpo"),
+        trainable=trainable,
+        anchor=0.0,
+        # SDXL's beta would show what rounding does to an error 5000 times larger.
+        beta=100.0,
+        accumulate=1,
+        learning_rate=1e-6,
+        warmup_steps=0,
+        weight_decay=1e-2,
+        resolution=settings["resolution"],
+        batch_size=settings.get("batch", 1),
+        # Encoders run before the step, so that a step is a step.
+        data__cache=True,
+        model__remat=settings.get("remat", True),
+        model__scan_layers=settings.get("scan_layers", True),
+        mesh__data=1,
+        mesh__fsdp=1,
+        mesh__tensor=1,
+        **changes,
+    )
 
 
 def one_device(config):
     """The mesh of this process's first device."""
-    return meshes.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+    return meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
 
 
 def generator_sizes(size):

@@ -9,6 +9,7 @@ and conditioning, and step in turn.
 """
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -26,7 +27,7 @@ from focusdpo_jax.planning import memory as device_memory
 from focusdpo_jax.planning import shapes
 from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import tasks
+from focusdpo_jax.training import assembly
 from focusdpo_jax.training.measured import as_floats
 from focusdpo_jax.training.state import create_state
 from focusdpo_jax.training.step import compile_beside
@@ -80,22 +81,22 @@ def measure(settings, context):
     mesh, device = cases.one_device(config), jax.devices()[0]
     peak = matmul_peak(device, config.dtype)
     plan = shapes.abstract_step(config, mesh)
-    plan.task.loss = watched(plan.objective)
-    trainable = weights.draw(plan.task.trainable)
-    frozen = {"parameters": weights.draw(plan.task.frozen["parameters"])}
-    if "reference" in plan.task.frozen:
+    planned_step = plan.assembly.definition
+    trainable = weights.draw(plan.assembly.trainable)
+    frozen = {"parameters": weights.draw(planned_step.frozen["parameters"])}
+    if "reference" in planned_step.frozen:
         frozen["reference"] = jax.jit(
-            lambda tree: tasks.as_computed(tree, config.dtype),
-            out_shardings=_shardings(plan.task.frozen["reference"]),
+            lambda tree: assembly.reference_parameters(tree, config.dtype, mesh),
+            out_shardings=_shardings(planned_step.frozen["reference"]),
         )(trainable)
-    on_host = filled(plan.batch, config, plan.generator.config.unet)
+    definition = dataclasses.replace(planned_step, loss=watched(plan.assembly.step), frozen=frozen)
+    on_host = filled(plan.batch, config, plan.assembly.generator.config.unet)
     pairs = meshes.shard_batch(on_host, mesh)
-    buckets = plan.task.buckets
-    structure, params = next(iter(buckets.values()))
+    structure, params = next(iter(definition.buckets.values()))
     row = {"key": "ours", "side": "focusdpo_jax", "matmul_peak": peak}
     peers, start = {}, time.monotonic()
     with compile_beside(
-        plan.task, plan.optimizer, buckets, plan.state, pairs, seed=config.seed
+        definition, plan.optimizer, plan.state, pairs, seed=config.seed
     ) as compiling:
         if settings["peers"] and _have_peers():
             folder = pathlib.Path(context.scratch)
@@ -158,11 +159,11 @@ def measure(settings, context):
 
 
 def watched(objective):
-    """The loss of an `Objective`, which also measures the largest difference of the error maps.
+    """The loss of a `GeneratorStep`, which also measures the largest difference of the error maps.
 
     Those of policy and reference, over all locations; `error_map_difference` among its metrics.
     """
-    # Another object: the guide is traced at the same time, in another thread.
+    # Another object: the reference pass is traced at the same time, in another thread.
     watching, found = copy.copy(objective), []
 
     def remembered(*arguments, **options):
@@ -172,12 +173,12 @@ def watched(objective):
 
     watching._error = remembered
 
-    def loss(trainable, frozen, encoded, guidance, params, key):
-        value, metrics = watching.loss(trainable, frozen, encoded, guidance, params, key)
+    def loss(trainable, frozen, encoded, outputs, params, key):
+        value, metrics = watching.loss(trainable, frozen, encoded, outputs, params, key)
         policy = jax.lax.stop_gradient(found.pop())
-        if guidance.reference_error is None:
+        if outputs.reference_error is None:
             return value, metrics
-        difference = jnp.abs(policy - guidance.reference_error).max()
+        difference = jnp.abs(policy - outputs.reference_error).max()
         return value, metrics | {"error_map_difference": difference}
 
     return loss
@@ -185,7 +186,10 @@ def watched(objective):
 
 def planned(compiled, held):
     """Bytes that `plan` would tell, of the programs that were compiled here: by kind, and "peak"."""
-    memory = [program.memory_analysis() for program in (*compiled.guides.values(), compiled.update)]
+    memory = [
+        program.memory_analysis()
+        for program in (*compiled.reference_passes.values(), compiled.update)
+    ]
     kinds = {
         "held": device_memory.bytes_per_device(held),
         "temporaries": max(m.temp_size_in_bytes for m in memory),
@@ -226,7 +230,7 @@ def _have_peers():
 
 def _write(folder, settings, config, plan, parameters, on_host):
     """Weights and conditioning for the peers; weights are kept where they are this job's already."""
-    write_sizes(folder, config, plan.generator.config)
+    write_sizes(folder, config, plan.assembly.generator.config)
     write_conditioning(folder, on_host)
     wanted, kind = json.dumps([settings["size"], settings["dtype"]]), folder / "weights.json"
     if kind.exists() and kind.read_text() == wanted:
@@ -239,8 +243,11 @@ def _write(folder, settings, config, plan, parameters, on_host):
 
 def _write_noisy(folder, settings, config, plan, pairs):
     """What our step will draw, for each of the peers' steps."""
-    noisy, key = jax.jit(plan.objective.noisy), meshes.random_key(config.seed, plan.task.mesh)
-    _, params = next(iter(plan.task.buckets.values()))
+    noisy, key = (
+        jax.jit(plan.assembly.step.noisy),
+        meshes.random_key(config.seed, plan.assembly.definition.mesh),
+    )
+    _, params = next(iter(plan.assembly.definition.buckets.values()))
     for step in range(settings["warmup"] + settings["rounds"]):
         found = noisy(pairs, params, jax.random.fold_in(key, step))
         np.savez(folder / f"noisy_{step}.npz", **jax.device_get(found._asdict()))

@@ -50,7 +50,7 @@ class ToyboxSource:
 
 
 def toybox_world(config) -> toybox.World:
-    """The world that the fields of a run's configuration (ConfigDict) describe."""
+    """The world that the fields of a run's configuration (`config.RunConfig`) describe."""
     data = config.data
     return toybox.World(
         data.seed,

@@ -26,7 +26,7 @@ class Toybox:
         """Takes the world and the number of scenes from a run's configuration.
 
         Args:
-          config: ConfigDict with `data`, `resolution` and `evaluation`.
+          config: RunConfig; it reads `data`, `resolution` and `evaluation`.
           probe: parameters of the probe network, or None.
           samples: pictures of each scene.
           seed: of the noise.

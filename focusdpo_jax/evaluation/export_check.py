@@ -62,8 +62,7 @@ def check(workdir, output, names, *, whole):
     """
     require_packages(names)
     run = runs.Run(workdir)
-    with run.config.unlocked():
-        run.config.dtype = "float32"
+    run.config = dataclasses.replace(run.config, dtype="float32")
     model, base = run.policy(), None
     config = model.generator.config
     reads = "adapter" in names and ip_adapter.unreadable(config.adapter) is None

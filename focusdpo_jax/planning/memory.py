@@ -8,17 +8,15 @@ import math
 import resource
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.models.generator import split_parameters
 from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.sharding import rules
-from focusdpo_jax.training import models, objectives, tasks
+from focusdpo_jax.training import models
+from focusdpo_jax.training.assembly import assemble
 from focusdpo_jax.training.state import create_state, make_optimizer
 
 # A limit of a control group that stands for none is a number near the largest there is.
@@ -33,7 +31,7 @@ def held(config, mesh):
     """What each device holds during every step.
 
     Args:
-      config: ConfigDict of a generator's objective, whose files are there.
+      config: of a generator's objective, whose files are there.
       mesh: of devices.
 
     Returns:
@@ -43,13 +41,12 @@ def held(config, mesh):
     Raises:
       UserError: the model has nothing of what `config.trainable` names.
     """
-    config = config_rules.complete(config)
-    config.model.scan_layers = True  # The same bytes in fewer arrays.
+    # The same bytes in fewer arrays.
+    config = config_lib.replace(config, {"model.scan_layers": True})
     generator, parameters = models.abstract_model(config, mesh)
-    trainable, frozen = split_parameters(parameters, config.trainable)
-    source, _ = tasks.make_encoder(generator, config, tasks.focus_buckets(config))
-    length = generator.config.text_encoder.max_length
-    parts = objectives.Objective(generator, config, np.zeros((2, length), np.int32), source).parts
+    empty = np.zeros((2, generator.config.text_encoder.max_length), np.int32)
+    assembly = assemble(config, generator, parameters, empty, mesh)
+    trainable, frozen, parts = assembly.trainable, assembly.untrained, assembly.step.parts
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
     lies = shapes.state_shardings(state, mesh)
@@ -60,7 +57,7 @@ def held(config, mesh):
         "encoders": 0
         if config.data.cache
         else bytes_per_device({part: tree for part, tree in frozen.items() if part not in parts}),
-        "reference": 0,
+        "reference": bytes_per_device(assembly.definition.frozen.get("reference", {})),
         "trained parameters": bytes_per_device(
             (state.trainable, state.average), (lies.trainable, lies.average)
         ),
@@ -73,9 +70,6 @@ def held(config, mesh):
         if config.data.cache
         else bytes_per_device(shapes.raw_batch(config, generator), meshes.batch_sharding(mesh)),
     }
-    if config.objective in config_rules.PREFERENCE_OBJECTIVES:
-        kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
-        sizes["reference"] = bytes_per_device(kept, rules.tree_shardings(kept, mesh))
     return sizes
 
 
@@ -147,7 +141,7 @@ def _cure(config, mesh, needed, available):
       available: bytes of a device.
     """
     alone = [
-        (changes, _total(_changed(config, changes), mesh))
+        (changes, _total(config_lib.replace(config, changes), mesh))
         for changes in _savings(config, mesh, needed)
     ]
     fitting = [
@@ -158,7 +152,7 @@ def _cure(config, mesh, needed, available):
     together, least = {}, sum(needed.values())
     for changes, size in alone:
         if together:
-            size = _total(_changed(config, together | changes), mesh)
+            size = _total(config_lib.replace(config, together | changes), mesh)
         if size < least:
             together, least = together | changes, size
         if least <= available:
@@ -188,16 +182,9 @@ def _savings(config, mesh, needed):
         yield {"trainable": "lora"} | ({} if config.model.lora_rank else {"model.lora_rank": _RANK})
 
 
-def _changed(config, changes):
-    """A copy of a configuration with {"group.field": value} changed."""
-    copy = ml_collections.ConfigDict(config.to_dict())
-    copy.update_from_flattened_dict(changes)
-    return copy
-
-
 def _total(config, mesh):
     """Bytes held by a configuration on the devices of a mesh, which it divides as it says."""
-    mesh = meshes.make_mesh(config.mesh, config.batch_size, list(mesh.devices.flat))
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, list(mesh.devices.flat))
     return sum(held(config, mesh).values())
 
 

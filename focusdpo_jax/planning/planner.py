@@ -7,10 +7,9 @@ import resource
 import time
 
 import jax
-import ml_collections
 from absl import logging
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import chips, cures, programs
 from focusdpo_jax.planning.memory import bytes_per_device
@@ -31,7 +30,7 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
     """What each chip would hold and do.
 
     Args:
-      config: ConfigDict of a generator's objective, with `mesh`.
+      config: of a generator's objective.
       topology: see `chips.devices`.
       utilisation: share of the data sheet's speed that is expected where no compiler estimates time.
       only: names of `programs.NAMES` to compile; None all that the run has.
@@ -57,10 +56,9 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
     Raises:
       UserError: the topology, or the mesh on it, does not exist; or what is held leaves no room.
     """
-    config = config_rules.complete(config)
     devices, chip = chips.devices(topology)
-    mesh = make_mesh(config.mesh, config.batch_size, devices)
-    of_run, guides = programs.run_programs(config, mesh)
+    mesh = make_mesh(config.mesh.sizes, config.batch_size, devices)
+    of_run, passes = programs.run_programs(config, mesh)
     held = {name: _bytes_per_chip(program.held) for name, program in of_run.items()}
     if unless_held and chip.memory and held["update"]["total"] > chip.memory:
         raise UserError(
@@ -89,16 +87,16 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
 
     if not work.get("update"):
         work["update"] = flops.count(of_run["update"].trace())
-    guides_work = [flops.count(trace()).matmul_flops for trace in guides]
-    guide_work = sum(guides_work) / len(guides_work)
+    passes_flops = [flops.count(trace()).matmul_flops for trace in passes]
+    reference_flops = sum(passes_flops) / len(passes_flops)
     model_update = work["update"].matmul_flops
     if config.model.remat:
-        plain = changed(config, {"model.remat": False})
+        plain = config_lib.replace(config, {"model.remat": False})
         model_update = flops.count(
             programs.run_programs(plain, mesh)[0]["update"].trace()
         ).matmul_flops
     flops_per_pair, model_flops = (
-        (update + guide_work) / config.batch_size
+        (update + reference_flops) / config.batch_size
         for update in (work["update"].matmul_flops, model_update)
     )
     result = {
@@ -130,7 +128,7 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
             mesh.size,
             found,
             work["update"].matmul_flops,
-            guide_work,
+            reference_flops,
             model_flops,
             flops_per_pair,
             utilisation,
@@ -256,7 +254,15 @@ def _estimate(chip, devices, text, work):
 
 
 def _speed(
-    config, chip, devices, found, update_work, guide_work, model_flops, flops_per_pair, utilisation
+    config,
+    chip,
+    devices,
+    found,
+    update_work,
+    reference_flops,
+    model_flops,
+    flops_per_pair,
+    utilisation,
 ):
     """Seconds of a batch, and how fast that is."""
     nothing = {
@@ -281,7 +287,7 @@ def _speed(
             "the compiler's estimate, with transfers between chips as if nothing ran beside them"
         )
         if "guide" not in names:  # Of which nothing is known but its operations.
-            share = 1 + guide_work / update_work
+            share = 1 + reference_flops / update_work
             seconds, links = seconds * share, links * share
             source += "; the reference pass, not compiled, in proportion to its operations"
         if "encoding" not in names and not config.data.cache:
@@ -324,9 +330,9 @@ def _add_cures(config, topology, chip, result, of_run):
 
     def try_out(name, changes):
         """(held bytes, function that compiles and returns the peak or None) of a changed run."""
-        tried = changed(config, changes)
-        config_rules.validate(tried)
-        mesh = make_mesh(tried.mesh, tried.batch_size, devices)
+        tried = config_lib.replace(config, changes)
+        config_lib.check(tried)
+        mesh = make_mesh(tried.mesh.sizes, tried.batch_size, devices)
         program = programs.run_programs(tried, mesh)[0].get(name)
         if program is None:
             return 0, 0, lambda: 0
@@ -351,13 +357,6 @@ def _add_cures(config, topology, chip, result, of_run):
             options, made, chip.memory, lambda changes, name=name: try_out(name, changes)
         )
         before += [made["cure"]] if made["cure"] else []
-
-
-def changed(config, changes):
-    """A copy of a ConfigDict with {field: value}, fields written with dots."""
-    copy = ml_collections.ConfigDict(config.to_dict())
-    copy.update_from_flattened_dict(dict(changes))
-    return copy
 
 
 def search(config, topology, *, batches, splits=None, remats=(False, True), report, **options):
@@ -391,7 +390,13 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
         changes = levers | {f"mesh.{axis}": size for axis, size in split.items()}
         changes["batch_size"] = per_chip * count
         try:
-            made = plan(changed(config, changes), topology, unless_held=True, cure=False, **options)
+            made = plan(
+                config_lib.replace(config, changes),
+                topology,
+                unless_held=True,
+                cure=False,
+                **options,
+            )
         except (UserError, jax.errors.JaxRuntimeError) as error:
             # The compiler refuses what is far too large.
             report(error)
@@ -429,14 +434,14 @@ def plan_recommended(config, topology, changes, **options):
 
     Where a program does not fit, what makes it fit is added to the changes. They are in "changes".
     """
-    made = plan(changed(config, changes), topology, **options)
+    made = plan(config_lib.replace(config, changes), topology, **options)
     cured = [
         program["cure"]["changes"] for program in made["programs"].values() if program.get("cure")
     ]
     if cured:
         for more in cured:
             changes = changes | more
-        made = plan(changed(config, changes), topology, **options)
+        made = plan(config_lib.replace(config, changes), topology, **options)
     return made | {"changes": changes}
 
 

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 
 from focusdpo_jax import compiling
 from focusdpo_jax.inference.generate import make_generate
-from focusdpo_jax.models.generator import merge_parameters
 from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
-from focusdpo_jax.training import tasks
+from focusdpo_jax.training import pair_batches, run_data
 from focusdpo_jax.training.step import trace_step
 
 # Without a device XLA cannot try out tile sizes of its own kernels for matrix products, and for some finds
@@ -58,7 +57,7 @@ class RunProgram:
 def run_programs(config, mesh):
     """({name: RunProgram} of a run, [function that traces a guide, for every structure]).
 
-    Of a run's guides, and of what looks at their focus maps, the one with most terms stands for all;
+    Of a run's passes, and of what looks at their focus maps, the one with most terms stands for all;
     they differ in what is done with the reference model's pass, which takes most memory.
 
     Args:
@@ -66,17 +65,18 @@ def run_programs(config, mesh):
       mesh: of devices that may not be there.
     """
     step = shapes.abstract_step(config, mesh)
-    guides, update = trace_step(
-        step.task,
+    assembly, definition = step.assembly, step.assembly.definition
+    passes, update = trace_step(
+        definition,
         step.optimizer,
-        step.task.buckets,
         step.state,
         step.batch,
         step.key,
+        accumulate=config.accumulate,
         ema_decay=config.ema_decay,
     )
-    fullest = max(guides, key=lambda structure: sum(dataclasses.astuple(structure.weight)))
-    frozen = dict(step.task.frozen)
+    fullest = max(passes, key=lambda structure: sum(dataclasses.astuple(structure.weight)))
+    frozen = definition.frozen
     resident = {
         "frozen parameters": (frozen["parameters"], frozen.get("unconditional", ())),
         "encoders": step.encoders,
@@ -106,14 +106,14 @@ def run_programs(config, mesh):
         )
 
     add("update", "of every batch", update, resident, "batch_size", config.batch_size)
-    add("guide", "of every batch", guides[fullest], resident, "batch_size", config.batch_size)
+    add("guide", "of every batch", passes[fullest], resident, "batch_size", config.batch_size)
 
     # Of encoding: over the data before training, or of every batch; and of scenes to draw.
-    evaluated, encode = config.evaluation.batch_size, step.encode
+    evaluated, encode = config.evaluation.batch_size, assembly.encode
     if config.data.cache:
-        encode = tasks.kept_encoder(config, step.generator, step.source, encode)
+        encode = pair_batches.encoder_to_keep(config, assembly)
         size = config.data.train_size if config.data.source == "toybox" else evaluated
-        rows = tasks.rows_at_once(config, range(size), mesh)
+        rows = run_data.encoding_batch_size(config, range(size), mesh)
         add(
             "encoding",
             "once over the data",
@@ -150,7 +150,7 @@ def run_programs(config, mesh):
         )
     if config.evaluation.pictures:
         rows = config.evaluation.pictures
-        pairs = shapes.placed(_encoded(config, step, rows), _rows_sharding(mesh, rows))
+        pairs = meshes.placed_shapes(_encoded(config, step, rows), _rows_sharding(mesh, rows))
         add(
             "focus maps",
             "of every sample",
@@ -166,7 +166,7 @@ def run_programs(config, mesh):
         probe = Probe(TOYBOX)
         weights = jax.eval_shape(probe.init, jax.random.key(0), pixels)["params"]
         one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-        arguments = shapes.placed((weights, pixels), one)
+        arguments = meshes.placed_shapes((weights, pixels), one)
         add(
             "probe",
             "at the end",
@@ -176,7 +176,7 @@ def run_programs(config, mesh):
             evaluated,
             {},
         )
-    return {name: found[name] for name in NAMES if name in found}, list(guides.values())
+    return {name: found[name] for name in NAMES if name in found}, list(passes.values())
 
 
 def _first_of(buckets, structure):
@@ -190,20 +190,22 @@ def _rows_sharding(mesh, rows):
 
 
 def _raw(config, mesh, step, rows):
-    return shapes.placed(shapes.raw_batch(config, step.generator, rows), _rows_sharding(mesh, rows))
+    return meshes.placed_shapes(
+        shapes.raw_batch(config, step.assembly.generator, rows), _rows_sharding(mesh, rows)
+    )
 
 
 def _at_start(step):
     """The parameters that encoding reads."""
-    return merge_parameters(
-        step.task.frozen.get("reference", {}), step.task.frozen["parameters"] | step.others
-    )
+    return step.assembly.initial_parameters()
 
 
 def _encoded(config, step, rows):
     """EncodedPairs of so many scenes, as shapes."""
     return jax.eval_shape(
-        step.encode, _at_start(step), shapes.raw_batch(config, step.generator, rows)
+        step.assembly.encode,
+        _at_start(step),
+        shapes.raw_batch(config, step.assembly.generator, rows),
     )
 
 
@@ -212,9 +214,9 @@ def _drawn(config, mesh, step):
     rows = config.evaluation.batch_size
     scenes = _encoded(config, step, rows)
     noise = jax.ShapeDtypeStruct(
-        (rows, *step.generator.latent_shape(config.resolution)), jnp.float32
+        (rows, *step.assembly.generator.latent_shape(config.resolution)), jnp.float32
     )
-    return shapes.placed(
+    return meshes.placed_shapes(
         (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present, noise),
         _rows_sharding(mesh, rows),
     )
@@ -232,21 +234,20 @@ def _trace_encoding(config, mesh, step, encode, rows):
 
 def _trace_sampling(config, mesh, step, inputs):
     generate = make_generate(
-        step.generator,
+        step.assembly.generator,
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
         negative_token_ids=step.empty,
     )
-    parameters = merge_parameters(
-        step.state.evaluated, step.task.frozen["parameters"] | step.others
-    )
+    parameters = step.assembly.all_parameters(step.state.evaluated)
     with trace_context(mesh):
         return jax.jit(_unjitted(generate)).trace(parameters, *inputs)
 
 
 def _trace_maps(mesh, step, structure, pairs):
-    params = step.task.buckets[_first_of(step.task.buckets, structure)][1]
+    definition = step.assembly.definition
+    params = definition.buckets[_first_of(definition.buckets, structure)][1]
     with trace_context(mesh):
-        return jax.jit(step.objective.focus_maps, static_argnums=0).trace(
-            structure, step.task.frozen, pairs, params, step.key
+        return jax.jit(step.assembly.step.focus_maps, static_argnums=0).trace(
+            structure, definition.frozen, pairs, params, step.key
         )

@@ -1,77 +1,75 @@
-"""A run's step from shapes alone: no parameter, no picture and no device has to be there."""
+"""A run's step from shapes alone: no parameter, image or device has to exist."""
 
-import types
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from focusdpo_jax import config as config_rules
 from focusdpo_jax.data.record import PreferenceBatch
-from focusdpo_jax.models.generator import merge_parameters, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
-from focusdpo_jax.training import models, objectives, tasks
-from focusdpo_jax.training.state import create_state, make_optimizer
+from focusdpo_jax.training import models
+from focusdpo_jax.training.assembly import Assembly, assemble
+from focusdpo_jax.training.state import TrainState, create_state, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractStep:
+    """The arguments of `training.step.trace_step` as shapes with shardings, and what a run holds besides.
+
+    Attributes:
+      assembly: the step.
+      optimizer, state, batch, key: see `trace_step`.
+      empty: int [2, L], stands for the tokens of the empty caption.
+      others: parameters that the step does not read, whether they are held or not.
+      encoders: of these, what a run holds during training, to encode its batches.
+    """
+
+    assembly: Assembly
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    batch: Any
+    key: Any
+    empty: np.ndarray
+    others: dict
+    encoders: dict
 
 
 def abstract_step(config, mesh):
-    """What `training.step.trace_step` takes, as shapes with shardings.
+    """Returns the AbstractStep of a run.
 
     Args:
-      config: of a generator's objective; `complete` or not.
-      mesh: of devices that may not be there.
-
-    Returns:
-      A namespace: task, optimizer, state, batch, key; encoders, the parameters that the step does not
-      read and a run holds nevertheless, to encode its batches; and for the run's other programs: others,
-      the parameters that the step does not read, whether held or not, generator, objective, source,
-      empty (the empty prompt) and encode.
+      config: of a generator's objective.
+      mesh: of devices, which may be absent.
     """
-    config = config_rules.complete(config)
     generator, parameters = models.abstract_model(config, mesh)
-    trainable, frozen = split_parameters(parameters, config.trainable)
-    buckets = tasks.focus_buckets(config)
-    source, encode = tasks.make_encoder(generator, config, buckets)
-    length = generator.config.text_encoder.max_length
-    empty = np.zeros((2, length), np.int32)
-    objective = objectives.Objective(generator, config, empty, source)
-    fixed = {"parameters": {part: tree for part, tree in frozen.items() if part in objective.parts}}
-    if config.objective in config_rules.PREFERENCE_OBJECTIVES:
-        kept = jax.eval_shape(lambda tree: tasks.as_computed(tree, config.dtype), trainable)
-        fixed["reference"] = placed(kept, rules.tree_shardings(kept, mesh))
-    if objective.drops:
-        fixed["unconditional"] = placed(
-            jax.eval_shape(objective.unconditional, merge_parameters(trainable, frozen)),
-            meshes.replicated(mesh),
-        )
+    empty = np.zeros((2, generator.config.text_encoder.max_length), np.int32)
+    assembly = assemble(config, generator, parameters, empty, mesh)
     encoded = jax.eval_shape(
-        encode, merge_parameters(trainable, frozen), raw_batch(config, generator)
+        assembly.encode,
+        assembly.all_parameters(assembly.trainable),
+        raw_batch(config, generator),
     )
     optimizer = make_optimizer(config)
-    state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
+    state = jax.eval_shape(
+        lambda tree: create_state(tree, optimizer, config.ema_decay), assembly.trainable
+    )
     whole = meshes.replicated(mesh)
-    others = {part: tree for part, tree in frozen.items() if part not in objective.parts}
-    return types.SimpleNamespace(
-        encoders={} if config.data.cache else others,
-        others=others,
-        generator=generator,
-        objective=objective,
-        source=source,
-        empty=empty,
-        encode=encode,
-        task=types.SimpleNamespace(
-            trainable=trainable,
-            frozen=fixed,
-            guide=objective.guide,
-            loss=objective.loss,
-            buckets=buckets,
-            mesh=mesh,
-        ),
+    others = {
+        part: tree for part, tree in assembly.untrained.items() if part not in assembly.step.parts
+    }
+    return AbstractStep(
+        assembly=assembly,
         optimizer=optimizer,
-        state=placed(state, state_shardings(state, mesh)),
-        batch=placed(encoded, jax.tree.map(lambda _: meshes.batch_sharding(mesh), encoded)),
-        key=placed(jax.eval_shape(lambda: jax.random.key(0)), whole),
+        state=meshes.placed_shapes(state, state_shardings(state, mesh)),
+        batch=meshes.placed_shapes(encoded, meshes.batch_sharding(mesh)),
+        key=meshes.placed_shapes(jax.eval_shape(lambda: jax.random.key(0)), whole),
+        empty=empty,
+        others=others,
+        encoders={} if config.data.cache else others,
     )
 
 
@@ -114,16 +112,4 @@ def raw_batch(config, generator, count=None):
         token_ids=array(jnp.int32, 2, length),
         index=array(jnp.int32),
         truth={},
-    )
-
-
-def placed(tree, shardings):
-    """A tree of shapes with these shardings, a tree or one for all."""
-    shardings = (
-        jax.tree.map(lambda _: shardings, tree)
-        if isinstance(shardings, jax.sharding.Sharding)
-        else shardings
-    )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )

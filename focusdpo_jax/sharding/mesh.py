@@ -148,6 +148,15 @@ def _placed_by_call(sharding):
     return jax.jit(lambda tree: tree, in_shardings=sharding, out_shardings=sharding)
 
 
+def placed_shapes(tree, shardings):
+    """Returns a tree of shapes with these shardings, a tree of them or one for all leaves."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
 def shard_rows(tree, mesh):
     """Places arrays [N, ...] of which every process holds all, divided if N allows it.
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from focusdpo_jax import compiling
-from focusdpo_jax.config import SUPERVISED_OBJECTIVES
+from focusdpo_jax import compiling, objectives
 from focusdpo_jax.focus import complexity, correspondence
 from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
 from focusdpo_jax.models.generator import TRAINABLE, ImageView
@@ -73,7 +72,7 @@ class EncodedPairs:
 
 def learns_from_chosen_alone(config):
     """Whether a run never looks at rejected pictures."""
-    return config.objective in SUPERVISED_OBJECTIVES and not config.rejected_share
+    return not (objectives.get(config.objective).reads_rejected or config.rejected_share)
 
 
 def text_is_frozen(config):
@@ -88,7 +87,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
       source: of SPAF's similarity, from `sources.make_source`; None leaves out what SPAF needs.
       dpce, quality: whether DPCE and PatchDPO look at the pairs.
     """
-    supervised = config.objective in SUPERVISED_OBJECTIVES
+    supervised = not objectives.get(config.objective).reads_rejected
     chosen_alone = learns_from_chosen_alone(config)
 
     def encode(parameters, batch):

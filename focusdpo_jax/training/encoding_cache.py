@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from focusdpo_jax.config import SUPERVISED_OBJECTIVES
+from focusdpo_jax import objectives
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 from focusdpo_jax.models.generator import ImageView
@@ -77,7 +77,7 @@ def folder_name(config, source):
 
     A supervised objective has other masks than a preference, and may need the chosen alone.
     """
-    if config.objective not in SUPERVISED_OBJECTIVES:
+    if objectives.get(config.objective).reads_rejected:
         return f"encoded_pairs_{source.settings[0]}"
     return "encoded_chosen" if encoding.learns_from_chosen_alone(config) else "encoded_both"
 

@@ -1,7 +1,7 @@
 """The training loop: from a configuration and a folder to a trained model in that folder.
 
 Reads from top to bottom: the task, its state, what was saved before, the executables, the steps,
-the end. What is trained is a `Task`; which one is made from the configuration in `tasks.py`.
+the end. What is trained is a `Task`; `builders.py` makes it from the configuration.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import jax
 from absl import logging
 from etils import epath
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.data.loader import Prefetcher
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import cannot_write, replace_file
 from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding import processes
-from focusdpo_jax.training import preemption, preflight, run_lock, tasks
+from focusdpo_jax.training import builders, preemption, preflight, run_lock
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.state import create_state, make_optimizer
@@ -32,7 +32,7 @@ def run(config, workdir, *, accept_changes=False):
     """Trains as `config` says, or goes on where an earlier run in `workdir` stopped.
 
     Args:
-      config: a ConfigDict; see `configs/` for its fields.
+      config: a `config.RunConfig`.
       workdir: folder of the run; created if missing.
       accept_changes: whether to go on with another configuration than the run was started with.
 
@@ -41,7 +41,7 @@ def run(config, workdir, *, accept_changes=False):
       UserError: a mistake in the configuration, the data or the machine; another process trains in
         the folder; a loss is no longer finite. Checkpoints written before stay.
     """
-    config_rules.validate(config)
+    config_lib.check(config)
     workdir = epath.Path(workdir)
     if processes.is_first():
         require_same_run(workdir, config, accept_changes)
@@ -63,7 +63,7 @@ def run(config, workdir, *, accept_changes=False):
 
 def _run(config, workdir, require_lock):
     """Everything between the checks and the end, in a folder that is this run's alone."""
-    task = tasks.make_task(config, workdir)
+    task = builders.make_task(config, workdir)
     optimizer = make_optimizer(config)
     state = create_state(task.trainable, optimizer, config.ema_decay)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -80,12 +80,12 @@ def _run(config, workdir, require_lock):
                 )
             # The step is compiled while the data is encoded and a checkpoint read.
             with compile_beside(
-                task,
+                task.definition,
                 optimizer,
-                task.buckets,
                 state,
                 task.example(),
                 seed=config.seed,
+                accumulate=config.accumulate,
                 ema_decay=config.ema_decay,
             ) as step:
                 task.start(writer)
@@ -106,7 +106,7 @@ def _run(config, workdir, require_lock):
         require_lock()
         # A run that goes on with fewer steps than it has made has made no fewer.
         task.finish(max(done, config.steps), state.evaluated, writer)
-        # Whoever left now would take the others for dead, or process 0 from them.
+        # Barrier: exiting early would look like a crash to the other processes.
         processes.wait("end")
     finally:
         writer.close()
@@ -114,7 +114,7 @@ def _run(config, workdir, require_lock):
 
 def train(config, task, state, step, checkpoints, writer, done, require_lock=lambda: None):
     """Runs the steps from `done` to `config.steps`; returns the last state."""
-    ahead = Prefetcher(task.batches, task.prepare)
+    definition, prefetcher = task.definition, Prefetcher(task.batches, task.prepare)
     leave = contextlib.ExitStack()
     preempted = leave.enter_context(preemption.watch())
     progress = Progress(
@@ -122,20 +122,22 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
         total=config.steps,
         unit=task.unit,
         per_step=config.batch_size * config.accumulate,
-        devices=task.mesh.size,
+        devices=definition.mesh.size,
         peak=matmul_peak(jax.local_devices()[0], config.dtype),
     )
-    windows, began = Windows(writer, progress, checkpoints, task.buckets), time.monotonic()
-    # What there is lives as long as the run: Python need not look through it for garbage again.
+    windows, began = Windows(writer, progress, checkpoints, definition.buckets), time.monotonic()
+    # Freeze long-lived objects, so that the garbage collector skips them.
     gc.collect()
     gc.freeze()
     try:
         for number in range(done + 1, config.steps + 1):
-            for micro in range((number - 1) * config.accumulate, number * config.accumulate):
-                bucket = task.bucket_at(micro)
-                structure, params = task.buckets[bucket]
-                state, metrics = step(structure, state, task.frozen, ahead.batch, params, micro)
-                ahead.advance()
+            for microstep in range((number - 1) * config.accumulate, number * config.accumulate):
+                bucket = task.bucket_at(microstep)
+                structure, params = definition.buckets[bucket]
+                state, metrics = step(
+                    structure, state, definition.frozen, prefetcher.batch, params, microstep
+                )
+                prefetcher.advance()
                 windows.add(bucket, metrics, step.matmul_flops[structure])
             windows.report()  # That of the step before, while this one runs.
             last, stop = number == config.steps, preempted(number)
@@ -146,7 +148,7 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
             if saves:
                 windows.report()
                 require_lock()
-                checkpoints.save(number, state, ahead.state)
+                checkpoints.save(number, state, prefetcher.state)
             if stop:
                 checkpoints.close()
                 raise preemption.Preempted(stop, number, config.steps)
@@ -180,8 +182,8 @@ def require_same_run(workdir, config, accept_changes=False):
         kept = [workdir / "base.npz", *(workdir / "checkpoints").glob("*")]
         if not (workdir / "config.json").exists() or not any(file.exists() for file in kept):
             return
-        changed = config_rules.changed_fields(
-            run_folder.read_config(workdir), json.loads(config_rules.to_json(config))
+        changed = config_lib.changed_fields(
+            run_folder.read_config(workdir), json.loads(config_lib.to_json(config))
         )
     except OSError as error:
         raise cannot_write(f"--workdir={workdir}", error) from error
@@ -202,6 +204,6 @@ def open_workdir(workdir, config):
       UserError: the folder cannot be written.
     """
     try:
-        replace_file(workdir / "config.json", config_rules.to_json(config))
+        replace_file(workdir / "config.json", config_lib.to_json(config))
     except OSError as error:
         raise cannot_write(f"--workdir={workdir}", error) from error

@@ -11,8 +11,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from focusdpo_jax import compiling, toybox
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import compiling, objectives, toybox
 from focusdpo_jax.checkpoints import (
     model_folder,
     pretrained,
@@ -89,7 +88,6 @@ def generator_config(config, *, inpainting=False):
       UserError: files are missing or damaged, parts do not fit together, or the UNet reads more than
         latents.
     """
-    config = config_rules.complete(config)
     sizes = _open(config)[1]
     if not inpainting:
         _require_latents_alone(config, sizes)
@@ -115,7 +113,6 @@ def open_model(config, *, inpainting=False):
       UserError: the folder or one of its files is missing, damaged or of other sizes, the vocabulary is
         not that of the text encoders, or the UNet reads more than it is given.
     """
-    config = config_rules.complete(config)
     source, sizes, _ = _open(config)
     if not inpainting:
         _require_latents_alone(config, sizes)
@@ -154,7 +151,6 @@ def load_parts(config, parts, place=None):
     Raises:
       UserError: the folder or one of its files is missing, damaged or of other sizes.
     """
-    config = config_rules.complete(config)
     source, sizes, stored = _open(config)
     generator = Generator(sizes, jnp.dtype(config.dtype))
     parameters = {}
@@ -196,7 +192,6 @@ def check_files(config):
       UserError: a file is missing or damaged, tensors are missing, unexpected or of another shape, or
         a preference objective would start from a part that is drawn at random.
     """
-    config = config_rules.complete(config)
     source, sizes, stored = _open(config)
     if source is None:
         return
@@ -211,12 +206,12 @@ def check_files(config):
         ]
     except UserError as error:
         given = ", ".join(
-            f"config.model.{field} = {config.model[field]!r}"
+            f"config.model.{field} = {getattr(config.model, field)!r}"
             for field in _FILES
-            if config.model[field]
+            if getattr(config.model, field)
         )
         raise UserError(f"{error} ({given}). Give files that belong to one model.") from error
-    if new and config.objective in config_rules.PREFERENCE_OBJECTIVES:
+    if new and objectives.get(config.objective).needs_reference:
         _refuse_new(config, source, new[0])
 
 
@@ -229,7 +224,7 @@ def _refuse_new(config, source, part):
         else "files that have it"
     )
     raise UserError(
-        f"config.model.{field} = {config.model[field]!r}: {source.path} has no {part}. It would be drawn "
+        f"config.model.{field} = {getattr(config.model, field)!r}: {source.path} has no {part}. It would be drawn "
         f"at random, and {config.objective} compares with a reference model that has it. Give {cure}."
     )
 
@@ -251,7 +246,7 @@ def files_digest(config, part):
     What has the same digest has the same parameters in runs of the same `config.dtype`. The files
     are read in pieces, and nothing of them is kept.
     """
-    source, sizes, _ = _open(config_rules.complete(config))
+    source, sizes, _ = _open(config)
     files = source.files(part) if source else []
     if not files:
         return None
@@ -270,7 +265,7 @@ def _open(config):
       Where the weights lie, or None; the generator's sizes; rank of the updates that lie there.
     """
     source = _locate(config)
-    sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes.to_dict())
+    sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes)
     stored, wanted = sizes.unet.lora_rank, config.model.lora_rank
     if wanted and stored and wanted != stored:
         raise UserError(
@@ -329,12 +324,9 @@ def abstract_model(config, mesh):
       UserError: the files that are here are no SDXL, the UNet reads more than latents, or there are no
         latents for `config.resolution`.
     """
-    config = config_rules.complete(config)
     try:
         source = _locate(config)
-        sizes = (
-            source.config() if source else GeneratorConfig.from_dict(config.model.sizes.to_dict())
-        )
+        sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes)
     except MissingFiles as error:
         logging.warning("%s Planning for SDXL.", str(error).partition(". ")[0] + ".")
         adapter, image_encoder = published.adapter_sizes(config.model.adapter)
@@ -364,7 +356,7 @@ def load_probe(config):
     Raises:
       UserError: as `load_model`.
     """
-    source = _locate(config_rules.complete(config))
+    source = _locate(config)
     return source and model_folder.load_part(source.path, "probe")
 
 
@@ -379,7 +371,9 @@ def _locate(config):
             )
         return None
     return pretrained.locate(
-        {field: config.model[field] for field in _FILES}, shipped, config.model.prediction_type
+        {field: getattr(config.model, field) for field in _FILES},
+        shipped,
+        config.model.prediction_type,
     )
 
 

@@ -7,19 +7,19 @@ import time
 
 from absl import logging
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import objectives
 from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import memory
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models, tasks
+from focusdpo_jax.training import models, run_data
 
 
 def check(config):
     """Checks model, data set, devices, weights, memory and vocabulary of a run.
 
     Args:
-      config: a ConfigDict that `config.validate` has passed.
+      config: a RunConfig that `config.check` has passed.
 
     Raises:
       UserError: the run would fail; it names the field or file, its value and the cure.
@@ -39,14 +39,14 @@ def outline(config):
     """What a run is about to do, in one sentence.
 
     Args:
-      config: a ConfigDict that `config.validate` has passed.
+      config: a RunConfig that `config.check` has passed.
     """
     accumulated = f" times {config.accumulate}" if config.accumulate > 1 else ""
     parts = [
         f"{config.objective} on {config.data.source}, {config.steps} steps of "
         f"{config.batch_size}{accumulated}"
     ]
-    if config.objective in config_rules.GENERATOR_OBJECTIVES:
+    if objectives.get(config.objective).trains_generator:
         evaluation = config.evaluation
         if evaluation.pictures:
             every = (
@@ -66,15 +66,15 @@ def _check(config):
     """Runs the checks of `check`; returns the part of its log line about memory."""
     sizes = models.generator_config(config)
     sizes.check_resolution(config.resolution)
-    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     if config.data.source == "prepared":
-        tasks.open_data(config)
+        run_data.open_data(config)
     else:
         dataset.toybox_world(config)
     models.check_files(config)
     room = ""
     # Those that train an encoder are small, Toybox's alone.
-    if config.objective in config_rules.GENERATOR_OBJECTIVES:
+    if objectives.get(config.objective).trains_generator:
         held, available = memory.require_fit(config, mesh)
         room = f": {held / 1e9:.2f} GB are held on each device before activations" + (
             f", of {available / 1e9:.1f}" if available is not None else ""

@@ -1,11 +1,13 @@
 """What a finished or unfinished run has to show: the model it made and the one it started from."""
 
+import dataclasses
+
 import jax
-import ml_collections
 from absl import logging
 from etils import epath
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
+from focusdpo_jax import objectives
 from focusdpo_jax.checkpoints import run_folder
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import merge_parameters, split_parameters
@@ -24,9 +26,8 @@ def load_folder(name, *, inpainting=False):
 
 
 def _config_of(name):
-    return ml_collections.ConfigDict(
-        {"seed": 0, "model": {"pretrained": str(name), "lora_rank": 0}}
-    )
+    model = config_lib.ModelConfig(pretrained=str(name), remat=False, scan_layers=True)
+    return config_lib.RunConfig(dtype="float32", model=model)
 
 
 def folder_sizes(name, *, inpainting=False):
@@ -38,7 +39,7 @@ class Run:
     """A run folder, read and never changed.
 
     Attributes:
-      config: the ConfigDict that the run was started with.
+      config: the RunConfig that the run was started with.
     """
 
     def __init__(self, workdir):
@@ -48,7 +49,7 @@ class Run:
           UserError: it is not the folder of a run.
         """
         self._workdir = epath.Path(workdir)
-        self.config = ml_collections.ConfigDict(run_folder.read_config(workdir))
+        self.config = config_lib.parse_saved(run_folder.read_config(workdir))
 
     def base(self):
         """The `Model` that the run started from."""
@@ -75,14 +76,15 @@ class Run:
             )
         if weights.folder is None:
             return self.checkpoint()
-        config = config_rules.complete(self.config)
-        config.model.update(
+        model = dataclasses.replace(
+            self.config.model,
             pretrained=str(weights.folder),
             adapter="",
             image_encoder="",
             tokenizer="",
             prediction_type="",
         )
+        config = dataclasses.replace(self.config, model=model)
         return models.load_model(config)
 
     def checkpoint(self):
@@ -91,7 +93,7 @@ class Run:
         Raises:
           UserError: it cannot be read, or the run trains an encoder and not a generator.
         """
-        if self.config.objective in config_rules.ENCODER_OBJECTIVES:
+        if not objectives.get(self.config.objective).trains_generator:
             raise UserError(
                 f"--workdir={self._workdir}: the run of config.objective = "
                 f"{self.config.objective!r} is not finished, and its checkpoints are no "

@@ -5,6 +5,7 @@ they are first shown or measured, and kept in the run folder, so that a resumed 
 them again. Scenes are encoded when they are needed: a run that shows nothing needs no encoder.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from focusdpo_jax import objectives
 from focusdpo_jax.data import loader
 from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.files import replace_file
@@ -38,33 +40,35 @@ class Showcase:
         workdir,
         model,
         sources,
+        batches,
+        *,
         mesh,
-        encode,
-        transform,
         generate,
         buckets,
         focus_maps,
         merged,
-        at_start,
         reference,
     ):
-        """All processes encode and draw together; the first one measures, shows and writes.
+        """Initialises it. All processes encode and draw together; the first one measures and writes.
 
         Args:
-          encode: (parameters, PreferenceBatch) -> EncodedPairs.
+          config: of the run.
+          workdir: an `epath.Path`.
+          model: the `models.Model`; its generator's parameters are not read.
+          sources: {split: records}.
+          batches: `PairBatches`, which encodes scenes as it does pairs.
           generate: of `make_generate`.
+          buckets: {name: (structure, params)}.
           focus_maps: (structure, encoded, params, key) -> FocusMaps.
-          merged: trainable parameters -> all parameters to draw with.
-          at_start: () -> all parameters to encode with.
-          reference: trainable parameters as they were at the start; None where a run keeps none, so
-            that the base has to draw before the first step.
+          merged: trainable parameters -> all parameters of the generator.
+          reference: initial trainable parameters; None where a run keeps none, so that the base draws
+            before the first step.
         """
         self._config, self._workdir = config, workdir
         self._latent_shape = model.generator.latent_shape(config.resolution)
         self._probe_parameters = model.probe
         self._mesh, self._generate = mesh, generate
-        self._encode, self._transform = encode, transform
-        self._merged, self._at_start = merged, at_start
+        self._batches, self._merged = batches, merged
         self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
         self._sources, self._reference = sources, reference
@@ -92,10 +96,14 @@ class Showcase:
         size = min(count, self._config.evaluation.batch_size)
         batches = list(
             loader.evaluation_batches(
-                [source[i] for i in range(count)], batch_size=size, transform=self._transform
+                [source[i] for i in range(count)],
+                batch_size=size,
+                transform=self._batches.transform,
             )
         )
-        encoded = encoding.cached(self._encode, self._at_start(), batches, count).encoded
+        encoded = encoding.cached(
+            self._batches.encode_rows, self._batches.initial_parameters(), batches, count
+        ).encoded
         raw = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *batches)
         captions = [source[i]["caption"] for i in range(count)]
         return raw, encoded, captions
@@ -201,7 +209,7 @@ class Showcase:
         grids.save_png(path, image)
         logging.info("pictures: %s", path)
         writer.picture(step, "samples", image)
-        if self._config.objective == "focus_dpo":
+        if objectives.get(self._config.objective).uses_focus:
             image = self._explain(raw, maps, captions)
             grids.save_png(self._workdir / "samples" / f"focus_{step:06d}.png", image)
             writer.picture(step, "focus", image)
@@ -247,7 +255,7 @@ class Showcase:
             "scenes": len(encoded.prior),
             "split": "test",
             "step": step,
-            "sampling": self._config.sampling.to_dict(),
+            "sampling": dataclasses.asdict(self._config.sampling),
             "seed": seed,
             "probe_on_renders": {k: v["base"] for k, v in ceiling["metrics"].items()},
         }

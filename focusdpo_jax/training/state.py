@@ -17,7 +17,8 @@ class TrainState:
     """The state of a run. The frozen parameters are not part of it.
 
     Attributes:
-      step: int32 scalar, batches seen (with gradient accumulation several make an update).
+      step: int32 scalar, microsteps made: batches seen (with gradient accumulation several make an
+        optimiser step).
       trainable: parameters under training, float32.
       optimizer: optax's state.
       average: exponential moving average of `trainable`, or None where the run keeps none.
@@ -77,6 +78,16 @@ def make_optimizer(config):
         # MultiSteps keeps a sum as large as the gradient, so it is used only where it is needed.
         optimizer = optax.MultiSteps(optimizer, config.accumulate)
     return optimizer
+
+
+def ends_optimizer_step(optimizer_state, accumulate):
+    """Returns whether the microstep that starts from this state makes an update: a bool scalar.
+
+    Args:
+      optimizer_state: of `make_optimizer`, before the microstep.
+      accumulate: microsteps of an optimiser step, > 1.
+    """
+    return optimizer_state.mini_step == accumulate - 1
 
 
 def _matrices(parameters):

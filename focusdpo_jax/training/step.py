@@ -1,9 +1,9 @@
 """The training step as two jitted programs, compiled ahead of time.
 
-`guide` is what a step needs and does not differentiate: the reference model's pass and the spatial
-weights. It is compiled once for each distinct structure, and what a structure switches off is not in
-its program. `update` is the policy's pass, its gradient and the optimiser; it takes the guidance as
-data, so all structures share it.
+The *reference pass* is what a step needs and does not differentiate: the reference model's errors and the spatial
+weights. It is compiled once for each distinct structure, and what a structure excludes is not in its program. The
+*update* is the policy's pass, its gradient and the optimiser. It takes the outputs of the reference pass as data, so
+that all structures share it.
 """
 
 import concurrent.futures
@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
@@ -24,7 +25,27 @@ from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.training.measured import measured
-from focusdpo_jax.training.state import TrainState
+from focusdpo_jax.training.state import TrainState, ends_optimizer_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepDefinition:
+    """What a step computes, before it is traced; arrays may be shapes.
+
+    Attributes:
+      reference_pass: (structure, frozen, batch, params, key) -> (outputs, dict of scalars): all that the loss
+        needs and that carries no gradient. `structure` is static and decides what is compiled.
+      loss: (trainable, frozen, batch, outputs, params, key) -> (loss, dict of scalars).
+      buckets: {name: (structure, params)}; buckets of equal structure share one executable.
+      frozen: what the two functions read besides trainable parameters, a pytree.
+      mesh: on which parameters and batches are placed.
+    """
+
+    reference_pass: Callable
+    loss: Callable
+    buckets: Mapping[str, tuple[Hashable, Any]]
+    frozen: Any
+    mesh: jax.sharding.Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,126 +53,143 @@ class Step:
     """The compiled programs of a run.
 
     Attributes:
-      guides: {structure: (frozen, batch, params, key, number) -> (guidance, metrics)}.
-      update: (state, frozen, batch, guidance, params, key) -> (state, Measured); `state` is donated.
-      key: every random draw of a step derives from it and the number of the batch.
+      reference_passes: {structure: (frozen, batch, params, key, microstep) -> ((key, outputs), metrics)}.
+      update: (state, frozen, batch, outputs, params, key) -> (state, metrics); `state` is donated.
+      key: every random draw of a step derives from it and the microstep.
       matmul_flops: {structure: floating-point operations of all matrix products and convolutions of a
-        whole step, over all devices}; see `operations`.
+        whole step, over all devices}; see `profiling.flops`.
     """
 
-    guides: Mapping[Hashable, Callable[..., Any]]
+    reference_passes: Mapping[Hashable, Callable[..., Any]]
     update: Callable[..., Any]
     key: jax.Array
     matmul_flops: Mapping[Hashable, float]
 
-    def __call__(self, structure, state, frozen, batch, params, number):
-        """One batch: the new state, and what was measured (`Measured`s), still on the device."""
-        guidance, of_guide = self.guides[structure](
-            frozen, batch, params, self.key, np.int32(number)
+    def __call__(self, structure, state, frozen, batch, params, microstep):
+        """Runs one batch: returns the new state, and both programs' metrics, still on the device."""
+        (key, outputs), of_reference = self.reference_passes[structure](
+            frozen, batch, params, self.key, np.int32(microstep)
         )
-        state, of_update = self.update(state, frozen, batch, guidance, params, self.key)
-        return state, (of_guide, of_update)
+        state, of_update = self.update(state, frozen, batch, outputs, params, key)
+        return state, (of_reference, of_update)
 
 
-def trace_step(task, optimizer, buckets, state, batch, key, *, ema_decay=0.0):
-    """A task's step before compilation; nothing is computed and no array needs to exist.
+def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_decay=0.0):
+    """Prepares the tracing of a step; nothing is computed and no array needs to exist.
 
     Args:
-      task: see `training.task.Task`; trainable, frozen, guide, loss and mesh are used.
-      optimizer: an optax transformation.
-      buckets: {name: (structure, params)}.
-      state, batch, key: what the step will be given, or `jax.ShapeDtypeStruct`s with shardings.
-      ema_decay: of the moving average of the parameters, if the state has one.
+      definition: a StepDefinition.
+      optimizer: an optax transformation, of `state.make_optimizer`.
+      state, batch, key: the arguments of the step, or `jax.ShapeDtypeStruct`s with shardings.
+      accumulate: microsteps whose gradients are averaged into one optimiser step.
+      ema_decay: per optimiser step, of the moving average of the parameters, if the state has one.
 
     Returns:
-      ({structure: function that traces its guide}, function that traces the update), each to a
+      ({structure: function that traces its reference pass}, function that traces the update), each to a
       `jax.stages.Traced`, which is compiled by `.lower().compile()`.
     """
+    mesh, frozen = definition.mesh, definition.frozen
 
-    def guide(structure, frozen, batch, params, key, number):
-        with trace_context(task.mesh):
-            guidance, metrics = task.guide(
-                structure, frozen, batch, params, jax.random.fold_in(key, number)
-            )
-        return guidance, measured(metrics)
+    def reference_pass(structure, frozen, batch, params, key, microstep):
+        # Folded once; the update draws from the same key.
+        key = jax.random.fold_in(key, microstep)
+        with trace_context(mesh):
+            outputs, metrics = definition.reference_pass(structure, frozen, batch, params, key)
+        return (key, outputs), measured(metrics)
 
-    def update(state, frozen, batch, guidance, params, key):
-        key = jax.random.fold_in(key, state.step)
-        with trace_context(task.mesh):
-            (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(
-                state.trainable, frozen, batch, guidance, params, key
+    def update(state, frozen, batch, outputs, params, key):
+        with trace_context(mesh):
+            (loss, metrics), gradient = jax.value_and_grad(definition.loss, has_aux=True)(
+                state.trainable, frozen, batch, outputs, params, key
             )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = state.average
         if average is not None:
-            average = optax.incremental_update(trainable, average, 1.0 - ema_decay)
+            moved = optax.incremental_update(trainable, average, 1.0 - ema_decay)
+            if accumulate > 1:
+                ends = ends_optimizer_step(state.optimizer, accumulate)
+                moved = jax.tree.map(lambda new, old: jnp.where(ends, new, old), moved, average)
+            average = moved
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient), **metrics}
         return TrainState(state.step + 1, trainable, optimizer_state, average), measured(metrics)
 
-    examples, whole = meshes.batch_sharding(task.mesh), meshes.replicated(task.mesh)
-    guide = jax.jit(guide, static_argnums=0, out_shardings=(examples, whole))
-    number = np.int32(0)
-    structures = dict(buckets.values())
-    first, params = next(iter(structures.items()))
-    guidance, _ = jax.eval_shape(
-        lambda *arguments: guide(first, *arguments), task.frozen, batch, params, key, number
+    examples, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    reference_pass = jax.jit(
+        reference_pass, static_argnums=0, out_shardings=((whole, examples), whole)
     )
-    guidance = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=examples), guidance
+    microstep = np.int32(0)
+    structures = dict(definition.buckets.values())
+    first, params = next(iter(structures.items()))
+    (folded, outputs), _ = jax.eval_shape(
+        lambda *arguments: reference_pass(first, *arguments), frozen, batch, params, key, microstep
+    )
+    folded, outputs = (
+        jax.tree.map(
+            lambda x, sharding=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+        )
+        for tree, sharding in ((folded, whole), (outputs, examples))
     )
 
     def trace_update():
-        # The state stays where it lies.
-        lies = jax.tree.map(lambda x: x.sharding, state)
-        return jax.jit(update, donate_argnums=0, out_shardings=(lies, whole)).trace(
-            state, task.frozen, batch, guidance, params, key
+        # The state keeps its placement.
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        return jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole)).trace(
+            state, frozen, batch, outputs, params, folded
         )
 
-    def trace_guide(structure):
-        return guide.trace(structure, task.frozen, batch, structures[structure], key, number)
+    def trace_reference_pass(structure):
+        return reference_pass.trace(structure, frozen, batch, structures[structure], key, microstep)
 
-    return {s: functools.partial(trace_guide, s) for s in structures}, trace_update
+    return {s: functools.partial(trace_reference_pass, s) for s in structures}, trace_update
 
 
-def compile_step(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
-    """Compiles a task's step; see `compile_beside`, which this is while nothing else happens."""
+def compile_step(definition, optimizer, state, batch, *, seed, accumulate=1, ema_decay=0.0):
+    """Compiles a step and waits for it; see `compile_beside`."""
     with compile_beside(
-        task, optimizer, buckets, state, batch, seed=seed, ema_decay=ema_decay
+        definition,
+        optimizer,
+        state,
+        batch,
+        seed=seed,
+        accumulate=accumulate,
+        ema_decay=ema_decay,
     ) as step:
         return step.result()
 
 
 @contextlib.contextmanager
-def compile_beside(task, optimizer, buckets, state, batch, *, seed, ema_decay=0.0):
-    """Compiles a task's step, its programs side by side, while the body does something else.
+def compile_beside(definition, optimizer, state, batch, *, seed, accumulate=1, ema_decay=0.0):
+    """Compiles a step's programs in threads while the body of the `with` statement runs.
 
     Args:
-      task, optimizer, buckets, ema_decay: see `trace_step`.
-      state, batch: examples of what the step will be given. Shapes and shardings are taken at once,
-        so that the arrays may go.
-      seed: every random draw of a step derives from (seed, number of the batch).
+      definition, optimizer, accumulate, ema_decay: see `trace_step`.
+      state, batch: examples of the step's arguments. Shapes and shardings are taken at once, so that
+        the arrays may be freed.
+      seed: every random draw of a step derives from (seed, microstep).
 
     Yields:
       The future of a Step.
     """
-    # Here, where all processes are in step: it runs on all devices.
-    key = meshes.random_key(seed, task.mesh)
+    # Here, where all processes run in step: it runs on all devices.
+    key = meshes.random_key(seed, definition.mesh)
     state, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
     )
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        yield pool.submit(_compile, task, optimizer, buckets, state, batch, key, ema_decay)
+        yield pool.submit(_compile, definition, optimizer, state, batch, key, accumulate, ema_decay)
     finally:
-        pool.shutdown(wait=False)  # An error of the body is told now, not minutes later.
+        pool.shutdown(wait=False)  # An error of the body is raised now, not minutes later.
 
 
-def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
+def _compile(definition, optimizer, state, batch, key, accumulate, ema_decay):
     start = time.monotonic()
-    guides, update = trace_step(task, optimizer, buckets, state, batch, key, ema_decay=ema_decay)
-
-    options = compiling.networks_on(task.mesh.devices.flat[0].platform)
+    passes, update = trace_step(
+        definition, optimizer, state, batch, key, accumulate=accumulate, ema_decay=ema_decay
+    )
+    options = compiling.networks_on(definition.mesh.devices.flat[0].platform)
 
     def compiled(trace):
         traced = trace()
@@ -160,26 +198,23 @@ def _compile(task, optimizer, buckets, state, batch, key, ema_decay):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         # The policy's backward pass takes longest, so it goes first.
         update = pool.submit(compiled, update)
-        guides = dict(zip(guides, pool.map(compiled, guides.values()), strict=True))
+        passes = dict(zip(passes, pool.map(compiled, passes.values()), strict=True))
         update, work = update.result()
     step = Step(
-        {structure: guide for structure, (guide, _) in guides.items()},
+        {structure: program for structure, (program, _) in passes.items()},
         update,
         key,
-        {structure: work.matmul_flops + its.matmul_flops for structure, (_, its) in guides.items()},
+        {structure: work.matmul_flops + its.matmul_flops for structure, (_, its) in passes.items()},
     )
     logging.info(
         "compiled %s for %s in %.1f s, and the policy's update that they share",
-        _count(len(guides), "executable"),
-        _count(len(buckets), "bucket"),
+        _count(len(passes), "executable"),
+        _count(len(definition.buckets), "bucket"),
         time.monotonic() - start,
     )
-    for structure in guides:
-        logging.info(
-            "  %s: %s",
-            structure,
-            ", ".join(name for name, (other, _) in buckets.items() if other == structure),
-        )
+    for structure in passes:
+        names = (name for name, (other, _) in definition.buckets.items() if other == structure)
+        logging.info("  %s: %s", structure, ", ".join(names))
     return step
 
 

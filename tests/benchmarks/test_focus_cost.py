@@ -12,10 +12,11 @@ def focus_cost(import_benchmark):
 
 def test_focus_adds_at_most_three_percent_to_a_step_of_dpo(focus_cost):
     def guides(objective):
-        config, sizes = focus_cost.case("debug")
-        config.objective = objective
+        config, sizes = focus_cost.case("debug", objective=objective)
         programs = focus_cost.Programs(config, sizes)
-        return programs, [flops.count(traced).total for traced, _ in programs.guides().values()]
+        return programs, [
+            flops.count(traced).total for traced, _ in programs.reference_passes().values()
+        ]
 
     programs, (plain,) = guides("dpo")
     update = flops.count(programs.update()[0]).total

@@ -223,7 +223,7 @@ def test_tokens_are_counted_by_a_tokenizer_where_there_is_one(tmp_path):
 
 def test_training_tells_of_captions_that_the_model_does_not_read(tiny_config, tmp_path, caplog):
     """Once for all splits of a data set, from the texts alone."""
-    from focusdpo_jax.training import tasks
+    from focusdpo_jax.training import builders
 
     lines, files = example_pairs.make(6)
     for line in lines[:2]:
@@ -243,7 +243,7 @@ def test_training_tells_of_captions_that_the_model_does_not_read(tiny_config, tm
     config = tiny_config(
         **{"data.source": "prepared", "data.path": str(tmp_path / "data"), "batch_size": 1}
     )
-    tasks.make_task(config, tmp_path / "run")
+    builders.make_task(config, tmp_path / "run")
     (message,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
     assert message.startswith(
         f"config.data.path = '{tmp_path / 'data'}': 1 of 5 texts are longer "
@@ -292,12 +292,11 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     assert not (tmp_path / "run" / "results.json").exists()  # Nobody knows the truth.
     assert len(list((output / "encoded_pairs_vit").rglob("*.npz"))) == len(sources["train"])
-    config.data.cache, config.data.workers = False, 1
-    loop.run(config, tmp_path / "uncached")
+    loop.run(tiny.changed(config, data__cache=False, data__workers=1), tmp_path / "uncached")
     assert tiny.losses(tmp_path / "uncached")[2] == pytest.approx(losses[2], rel=1e-4)
 
     # Everything is encoded and nothing is drawn: encoders are not read before they are saved.
-    config.data.cache, config.data.workers, config.evaluation.pictures = True, 0, 0
+    config = tiny.changed(config, evaluation__pictures=0)
     load_parts, read = models.load_parts, []
     monkeypatch.setattr(
         models,
@@ -320,7 +319,7 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
     other = shutil.copytree(config.model.pretrained, tmp_path / "other")
     path = other / "vae.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    config.model.pretrained = str(other)
+    config = tiny.changed(config, model__pretrained=str(other))
     with pytest.raises(UserError, match="encoded_pairs_vit was made with other vae; remove it"):
         loop.run(config, tmp_path / "refused")
 

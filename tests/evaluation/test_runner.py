@@ -24,7 +24,7 @@ from focusdpo_jax.evaluation import (
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.evaluation.scenes import Scene, Subject
 from focusdpo_jax.toybox import pretraining
-from focusdpo_jax.training import models, tasks
+from focusdpo_jax.training import models, run_data
 
 SAMPLING = {"resolution": 32, "steps": 2, "guidance": 1.0, "sampler": "ddim"}
 NAN = np.nan
@@ -90,7 +90,7 @@ def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
     benchmark = benchmarks.Toybox(config, probe, samples=1, seed=0, limit=None, batch_size=2)
     scenes = benchmark.scenes(OutputFolder(tmp_path))
     assert len(scenes) == 4
-    for scene, record in zip(scenes, tasks.open_data(config)["test"], strict=True):
+    for scene, record in zip(scenes, run_data.open_data(config)["test"], strict=True):
         assert scene.prompt == record["caption"]
         for subject, expected in zip(scene.subjects, record["subjects"], strict=True):
             np.testing.assert_array_equal(Image.open(subject.reference), expected["reference"])

@@ -10,7 +10,7 @@ from focusdpo_jax.models import layers
 from focusdpo_jax.models.attention import attend
 from focusdpo_jax.models.generator import Generator, GeneratorConfig
 from focusdpo_jax.models.vae import VAE, VAEConfig
-from focusdpo_jax.training import models, tasks
+from focusdpo_jax.training import assembly, models
 from tests.models.weights import random_params, random_tree
 
 
@@ -61,7 +61,7 @@ def shapes_of(generator, part):
 
 def test_the_reference_in_half_the_memory_says_the_same(generator):
     params = {part: random_tree(shapes_of(generator, part)) for part in ("unet", "adapter")}
-    stored = tasks.as_computed(params, "bfloat16")
+    stored = assembly.reference_parameters(params, "bfloat16")
     size = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, stored)]
     assert size[1] < 0.6 * size[0]
     draw = np.random.default_rng(1)

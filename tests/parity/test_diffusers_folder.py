@@ -16,10 +16,10 @@ import tiny
 pytest.importorskip("torch", reason="the files are PyTorch's")
 diffusers = pytest.importorskip("diffusers", reason="the files are diffusers'")
 
-import ml_collections  # noqa: E402
 import safetensors.numpy  # noqa: E402
 import transformers  # noqa: E402
 
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.checkpoints import (  # noqa: E402
     diffusers_folder,
     ip_adapter,
@@ -29,7 +29,6 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
     single_file,
     tensor_file,
 )
-from focusdpo_jax.config import RULES  # noqa: E402
 from focusdpo_jax.diffusion.samplers import Spacing, sampling_timesteps  # noqa: E402
 from focusdpo_jax.disruption.inpainting import Inpainter  # noqa: E402
 from focusdpo_jax.errors import UserError  # noqa: E402
@@ -152,9 +151,8 @@ def test_the_field_says_what_is_predicted(folder):
         "folder, which has everything; give ''",
     ):
         pretrained.locate(fields | {"pretrained": "toybox"}, shipped, "epsilon")
-    assert RULES["model.prediction_type"][0]("") and all(
-        map(RULES["model.prediction_type"][0], single_file.PREDICTION_TYPES)
-    )
+    for kind in ("", *single_file.PREDICTION_TYPES):
+        config_lib.check(tiny.run_config("sdxl_dpo", "", model__prediction_type=kind))
 
 
 def test_a_scheduler_is_of_the_class_that_the_index_names(folder):
@@ -216,11 +214,7 @@ def test_a_pipeline_that_transformers_5_saves(models, tmp_path):
         feature_extractor=None,
     ).save_pretrained(tmp_path / "saved")
     assert not list(tmp_path.glob("saved/*/vocab.json"))
-    model = training_models.load_model(
-        ml_collections.ConfigDict(
-            {"seed": 0, "model": {"pretrained": str(tmp_path / "saved"), "lora_rank": 0}}
-        )
-    )
+    model = runs.load_folder(tmp_path / "saved")
     for caption in ("a red boat!", "", "a boat " * 20):
         np.testing.assert_array_equal(
             model.tokenizer(caption),
@@ -418,9 +412,7 @@ def channels(tmp_path_factory):
 
 def config_of(folder):
     """configs/sdxl_dpo.py on a pipeline."""
-    config = tiny.load_config("sdxl_dpo", "")
-    config.update_from_flattened_dict({"model.pretrained": str(folder), "resolution": 32})
-    return config
+    return tiny.run_config("sdxl_dpo", "", model__pretrained=str(folder), resolution=32)
 
 
 REFUSED = {
@@ -437,7 +429,7 @@ def test_unets_that_read_more_than_latents(count, channels):
     """Whoever draws or trains refuses them: sample and evaluate, main, plan."""
     folder = channels(count)
     config = config_of(folder)
-    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     for use in (
         lambda: runs.load_folder(folder),
         lambda: training_models.load_model(config),

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -21,6 +20,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.checkpoints import (  # noqa: E402
     diffusers_folder,
     lora,
@@ -37,7 +37,7 @@ from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig  # n
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402
 from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
-from focusdpo_jax.training import models  # noqa: E402
+from focusdpo_jax.training import models, runs  # noqa: E402
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, test_unet  # noqa: E402
 from tests.parity.test_diffusers_folder import check_exact, examples  # noqa: E402
@@ -96,7 +96,7 @@ def export_of(folder, dtype="float32"):
     )
     shapes = examples(config)
     parameters = {part: random_tree(shapes[part], seed) for seed, part in enumerate(PARTS)}
-    run = ml_collections.ConfigDict({"dtype": dtype, "trainable": "adapter"})
+    run = config_lib.RunConfig(dtype=dtype)
     parameters = {
         part: traverse_util.unflatten_dict(
             {
@@ -209,9 +209,7 @@ def test_in_again_bit_for_bit(exported):
 
 def test_a_run_starts_from_it(exported):
     out, _, parameters = exported
-    model = models.load_model(
-        ml_collections.ConfigDict({"seed": 0, "model": {"pretrained": str(out), "lora_rank": 0}})
-    )
+    model = runs.load_folder(out)
     assert model.generator.config.prediction_type == "v_prediction"
     assert model.tokenizer("a red boat").shape == (2, 16)
     for part in PARTS:

@@ -65,13 +65,8 @@ OVERRIDES = {
 
 def config_of(files, **overrides):
     """The configuration for an adapter, for files as their owners publish them."""
-    config = tiny.load_config("sdxl_dpo", "")
-    changes = changes_of(files) | {
-        name.replace("__", "."): value for name, value in overrides.items()
-    }
-    for name, value in changes.items():
-        config.update_from_flattened_dict({name: value})
-    return config
+    changes = {name.replace(".", "__"): value for name, value in changes_of(files).items()}
+    return tiny.run_config("sdxl_dpo", "", **(changes | overrides))
 
 
 def changes_of(files):
@@ -258,7 +253,7 @@ def test_one_file_is_the_same_model(files, monkeypatch, tmp_path):
         UserError, match="one.safetensors is a single file, .* give config.model.tokenizer"
     ):
         models.load_model(config)
-    config.model.tokenizer = str(folder / "sdxl/tokenizer")
+    config = tiny.changed(config, model__tokenizer=str(folder / "sdxl/tokenizer"))
     found = models.load_model(config)
     expected = models.load_model(config_of(folder, dtype="float32"))
     assert found.tokenizer("a boat").tolist() == expected.tokenizer("a boat").tolist()

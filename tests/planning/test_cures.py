@@ -1,6 +1,7 @@
 """What does not fit is refused with the field that makes it fit, once that has been compiled."""
 
 import pytest
+import tiny
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import cures
@@ -76,7 +77,7 @@ def test_candidates_begin_with_what_costs_least(tiny_config):
         {"evaluation.batch_size": 2},
         {"evaluation.batch_size": 1},
     ]
-    config.data.cache = False
+    config = tiny.changed(config, data__cache=False)
     first, second, third, *others = cures.candidates(config, "update", 2)
     assert (first, second) == ({"model.remat": True}, {"data.cache": True})
     # Updates of as many pairs as before.

@@ -28,13 +28,13 @@ def tiny_run(tmp_path, **overrides):
 )
 def test_what_is_held_is_what_the_step_takes(tmp_path, overrides):
     config = tiny_run(tmp_path, **overrides)
-    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     found = memory.held(config, mesh)
     step = shapes.abstract_step(config, mesh)
     expected = {
-        "frozen parameters": step.task.frozen["parameters"],
+        "frozen parameters": step.assembly.definition.frozen["parameters"],
         "encoders": step.encoders,
-        "reference": step.task.frozen.get("reference", {}),
+        "reference": step.assembly.definition.frozen.get("reference", {}),
         "trained parameters": (step.state.trainable, step.state.average),
         "optimizer": step.state.optimizer,
     }
@@ -93,7 +93,7 @@ def test_more_devices_are_a_cure(tmp_path, monkeypatch):
 
 def test_what_just_fits_is_not_refused(tmp_path, monkeypatch):
     config = tiny_run(tmp_path)
-    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     held = sum(memory.held(config, mesh).values())
     monkeypatch.setattr(memory, "limit", lambda device: held)
     assert memory.require_fit(config, mesh) == (held, held)

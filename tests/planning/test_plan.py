@@ -14,7 +14,7 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import planner, programs, report, shapes
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import tasks
+from focusdpo_jax.training import builders
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
@@ -43,20 +43,20 @@ def described(tree):
 )
 def test_shapes_are_those_of_the_run(tiny_config, tmp_path, overrides):
     config = tiny_config(**overrides)
-    task = tasks.make_task(config, epath.Path(tmp_path))
+    task = builders.make_task(config, epath.Path(tmp_path))
     state = create_state(task.trainable, make_optimizer(config), config.ema_decay)
     batch = task.prepare(next(task.batches))
-    abstract = shapes.abstract_step(config, meshes.make_mesh(config.mesh, config.batch_size))
+    abstract = shapes.abstract_step(config, meshes.make_mesh(config.mesh.sizes, config.batch_size))
     assert described(abstract.state) == described(state)
-    assert described(abstract.task.frozen) == described(task.frozen)
+    assert described(abstract.assembly.definition.frozen) == described(task.definition.frozen)
     assert described(abstract.batch) == described(batch)
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_encoders_are_held_unless_all_is_encoded_before(tiny_config, cache):
     config = tiny_config()
-    config.data.cache = cache
-    step = shapes.abstract_step(config, meshes.make_mesh(config.mesh, config.batch_size))
+    config = tiny.changed(config, data__cache=cache)
+    step = shapes.abstract_step(config, meshes.make_mesh(config.mesh.sizes, config.batch_size))
     assert set(step.encoders) == (
         set() if cache else {"vae", "image_encoder", "text_encoder", "text_encoder_2"}
     )
@@ -94,14 +94,14 @@ def test_a_plan_of_a_whole_run_adds_up(tiny_config):
 def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
     """What is traced for a plan has the run's own products, in the steps and in the sampler."""
     config = tiny_config()
-    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     planned = {
         name: flops.count(program.trace()).matmul_flops
         for name, program in programs.run_programs(config, mesh)[0].items()
     }
-    task = tasks.make_task(config, epath.Path(tmp_path))
+    task = builders.make_task(config, epath.Path(tmp_path))
     state = create_state(task.trainable, make_optimizer(config), config.ema_decay)
-    step = compile_step(task, make_optimizer(config), task.buckets, state, task.example(), seed=0)
+    step = compile_step(task.definition, make_optimizer(config), state, task.example(), seed=0)
     assert planned["update"] + planned["guide"] == max(step.matmul_flops.values())
 
 

@@ -19,7 +19,7 @@ from etils import epath
 from focusdpo_jax.profiling import collectives
 from focusdpo_jax.sharding import attention
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import tasks
+from focusdpo_jax.training import builders
 from focusdpo_jax.training.checkpointing import Checkpoints
 from focusdpo_jax.training.measured import as_floats
 from focusdpo_jax.training.state import create_state, make_optimizer
@@ -41,7 +41,7 @@ def make(folder, mesh):
         evaluation__pictures=1,
         **sizes,
     )
-    task, optimizer = tasks.make_task(config, epath.Path(folder)), make_optimizer(config)
+    task, optimizer = builders.make_task(config, epath.Path(folder)), make_optimizer(config)
     return task, optimizer, create_state(task.trainable, optimizer, config.ema_decay)
 
 
@@ -50,11 +50,11 @@ def train(task, optimizer, state):
     position = task.batches.get_state()
     batch = task.prepare(next(task.batches))
     task.batches.set_state(position)
-    step, losses = compile_step(task, optimizer, task.buckets, state, batch, seed=0), []
+    step, losses = compile_step(task.definition, optimizer, state, batch, seed=0), []
     for number in range(5):
-        structure, numbers = task.buckets[task.bucket_at(number)]
+        structure, numbers = task.definition.buckets[task.bucket_at(number)]
         batch = task.prepare(next(task.batches))
-        state, metrics = step(structure, state, task.frozen, batch, numbers, number)
+        state, metrics = step(structure, state, task.definition.frozen, batch, numbers, number)
         losses.append(as_floats(metrics)["loss"])
     return losses, state, step
 

@@ -1,5 +1,6 @@
 """Encoded records on disk: what the encoders said, whole or interrupted, and never stale."""
 
+import dataclasses
 import hashlib
 from unittest import mock
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from ml_collections import ConfigDict
 
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.data.record import PreferenceBatch
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.generator import ImageView
@@ -151,7 +152,7 @@ def test_stale_files_are_refused(name, tmp_path):
 
 def test_runs_that_need_other_pictures_or_masks_keep_apart():
     def folder(objective, share, features="vit"):
-        config = ConfigDict({"objective": objective, "rejected_share": share})
+        config = config_lib.RunConfig(objective=objective, rejected_share=share)
         return encoding_cache.folder_name(config, mock.Mock(settings=[features]))
 
     assert folder("dpo", 0.0) == folder("focus_dpo", 0.0) == "encoded_pairs_vit"
@@ -161,19 +162,12 @@ def test_runs_that_need_other_pictures_or_masks_keep_apart():
 
 
 def test_key_follows_what_else_matters():
-    config = ConfigDict(
-        {
-            "dtype": "float32",
-            "resolution": 8,
-            "trainable": "adapter",
-            "focus": {"detail_bins": 16, "detail_sigma": 3.0},
-        }
-    )
-    generator = ConfigDict({"config": {"adapter": {"kind": "resampler"}}})
+    config = config_lib.RunConfig(dtype="float32", resolution=8)
+    generator = mock.Mock(**{"config.adapter.kind": "resampler"})
 
     def key(content="x", source=None, words="t", **changes):
         model = models.Model(generator, {}, mock.Mock(digest=lambda: words), None)
-        changed = ConfigDict(config.to_dict() | changes)
+        changed = dataclasses.replace(config, **changes)
         return encoding_cache.make_key(model, changed, content, source)
 
     unet = mock.Mock(parts=("unet",), settings=["unet", 16, 124, 374])
@@ -190,7 +184,7 @@ def test_key_follows_what_else_matters():
     # Text encoders matter unless they are trained: then the captions are not kept.
     everything = ["image_encoder", "text_encoder", "text_encoder_2", "unet", "vae"]
     assert encoding_cache.parts_read(config, unet) == everything
-    config.trainable = "generator"
+    config = dataclasses.replace(config, trainable="generator")
     assert encoding_cache.parts_read(config, None) == ["image_encoder", "vae"]
 
 
@@ -203,5 +197,5 @@ def test_key_follows_what_else_matters():
     ],
 )
 def test_each_kind_of_records_has_its_folder(objective, share, name):
-    config = ConfigDict({"objective": objective, "rejected_share": share})
+    config = config_lib.RunConfig(objective=objective, rejected_share=share)
     assert encoding_cache.folder_name(config, mock.Mock(settings=["attention"])) == name

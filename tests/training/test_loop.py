@@ -19,11 +19,11 @@ import tiny
 from absl import logging as absl_logging
 from flax import traverse_util
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import loop, models, runs, state, tasks
+from focusdpo_jax.training import builders, loop, models, runs, state
 from focusdpo_jax.training.metrics import MetricWriter
 from focusdpo_jax.training.step import Step
 
@@ -218,7 +218,7 @@ def test_alpha_of_new_low_rank_updates_is_a_field(tiny_config, alpha, expected):
     config = tiny_config(model__lora_rank=2, model__lora_alpha=alpha)
     model = models.open_model(config)
     assert model.generator.config.unet.lora_alpha == expected
-    mesh = meshes.make_mesh(config.mesh, config.batch_size)
+    mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     assert models.abstract_model(config, mesh)[0].config.unet.lora_alpha == expected
 
 
@@ -270,9 +270,8 @@ def test_a_step_is_reported_while_the_next_one_runs(tiny_config, tmp_path, monke
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(trained, tiny_config, tmp_path):
     shutil.copytree(trained("adapter"), tmp_path, dirs_exist_ok=True)
-    config = tiny_config()
+    config = tiny_config(learning_rate=1e30)
     (tmp_path / "config.json").unlink()  # Another learning rate is another run.
-    config.learning_rate = 1e30
     with pytest.raises(UserError, match=r"at step 4\. The checkpoint of step 2 is intact"):
         loop.run(config, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
@@ -341,7 +340,7 @@ def test_validation_scenes_need_as_many_records(tiny_config):
         match="config.evaluation.validation_scenes = 3: there are only "
         "config.data.validation_size = 2",
     ):
-        config_rules.validate(tiny_config(evaluation__validation_scenes=3))
+        config_lib.check(tiny_config(evaluation__validation_scenes=3))
 
 
 def test_saved_steps_are_logged_so_that_a_resumed_run_logs_the_same(tiny_config, tmp_path):
@@ -509,8 +508,8 @@ def test_encoders_leave_the_device_when_everything_is_encoded(tiny_config, tmp_p
         return sum(x.shape == (573, 8) for x in jax.live_arrays())
 
     before = held()
-    task = tasks.make_task(tiny_config(data__cache=cache), tmp_path)
-    assert set(task.frozen["parameters"]) == {"unet"}
+    task = builders.make_task(tiny_config(data__cache=cache), tmp_path)
+    assert set(task.definition.frozen["parameters"]) == {"unet"}
     assert held() - before == tables
     batch = task.prepare(next(task.batches))
     assert batch.text.shape == (4, 16, 16) and batch.pooled.shape == (4, 8)

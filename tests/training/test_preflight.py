@@ -22,7 +22,7 @@ from focusdpo_jax.models.generator import PARTS, GeneratorConfig
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary
 from focusdpo_jax.planning import memory
-from focusdpo_jax.training import loop, models, preflight, tasks
+from focusdpo_jax.training import builders, loop, models, preflight, run_data
 from focusdpo_jax.training.part_shapes import part_shapes
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -33,7 +33,7 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 def published(tmp_path_factory):
     """sdxl/, a pipeline in diffusers' layout without values; plain.safetensors, an adapter for another."""
     folder = tmp_path_factory.mktemp("published")
-    sizes = GeneratorConfig.from_dict(tiny.load_config("sdxl_dpo", "debug").model.sizes.to_dict())
+    sizes = GeneratorConfig.from_dict(tiny.run_config("sdxl_dpo", "debug").model.sizes)
     trees = zeros(sizes)
     for part in PARTS:
         if part != "adapter":
@@ -72,16 +72,12 @@ def folder(published, tmp_path):
 
 def config_of(folder, **overrides):
     """configs/sdxl_dpo.py for the pipeline in a folder."""
-    config = tiny.load_config("sdxl_dpo", "")
     changes = {
         "resolution": 64,
-        "data.path": str(folder / "data"),
-        "model.pretrained": str(folder / "sdxl"),
+        "data__path": str(folder / "data"),
+        "model__pretrained": str(folder / "sdxl"),
     }
-    changes |= {name.replace("__", "."): value for name, value in overrides.items()}
-    for name, value in changes.items():
-        config.update_from_flattened_dict({name: value})
-    return config
+    return tiny.run_config("sdxl_dpo", "", **(changes | overrides))
 
 
 @contextlib.contextmanager
@@ -107,7 +103,7 @@ def refused(monkeypatch):
         def files():
             return sorted(folder.rglob("*"))
 
-        monkeypatch.setattr(tasks, "make_task", lambda *_: pytest.fail("a task is built"))
+        monkeypatch.setattr(builders, "make_task", lambda *_: pytest.fail("a task is built"))
         monkeypatch.setattr(models, "load_parts", lambda *_: pytest.fail("weights are read"))
         before = files()
         with pytest.raises(UserError) as error, log() as logged:
@@ -173,15 +169,14 @@ def test_an_adapter_of_another_kind(refused, folder):
 @pytest.mark.parametrize("argument", ["", "lora", "full"])
 def test_preferences_need_an_adapter_that_was_trained(refused, folder, monkeypatch, argument):
     (folder / "sdxl/ip_adapter.safetensors").unlink()
-    config = config_of(folder)
-    config.trainable, config.model.lora_rank = argument or "adapter", 2 * (argument == "lora")
+    rank = 2 * (argument == "lora")
+    config = config_of(folder, trainable=argument or "adapter", model__lora_rank=rank)
     assert refused(config, folder) == (
         f"config.model.adapter = '': {folder}/sdxl has no adapter. It would be drawn at random, and focus_dpo "
         "compares with a reference model that has it. Give an IP-Adapter file; a new adapter has to be "
         "trained with config.objective = 'sft' first."
     )
-    config.objective = "sft"
-    models.check_files(config)
+    models.check_files(tiny.changed(config, objective="sft"))
 
 
 def test_tensors_that_do_not_fit(refused, folder):
@@ -242,7 +237,7 @@ def test_a_prepared_data_set_comes_before_the_weights(
     config, path = config_of(folder, data__source="prepared"), folder / "data"
     if resolution:
         monkeypatch.setattr(
-            tasks.dataset, "open_prepared", lambda _: {"train": Prepared(resolution)}
+            run_data.dataset, "open_prepared", lambda _: {"train": Prepared(resolution)}
         )
     assert refused(config, folder).startswith(reason.format(path))
 
@@ -261,16 +256,14 @@ class Prepared(list):
 @pytest.fixture(scope="module")
 def full_size():
     """configs/sdxl_dpo.py with weights that are yet to be drawn, so that no file is needed."""
-    config = tiny.load_config("sdxl_dpo", "")
-    config.model.pretrained = ""
-    config.model.sizes = json.loads(
+    sizes = json.loads(
         GeneratorConfig(
             **single_file.SDXL,
             image_encoder=CLIPVisionConfig(projection_dim=1024),
             adapter=SubjectAdapterConfig(),
         ).to_json()
     )
-    return config
+    return tiny.run_config("sdxl_dpo", "", model__pretrained="", model__sizes=sizes)
 
 
 @pytest.mark.parametrize(
@@ -334,12 +327,12 @@ def test_the_command_says_it_in_one_line(folder):
 
 
 def test_the_outline_of_the_default_run():
-    config = tiny.load_config("toybox_dpo")
+    config = tiny.run_config("toybox_dpo")
     assert preflight.outline(config) == (
         "focus_dpo on toybox, 80 steps of 16; 8 validation scenes to look at every 40 steps and at the end; "
         "then 896 test scenes drawn by base and policy and measured. Time left is logged on the way"
     )
-    config.update_from_flattened_dict({"objective": "probe", "accumulate": 2, "steps": 5})
+    config = tiny.changed(config, objective="probe", accumulate=2, steps=5)
     assert preflight.outline(config) == (
         "probe on toybox, 5 steps of 16 times 2. Time left is logged on the way"
     )

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.checkpoints import model_folder, run_export, run_folder
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.training import loop, preemption, runs
@@ -20,7 +20,7 @@ from focusdpo_jax.training import loop, preemption, runs
 
 def test_the_base_of_a_run_from_nothing_is_drawn_again(tiny_config, tiny_folder, tmp_path):
     config = tiny_config(model__pretrained="")
-    (tmp_path / "config.json").write_text(config_rules.to_json(config))
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
     shutil.copytree(tiny_folder / "model", tmp_path / "model")  # What the run has made.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     run = runs.Run(tmp_path)
@@ -187,7 +187,7 @@ def test_going_back_does_not_leave_a_newer_looking_model(
 
 def test_an_unfinished_run_of_an_encoder_has_no_generator(tiny_config, tmp_path):
     config = tiny_config(objective="probe")
-    (tmp_path / "config.json").write_text(config_rules.to_json(config))
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
     with pytest.raises(
         UserError, match="config.objective = 'probe' is not finished, and its checkpoints"
     ):

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from focusdpo_jax import config as config_rules
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.data import loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.focus import correspondence
 from focusdpo_jax.focus.buckets import BucketStructure
 from focusdpo_jax.models.generator import Conditioning, split_parameters
-from focusdpo_jax.training import models, objectives, sources, tasks
+from focusdpo_jax.training import assembly, generator_step, models, run_data, sources
 
 SOURCES = ("vit", "unet", "attention")
 SLOTS = ("references", "reference_masks", "masks", "present")
@@ -25,13 +26,13 @@ class Case:
     def __init__(self, config, folder):
         self.config, self.model = config, models.load_model(config)
         transform = loader.pair_transform(tokenize=self.model.tokenizer, num_subjects=3)
-        records = tasks.open_data(config)["train"]
+        records = run_data.open_data(config)["train"]
         (self.batch,) = loader.evaluation_batches(
             [records[i] for i in range(4)], batch_size=4, transform=transform
         )
-        self.buckets = tasks.focus_buckets(config)
-        source, self.encoder = tasks.make_encoder(self.model.generator, config, self.buckets)
-        self.objective = objectives.Objective(
+        self.buckets = assembly.focus_buckets(config)
+        source, self.encoder = assembly.make_encoder(self.model.generator, config, self.buckets)
+        self.objective = generator_step.GeneratorStep(
             self.model.generator, config, self.model.tokenizer(""), source
         )
         trainable, frozen = split_parameters(self.model.parameters, "full")
@@ -164,9 +165,9 @@ def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases)
 def test_what_a_structure_switches_off_is_not_in_the_compiled_guide(spaf, dpce, cases):
     case = cases("attention")
     _, params = list(case.buckets.values())[-1]
-    structure = objectives.StepStructure("focus_dpo", BucketStructure(spaf=spaf, dpce=dpce))
+    structure = generator_step.StepStructure("focus_dpo", BucketStructure(spaf=spaf, dpce=dpce))
     compiled = (
-        jax.jit(case.objective.guide, static_argnums=0)
+        jax.jit(case.objective.reference_pass, static_argnums=0)
         .lower(structure, case.frozen, case.encode(), params, jax.random.key(0))
         .compile()
         .as_text()
@@ -186,7 +187,7 @@ def test_what_a_structure_switches_off_is_not_in_the_compiled_guide(spaf, dpce, 
     ],
 )
 def test_each_half_of_focus_works_alone(switches, structures, tiny_config):
-    buckets = tasks.focus_buckets(tiny_config(**switches))
+    buckets = assembly.focus_buckets(tiny_config(**switches))
     assert [str(structure.weight) for structure, _ in buckets.values()] == structures
     assert [int(params.index) for _, params in buckets.values()] == [0, 1, 2, 3]
 
@@ -194,6 +195,6 @@ def test_each_half_of_focus_works_alone(switches, structures, tiny_config):
 def test_references_are_denoised_once_or_not_at_all(tiny_config):
     config = tiny_config(focus__features="unet", data__cache=False)
     with pytest.raises(UserError, match="config.data.cache = False: config.focus.features"):
-        config_rules.validate(config)
-    config.focus.spaf = False
-    config_rules.validate(config)
+        config_lib.check(config)
+    config = tiny.changed(config, focus__spaf=False)
+    config_lib.check(config)

@@ -20,7 +20,7 @@ def test_an_error_beside_the_compilation_does_not_wait_for_it(monkeypatch):
     monkeypatch.setattr(step, "_compile", compile_slowly)
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, 1, jax.devices()[:1])
     with pytest.raises(OSError, match="no data"):
-        with step.compile_beside(types.SimpleNamespace(mesh=mesh), None, {}, (), (), seed=0):
+        with step.compile_beside(types.SimpleNamespace(mesh=mesh), None, (), (), seed=0):
             raise OSError("no data")
     assert not finished.is_set()
     finish.set()

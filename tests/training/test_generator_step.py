@@ -14,19 +14,19 @@ from focusdpo_jax.data import loader
 from focusdpo_jax.diffusion.schedule import scaled_linear_schedule
 from focusdpo_jax.focus import confidence
 from focusdpo_jax.models.generator import split_parameters
-from focusdpo_jax.training import models, objectives, state, step, tasks
+from focusdpo_jax.training import assembly, builders, generator_step, models, run_data, state, step
 
 
 def encode_four(config):
     """The model of a configuration, SPAF's source, the buckets, four pairs and their encoding."""
     model = models.load_model(config)
     transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
-    records = tasks.open_data(config)["train"]
+    records = run_data.open_data(config)["train"]
     (batch,) = loader.evaluation_batches(
         [records[i] for i in range(4)], batch_size=4, transform=transform
     )
-    buckets = tasks.focus_buckets(config)
-    source, encode = tasks.make_encoder(model.generator, config, buckets)
+    buckets = assembly.focus_buckets(config)
+    source, encode = assembly.make_encoder(model.generator, config, buckets)
     return model, source, buckets, batch, encode(model.parameters, jax.tree.map(jnp.asarray, batch))
 
 
@@ -38,7 +38,7 @@ def encoded(tiny_config):
         config = tiny_config(objective=objective, focus__background=0.25)
         model, source, buckets, batch, pairs = encode_four(config)
         ((structure, params),) = buckets.values()
-        task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        task = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
         trainable, frozen = split_parameters(model.parameters, "full")
         frozen = {"parameters": frozen, "reference": trainable}
         maps = task.focus_maps(structure, frozen, pairs, params, jax.random.key(0))
@@ -87,7 +87,7 @@ def test_own_subject_keeps_matches_off_other_subjects(tiny_config, own):
     config = tiny_config(focus__own_subject=own, focus__buckets=1)
     model, source, buckets, batch, pairs = encode_four(config)
     ((structure, params),) = buckets.values()
-    task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+    task = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
     trainable, frozen = split_parameters(model.parameters, "full")
     maps = task.focus_maps(
         structure, {"parameters": frozen, "reference": trainable}, pairs, params, jax.random.key(0)
@@ -106,19 +106,19 @@ def test_confidence_weighs_by_the_reference_models_error(tiny_config):
         config = tiny_config(focus__buckets=1, **fields)
         model, source, buckets, _, pairs = encode_four(config)
         ((structure, params),) = buckets.values()
-        task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        task = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
         trainable, frozen = split_parameters(model.parameters, "full")
         fixed = {"parameters": frozen, "reference": trainable}
         key = jax.random.key(0)
-        guidance, _ = task.guide(structure, fixed, pairs, params, key)
-        return task.focus_maps(structure, fixed, pairs, params, key), guidance, pairs
+        outputs, _ = task.reference_pass(structure, fixed, pairs, params, key)
+        return task.focus_maps(structure, fixed, pairs, params, key), outputs, pairs
 
     plain, _, _ = maps()
-    weighed, guidance, pairs = maps(focus__lambda_c=3.0)
+    weighed, outputs, pairs = maps(focus__lambda_c=3.0)
     assert plain.uncertainty is None
     prior = np.repeat(pairs.prior, 2, axis=0)
     np.testing.assert_allclose(
-        weighed.uncertainty, confidence.uncertainty(guidance.reference_error, prior), rtol=1e-5
+        weighed.uncertainty, confidence.uncertainty(outputs.reference_error, prior), rtol=1e-5
     )
     np.testing.assert_allclose(
         weighed.weights - plain.weights, 3 * prior * weighed.uncertainty, atol=1e-5
@@ -132,13 +132,13 @@ def test_a_fading_anchor_has_the_slope_of_the_preference(tiny_config):
         config = tiny_config(objective="dpo", beta=3000.0, **fields)
         model, source, buckets, _, pairs = encode_four(config)
         ((structure, params),) = buckets.values()
-        task = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        task = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
         trainable, frozen = split_parameters(model.parameters, "full")
         fixed = {"parameters": frozen, "reference": trainable}
         policy = jax.tree.map(lambda x: 1.02 * x, trainable)
         pair, key = jax.tree.map(lambda x: x[:1], pairs), jax.random.key(0)
-        guidance, _ = task.guide(structure, fixed, pair, params, key)
-        return task.loss(policy, fixed, pair, guidance, params, key)
+        outputs, _ = task.reference_pass(structure, fixed, pair, params, key)
+        return task.loss(policy, fixed, pair, outputs, params, key)
 
     without, diagnostics = loss(anchor=0.0)
     slope = 2 / (1 + np.exp(-1500.0 * float(diagnostics["margin"])))
@@ -169,7 +169,7 @@ def listen(latents, **overrides):
     """What a generator is asked when `sft` learns from latents [B, P, h, w, C]."""
     config = tiny.tiny_config(pathlib.Path("nowhere"), objective="sft", **overrides)
     generator, batch = Listener(), len(latents)
-    objective = objectives.Objective(generator, config, np.zeros((2, 4), np.int32))
+    objective = generator_step.GeneratorStep(generator, config, np.zeros((2, 4), np.int32))
     grid = jnp.ones((batch, 1, 1))
     encoded = types.SimpleNamespace(
         latents_mean=latents,
@@ -182,13 +182,13 @@ def listen(latents, **overrides):
         present=None,
         references=jnp.zeros((batch, 1)),
     )
-    ((_, params),) = tasks.focus_buckets(config).values()
+    ((_, params),) = assembly.focus_buckets(config).values()
     with jax.disable_jit():  # It listens to values, not to their shapes.
         objective.loss(
             {},
             {"parameters": {}},
             encoded,
-            objectives.ReferenceOutputs(grid, None),
+            generator_step.ReferenceOutputs(grid, None),
             params,
             jax.random.key(0),
         )
@@ -229,9 +229,10 @@ def preference(tiny_folder):
 
     def make(chances, **overrides):
         config, model, source, buckets, pairs = opened(**overrides)
-        config = config.copy_and_resolve_references()
-        config.condition_dropout = chances
-        objective = objectives.Objective(model.generator, config, model.tokenizer(""), source)
+        config = tiny.changed(config, condition_dropout=chances)
+        objective = generator_step.GeneratorStep(
+            model.generator, config, model.tokenizer(""), source
+        )
         trainable, frozen = split_parameters(model.parameters, "full")
         # Another reference model than the policy, so that the margin is not zero.
         reference = jax.tree.map(lambda x: 1.3 * x, trainable)
@@ -241,9 +242,9 @@ def preference(tiny_folder):
         structure, params = next(iter(buckets.values()))
 
         def step(pairs, key=jax.random.key(3)):
-            guidance, _ = objective.guide(structure, frozen, pairs, params, key)
-            loss, found = objective.loss(trainable, frozen, pairs, guidance, params, key)
-            return guidance, loss, found["margin"]
+            outputs, _ = objective.reference_pass(structure, frozen, pairs, params, key)
+            loss, found = objective.loss(trainable, frozen, pairs, outputs, params, key)
+            return outputs, loss, found["margin"]
 
         return step, pairs, model
 
@@ -270,15 +271,13 @@ def without(pairs, model, caption, references):
 def test_a_preference_loses_its_conditions_on_both_sides(preference, chances, caption, references):
     step, pairs, model = preference(chances, objective="dpo")
     plain, _, _ = preference((0.0, 0.0, 0.0), objective="dpo")
-    guidance, loss, margin = step(pairs)
-    expected_guidance, expected, expected_margin = plain(without(pairs, model, caption, references))
-    np.testing.assert_allclose(
-        guidance.reference_error, expected_guidance.reference_error, rtol=1e-5
-    )
+    outputs, loss, margin = step(pairs)
+    expected_outputs, expected, expected_margin = plain(without(pairs, model, caption, references))
+    np.testing.assert_allclose(outputs.reference_error, expected_outputs.reference_error, rtol=1e-5)
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert margin == pytest.approx(float(expected_margin), rel=1e-4) and abs(margin) > 1e-6
     whole, _, _ = plain(pairs)
-    assert np.abs(guidance.reference_error - whole.reference_error).max() > 1e-4
+    assert np.abs(outputs.reference_error - whole.reference_error).max() > 1e-4
 
 
 def test_weights_of_the_attention_source_match_nothing_without_references(preference):
@@ -294,7 +293,7 @@ def test_weights_of_the_attention_source_match_nothing_without_references(prefer
 
 def test_conditions_are_dropped_as_often_as_asked():
     no_caption, no_references = map(
-        np.asarray, objectives.drawn_dropout(jax.random.key(1), 4000, (0.1, 0.2, 0.3))
+        np.asarray, generator_step.drawn_dropout(jax.random.key(1), 4000, (0.1, 0.2, 0.3))
     )
     for drawn, expected in (
         (no_caption & ~no_references, 0.1),
@@ -313,13 +312,13 @@ def test_bfloat16_margins_are_zero_at_equal_parameters(tiny_config, tmp_path):
         beta=5000.0,
         model__pretrained=tiny.load_config("toybox_dpo").model.pretrained,
     )
-    task = tasks.make_task(config, tmp_path)
+    task = builders.make_task(config, tmp_path)
     optimizer = state.make_optimizer(config)
     start = state.create_state(task.trainable, optimizer, 0)
-    compiled = step.compile_step(task, optimizer, task.buckets, start, task.example(), seed=0)
-    ((structure, params),) = task.buckets.values()
+    compiled = step.compile_step(task.definition, optimizer, start, task.example(), seed=0)
+    ((structure, params),) = task.definition.buckets.values()
     batch = task.prepare(next(iter(task.batches)))
-    _, (_, measured) = compiled(structure, start, task.frozen, batch, params, 0)
+    _, (_, measured) = compiled(structure, start, task.definition.frozen, batch, params, 0)
     metrics = dict(zip(measured.names, np.asarray(measured.values), strict=True))
     assert metrics["reference_error"] > 0.1
     assert metrics["logit_scale"] < 1e-3

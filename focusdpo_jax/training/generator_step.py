@@ -1,7 +1,7 @@
-"""The losses of a generator: supervised fine-tuning and preference objectives over one step.
+"""The step of a generator's objective, in its two halves: the reference pass, and the loss.
 
-What the objectives share is here once: noise, the policy's and the reference model's error maps,
-the weight maps. Which of them an objective needs is decided before anything is compiled.
+What objectives share is here once: noise, dropped conditions, error maps of policy and reference model, and the
+maps that weights are made of. What differs is in `focusdpo_jax.objectives`.
 """
 
 import dataclasses
@@ -11,31 +11,25 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from focusdpo_jax.config import (
-    PREFERENCE_OBJECTIVES,
-    SUPERVISED_OBJECTIVES,
-    dropout_chances,
-)
+from focusdpo_jax import objectives
 from focusdpo_jax.diffusion.schedule import logit_normal_timesteps
-from focusdpo_jax.focus import confidence, correspondence, losses, weighting
+from focusdpo_jax.focus import confidence, correspondence, losses
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps
 from focusdpo_jax.models.generator import Conditioning, ImageView, merge_parameters
+from focusdpo_jax.objectives import FocusMaps, GeneratorObjective, ImageErrors, WeightInputs
 from focusdpo_jax.training.encoding import text_is_frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class StepStructure:
-    """What one executable computes: the objective and, for `focus_dpo`, the weight's terms."""
+    """What one compiled reference pass computes: an objective, and the terms of its weight."""
 
-    objective: str
+    objective: GeneratorObjective
     weight: BucketStructure
 
     def __str__(self):
-        return (
-            f"{self.objective} ({self.weight})"
-            if self.objective == "focus_dpo"
-            else (self.objective)
-        )
+        name = self.objective.name
+        return f"{name} ({self.weight})" if self.objective.uses_focus else name
 
 
 def draw_latents(key, encoded):
@@ -116,12 +110,12 @@ def drawn_dropout(key, batch, chances):
 
 
 class Noisy(NamedTuple):
-    """What the denoisers are asked about, the same for policy and reference model.
+    """The input of the denoisers and their target, the same for policy and reference model.
 
     Attributes:
       latents: [B * P, h, w, C] noisy latents, of every pair the chosen picture and the rejected.
       timesteps: [B * P]; both images of a pair share theirs, and their noise.
-      target: [B * P, h, w, C], what a perfect denoiser would say.
+      target: [B * P, h, w, C], what a perfect denoiser would predict.
     """
 
     latents: jax.Array
@@ -129,64 +123,45 @@ class Noisy(NamedTuple):
     target: jax.Array
 
 
-class Guidance(NamedTuple):
-    """The part of a loss that carries no gradient.
+class ReferenceOutputs(NamedTuple):
+    """What a loss takes from the reference pass; it carries no gradient.
 
     Attributes:
-      weights: [B * P, h, w], W of every pair's chosen picture and rejected.
-      reference_error: error map of the reference model, of the same shape; None where an objective
-        has no reference model.
+      weights: [N, h, w], W of every image; see `FocusMaps`.
+      reference_error: error map [N, h, w] of the reference model; None where the objective needs none.
     """
 
     weights: jax.Array
     reference_error: jax.Array | None
 
 
-class FocusMaps(NamedTuple):
-    """How the weights of a batch came about, on the latent grid; None where there is no such map.
+class GeneratorStep:
+    """The two halves of a step of `config.objective`, which `training.step` compiles.
 
-    Attributes:
-      weights: [B * P, h, w], W.
-      similarity: [2B, S, h, w], of each subject, on the grid and scale of its source.
-      match: of [2B], each subject's and M', their union.
-      unmatched: [2B, h, w], M_s.
-      detail: [2B, h, w], M_d.
-      uncertainty: [2B, h, w], U.
-    """
+    `reference_pass` needs no gradient and depends on the bucket's structure; `loss` needs a gradient and does
+    not. So the expensive program, the policy's backward pass, is compiled once for all structures.
 
-    weights: jax.Array
-    similarity: jax.Array | None = None
-    match: correspondence.Match | None = None
-    unmatched: jax.Array | None = None
-    detail: jax.Array | None = None
-    uncertainty: jax.Array | None = None
-
-
-class Objective:
-    """The loss of `config.objective`, in the two halves that `training.step` compiles.
-
-    `guide` needs no gradient and depends on the bucket's structure; `loss` needs one and does not.
-    So the expensive program, the policy's backward pass, is compiled once for all structures.
-
-    `frozen` holds `parameters` (what is not trained, of `parts`), for the preference objectives
-    `reference` (the trainable parameters as they were at the start), and where conditions are dropped
-    `unconditional`. A pair loses the same conditions in the passes of the policy and of the reference
-    model, of its chosen image and of its rejected.
+    `frozen` holds `parameters` (what is not trained, of `parts`), where the objective needs a reference model
+    `reference` (the trainable parameters at the start), and where conditions are dropped `unconditional`. A
+    pair loses the same conditions in the passes of policy and reference model, for both of its images.
     """
 
     def __init__(self, generator, config, empty_token_ids, source=None):
-        """Takes the prompt [2, L] of a dropped caption, and where SPAF's similarity comes from.
+        """Initialises the step.
 
-        The source is one of `sources`; without SPAF there need not be any.
+        Args:
+          generator: a `models.generator.Generator`.
+          config: of the run.
+          empty_token_ids: int [2, L], the tokens of the empty caption.
+          source: of SPAF's similarity, from `sources.make_source`; None where no bucket has SPAF.
         """
         self._generator, self._config = generator, config
         self._empty = jnp.asarray(empty_token_ids)[None]
-        self._chances = dropout_chances(config)
+        self._chances = config.dropout_chances
         self.drops = any(self._chances)
-        self._pairs = config.objective not in SUPERVISED_OBJECTIVES
-        self._compares = config.objective in PREFERENCE_OBJECTIVES
+        self.objective = objectives.get(config.objective)
         self._source = source
-        # Jitted to be traced once for all passes that ask alike, in whichever programs.
+        # Jitted, so that passes of equal arguments are traced once, in whichever program.
         self._denoise = jax.jit(generator.denoise, static_argnames="capture")
 
     @property
@@ -201,61 +176,54 @@ class Objective:
         """`encode_unconditional` of this run, which goes into `frozen` where the run `drops`."""
         return encode_unconditional(self._generator, self._config, parameters, self._empty)
 
-    def guide(self, structure, frozen, encoded, params, key):
-        """Weights and reference errors of a batch.
+    def reference_pass(self, structure, frozen, encoded, params, key):
+        """Computes the weights and the reference errors of a batch.
 
         Args:
           structure: StepStructure, static.
+          frozen: see the class.
+          encoded: EncodedPairs of B pairs.
           params: BucketParams of the bucket.
           key: of the step; `loss` draws the same noise from it.
 
         Returns:
-          Guidance, and a dict of scalar diagnostics.
+          ReferenceOutputs, and a dict of scalar diagnostics.
         """
-        reference, captured = self._reference(structure, frozen, encoded, params, key)
+        reference, captured = self._reference_error(structure, frozen, encoded, params, key)
         maps, diagnostics = self._weigh(structure, params, encoded, captured, reference, key)
-        return Guidance(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
+        return ReferenceOutputs(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
 
     def focus_maps(self, structure, frozen, encoded, params, key):
-        """`FocusMaps` of a batch, to look at: those that `guide` makes of the same arguments."""
-        reference, captured = self._reference(structure, frozen, encoded, params, key)
+        """Returns the `FocusMaps` from which `reference_pass` takes the weights, for pictures."""
+        reference, captured = self._reference_error(structure, frozen, encoded, params, key)
         return self._weigh(structure, params, encoded, captured, reference, key)[0]
 
-    def loss(self, trainable, frozen, encoded, guidance, params, key):
-        """The scalar loss of a batch, and a dict of scalar diagnostics; see `focus.losses`."""
+    def loss(self, trainable, frozen, encoded, outputs, params, key):
+        """Computes the loss of a batch.
+
+        Args:
+          trainable: parameters under training.
+          outputs: ReferenceOutputs of the same batch and key.
+          frozen, encoded, params, key: as for `reference_pass`.
+
+        Returns:
+          The scalar loss, and a dict of scalar diagnostics; see `focus.losses`.
+        """
         noisy = self.noisy(encoded, params, key)
         policy, _ = self._error(trainable, frozen, encoded, noisy, key)
-        if not self._pairs:
-            loss, diagnostics = losses.sft(policy, guidance.weights)
-            return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
-        chosen, rejected = (
-            jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], (policy, guidance))
-            for i in range(2)
-        )
-        if self._compares:
-            loss, diagnostics = losses.diffusion_dpo(
-                chosen[0],
-                chosen[1].reference_error,
-                rejected[0],
-                rejected[1].reference_error,
-                chosen[1].weights,
-                rejected[1].weights,
-                self._config.beta,
+        errors = ImageErrors(policy, outputs.reference_error, outputs.weights)
+        chosen, rejected = errors, None
+        if self.objective.reads_rejected:
+            chosen, rejected = (
+                jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], errors)
+                for i in range(2)
             )
-            if self._config.anchor:
-                term, more = losses.anchor(chosen[0], chosen[1].reference_error, self._config.beta)
-                if self._config.anchor_fades:
-                    term *= losses.preference_slope(diagnostics["margin"], self._config.beta)
-                loss, diagnostics = loss + self._config.anchor * term, diagnostics | more
-        else:
-            loss, diagnostics = losses.patch_dpo(
-                chosen[0], rejected[0], chosen[1].weights, rejected[1].weights
-            )
+        loss, diagnostics = self.objective.loss(chosen, rejected, self._config)
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
 
-    def _reference(self, structure, frozen, encoded, params, key):
-        """The reference model's error maps [2B, h, w], and what SPAF wants to see of its pass."""
-        if not self._compares:
+    def _reference_error(self, structure, frozen, encoded, params, key):
+        """Error maps [2B, h, w] of the reference model, and what SPAF's source captures of its pass."""
+        if not self.objective.needs_reference:
             return None, {}
         return self._error(
             frozen["reference"],
@@ -267,47 +235,51 @@ class Objective:
         )
 
     def _weigh(self, structure, params, encoded, captured, reference, key):
-        """FocusMaps and per-image diagnostics [B * P]."""
+        """FocusMaps and per-image diagnostics [N]."""
         prior = encoded.prior.astype(jnp.float32)
-        if self._pairs:
+        if self.objective.reads_rejected:
             prior = repeat_for_pair(prior)
-        if structure.objective in ("sft", "dpo"):
-            return FocusMaps(weighting.uniform_weights(prior)), {}
-        if structure.objective in ("prior_dpo", "subject_sft"):
-            return FocusMaps(weighting.prior_weights(prior, params.background)), {}
-        if structure.objective == "patch_dpo":
-            weights = weighting.quality_weights(encoded.quality.astype(jnp.float32))
-            return FocusMaps(by_image(jnp.stack(weights, axis=1))), {}
-        similarity = match = unmatched = detail = unsure = None
+        similarity = match = unmatched = detail = uncertainty = None
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
-                similarity, background, known = self._source.similarity(
-                    self._conditioned(encoded, key), captured, params.index
-                )
-                cells = similarity.shape[2] * similarity.shape[3]
-                area = encoded.area.astype(jnp.float32) * cells
-                match = correspondence.to_grid(
-                    correspondence.match(
-                        similarity,
-                        repeat_for_pair(encoded.present & known),
-                        repeat_for_pair(area),
-                        params.rho,
-                        background,
-                    ),
-                    prior.shape[1:],
-                )
-                if self._config.focus.own_subject:
-                    match = correspondence.inside_own(match, repeat_for_pair(encoded.subject_masks))
+                similarity, match = self._match(encoded, captured, params, prior, key)
                 unmatched = correspondence.unmatched(prior, match.union)
         if structure.weight.dpce:
             detail = by_image(encoded.detail).astype(jnp.float32)
         if structure.weight.confidence:
             with jax.named_scope("confidence"):
-                unsure = confidence.uncertainty(reference, prior)
-        weights, diagnostics = weighting.focus_weights(
-            structure.weight, params, prior, match, detail, unsure
+                uncertainty = confidence.uncertainty(reference, prior)
+        weights, diagnostics = structure.objective.weights(
+            WeightInputs(
+                structure.weight,
+                params,
+                prior,
+                match,
+                detail,
+                uncertainty,
+                encoded.quality if self.objective.needs_quality else None,
+            )
         )
-        return FocusMaps(weights, similarity, match, unmatched, detail, unsure), diagnostics
+        return FocusMaps(weights, similarity, match, unmatched, detail, uncertainty), diagnostics
+
+    def _match(self, encoded, captured, params, prior, key):
+        """SPAF's similarity, and its `Match` on the grid of `prior`."""
+        similarity, background, known = self._source.similarity(
+            self._conditioned(encoded, key), captured, params.index
+        )
+        cells = similarity.shape[2] * similarity.shape[3]
+        area = encoded.area.astype(jnp.float32) * cells
+        match = correspondence.match(
+            similarity,
+            repeat_for_pair(encoded.present & known),
+            repeat_for_pair(area),
+            params.rho,
+            background,
+        )
+        match = correspondence.to_grid(match, prior.shape[1:])
+        if self._config.focus.own_subject:
+            match = correspondence.inside_own(match, repeat_for_pair(encoded.subject_masks))
+        return similarity, match
 
     def _conditioned(self, encoded, key):
         """The pairs, without dropped references for a source that captures attention to them."""
@@ -320,11 +292,11 @@ class Objective:
         return drawn_dropout(jax.random.fold_in(key, 1), len(encoded.present), self._chances)
 
     def noisy(self, encoded, params, key):
-        """`Noisy` of a batch: what `guide` and `loss` ask the denoisers about with this key."""
+        """Returns the `Noisy` of a batch: the input of the denoisers with this key."""
         draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
         schedule, batch = self._generator.schedule, len(encoded.prior)
         latents = draw_latents(draw, encoded)
-        latents = by_image(latents) if self._pairs else self._learnt(latents, key)
+        latents = by_image(latents) if self.objective.reads_rejected else self._learnt(latents, key)
         if self._config.timestep_logits:
             timesteps = logit_normal_timesteps(
                 time, batch, schedule.timesteps, *self._config.timestep_logits
@@ -332,7 +304,7 @@ class Objective:
         else:
             timesteps = sample_timesteps(time, params, batch)
         noise = jax.random.normal(noise, (batch, *latents.shape[1:]))
-        if self._pairs:
+        if self.objective.reads_rejected:
             timesteps, noise = repeat_for_pair((timesteps, noise))
         return Noisy(
             schedule.add_noise(latents, noise, timesteps),

@@ -1,0 +1,125 @@
+"""A field of a configuration: default, check, meaning, and its role when a run goes on."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A condition on a value.
+
+    Attributes:
+      holds: value -> bool; a TypeError counts as False.
+      cure: what a user should give instead, in words; ends the error message.
+    """
+
+    holds: Callable[[Any], bool]
+    cure: str
+
+    def __call__(self, value):
+        try:
+            return bool(self.holds(value))
+        except TypeError:
+            return False
+
+
+def setting(default, check, meaning, *, before=dataclasses.MISSING, may_change=False):
+    """Returns a dataclass field.
+
+    Args:
+      default: its value unless a configuration states another; None where it is optional.
+      check: a Check.
+      meaning: one or two sentences, with units and what special values mean.
+      before: the behaviour of runs from before the field existed, where that is not the default.
+      may_change: whether a run may go on with another value: it decides how long to train and what to
+        write, not what is trained.
+    """
+    metadata = {"check": check, "meaning": meaning, "may_change": may_change}
+    metadata["before"] = default if before is dataclasses.MISSING else before
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def one_of(*choices):
+    return Check(lambda v: v in choices, "choose one of " + ", ".join(map(repr, choices)))
+
+
+def number(low, high=float("inf"), *, above=False):
+    def holds(value):
+        return (
+            isinstance(value, numbers.Real)
+            and not isinstance(value, bool)
+            and (low < value if above else low <= value)
+            and value <= high
+        )
+
+    bound = f"a number {'>' if above else '>='} {low}"
+    return Check(holds, "give " + bound + (f" and <= {high}" if high < float("inf") else ""))
+
+
+def integer(low):
+    return Check(
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
+        f"give a whole number >= {low}",
+    )
+
+
+def devices():
+    return Check(
+        lambda v: integer(-1)(v) and v != 0,
+        "give a number of devices, or -1 for all that are left",
+    )
+
+
+def flag():
+    return Check(lambda v: isinstance(v, bool), "give True or False")
+
+
+def text():
+    return Check(lambda v: isinstance(v, str), "give a text")
+
+
+def shares():
+    return Check(
+        lambda v: len(v) >= 1 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6,
+        "give probabilities that add up to 1",
+    )
+
+
+def radii():
+    return Check(
+        lambda v: len(v) >= 1 and all(number(0, above=True)(radius) for radius in v),
+        "give a number > 0 for each number of subjects",
+    )
+
+
+def dropout():
+    def holds(value):
+        chances = value if isinstance(value, (tuple, list)) else (value,)
+        return (
+            len(chances) in (1, 3)
+            and all(map(number(0, 1), chances))
+            and sum(chances) * 3 / len(chances) <= 1 + 1e-9
+        )
+
+    return Check(
+        holds,
+        "give the chance of losing the caption, the references and both, such as "
+        "(0.05, 0.05, 0.05), or one number for each of them; their sum is at most 1",
+    )
+
+
+def mean_and_deviation():
+    mean, deviation = number(-float("inf")), number(0, above=True)
+    return Check(
+        lambda v: (
+            isinstance(v, (tuple, list))
+            and (not v or len(v) == 2 and mean(v[0]) and deviation(v[1]))
+        ),
+        "give () or a mean and a deviation > 0, such as (0.6, 1.0)",
+    )
+
+
+def anything():
+    return Check(lambda v: True, "")

@@ -1,0 +1,417 @@
+"""Every field of a run's configuration: type, default, check and meaning, in one place.
+
+The defaults are those of SDXL with an IP-Adapter. Files of `configs/` state what differs from them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from focusdpo_jax import objectives
+from focusdpo_jax.config.fields import (
+    anything,
+    devices,
+    dropout,
+    flag,
+    integer,
+    mean_and_deviation,
+    number,
+    one_of,
+    radii,
+    setting,
+    shares,
+    text,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are divided; -1 takes what the others leave. See docs/scaling.md."""
+
+    data: int = setting(-1, devices(), "Devices that divide a batch.", may_change=True)
+    fsdp: int = setting(
+        1,
+        devices(),
+        "Devices that divide a batch and the parameters, which are gathered layer by layer.",
+        may_change=True,
+    )
+    tensor: int = setting(
+        1, devices(), "Devices that divide the inside of layers.", may_change=True
+    )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{axis: size}."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that a run starts from."""
+
+    pretrained: str = setting(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        text(),
+        "The model to start from: a folder of diffusers' layout, or its hub id where it was fetched "
+        "before (nothing is downloaded); a single safetensors file of SDXL's original layout; a model "
+        "folder that a run left; the name of a model of this package. Empty: random weights of `sizes`.",
+    )
+    adapter: str = setting(
+        "",
+        text(),
+        "IP-Adapter file, a path or what was fetched from the hub, such as "
+        "h94/IP-Adapter/sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors. Empty: "
+        "ip_adapter.safetensors of the folder. Where it has none, sft starts with a new adapter, and "
+        "preference objectives are refused.",
+    )
+    image_encoder: str = setting(
+        "",
+        text(),
+        "Folder of the image encoder that the adapter reads, such as "
+        "h94/IP-Adapter/models/image_encoder. Empty: image_encoder/ of the folder.",
+    )
+    tokenizer: str = setting(
+        "",
+        text(),
+        "Folder of vocab.json and merges.txt, or tokenizer.json, for a single file, which has none. "
+        "Empty: tokenizer/ of the folder.",
+    )
+    prediction_type: str = setting(
+        "",
+        one_of("", "epsilon", "v_prediction", "v_prediction_zero_snr"),
+        "What the UNet predicts, where its files do not state it or are wrong: epsilon, v_prediction, "
+        "or v_prediction_zero_snr, with noise of zero terminal SNR. Empty: as the files state "
+        "(scheduler_config.json; in a single file the metadata and the tensors v_pred and ztsnr).",
+    )
+    lora_rank: int = setting(
+        0, integer(0), "Rank of the low-rank updates (LoRA); 0 leaves them out."
+    )
+    lora_alpha: float = setting(
+        0.0,
+        number(0),
+        "Low-rank updates are scaled by alpha / rank, and so is the effect of a learning rate. 0 takes "
+        "the alpha of the updates that the model has, or 16 for new ones.",
+    )
+    remat: bool = setting(
+        True,
+        flag(),
+        "Compute resnets and transformer blocks of the UNet again in the backward pass and keep only "
+        "their inputs: a third more work, several times less memory.",
+        before=False,
+    )
+    scan_layers: bool = setting(
+        False,
+        flag(),
+        "Run equal transformer blocks in a loop over stacked parameters. Compiles several times as "
+        "fast; a step takes about twice as long on a TPU, and no longer on a CPU (docs/performance.md).",
+        before=True,
+    )
+    sizes: Mapping[str, Any] | None = setting(
+        None, anything(), "Sizes of a model of random weights (`models.generator.GeneratorConfig`)."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The pairs that a run trains on."""
+
+    source: str = setting(
+        "toybox",
+        one_of("toybox", "prepared"),
+        "toybox: rendered here; it tries the machinery and teaches SDXL nothing. prepared: `path` is the "
+        "folder of a data set that focusdpo_jax.prepare made.",
+    )
+    path: str = setting(
+        "data",
+        text(),
+        "Folder under which Toybox is built, once for each seed and size; or that of the data set.",
+        may_change=True,
+    )
+    cache: bool = setting(
+        False,
+        flag(),
+        "Run the frozen encoders once over the data, before training, and not in every step. The result "
+        "is stored under `path`: 3.4 MiB a pair at 1024 pixels. Encoders are then loaded only to draw.",
+        may_change=True,
+    )
+    workers: int = setting(
+        0,
+        integer(0),
+        "Processes that read and decode; 0 uses threads of the training process.",
+        may_change=True,
+    )
+    seed: int = setting(0, integer(0), "Toybox: seed of the world.")
+    train_size: int = setting(256, integer(1), "Toybox: pairs to train on.")
+    validation_size: int = setting(16, integer(1), "Toybox: pairs for validation.")
+    test_size: int = setting(16, integer(1), "Toybox: pairs for the test.")
+    subject_counts: tuple[float, ...] = setting(
+        (0.2, 0.4, 0.4),
+        shares(),
+        "Toybox: chance of a scene with one, two, three subjects. Its length is the most subjects of "
+        "a pair, for a plan of prepared data, too.",
+    )
+    leak_probability: float = setting(
+        0.5,
+        number(0, 1),
+        "Toybox: chance that a disrupted subject of a rejected image wears looks of another of its scene.",
+    )
+    subject_radii: tuple[float, ...] = setting(
+        (14.0, 13.0, 11.5),
+        radii(),
+        "Toybox: largest radius of the subjects in scenes of one, two, three, in pixels of 64.",
+    )
+    pattern_scale: float = setting(
+        1.0, number(0, above=True), "Toybox: width of patterns; 1 is that of the first world."
+    )
+    same_class_probability: float = setting(
+        0.0, number(0, 1), "Toybox: chance of two subjects of one class in a scene of several."
+    )
+    one_look_probability: float = setting(
+        0.0, number(0, 1), "Toybox: chance that a disrupted subject differs in one look alone."
+    )
+    nuisance_probability: float = setting(
+        0.0,
+        number(0, 1),
+        "Toybox: chance that a rejected image has a trace of inpainting over all of its prior mask.",
+    )
+    prior_mask: str = setting(
+        "exact",
+        one_of("exact", "dilated", "box"),
+        "Toybox: the prior mask of a disrupted subject: its pixels, these dilated by 3 pixels of 64, or "
+        "their bounding box.",
+    )
+    second_reference_probability: float = setting(
+        0.0,
+        number(0, 1),
+        "Toybox: chance that a subject of a scene with less than three has a second reference.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FocusConfig:
+    """FocusDPO's weight (`focus.weighting`) and the buckets of timesteps in which it moves."""
+
+    buckets: int = setting(4, integer(1), "Timestep buckets.")
+    features: str = setting(
+        "vit",
+        one_of("vit", "unet", "attention"),
+        "What SPAF compares with the references: vit (the image encoder's features of the clean "
+        "images), unet (those of the reference model at the step's noise; needs data.cache) or "
+        "attention (the reference model's cross-attention to the image tokens).",
+    )
+    prototypes: int = setting(
+        32,
+        integer(1),
+        "Features that stand for a subject, and as many for its surroundings in the reference. Not for "
+        "attention, where image tokens do.",
+        before=1,
+    )
+    own_subject: bool = setting(
+        False,
+        flag(),
+        "Whether a match counts only on its own subject, and not where the reference of another subject "
+        "matches.",
+    )
+    spaf: bool = setting(True, flag(), "SPAF: match patches of the images with the references.")
+    dpce: bool = setting(True, flag(), "DPCE: let detailed patches weigh more.")
+    rho_noisy: float = setting(
+        0.3, number(0), "Share of a subject's area that may match, at the noisy end."
+    )
+    rho_clean: float = setting(0.9, number(0), "The same at the clean end.")
+    lambda_s: float = setting(
+        1.0, number(0), "Extra weight of what does not match its reference yet."
+    )
+    lambda_d: float = setting(1.0, number(0), "Extra weight of detail.")
+    lambda_c: float = setting(
+        0.0,
+        number(0),
+        "Extra weight of where the reference model is unsure, by its own error (`focus.confidence`); 0 "
+        "is off.",
+    )
+    tau: float = setting(0.5, number(0, 1), "Alignment score from which detail counts.")
+    gate_width: float = setting(0.0, number(0), "Width of the gate; 0 is a step.")
+    background: float = setting(
+        0.5, number(0), "Weight outside the mask, where both images are equal: it divides beta."
+    )
+    matched: float = setting(
+        0.5, number(0, 1), "Weight of what matches already, while the gate is shut."
+    )
+    detail_fraction: float = setting(
+        0.5,
+        number(0, 1),
+        "Share of the denoising path, from the clean end, in which detail exists.",
+    )
+    detail_bins: int = setting(16, integer(2), "DPCE's entropy: bins of luminance.")
+    detail_sigma: float = setting(
+        8.0,
+        number(0, above=True),
+        "DPCE's entropy: deviation of its Gaussian window, in pixels (a latent of SDXL covers 8).",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are drawn during a run."""
+
+    steps: int = setting(30, integer(1), "DDIM steps.")
+    guidance: float = setting(5.0, number(0), "Guidance scale; 1 or less is none.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What a run draws and measures of itself."""
+
+    scenes: int = setting(
+        0,
+        integer(0),
+        "Test scenes measured before and after; 0 measures none. Only Toybox's own models have the "
+        "probe for it.",
+    )
+    batch_size: int = setting(4, integer(1), "Scenes drawn, and pairs encoded, at once.")
+    pictures: int = setting(4, integer(0), "Scenes shown in pictures; 0 shows none.")
+    validation_scenes: int = setting(
+        0,
+        integer(0),
+        "Validation scenes measured whenever pictures are drawn, in validation.jsonl; 0 measures none. "
+        "Toybox's own models alone.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The configuration of a run."""
+
+    seed: int = setting(0, integer(0), "Every random draw of a run derives from it.")
+    resolution: int = setting(
+        1024,
+        integer(8),
+        "Side of the images in pixels, a multiple of 8 (of what a latent covers).",
+    )
+    dtype: str = setting(
+        "bfloat16",
+        one_of("float32", "bfloat16"),
+        "Type of the computation, and of what is not trained. What is trained, losses, norms, softmax "
+        "and noise schedules are float32 in both.",
+        before="float32",
+    )
+    objective: str = setting(
+        "focus_dpo",
+        one_of(*objectives.names()),
+        "focus_dpo, or one of its rivals over the same step; `python -m focusdpo_jax.objectives` lists "
+        "all. dpo (Diffusion-DPO), prior_dpo (the mask of where the pair differs), patch_dpo (PatchDPO), "
+        "sft (denoising error of the chosen image), subject_sft (the same, subjects weigh more).",
+    )
+    trainable: str = setting(
+        "adapter",
+        one_of("adapter", "lora", "full", "generator"),
+        "What is trained: adapter (IP-Adapter: resampler or projection, image keys and values of the "
+        "UNet; about 0.4 billion parameters of SDXL), lora (low-rank updates of the UNet's attention), "
+        "full (UNet and adapter, 3 billion: 16 bytes each with gradient and optimiser) or generator "
+        "(text encoders, too; supervised objectives alone).",
+    )
+    beta: float = setting(
+        5000.0,
+        number(0, above=True),
+        "Pull towards the reference model. 5000 is Diffusion-DPO's value for SDXL, where every location "
+        "counts the same. focus_dpo and prior_dpo leave out the background, which makes the same beta 2 "
+        "to 3 times as strong; the log's logit scale shows it (docs/method.md).",
+    )
+    anchor: float = setting(
+        0.0,
+        number(0),
+        "Weight of the chosen image's plain denoising error beside the preference (`focus.losses`); 0 "
+        "leaves FocusDPO as it is in the paper.",
+    )
+    anchor_fades: bool = setting(
+        False, flag(), "Whether the anchor fades with the slope of the preference loss."
+    )
+    condition_dropout: tuple[float, ...] = setting(
+        (0.0, 0.0, 0.0),
+        dropout(),
+        "Chances that a pair loses its caption, its references, and both: what guidance's unconditional "
+        "branch learns from. Both images of a pair, policy and reference model lose the same.",
+    )
+    rejected_share: float = setting(
+        0.0,
+        number(0, 1),
+        "Supervised objectives: chance to learn from the rejected image of a pair and not from the "
+        "chosen one.",
+    )
+    timestep_logits: tuple[float, ...] = setting(
+        (),
+        mean_and_deviation(),
+        "Supervised objectives: mean and deviation of a logit-normal draw of timesteps; () draws them "
+        "uniformly.",
+    )
+    steps: int = setting(2000, integer(1), "Optimiser steps.", may_change=True)
+    batch_size: int = setting(
+        8,
+        integer(1),
+        "Pairs a batch, over all devices. A pair is two images at the policy and two at the reference "
+        "model. 8 are meant for one GPU of 80 GB; give 8 for each chip with as much memory, and "
+        "accumulate = 1.",
+    )
+    accumulate: int = setting(
+        4,
+        integer(1),
+        "Batches whose gradients are averaged into one step; with as many as there are buckets, every "
+        "step visits every bucket once. It keeps a sum of the size of the gradient.",
+    )
+    optimizer: str = setting(
+        "adamw",
+        one_of("adamw", "muon"),
+        "adamw, or muon for matrices and AdamW for the rest: half the optimiser's memory. Its updates "
+        "are of AdamW's size, so that the same learning rates serve.",
+    )
+    learning_rate: float = setting(
+        1e-5, number(0, above=True), "Peak of the learning rate, after a linear warm-up."
+    )
+    warmup_steps: int = setting(200, integer(0), "Steps of the warm-up.")
+    decay: str = setting(
+        "constant",
+        one_of("constant", "cosine", "wsd"),
+        "After the warm-up: constant, a cosine decay to zero, or wsd: constant, and linear to zero over "
+        "the last fifth of the steps.",
+    )
+    weight_decay: float = setting(1e-2, number(0), "Of AdamW and Muon, decoupled.")
+    adam_b2: float = setting(0.999, number(0, 1), "Decay of AdamW's second moment.")
+    gradient_clip: float = setting(1.0, number(0, above=True), "Largest norm of the gradient.")
+    ema_decay: float = setting(
+        0.0,
+        number(0, 1),
+        "Decay a step of the moving average of the trained parameters, which is what is kept; 0 keeps "
+        "no average.",
+    )
+    log_every: int = setting(
+        10,
+        integer(0),
+        "Steps between logged steps; 0, or more than there are, is never on the way. The last step and "
+        "every saved step are logged.",
+        may_change=True,
+    )
+    checkpoint_every: int = setting(
+        100,
+        integer(0),
+        "Steps between checkpoints; 0 is never on the way. The last step is saved.",
+        may_change=True,
+    )
+    keep_checkpoints: int = setting(2, integer(1), "Checkpoints to keep.", may_change=True)
+    sample_every: int = setting(
+        250,
+        integer(0),
+        "Steps between samples; 0 is never on the way. Samples are drawn at the last step.",
+        may_change=True,
+    )
+    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    focus: FocusConfig = FocusConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def dropout_chances(self) -> tuple[float, float, float]:
+        """Chances of losing the caption alone, the references alone, and both (`condition_dropout`)."""
+        value = self.condition_dropout
+        chances = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return chances * (3 // len(chances))

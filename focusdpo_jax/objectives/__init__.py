@@ -1,0 +1,51 @@
+"""Training objectives as registered values: what each needs of a run, its weights and its loss.
+
+    from focusdpo_jax import objectives
+    objectives.get("dpo").needs_reference        # True
+
+    python -m focusdpo_jax.objectives            # prints what each objective needs
+
+To add an objective, add one module to this package that calls `register`; modules are found by themselves.
+No other module compares the name of an objective.
+"""
+
+import functools
+import importlib
+import pkgutil
+
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.objectives.base import (
+    EncoderObjective,
+    FocusMaps,
+    GeneratorObjective,
+    ImageErrors,
+    WeightInputs,
+    register,
+    registered,
+)
+
+
+@functools.cache
+def _load():
+    for module in pkgutil.iter_modules(__path__):
+        if module.name != "__main__":
+            importlib.import_module(f"{__name__}.{module.name}")
+
+
+def get(name: str) -> GeneratorObjective | EncoderObjective:
+    """Returns the objective of this name.
+
+    Raises:
+      UserError: there is none.
+    """
+    _load()
+    if name not in registered:
+        choices = ", ".join(map(repr, names()))
+        raise UserError(f"config.objective = {name!r}: choose one of {choices}")
+    return registered[name]
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all objectives, those of generators first."""
+    _load()
+    return tuple(sorted(registered, key=lambda name: (not registered[name].trains_generator, name)))

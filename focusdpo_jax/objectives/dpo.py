@@ -1,0 +1,49 @@
+"""Diffusion-DPO (arXiv 2311.12908), uniform or under the prior mask."""
+
+from focusdpo_jax.focus import losses, weighting
+from focusdpo_jax.objectives.base import GeneratorObjective, register
+
+
+def preference_loss(chosen, rejected, config):
+    """Weighted Diffusion-DPO, and `config.anchor` times the anchor; see `focus.losses`."""
+    loss, diagnostics = losses.diffusion_dpo(
+        chosen.policy,
+        chosen.reference,
+        rejected.policy,
+        rejected.reference,
+        chosen.weights,
+        rejected.weights,
+        config.beta,
+    )
+    if config.anchor:
+        term, more = losses.anchor(chosen.policy, chosen.reference, config.beta)
+        if config.anchor_fades:
+            term *= losses.preference_slope(diagnostics["margin"], config.beta)
+        loss, diagnostics = loss + config.anchor * term, diagnostics | more
+    return loss, diagnostics
+
+
+DPO = register(
+    GeneratorObjective(
+        name="dpo",
+        title="Diffusion-DPO",
+        weights=lambda inputs: (weighting.uniform_weights(inputs.prior), {}),
+        loss=preference_loss,
+        reads_rejected=True,
+        needs_reference=True,
+    )
+)
+
+PRIOR_DPO = register(
+    GeneratorObjective(
+        name="prior_dpo",
+        title="DPO on the area where a pair differs",
+        weights=lambda inputs: (
+            weighting.prior_weights(inputs.prior, inputs.params.background),
+            {},
+        ),
+        loss=preference_loss,
+        reads_rejected=True,
+        needs_reference=True,
+    )
+)

@@ -1,0 +1,179 @@
+"""The parts of a generator's step, put together from arrays or from shapes.
+
+A run, a plan for absent machines and the benchmarks assemble their steps here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from focusdpo_jax import objectives
+from focusdpo_jax.focus.buckets import make_buckets
+from focusdpo_jax.models import stacking
+from focusdpo_jax.models.generator import Generator, merge_parameters, split_parameters
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.sharding import rules
+from focusdpo_jax.sharding.trace_context import trace_context
+from focusdpo_jax.training import encoding
+from focusdpo_jax.training.generator_step import GeneratorStep, StepStructure
+from focusdpo_jax.training.sources import make_source
+from focusdpo_jax.training.step import StepDefinition
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A generator's step and what belongs to it; all trees are arrays, or shapes with shardings.
+
+    Attributes:
+      generator: a Generator.
+      source: of SPAF's similarity (`training.sources`), or None.
+      encode: (parameters, PreferenceBatch) -> EncodedPairs, jitted.
+      step: the GeneratorStep.
+      trainable: parameters under training.
+      untrained: all other parameters that are loaded, {part: tree}; the step reads those of `step.parts`.
+      definition: the StepDefinition.
+    """
+
+    generator: Generator
+    source: Any
+    encode: Callable
+    step: GeneratorStep
+    trainable: dict
+    untrained: dict
+    definition: StepDefinition
+
+    def all_parameters(self, trainable: Mapping, others: Mapping = {}) -> dict:
+        """Returns the parameters of a generator with these trainable ones.
+
+        Args:
+          others: {part: tree} of parts that are not loaded.
+        """
+        return merge_parameters(trainable, self.untrained | others)
+
+    def initial_parameters(self, others: Mapping = {}) -> dict:
+        """Returns the parameters that encoding reads, those before the first step."""
+        return self.all_parameters(self.definition.frozen.get("reference", {}), others)
+
+
+def assemble(config, generator, parameters, empty_token_ids, mesh, load_others=dict):
+    """Assembles the step of a generator's objective.
+
+    Args:
+      config: of the run.
+      generator: a Generator.
+      parameters: {part: tree} of at least the parts that the step reads, as arrays on the mesh, or as
+        `jax.ShapeDtypeStruct`s with shardings. The trainable arrays are given away by training.
+      empty_token_ids: int [2, L], the tokens of the empty caption.
+      mesh: of devices, which may be absent where parameters are shapes.
+      load_others: () -> {part: tree} of the parts that `parameters` lacks.
+
+    Returns:
+      An Assembly.
+    """
+    buckets = focus_buckets(config)
+    source, encode = make_encoder(generator, config, buckets)
+    step = GeneratorStep(generator, config, empty_token_ids, source)
+    trainable, untrained = split_parameters(parameters, config.trainable)
+    del parameters
+    frozen = {"parameters": {part: tree for part, tree in untrained.items() if part in step.parts}}
+    if step.objective.needs_reference:
+        frozen["reference"] = reference_parameters(trainable, config.dtype, mesh)
+    assembly = Assembly(
+        generator=generator,
+        source=source,
+        encode=encode,
+        step=step,
+        trainable=trainable,
+        untrained=untrained,
+        definition=StepDefinition(
+            reference_pass=step.reference_pass,
+            loss=step.loss,
+            buckets=buckets,
+            frozen=frozen,
+            mesh=mesh,
+        ),
+    )
+    if step.drops:
+        with trace_context(mesh):
+            frozen["unconditional"] = _computed(
+                step.unconditional, assembly.initial_parameters(load_others()), mesh
+            )
+    return assembly
+
+
+def _computed(function, tree, mesh):
+    """`function(tree)`, replicated on the mesh; shapes if the tree has shapes."""
+    whole = meshes.replicated(mesh)
+    if _is_abstract(tree):
+        return meshes.placed_shapes(jax.eval_shape(function, tree), whole)
+    return jax.jit(function, out_shardings=whole)(tree)
+
+
+def _is_abstract(tree):
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def reference_parameters(trainable, dtype, mesh):
+    """Returns a copy of trainable parameters for the reference model.
+
+    Matrices are in `dtype`, in which layers use them, and the vectors of norms in float32.
+    """
+
+    def copied(tree):
+        return traverse_util.unflatten_dict(
+            {
+                path: jnp.array(x, x.dtype if stacking.is_vector(path, x.shape) else dtype)
+                for path, x in traverse_util.flatten_dict(tree).items()
+            }
+        )
+
+    if _is_abstract(trainable):
+        shapes = jax.eval_shape(copied, trainable)
+        return meshes.placed_shapes(shapes, rules.tree_shardings(shapes, mesh))
+    return copied(trainable)
+
+
+def focus_buckets(config):
+    """Returns {name: (StepStructure, BucketParams)} of the objective, noisiest first."""
+    focus, objective = config.focus, objectives.get(config.objective)
+    follows = objective.uses_focus
+    buckets = make_buckets(
+        focus.buckets if follows else 1,
+        spaf=focus.spaf and follows,
+        dpce=focus.dpce and follows,
+        detail_fraction=focus.detail_fraction,
+        rho_noisy=focus.rho_noisy,
+        rho_clean=focus.rho_clean,
+        lambda_s=focus.lambda_s,
+        lambda_d=focus.lambda_d,
+        lambda_c=focus.lambda_c if follows else 0.0,
+        tau=focus.tau,
+        gate_width=focus.gate_width,
+        background=focus.background,
+        matched=focus.matched,
+    )
+    return {
+        f"t{int(bucket.params.t_low):03d}-{int(bucket.params.t_high) - 1:03d}": (
+            StepStructure(objective, bucket.structure),
+            bucket.params,
+        )
+        for bucket in buckets
+    }
+
+
+def make_encoder(generator, config, buckets):
+    """Returns SPAF's source, or None, and the function of `encoding.encoder` for all of these buckets."""
+    source, weights = None, [structure.weight for structure, _ in buckets.values()]
+    if any(weight.spaf for weight in weights):
+        source = make_source(generator, config, [params for _, params in buckets.values()])
+    return source, encoding.encoder(
+        generator,
+        config,
+        source,
+        dpce=any(weight.dpce for weight in weights),
+        quality=objectives.get(config.objective).needs_quality,
+    )

@@ -1,0 +1,127 @@
+"""The data of a run: its splits, the slots of a batch, and the loader of this process."""
+
+import itertools
+
+import jax
+import numpy as np
+from absl import logging
+
+from focusdpo_jax import config as config_lib
+from focusdpo_jax.data import dataset, loader
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.models import truncation
+from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.sharding import processes
+from focusdpo_jax.training import encoding
+
+
+def open_data(config):
+    """Opens the data set of `config.data.source`; Toybox is built unless it exists.
+
+    Returns:
+      {split: source}: "train", "validation" and, for Toybox or where `prepare` kept one, "test".
+
+    Raises:
+      UserError: there is no prepared data set, or it does not fit the configuration.
+    """
+    if config.data.source == "prepared":
+        return _open_prepared(config)
+    sizes = {
+        "train": config.data.train_size,
+        "validation": config.data.validation_size,
+        "test": config.data.test_size,
+    }
+    # Process 0 first: on a shared disk the others find what it has built.
+    if not processes.is_first():
+        processes.wait("data")
+    path = dataset.build_toybox(config.data.path, dataset.toybox_world(config), sizes)
+    if processes.is_first():
+        processes.wait("data")
+    return {split: dataset.open_source(path, split) for split in sizes}
+
+
+def _open_prepared(config):
+    sources = dataset.open_prepared(config.data.path)
+    side, count = sources["train"].settings["resolution"], len(sources["train"])
+    if side != config.resolution:
+        raise UserError(
+            f"config.resolution = {config.resolution}: the pictures of "
+            f"{config.data.path} have {side}; give that, or prepare them again"
+        )
+    config_lib.require_pairs(
+        config,
+        config.data.path,
+        count,
+        meshes.batch_shares(meshes.make_mesh(config.mesh.sizes, config.batch_size)),
+    )
+    if "validation" not in sources:
+        logging.info(
+            "%s keeps no pairs for validation; pictures show training pairs", config.data.path
+        )
+    return {"validation": sources["train"]} | sources
+
+
+def subject_slots(config, sources):
+    """Returns the subject slots of a batch: the most subjects that a record may have."""
+    if config.data.source == "prepared":
+        return sources["train"].settings["subjects"]
+    return len(config.data.subject_counts)
+
+
+def warn_of_long_captions(config, model, sources):
+    """Logs one warning about captions of a prepared set that the text encoders would truncate.
+
+    Toybox's captions fit: its tokenizer was made for them.
+    """
+    if config.data.source == "prepared" and processes.is_first():
+        by_path = {id(source): source for source in sources.values()}  # Splits may be one.
+        found = [source.texts() for source in by_path.values()]
+        seen, count = sum(map(len, found)), sum(map(len, by_path.values()))
+        among = "" if seen == count else f", the first {seen} of {count} pairs"
+        truncation.warn(
+            model.tokenizer,
+            itertools.chain(*found),
+            f"config.data.path = {config.data.path!r}{among}",
+        )
+
+
+def encoding_batch_size(config, records, mesh):
+    """Returns how many pairs are encoded at once: the same number on each device."""
+    shares = meshes.batch_shares(mesh)
+    size = min(len(records), config.evaluation.batch_size)
+    return -(-size // shares) * shares
+
+
+def open_loader(config, mesh, records, transform):
+    """Returns the `loader.Batches` of this process, in the order that `config.seed` gives."""
+    part, parts = meshes.batch_share(mesh, config.batch_size)
+    order = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "process_index": part,
+        "process_count": parts,
+    }
+    if isinstance(records, encoding.EncodedSource):
+        # In memory: the rows of a batch are taken at once, without a thread.
+        return loader.make_loader(
+            range(len(records)), batch_transform=records.__getitem__, threads=0, **order
+        )
+    return loader.make_loader(records, transform=transform, workers=config.data.workers, **order)
+
+
+def stacked_shapes(row, count):
+    """Returns the shapes of `count` examples like this one."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (count, *np.shape(x)), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+        ),
+        row,
+    )
+
+
+def batch_shapes(tree, count, mesh):
+    """Returns the shapes of a tree in a batch of `count`, placed as by `meshes.shard_batch`."""
+    examples = meshes.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=examples), tree
+    )
