@@ -66,7 +66,7 @@ def rows(group):
                 machine,
                 trained,
                 {"config.batch_size": 1}
-                | ({} if trained == "adapter" else {"programs": "update,guide"}),
+                | ({} if trained == "adapter" else {"programs": "update,reference pass"}),
             )
             for machine in ("h100", "rtx4090")
             for trained in TRAINED

@@ -57,7 +57,7 @@ _QUICK = flags.DEFINE_bool(
 _PROGRAMS = flags.DEFINE_list(
     "programs",
     None,
-    "Programs to compile, of update, sampling, encoding, guide, focus maps, probe; all "
+    "Programs to compile, of update, sampling, encoding, reference pass, focus maps, probe; all "
     "that the run has by default.",
 )
 

@@ -20,7 +20,7 @@ _USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])|required[^(]*\(([\d.]+)([KMG])\)")
 _HELD_ALONE = "what is held alone has no room"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 # Programs of which a batch's time is made.
-_OF_A_BATCH = ("encoding", "guide", "update")
+_OF_A_BATCH = ("encoding", "reference pass", "update")
 # What a checkpoint keeps.
 _SAVED = ("trained parameters", "optimizer")
 MOST_EXPENSIVE = 10
@@ -286,7 +286,7 @@ def _speed(
         source = (
             "the compiler's estimate, with transfers between chips as if nothing ran beside them"
         )
-        if "guide" not in names:  # Of which nothing is known but its operations.
+        if "reference pass" not in names:  # Of which nothing is known but its operations.
             share = 1 + reference_flops / update_work
             seconds, links = seconds * share, links * share
             source += "; the reference pass, not compiled, in proportion to its operations"

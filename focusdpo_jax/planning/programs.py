@@ -26,7 +26,7 @@ from focusdpo_jax.training.step import trace_step
 # none: cuBLAS's are taken.
 _ON_ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
 # In the order in which they are compiled: what most often decides comes first.
-NAMES = ("update", "sampling", "encoding", "guide", "focus maps", "probe")
+NAMES = ("update", "sampling", "encoding", "reference pass", "focus maps", "probe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class RunProgram:
 
 
 def run_programs(config, mesh):
-    """({name: RunProgram} of a run, [function that traces a guide, for every structure]).
+    """({name: RunProgram} of a run, [function that traces a reference pass, for every structure]).
 
-    Of a run's passes, and of what looks at their focus maps, the one with most terms stands for all;
+    Of a run's reference passes, and of the programs of their focus maps, the one with most terms stands for all;
     they differ in what is done with the reference model's pass, which takes most memory.
 
     Args:
@@ -106,7 +106,7 @@ def run_programs(config, mesh):
         )
 
     add("update", "of every batch", update, resident, "batch_size", config.batch_size)
-    add("guide", "of every batch", passes[fullest], resident, "batch_size", config.batch_size)
+    add("reference pass", "of every batch", passes[fullest], resident, "batch_size", config.batch_size)
 
     # Of encoding: over the data before training, or of every batch; and of scenes to draw.
     evaluated, encode = config.evaluation.batch_size, assembly.encode

@@ -90,6 +90,19 @@ def ends_optimizer_step(optimizer_state, accumulate):
     return optimizer_state.mini_step == accumulate - 1
 
 
+def accumulated_gradient(optimizer_state, gradient):
+    """Returns the mean of the gradients of an optimiser step so far, as `optax.MultiSteps` takes it.
+
+    Args:
+      optimizer_state: of `make_optimizer` with `config.accumulate` > 1, before the microstep.
+      gradient: of the microstep.
+    """
+    count = optimizer_state.mini_step + 1
+    return jax.tree.map(
+        lambda new, mean: mean + (new - mean) / count, gradient, optimizer_state.acc_grads
+    )
+
+
 def _matrices(parameters):
     """Axes of the matrices that Muon (Jordan et al. 2024) updates; None for parameters that AdamW updates.
 

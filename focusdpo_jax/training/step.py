@@ -25,7 +25,11 @@ from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.training.measured import measured
-from focusdpo_jax.training.state import TrainState, ends_optimizer_step
+from focusdpo_jax.training.state import (
+    TrainState,
+    accumulated_gradient,
+    ends_optimizer_step,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,14 +108,21 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
             )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
+        # Norm and average are of optimiser steps.
+        whole_gradient = gradient
+        if accumulate > 1:
+            ends = ends_optimizer_step(state.optimizer, accumulate)
+            whole_gradient = accumulated_gradient(state.optimizer, gradient)
         average = state.average
         if average is not None:
             moved = optax.incremental_update(trainable, average, 1.0 - ema_decay)
             if accumulate > 1:
-                ends = ends_optimizer_step(state.optimizer, accumulate)
                 moved = jax.tree.map(lambda new, old: jnp.where(ends, new, old), moved, average)
             average = moved
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient), **metrics}
+        norm = optax.global_norm(whole_gradient)
+        if accumulate > 1:  # The mean over microsteps is that over optimiser steps.
+            norm = jnp.where(ends, accumulate * norm, 0.0)
+        metrics = {"loss": loss, "gradient_norm": norm, **metrics}
         return TrainState(state.step + 1, trainable, optimizer_state, average), measured(metrics)
 
     examples, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)

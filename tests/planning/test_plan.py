@@ -102,7 +102,7 @@ def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
     task = builders.make_task(config, epath.Path(tmp_path))
     state = create_state(task.trainable, make_optimizer(config), config.ema_decay)
     step = compile_step(task.definition, make_optimizer(config), state, task.example(), seed=0)
-    assert planned["update"] + planned["guide"] == max(step.matmul_flops.values())
+    assert planned["update"] + planned["reference pass"] == max(step.matmul_flops.values())
 
 
 def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(
