@@ -325,6 +325,12 @@ class RunConfig:
     anchor_fades: bool = setting(
         False, flag(), "Whether the anchor fades with the slope of the preference loss."
     )
+    preserve_winner: bool = setting(
+        False,
+        flag(),
+        "Preference objectives: whether the gradient of the rejected image is scaled down so that, to first "
+        "order, the chosen image's error does not rise (Diffusion-SDPO, arXiv 2511.03317).",
+    )
     condition_dropout: tuple[float, ...] = setting(
         (0.0, 0.0, 0.0),
         dropout(),

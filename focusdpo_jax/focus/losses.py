@@ -206,3 +206,46 @@ def patch_dpo(
         "loser_error": weighted_mean(weights_rejected, policy_rejected),
     }
     return loss, jax.lax.stop_gradient(diagnostics)
+
+
+def scale_gradient(value: Float[Array, "*axes"], scale: Float[Array, "*factors"]) -> Array:
+    """Returns `value` with its gradient multiplied by `scale`, which broadcasts to it."""
+    constant = jax.lax.stop_gradient(value)
+    return constant + jax.lax.stop_gradient(scale) * (value - constant)
+
+
+def winner_preserving_scale(
+    residual_chosen: Float[Array, "batch height width channels"],
+    residual_rejected: Float[Array, "batch height width channels"],
+    weights_chosen: Float[Array, "batch height width"],
+    weights_rejected: Float[Array, "batch height width"],
+    mu: float = 0.0,
+) -> Float[Array, "batch"]:
+    """The factor of the loser's gradient under which a step does not raise the winner's error.
+
+        g^w = W^w r^w / sum W^w, g^l = W^l r^l / sum W^l       gradients at the predictions, r residuals
+        scale = (1 - mu) |g^w|^2 / (g^w . g^l), at most 1; 1 where the product is not positive
+
+    Diffusion-SDPO (arXiv 2511.03317), whose public code takes one factor a batch and W = 1; a factor a
+    pair, and the weights, are [ours].
+
+    Args:
+      residual_chosen, residual_rejected: prediction less target of the model in training.
+      weights_chosen, weights_rejected: weights >= 0.
+      mu: share of the winner's own step that has to remain, in [0, 1].
+
+    Returns:
+      The factor of each pair in [0, 1], without gradient.
+    """
+
+    def gradient(residual, weights):
+        total = jnp.sum(weights, axis=(1, 2))
+        weights = weights / jnp.where(total > 0, total, 1)[:, None, None]
+        return weights[..., None] * _at_least_float32(residual)
+
+    chosen = gradient(residual_chosen, weights_chosen)
+    rejected = gradient(residual_rejected, weights_rejected)
+    squared = jnp.sum(jnp.square(chosen), axis=(1, 2, 3))
+    product = jnp.sum(chosen * rejected, axis=(1, 2, 3))
+    limit = (1 - mu) * squared / jnp.where(product > 0, product, 1)
+    return jax.lax.stop_gradient(jnp.where(product > 0, jnp.minimum(limit, 1), 1.0))

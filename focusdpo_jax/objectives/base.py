@@ -64,11 +64,13 @@ class ImageErrors(NamedTuple):
       policy: [B, h, w], squared error of the model in training.
       reference: the same of the reference model, without gradient; None unless `needs_reference`.
       weights: [B, h, w], W, without gradient.
+      residual: [B, h, w, C], prediction less target of the model in training.
     """
 
     policy: Map
     reference: Map | None
     weights: Map
+    residual: Float[Array, "images height width channels"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,27 @@ from focusdpo_jax.objectives.base import GeneratorObjective, register
 
 
 def preference_loss(chosen, rejected, config):
-    """Weighted Diffusion-DPO, and `config.anchor` times the anchor; see `focus.losses`."""
+    """Weighted Diffusion-DPO, and `config.anchor` times the anchor; see `focus.losses`.
+
+    With `config.preserve_winner` the gradient of the rejected image is scaled.
+    """
+    rejected_error, more = rejected.policy, {}
+    if config.preserve_winner:
+        scale = losses.winner_preserving_scale(
+            chosen.residual, rejected.residual, chosen.weights, rejected.weights
+        )
+        rejected_error = losses.scale_gradient(rejected.policy, scale[:, None, None])
+        more = {"loser_scale": scale}
     loss, diagnostics = losses.diffusion_dpo(
         chosen.policy,
         chosen.reference,
-        rejected.policy,
+        rejected_error,
         rejected.reference,
         chosen.weights,
         rejected.weights,
         config.beta,
     )
+    diagnostics |= more
     if config.anchor:
         term, more = losses.anchor(chosen.policy, chosen.reference, config.beta)
         if config.anchor_fades:

@@ -210,8 +210,8 @@ class GeneratorStep:
           The scalar loss, and a dict of scalar diagnostics; see `focus.losses`.
         """
         noisy = self.noisy(encoded, params, key)
-        policy, _ = self._error(trainable, frozen, encoded, noisy, key)
-        errors = ImageErrors(policy, outputs.reference_error, outputs.weights)
+        policy, residual, _ = self._error(trainable, frozen, encoded, noisy, key)
+        errors = ImageErrors(policy, outputs.reference_error, outputs.weights, residual)
         chosen, rejected = errors, None
         if self.objective.reads_rejected:
             chosen, rejected = (
@@ -225,7 +225,7 @@ class GeneratorStep:
         """Error maps [2B, h, w] of the reference model, and what SPAF's source captures of its pass."""
         if not self.objective.needs_reference:
             return None, {}
-        return self._error(
+        error, _, captured = self._error(
             frozen["reference"],
             frozen,
             encoded,
@@ -233,6 +233,7 @@ class GeneratorStep:
             key,
             capture=self._source.capture if structure.weight.spaf else (),
         )
+        return error, captured
 
     def _weigh(self, structure, params, encoded, captured, reference, key):
         """FocusMaps and per-image diagnostics [N]."""
@@ -321,7 +322,7 @@ class GeneratorStep:
         return jnp.where(taken, latents[:, 1], chosen)
 
     def _error(self, trainable, frozen, encoded, noisy, key, capture=()):
-        """Error map [B * P, h, w] of a model with these trainable parameters; what it captured."""
+        """Error map [N, h, w] and residual [N, h, w, C] of a model; what its pass captured."""
         parameters = merge_parameters(trainable, frozen["parameters"])
         conditioning = condition(self._generator, parameters, encoded)
         if self.drops:
@@ -331,7 +332,8 @@ class GeneratorStep:
         prediction, captured = self._denoise(
             parameters, noisy.latents, noisy.timesteps, conditioning, capture=capture
         )
-        return losses.error_map(noisy.target, prediction), captured
+        residual = prediction.astype(jnp.float32) - noisy.target
+        return losses.error_map(noisy.target, prediction), residual, captured
 
     def _drop(self, instead, parameters, conditioning, no_caption, no_references):
         """Takes captions and references away from the examples that `no_...`, bool [B], name."""

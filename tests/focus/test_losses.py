@@ -220,3 +220,29 @@ def test_the_slope_of_the_preference_is_that_of_its_gradient():
     np.testing.assert_allclose(factor, slopes / slopes[1], rtol=1e-5)
     assert factor[1] == 1
     assert not jax.grad(lambda m: losses.preference_slope(m, 100.0).sum())(margins).any()
+
+
+def test_a_winner_preserving_scale_keeps_the_winners_error():
+    draw = np.random.default_rng(0)
+    chosen, rejected = draw.normal(size=(2, 3, 2, 2, 4)).astype(np.float32)
+    rejected[0] = (
+        chosen[0] * 2
+    )  # One direction: the loser's step would undo the winner's twice over.
+    rejected[1] = -chosen[1]  # Opposite: the loser's step helps the winner.
+    rejected[2] = chosen[2] * 0.5 + 0.1 * rejected[2]
+    weights = draw.uniform(0.5, 2, size=(3, 2, 2)).astype(np.float32)
+    scale = np.asarray(losses.winner_preserving_scale(chosen, rejected, weights, weights))
+    np.testing.assert_allclose(scale[:2], [0.5, 1], rtol=1e-6)
+    share = weights / weights.sum((1, 2), keepdims=True)
+    g_w, g_l = share[..., None] * chosen, share[..., None] * rejected
+    product, squared = (g_w * g_l).sum((1, 2, 3)), (g_w**2).sum((1, 2, 3))
+    assert scale[2] == pytest.approx(min(1, squared[2] / product[2]), rel=1e-5)
+    # The first-order change of the winner's error under a step of -(g_w - scale g_l) is not positive.
+    assert np.all(-(squared - scale * product) <= 1e-7)
+    halved = losses.winner_preserving_scale(chosen, rejected, weights, weights, mu=0.5)
+    assert halved[0] == pytest.approx(0.25)
+
+
+def test_scaled_gradients_leave_the_value():
+    value, slope = jax.value_and_grad(lambda x: losses.scale_gradient(x**2, jnp.float32(0.25)))(3.0)
+    assert value == 9 and slope == pytest.approx(0.25 * 6)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.flatten_util import ravel_pytree
 
 from focusdpo_jax.data import loader
 from focusdpo_jax.diffusion.schedule import scaled_linear_schedule
@@ -147,6 +148,33 @@ def test_a_fading_anchor_has_the_slope_of_the_preference(tiny_config):
         loss(anchor=2.0, anchor_fades=fades)[0] - without for fades in (False, True)
     )
     np.testing.assert_allclose(fading, slope * constant, rtol=1e-3)
+
+
+def test_preserving_the_winner_scales_the_losers_gradient_alone(tiny_config):
+    """The loss is the same, and the gradient another."""
+
+    def made(**fields):
+        config = tiny_config(objective="dpo", beta=30.0, anchor=0.0, **fields)
+        model, source, buckets, _, pairs = encode_four(config)
+        ((structure, params),) = buckets.values()
+        task = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
+        trainable, frozen = split_parameters(model.parameters, "adapter")
+        fixed = {"parameters": frozen, "reference": trainable}
+        key = jax.random.key(0)
+        outputs, _ = task.reference_pass(structure, fixed, pairs, params, key)
+
+        def loss(policy):
+            return task.loss(policy, fixed, pairs, outputs, params, key)
+
+        (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return value, found, ravel_pytree(gradient)[0]
+
+    value, _, plain = made()
+    scaled_value, found, scaled = made(preserve_winner=True)
+    assert scaled_value == pytest.approx(float(value), rel=1e-6)
+    scale = float(found["loser_scale"])
+    assert 0 < scale < 1
+    assert jnp.linalg.norm(scaled - plain) > 1e-3 * jnp.linalg.norm(plain)
 
 
 class Listener:
