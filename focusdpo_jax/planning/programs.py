@@ -106,7 +106,14 @@ def run_programs(config, mesh):
         )
 
     add("update", "of every batch", update, resident, "batch_size", config.batch_size)
-    add("reference pass", "of every batch", passes[fullest], resident, "batch_size", config.batch_size)
+    add(
+        "reference pass",
+        "of every batch",
+        passes[fullest],
+        resident,
+        "batch_size",
+        config.batch_size,
+    )
 
     # Of encoding: over the data before training, or of every batch; and of scenes to draw.
     evaluated, encode = config.evaluation.batch_size, assembly.encode
