@@ -23,7 +23,6 @@ from focusdpo_jax.models.generator import Generator, split_parameters
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
 from focusdpo_jax.training import assembly, models
-from focusdpo_jax.training.measured import as_floats
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import StepDefinition, compile_step
 
@@ -75,7 +74,7 @@ def make(case, folder, dtype, remat):
         state, metrics = compiled(
             structure, held["state"], definition.frozen, pairs, params, held["number"]
         )
-        loss = as_floats(metrics)["loss"]
+        loss = metrics.compute()["loss"]
         jax.block_until_ready(state)
         held.update(state=state, number=held["number"] + 1)
         return time.perf_counter() - start, loss

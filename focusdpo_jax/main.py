@@ -35,6 +35,18 @@ _ACCEPT = flags.DEFINE_bool(
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Print every field of the configuration with its meaning, and exit."
 )
+_PROFILE = flags.DEFINE_integer(
+    "profile_steps",
+    0,
+    "Write a profiler's trace of so many steps, from the third one of this start on, into plugins/profile/ of "
+    "the run folder, for TensorBoard's profile plugin or Perfetto (0: none).",
+    lower_bound=0,
+)
+_WANDB = flags.DEFINE_string(
+    "wandb_project",
+    None,
+    "Also send scalars and images to this project of Weights & Biases (pip install wandb).",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -68,7 +80,13 @@ def main():
         command.keep_memory()
     with processes.distributed(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
         try:
-            loop.run(config, workdir, accept_changes=_ACCEPT.value)
+            loop.run(
+                config,
+                workdir,
+                accept_changes=_ACCEPT.value,
+                profile_steps=_PROFILE.value,
+                wandb_project=_WANDB.value,
+            )
         except preemption.Preempted as reason:
             command.leave(reason, reason.status)
 

@@ -21,9 +21,8 @@ from focusdpo_jax.data import dataset, line_store
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary
-from focusdpo_jax.training import encoding_cache, loop, models, runs
+from focusdpo_jax.training import encoding_cache, loop, models, runs, writers
 from focusdpo_jax.training.checkpointing import Checkpoints
-from focusdpo_jax.training.metrics import MetricWriter
 from focusdpo_jax.visualization import grids
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -116,32 +115,37 @@ def test_a_tokenizer(tmp_path):
 
 
 def test_metrics(tmp_path):
-    writer = MetricWriter(tmp_path)
-    writer._tensorboard = None
-    writer.scalars(1, {"loss": 1.0})
+    """The writer's thread meets the full disk; the run gets its error at a later call, or at a flush."""
     with full():
         with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(File too large\)"):
-            for step in range(2, 50):
-                writer.scalars(step, {"loss": 1.0})
-        writer.close()
+            with writers.open_writer(tmp_path) as writer:
+                writer.write_scalars(1, {"loss": 1.0})
+                writer.flush()
+                for step in range(2, 50):
+                    writer.write_scalars(step, {"loss": 1.0})
     # The next start drops what is half written.
-    again = MetricWriter(tmp_path, start_step=5)
-    again.close()
-    assert tiny.losses(tmp_path) == {1: 1.0, 2: 1.0}
-    assert left(tmp_path) == ["metrics.jsonl"]
+    writers.JsonLinesWriter(tmp_path, start_step=5).close()
+    kept = tiny.losses(tmp_path)
+    assert kept and kept == dict.fromkeys(range(1, len(kept) + 1), 1.0)
+    assert "metrics.jsonl" in left(tmp_path)
 
 
-def test_events(tmp_path):
+@pytest.mark.parametrize("ends", ["flush", "the end of the body"])
+def test_events(tmp_path, ends):
     pytest.importorskip("tensorboard")
-    writer = MetricWriter(tmp_path)
+    later = []
     with (
         full(500),
         pytest.raises(
             UserError, match=r"events.out.tfevents.*cannot be written \(File too large\)"
         ),
+        writers.open_writer(tmp_path) as writer,
     ):
-        writer.picture(1, "samples", NOISE)
-    writer.close()
+        writer.write_images(1, {"samples": NOISE})
+        if ends == "flush":
+            writer.flush()
+            later.append("not reached")
+    assert not later
 
 
 def test_a_checkpoint_without_room_is_removed(tmp_path):

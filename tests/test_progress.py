@@ -20,7 +20,7 @@ def lines(monkeypatch):
 
 
 def test_every_ten_seconds_and_at_the_end(lines):
-    shown = progress.Progress("pairs encoded", 50)
+    shown = progress.ItemProgress("pairs encoded", 50)
     for _ in range(5):
         shown.add(10)
     # At 12 s, 3 of 5 tens are done; at 20 s all are.
@@ -31,7 +31,7 @@ def test_every_ten_seconds_and_at_the_end(lines):
 
 
 def test_what_is_quick_logs_nothing(lines):
-    shown = progress.Progress("pairs encoded", 2)
+    shown = progress.ItemProgress("pairs encoded", 2)
     shown.add(1)
     shown.add(1)
     assert not lines

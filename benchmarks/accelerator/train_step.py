@@ -28,7 +28,6 @@ from focusdpo_jax.planning import shapes
 from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import assembly
-from focusdpo_jax.training.measured import as_floats
 from focusdpo_jax.training.state import create_state
 from focusdpo_jax.training.step import compile_beside
 
@@ -68,7 +67,7 @@ class Ours:
         self._state, metrics = self.compiled(
             self._structure, self._state, self._frozen, self._pairs, self._params, len(self.losses)
         )
-        self.metrics = as_floats(metrics)
+        self.metrics = metrics.compute()
         jax.block_until_ready(self._state)
         seconds = time.perf_counter() - start
         self.losses.append(self.metrics["loss"])

@@ -15,7 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from focusdpo_jax.data.images import decode_png, encode_png
 from focusdpo_jax.data.record import TRUTH, check_record
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 
 VERSION = "1.0.0"  # Of the format on disk.
 
@@ -136,7 +136,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(source) for split, source in self._sources.items()}
 
     def _generate_examples(self, source: Sequence[dict]) -> Iterator[tuple[int, dict]]:
-        progress = Progress("records built", len(source))
+        progress = ItemProgress("records built", len(source))
         for position in range(len(source)):
             record = source[position]
             if not isinstance(record["chosen"], bytes):

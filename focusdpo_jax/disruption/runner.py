@@ -28,7 +28,7 @@ from focusdpo_jax.disruption.choice import Judge, choose
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.vision import places
 
 MODES = ("phrase", "leak")
@@ -120,7 +120,7 @@ def disrupt(
             except Refused as error:
                 refused[number] = error
         _complain(refused, texts, output, identity, skip)
-        progress = Progress("scenes disrupted", len(texts) - len(refused))
+        progress = ItemProgress("scenes disrupted", len(texts) - len(refused))
         lines = {}
         for number, text in texts.items():
             if number in refused:

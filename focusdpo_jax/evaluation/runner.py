@@ -13,7 +13,7 @@ from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.evaluation.output_folder import ImagesFolder
 from focusdpo_jax.inference.sampler import Sampler
 from focusdpo_jax.models import truncation
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.vision.encoders import digest_of
 from focusdpo_jax.vision.places import Place
 
@@ -166,7 +166,7 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
         for _, batch in batches(scenes, batch_size, share)
     ]
     total = sum(len(missing) for _, missing in work)
-    progress = Progress(f"{side}: pictures drawn", total)
+    progress = ItemProgress(f"{side}: pictures drawn", total)
     for batch, missing in work:
         if missing:
             # The whole batch, so that what is missing is drawn as it would have been.
@@ -194,7 +194,7 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
         for number, batch in batches(scenes, batch_size, share)
         if not all(scene.name in known for scene in batch)
     ]
-    progress = Progress(
+    progress = ItemProgress(
         f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
         sum(len(batch) for _, batch in work),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from focusdpo_jax import compiling
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.models.generator import Conditioning
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.sharding import mesh as meshes
 
 
@@ -167,7 +167,7 @@ def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size
             (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present),
         )
         pictures.append(generate(parameters, *place((*inputs, noise))))
-    progress = Progress("pictures drawn", count)
+    progress = ItemProgress("pictures drawn", count)
     for row, picture in enumerate(pictures):
         pictures[row] = meshes.fetch(picture)
         progress.add(min(batch_size, count - row * batch_size))

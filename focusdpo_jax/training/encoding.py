@@ -18,7 +18,7 @@ from focusdpo_jax import compiling, objectives
 from focusdpo_jax.focus import complexity, correspondence
 from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
 from focusdpo_jax.models.generator import TRAINABLE, ImageView
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training.sources import masks_on_grid
 
@@ -199,7 +199,7 @@ def cached(encode, parameters, batches, count):
       batches: iterable of PreferenceBatch of one size; rows of index -1 are padding and dropped.
       count: records of the data set.
     """
-    parts, progress = [], Progress("pairs encoded", count)
+    parts, progress = [], ItemProgress("pairs encoded", count)
     for batch in batches:
         keep = np.asarray(batch.index) >= 0
         encoded = meshes.fetch(encode(parameters, batch))

@@ -20,7 +20,7 @@ from focusdpo_jax import objectives
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 from focusdpo_jax.models.generator import ImageView
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
@@ -139,7 +139,7 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
         logging.info("encoding %d of %d records to %s", count - ready, count, folder)
         if processes.is_first():
             remove_unfinished(folder)
-        tree, progress = parameters(), Progress("pairs encoded", count - ready)
+        tree, progress = parameters(), ItemProgress("pairs encoded", count - ready)
         for batch in batches:
             rows = [
                 i

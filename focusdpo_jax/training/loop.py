@@ -19,22 +19,26 @@ from focusdpo_jax.data.loader import Prefetcher
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import cannot_write, replace_file
 from focusdpo_jax.profiling.peak_flops import matmul_peak
+from focusdpo_jax.progress import StepProgress, duration
 from focusdpo_jax.sharding import processes
-from focusdpo_jax.training import builders, preemption, preflight, run_lock
+from focusdpo_jax.training import builders, overview, preemption, preflight, run_lock
 from focusdpo_jax.training.checkpointing import Checkpoints
-from focusdpo_jax.training.metrics import MetricWriter, Progress, duration
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_beside
+from focusdpo_jax.training.trace import StepTrace
 from focusdpo_jax.training.windows import Windows
+from focusdpo_jax.training.writers import import_wandb, open_writer
 
 
-def run(config, workdir, *, accept_changes=False):
+def run(config, workdir, *, accept_changes=False, profile_steps=0, wandb_project=None):
     """Trains as `config` says, or goes on where an earlier run in `workdir` stopped.
 
     Args:
       config: a `config.RunConfig`.
       workdir: folder of the run; created if missing.
       accept_changes: whether to go on with another configuration than the run was started with.
+      profile_steps: steps of which a profiler's trace is written; see `StepTrace`.
+      wandb_project: project of Weights & Biases that scalars and images are sent to as well.
 
     Raises:
       Preempted: the process was asked to leave, and has saved.
@@ -46,6 +50,8 @@ def run(config, workdir, *, accept_changes=False):
     if processes.is_first():
         require_same_run(workdir, config, accept_changes)
         run_lock.require_free(workdir)
+        if wandb_project:
+            import_wandb(wandb_project)
     preflight.check(config)
     with run_lock.held(workdir) as require_lock:
         if processes.is_first():
@@ -58,18 +64,19 @@ def run(config, workdir, *, accept_changes=False):
             workdir,
         )
         logging.info("%s", preflight.outline(config))
-        _run(config, workdir, require_lock)
+        _run(config, workdir, require_lock, profile_steps, wandb_project)
 
 
-def _run(config, workdir, require_lock):
+def _run(config, workdir, require_lock, profile_steps, wandb_project):
     """Everything between the checks and the end, in a folder that is this run's alone."""
     task = builders.make_task(config, workdir)
     optimizer = make_optimizer(config)
     state = create_state(task.trainable, optimizer, config.ema_decay)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     done = checkpoints.latest or 0
-    writer = MetricWriter(workdir, start_step=done)
-    try:
+    with open_writer(
+        workdir, start_step=done, wandb_project=wandb_project, config=config_lib.to_dict(config)
+    ) as writer:
         if done < config.steps:
             if processes.is_first() and run_folder.drop_later_model(workdir, done):
                 logging.warning(
@@ -88,6 +95,8 @@ def _run(config, workdir, require_lock):
                 accumulate=config.accumulate,
                 ema_decay=config.ema_decay,
             ) as step:
+                if processes.is_first():
+                    overview.write(workdir, task.trainable, task.definition.frozen)
                 task.start(writer)
                 batches = task.batches
                 if done:
@@ -96,8 +105,11 @@ def _run(config, workdir, require_lock):
                     state, position = checkpoints.restore(state, release=True)
                     batches.set_state(position)
                     logging.info("resumed at step %d", done)
+            trace = None
+            if profile_steps and processes.is_first():
+                trace = StepTrace(workdir, profile_steps, start=done, total=config.steps)
             state = train(
-                config, task, state, step.result(), checkpoints, writer, done, require_lock
+                config, task, state, step.result(), checkpoints, writer, done, require_lock, trace
             )
         else:
             task.start(writer)
@@ -108,16 +120,21 @@ def _run(config, workdir, require_lock):
         task.finish(max(done, config.steps), state.evaluated, writer)
         # Barrier: exiting early would look like a crash to the other processes.
         processes.wait("end")
-    finally:
-        writer.close()
 
 
-def train(config, task, state, step, checkpoints, writer, done, require_lock=lambda: None):
-    """Runs the steps from `done` to `config.steps`; returns the last state."""
+def train(
+    config, task, state, step, checkpoints, writer, done, require_lock=lambda: None, trace=None
+):
+    """Runs the steps from `done` to `config.steps`; returns the last state.
+
+    Args:
+      writer: a `clu.metric_writers.MetricWriter`.
+      trace: a `StepTrace`, or None.
+    """
     definition, prefetcher = task.definition, Prefetcher(task.batches, task.prepare)
     leave = contextlib.ExitStack()
     preempted = leave.enter_context(preemption.watch())
-    progress = Progress(
+    progress = StepProgress(
         start=done,
         total=config.steps,
         unit=task.unit,
@@ -130,6 +147,8 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
     gc.collect()
     gc.freeze()
     try:
+        if trace:
+            trace(done, state)
         for number in range(done + 1, config.steps + 1):
             for microstep in range((number - 1) * config.accumulate, number * config.accumulate):
                 bucket = task.bucket_at(microstep)
@@ -139,6 +158,8 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
                 )
                 prefetcher.advance()
                 windows.add(bucket, metrics, step.matmul_flops[structure])
+            if trace:
+                trace(number, state)
             windows.report()  # That of the step before, while this one runs.
             last, stop = number == config.steps, preempted(number)
             saves = stop or last or is_due(config.checkpoint_every, number)
@@ -147,6 +168,8 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
                 windows.end(number)
             if saves:
                 windows.report()
+                # A resumed run keeps the lines up to its checkpoint, so they come first.
+                writer.flush()
                 require_lock()
                 checkpoints.save(number, state, prefetcher.state)
             if stop:
@@ -159,6 +182,8 @@ def train(config, task, state, step, checkpoints, writer, done, require_lock=lam
     finally:
         task.batches.close()
         progress.close()
+        if trace:
+            trace.close()
         leave.close()
         gc.unfreeze()
     logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - began))

@@ -1,176 +1,90 @@
-"""Where a run's numbers and pictures go: the log, `metrics.jsonl`, TensorBoard, a progress bar."""
+"""The scalars that a training step computes, as one `clu.metrics.Metric`."""
 
-import contextlib
-import functools
-import json
-import math
-import sys
-import time
+from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from absl import logging
-from etils import epath
-from tqdm import tqdm
-
-from focusdpo_jax.files import replace_file, room_for
-from focusdpo_jax.sharding import processes
-from focusdpo_jax.training.tensorboard import open_events
+from clu import metrics
+from flax import struct
 
 
-class MetricWriter:
-    """Writes scalars and pictures of a run.
+@struct.dataclass
+class StepMetrics(metrics.Metric):
+    """Named scalars, summed over steps; `compute` returns their means.
 
-    `metrics.jsonl` has one object a logged step. After a restart at step N the objects of later
-    steps are dropped, since the resumed run writes them again.
+    All scalars are packed into one array. On a CPU, adding 28 scalars to 28 others takes 75
+    microseconds, adding one array to another 8; fetching takes 10 an array.
+
+    Attributes:
+      total: float32 [n], sums over steps.
+      count: int32 scalar, the number of steps.
+      names: n names, static.
     """
 
-    def __init__(self, workdir, *, start_step=0):
-        """Opens the files; only the first of several processes has any."""
-        self.workdir = epath.Path(workdir)
-        self._file = None
-        if not processes.is_first():
-            return
-        self._path = self.workdir / "metrics.jsonl"
-        kept = []
-        if start_step and self._path.exists():
-            for line in self._path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= start_step:
-                        kept.append(line)
-                except ValueError:  # The last line of a killed process may be half written.
-                    break
-        replace_file(self._path, "".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
+    total: jax.Array
+    count: jax.Array
+    names: tuple[str, ...] = struct.field(pytree_node=False)
 
-    @functools.cached_property
-    def _tensorboard(self):
-        # Its library takes seconds to import, which the first step need not wait for.
-        return open_events(self.workdir) if self._file else None
+    @classmethod
+    def from_model_output(cls, **scalars: jax.Array) -> "StepMetrics":
+        """Packs the scalars of one step, or of one program of a step; there may be none.
 
-    def scalars(self, step, values):
-        """Writes a dict of finite numbers for `step`."""
-        if self._file:
-            with room_for(self._path):
-                self._file.write(json.dumps({"step": step, **values}) + "\n")
-                self._file.flush()
-        if self._tensorboard:
-            self._tensorboard.scalars(step, values)
-
-    def validation(self, step, means):
-        """Adds a point to the learning curve: a line of `validation.jsonl`, and TensorBoard.
-
-        Lines of this step and of later ones, of a run that was stopped and went on, are dropped.
-
-        Args:
-          means: {measure: mean over the validation scenes}.
+        The count is a constant of the program, so that it adds no operation to it.
         """
-        if self._file:
-            path = self.workdir / "validation.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            lines = [line for line in lines if json.loads(line)["step"] < step]
-            lines.append(json.dumps({"step": step, **means}))
-            replace_file(path, "".join(line + "\n" for line in lines))
-        if self._tensorboard:
-            self._tensorboard.scalars(
-                step, {f"validation/{name}": mean for name, mean in means.items()}
-            )
+        values = [jnp.asarray(value, jnp.float32) for value in scalars.values()]
+        total = jnp.stack(values) if values else jnp.zeros(0)
+        return cls(total, np.int32(1), tuple(scalars))
 
-    def results(self, step, results):
-        """Shows the means of an evaluation in TensorBoard; they are not a logged step."""
-        if self._tensorboard:
-            self._tensorboard.scalars(
-                step,
-                {
-                    f"evaluation/{name}_{side}": estimate["mean"]
-                    for name, sides in results["metrics"].items()
-                    for side, estimate in sides.items()
-                },
-            )
+    def merge(self, other: "StepMetrics") -> "StepMetrics":
+        """Sums over the steps of both.
 
-    def picture(self, step, name, image):
-        """Shows a uint8 picture [H, W, 3] in TensorBoard."""
-        if self._tensorboard:
-            self._tensorboard.picture(step, name, np.asarray(image))
-
-    def close(self):
-        """Closes the files."""
-        # All that was written is there. Of a line that found no room the rest is given up, since the error
-        # that it raised is on its way.
-        if self._file:
-            with contextlib.suppress(OSError):
-                self._file.close()
-        if "_tensorboard" in self.__dict__ and self._tensorboard:
-            self._tensorboard.close()
-
-
-class Progress:
-    """Progress of a long loop: a bar on a terminal, a line in the log elsewhere."""
-
-    def __init__(self, *, start, total, unit, per_step, devices=1, peak=None):
-        """A loop of the steps from start to total.
-
-        Args:
-          unit, per_step: what a step is made of (pairs, images), and how many of them.
-          devices: over which a step is divided.
-          peak: floating-point operations a second of a device at its best (`speed.matmul_peak`).
+        Raises:
+          ValueError: they have different names.
         """
-        self._total, self._unit, self._per_step = total, unit, per_step
-        self._devices, self._peak = devices, peak
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-        self._shown, self._time = start, time.monotonic()
+        if self.names != other.names:
+            raise ValueError(f"metrics {self.names} cannot be merged with {other.names}")
+        return self.replace(total=self.total + other.total, count=self.count + other.count)
 
-    def show(self, step, values, matmul_flops=0.0):
-        """Reports that `step` steps are done, with a few numbers.
+    def join(self, other: "StepMetrics") -> "StepMetrics":
+        """The scalars of two programs of the same steps, side by side."""
+        return self.replace(
+            total=jnp.concatenate([self.total, other.total]), names=self.names + other.names
+        )
 
-        Args:
-          matmul_flops: floating-point operations of all products since the last report.
+    def compute(self) -> dict[str, float]:
+        """The means over all steps, {name: float}, in float64 on the host; waits for the device."""
+        count, sums = self.sums()
+        return {name: value / count for name, value in sums.items()}
 
-        Returns:
-          {"pairs_per_second": units a second, "teraflops_per_device": 10^12 operations a second,
-          "utilisation": share of the peak}; the last two where there is a peak.
-        """
-        now = time.monotonic()
-        window = max(now - self._time, 1e-9)
-        seconds = window / max(step - self._shown, 1)
-        rate = self._per_step / seconds
-        speed, line = {f"{self._unit}_per_second": rate}, f"{rate:.1f} {self._unit}/s"
-        if self._peak:
-            flops = matmul_flops / window / self._devices
-            speed |= {"teraflops_per_device": flops / 1e12, "utilisation": flops / self._peak}
-            line += f"  {flops / 1e12:.3g} TFLOP/s a device, {flops / self._peak:.0%} of its best"
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self._bar:
-            self._bar.update(step - self._shown)
-            self._bar.set_postfix_str(f"{numbers}  {line}")
-        else:
-            logging.info(
-                "step %d/%d  %s  %s  %s left",
-                step,
-                self._total,
-                numbers,
-                line,
-                duration((self._total - step) * seconds),
-            )
-        self._shown, self._time = step, now
-        return speed
-
-    def pause(self):
-        """Starts the clock again after work that is not part of the loop."""
-        self._time = time.monotonic()
-
-    def close(self):
-        """Leaves the bar as it is."""
-        if self._bar:
-            self._bar.close()
+    def sums(self) -> tuple[int, dict[str, float]]:
+        """(Number of steps, {name: sum over them}) on the host; waits for the device."""
+        total, count = jax.device_get((self.total, self.count))
+        return int(count), dict(zip(self.names, np.asarray(total).tolist(), strict=True))
 
 
-def duration(seconds):
-    """Seconds as people read them: "41 s", "3 min 20 s", "2 h 05 min"."""
-    seconds = int(math.ceil(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+def mean_by_bucket(seen: Mapping[str, StepMetrics]) -> dict[str, float]:
+    """Means over all steps and, with several buckets, over each bucket's.
+
+    A name that only some buckets have is averaged over their steps.
+
+    Args:
+      seen: {bucket: the sums of its steps}.
+
+    Returns:
+      {name: float, "bucket/name": float}; the names are sorted, and so are the buckets.
+    """
+    count, total, each = {}, {}, {}
+    for bucket, found in sorted(jax.device_get(dict(seen)).items()):
+        steps, sums = found.sums()
+        for name, value in sums.items():
+            count[name] = count.get(name, 0) + steps
+            total[name] = total.get(name, 0.0) + value
+            each[f"{bucket}/{name}"] = value / steps
+    values = {name: total[name] / count[name] for name in sorted(total)}
+    return values | each if len(seen) > 1 else values
+
+
+# On the device, without waiting for it: one call each.
+merge = jax.jit(StepMetrics.merge)
+join = jax.jit(StepMetrics.join)

@@ -25,6 +25,7 @@ from focusdpo_jax.sharding import processes
 from focusdpo_jax.toybox import measures
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import encoding
+from focusdpo_jax.training.writers import EVALUATION, VALIDATION
 from focusdpo_jax.visualization import grids
 
 # Scenes on the page that shows how their weights come about, bucket by bucket.
@@ -175,7 +176,7 @@ class Showcase:
                 f"{name.replace('_', ' ')} {100 * mean:.1f} %" for name, mean in means.items()
             ),
         )
-        writer.validation(step, means)
+        writer.write_scalars(step, {f"{VALIDATION}{name}": mean for name, mean in means.items()})
 
     def _show(self, step, trainable, writer):
         """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
@@ -208,11 +209,11 @@ class Showcase:
         path = self._workdir / "samples" / f"step_{step:06d}.png"
         grids.save_png(path, image)
         logging.info("pictures: %s", path)
-        writer.picture(step, "samples", image)
+        writer.write_images(step, {"samples": image})
         if objectives.get(self._config.objective).uses_focus:
             image = self._explain(raw, maps, captions)
             grids.save_png(self._workdir / "samples" / f"focus_{step:06d}.png", image)
-            writer.picture(step, "focus", image)
+            writer.write_images(step, {"focus": image})
 
     def _explain(self, raw, maps, captions):
         """A page of how the weights of a few pairs come about in every bucket."""
@@ -262,7 +263,14 @@ class Showcase:
         replace_file(
             self._workdir / "results.json", json.dumps(results, indent=2, sort_keys=True) + "\n"
         )
-        writer.results(step, results)
+        writer.write_scalars(
+            step,
+            {
+                f"{EVALUATION}{name}_{side}": estimate["mean"]
+                for name, sides in results["metrics"].items()
+                for side, estimate in sides.items()
+            },
+        )
         renders = ceiling["metrics"]
         print(
             f"\nToybox, {len(encoded.prior)} test scenes with subjects never trained on; "

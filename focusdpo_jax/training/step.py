@@ -24,7 +24,7 @@ from focusdpo_jax import compiling
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding.trace_context import trace_context
-from focusdpo_jax.training.measured import measured
+from focusdpo_jax.training.metrics import StepMetrics, join
 from focusdpo_jax.training.state import (
     TrainState,
     accumulated_gradient,
@@ -57,8 +57,8 @@ class Step:
     """The compiled programs of a run.
 
     Attributes:
-      reference_passes: {structure: (frozen, batch, params, key, microstep) -> ((key, outputs), metrics)}.
-      update: (state, frozen, batch, outputs, params, key) -> (state, metrics); `state` is donated.
+      reference_passes: {structure: (frozen, batch, params, key, microstep) -> ((key, outputs), StepMetrics)}.
+      update: (state, frozen, batch, outputs, params, key) -> (state, StepMetrics); `state` is donated.
       key: every random draw of a step derives from it and the microstep.
       matmul_flops: {structure: floating-point operations of all matrix products and convolutions of a
         whole step, over all devices}; see `profiling.flops`.
@@ -70,12 +70,12 @@ class Step:
     matmul_flops: Mapping[Hashable, float]
 
     def __call__(self, structure, state, frozen, batch, params, microstep):
-        """Runs one batch: returns the new state, and both programs' metrics, still on the device."""
+        """Runs one batch: returns the new state and its StepMetrics, still on the device."""
         (key, outputs), of_reference = self.reference_passes[structure](
             frozen, batch, params, self.key, np.int32(microstep)
         )
         state, of_update = self.update(state, frozen, batch, outputs, params, key)
-        return state, (of_reference, of_update)
+        return state, join(of_reference, of_update)
 
 
 def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_decay=0.0):
@@ -99,7 +99,7 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
         key = jax.random.fold_in(key, microstep)
         with trace_context(mesh):
             outputs, metrics = definition.reference_pass(structure, frozen, batch, params, key)
-        return (key, outputs), measured(metrics)
+        return (key, outputs), StepMetrics.from_model_output(**metrics)
 
     def update(state, frozen, batch, outputs, params, key):
         with trace_context(mesh):
@@ -123,7 +123,8 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
         if accumulate > 1:  # The mean over microsteps is that over optimiser steps.
             norm = jnp.where(ends, accumulate * norm, 0.0)
         metrics = {"loss": loss, "gradient_norm": norm, **metrics}
-        return TrainState(state.step + 1, trainable, optimizer_state, average), measured(metrics)
+        state = TrainState(state.step + 1, trainable, optimizer_state, average)
+        return state, StepMetrics.from_model_output(**metrics)
 
     examples, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     reference_pass = jax.jit(

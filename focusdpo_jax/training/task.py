@@ -20,9 +20,9 @@ class Task:
       open_batches: () -> `batches`; called once, it makes the data.
       prepare: batch of the iterator -> batch of the loss, on the devices.
       unit: what a batch consists of, for the progress bar ("pairs").
-      start: called once before the first step with a MetricWriter.
-      sample: called every `config.sample_every` steps with (step, trainable, MetricWriter).
-      finish: called at the end with (step, trainable, MetricWriter).
+      start: called once before the first step with a `clu.metric_writers.MetricWriter`.
+      sample: called every `config.sample_every` steps with (step, trainable, `MetricWriter`).
+      finish: called at the end with (step, trainable, `MetricWriter`).
     """
 
     trainable: dict

@@ -3,14 +3,11 @@
 Nobody waits for a window's last step: it is reported while the step after it runs.
 """
 
-import collections
-
-import jax
 import numpy as np
 from absl import logging
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.training.measured import added, as_floats
+from focusdpo_jax.training.metrics import mean_by_bucket, merge
 
 # Of a window's means, what the log's line shows.
 _SHOWN = ("loss", "implicit_accuracy")
@@ -20,7 +17,7 @@ class Windows:
     """The logging windows of a run, one after the other."""
 
     def __init__(self, writer, progress, checkpoints, buckets=()):
-        """Takes where a report goes (`MetricWriter`, `Progress`) and what is there to go back to.
+        """Takes where a report goes (`MetricWriter`, `StepProgress`) and what is there to go back to.
 
         Args:
           buckets: names of those whose logit scale is logged once all of them were seen.
@@ -33,17 +30,17 @@ class Windows:
     def _begin(self):
         self._seen, self._matmul_flops = {}, 0.0
 
-    def add(self, bucket, measured, matmul_flops):
+    def add(self, bucket, metrics, matmul_flops):
         """Adds a batch.
 
         Args:
           bucket: its name.
-          measured: of a `Step`, on the device; what the bucket's structure switches off is missing,
-            and will be averaged over the other buckets.
+          metrics: the `StepMetrics` of a `Step`, on the device; what the bucket's structure switches off
+            is missing, and will be averaged over the other buckets.
           matmul_flops: floating-point operations of its matrix products.
         """
-        count, total = self._seen.get(bucket, (0, None))
-        self._seen[bucket] = count + 1, added(total, measured) if count else measured
+        seen = self._seen.get(bucket)
+        self._seen[bucket] = metrics if seen is None else merge(seen, metrics)
         self._matmul_flops += matmul_flops
 
     def end(self, number):
@@ -61,11 +58,12 @@ class Windows:
             return
         number, seen, matmul_flops = self._ended
         self._ended = None
-        values = means(seen)
+        values = mean_by_bucket(seen)
         require_finite(values, number, self._checkpoints)
         self._log_scales(number, values)
         shown = {name: values[name] for name in _SHOWN if name in values}
-        self._writer.scalars(number, values | self._progress.show(number, shown, matmul_flops))
+        speed = self._progress.show(number, shown, matmul_flops)
+        self._writer.write_scalars(number, values | speed)
 
     def _log_scales(self, number, values):
         """Logs each bucket's mean logit scale (`focus.losses.diffusion_dpo`) once."""
@@ -82,26 +80,6 @@ class Windows:
                 ", ".join(f"{bucket} {scale:.2g}" for bucket, scale in self._scales.items()),
             )
             self._scales = {}
-
-
-def means(seen):
-    """Means over all steps of a window and, with several buckets, over each bucket's.
-
-    Args:
-      seen: {bucket: (steps, the sums of what they measured)}.
-
-    Returns:
-      {name: float, "bucket/name": float}.
-    """
-    seen = jax.device_get(seen)
-    whole, each = collections.defaultdict(lambda: [0, 0.0]), {}
-    for bucket, (count, total) in sorted(seen.items()):
-        for name, value in as_floats(total).items():
-            whole[name][0] += count
-            whole[name][1] += value
-            each[f"{bucket}/{name}"] = value / count
-    values = {name: value / count for name, (count, value) in sorted(whole.items())}
-    return values | each if len(seen) > 1 else values
 
 
 def require_finite(values, step, checkpoints):

@@ -21,7 +21,6 @@ from focusdpo_jax.sharding import attention
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import builders
 from focusdpo_jax.training.checkpointing import Checkpoints
-from focusdpo_jax.training.measured import as_floats
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 
@@ -55,7 +54,7 @@ def train(task, optimizer, state):
         structure, numbers = task.definition.buckets[task.bucket_at(number)]
         batch = task.prepare(next(task.batches))
         state, metrics = step(structure, state, task.definition.frozen, batch, numbers, number)
-        losses.append(as_floats(metrics)["loss"])
+        losses.append(metrics.compute()["loss"])
     return losses, state, step
 
 

@@ -346,7 +346,7 @@ def test_bfloat16_margins_are_zero_at_equal_parameters(tiny_config, tmp_path):
     compiled = step.compile_step(task.definition, optimizer, start, task.example(), seed=0)
     ((structure, params),) = task.definition.buckets.values()
     batch = task.prepare(next(iter(task.batches)))
-    _, (_, measured) = compiled(structure, start, task.definition.frozen, batch, params, 0)
-    metrics = dict(zip(measured.names, np.asarray(measured.values), strict=True))
+    _, metrics = compiled(structure, start, task.definition.frozen, batch, params, 0)
+    metrics = metrics.compute()
     assert metrics["reference_error"] > 0.1
     assert metrics["logit_scale"] < 1e-3

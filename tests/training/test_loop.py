@@ -1,5 +1,6 @@
 """The real loop on a tiny run: what it leaves, and that it can be stopped and trusted."""
 
+import collections
 import functools
 import gc
 import json
@@ -18,13 +19,15 @@ import pytest
 import tiny
 from absl import logging as absl_logging
 from flax import traverse_util
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.util import tensor_util
 
 from focusdpo_jax import config as config_lib
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import builders, loop, models, runs, state
-from focusdpo_jax.training.metrics import MetricWriter
+from focusdpo_jax.training.clu_without_tensorflow import metric_writers
 from focusdpo_jax.training.step import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -113,6 +116,7 @@ def test_run_leaves_what_the_contract_says(finished):
         "step_000004.png",
     ]
     assert list(workdir.glob("events.out.tfevents.*"))
+    assert "trainable/" in (workdir / "parameters.txt").read_text()
     assert (workdir / "model" / "model.json").exists()
 
 
@@ -235,7 +239,8 @@ def test_a_run_that_is_shorter_than_its_warm_up_ends_in_it(tiny_config):
 
 
 def test_a_step_is_reported_while_the_next_one_runs(tiny_config, tmp_path, monkeypatch):
-    events, call, scalars = [], Step.__call__, MetricWriter.scalars
+    events, call = [], Step.__call__
+    write = metric_writers.AsyncWriter.write_scalars
     monkeypatch.setattr(
         Step,
         "__call__",
@@ -245,11 +250,11 @@ def test_a_step_is_reported_while_the_next_one_runs(tiny_config, tmp_path, monke
         )[1],
     )
     monkeypatch.setattr(
-        MetricWriter,
-        "scalars",
-        lambda writer, step, values: (
+        metric_writers.AsyncWriter,
+        "write_scalars",
+        lambda writer, step, scalars: (
             events.append(f"report {step}"),
-            scalars(writer, step, values),
+            write(writer, step, scalars),
         )[1],
     )
     loop.run(tiny_config(steps=5, checkpoint_every=3), tmp_path)
@@ -417,30 +422,82 @@ def test_mistakes_on_the_command_line_are_one_line(tiny_folder, tmp_path):
         assert "Traceback" not in result.stderr
 
 
-NO_TENSORFLOW = """
+WITHOUT = """
 import importlib.machinery, sys
 find = importlib.machinery.PathFinder.find_spec
 def blocked(name, path=None, target=None):
-    if name.split(".")[0] in ("tensorflow", "tensorboard"):
+    if name.split(".")[0] in {packages!r}:
         return None
     return find(name, path, target)
 importlib.machinery.PathFinder.find_spec = blocked
 """
 
 
-def test_trains_without_tensorflow(finished, tiny_folder, tmp_path):
-    program = NO_TENSORFLOW + (
+def run_without(packages, folder, workdir):
+    """Standard error of the tiny run, in a process in which these packages cannot be imported."""
+    program = WITHOUT.format(packages=packages) + (
         "import runpy\nsys.argv = sys.argv[1:]\n"
         "runpy.run_module('focusdpo_jax.main', run_name='__main__')\n"
     )
-    line = command(tiny_folder, tmp_path)
+    line = command(folder, workdir)
     result = subprocess.run(
         [line[0], "-c", program, "main", *line[3:]], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stderr.count("TensorBoard events are not written") == 1
+    return result.stderr
+
+
+def test_trains_without_tensorflow(finished, tiny_folder, tmp_path):
+    errors = run_without(("tensorflow",), tiny_folder, tmp_path)
+    assert errors.count("TensorFlow is not installed: TensorBoard events are written") == 1
+    assert "TensorBoard events are not written" not in errors
+    assert "step 4/4  loss " in errors
+    assert tiny.losses(tmp_path) == tiny.losses(finished[0])
+    read = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    logged = [float(tensor_util.make_ndarray(e.tensor_proto)) for e in read.Tensors("loss")]
+    assert logged == pytest.approx(list(tiny.losses(finished[0]).values()))
+    assert {"samples", "focus"} < set(read.Tags()["tensors"])
+
+
+def test_trains_without_tensorboard(finished, tiny_folder, tmp_path):
+    errors = run_without(("tensorflow", "tensorboard"), tiny_folder, tmp_path)
+    assert errors.count("TensorBoard events are not written, because tensorboard is missing") == 1
     assert not list(tmp_path.glob("events*"))
     assert tiny.losses(tmp_path) == tiny.losses(finished[0])
+
+
+def test_steps_are_traced(finished, tiny_config, tmp_path):
+    """The trace has as many whole steps as were asked for, and the numbers are what they were."""
+    loop.run(tiny_config(evaluation__pictures=0), tmp_path, profile_steps=1)
+    (path,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+    found = collections.Counter(
+        event.name
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        for line in plane.lines
+        for event in line.events
+    )
+    print(found.most_common(60))
+    assert tiny.losses(tmp_path) == tiny.losses(finished[0])
+
+
+def test_a_trace_is_cut_off_by_the_end_of_a_run(tiny_config, tmp_path):
+    loop.run(tiny_config(steps=1, evaluation__pictures=0), tmp_path, profile_steps=5)
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_no_trace_unless_asked_for(finished):
+    assert not (finished[0] / "plugins").exists()
+
+
+def test_weights_and_biases_is_looked_for_before_anything_is_built(
+    tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        UserError, match=r"^--wandb_project=study: wandb is missing \(pip install wandb\)$"
+    ):
+        loop.run(tiny_config(), tmp_path / "run", wandb_project="study")
+    assert not (tmp_path / "run").exists()
 
 
 def test_imports_without_tensorflow():
@@ -454,7 +511,7 @@ def test_imports_without_tensorflow():
         "evaluation.probe",
     )
     program = (
-        NO_TENSORFLOW
+        WITHOUT.format(packages=("tensorflow", "tensorboard"))
         + "".join(f"import focusdpo_jax.{room}\n" for room in rooms)
         + ("assert not any(name.split('.')[0] == 'tensorflow' for name in sys.modules)\n")
     )

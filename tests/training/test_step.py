@@ -12,7 +12,6 @@ import pytest
 
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import state, step
-from focusdpo_jax.training.measured import as_floats
 
 
 def test_an_error_beside_the_compilation_does_not_wait_for_it(monkeypatch):
@@ -67,8 +66,8 @@ def test_norm_and_average_are_of_optimiser_steps():
     )
     norms = []
     for number, batch in enumerate(batches):
-        current, measured = compiled("all", current, {}, place(batch), None, number)
-        norms.append(as_floats(measured)["gradient_norm"])
+        current, metrics = compiled("all", current, {}, place(batch), None, number)
+        norms.append(metrics.compute()["gradient_norm"])
 
     w, average, expected = np.zeros(3), np.zeros(3), []
     for four in batches.reshape(2, 8, 3):

@@ -5,7 +5,7 @@ import pytest
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.training import windows as windows_module
-from focusdpo_jax.training.measured import measured as measure
+from focusdpo_jax.training.metrics import StepMetrics
 from focusdpo_jax.training.windows import Windows
 
 
@@ -15,7 +15,7 @@ class Recorder:
     def __init__(self):
         self.reports, self.shown, self.closed, self.latest = [], [], False, 7
 
-    def scalars(self, step, values):
+    def write_scalars(self, step, values):
         self.reports.append((step, values))
 
     def show(self, step, values, matmul_flops):
@@ -37,11 +37,8 @@ def windows(recorder):
 
 
 def measured(**values):
-    """Of the two programs of a step."""
-    return (
-        measure({name: jnp.float32(x) for name, x in values.items() if name != "loss"}),
-        measure({"loss": jnp.float32(values["loss"])}),
-    )
+    """The metrics of a step."""
+    return StepMetrics.from_model_output(**{name: jnp.float32(x) for name, x in values.items()})
 
 
 def test_means_are_over_a_windows_steps_and_over_each_buckets(windows, recorder):

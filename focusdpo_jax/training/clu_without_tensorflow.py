@@ -1,0 +1,27 @@
+"""`clu.metric_writers` and `clu.periodic_actions`, imported without TensorFlow.
+
+Importing either of them imports TensorFlow for `metric_writers.SummaryWriter`, which takes seconds and fails
+where TensorFlow is not installed. Here that class is imported when one is made.
+"""
+
+import sys
+import types
+
+_SUMMARY_WRITER = "clu.metric_writers.summary_writer"
+
+
+def _summary_writer(*arguments, **fields):
+    """Makes a `clu.metric_writers.SummaryWriter`; imports TensorFlow."""
+    from clu.metric_writers.tf import summary_writer
+
+    return summary_writer.SummaryWriter(*arguments, **fields)
+
+
+if "clu.metric_writers" not in sys.modules:
+    stub = types.ModuleType(_SUMMARY_WRITER, "Stands in for a module that imports TensorFlow.")
+    stub.SummaryWriter = _summary_writer
+    sys.modules.setdefault(_SUMMARY_WRITER, stub)
+
+from clu import metric_writers, periodic_actions  # noqa: E402
+
+__all__ = ["metric_writers", "periodic_actions"]
