@@ -142,7 +142,10 @@ def train(
         devices=definition.mesh.size,
         peak=matmul_peak(jax.local_devices()[0], config.dtype),
     )
-    windows, began = Windows(writer, progress, checkpoints, definition.buckets), time.monotonic()
+    windows, began = (
+        Windows(writer, progress, checkpoints, definition.buckets, config.accumulate),
+        time.monotonic(),
+    )
     # Freeze long-lived objects, so that the garbage collector skips them.
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
 """The scalars that a training step computes, as one `clu.metrics.Metric`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +63,16 @@ class StepMetrics(metrics.Metric):
         return int(count), dict(zip(self.names, np.asarray(total).tolist(), strict=True))
 
 
-def mean_by_bucket(seen: Mapping[str, StepMetrics]) -> dict[str, float]:
+def mean_by_bucket(
+    seen: Mapping[str, StepMetrics], of_whole_steps: Collection[str] = ()
+) -> dict[str, float]:
     """Means over all steps and, with several buckets, over each bucket's.
 
     A name that only some buckets have is averaged over their steps.
 
     Args:
       seen: {bucket: the sums of its steps}.
+      of_whole_steps: names that belong to no bucket.
 
     Returns:
       {name: float, "bucket/name": float}; the names are sorted, and so are the buckets.
@@ -80,7 +83,8 @@ def mean_by_bucket(seen: Mapping[str, StepMetrics]) -> dict[str, float]:
         for name, value in sums.items():
             count[name] = count.get(name, 0) + steps
             total[name] = total.get(name, 0.0) + value
-            each[f"{bucket}/{name}"] = value / steps
+            if name not in of_whole_steps:
+                each[f"{bucket}/{name}"] = value / steps
     values = {name: total[name] / count[name] for name in sorted(total)}
     return values | each if len(seen) > 1 else values
 

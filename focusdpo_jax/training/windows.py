@@ -16,13 +16,16 @@ _SHOWN = ("loss", "implicit_accuracy")
 class Windows:
     """The logging windows of a run, one after the other."""
 
-    def __init__(self, writer, progress, checkpoints, buckets=()):
+    def __init__(self, writer, progress, checkpoints, buckets=(), accumulate=1):
         """Takes where a report goes (`MetricWriter`, `StepProgress`) and what is there to go back to.
 
         Args:
           buckets: names of those whose logit scale is logged once all of them were seen.
+          accumulate: microsteps of an optimiser step. If there are several, each in a bucket of its
+            own, the norm of the gradient is that of no bucket.
         """
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
+        self._of_whole_steps = ("gradient_norm",) if accumulate > 1 else ()
         self._ended = None
         self._scales = dict.fromkeys(buckets)
         self._begin()
@@ -58,7 +61,7 @@ class Windows:
             return
         number, seen, matmul_flops = self._ended
         self._ended = None
-        values = mean_by_bucket(seen)
+        values = mean_by_bucket(seen, self._of_whole_steps)
         require_finite(values, number, self._checkpoints)
         self._log_scales(number, values)
         shown = {name: values[name] for name in _SHOWN if name in values}

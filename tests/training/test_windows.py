@@ -104,3 +104,14 @@ def test_logit_scales_are_logged_once_all_buckets_were_seen(recorder, monkeypatc
     assert lines == [
         "logit scale (mean of |beta / 2 margin|) of the first 2 steps: noisy 2, clean 0.25"
     ]
+
+
+def test_the_norm_of_a_step_of_several_buckets_is_of_no_bucket(recorder):
+    windows = Windows(recorder, recorder, recorder, accumulate=2)
+    windows.add("noisy", measured(loss=1.0, gradient_norm=0.0), 10.0)
+    windows.add("clean", measured(loss=2.0, gradient_norm=6.0), 10.0)
+    windows.end(1)
+    windows.report()
+    ((_, values),) = recorder.reports
+    assert values["gradient_norm"] == 3.0 and values["clean/loss"] == 2.0
+    assert not [name for name in values if name.endswith("/gradient_norm")]
