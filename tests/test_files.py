@@ -245,7 +245,7 @@ def test_a_run_ends_with_one_line_and_goes_on(limit, file, finished, tiny_folder
     tests = os.path.dirname(tiny.__file__)
     config.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {tests!r})\nimport tiny\n"
-        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}), "
+        f"def get_config():\n    return tiny.tiny_file_config(pathlib.Path({str(tiny_folder)!r}), "
         "steps=2, evaluation__pictures=0)\n"
     )
     script = (

@@ -123,7 +123,7 @@ def commands(folder, tmp_path):
     config = folder / "tiny_interrupted.py"
     config.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {str(pathlib.Path(tiny.__file__).parent)!r})\nimport tiny\n"
-        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}))\n"
+        f"def get_config():\n    return tiny.tiny_file_config(pathlib.Path({str(folder)!r}))\n"
     )
     reference = root / "focusdpo_jax/assets/references/star.png"
     return {

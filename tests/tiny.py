@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pathlib
 
+import ml_collections
+
 from focusdpo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -120,6 +122,11 @@ def tiny_config(folder, **overrides):
     if not changes["model.pretrained"]:
         changes.setdefault("model.sizes", SIZES)
     return config_lib.replace(config_lib.parse(load_config("toybox_dpo")), changes)
+
+
+def tiny_file_config(folder, **overrides):
+    """The ConfigDict of `tiny_config`, for a configuration file."""
+    return ml_collections.ConfigDict(config_lib.to_dict(tiny_config(folder, **overrides)))
 
 
 def changed(config, **overrides):

@@ -76,7 +76,7 @@ def command(folder, workdir, *overrides):
         path.write_text(
             f"import pathlib, sys\nsys.path.insert(0, {tests!r})\n"
             "import tiny\n"
-            f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}))\n"
+            f"def get_config():\n    return tiny.tiny_file_config(pathlib.Path({str(folder)!r}))\n"
         )
     return [
         sys.executable,
@@ -201,14 +201,14 @@ def test_low_rank_updates_are_read_again(trained, tiny_config):
         assert read.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(read[name], value, err_msg=name)
-    goes_on.model.lora_rank = 3
+    goes_on = tiny.changed(goes_on, model__lora_rank=3)
     with pytest.raises(
         UserError,
         match=r"config.model.lora_rank = 3: .*model has low-rank updates "
         r"of rank 2; give 2, or",
     ):
         models.load_model(goes_on)
-    goes_on.model.lora_rank, goes_on.model.lora_alpha = 2, 4.0
+    goes_on = tiny.changed(goes_on, model__lora_rank=2, model__lora_alpha=4.0)
     with pytest.raises(
         UserError,
         match=r"config.model.lora_alpha = 4.0: the low-rank updates of .*model "
@@ -508,7 +508,7 @@ def test_imports_without_tensorflow():
         "models.generator",
         "training.loop",
         "data.loader",
-        "evaluation.probe",
+        "toybox.probe",
     )
     program = (
         WITHOUT.format(packages=("tensorflow", "tensorboard"))

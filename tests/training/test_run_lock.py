@@ -240,7 +240,7 @@ def command(folder, workdir, *overrides):
     tests = str(pathlib.Path(tiny.__file__).parent)
     path.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {tests!r})\nimport tiny\n"
-        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}), "
+        f"def get_config():\n    return tiny.tiny_file_config(pathlib.Path({str(folder)!r}), "
         "evaluation__pictures=0, checkpoint_every=50)\n"
     )
     return [

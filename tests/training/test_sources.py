@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from focusdpo_jax import config as config_lib
+from focusdpo_jax import objectives
 from focusdpo_jax.data import loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.focus import correspondence
@@ -162,10 +163,12 @@ def test_a_cached_prototype_is_the_mean_feature_of_its_denoised_reference(cases)
 
 
 @pytest.mark.parametrize("spaf, dpce", [(False, False), (True, False), (False, True)])
-def test_what_a_structure_switches_off_is_not_in_the_compiled_guide(spaf, dpce, cases):
+def test_what_a_structure_switches_off_is_not_in_the_compiled_reference_pass(spaf, dpce, cases):
     case = cases("attention")
     _, params = list(case.buckets.values())[-1]
-    structure = generator_step.StepStructure("focus_dpo", BucketStructure(spaf=spaf, dpce=dpce))
+    structure = generator_step.StepStructure(
+        objectives.get("focus_dpo"), BucketStructure(spaf=spaf, dpce=dpce)
+    )
     compiled = (
         jax.jit(case.objective.reference_pass, static_argnums=0)
         .lower(structure, case.frozen, case.encode(), params, jax.random.key(0))
