@@ -20,7 +20,8 @@ PEAK_NOTE = "of peak: products at the chip's full speed / estimate"
 def cases(jax, jnp):
     """{name: (module or function of (x, parameters), input shapes, whether parameters are trained)}."""
     from focusdpo_jax.models import convolution, layers
-    from focusdpo_jax.models.unet import Context, TransformerBlock, UNetConfig
+    from focusdpo_jax.models.transformer import Context, TransformerBlock
+    from focusdpo_jax.models.unet_config import UNetConfig
 
     config = UNetConfig(scan_layers=False)
 

@@ -1,1 +1,1 @@
-"""Networks as Flax Linen modules: pure functions of explicit parameter trees, NHWC."""
+"""Networks as Flax Linen modules, and the generator built of them; images are NHWC."""

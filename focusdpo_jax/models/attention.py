@@ -1,42 +1,45 @@
-"""Multi-head attention: one function for all networks, and the kernel that suits the target device.
+"""Multi-head attention for all networks, with a kernel chosen for the target device.
 
-| kernel | where | never holds the logits of |
+| kernel | platform | logits held in memory at once |
 | --- | --- | --- |
-| `by_head` | CPU (`attention_by_head`) | more heads than fit a cache |
-| `splash` | TPU, JAX's Pallas kernel (`attention_on_tpu`) | any query |
-| `cudnn` | NVIDIA GPUs from Ampere on, half precision | any query |
-| `xla` | everything else | more than `MOST_LOGITS`, where a loop over queries avoids it |
+| `by_head` | CPU (`attention_by_head`) | those of as many heads as fit a cache |
+| `splash` | TPU, JAX's Pallas kernel (`attention_on_tpu`) | none: one block in fast memory |
+| `cudnn` | NVIDIA GPUs from Ampere on, half precision | none: one block in fast memory |
+| `xla` | everything else | all up to `MOST_LOGITS`, else a chunk of the queries |
 
-`choose_kernel` decides from the target that a program is traced for, never from this machine's devices, so
-that the choice can be tested, and programs compiled, where that device is missing.
+`choose_kernel` decides from the target that a program is traced for, never from this machine's
+devices. So the choice can be tested, and programs compiled, without that device.
 `benchmarks/attention_kernels.py` prints the choice for every attention of SDXL.
 """
 
 import contextlib
 import contextvars
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from focusdpo_jax.models import attention_by_head, attention_on_tpu, platforms
 
-# Keys from which a fused kernel is chosen: text and image tokens are fewer, their logits small.
+# Fewest keys for a fused kernel. Text and image tokens are fewer, and their logits small.
 FUSED_FROM = 256
-# Logits of one example that are held at once: 128 MiB in float32.
+# Most logits of one example that are held at once: 128 MiB in float32.
 MOST_LOGITS = 2**25
-# cuDNN's flash attention: widest head, and the multiple that its width must be.
+# cuDNN's flash attention: largest head dimension, and the divisor that it must have.
 _CUDNN_HEAD, _CUDNN_MULTIPLE = 128, 8
 
 
 class Call(NamedTuple):
-    """One attention of a traced program; see `recorded_calls`.
+    """Sizes and kernel of one attention in a traced program; see `recorded_calls`.
 
     Attributes:
       queries, keys, heads, head_dim: sizes.
       dtype: name of the type of queries, keys and values.
-      masked, causal: whether keys are masked, or seen up to the query's position only.
+      masked: whether there is a key mask.
+      causal: whether each query attends only to keys up to its own position.
       kernel: see `choose_kernel`.
     """
 
@@ -50,35 +53,47 @@ class Call(NamedTuple):
     kernel: str
 
 
-_CALLS = contextvars.ContextVar("calls", default=None)
+_CALLS: contextvars.ContextVar[set[Call] | None] = contextvars.ContextVar("calls", default=None)
 
 
 @contextlib.contextmanager
-def recorded_calls():
-    """Yields a set, to which every attention that is traced inside adds its `Call`."""
-    token = _CALLS.set(set())
+def recorded_calls() -> Iterator[set[Call]]:
+    """Yields a set that collects the `Call` of every attention traced inside the context."""
+    calls: set[Call] = set()
+    token = _CALLS.set(calls)
     try:
-        yield _CALLS.get()
+        yield calls
     finally:
         _CALLS.reset(token)
 
 
 def choose_kernel(
-    target, dtype, queries, keys, head_dim, *, masked=False, causal=False, divided=False
-):
-    """The kernel for an attention, forward and backward.
+    target: platforms.Target,
+    dtype: Any,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    *,
+    masked: bool = False,
+    causal: bool = False,
+    divided: bool = False,
+) -> str:
+    """Chooses the kernel of an attention, forward and backward.
 
     Args:
-      target: `platforms.Target`.
+      target: the device that the program is compiled for.
       dtype: of queries, keys and values.
       queries, keys: lengths.
       head_dim: channels of a head.
-      masked, causal: whether keys are masked, or seen up to the query's position only.
-      divided: whether the caller divides an opaque kernel among devices (`platforms.target_platform`).
+      masked: whether there is a key mask.
+      causal: whether each query attends only to keys up to its own position.
+      divided: whether the caller partitions opaque kernels over the devices of the program
+        (`platforms.target_platform`).
 
     Returns:
-      "by_head", "splash", "cudnn", "cudnn-forward" (cuDNN's backward pass takes no odd lengths: it is
-      chosen for inference, and "xla" where the same attention is differentiated) or "xla".
+      "by_head", "splash", "cudnn", "cudnn-forward" or "xla". "cudnn-forward" is for odd lengths,
+      which cuDNN's backward pass does not support: the forward pass of inference runs in cuDNN, and
+      under differentiation both passes run in XLA.
     """
     if target.platform == "cpu":
         return "xla" if causal else "by_head"
@@ -97,25 +112,45 @@ def choose_kernel(
     return "xla"
 
 
-def split_heads(x, num_heads):
-    """[B, N, heads * d] -> [B, N, heads, d]."""
+# One array by head, [B, N, H, d].
+_Heads = Float[Array, "batch _ heads head_dim"]
+
+
+def split_heads(
+    x: Float[Array, "batch length channels"], num_heads: int
+) -> Float[Array, "batch length heads head_dim"]:
+    """Reshapes [B, N, heads * d] to [B, N, heads, d]."""
     return x.reshape(*x.shape[:2], num_heads, x.shape[-1] // num_heads)
 
 
-def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
-    """Multi-head attention on projected queries, keys and values.
+def attend(
+    query: Float[Array, "batch queries channels"],
+    key: Float[Array, "batch keys channels"],
+    value: Float[Array, "batch keys channels"],
+    num_heads: int,
+    *,
+    key_mask: Bool[Array, "batch keys"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "batch queries channels"]:
+    """Computes multi-head attention, softmax(query key^T / sqrt(d)) value per head.
 
     Args:
-      query: [B, Q, C]; key, value: [B, K, C]. C is a multiple of `num_heads`.
-      key_mask: bool [B, K], true where a key may be attended to. Where a row has no such key its
-        output and its gradients are exactly zero.
-      causal: whether a query sees only the keys up to its own position.
+      query: projected queries [B, Q, C]; C is a multiple of `num_heads`.
+      key, value: projected keys and values [B, K, C].
+      num_heads: number of heads.
+      key_mask: bool [B, K], true where a key may be attended to. The output and the gradients of a
+        row without any such key are exactly zero.
+      causal: whether each query attends only to keys up to its own position.
 
     Returns:
       [B, Q, C].
     """
-    heads = [split_heads(x, num_heads) for x in (query, key, value)]
-    queries, keys, head_dim = query.shape[1], key.shape[1], heads[0].shape[-1]
+    by_head = (
+        split_heads(query, num_heads),
+        split_heads(key, num_heads),
+        split_heads(value, num_heads),
+    )
+    queries, keys, head_dim = query.shape[1], key.shape[1], by_head[0].shape[-1]
     masked, divide = key_mask is not None, platforms.divide()
     kernel = choose_kernel(
         platforms.current(),
@@ -127,65 +162,80 @@ def attend(query, key, value, num_heads, *, key_mask=None, causal=False):
         causal=causal,
         divided=divide is not None,
     )
-    if _CALLS.get() is not None:
-        _CALLS.get().add(
+    if (calls := _CALLS.get()) is not None:
+        calls.add(
             Call(queries, keys, num_heads, head_dim, query.dtype.name, masked, causal, kernel)
         )
     if kernel == "by_head":
-        out = _in_pieces(attention_by_head.attend, 1, *heads, key_mask)
+        out = _chunk_queries(attention_by_head.attend, 1, *by_head, key_mask)
     elif kernel == "splash":
-        out = divide(attention_on_tpu.attend)(*heads)
+        assert divide is not None  # `choose_kernel` requires it.
+        out = divide(attention_on_tpu.attend)(*by_head)
     elif kernel == "cudnn":
-        out = _cudnn(*heads)
+        out = _cudnn(*by_head)
     elif kernel == "cudnn-forward":
-        out = _cudnn_forward(*heads)
+        out = _cudnn_forward(*by_head)
     else:
-        out = _in_pieces(functools.partial(_xla, causal=causal), num_heads, *heads, key_mask)
+        out = _chunk_queries(functools.partial(_xla, causal=causal), num_heads, *by_head, key_mask)
     out = out.reshape(query.shape)
     if key_mask is None:
         return out
-    # Over no valid key the softmax is uniform over the masked ones: their mean is no answer.
+    # Without a valid key the softmax is uniform over the masked keys; discard their mean.
     return jnp.where(key_mask.any(-1)[:, None, None], out, 0)
 
 
-def _xla(query, key, value, key_mask=None, causal=False):
-    """Plain attention, [B, N, H, d]; the backward pass computes the logits again."""
+def _xla(
+    query: _Heads,
+    key: _Heads,
+    value: _Heads,
+    key_mask: Bool[Array, "batch keys"] | None = None,
+    causal: bool = False,
+) -> _Heads:
+    """Plain attention; the backward pass recomputes the logits."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return jax.checkpoint(
         functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla")
     )(query, key, value, mask=mask)
 
 
-def _cudnn(query, key, value):
+def _cudnn(query: _Heads, key: _Heads, value: _Heads) -> _Heads:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
 @jax.custom_vjp
-def _cudnn_forward(query, key, value):
+def _cudnn_forward(query: _Heads, key: _Heads, value: _Heads) -> _Heads:
     return _cudnn(query, key, value)
 
 
-def _differentiated(query, key, value):
-    return _in_pieces(_xla, query.shape[2], query, key, value, None), (query, key, value)
+def _xla_with_residuals(query, key, value):
+    return _chunk_queries(_xla, query.shape[2], query, key, value, None), (query, key, value)
 
 
-def _gradients(residuals, gradient):
-    return jax.vjp(lambda *x: _differentiated(*x)[0], *residuals)[1](gradient)
+def _xla_gradients(residuals, gradient):
+    return jax.vjp(lambda *x: _xla_with_residuals(*x)[0], *residuals)[1](gradient)
 
 
-_cudnn_forward.defvjp(_differentiated, _gradients)
+_cudnn_forward.defvjp(_xla_with_residuals, _xla_gradients)
 
 
-def _in_pieces(kernel, heads_at_once, query, key, value, key_mask):
-    """`kernel` of [B, N, H, d], on as many queries at a time as `MOST_LOGITS` allows.
+def _chunk_queries(
+    kernel: Callable[..., _Heads],
+    heads_at_once: int,
+    query: _Heads,
+    key: _Heads,
+    value: _Heads,
+    key_mask: Bool[Array, "batch keys"] | None,
+) -> _Heads:
+    """Runs `kernel` on as many queries at a time as `MOST_LOGITS` allows.
 
-    The autoencoder's one head over 128 x 128 positions has 1 GiB of logits for an image.
+    For example, the autoencoder's single head over 128 x 128 positions has 1 GiB of logits per
+    image.
     """
     batch, queries, *rest = query.shape
     most = max(MOST_LOGITS // (heads_at_once * key.shape[1]), 1)
     if queries <= most:
         return kernel(query, key, value, key_mask)
     size = next(size for size in range(most, 0, -1) if queries % size == 0)
-    pieces = query.reshape(batch, queries // size, size, *rest).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda piece: kernel(piece, key, value, key_mask)), pieces)
+    chunks = query.reshape(batch, queries // size, size, *rest).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda chunk: kernel(chunk, key, value, key_mask)), chunks)
     return out.swapaxes(0, 1).reshape(batch, queries, *out.shape[3:])

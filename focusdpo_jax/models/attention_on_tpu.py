@@ -1,9 +1,9 @@
-"""Attention for TPUs that never holds the logits: splash attention, JAX's own Pallas kernel.
+"""Attention for TPUs without stored logits: splash attention, JAX's Pallas kernel.
 
-At 1024 pixels the logits of one picture in one of SDXL's finer layers are 671 MB, which XLA writes and
-reads several times over. Here a block of them at a time is in the chip's fast memory, in the backward
-pass as well. XLA's partitioner cannot look into such a kernel: whoever compiles for several devices
-says how it is divided (`platforms.target_platform`).
+At 1024 pixels the logits of one image in one of SDXL's finer layers are 671 MB, which XLA writes and
+reads several times. The kernel holds one block of them at a time in the chip's fast memory, in the
+backward pass as well. XLA's partitioner cannot partition such a kernel, so that a caller that compiles
+for several devices has to (`platforms.target_platform`).
 """
 
 import jax
@@ -13,23 +13,31 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
+from jaxtyping import Array, Float
 
-# Positions of a block; a kernel's tiles are 128 wide.
+# Most positions of a block; a kernel's tiles are 128 wide.
 LARGEST, TILE = 1024, 128
 WIDEST_HEAD = 128
 
 
-def suits(queries, keys, head_dim):
-    """Whether there is a kernel for so many queries and keys, and heads of so many channels."""
+def suits(queries: int, keys: int, head_dim: int) -> bool:
+    """Returns whether the kernel supports these lengths and this head dimension."""
     return queries % TILE == keys % TILE == 0 and head_dim <= WIDEST_HEAD
 
 
-def attend(query, key, value, *, interpret=False):
-    """softmax(query key^T / sqrt(d)) value for each head, over all keys.
+def attend(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Computes softmax(query key^T / sqrt(d)) value per head, over all keys.
 
     Args:
-      query: [B, Q, H, d]; key, value: [B, K, H, d], as `suits` allows them.
-      interpret: run the kernel step by step, on any platform, which is for tests.
+      query: [B, Q, H, d].
+      key, value: [B, K, H, d]. The sizes must satisfy `suits`.
+      interpret: run the kernel in Pallas's interpreter, on any platform, for tests.
 
     Returns:
       [B, Q, H, d].
@@ -53,9 +61,10 @@ def attend(query, key, value, *, interpret=False):
         interpret=interpret,
     )
     query, key, value = (x.swapaxes(1, 2) for x in (query * head_dim**-0.5, key, value))
-    return jax.vmap(kernel)(query, key, value).swapaxes(1, 2)
+    out = jax.vmap(kernel)(query, key, value)
+    return out.swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _block(count):
-    """The largest block that divides `count` positions."""
+def _block(count: int) -> int:
+    """Returns the largest block that divides `count` positions."""
     return next(size for size in range(min(LARGEST, count), 0, -TILE) if count % size == 0)

@@ -1,8 +1,8 @@
-"""CLIP's text and image towers (arXiv 2103.00020), as transformers lays them out.
+"""CLIP's text and image encoders (arXiv 2103.00020), in the layout of transformers.
 
-SDXL reads two text towers: the penultimate hidden states of both, concatenated, and the projected
-pooled output of the second. IP-Adapter reads the image tower: the penultimate hidden states
-(Plus) or the projected pooled output.
+SDXL uses two text encoders: the penultimate hidden states of both, concatenated, and the projected
+pooled output of the second. IP-Adapter-Plus uses the penultimate hidden states of the image encoder,
+IP-Adapter its projected pooled output.
 """
 
 import dataclasses
@@ -10,29 +10,34 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
 from focusdpo_jax.models.attention import attend
 
-# transformers' value for files written before it stored the right one: their end of text is the
-# highest id of the vocabulary, whatever the number.
+# `eos_token_id` of files from before transformers stored the right value: the end of text is then the
+# highest id of the prompt.
 LEGACY_EOS = 2
-# Of the pixels in [0, 1] that CLIP was trained on, per channel.
+# Per channel, of the pixels in [0, 1] that CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Sizes of a text tower; the defaults are those of SDXL's first, CLIP ViT-L/14.
+    """Sizes of a text encoder; the defaults are those of SDXL's first, CLIP ViT-L/14.
 
     Attributes:
-      vocab_size, max_length: tokens known, tokens read.
+      vocab_size: tokens in the vocabulary.
+      max_length: tokens of the longest text.
       hidden_size, num_layers, num_heads, intermediate_size: of the transformer.
       activation: "quick_gelu" or "gelu".
-      projection_dim: width of the projected pooled output; None for a tower without projection.
+      projection_dim: channels of the projected pooled output; None for no projection.
       eos_token_id: the token whose position is pooled; 2 means the highest id of the prompt.
+
+    Raises:
+      UserError: the activation is unknown, or `num_heads` does not divide `hidden_size`.
     """
 
     vocab_size: int = 49408
@@ -46,17 +51,21 @@ class CLIPTextConfig:
     eos_token_id: int = LEGACY_EOS
 
     def __post_init__(self):
-        _check_tower(self)
+        _check_sizes(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """Sizes of an image tower; the defaults are those of ViT-H/14, which IP-Adapter-Plus reads.
+    """Sizes of an image encoder; the defaults are those of ViT-H/14, which IP-Adapter-Plus uses.
 
     Attributes:
-      image_size, patch_size: side of the square image and of a patch, in pixels.
+      image_size: side of the square image, in pixels; a multiple of `patch_size`.
+      patch_size: side of a patch, in pixels.
       hidden_size, num_layers, num_heads, intermediate_size, activation: of the transformer.
-      projection_dim: width of the projected pooled output; None for a tower without projection.
+      projection_dim: channels of the projected pooled output; None for no projection.
+
+    Raises:
+      UserError: a size is not a multiple of another, or the activation is unknown.
     """
 
     image_size: int = 224
@@ -69,7 +78,7 @@ class CLIPVisionConfig:
     projection_dim: int | None = 1024
 
     def __post_init__(self):
-        _check_tower(self)
+        _check_sizes(self)
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size = {self.image_size}: make it a multiple of "
@@ -77,12 +86,12 @@ class CLIPVisionConfig:
             )
 
     @property
-    def num_patches(self):
-        """Patches of an image; the tower's sequence has one token more."""
+    def num_patches(self) -> int:
+        """Patches of an image; the transformer's sequence has one token more."""
         return (self.image_size // self.patch_size) ** 2
 
 
-def _check_tower(config):
+def _check_sizes(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
     if config.activation not in layers.ACTIVATIONS:
         raise UserError(
             f"activation = {config.activation!r}: choose one of {list(layers.ACTIVATIONS)}"
@@ -95,31 +104,33 @@ def _check_tower(config):
 
 
 class CLIPOutput(NamedTuple):
-    """What a tower gives.
+    """The outputs of a text or image encoder.
 
     Attributes:
-      last: [B, N, C], after the last layer; in the text tower normalised.
-      penultimate: [B, N, C], before the last layer, not normalised (transformers'
+      last: [B, N, C], hidden states after the last layer; the text encoder's are normalised.
+      penultimate: [B, N, C], hidden states before the last layer, not normalised (transformers'
         `hidden_states[-2]`).
       pooled: [B, C], normalised state of the end-of-text or of the class token.
-      projected: [B, projection_dim], or None in a tower without projection.
+      projected: [B, projection_dim], or None for an encoder without projection.
     """
 
-    last: Any
-    penultimate: Any
-    pooled: Any
-    projected: Any
+    last: Float[Array, "batch tokens channels"]
+    penultimate: Float[Array, "batch tokens channels"]
+    pooled: Float[Array, "batch channels"]
+    projected: Any  # Float[Array, "batch projection"] | None
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention whose projections all have a bias."""
+    """Multi-head self-attention; all projections have a bias."""
 
     num_heads: int
     causal: bool
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self, x: Float[Array, "batch tokens channels"]
+    ) -> Float[Array, "batch tokens channels"]:
         """Maps [B, N, C] to the same shape."""
         query, key, value = (
             nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
@@ -130,14 +141,16 @@ class SelfAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward, each normalised before and added after."""
+    """Self-attention and feed-forward, pre-norm and residual."""
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self, x: Float[Array, "batch tokens channels"]
+    ) -> Float[Array, "batch tokens channels"]:
         """Maps [B, N, C] to the same shape."""
         config = self.config
         h = layers.LayerNorm(dtype=self.dtype, name="layer_norm1")(x)
@@ -148,15 +161,17 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers of a tower."""
+    """The stack of transformer layers."""
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        """Maps [B, N, C] to the states after the last layer and before it, each [B, N, C]."""
+    def __call__(
+        self, x: Float[Array, "batch tokens channels"]
+    ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, "batch tokens channels"]]:
+        """Returns the hidden states after the last layer and before it, each [B, N, C]."""
         before = x
         for i in range(self.config.num_layers):
             before = x
@@ -165,14 +180,14 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Embeddings of the tokens and of their positions."""
+    """Token plus position embeddings."""
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids):
-        """Maps ids [B, L] to [B, L, C]."""
+    def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens channels"]:
+        """Maps token ids [B, L] to [B, L, C]."""
         config = self.config
         table = nn.initializers.normal(0.02)
         tokens = nn.Embed(
@@ -193,14 +208,20 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The text tower up to its pooled output."""
+    """The text encoder without projection."""
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids):
-        """Maps ids [B, L] to last [B, L, C], penultimate [B, L, C] and pooled [B, C]."""
+    def __call__(
+        self, ids: Int[Array, "batch tokens"]
+    ) -> tuple[
+        Float[Array, "batch tokens channels"],
+        Float[Array, "batch tokens channels"],
+        Float[Array, "batch channels"],
+    ]:
+        """Maps token ids [B, L] to `last`, `penultimate` and `pooled` of `CLIPOutput`."""
         config = self.config
         x = TextEmbeddings(config, self.dtype, name="embeddings")(ids)
         x, penultimate = Encoder(config, True, self.dtype, name="encoder")(x)
@@ -212,14 +233,14 @@ class TextTransformer(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """A text tower, with its projection where `config.projection_dim` is given."""
+    """A text encoder, with a projection if `config.projection_dim` is not None."""
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids):
-        """Maps token ids, int [B, L] with L <= max_length, to a `CLIPOutput`."""
+    def __call__(self, ids: Int[Array, "batch tokens"]) -> CLIPOutput:
+        """Encodes token ids, int [B, L] with L <= max_length."""
         last, penultimate, pooled = TextTransformer(self.config, self.dtype, name="text_model")(ids)
         projected = None
         if self.config.projection_dim is not None:
@@ -230,13 +251,15 @@ class CLIPText(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches, a class token and their positions."""
+    """Class token and patch embeddings plus position embeddings."""
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch tokens channels"]:
         """Maps [B, image_size, image_size, 3] to [B, 1 + num_patches, C]."""
         config = self.config
         size = config.patch_size
@@ -266,16 +289,22 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower up to its pooled output."""
+    """The image encoder without projection."""
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images):
-        """Maps images to last [B, 1 + N, C], penultimate [B, 1 + N, C] and pooled [B, C]."""
+    def __call__(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> tuple[
+        Float[Array, "batch tokens channels"],
+        Float[Array, "batch tokens channels"],
+        Float[Array, "batch channels"],
+    ]:
+        """Maps images to `last`, `penultimate` and `pooled` of `CLIPOutput`."""
         x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(images)
-        # The misspelling is that of the published files.
+        # The published files have this misspelling.
         x = layers.LayerNorm(dtype=self.dtype, name="pre_layrnorm")(x)
         x, penultimate = Encoder(self.config, False, self.dtype, name="encoder")(x)
         pooled = layers.LayerNorm(dtype=self.dtype, name="post_layernorm")(x[:, 0])
@@ -283,18 +312,17 @@ class VisionTransformer(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """An image tower, with its projection where `config.projection_dim` is given."""
+    """An image encoder, with a projection if `config.projection_dim` is not None."""
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images):
-        """Maps images to a `CLIPOutput`.
+    def __call__(self, images: Float[Array, "batch height width 3"]) -> CLIPOutput:
+        """Encodes images; the sequence is the class token, then the patches row by row.
 
         Args:
-          images: [B, image_size, image_size, 3], normalised as the tower was trained (see
-            `normalise_images`). The sequence is the class token, then the patches row by row.
+          images: [B, image_size, image_size, 3], normalised by `normalise_images`.
         """
         last, penultimate, pooled = VisionTransformer(self.config, self.dtype, name="vision_model")(
             images
@@ -310,6 +338,6 @@ class CLIPVision(nn.Module):
         return CLIPOutput(last, penultimate, pooled, projected)
 
 
-def normalise_images(images):
-    """Images [..., 3] in [0, 1], moved and scaled by the means and deviations CLIP expects."""
+def normalise_images(images: Float[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
+    """Subtracts CLIP's mean from images [..., 3] in [0, 1] and divides by its standard deviation."""
     return (images - jnp.array(MEAN, images.dtype)) / jnp.array(DEVIATION, images.dtype)

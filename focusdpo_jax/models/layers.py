@@ -1,16 +1,19 @@
 """Layers shared by the UNet, the autoencoder, CLIP, DINO and the subject adapter.
 
-Modules are named after the tensors of the published PyTorch checkpoints (diffusers,
-transformers), with `.N` written `_N`, so that the map between the two is a rule and not a table.
-Parameters are created in float32; `dtype` is the type of the computation.
+Submodules are named after the tensors of the published PyTorch checkpoints (diffusers,
+transformers), with `.N` written `_N`, so that one rule maps between the two
+(`checkpoints/pytorch_names`). Parameters are created in float32; `dtype` is the type of the
+computation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from focusdpo_jax.models import normalisation, platforms
 from focusdpo_jax.models.attention import attend
@@ -19,34 +22,41 @@ from focusdpo_jax.models.convolution import conv2d
 from focusdpo_jax.models.lora import LoRADense
 
 
-def gelu(x):
-    """The exact GELU, x / 2 (1 + erf(x / sqrt(2))), as PyTorch writes it.
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes the exact GELU, x / 2 (1 + erf(x / sqrt(2))), in float32 as PyTorch does.
 
-    It is taken in float32. `jax.nn.gelu` writes it with erfc, which takes a CPU twice as long, and
-    is more exact only where the result is below 1e-6.
+    `jax.nn.gelu` uses erfc, which takes a CPU twice as long and is more accurate only where the
+    result is below 1e-6.
     """
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
-def _normal_cdf(x):
-    """The standard normal distribution's probability of less than float32 x."""
+def _normal_cdf(x: Array) -> Array:
+    """The cumulative distribution function of the standard normal distribution, of float32 x."""
     return 0.5 * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": gelu,
 }
 ZEROS = nn.initializers.zeros
-# The parameter of PyTorch's cubic kernel.
+# The parameter a of PyTorch's cubic convolution kernel (Keys 1981).
 CUBIC = -0.75
 
 
 class Conv(nn.Module):
-    """Convolution over [B, H, W, C], with a kernel [k, k, C, features].
+    """Convolution over [B, H, W, C], with a square kernel [k, k, C, features].
 
-    `padding` is ((top, bottom), (left, right)); left out, it is k // 2 on every side.
+    Attributes:
+      features: output channels.
+      kernel_size: k.
+      stride: step in both directions.
+      padding: ((top, bottom), (left, right)) zeros; None is k // 2 on every side.
+      use_bias: whether to add a bias.
+      kernel_init: initialiser of the kernel.
+      dtype: type of the computation.
     """
 
     features: int
@@ -58,10 +68,13 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch new_height new_width features"]:
         """Maps [B, H, W, C] to [B, H', W', features]."""
         size = self.kernel_size
-        padding = self.padding or ((size // 2, size // 2),) * 2
+        half = size // 2
+        padding = self.padding or ((half, half), (half, half))
         shape = (size, size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         y = conv2d(
@@ -74,9 +87,13 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over the last axis; mean and variance are taken in float32.
+    """Group normalisation over the last axis; mean and variance are computed in float32.
 
-    `activation` is applied to the result, as one with it.
+    Attributes:
+      groups: number of groups.
+      epsilon: added to the variance.
+      dtype: type of the result.
+      activation: elementwise function, fused with the normalisation and its backward pass.
     """
 
     groups: int = 32
@@ -85,7 +102,9 @@ class GroupNorm(nn.Module):
     activation: Any = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self, x: Float[Array, "batch *positions channels"]
+    ) -> Float[Array, "batch *positions channels"]:
         """Maps [B, ..., C] to the same shape; C is a multiple of `groups`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", ZEROS, (x.shape[-1],))
@@ -95,31 +114,36 @@ class GroupNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis; mean and variance are taken in float32."""
+    """Layer normalisation over the last axis; mean and variance are computed in float32.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: type of the result.
+    """
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Maps [..., C] to the same shape."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", ZEROS, (x.shape[-1],))
         return normalisation.layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
-def sinusoidal_embedding(values, width):
-    """Cosines, then sines, of `values` at `width // 2` frequencies from 1 down towards 1/10000.
+def sinusoidal_embedding(values: Array, width: int) -> Float[Array, "batch {width}"]:
+    """Computes the sinusoidal embedding of SDXL's timesteps and time ids.
 
-    This is the embedding of SDXL's timesteps and time ids (in diffusers: flip_sin_to_cos=True,
-    downscale_freq_shift=0).
+    It is diffusers' `get_timestep_embedding` with flip_sin_to_cos=True, downscale_freq_shift=0.
 
     Args:
-      values: [B], any real numbers.
-      width: even number of features.
+      values: [B], integers or floats.
+      width: number of features; even.
 
     Returns:
-      [B, width] in float32.
+      [B, width] in float32: cosines, then sines, at `width // 2` frequencies from 1 down to almost
+      1/10000.
     """
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
@@ -127,12 +151,13 @@ def sinusoidal_embedding(values, width):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def bicubic_weights(size, new_size):
-    """Weights that interpolate `size` samples at `new_size` places, as PyTorch's bicubic mode does.
+def bicubic_weights(size: int, new_size: int) -> Float[np.ndarray, "{new_size} {size}"]:
+    """Computes the matrix that resizes `size` samples to `new_size`, as PyTorch's bicubic mode.
 
-    Cubic convolution (Keys 1981) with the parameter -0.75 over half-pixel centres, samples outside
-    repeating the border, and no antialiasing: `torch.nn.functional.interpolate(mode="bicubic",
-    align_corners=False)`. (`jax.image.resize` takes -0.5, and renormalises at the border.)
+    This is cubic convolution (Keys 1981) with a = -0.75 at half-pixel centres, with the border
+    sample repeated outside and without antialiasing: `torch.nn.functional.interpolate(
+    mode="bicubic", align_corners=False)`. (`jax.image.resize` uses a = -0.5 and renormalises at the
+    border.)
 
     Returns:
       float32 numpy [new_size, size], whose rows sum to 1.
@@ -150,13 +175,15 @@ def bicubic_weights(size, new_size):
 
 
 class Attention(nn.Module):
-    """Attention of tokens to themselves or to a context, with its four projections.
+    """Multi-head self- or cross-attention with its four projections (diffusers' `Attention`).
 
     Attributes:
       num_heads: number of heads.
-      width: width of queries, keys and values over all heads; the input's width if None.
+      width: channels of queries, keys and values over all heads; the input's if None.
       input_bias: whether the query, key and value projections have a bias.
       output_bias: whether the output projection has a bias.
+      lora_rank, lora_alpha: low-rank updates of the projections; see `LoRADense`.
+      dtype: type of the computation.
     """
 
     num_heads: int
@@ -168,8 +195,12 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, context=None):
-        """Maps tokens [B, Q, C] and a context [B, K, D] (the tokens if None) to [B, Q, C]."""
+    def __call__(
+        self,
+        x: Float[Array, "batch queries channels"],
+        context: Float[Array, "batch keys context_channels"] | None = None,
+    ) -> Float[Array, "batch queries channels"]:
+        """Attends from tokens [B, Q, C] to a context [B, K, D], by default to the tokens."""
         context = x if context is None else context
         width = self.width or x.shape[-1]
 
@@ -186,10 +217,16 @@ class Attention(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised convolutions around an optional timestep embedding, with a shortcut.
+    """Two normalised convolutions with an optional timestep embedding and a shortcut.
 
-    The second convolution starts at zero, so that a fresh block is its shortcut: a deep network
-    then trains from the first step (arXiv 2105.05233).
+    The layout is that of diffusers' `ResnetBlock2D`. The second convolution is initialised to zero,
+    so that a new block computes its shortcut alone and deep networks train from the first step
+    (arXiv 2105.05233).
+
+    Attributes:
+      features: output channels.
+      norm_groups, epsilon: of both group normalisations.
+      dtype: type of the computation.
     """
 
     features: int
@@ -198,7 +235,11 @@ class ResnetBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, embedding=None):
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        embedding: Float[Array, "batch embedding"] | None = None,
+    ) -> Float[Array, "batch height width features"]:
         """Maps [B, H, W, C] and an embedding [B, E] to [B, H, W, features]."""
         h = GroupNorm(self.norm_groups, self.epsilon, self.dtype, nn.silu, name="norm1")(x)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
@@ -215,27 +256,37 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width (rounding up) by a convolution of stride 2.
+    """Halves height and width (rounding up) with a convolution of stride 2.
 
-    SDXL's UNet pads by one on every side, its autoencoder only below and on the right.
+    SDXL's UNet pads by one on every side, its autoencoder only at the bottom and the right.
+
+    Attributes:
+      padding: see `Conv`.
+      dtype: type of the computation.
     """
 
     padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch new_height new_width channels"]:
         """Maps [B, H, W, C] to [B, ~H / 2, ~W / 2, C]."""
         return Conv(x.shape[-1], stride=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repetition, then convolves."""
+    """Doubles height and width by nearest-neighbour interpolation, then convolves."""
 
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, size=None):
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        size: tuple[int, int] | None = None,
+    ) -> Float[Array, "batch new_height new_width channels"]:
         """Maps [B, H, W, C] to [B, 2 H, 2 W, C], cropped to `size` (height, width) if given."""
         batch, height, width, channels = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
@@ -245,65 +296,81 @@ class Upsample(nn.Module):
         return Conv(channels, dtype=self.dtype, name="conv")(x)
 
 
+# Values and gates of GEGLU: concatenated [..., 2 features], or as two arrays [..., features].
+_ValuesAndGates = (
+    Float[Array, "*batch both"] | tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]
+)
+
+
 class GEGLU(nn.Module):
-    """The dense layer before a gate (arXiv 2002.05202): what will be gated, and the gate."""
+    """The dense layer of a GEGLU (arXiv 2002.05202), before the gate is applied (`_apply_gate`).
 
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        """Maps [..., C] to what `_gated` takes: [..., 2 features], on a CPU two of [..., features]."""
-        if platforms.current().platform == "cpu":
-            return _Halves(self.features, self.dtype, name="proj")(x)
-        return LoRADense(2 * self.features, dtype=self.dtype, name="proj")(x)
-
-
-class _Halves(nn.Module):
-    """A dense layer as two products, with the bias as one more row of the kernel.
-
-    In a loop over layers the bias is a slice of all layers', which XLA's CPU backend takes within the
-    gate; that then takes ten times as long (measured). On halves of one array the backward pass is
-    slower too. Together they are a fifth of a feed-forward's time.
+    Attributes:
+      features: channels of the values, and of the gates.
+      dtype: type of the computation.
     """
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        """Maps [..., C] to two of [..., features]."""
+    def __call__(self, x: Float[Array, "*batch channels"]) -> _ValuesAndGates:
+        """Maps [..., C] to [..., 2 features] or, on a CPU, to two arrays [..., features]."""
+        if platforms.current().platform == "cpu":
+            return _SplitDense(self.features, self.dtype, name="proj")(x)
+        return LoRADense(2 * self.features, dtype=self.dtype, name="proj")(x)
+
+
+class _SplitDense(nn.Module):
+    """A dense layer as two matrix products, with the bias as an additional row of the kernel.
+
+    It has the parameters of one `nn.Dense` with 2 `features`, and is faster on CPUs. In a loop over
+    layers the bias is a slice of a stacked array. XLA's CPU backend fuses this slice into the gate,
+    which then takes ten times as long (measured). The backward pass is slower with two halves of one
+    array, too. Together they are a fifth of a feed-forward's time.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch channels"]
+    ) -> tuple[Float[Array, "*batch features"], Float[Array, "*batch features"]]:
+        """Maps [..., C] to two arrays [..., features]."""
         kernel = self.param(
             "kernel", nn.initializers.lecun_normal(), (x.shape[-1], 2 * self.features)
         )
         bias = self.param("bias", ZEROS, (2 * self.features,))
         x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1))], axis=-1, dtype=self.dtype)
         kernel = jnp.concatenate([kernel, bias[None]], dtype=self.dtype)
-        return tuple(x @ half for half in jnp.split(kernel, 2, axis=-1))
+        values, gates = jnp.split(kernel, 2, axis=-1)
+        return x @ values, x @ gates
 
 
-def _gated(x):
-    """Gates what `GEGLU` returned, to [..., features]."""
-    return _gate(*(x if isinstance(x, tuple) else jnp.split(x, 2, axis=-1)))
+def _apply_gate(x: _ValuesAndGates) -> Float[Array, "*batch features"]:
+    """Multiplies the values of `GEGLU` with the GELU of its gates."""
+    values, gates = x if isinstance(x, tuple) else jnp.split(x, 2, axis=-1)
+    return _gate(values, gates)
 
 
 @jax.custom_vjp
-def _gate(x, gate):
-    """x times the GELU of gate, elementwise."""
+def _gate(x: Array, gate: Array) -> Array:
     return x * gelu(gate)
 
 
 def _gate_gradients(inputs, gradient):
-    """Both gradients from one evaluation of the error function.
+    """Both gradients of `_gate` from one evaluation of the error function.
 
-    Left to itself, XLA's TPU backend writes the gradient of the activation between two passes.
+    By default XLA's TPU backend uses two passes and writes the gradient of the activation to memory
+    between them.
     """
     x, gate, gradient = (array.astype(jnp.float32) for array in (*inputs, gradient))
-    below = _normal_cdf(gate)
+    cdf = _normal_cdf(gate)
     density = jnp.exp(-0.5 * jnp.square(gate)) * np.float32(1 / np.sqrt(2 * np.pi))
     return (
-        (gradient * gate * below).astype(inputs[0].dtype),
-        (gradient * x * (below + gate * density)).astype(inputs[1].dtype),
+        (gradient * gate * cdf).astype(inputs[0].dtype),
+        (gradient * x * (cdf + gate * density)).astype(inputs[1].dtype),
     )
 
 
@@ -317,17 +384,20 @@ class GELU(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
         """Maps [..., C] to [..., features]."""
         x = nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="proj")(x)
         return gelu(x)
 
 
 class FeedForward(nn.Module):
-    """Widens tokens `expansion` times, activates and returns them to their width.
+    """The two-layer feed-forward of a transformer block.
 
-    `gated` takes GEGLU and biases (the UNet's transformer blocks); otherwise GELU and none (the
-    resampler's).
+    Attributes:
+      expansion: hidden channels, as a multiple of the input's.
+      gated: use GEGLU and biases (the UNet's transformer blocks), or GELU without biases (the
+        resampler).
+      dtype: type of the computation.
     """
 
     expansion: int = 4
@@ -335,26 +405,32 @@ class FeedForward(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Maps [..., C] to the same shape."""
-        first = GEGLU if self.gated else GELU
-        h = first(self.expansion * x.shape[-1], self.dtype, name="net_0")(x)
+        width = self.expansion * x.shape[-1]
         last = LoRADense(x.shape[-1], self.gated, dtype=self.dtype, name="net_2")
         if not self.gated:
-            return last(h)
-        # Only what is not gated yet is kept for the backward pass: the rest is half as much again.
-        return nn.remat(lambda last, h: last(_gated(h)))(last, h)
+            return last(GELU(width, self.dtype, name="net_0")(x))
+        h = GEGLU(width, self.dtype, name="net_0")(x)
+        # Save only the input of the gate for the backward pass; its output would add half as much.
+        return nn.remat(lambda last, h: last(_apply_gate(h)))(last, h)
 
 
 class MLP(nn.Module):
-    """The feed-forward of a layer of CLIP or DINO; `activation` is a name in ACTIVATIONS."""
+    """The feed-forward of a layer of CLIP or DINO.
+
+    Attributes:
+      intermediate_size: hidden channels.
+      activation: a key of `ACTIVATIONS`.
+      dtype: type of the computation.
+    """
 
     intermediate_size: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Maps [..., C] to the same shape."""
         h = nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from focusdpo_jax.models.bias import add_bias
 
@@ -11,14 +12,16 @@ from focusdpo_jax.models.bias import add_bias
 class LoRADense(nn.Module):
     """A dense layer with an optional trainable low-rank update.
 
-    y = x W + b + (alpha / rank) (x A) B, with A [in, rank] drawn from a normal distribution of
-    variance 1 / in and B [rank, out] zero, so that a fresh adapter changes nothing. With
-    `rank = 0` the layer has the parameters of `nn.Dense` and no others.
+    y = x W + b + (alpha / rank) (x A) B. A [in, rank] is initialised from a normal distribution of
+    variance 1 / in and B [rank, out] to zero, so that a new update changes nothing. With `rank = 0`
+    the layer has the parameters of `nn.Dense` and no others.
 
     Attributes:
-      features: output width.
-      rank: width of the update; 0 leaves it out.
+      features: output channels.
+      use_bias: whether to add b.
+      rank: rank of the update; 0 for none.
       alpha: strength of the update, divided by the rank.
+      kernel_init: initialiser of W.
       dtype: type of the computation; parameters are created in float32.
     """
 
@@ -30,7 +33,7 @@ class LoRADense(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch features"]:
         """Maps [..., in] to [..., features]."""
         width = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (width, self.features))

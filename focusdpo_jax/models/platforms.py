@@ -1,14 +1,17 @@
-"""The device that a program is compiled for: what is fast on one is slow, or missing, on another.
+"""The device kind that a program is compiled for.
 
-Layers read `current()` while they are traced. Whoever compiles for other devices than those of this
-machine sets it with `target_platform`.
+Layers choose between formulations with `current()` while they are traced: what is fast on one device is
+slow or missing on another. Code that compiles for other devices than this machine's sets the target with
+`target_platform`.
 """
 
 import contextlib
 import contextvars
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array
 
 
 class Target(NamedTuple):
@@ -16,36 +19,42 @@ class Target(NamedTuple):
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      compute_capability: of an NVIDIA GPU, such as 9.0; None for anything else.
+      compute_capability: of an NVIDIA GPU, such as 9.0; None for all other devices.
     """
 
     platform: str
     compute_capability: float | None = None
 
 
-_TARGET = contextvars.ContextVar("target", default=None)
-_DIVIDE = contextvars.ContextVar("divide", default=None)
+# A function of query, key and value, [B, N, H, d] each.
+Attend = Callable[[Array, Array, Array], Array]
+
+_TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+_DIVIDE: contextvars.ContextVar[Callable[[Attend], Attend] | None] = contextvars.ContextVar(
+    "divide", default=None
+)
 
 
-def target_of(device):
-    """The `Target` of a `jax.Device`, which may be one to compile for only."""
+def target_of(device: Any) -> Target:
+    """Returns the `Target` of a `jax.Device`, which may be a compile-only one."""
     try:
         return Target(device.platform, float(device.compute_capability))
-    except (AttributeError, ValueError):  # No GPU, or AMD's, whose architectures have names.
+    # Not a GPU, or one of AMD's, whose architectures are not numbers.
+    except (AttributeError, ValueError):
         return Target(device.platform)
 
 
 @contextlib.contextmanager
-def target_platform(target, divide=None):
-    """While a function is traced inside, layers take the paths for `target`.
-
-    Without it they take those for this machine's devices, which need not be where a program will run.
+def target_platform(
+    target: Target, divide: Callable[[Attend], Attend] | None = None
+) -> Iterator[None]:
+    """Traces layers for `target` inside the context; outside, for this machine's devices.
 
     Args:
-      target: a `Target`.
-      divide: from a function of query, key and value, [B, N, H, d] each, to one that runs it on the
-        devices of the program, each with its share. Kernels that the partitioner cannot look into
-        are taken only where it is given.
+      target: the kind of device that will run the program.
+      divide: maps a function of query, key and value, [B, N, H, d] each, to one that runs it on
+        every device of the program with that device's shard. Kernels that XLA's partitioner cannot
+        partition are used only if it is given.
     """
     tokens = _TARGET.set(target), _DIVIDE.set(divide)
     try:
@@ -55,11 +64,11 @@ def target_platform(target, divide=None):
         _DIVIDE.reset(tokens[1])
 
 
-def current():
-    """The `Target` that is traced for."""
+def current() -> Target:
+    """Returns the target of the innermost `target_platform`, or that of this machine's devices."""
     return _TARGET.get() or target_of(jax.devices()[0])
 
 
-def divide():
-    """The function `divide` of `target_platform`, or None."""
+def divide() -> Callable[[Attend], Attend] | None:
+    """Returns the argument `divide` of the innermost `target_platform`, or None."""
     return _DIVIDE.get()

@@ -1,8 +1,12 @@
-"""From an image encoder's features of a subject reference image to tokens for cross-attention.
+"""Subject adapters: image encoder features of a reference image to tokens for cross-attention.
 
-Two of them are IP-Adapter's (arXiv 2308.06721), named as diffusers names them; the third is
-MS-Diffusion's (arXiv 2406.07209), which also reads what a subject is called and where it shall
-stand. Each runs on every reference slot by itself: tokens of one subject never see another's.
+| kind | class | reads | from |
+| --- | --- | --- | --- |
+| "resampler" | `Resampler` | patch features | IP-Adapter-Plus (arXiv 2308.06721) |
+| "projection" | `ImageProjection` | pooled embedding | IP-Adapter |
+| "grounding" | `GroundingResampler` | patch features, phrase, box | MS-Diffusion (arXiv 2406.07209) |
+
+Every reference slot is processed independently: the tokens of one subject do not depend on another.
 """
 
 import dataclasses
@@ -10,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
@@ -23,20 +28,21 @@ class SubjectAdapterConfig:
     """Sizes of the adapter; the defaults are those of IP-Adapter-Plus for SDXL (ViT-H).
 
     Attributes:
-      kind: "resampler" reads patch features (IP-Adapter-Plus), "projection" the pooled image
-        embedding (plain IP-Adapter, 4 tokens), "grounding" patch features, a phrase and a box
-        (MS-Diffusion). Width, depth and so on are the resamplers'.
-      phrase_dim, frequencies: of "grounding", the width of a phrase's embedding, and the
-        frequencies at which each edge of a box is seen.
-      dropped: what takes the place of references where there shall be none: in the unconditional
-        half of guidance, and where training drops them. "absent" is no token at all, which is
-        what Toybox's adapter was trained with. "blank" is the tokens of an image that says
-        nothing, one of CLIP's mean colour or an embedding of zeros, which is what IP-Adapter's
-        and diffusers' own code takes: adapters that are read from their files have it.
-      input_dim: width of the features.
-      output_dim: width of the tokens, the UNet's cross_attention_dim.
-      num_tokens: tokens a reference.
+      kind: "resampler" (IP-Adapter-Plus), "projection" (plain IP-Adapter, 4 tokens) or "grounding"
+        (MS-Diffusion); see the module.
+      input_dim: channels of the features.
+      output_dim: channels of the tokens, the UNet's cross_attention_dim.
+      num_tokens: tokens per reference.
       width, depth, num_heads, head_dim, expansion: of the resampler's transformer.
+      phrase_dim: of "grounding", channels of a phrase's embedding.
+      frequencies: of "grounding", number of frequencies of the box's Fourier features.
+      dropped: what replaces references in the unconditional half of guidance and where training
+        drops them. "absent" masks them out; Toybox's adapter was trained so. "blank" uses the tokens
+        of an image of CLIP's mean colour, or of an embedding of zeros, as the code of IP-Adapter
+        and diffusers does; adapters read from their files have it.
+
+    Raises:
+      UserError: `kind` or `dropped` is unknown.
     """
 
     kind: str = "resampler"
@@ -59,20 +65,24 @@ class SubjectAdapterConfig:
             raise UserError(f"dropped = {self.dropped!r}: choose one of {list(DROPPED)}")
 
 
-def subject_adapter(config, dtype=jnp.float32):
-    """The module that `config.kind` names."""
+def subject_adapter(config: SubjectAdapterConfig, dtype: Any = jnp.float32) -> nn.Module:
+    """Returns the module of `config.kind`."""
     kinds = {"resampler": Resampler, "projection": ImageProjection, "grounding": GroundingResampler}
     return kinds[config.kind](config, dtype)
 
 
 class ResamplerLayer(nn.Module):
-    """Latents attend to the features and to each other, then a feed-forward."""
+    """Attention of the latents to the features and to each other, then a feed-forward."""
 
     config: SubjectAdapterConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features, latents):
+    def __call__(
+        self,
+        features: Float[Array, "batch patches width"],
+        latents: Float[Array, "batch tokens width"],
+    ) -> Float[Array, "batch tokens width"]:
         """Maps features [N, P, width] and latents [N, T, width] to latents."""
         config = self.config
         features = layers.LayerNorm(dtype=self.dtype, name="ln0")(features)
@@ -89,13 +99,19 @@ class ResamplerLayer(nn.Module):
         return latents + layers.FeedForward(config.expansion, False, self.dtype, name="ff_1")(h)
 
 
-def _resample(config, dtype, features, latents, last_norm=None):
-    """What both resamplers do, as submodules of the one that calls it.
+def _resample(
+    config: SubjectAdapterConfig,
+    dtype: Any,
+    features: Float[Array, "batch slots patches input_dim"],
+    latents: Float[Array, "references tokens width"],
+    last_norm: str | None = None,
+) -> Float[Array, "batch slots tokens output_dim"]:
+    """Applies the layers that both resamplers share, as submodules of the calling module.
 
     Args:
       features: [B, S, P, input_dim].
       latents: [B * S, T, width].
-      last_norm: name of a norm before the last dense layer, or None.
+      last_norm: name of a norm before the last dense layer, or None for no norm.
 
     Returns:
       Tokens [B, S, T, output_dim].
@@ -112,13 +128,18 @@ def _resample(config, dtype, features, latents, last_norm=None):
 
 
 class Resampler(nn.Module):
-    """A Perceiver resampler: learnt queries that read a reference's patch features."""
+    """A Perceiver resampler: learned queries attend to the patch features of a reference.
+
+    The layout is that of diffusers' `IPAdapterPlusImageProjection`.
+    """
 
     config: SubjectAdapterConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features):
+    def __call__(
+        self, features: Float[Array, "batch slots patches input_dim"]
+    ) -> Float[Array, "batch slots tokens output_dim"]:
         """Maps features [B, S, P, input_dim] of S slots to tokens [B, S, T, output_dim]."""
         config = self.config
         batch, slots = features.shape[:2]
@@ -132,13 +153,18 @@ class Resampler(nn.Module):
 
 
 class ImageProjection(nn.Module):
-    """One dense layer from a reference's pooled embedding to all of its tokens."""
+    """A dense layer from the pooled embedding of a reference to all of its tokens.
+
+    The layout is that of diffusers' `ImageProjection`.
+    """
 
     config: SubjectAdapterConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, embeddings):
+    def __call__(
+        self, embeddings: Float[Array, "batch slots input_dim"]
+    ) -> Float[Array, "batch slots tokens output_dim"]:
         """Maps embeddings [B, S, input_dim] of S slots to tokens [B, S, T, output_dim]."""
         config = self.config
         tokens = nn.Dense(
@@ -148,12 +174,14 @@ class ImageProjection(nn.Module):
         return layers.LayerNorm(dtype=self.dtype, name="norm")(tokens)
 
 
-def box_frequencies(boxes, frequencies):
-    """Sines and cosines of a box's edges, as MS-Diffusion's `FourierEmbedder` lays them out.
+def box_frequencies(
+    boxes: Float[Array, "references 4"], frequencies: int
+) -> Float[Array, "references features"]:
+    """Computes Fourier features of the edges of boxes (MS-Diffusion's `FourierEmbedder`).
 
     Args:
       boxes: [N, 4], x0, y0, x1, y1 in [0, 1].
-      frequencies: F of them, 100^(f / F) radians for f from 0.
+      frequencies: number F of frequencies, 100^(f / F) radians for f = 0, ..., F - 1.
 
     Returns:
       [N, 8 F] in float32: for each frequency the four sines, then the four cosines.
@@ -164,7 +192,7 @@ def box_frequencies(boxes, frequencies):
 
 
 class GroundingResampler(nn.Module):
-    """A resampler whose queries are made of a subject's phrase and box (MS-Diffusion).
+    """A resampler whose queries are computed from the phrase and the box of a subject.
 
     The layout is that of `Resampler(latent_init_mode="grounding")` in the public code of
     MS-Diffusion/MS-Diffusion, msdiffusion/models/projection.py.
@@ -174,15 +202,20 @@ class GroundingResampler(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features, phrases=None, boxes=None):
-        """Maps S slots to tokens [B, S, T, output_dim].
+    def __call__(
+        self,
+        features: Float[Array, "batch slots patches input_dim"],
+        phrases: Float[Array, "batch slots phrase_dim"] | None = None,
+        boxes: Float[Array, "batch slots 4"] | None = None,
+    ) -> Float[Array, "batch slots tokens output_dim"]:
+        """Maps the features of S slots to tokens [B, S, T, output_dim].
 
         Args:
           features: [B, S, P, input_dim].
-          phrases: [B, S, phrase_dim], pooled text embedding of what each subject is called.
-          boxes: [B, S, 4], where it shall stand: x0, y0, x1, y1 in [0, 1]. Without phrases and
-            boxes the queries are learned ones, as in the part of MS-Diffusion's training that
-            drops the grounding.
+          phrases: [B, S, phrase_dim], pooled text embedding of the name of each subject.
+          boxes: [B, S, 4], its position in the image to generate: x0, y0, x1, y1 in [0, 1].
+            Without phrases and boxes the queries are learned parameters, as in MS-Diffusion's
+            training where it drops the grounding.
         """
         config = self.config
         shape = config.num_tokens, config.width
@@ -190,8 +223,10 @@ class GroundingResampler(nn.Module):
             "grounding_latents", nn.initializers.normal(config.width**-0.5), (1, *shape)
         )
         count = features.shape[0] * features.shape[1]
-        grounded = phrases is not None
-        if not grounded:  # The layers are made all the same, so that they have parameters.
+        grounded = True
+        if phrases is None or boxes is None:
+            # Run the layers all the same, so that `init` creates their parameters.
+            grounded = False
             phrases, boxes = jnp.zeros((count, config.phrase_dim)), jnp.zeros((count, 4))
         ground = jnp.concatenate(
             [

@@ -1,11 +1,13 @@
-"""Captions to token ids for both text encoders, by CLIP's byte-pair encoding."""
+"""CLIP's byte-pair tokenizer: captions to token ids for both of SDXL's text encoders."""
 
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
@@ -13,28 +15,36 @@ from focusdpo_jax.models import vocabulary
 
 
 class Tokenizer:
-    """CLIP's tokenizer as SDXL uses it: once for each of its two text encoders.
+    """CLIP's tokenizer in SDXL's two variants, one per text encoder.
 
-    The encoders differ in the token that fills up short captions (`fillers`): the first takes the end
-    token, the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. As what fills
-    up is a token apart, a "!" of the caption is that one, too, for the second encoder (id 0, and
-    not 256, the end of a word); diffusers' pipelines do it so.
+    The variants differ in the token that pads short captions (`fillers`): the first uses the end
+    token, the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. Since a pad
+    token is a special token, a "!" in a caption has the same id 0 for the second encoder, and not 256,
+    the "!" that ends a word. diffusers' pipelines behave in the same way.
+
+    Attributes:
+      length: tokens per caption.
+      fillers: the pad token of each text encoder.
     """
 
-    def __init__(self, folder, length, fillers=vocabulary.FILLERS):
-        """Reads the vocabulary of `folder` (see `vocabulary.read`); captions get `length` tokens.
+    def __init__(
+        self, folder: epath.PathLike, length: int, fillers: Sequence[str] = vocabulary.FILLERS
+    ):
+        """Reads a vocabulary.
 
         Args:
-          fillers: the token that fills up short captions, for each encoder.
+          folder: of the tokenizer's files (see `vocabulary.read`).
+          length: tokens per caption, start and end token included.
+          fillers: the pad token of each text encoder.
 
         Raises:
-          UserError: files are missing or damaged, or not those of a tokenizer of CLIP.
+          UserError: files are missing or damaged, or not those of a CLIP tokenizer.
         """
-        import transformers  # Slow to import, so only where captions are read.
+        import transformers  # Slow to import.
 
         self._files = vocabulary.read(epath.Path(folder))
         self.length, self.fillers = length, tuple(fillers)
-        # Through files, which transformers reads in the same way whatever they were read from.
+        # Written to files again, so that both file layouts reach transformers in the same form.
         with tempfile.TemporaryDirectory() as copy:
             self._write(epath.Path(copy))
             self._encoders = [
@@ -51,46 +61,49 @@ class Tokenizer:
                 )
 
     @classmethod
-    def of_words(cls, words, length):
-        """A tokenizer that lies in no folder, with the vocabulary of `write_vocabulary`."""
+    def of_words(cls, words: Iterable[str], length: int) -> "Tokenizer":
+        """Builds a tokenizer with the vocabulary of `write_vocabulary`, without a folder."""
         with tempfile.TemporaryDirectory() as folder:
             write_vocabulary(folder, words)
             return cls(folder, length)
 
-    def save(self, folder):
-        """Writes the vocabulary, as vocab.json and merges.txt, to a model's tokenizer/."""
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes vocab.json and merges.txt to the tokenizer/ folder of a model.
+
+        Pad tokens other than SDXL's are written beside it; see `vocabulary.save_fillers`.
+        """
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
         vocabulary.save_fillers(folder.parent, self.fillers)
 
-    def _write(self, folder):
+    def _write(self, folder: epath.Path) -> None:
         for name, content in self._files.items():
             replace_file(folder / name, content)
 
-    def digest(self):
-        """Changes when a caption's tokens may."""
+    def digest(self) -> str:
+        """Returns a hash of everything that determines the tokens of a caption."""
         content = b"".join(self._files.values())
         if self.fillers != vocabulary.FILLERS:
             content += json.dumps(self.fillers).encode()
         return hashlib.sha256(content + str(self.length).encode()).hexdigest()
 
-    def count(self, caption):
-        """How many tokens a caption has, start and end among them, however many are read."""
+    def count(self, caption: str) -> int:
+        """Returns the number of tokens of a caption before truncation, start and end included."""
         return len(self._encoders[0](caption)["input_ids"])
 
-    def spell(self, caption):
-        """A caption as its tokens spell it, in two texts: what is read of it, and what is cut off."""
+    def spell(self, caption: str) -> tuple[str, str]:
+        """Decodes the tokens of a caption to two texts: the part that is kept, and the rest."""
         tokens = self._encoders[0](caption)["input_ids"][1:-1]
         kept, whole = (
-            self._encoders[0].decode(part, clean_up_tokenization_spaces=False)
+            str(self._encoders[0].decode(part, clean_up_tokenization_spaces=False))
             for part in (tokens[: self.length - 2], tokens)
         )
-        # The end of what is read may be a part of a letter.
+        # The kept part may end within a multi-byte character.
         return kept, whole[len(kept.rstrip("\ufffd")) :] if len(tokens) > self.length - 2 else ""
 
-    def __call__(self, caption):
-        """Maps a caption to int32 [2, length]; what is too long is cut off before the end token."""
+    def __call__(self, caption: str) -> Int[np.ndarray, "2 length"]:
+        """Tokenizes a caption to int32 [2, length]; long captions are cut before the end token."""
         return np.array(
             [
                 encoder(caption, truncation=True, max_length=self.length, padding="max_length")[
@@ -102,17 +115,20 @@ class Tokenizer:
         )
 
 
-def _byte_alphabet():
-    """CLIP's visible stand-ins for the 256 bytes, in the order of its vocabulary."""
+def _byte_alphabet() -> list[str]:
+    """Returns CLIP's printable characters for the 256 bytes, in the order of its vocabulary."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(b) for b in visible] + [chr(256 + i) for i in range(len(hidden))]
 
 
-def write_vocabulary(folder, words):
-    """Writes a small CLIP vocabulary in which every one of `words` is one token.
+def write_vocabulary(folder: epath.PathLike, words: Iterable[str]) -> int:
+    """Writes a small CLIP vocabulary in which each of `words` is one token.
 
-    Every other text still has tokens, one a byte, so that any prompt can be given.
+    All other text is tokenized by bytes, so that any prompt is valid.
+
+    Returns:
+      The number of tokens.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +144,8 @@ def write_vocabulary(folder, words):
                 tokens.append(left + right)
             left += right
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0))
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False, indent=0))
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    return len(vocabulary)
+    return len(ids)

@@ -1,4 +1,4 @@
-"""One warning about texts that exceed the tokenizer's length: how many, and what is lost."""
+"""A warning about texts that the tokenizer truncates."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,15 +8,17 @@ from focusdpo_jax.models.tokenizer import Tokenizer
 
 
 def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], source: str) -> int:
-    """Logs one warning if any of the texts is cut, with the first and what is not read of it.
+    """Logs one warning if any text is truncated: how many, the first of them, and its lost part.
+
+    The warning also counts the texts that lose the phrase of a subject.
 
     Args:
-      tokenizer: of the model that reads them.
-      texts: (text, phrases of the subjects that it names).
-      source: where the texts come from, for the message ("--prompt").
+      tokenizer: of the model.
+      texts: pairs of a text and the phrases of its subjects.
+      source: origin of the texts for the message, such as "--prompt".
 
     Returns:
-      How many of the texts are cut; equal ones count once.
+      The number of different texts that are truncated.
     """
     texts = dict.fromkeys((text, tuple(phrases)) for text, phrases in texts)
     whole = {text: tokenizer.spell(text) for text in dict.fromkeys(text for text, _ in texts)}
@@ -53,7 +55,7 @@ def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], sourc
     return len(cut)
 
 
-def _is_lost(tokenizer, phrase, kept, lost):
-    """Whether a text has a phrase, and what is kept of the text has not."""
+def _is_lost(tokenizer: Tokenizer, phrase: str, kept: str, lost: str) -> bool:
+    """Returns whether a phrase is in the whole text but not in the kept part."""
     phrase = f" {''.join(tokenizer.spell(phrase))} "
     return bool(phrase.strip()) and phrase in f" {kept}{lost} " and phrase not in f" {kept} "

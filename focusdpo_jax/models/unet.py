@@ -1,249 +1,34 @@
 """SDXL's UNet with decoupled cross-attention to subject reference images.
 
-The anatomy is that of `UNet2DConditionModel` as SDXL configures it (arXiv 2307.01952, layout of
-the diffusers checkpoints); the image branch is IP-Adapter's (arXiv 2308.06721), with one group of
-tokens, a slot, for every subject reference image.
+The architecture is that of diffusers' `UNet2DConditionModel` in SDXL's configuration (arXiv
+2307.01952). The transformer blocks and their image branch are in `transformer`.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from focusdpo_jax.errors import UserError
-from focusdpo_jax.models import image_attention, layers, stacking
-from focusdpo_jax.models.attention import attend
-from focusdpo_jax.models.lora import LoRADense
-
-IMAGE_ATTENTION = "image_attention"
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """Sizes of the UNet; the defaults are SDXL base 1.0's.
-
-    A "level" is a resolution, from that of the latents downwards. The sequences that describe
-    the levels have one entry each.
-
-    Attributes:
-      in_channels, out_channels: of the latents and of the prediction.
-      block_out_channels: width of each level.
-      transformer_layers_per_block: transformer blocks after each resnet of the level, 0 for none.
-      mid_transformer_layers: transformer blocks of the middle block, 0 for none; diffusers knows
-        only as many as in the last level.
-      layers_per_block: resnets of a level on the way down; there is one more on the way up.
-      num_heads: attention heads of each level (SDXL's file calls them `attention_head_dim`).
-      cross_attention_dim: width of the text and image tokens.
-      addition_time_embed_dim: sinusoidal width of each of the six time ids.
-      pooled_dim: width of the pooled text embedding.
-      norm_groups: groups of every group normalisation.
-      image_context: whether cross-attention also reads image tokens.
-      lora_rank, lora_alpha: low-rank update of the attention projections; rank 0 for none.
-      remat: recompute resnets and transformer blocks in the backward pass, and keep only what
-        goes into each.
-      scan_layers: run equal transformer blocks in a loop over stacked parameters, which compiles
-        faster and runs slower, instead of one after the other (see `stacking`).
-    """
-
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280)
-    transformer_layers_per_block: tuple[int, ...] = (0, 2, 10)
-    mid_transformer_layers: int = 10
-    layers_per_block: int = 2
-    num_heads: tuple[int, ...] = (5, 10, 20)
-    cross_attention_dim: int = 2048
-    addition_time_embed_dim: int = 256
-    pooled_dim: int = 1280
-    norm_groups: int = 32
-    image_context: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    remat: bool = False
-    scan_layers: bool = True
-
-    def __post_init__(self):
-        levels = len(self.block_out_channels)
-        for field in ("transformer_layers_per_block", "num_heads"):
-            value = getattr(self, field)
-            if len(value) != levels:
-                raise UserError(
-                    f"{field} = {value}: give {levels} entries, "
-                    f"one a level of block_out_channels = {self.block_out_channels}"
-                )
-        for width, heads in zip(self.block_out_channels, self.num_heads):
-            if width % self.norm_groups or width % heads:
-                raise UserError(
-                    f"block_out_channels = {self.block_out_channels}: {width} must be a multiple "
-                    f"of norm_groups = {self.norm_groups} and of its num_heads = {heads}"
-                )
-
-    @property
-    def image_attention_level(self):
-        """The finest level that has cross-attention, where its map is captured."""
-        depths = self.transformer_layers_per_block
-        return next((i for i, depth in enumerate(depths) if depth), len(depths) - 1)
-
-    @property
-    def capture_names(self):
-        """What `UNet.__call__` can capture."""
-        levels = range(len(self.block_out_channels))
-        names = [f"down_blocks_{i}" for i in levels] + ["mid_block"]
-        names += [f"up_blocks_{i}" for i in levels]
-        has_attention = any(self.transformer_layers_per_block) or self.mid_transformer_layers
-        attention = self.image_context and has_attention
-        return tuple(names) + ((IMAGE_ATTENTION,) if attention else ())
-
-
-class Context(NamedTuple):
-    """What cross-attention reads: the arguments of the same names of `UNet.__call__`."""
-
-    text: Any
-    image_tokens: Any = None
-    image_present: Any = None
-    image_scale: Any = None
-    image_scales: Any = None
-    image_masks: Any = None
-
-
-class CrossAttention(nn.Module):
-    """Cross-attention to text and, added to it, to the image tokens of each reference slot."""
-
-    config: UNetConfig
-    num_heads: int
-    record: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, context):
-        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, `slot_attention` [B, N, S]."""
-        width = x.shape[-1]
-
-        def dense(use_bias, name):
-            return LoRADense(
-                width,
-                use_bias,
-                self.config.lora_rank,
-                self.config.lora_alpha,
-                dtype=self.dtype,
-                name=name,
-            )
-
-        # Pictures of one condition ask together, of keys and values that are made once.
-        query = dense(False, "to_q")(x).reshape(len(context.text), -1, width)
-        key = dense(False, "to_k")(context.text)
-        value = dense(False, "to_v")(context.text)
-        out = attend(query, key, value, self.num_heads)
-        attention = None
-        if self.config.image_context:
-            batch, slots, tokens, features = context.image_tokens.shape
-            image = context.image_tokens.reshape(batch, slots * tokens, features)
-            mask = jnp.repeat(context.image_present, tokens, axis=1)
-            key = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_k_ip")(image)
-            value = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_v_ip")(image)
-            if context.image_scales is not None:
-                scales = jnp.repeat(context.image_scales, tokens, axis=1)
-                value = value * scales[:, :, None].astype(value.dtype)
-            if context.image_masks is None:
-                seen = attend(query, key, value, self.num_heads, key_mask=mask)
-            else:
-                seen = image_attention.attend_within_masks(
-                    query, key, value, mask, context.image_masks, self.num_heads
-                )
-            out = out + jnp.asarray(context.image_scale, out.dtype) * seen
-            if self.record:
-                attention = image_attention.slot_attention(
-                    query, key, mask, self.num_heads, slots
-                ).reshape(*x.shape[:2], slots)
-        return dense(True, "to_out_0")(out.reshape(x.shape)), attention
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a gated feed-forward, each added to its input."""
-
-    config: UNetConfig
-    num_heads: int
-    record: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, context):
-        """Maps tokens [B, N, C] to [B, N, C] and, if recorded, `slot_attention` [B, N, S]."""
-        config = self.config
-        among_themselves = layers.Attention(
-            self.num_heads,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            dtype=self.dtype,
-            name="attn1",
-        )
-        x = x + among_themselves(layers.LayerNorm(dtype=self.dtype, name="norm1")(x))
-        cross = CrossAttention(config, self.num_heads, self.record, self.dtype, name="attn2")
-        seen, attention = cross(layers.LayerNorm(dtype=self.dtype, name="norm2")(x), context)
-        x = x + seen
-        feed_forward = layers.FeedForward(dtype=self.dtype, name="ff")
-        return x + feed_forward(layers.LayerNorm(dtype=self.dtype, name="norm3")(x)), attention
-
-
-class SpatialTransformer(nn.Module):
-    """A stack of transformer blocks over the positions of a feature map, added to it."""
-
-    config: UNetConfig
-    num_heads: int
-    depth: int
-    record: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, context):
-        """Maps [B, H, W, C] to the same shape and what was recorded, a list of [B, H, W, S]."""
-        batch, height, width, channels = x.shape
-        h = layers.GroupNorm(self.config.norm_groups, 1e-6, self.dtype, name="norm")(x)
-        h = h.reshape(batch, height * width, channels)
-        h = nn.Dense(channels, dtype=self.dtype, name="proj_in")(h)
-        if context.image_masks is not None:
-            masks = image_attention.masks_on_grid(context.image_masks, (height, width))
-            # Once for each of the pictures that ask together.
-            context = context._replace(image_masks=jnp.tile(masks, batch // len(masks)))
-        h, attentions = self._blocks(h, context)
-        recorded = [one.reshape(batch, height, width, -1) for one in attentions]
-        h = nn.Dense(channels, kernel_init=layers.ZEROS, dtype=self.dtype, name="proj_out")(h)
-        return x + h.reshape(x.shape), recorded
-
-    def _blocks(self, h, context):
-        """Tokens [B, N, C] through all blocks, and the `slot_attention` of each if recorded."""
-        arguments = self.config, self.num_heads, self.record, self.dtype
-        if self.config.scan_layers:
-            # Inside a loop there is no other computation that a repeated one could be merged with.
-            block = (
-                nn.remat(TransformerBlock, prevent_cse=False)
-                if self.config.remat
-                else TransformerBlock
-            )
-            blocks = nn.scan(
-                block,
-                length=self.depth,
-                in_axes=nn.broadcast,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-            )
-            h, attention = blocks(*arguments, name=stacking.STACKED)(h, context)
-            return h, [] if attention is None else list(attention)
-        block = nn.remat(TransformerBlock) if self.config.remat else TransformerBlock
-        attentions = []
-        for i in range(self.depth):
-            h, attention = block(*arguments, name=f"{stacking.STACKED}_{i}")(h, context)
-            attentions += [] if attention is None else [attention]
-        return h, attentions
+from focusdpo_jax.models import layers
+from focusdpo_jax.models.transformer import Context, SpatialTransformer
+from focusdpo_jax.models.unet_config import IMAGE_ATTENTION, UNetConfig
 
 
 class Stage(nn.Module):
-    """One block of the UNet: resnets, each followed by a transformer where depth > 0.
+    """One block of the UNet: resnets, each followed by a transformer if the level has any.
 
-    `kind` is "down" (ends in a downsampler if `resample`), "up" (takes a skip connection before
-    each resnet, ends in an upsampler if `resample`) or "mid" (a resnet more than transformers).
+    Attributes:
+      config: sizes of the UNet.
+      kind: "down" for an encoder block, "up" for a decoder block, which concatenates a skip
+        connection before each resnet, or "mid" for the middle block, with one resnet more than
+        transformers.
+      level: index into the fields of `config` that have one entry per level.
+      resample: whether a "down" block ends in a downsampler and an "up" block in an upsampler.
+      record: whether to return the slot attention of every transformer block.
+      dtype: type of the computation.
     """
 
     config: UNetConfig
@@ -254,17 +39,30 @@ class Stage(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, embedding, context, skips=(), size=None):
-        """Maps [B, H, W, C] to the next resolution.
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        embedding: Float[Array, "batch embedding"],
+        context: Context,
+        skips: Sequence[Float[Array, "batch height width _"]] = (),
+        size: tuple[int, int] | None = None,
+    ) -> tuple[
+        Float[Array, "batch new_height new_width features"],
+        Float[Array, "batch height width features"],
+        list[Float[Array, "batch _ _ features"]],
+        list[Float[Array, "batch height width slots"]],
+    ]:
+        """Maps a feature map [B, H, W, C] to the next resolution.
 
         Args:
-          embedding: [B, E], timestep and additional conditioning.
-          skips: for "up", one map a resnet, in the order of use.
+          embedding: [B, E], of the timestep and the additional conditioning.
+          skips: for "up", the skip connection of each resnet in order.
           size: for "up", (height, width) to upsample to.
 
         Returns:
-          The output; the features of the last resnet or transformer; for "down", what the way up
-          will take, in the order made; the recorded slot attention.
+          The output; the features of the last resnet or transformer, before resampling; the outputs
+          of every resnet (or its transformer) and of the downsampler, which are the skip
+          connections of a "down" block; and the recorded slot attention.
         """
         config = self.config
         depth = config.transformer_layers_per_block[self.level]
@@ -274,7 +72,7 @@ class Stage(nn.Module):
         elif self.kind == "mid":
             depth = config.mid_transformer_layers
             resnets, attentions = 2, 1
-        made, recorded = [], []
+        outputs, recorded = [], []
         resnet = nn.remat(layers.ResnetBlock) if config.remat else layers.ResnetBlock
         for i in range(resnets):
             if skips:
@@ -287,7 +85,7 @@ class Stage(nn.Module):
                 name=f"resnets_{i}",
             )(x, embedding)
             if depth and i < attentions:
-                x, seen = SpatialTransformer(
+                x, attention = SpatialTransformer(
                     config,
                     config.num_heads[self.level],
                     depth,
@@ -295,35 +93,36 @@ class Stage(nn.Module):
                     self.dtype,
                     name=f"attentions_{i}",
                 )(x, context)
-                recorded += seen
-            made.append(x)
+                recorded += attention
+            outputs.append(x)
         features = x
         if self.resample and self.kind == "down":
             x = layers.Downsample(dtype=self.dtype, name="downsamplers_0")(x)
-            made.append(x)
+            outputs.append(x)
         elif self.resample:
             x = layers.Upsample(dtype=self.dtype, name="upsamplers_0")(x, size)
-        return x, features, made, recorded
+        return x, features, outputs, recorded
 
 
 class Embedding(nn.Module):
-    """Two dense layers that turn a sinusoidal or pooled embedding into the UNet's."""
+    """A two-layer MLP over a sinusoidal or pooled embedding (diffusers' `TimestepEmbedding`)."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "batch channels"]) -> Float[Array, "batch features"]:
         """Maps [B, C] to [B, features]."""
         x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
         return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
-def _to_float32(x):
-    """Casts to float32 without excess precision: values of x's own type.
+def _to_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Casts to float32 without excess precision: the values are those of x's own type.
 
-    After a plain cast XLA may use the float32 value before its rounding to bfloat16, in one program and not
-    in another. Prediction errors of policy and reference model would then differ at equal parameters.
+    After a plain cast XLA may use the float32 value from before the rounding to bfloat16, in one
+    program and not in another. The prediction errors of policy and reference model would then differ
+    at equal parameters.
     """
     if x.dtype == jnp.float32:
         return x
@@ -332,7 +131,12 @@ def _to_float32(x):
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or the velocity) in latents from text and subject references."""
+    """Predicts the noise, or the velocity, in noisy latents.
+
+    Attributes:
+      config: sizes.
+      dtype: type of the computation; parameters are created in float32.
+    """
 
     config: UNetConfig
     dtype: Any = jnp.float32
@@ -340,23 +144,24 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(
         self,
-        sample,
-        timesteps,
-        text,
-        pooled,
-        time_ids,
-        image_tokens=None,
-        image_present=None,
-        image_scale=1.0,
+        sample: Float[Array, "batch height width in_channels"],
+        timesteps: Float[Array, "batch"] | Int[Array, "batch"],
+        text: Float[Array, "conditions length width"],
+        pooled: Float[Array, "conditions pooled"],
+        time_ids: Float[Array, "conditions 6"],
+        image_tokens: Float[Array, "conditions slots tokens width"] | None = None,
+        image_present: Bool[Array, "conditions slots"] | None = None,
+        image_scale: float | Float[Array, ""] = 1.0,
         *,
-        image_scales=None,
-        image_masks=None,
-        capture=(),
-    ):
+        image_scales: Float[Array, "conditions slots"] | None = None,
+        image_masks: Float[Array, "conditions slots mask_height mask_width"] | None = None,
+        capture: Sequence[str] = (),
+    ) -> tuple[Float[Array, "batch height width out_channels"], dict[str, Array]]:
         """Runs the network.
 
-        Several pictures may have one condition, whose keys and values are then made once: the
-        conditioning has C rows and the sample B = C * P, the P pictures of a row side by side.
+        Several images may share one condition, whose keys and values are then computed once: the
+        conditioning has C rows and the sample B = C * P, with the P images of a row next to each
+        other.
 
         Args:
           sample: [B, H, W, in_channels] noisy latents. H and W need not be powers of two.
@@ -369,22 +174,23 @@ class UNet(nn.Module):
             needed if and only if `config.image_context`.
           image_present: bool [C, S]; a slot that is absent contributes nothing.
           image_scale: weight of the image branch.
-          image_scales: [C, S], a further weight of each slot; None is 1.
-          image_masks: [C, S, H', W'] in [0, 1], where each slot may show itself, in any size and
-            the aspect of the picture. With masks every slot is attended to by itself, and the
-            results are added (see `image_attention`); without, all share one softmax.
-          capture: names from `config.capture_names`. A block's name gives the output
-            [B, h, w, C] of its last resnet or transformer, before any resampling;
-            "image_attention" how strongly each position looks at each slot [B, h, w, S] in
+          image_scales: [C, S], a weight of each slot, multiplied with `image_scale`; None is 1.
+          image_masks: [C, S, H', W'] in [0, 1], weight of each slot at each position of the image,
+            in any size and the image's aspect ratio. With masks each slot has a softmax of its own,
+            and the results are added (see `image_attention`); without, all slots share one softmax.
+          capture: names from `config.capture_names`. The name of a block captures the output
+            [B, h, w, C] of its last resnet or transformer, before any resampling.
+            "image_attention" captures the attention of each position to each slot [B, h, w, S] in
             float32 (`image_attention.slot_attention`), averaged over heads and over the
             cross-attention layers of the finest level that has any; masks and scales do not
             change it.
 
         Returns:
-          The prediction [B, H, W, out_channels] in float32, and a dict of what was captured.
+          The prediction [B, H, W, out_channels] in float32, and a dict of the captured arrays.
 
         Raises:
-          ValueError: for an unknown name, or image tokens missing or given in vain.
+          ValueError: a name in `capture` is unknown, or image tokens are given without
+            `config.image_context` or missing with it.
         """
         config = self.config
         unknown = set(capture) - set(config.capture_names)
@@ -397,7 +203,7 @@ class UNet(nn.Module):
             )
         embedding = self._embedding(timesteps, pooled, time_ids)
         context = Context(text.astype(self.dtype))
-        if config.image_context:
+        if image_tokens is not None and image_present is not None:
             context = Context(
                 context.text,
                 image_tokens.astype(self.dtype),
@@ -418,23 +224,23 @@ class UNet(nn.Module):
         skips = [x]
         for level in range(last + 1):
             name = f"down_blocks_{level}"
-            x, captured[name], made, seen = stage("down", level, level < last, name)(
+            x, captured[name], outputs, attention = stage("down", level, level < last, name)(
                 x, embedding, context
             )
-            skips += made
-            recorded += seen
-        x, captured["mid_block"], _, seen = stage("mid", last, False, "mid_block")(
+            skips += outputs
+            recorded += attention
+        x, captured["mid_block"], _, attention = stage("mid", last, False, "mid_block")(
             x, embedding, context
         )
-        recorded += seen
+        recorded += attention
         for i in range(last + 1):
             name, level = f"up_blocks_{i}", last - i
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            size = skips[-1].shape[1:3] if skips else None
-            x, captured[name], _, seen = stage("up", level, level > 0, name)(
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+            x, captured[name], _, attention = stage("up", level, level > 0, name)(
                 x, embedding, context, taken, size
             )
-            recorded += seen
+            recorded += attention
 
         x = layers.GroupNorm(config.norm_groups, 1e-5, self.dtype, name="conv_norm_out")(x)
         x = layers.Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
@@ -442,8 +248,13 @@ class UNet(nn.Module):
             captured[IMAGE_ATTENTION] = sum(recorded) / len(recorded)
         return _to_float32(x), {name: captured[name] for name in capture}
 
-    def _embedding(self, timesteps, pooled, time_ids):
-        """The sum of the embeddings of timestep and of pooled text with time ids: [B, E]."""
+    def _embedding(
+        self,
+        timesteps: Float[Array, "batch"] | Int[Array, "batch"],
+        pooled: Float[Array, "conditions pooled"],
+        time_ids: Float[Array, "conditions 6"],
+    ) -> Float[Array, "batch embedding"]:
+        """Returns the timestep embedding plus that of pooled text and time ids."""
         config = self.config
         width = 4 * config.block_out_channels[0]
         time = layers.sinusoidal_embedding(timesteps, config.block_out_channels[0])

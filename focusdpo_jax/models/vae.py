@@ -1,16 +1,20 @@
-"""The autoencoder between pixels and latents: diffusers' `AutoencoderKL`, SDXL's by default."""
+"""The variational autoencoder between pixels and latents: diffusers' `AutoencoderKL`."""
 
 import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
 from focusdpo_jax.models.attention import attend
 
+# Of every group normalisation.
 EPSILON = 1e-6
+
+_Map = Float[Array, "batch height width channels"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +22,16 @@ class VAEConfig:
     """Sizes of the autoencoder; the defaults are SDXL's.
 
     Attributes:
-      in_channels: of the image, at both ends.
-      block_out_channels: width of each resolution, from the image's downwards.
+      in_channels: channels of the image, both encoded and decoded.
+      block_out_channels: channels of each resolution, from that of the image to the coarsest.
       layers_per_block: resnets of a resolution in the encoder; the decoder has one more.
-      latent_channels: of the latents.
+      latent_channels: channels of the latents.
       norm_groups: groups of every group normalisation.
       mid_attention: whether the coarsest resolution has self-attention.
-      scaling_factor: the diffusion model's latents are this many times the encoder's mean.
+      scaling_factor: the latents of the diffusion model are the encoder's times this factor.
+
+    Raises:
+      UserError: `norm_groups` does not divide the channels.
     """
 
     in_channels: int = 3
@@ -44,19 +51,19 @@ class VAEConfig:
                 )
 
     @property
-    def factor(self):
-        """Pixels a latent covers in each direction: image sizes are multiples of it."""
+    def factor(self) -> int:
+        """Pixels per latent in each direction; image sizes are multiples of it."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class MidAttention(nn.Module):
-    """Self-attention with one head over the positions of a feature map, added to it."""
+    """Residual single-head self-attention over the positions of a feature map."""
 
     norm_groups: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: _Map) -> _Map:
         """Maps [B, H, W, C] to the same shape."""
         h = layers.GroupNorm(self.norm_groups, EPSILON, self.dtype, name="group_norm")(x)
         query = h.reshape(h.shape[0], -1, h.shape[-1])
@@ -70,13 +77,13 @@ class MidAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Two resnets around the attention."""
+    """Resnet, attention (if `config.mid_attention`), resnet."""
 
     config: VAEConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: _Map) -> _Map:
         """Maps [B, H, W, C] to the same shape."""
         groups = self.config.norm_groups
         x = layers.ResnetBlock(x.shape[-1], groups, EPSILON, self.dtype, name="resnets_0")(x)
@@ -86,7 +93,13 @@ class MidBlock(nn.Module):
 
 
 class ResnetStack(nn.Module):
-    """Resnets at one resolution, then a change of resolution: "down", "up" or None."""
+    """Resnets at one resolution, then an optional change of resolution.
+
+    Attributes:
+      features: output channels.
+      depth: number of resnets.
+      resample: "down", "up" or None.
+    """
 
     config: VAEConfig
     features: int
@@ -95,7 +108,7 @@ class ResnetStack(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: _Map) -> Float[Array, "batch new_height new_width features"]:
         """Maps [B, H, W, C] to [B, H', W', features]."""
         for i in range(self.depth):
             x = layers.ResnetBlock(
@@ -109,13 +122,13 @@ class ResnetStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the moments of the latents, before `quant_conv`."""
+    """Maps images to the moments of the latents, without `quant_conv`."""
 
     config: VAEConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: _Map) -> Float[Array, "batch latent_height latent_width moments"]:
         """Maps [B, H, W, in_channels] to [B, H / factor, W / factor, 2 latent_channels]."""
         config = self.config
         last = len(config.block_out_channels) - 1
@@ -137,13 +150,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, after `post_quant_conv`, to images."""
+    """Maps latents to images, without `post_quant_conv`."""
 
     config: VAEConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: _Map) -> Float[Array, "batch image_height image_width in_channels"]:
         """Maps [B, h, w, latent_channels] to [B, factor h, factor w, in_channels]."""
         config = self.config
         widths = config.block_out_channels[::-1]
@@ -166,10 +179,13 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """A variational autoencoder; call `encode` and `decode` with `apply(..., method=...)`.
 
-    The latents here are the encoder's own: a diffusion model works on them multiplied by
-    `config.scaling_factor`. `dtype` is the decoder's. The encoder computes in float32, as trainers do: its
-    latents are what every step learns from, and bfloat16 leaves noise in them that training cannot
-    average out. SDXL's published weights overflow in float16; bfloat16 is safe for decoding.
+    Its latents are not scaled: a diffusion model works on them multiplied by `config.scaling_factor`.
+
+    Attributes:
+      config: sizes.
+      dtype: type of the decoder's computation. The encoder computes in float32, as in other
+        trainers: bfloat16 would leave noise in the latents that training cannot average out. SDXL's
+        published weights overflow in float16; bfloat16 is safe for decoding.
     """
 
     config: VAEConfig
@@ -182,28 +198,38 @@ class VAE(nn.Module):
         self.quant_conv = layers.Conv(2 * config.latent_channels, kernel_size=1)
         self.post_quant_conv = layers.Conv(config.latent_channels, kernel_size=1, dtype=self.dtype)
 
-    def encode(self, images):
-        """The posterior of the latents of images.
+    def encode(
+        self, images: Float[Array, "batch height width in_channels"]
+    ) -> tuple[
+        Float[Array, "batch latent_height latent_width channels"],
+        Float[Array, "batch latent_height latent_width channels"],
+    ]:
+        """Computes the posterior of the latents of images.
 
         Args:
           images: [B, H, W, in_channels] in [-1, 1]; H and W are multiples of `config.factor`.
 
         Returns:
-          Mean and logarithm of the variance, in [-30, 20], each [B, H / factor, W / factor,
-          latent_channels] in float32.
+          Mean and logarithm of the variance, each [B, H / factor, W / factor, latent_channels] in
+          float32. The logarithm is clipped to [-30, 20].
         """
         moments = self.quant_conv(self.encoder(images))
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def decode(self, latents):
-        """Maps [B, h, w, latent_channels] to images [B, factor h, factor w, in_channels].
+    def decode(
+        self, latents: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch image_height image_width in_channels"]:
+        """Decodes latents [B, h, w, latent_channels].
 
-        The images are in float32, about [-1, 1], and not clipped.
+        Returns:
+          Images [B, factor h, factor w, in_channels] in float32, about [-1, 1] and not clipped.
         """
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
-    def __call__(self, images):
-        """The reconstruction from the mean: [B, H, W, in_channels] to the same shape."""
+    def __call__(
+        self, images: Float[Array, "batch height width in_channels"]
+    ) -> Float[Array, "batch height width in_channels"]:
+        """Reconstructs images [B, H, W, in_channels] from the mean of their latents."""
         mean, _ = self.encode(images)
         return self.decode(mean)

@@ -1,12 +1,16 @@
 """The files of CLIP's tokenizer: vocabulary, merges and special tokens, as transformers writes them.
 
-vocab.json, merges.txt      of transformers up to 4, and what is published with SDXL and CLIP
-tokenizer.json              all in one; the only one that transformers 5 writes
+vocab.json, merges.txt      written by transformers up to 4; published with SDXL and CLIP
+tokenizer.json              all in one file; transformers 5 writes it alone
 tokenizer_config.json, special_tokens_map.json, added_tokens.json
-                            special tokens; a folder need not have them
+                            special tokens; optional
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import read_json, replace_file
@@ -14,31 +18,28 @@ from focusdpo_jax.files import read_json, replace_file
 NEEDED = "vocab.json and merges.txt, or tokenizer.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
 FILLERS = (END, "!")
-"""What fills up short captions of SDXL's first and second text encoder."""
+"""The pad tokens of SDXL's first and second text encoder."""
 
 _PAIR = ("vocab.json", "merges.txt")
 _WHOLE = "tokenizer.json"
-# How CLIP parts a text into words, without its special tokens.
+# The regular expression that splits a text into words, without CLIP's special tokens.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def missing(folder):
-    """Paths of the files that a folder, an `epath.Path`, lacks."""
+def missing(folder: epath.Path) -> list[str]:
+    """Returns the paths of the required files that are not in a folder."""
     lacks = [str(folder / name) for name in _PAIR if not (folder / name).exists()]
     return [] if (folder / _WHOLE).exists() else lacks
 
 
-def read(folder):
-    """The vocabulary of a folder, in two files.
-
-    Args:
-      folder: an `epath.Path`. vocab.json and merges.txt count where it has both.
+def read(folder: epath.Path) -> dict[str, bytes]:
+    """Reads the vocabulary of a folder; vocab.json and merges.txt take precedence.
 
     Returns:
       {"vocab.json": bytes, "merges.txt": bytes}.
 
     Raises:
-      UserError: files are missing or damaged, or not those of a tokenizer of CLIP.
+      UserError: files are missing or damaged, or not those of a CLIP tokenizer.
     """
     lacks = missing(folder)
     if lacks:
@@ -67,16 +68,17 @@ def read(folder):
     return files
 
 
-def _read_whole(path):
-    """The vocabulary and both files of a tokenizer.json."""
+def _read_whole(path: epath.Path) -> tuple[dict[str, int], dict[str, bytes]]:
+    """Returns the vocabulary of a tokenizer.json, and the result of `read`."""
     values = read_json(path)
     model = values.get("model")
-    wrong = _difference(values) if isinstance(model, dict) else "it has no model"
-    if wrong:
-        raise UserError(f"{path} is no tokenizer of CLIP: {wrong}.")
+    if not isinstance(model, dict):
+        raise UserError(f"{path} is not a CLIP tokenizer: it has no model.")
+    if wrong := _difference(values):
+        raise UserError(f"{path} is not a CLIP tokenizer: {wrong}.")
     try:
         vocabulary = model["vocab"]
-        # A list of two in newer files, with a space between them in older ones.
+        # Newer files have a list of two, older ones a text with a space between the two.
         merges = [
             merge if isinstance(merge, str) else "{} {}".format(*merge) for merge in model["merges"]
         ]
@@ -98,8 +100,8 @@ def _read_whole(path):
     }
 
 
-def _difference(values):
-    """How a tokenizer.json parts or spells texts otherwise than CLIP does, or None."""
+def _difference(values: Mapping[str, Any]) -> str | None:
+    """Describes how the tokenization of a tokenizer.json differs from CLIP's; None if it does not."""
     model, parts = values["model"], _flat(values.get("pre_tokenizer"), "pretokenizers")
     if model.get("type", "BPE") != "BPE":
         return f"its model is {model['type']!r} and not 'BPE'"
@@ -112,19 +114,19 @@ def _difference(values):
     words = pattern.get("Regex", "") if isinstance(pattern, dict) else ""
     words = words.removeprefix(r"<\|startoftext\|>|<\|endoftext\|>|")
     if [part.get("type") for part in parts] != ["Split", "ByteLevel"] or words != _WORDS:
-        return "its pre_tokenizer is another"
+        return "its pre_tokenizer is not CLIP's"
     return None
 
 
-def _flat(stage, name):
-    """The steps of a stage of a tokenizer.json."""
+def _flat(stage: Any, name: str) -> list[dict[str, Any]]:
+    """Returns the steps of a stage of a tokenizer.json, a sequence or a single step."""
     if not isinstance(stage, dict):
         return []
     return stage.get(name) or [] if stage.get("type") == "Sequence" else [stage]
 
 
-def _settings(folder):
-    """{field: text} of the special tokens, and the tokens that a folder adds to its vocabulary."""
+def _settings(folder: epath.Path) -> dict[str, Any]:
+    """Returns the fields of the files of special tokens; tokens are given by their text."""
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
@@ -135,13 +137,15 @@ def _settings(folder):
     return found
 
 
-def _contents(tokens):
-    """Texts of a list of added tokens."""
+def _contents(tokens: Iterable[Any] | None) -> list[Any]:
+    """Returns the texts of a list of added tokens."""
     return [token.get("content") if isinstance(token, dict) else token for token in tokens or ()]
 
 
-def _refuse_added(folder, settings, vocabulary):
-    """Raises a UserError over tokens that transformers would add to the vocabulary."""
+def _refuse_added(
+    folder: epath.Path, settings: Mapping[str, Any], vocabulary: Mapping[str, int]
+) -> None:
+    """Raises a UserError if transformers would add tokens to the vocabulary."""
     decoder = settings.get("added_tokens_decoder")
     added = _contents(decoder.values()) if isinstance(decoder, dict) else []
     added += _contents(settings.get("additional_special_tokens"))
@@ -150,7 +154,7 @@ def _refuse_added(folder, settings, vocabulary):
     _refuse(folder, [token for token in added if token not in vocabulary])
 
 
-def _refuse(path, added):
+def _refuse(path: epath.Path, added: Sequence[str]) -> None:
     if added:
         raise UserError(
             f"{path} adds tokens to CLIP's, such as {added[0]!r}: textual inversions and other "
@@ -158,14 +162,14 @@ def _refuse(path, added):
         )
 
 
-def fillers(folder):
-    """Padding tokens of a pipeline's or model's folder, `FILLERS` where it states none.
+def fillers(folder: epath.Path) -> tuple[str, ...]:
+    """Reads the pad tokens of a pipeline or model; those that it does not state are SDXL's.
 
     Args:
-      folder: that of the pipeline, an `epath.Path`, with tokenizer/ and perhaps tokenizer_2/.
+      folder: of the pipeline, with tokenizer/ and perhaps tokenizer_2/.
 
     Returns:
-      A token for each of the two text encoders.
+      The pad token of each of the two text encoders.
     """
     return tuple(
         _settings(folder / name).get("pad_token") or filler
@@ -173,8 +177,13 @@ def fillers(folder):
     )
 
 
-def save_fillers(folder, tokens):
-    """Writes what `fillers` reads, where it is not SDXL's; the arguments are those of `fillers`."""
+def save_fillers(folder: epath.Path, tokens: Sequence[str]) -> None:
+    """Writes pad tokens for `fillers` to read; nothing if they are SDXL's.
+
+    Args:
+      folder: of the pipeline or model.
+      tokens: the pad token of each text encoder.
+    """
     if tuple(tokens) == FILLERS:
         return
     for name, token in zip(("tokenizer", "tokenizer_2"), tokens):

@@ -77,14 +77,14 @@ def test_merges_of_older_files(whole):
         ({"normalizer": None}, r"its normalizer is \[\] .not NFC, Replace, Lowercase"),
         (
             {"pre_tokenizer": {"type": "ByteLevel", "pretokenizers": None}},
-            "its pre_tokenizer is another",
+            "its pre_tokenizer is not CLIP",
         ),
         ({"model": None}, "it has no model"),
     ],
 )
 def test_tokenizers_of_other_models_are_refused(whole, fields, message):
     change(whole, "tokenizer.json", **fields)
-    with pytest.raises(UserError, match=f"tokenizer.json is no tokenizer of CLIP: {message}"):
+    with pytest.raises(UserError, match=f"tokenizer.json is not a CLIP tokenizer: {message}"):
         Tokenizer(whole, 16)
 
 
@@ -126,12 +126,12 @@ def test_missing_and_damaged_files(whole, tmp_path):
         Tokenizer(tmp_path / "nowhere", 16)
     for text, message in (
         ("{", "is damaged: Expecting"),
-        ("[]", "it is no JSON object"),
+        ("[]", "it is not a JSON object"),
         (
             "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
             "is a pointer of git-lfs and not the file itself: run `git lfs pull`",
         ),
-        ('{"model": {"type": "BPE"}}', "is no tokenizer of CLIP"),
+        ('{"model": {"type": "BPE"}}', "is not a CLIP tokenizer"),
     ):
         (whole / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match=f"tokenizer.json .*{message}"):
