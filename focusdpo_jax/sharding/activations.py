@@ -1,27 +1,32 @@
-"""Keeps activations divided by example, whatever the parameters are divided by.
+"""Sharding constraints that keep activations sharded by example.
 
-Left to itself, XLA's partitioner may as well multiply by the part of a kernel that a device has and
-add up activations. Where every layer's output is said to be divided by example, it gathers the
-kernel instead, layer by layer, where it is used, and again in the backward pass of what is
-recomputed. Models know nothing of it: Flax lets a caller look at what its modules return.
+Without constraints XLA's partitioner may multiply by the shard of a kernel that a device holds, and sum
+activations over devices. If the output of every layer is constrained to be sharded by example, it
+gathers the kernel instead, layer by layer, where it is used, and again where the backward pass
+recomputes. The models contain no sharding code: the constraints are added by intercepting the methods
+of Flax modules.
 """
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from focusdpo_jax.sharding.mesh import BATCH_AXES
 
 
 @contextlib.contextmanager
-def constrain_activations(mesh):
-    """While a function is traced inside, its modules' outputs [N, ...] are divided over `mesh`.
+def constrain_activations(mesh: Mesh) -> Iterator[None]:
+    """Constrains the outputs [N, ...] of modules traced inside the context to be sharded over N.
 
-    N is a batch or a multiple of it; what cannot be divided, such as one empty prompt, is let be.
-    The other axes are the partitioner's to choose.
+    N is a multiple of the batch size. Outputs that do not divide, such as those of a single empty
+    prompt, are not constrained. The partitioner chooses the sharding of the other axes.
+
+    Args:
+      mesh: N is sharded over its axes `BATCH_AXES`.
     """
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if mesh.size == 1:

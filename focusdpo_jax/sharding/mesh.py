@@ -1,44 +1,50 @@
-"""The device mesh, and how batches lie on it.
+"""The device mesh, and the placement of batches on it.
 
-A mesh has three axes. `data` divides the batch; `fsdp` divides it as well, and with it the
-parameters, which are gathered layer by layer where they are used; `tensor` divides the inside of
-layers (heads, hidden units, channels). `rules` says which axis of which parameter is divided.
+A mesh has three axes. `data` shards the batch. `fsdp` shards the batch, too, and the parameters, which
+are gathered layer by layer where they are used. `tensor` shards the inside of layers (heads, hidden
+units, channels). `rules` maps the axes of parameters to those of the mesh.
 """
 
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
 
 from focusdpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# Those that divide a batch.
+# The axes that shard a batch.
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(sizes, batch_size, devices=None):
-    """A mesh over devices.
+def make_mesh(
+    sizes: Mapping[str, int], batch_size: int, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Creates a mesh over devices.
 
     Args:
-      sizes: {axis: number of devices} for each of `AXES`; -1 in one place takes what the others
-        leave.
-      batch_size: pairs a step, which `data` and `fsdp` share equally.
-      devices: all there are if None. One process may leave some idle; several use all of theirs.
+      sizes: {axis: number of devices} for each of `AXES`; one of them may be -1, for all devices
+        that the others leave.
+      batch_size: pairs per step; a multiple of `data` times `fsdp`.
+      devices: `jax.Device`s; all devices if None. A single process may leave some of them idle; several processes
+        must use all of theirs.
 
     Raises:
-      UserError: the devices do not suffice, or the batch does not divide; it names what would do.
+      UserError: there are too few devices, or the batch does not divide; it names values that work.
     """
     devices = jax.devices() if devices is None else list(devices)
-    filled = _fill(sizes, len(devices))
+    filled = _resolve_sizes(sizes, len(devices))
     count = math.prod(filled.values())
     if count > len(devices) or count < len(devices) and jax.process_count() > 1:
         raise UserError(
-            f"{_named(sizes)} takes {count} devices and there are {len(devices)}; "
-            f"give {_good_split(sizes, len(devices))}"
+            f"{_format_sizes(sizes)} takes {count} devices and there are {len(devices)}; "
+            f"give {_suggest_sizes(sizes, len(devices))}"
         )
     shares = math.prod(filled[axis] for axis in BATCH_AXES)
     if batch_size % shares:
@@ -51,105 +57,112 @@ def make_mesh(sizes, batch_size, devices=None):
         )
     shape = tuple(filled[axis] for axis in AXES)
     if devices[0].platform == "tpu":
-        # Neighbours on the mesh are neighbours in the machine.
+        # Orders devices so that neighbours in the mesh are neighbours in the interconnect.
         return Mesh(mesh_utils.create_device_mesh(shape, devices[:count]), AXES)
     return Mesh(np.asarray(devices[:count]).reshape(shape), AXES)
 
 
-def _fill(sizes, count):
-    """`sizes` with the one -1 replaced by what is left of `count` devices."""
+def _resolve_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Returns `sizes` with -1 replaced by the quotient of `count` and the other sizes."""
     fixed = math.prod(sizes[axis] for axis in AXES if sizes[axis] != -1)
     if [sizes[axis] for axis in AXES].count(-1) and count % fixed:
         raise UserError(
-            f"{_named(sizes)}: {count} devices do not divide by {fixed}; give "
-            f"{_good_split(sizes, count)}"
+            f"{_format_sizes(sizes)}: {count} devices do not divide by {fixed}; give "
+            f"{_suggest_sizes(sizes, count)}"
         )
     return {axis: count // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES}
 
 
-def _good_split(sizes, count):
-    """Sizes near those asked for whose product is the number of devices, in words."""
+def _suggest_sizes(sizes: Mapping[str, int], count: int) -> str:
+    """Formats sizes close to `sizes` whose product is `count`, for a message."""
     tensor = math.gcd(max(sizes["tensor"], 1), count)
     fsdp = math.gcd(max(sizes["fsdp"], 1), count // tensor)
-    split = {"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
-    return _named(split)
+    return _format_sizes({"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor})
 
 
-def _named(sizes):
+def _format_sizes(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in AXES)
 
 
-def drawing_mesh(batch_size):
-    """A mesh of as many of this process's devices as a batch divides among.
+def drawing_mesh(batch_size: int) -> Mesh:
+    """Creates a mesh for generating and scoring images, of this process's devices.
 
     Args:
-      batch_size: pictures drawn or scored at once.
+      batch_size: images at once. The mesh has the largest number of devices that divides it.
     """
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     return Mesh(np.asarray(devices[:count]).reshape(count, 1, 1), AXES)
 
 
-def replicated(mesh):
-    """The sharding of an array that lies on each device as a whole."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array with a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shares(mesh):
-    """How many equal parts a batch is divided into."""
+def batch_shares(mesh: Mesh) -> int:
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_sharding(mesh):
-    """The sharding of an array whose first axis are the examples of a batch."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array [B, ...] over the examples of a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_share(mesh, batch_size):
-    """Which part of every batch this process has to hold: (index, number of parts).
+def batch_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Returns the part of every batch that this process loads: (index, number of parts).
 
-    Processes among which only `tensor` is divided hold the same part.
+    Processes that differ only in the axis `tensor` load the same part.
     """
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    starts = [rows.indices(batch_size)[0] for (rows,) in places]
-    stops = [rows.indices(batch_size)[1] for (rows,) in places]
-    held = max(stops) - min(starts)
-    return min(starts) // held, batch_size // held
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = [index[0].indices(batch_size) for index in indices if index is not None]
+    start, stop = min(row[0] for row in rows), max(row[1] for row in rows)
+    held = stop - start
+    return start // held, batch_size // held
 
 
-def replicate(tree, mesh):
-    """Places a whole copy of every array on each device."""
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Places a full copy of every array of a pytree on each device."""
     return jax.device_put(tree, replicated(mesh))
 
 
-def random_key(seed, mesh):
-    """The key of a seed on every device; jax does not send keys to those of other processes."""
+def random_key(seed: int, mesh: Mesh) -> PRNGKeyArray:
+    """Returns the PRNG key of a seed on every device.
+
+    It is computed under jit, since jax cannot transfer keys to devices of other processes.
+    """
     return jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated(mesh))(seed)
 
 
-def shard_batch(batch, mesh):
-    """Places a batch of which this process has its part (`batch_share`).
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Places a batch on the devices; each process gives its part (`batch_share`).
 
     Args:
       batch: pytree of host arrays [B / parts, ...].
 
     Returns:
-      Global arrays [B, ...], each device with its share.
+      A pytree of global arrays [B, ...], sharded over the examples.
     """
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
-        return _placed_by_call(sharding)(batch)
+        return _jitted_identity(sharding)(batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 @functools.cache
-def _placed_by_call(sharding):
-    """A function that places a tree: `jax.device_put` takes four times as long for many arrays."""
+def _jitted_identity(sharding: NamedSharding) -> Callable[[Any], Any]:
+    """A jitted identity that places a pytree: four times as fast as `jax.device_put` of many arrays."""
     return jax.jit(lambda tree: tree, in_shardings=sharding, out_shardings=sharding)
 
 
-def placed_shapes(tree, shardings):
-    """Returns a tree of shapes with these shardings, a tree of them or one for all leaves."""
+def placed_shapes(tree: Any, shardings: Any) -> Any:
+    """Returns a pytree of shapes with shardings.
+
+    Args:
+      tree: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      shardings: a pytree of shardings like `tree`, or one sharding for all leaves.
+    """
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(
@@ -157,10 +170,10 @@ def placed_shapes(tree, shardings):
     )
 
 
-def shard_rows(tree, mesh):
-    """Places arrays [N, ...] of which every process holds all, divided if N allows it.
+def shard_rows(tree: Any, mesh: Mesh) -> Any:
+    """Places arrays [N, ...] that every process holds in full; for encoding and inference.
 
-    What encoding and drawing take: batches of other sizes than training's.
+    They are sharded over N if it divides, and replicated otherwise.
     """
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -172,8 +185,8 @@ def shard_rows(tree, mesh):
     return jax.tree.map(place, tree)
 
 
-def fetch(tree):
-    """The arrays of a tree as numpy, on every process as a whole."""
+def fetch(tree: Any) -> Any:
+    """Returns a pytree of global arrays as full numpy arrays, on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

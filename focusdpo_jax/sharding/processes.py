@@ -1,4 +1,4 @@
-"""Several processes that train one model, and what they have to agree on."""
+"""Multi-process runs: initialisation, shutdown, and communication between the processes."""
 
 import contextlib
 import glob
@@ -6,6 +6,8 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from typing import NoReturn, TypeVar
 
 import jax
 from absl import logging
@@ -13,18 +15,25 @@ from jax.experimental import multihost_utils
 
 from focusdpo_jax.errors import UserError
 
-# A process that has not been heard of for so long (seconds) is taken for dead.
+# Seconds without a heartbeat after which a process is considered dead.
 HEARTBEAT = 20
-# Exit status of a process that has lost another one.
+# Exit status of a process that ends because another process ended.
 LOST = 3
+
+_Value = TypeVar("_Value", bool, int, float)
 
 
 @contextlib.contextmanager
-def distributed(coordinator=None, count=None, index=None):
-    """`initialize`, and an end that holds nobody up.
+def distributed(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> Iterator[None]:
+    """Runs `initialize`, and ends the process at once after an error in the context.
 
-    Whoever leaves by an error, or because another process has gone, leaves at once: jax would wait
-    for the others first, who wait for this one.
+    Normally jax waits at exit for the other processes, which in turn wait for this one. With one
+    process exceptions propagate.
+
+    Args:
+      coordinator, count, index: see `initialize`.
     """
     initialize(coordinator, count, index)
     try:
@@ -33,13 +42,13 @@ def distributed(coordinator=None, count=None, index=None):
         if jax.process_count() == 1:
             raise
         if isinstance(error, SystemExit):
-            raise  # All of them, after the same step.
+            raise  # All processes exit after the same step.
         if isinstance(error, UserError):
             _leave(f"error: {error}", 2)
         if isinstance(error, jax.errors.JaxRuntimeError):
             reason = " ".join(str(error).split())
             _leave(
-                "error: another process of this run has gone; start all of them again to go on "
+                "error: another process of this run has ended; start all of them again to resume "
                 f"from the last checkpoint. ({reason:.300})",
                 LOST,
             )
@@ -47,22 +56,25 @@ def distributed(coordinator=None, count=None, index=None):
         _leave("", 1)
 
 
-def _leave(message, status):
+def _leave(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)
 
 
-def initialize(coordinator=None, count=None, index=None):
-    """Joins the other processes of a run, where there are any; before any other use of jax.
+def initialize(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+    """Initialises `jax.distributed` in a multi-process run; call it before any other use of jax.
 
     Args:
-      coordinator: address and port of process 0, "host:1234"; None takes them from the
-        environment (TPU pod or GKE, Slurm, Open MPI) and stays alone where that knows no others.
-      count, index: number of processes, and this one's, from 0 on.
+      coordinator: address and port of process 0, "host:1234". None reads the environment (TPU pod or
+        GKE, Slurm, Open MPI), which may describe a single process.
+      count: number of processes.
+      index: index of this process, from 0.
 
     Raises:
-      UserError: of the three some are given and others not, or the others do not answer.
+      UserError: only some of the three are given, or the processes cannot connect.
     """
     given = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [name for name, value in given.items() if value is None]
@@ -71,9 +83,9 @@ def initialize(coordinator=None, count=None, index=None):
             f"{' and '.join(missing)} missing: give all of {', '.join(given)}, or none "
             "of them to read the environment"
         )
-    if missing and not _has_others():
+    if missing and not _is_one_of_several():
         return
-    # Processes on CPUs, for tests and for a laptop.
+    # Collectives between CPUs, for tests and laptops.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
@@ -87,30 +99,34 @@ def initialize(coordinator=None, count=None, index=None):
         logging.set_verbosity(logging.WARNING)
 
 
-def _has_others():
-    """Whether the environment says that this is one process of several."""
+def _is_one_of_several() -> bool:
+    """Returns whether the environment describes a run of several processes."""
     tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(int(os.environ.get(name, 1)) > 1 for name in tasks):
         return True
-    # A TPU machine knows by itself whether it is one of a slice.
+    # On a TPU machine `jax.distributed` itself detects whether it is part of a slice.
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    wanted = jax.config.jax_platforms or "tpu"
+    wanted = jax.config.jax_platforms or "tpu"  # pyright: ignore[reportAttributeAccessIssue]
     return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
 
 
-def is_first():
-    """Whether this process writes, shows and measures for all."""
+def is_first() -> bool:
+    """Returns whether this is process 0, which writes files, logs and measures for all."""
     return jax.process_index() == 0
 
 
-def from_first(value):
-    """The number or truth value that process 0 has, on all of them."""
+def from_first(value: _Value) -> _Value:
+    """Returns the number or bool of process 0 on every process."""
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(value))
 
 
-def wait(name):
-    """Goes on when all processes have come here; `name` tells places apart."""
+def wait(name: str) -> None:
+    """Barrier: returns when all processes have called it.
+
+    Args:
+      name: identifies the call; the same on every process.
+    """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,20 +1,24 @@
-"""Which axis of the mesh divides which axis of a parameter.
+"""Sharding rules: maps the axes of parameters to axes of the mesh.
 
-Every axis of a parameter has a logical name, which follows from the layer that the parameter
-belongs to; `RULES` says which axis of the mesh divides it. Layers come in twos: the first spreads
-its input over heads or hidden units, the second gathers them (Megatron-LM, arXiv 1909.08053), so
-that `tensor` costs one sum of activations for both.
+Every axis of a parameter has a logical name, which follows from the name of its layer; `RULES` maps
+logical names to axes of the mesh. Layers come in pairs (Megatron-LM, arXiv 1909.08053): the first is
+column-parallel, with its outputs (heads or hidden units) sharded, the second row-parallel, with its
+inputs sharded. So `tensor` needs one all-reduce of activations per pair.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
-from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from focusdpo_jax.models.parameters import Params, Path, flatten, unflatten
+
+# Logical axis: mesh axis.
 RULES = {"width": "fsdp", "hidden": "tensor"}
 
-# Layers of UNet, adapter, CLIP, DINO and autoencoder, by name.
-_SPREADING = {
+# Names of layers of the UNet, the adapter, CLIP, DINO and the autoencoder.
+_COLUMN_PARALLEL = {
     "to_q",
     "to_k",
     "to_v",
@@ -32,68 +36,72 @@ _SPREADING = {
     "conv1",
     "time_emb_proj",
 }
-_GATHERING = {"to_out_0", "out_proj", "net_2", "fc2", "conv2"}
-# Whose parameters have an axis over equal blocks before their own. A loop takes one block after the
-# other, so that this axis is never divided.
+_ROW_PARALLEL = {"to_out_0", "out_proj", "net_2", "fc2", "conv2"}
+# Parameters below this name have a first axis over equal blocks (see `models.stacking`). A loop reads
+# one block after the other, so that this axis is never sharded.
 _STACKED = "transformer_blocks"
 
 
-def logical_axes(path, ndim):
-    """The names of a parameter's axes, None for an axis that is never divided.
+def logical_axes(path: Path, ndim: int) -> tuple[str | None, ...]:
+    """Returns the logical names of a parameter's axes; None for an axis that is never sharded.
 
     Args:
-      path: names from the part on, such as ("unet", "mid_block", ..., "to_q", "kernel").
+      path: keys from the part on, such as ("unet", "mid_block", ..., "to_q", "kernel").
       ndim: number of axes. Kernels are [..., in, out].
     """
     layer, leaf = ("", *path)[-2:]
     if _STACKED in path:
         return (None, *logical_axes((layer, leaf), ndim - 1))
     if ndim < 2:
-        return (None,) * ndim  # Norms and biases take no room.
+        return (None,) * ndim  # Norms and biases need little memory.
     before = (None,) * (ndim - 2)
     if leaf == "lora_a":
-        return (*before, "hidden" if layer in _GATHERING else "width", None)
+        return (*before, "hidden" if layer in _ROW_PARALLEL else "width", None)
     if leaf == "lora_b":
-        return (*before, None, "hidden" if layer in _SPREADING else "width")
+        return (*before, None, "hidden" if layer in _COLUMN_PARALLEL else "width")
     if leaf != "kernel":
-        return (*before, None, "width")  # Tables of embeddings, learned tokens.
-    if layer in _SPREADING:
+        return (*before, None, "width")  # Embedding tables, learned tokens.
+    if layer in _COLUMN_PARALLEL:
         return (*before, "width", "hidden")
-    if layer in _GATHERING:
+    if layer in _ROW_PARALLEL:
         return (*before, "hidden", "width")
     return (*before, None, "width")
 
 
-def parameter_spec(path, shape, mesh):
-    """The PartitionSpec of a parameter.
+def parameter_spec(path: Path, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Returns the PartitionSpec of a parameter.
 
-    An axis that its share of the mesh does not divide equally moves its share to another axis that
-    can take it, or else stays whole.
+    If a mesh axis does not divide the parameter's axis, it shards another axis of the parameter that
+    it divides, if there is one, or else none.
+
+    Args:
+      path: see `logical_axes`.
+      shape: of the parameter.
+      mesh: with the axes of `RULES`.
     """
-    spec = [None] * len(shape)
+    spec: list[tuple[str, ...] | None] = [None] * len(shape)
     first = int(_STACKED in path)
     for position, name in enumerate(logical_axes(path, len(shape))):
-        axis = RULES.get(name)
+        axis = None if name is None else RULES[name]
         if axis is None or mesh.shape[axis] == 1:
             continue
         others = [i for i in reversed(range(first, len(shape))) if i != position]
-        for place in (position, *others):
-            taken = spec[place] or ()
-            share = mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)
-            if shape[place] % share == 0 and (place == position or not taken):
-                spec[place] = (*taken, axis)
+        for candidate in (position, *others):
+            taken = spec[candidate] or ()
+            shards = mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)
+            if shape[candidate] % shards == 0 and (candidate == position or not taken):
+                spec[candidate] = (*taken, axis)
                 break
     return PartitionSpec(*spec)
 
 
-def parameter_sharding(path, shape, mesh):
-    """The NamedSharding of a parameter; see `parameter_spec`."""
+def parameter_sharding(path: Path, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Returns the NamedSharding of a parameter; see `parameter_spec`."""
     return NamedSharding(mesh, parameter_spec(path, shape, mesh))
 
 
-def tree_shardings(tree, mesh):
-    """The shardings of a tree of parameters whose paths begin with their part."""
-    flat = traverse_util.flatten_dict(tree)
-    return traverse_util.unflatten_dict(
-        {path: parameter_sharding(path, leaf.shape, mesh) for path, leaf in flat.items()}
+def tree_shardings(tree: Params, mesh: Mesh) -> dict[str, Any]:
+    """Returns a tree of shardings for a parameter tree with one root per part."""
+    return unflatten(
+        {path: parameter_sharding(path, leaf.shape, mesh) for path, leaf in flatten(tree).items()}
     )

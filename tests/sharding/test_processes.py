@@ -85,7 +85,7 @@ def test_two_processes_train_as_one_and_survive_the_loss_of_one(tiny_folder, tmp
     errors = first.communicate(timeout=120)[1]
     second.communicate()
     assert time.monotonic() - killed < 60 and first.returncode == processes.LOST
-    assert "error: another process of this run has gone; start all of them again" in errors
+    assert "error: another process of this run has ended; start all of them again" in errors
 
     again = start_both(tiny_folder, both)
     errors = [process.communicate(timeout=300)[1] for process in again]
