@@ -1,1 +1,1 @@
-"""Names and layouts of other people's weight files, to and from our parameter trees."""
+"""Weight files of other projects, to and from our parameter trees."""

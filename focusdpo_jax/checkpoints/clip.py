@@ -1,12 +1,14 @@
-"""CLIP with both towers in transformers' folders: `config.json`, `model.safetensors`, tokenizer.
+"""CLIP with both encoders from a transformers folder: `config.json`, `model.safetensors`, tokenizer.
 
-It is published so as a CLIPModel (openai/clip-vit-base-patch32 and its sisters). Such a folder has
-the tokenizer's files beside the weights, which may be cut into shards.
+CLIPModels are published so, for example openai/clip-vit-base-patch32. The folder has the tokenizer's
+files beside the weights, which may be sharded.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -15,31 +17,32 @@ from focusdpo_jax.checkpoints import diffusers_configs, pytorch_names, weight_fi
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import vocabulary
 from focusdpo_jax.models.clip import CLIPText, CLIPVision
+from focusdpo_jax.models.parameters import Params
 from focusdpo_jax.models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIP:
-    """Both towers, computing in float32, and their parameters as float32 numpy arrays.
+    """Both encoders in float32, with their parameters as float32 numpy arrays.
 
     Attributes:
-      text, image: the modules, both with a projection to one space.
-      text_parameters, image_parameters: without the outer "params".
-      tokenizer: its row 0 is what `text` reads.
+      text, image: the modules; both project to the same space.
+      text_parameters, image_parameters: parameter trees, without the outer "params".
+      tokenizer: row 0 of its result is the input of `text`.
     """
 
     text: CLIPText
-    text_parameters: Any
+    text_parameters: Params
     image: CLIPVision
-    image_parameters: Any
+    image_parameters: Params
     tokenizer: Tokenizer
 
 
-def load(folder):
-    """Reads a transformers folder.
+def load(folder: epath.PathLike) -> CLIP:
+    """Loads a transformers folder of a CLIPModel.
 
     Raises:
-      UserError: a file is missing or damaged, or they do not fit each other.
+      UserError: a file is missing or damaged, or the files do not fit each other.
     """
     folder = epath.Path(folder)
     path = folder / "config.json"
@@ -48,39 +51,55 @@ def load(folder):
     )
     if not isinstance(values, dict) or values.get("model_type") != "clip":
         raise UserError(
-            f"{path}: model_type is not 'clip': give the folder of a CLIPModel, with both towers."
+            f"{path}: model_type is not 'clip': give the folder of a CLIPModel, with both encoders."
         )
     tensors = weight_files.read(folder, "model")
-    towers = {}
-    for name, read, kind, example in (
-        (
-            "text",
-            diffusers_configs.read_clip_text,
-            CLIPText,
+    text = CLIPText(
+        diffusers_configs.read_clip_text(_encoder_values(values, "text_config"), str(path))
+    )
+    image = CLIPVision(
+        diffusers_configs.read_clip_vision(_encoder_values(values, "vision_config"), str(path))
+    )
+    side = image.config.image_size
+    return CLIP(
+        text,
+        _load_parameters(
+            tensors,
+            ("text_model.", "text_projection."),
+            text,
             jax.ShapeDtypeStruct((1, 2), np.int32),
+            str(folder),
         ),
-        ("vision", diffusers_configs.read_clip_vision, CLIPVision, None),
-    ):
-        config = read(
-            {
-                **(values.get(f"{name}_config") or {}),
-                "projection_dim": values.get("projection_dim", 512),
-                "architectures": ["WithProjection"],
-            },
-            str(path),
-        )
-        if example is None:
-            side = config.image_size
-            example = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-        module = kind(config)
-        template = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
-        projection = "text_projection" if name == "text" else "visual_projection"
-        own = {
-            key: value
-            for key, value in tensors.items()
-            if key.startswith((f"{name}_model.", f"{projection}."))
-        }
-        params = pytorch_names.to_flax(own, template, str(folder))
-        towers[name] = module, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    tokenizer = Tokenizer(folder, towers["text"][0].config.max_length)
-    return CLIP(*towers["text"], *towers["vision"], tokenizer)
+        image,
+        _load_parameters(
+            tensors,
+            ("vision_model.", "visual_projection."),
+            image,
+            jax.ShapeDtypeStruct((1, side, side, 3), np.float32),
+            str(folder),
+        ),
+        Tokenizer(folder, text.config.max_length),
+    )
+
+
+def _encoder_values(values: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Returns the config.json that a single encoder of a CLIPModel would have."""
+    return {
+        **(values.get(field) or {}),
+        "projection_dim": values.get("projection_dim", 512),
+        "architectures": ["WithProjection"],
+    }
+
+
+def _load_parameters(
+    tensors: Mapping[str, Any],
+    prefixes: tuple[str, ...],
+    module: nn.Module,
+    example: jax.ShapeDtypeStruct,
+    source: str,
+) -> Params:
+    """Reads the tensors whose names have one of the prefixes, as float32 parameters of a module."""
+    template = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
+    own = {name: value for name, value in tensors.items() if name.startswith(prefixes)}
+    params = pytorch_names.to_flax(own, template, source)
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)

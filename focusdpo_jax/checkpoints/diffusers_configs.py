@@ -1,8 +1,11 @@
-"""The config.json files of diffusers and transformers, to and from our parts' configurations.
+"""The config.json files of diffusers and transformers, to and from the configurations of our parts.
 
-What such a file can say and our modules cannot do is refused by name, so that a model of another
-kind never loads as if it were SDXL.
+Values that our modules do not implement are rejected with the name of the field, so that a model of
+another architecture never loads as if it were SDXL.
 """
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -10,11 +13,12 @@ from focusdpo_jax.diffusion.samplers import SPACINGS
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import read_json
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from focusdpo_jax.models.generator_config import GeneratorConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
 
-# Fields with the one value that our modules stand for. diffusers' files state every field, but
-# older ones lack the newer: those in _STATED must be there, others may be missing.
+# Fields with the one value that our modules implement. diffusers writes every field, but older files
+# lack newer fields: those in _STATED are required, the others optional.
 _UNET = {
     "act_fn": "silu",
     "addition_embed_type": "text_time",
@@ -66,8 +70,7 @@ _SCHEDULER = {
     "num_train_timesteps": 1000,
     "trained_betas": None,
 }
-# Fields that change the noise, the timesteps or the UNet's input, with the one value that is
-# implemented.
+# Fields that change the noise, the timesteps or the UNet's input, with the one implemented value.
 _SAMPLING = {
     "clip_sample": False,
     "final_sigmas_type": "zero",
@@ -82,15 +85,15 @@ _SAMPLING = {
     "use_karras_sigmas": False,
     "use_lu_lambdas": False,
 }
-# The same of DPM-Solver's own classes.
+# The same for the DPM-Solver classes.
 _DPM_SOLVER = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "solver_type": "midpoint",
     "lambda_min_clipped": -float("inf"),
 }
-# Scheduler classes with this noise schedule, and the default spacing of each in diffusers. The sampler is
-# chosen elsewhere (`diffusion.samplers`).
+# Scheduler classes with this noise schedule, and the default timestep spacing of each in diffusers. The
+# class does not determine the sampler (`diffusion.samplers`).
 SCHEDULERS = dict.fromkeys(
     (
         "DDIMScheduler",
@@ -125,7 +128,7 @@ _STATED = {
     "beta_schedule",
     "beta_start",
 }
-# What transformers takes where a file is silent; its files once stated differences alone.
+# transformers' defaults for fields that a file lacks; older files have only fields that differ.
 _CLIP_TEXT = {
     "vocab_size": 49408,
     "max_position_embeddings": 77,
@@ -147,7 +150,7 @@ _CLIP_VISION = {
     "hidden_act": "quick_gelu",
     "projection_dim": 512,
 }
-# Our names of the fields of both towers.
+# Our names of the fields of both encoders, and transformers'.
 _TOWER = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -163,15 +166,15 @@ _TEXT = _TOWER | {
 _VISION = _TOWER | {"image_size": "image_size", "patch_size": "patch_size"}
 
 
-def read_file(folder, files):
-    """The values of a folder's config.json.
+def read_file(folder: epath.PathLike, files: str) -> dict[str, Any]:
+    """Reads the config.json of a folder.
 
     Args:
-      folder: anything that `epath.Path` takes.
-      files: what such a folder has, for the message where the file is missing.
+      folder: of the model.
+      files: the files that such a folder has, for the message if config.json is missing.
 
     Raises:
-      UserError: the file is missing or no JSON.
+      UserError: the file is missing or not a JSON object.
     """
     path = epath.Path(folder) / "config.json"
     if not path.exists():
@@ -181,8 +184,8 @@ def read_file(folder, files):
     return read_json(path)
 
 
-def _require(values, fixed, source):
-    """Raises a UserError over every field whose value our modules do not stand for."""
+def _require(values: Mapping[str, Any], fixed: Mapping[str, Any], source: str) -> None:
+    """Raises a UserError that names every field whose value our modules do not implement."""
     wrong = [
         f"{name} = {values.get(name)!r} (not {value!r})"
         for name, value in fixed.items()
@@ -194,15 +197,19 @@ def _require(values, fixed, source):
         )
 
 
-def _per_level(value, levels):
+def _per_level(value: Any, levels: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
 
 
-def read_unet(values, source):
-    """A `UNetConfig` from `UNet2DConditionModel`'s config.json, a dict; `source` names the file.
+def read_unet(values: Mapping[str, Any], source: str) -> UNetConfig:
+    """Converts the config.json of a `UNet2DConditionModel`.
+
+    Args:
+      values: of the file.
+      source: name of the file for messages.
 
     Raises:
-      UserError: a field has a value that `UNet` cannot follow.
+      UserError: a field has a value that `UNet` does not implement.
     """
     _require(values, _UNET, source)
     down, up = values["down_block_types"], values["up_block_types"]
@@ -237,22 +244,22 @@ def read_unet(values, source):
     )
 
 
-def write_unet(config, sample_size):
-    """The config.json, a dict, with which `UNet2DConditionModel` takes a UNet's parameters.
+def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
+    """Returns the config.json of a `UNet2DConditionModel` with a UNet's parameters.
 
-    The image branch is no part of it: diffusers adds it when it loads an IP-Adapter.
+    The image branch is not part of it: diffusers adds it when it loads an IP-Adapter.
 
     Args:
-      config: a `UNetConfig`.
-      sample_size: side of the latents that pipelines draw unless told otherwise.
+      config: sizes of the UNet.
+      sample_size: side of the latents that pipelines generate by default.
 
     Raises:
-      UserError: diffusers has no such UNet.
+      UserError: diffusers does not support these sizes.
     """
     depths, mid = config.transformer_layers_per_block, config.mid_transformer_layers
     if not mid or depths[-1] not in (0, mid):
         raise UserError(
-            f"mid_transformer_layers = {mid}: diffusers knows only UNets whose middle block has "
+            f"mid_transformer_layers = {mid}: diffusers supports only UNets whose middle block has "
             f"as many transformer blocks as their last level, and one or more; this one's "
             f"transformer_layers_per_block = {depths}"
         )
@@ -279,11 +286,11 @@ def write_unet(config, sample_size):
     }
 
 
-def read_vae(values, source):
-    """A `VAEConfig` from `AutoencoderKL`'s config.json.
+def read_vae(values: Mapping[str, Any], source: str) -> VAEConfig:
+    """Converts the config.json of an `AutoencoderKL`; see `read_unet` for the arguments.
 
     Raises:
-      UserError: a field has a value that `VAE` cannot follow.
+      UserError: a field has a value that `VAE` does not implement.
     """
     _require(values, _VAE | {"out_channels": values["in_channels"]}, source)
     return VAEConfig(
@@ -297,8 +304,13 @@ def read_vae(values, source):
     )
 
 
-def write_vae(config, sample_size):
-    """The config.json with which `AutoencoderKL` takes a VAE's parameters; size in pixels."""
+def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:
+    """Returns the config.json of an `AutoencoderKL` with a VAE's parameters.
+
+    Args:
+      config: sizes of the VAE.
+      sample_size: side of the images in pixels.
+    """
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -319,9 +331,18 @@ def write_vae(config, sample_size):
     }
 
 
-def _read_tower(kind, names, values, defaults, source):
+_Encoder = TypeVar("_Encoder", CLIPTextConfig, CLIPVisionConfig)
+
+
+def _read_encoder(
+    kind: type[_Encoder],
+    names: Mapping[str, str],
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    source: str,
+) -> _Encoder:
     _require(values, _CLIP, source)
-    values = defaults | values
+    values = {**defaults, **values}
     projected = any(name.endswith("WithProjection") for name in values.get("architectures") or ())
     return kind(
         **{ours: values[theirs] for ours, theirs in names.items()},
@@ -329,17 +350,25 @@ def _read_tower(kind, names, values, defaults, source):
     )
 
 
-def read_clip_text(values, source):
-    """A `CLIPTextConfig` from a config.json of transformers' `CLIPTextModel[WithProjection]`."""
-    return _read_tower(CLIPTextConfig, _TEXT, values, _CLIP_TEXT, source)
+def read_clip_text(values: Mapping[str, Any], source: str) -> CLIPTextConfig:
+    """Converts the config.json of transformers' `CLIPTextModel[WithProjection]`.
+
+    See `read_unet` for the arguments and errors.
+    """
+    return _read_encoder(CLIPTextConfig, _TEXT, values, _CLIP_TEXT, source)
 
 
-def read_clip_vision(values, source):
-    """A `CLIPVisionConfig` from one of transformers' `CLIPVisionModel[WithProjection]`."""
-    return _read_tower(CLIPVisionConfig, _VISION, values, _CLIP_VISION, source)
+def read_clip_vision(values: Mapping[str, Any], source: str) -> CLIPVisionConfig:
+    """Converts the config.json of transformers' `CLIPVisionModel[WithProjection]`.
+
+    See `read_unet` for the arguments and errors.
+    """
+    return _read_encoder(CLIPVisionConfig, _VISION, values, _CLIP_VISION, source)
 
 
-def _write_tower(model, kind, config, names):
+def _write_encoder(
+    model: str, kind: str, config: CLIPTextConfig | CLIPVisionConfig, names: Mapping[str, str]
+) -> dict[str, Any]:
     projection = config.projection_dim
     return {
         "architectures": [model + ("WithProjection" if projection else "")],
@@ -350,32 +379,33 @@ def _write_tower(model, kind, config, names):
     }
 
 
-def write_clip_text(config):
-    """The config.json with which `CLIPTextModel` (`...WithProjection`) takes our parameters."""
+def write_clip_text(config: CLIPTextConfig) -> dict[str, Any]:
+    """Returns the config.json of a `CLIPTextModel[WithProjection]` with our parameters."""
     ends = {"bos_token_id": config.vocab_size - 2, "pad_token_id": 1}
-    return _write_tower("CLIPTextModel", "clip_text_model", config, _TEXT) | ends
+    return _write_encoder("CLIPTextModel", "clip_text_model", config, _TEXT) | ends
 
 
-def write_clip_vision(config):
-    """The config.json with which `CLIPVisionModel` (`...WithProjection`) takes our parameters."""
-    return _write_tower("CLIPVisionModel", "clip_vision_model", config, _VISION) | {
+def write_clip_vision(config: CLIPVisionConfig) -> dict[str, Any]:
+    """Returns the config.json of a `CLIPVisionModel[WithProjection]` with our parameters."""
+    return _write_encoder("CLIPVisionModel", "clip_vision_model", config, _VISION) | {
         "num_channels": 3
     }
 
 
-def read_scheduler(values, source):
-    """`GeneratorConfig`'s fields about noise and timesteps from a scheduler_config.json.
+def read_scheduler(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Converts a scheduler_config.json to fields of `GeneratorConfig` about noise and timesteps.
 
-    Where the file is silent they are the defaults of its class in diffusers, as a pipeline has them.
+    Fields that the file lacks have the defaults of its class in diffusers, as in a pipeline. See
+    `read_unet` for the arguments.
 
     Raises:
-      UserError: its noise levels are not SDXL's, or a field asks for what is not implemented.
+      UserError: the noise schedule is not SDXL's, or a field has a value that is not implemented.
     """
     kind = values.get("_class_name", "DDIMScheduler")
     if kind not in SCHEDULERS:
         raise UserError(
-            f"{source} has _class_name = {kind!r}, which draws in another way than "
-            f"this package can; known: {', '.join(sorted(SCHEDULERS))}"
+            f"{source} has _class_name = {kind!r}, which is not supported; supported are "
+            f"{', '.join(sorted(SCHEDULERS))}"
         )
     _require(values, _SCHEDULER, source)
     fixed = _SAMPLING | (_DPM_SOLVER if kind.startswith("DPMSolver") else {})
@@ -402,26 +432,22 @@ def read_scheduler(values, source):
         wrong.append("rescale_betas_zero_snr = True (only with prediction_type = 'v_prediction')")
     if wrong:
         raise UserError(
-            f"{source} asks for what is not implemented: {', '.join(wrong)}. If the "
-            "model was not trained with it, set it to what is"
+            f"{source} has values that are not implemented: {', '.join(wrong)}. If the "
+            "model was not trained with them, set them to the implemented ones"
         )
-    # None is what follows from the signal-to-noise ratio (see GeneratorConfig).
-    usual = "trailing" if zero_snr else "leading"
+    # None is the default of GeneratorConfig, which depends on the terminal signal-to-noise ratio.
+    default = "trailing" if zero_snr else "leading"
     return {
         "prediction_type": prediction_type,
         "zero_terminal_snr": zero_snr,
-        "timestep_spacing": None if spacing == usual else spacing,
+        "timestep_spacing": None if spacing == default else spacing,
         "steps_offset": offset,
         "set_alpha_to_one": bool(values.get("set_alpha_to_one", True)),
     }
 
 
-def write_scheduler(config):
-    """The scheduler_config.json of the sampler that this package draws with by default, DDIM.
-
-    Args:
-      config: a `GeneratorConfig`.
-    """
+def write_scheduler(config: GeneratorConfig) -> dict[str, Any]:
+    """Returns the scheduler_config.json of DDIM, this package's default sampler."""
     spacing = config.spacing
     return {
         "_class_name": "DDIMScheduler",

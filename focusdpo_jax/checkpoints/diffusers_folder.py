@@ -1,6 +1,6 @@
-"""An SDXL pipeline in the folder layout of diffusers, both ways.
+"""Reads and writes an SDXL pipeline in the folder layout of diffusers.
 
-    model_index.json            what the parts are
+    model_index.json            class of each part
     unet/, vae/                 config.json, diffusion_pytorch_model[.fp16].safetensors
     text_encoder/, text_encoder_2/, image_encoder/
                                 config.json, model[.fp16].safetensors (transformers' layout)
@@ -8,16 +8,17 @@
     scheduler/                  scheduler_config.json
     ip_adapter.safetensors      subject adapter and image branch, IP-Adapter's layout (our addition)
 
-Weights may be cut into shards, listed by an index.json. Reading holds one tensor besides those
-that it has placed. Where `ip_adapter.safetensors` is missing a new adapter is made for the UNet.
+Weights may be sharded, with an index.json. Reading holds at most one tensor besides those that are
+already placed. If `ip_adapter.safetensors` is missing, the UNet gets a new adapter.
 """
 
 import dataclasses
 import json
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from etils import epath
-from flax import traverse_util
 
 from focusdpo_jax.checkpoints import (
     diffusers_configs,
@@ -29,11 +30,14 @@ from focusdpo_jax.checkpoints import (
 from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.files import read_json, replace_file
 from focusdpo_jax.models import clip, vocabulary
-from focusdpo_jax.models.generator import GeneratorConfig, check_parts
+from focusdpo_jax.models.generator_config import GeneratorConfig, check_parts
+from focusdpo_jax.models.parameters import Params, Path, flatten, unflatten
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
+from focusdpo_jax.models.tokenizer import Tokenizer
 
 ADAPTER = "ip_adapter.safetensors"
 _CLASS = "StableDiffusionXLPipeline"
+# Name of each part's weight file, without its ending.
 _STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -56,56 +60,61 @@ FETCH = (
     "config.model.image_encoder, config.model.adapter and config.model.tokenizer where they lie "
     "elsewhere."
 )
-# Which of IP-Adapter's releases belong together.
+# The image encoders of IP-Adapter's releases.
 PAIRS = (
     "Of h94/IP-Adapter, sdxl_models/ip-adapter*_vit-h.safetensors were trained with "
     "models/image_encoder, and sdxl_models/ip-adapter_sdxl.safetensors with "
     "sdxl_models/image_encoder."
 )
-# A repository, and perhaps a path in it.
+# A repository and an optional path in it.
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?$")
 
 
-def is_one(folder):
-    """Whether a folder is a diffusers pipeline."""
+def is_one(folder: epath.PathLike) -> bool:
+    """Returns whether a folder is a diffusers pipeline."""
     return (epath.Path(folder) / "model_index.json").exists()
 
 
-def find(name):
-    """The file or folder that `name` stands for, or None.
+def find(name: epath.PathLike) -> epath.Path | None:
+    """Resolves a path or a hub id to a local file or folder; None if there is none.
 
     Args:
-      name: a path, or a hub id with or without a path in it (h94/IP-Adapter/models/image_encoder)
-        of what was fetched before. Nothing is downloaded.
+      name: a path, or a hub id with an optional path in the repository, such as
+        h94/IP-Adapter/models/image_encoder, that is in the hub's cache. Nothing is downloaded.
     """
     if epath.Path(name).exists():
         return epath.Path(name)
     match = _HUB_NAME.match(str(name))
     if match:
-        import huggingface_hub  # Needed for this alone.
+        import huggingface_hub  # Only needed here.
 
         try:
             cached = epath.Path(huggingface_hub.snapshot_download(match[1], local_files_only=True))
         except (OSError, ValueError):
-            return None  # Not in the cache of the hub's client.
+            return None  # Not in the hub's cache.
         path = cached / match[2] if match[2] else cached
         if path.exists():
             return path
     return None
 
 
-def files_of(folder, part):
-    """The safetensors files of a part in its folder, or an empty list; see `weight_files.find`."""
+def files_of(folder: epath.PathLike, part: str) -> list[epath.Path]:
+    """Returns the safetensors files of a part in its folder; see `weight_files.find`."""
     return weight_files.find(epath.Path(folder), _STEMS[part])
 
 
-def missing_files(folders, tokenizer, base="", variant=None):
-    """Paths of the files that a generator needs and that are not there.
+def missing_files(
+    folders: Mapping[str, epath.Path],
+    tokenizer: epath.Path,
+    base: epath.PathLike = "",
+    variant: str | None = None,
+) -> list[str]:
+    """Returns the paths of required files of a generator that do not exist.
 
     Args:
       folders: {part: its folder}.
       tokenizer: folder of the vocabulary.
-      base: folder that paths below it are given without.
+      base: folder; paths below it are returned relative to it.
       variant: see `weight_files.find`.
     """
     missing = [
@@ -119,22 +128,37 @@ def missing_files(folders, tokenizer, base="", variant=None):
     return [path.removeprefix(f"{base}/") for path in missing]
 
 
-def part_folders(folder, image_encoder=None):
-    """{part: folder} of a pipeline whose image encoder may lie elsewhere."""
+def part_folders(
+    folder: epath.PathLike, image_encoder: epath.PathLike | None = None
+) -> dict[str, epath.Path]:
+    """Returns {part: folder} of a pipeline.
+
+    Args:
+      folder: of the pipeline.
+      image_encoder: folder of the image encoder; None for the pipeline's own.
+    """
     folders = {part: epath.Path(folder) / part for part in _STEMS}
     return folders | ({"image_encoder": epath.Path(image_encoder)} if image_encoder else {})
 
 
-def load_config(folder, variant=None, *, adapter=None, image_encoder=None, tokenizer=None):
-    """The `GeneratorConfig` of a folder.
+def load_config(
+    folder: epath.PathLike,
+    variant: str | None = None,
+    *,
+    adapter: epath.Path | None = None,
+    image_encoder: epath.PathLike | None = None,
+    tokenizer: epath.PathLike | None = None,
+) -> GeneratorConfig:
+    """Reads the configuration of a pipeline.
 
     Args:
+      folder: of the pipeline.
       variant: see `weight_files.find`.
-      adapter: an IP-Adapter file in the place of the folder's own.
-      image_encoder, tokenizer: folders in the place of the folder's own.
+      adapter: an IP-Adapter file to use instead of the folder's own.
+      image_encoder, tokenizer: folders to use instead of the folder's own.
 
     Raises:
-      UserError: files are missing or damaged, or it is no SDXL.
+      UserError: files are missing or damaged, or the model is not SDXL.
     """
     folder = epath.Path(folder)
     index = folder / "model_index.json"
@@ -145,8 +169,6 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
     if missing:
         raise MissingFiles(f"{folder} lacks {', '.join(missing)}. {FETCH}")
     parts = {part: read_part_config(folders[part], part) for part in _READERS}
-    index = folder / "model_index.json"
-    index = read_json(index) if index.exists() else {}
     scheduler, noise = folder / "scheduler" / "scheduler_config.json", {}
     if scheduler.exists():
         # The class in model_index.json takes precedence over the one in the scheduler's own file.
@@ -154,14 +176,14 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
         named = {"_class_name": named[1]} if len(named) > 1 and isinstance(named[1], str) else {}
         noise = _read_config(
             scheduler,
-            lambda values, source: diffusers_configs.read_scheduler(values | named, source),
+            lambda values, source: diffusers_configs.read_scheduler({**values, **named}, source),
         )
     parts["unet"] = dataclasses.replace(parts["unet"], image_context=True)
     try:
         check_parts(**{name: config for name, config in parts.items() if name != "image_encoder"})
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    # What diffusers takes for granted where the file is silent.
+    # True is diffusers' default.
     zeros = index.get("force_zeros_for_empty_prompt", True)
     return generator_config(
         parts,
@@ -172,12 +194,12 @@ def load_config(folder, variant=None, *, adapter=None, image_encoder=None, token
     )
 
 
-def _require_sdxl(folder, index):
-    """Raises a UserError where a model_index.json, a dict, is that of another kind of pipeline."""
+def _require_sdxl(folder: epath.Path, index: Mapping[str, Any]) -> None:
+    """Raises a UserError if a model_index.json describes another kind of pipeline."""
     name = index.get("_class_name", _CLASS)
     if _CLASS.removesuffix("Pipeline") not in str(name):
         raise UserError(
-            f"{folder} is a {name} (its model_index.json says so), and only SDXL is read: "
+            f"{folder} is a {name} according to its model_index.json, and only SDXL is supported: "
             f"give the folder of a {_CLASS}"
         )
     absent = [
@@ -189,19 +211,24 @@ def _require_sdxl(folder, index):
     if absent:
         refiner = " (SDXL's refiner has no first one)" if absent == ["text_encoder"] else ""
         raise UserError(
-            f"{folder} has no {' and no '.join(absent)}{refiner}, as its model_index.json says: "
-            "give the folder of an SDXL base model, which has both text encoders"
+            f"{folder} has no {' and no '.join(absent)}{refiner} according to its "
+            "model_index.json: give the folder of an SDXL base model, which has both text encoders"
         )
 
 
-def generator_config(parts, adapter, image_encoder, **others):
-    """The `GeneratorConfig` of parts and a subject adapter.
+def generator_config(
+    parts: Mapping[str, Any],
+    adapter: epath.Path | None,
+    image_encoder: epath.PathLike,
+    **others: Any,
+) -> GeneratorConfig:
+    """Builds the configuration of parts and a subject adapter.
 
     Args:
-      parts: {part: configuration} of all parts but the adapter.
+      parts: {part: configuration} of all parts except the adapter.
       adapter: path of an IP-Adapter file, which need not exist; see `adapter_config`.
-      image_encoder: folder of the image encoder.
-      others: the other fields.
+      image_encoder: folder of the image encoder, for the message.
+      others: other fields of `GeneratorConfig`.
 
     Raises:
       UserError: the adapter was trained with another image encoder or another UNet.
@@ -217,17 +244,17 @@ def generator_config(parts, adapter, image_encoder, **others):
         ) from error
 
 
-def read_part_config(folder, part):
-    """The configuration of a part from its folder."""
+def read_part_config(folder: epath.Path, part: str) -> Any:
+    """Reads the configuration of a part from its folder."""
     return _read_config(folder / "config.json", _READERS[part])
 
 
-def adapter_config(file, parts):
-    """The configuration of an IP-Adapter file or, where there is none, of a new adapter.
+def adapter_config(file: epath.Path | None, parts: Mapping[str, Any]) -> SubjectAdapterConfig:
+    """Returns the configuration of an IP-Adapter file, or of a new adapter if there is no file.
 
     Args:
       file: path of the file, or None.
-      parts: {part: configuration} of image encoder and UNet.
+      parts: {part: configuration} with the image encoder and the UNet.
     """
     if file is not None and file.exists():
         return ip_adapter.read_config(*tensor_file.read(file), str(file))
@@ -238,21 +265,30 @@ def adapter_config(file, parts):
     )
 
 
-def open_part(folder, part, example, *, adapter=None, image_encoder=None, variant=None):
-    """Finds the tensors of one part and checks names and shapes; only headers are read.
+def open_part(
+    folder: epath.PathLike,
+    part: str,
+    example: Params,
+    *,
+    adapter: epath.PathLike | None = None,
+    image_encoder: epath.PathLike | None = None,
+    variant: str | None = None,
+) -> dict[Path, tensor_file.LazyTensor] | None:
+    """Finds the tensors of one part and checks their names and shapes; only headers are read.
 
-    The image branch of the UNet comes from the IP-Adapter file. Without one it starts as a copy
-    of the projections of the text, as IP-Adapter's own training does.
+    The image branch of the UNet is read from the IP-Adapter file. Without one it is initialised as a
+    copy of the text projections, as in IP-Adapter's own training.
 
     Args:
+      folder: of the pipeline.
       part: one of `generator.PARTS`.
-      example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s, without "params".
+      example: the expected tree of arrays or `jax.ShapeDtypeStruct`s, without "params".
       adapter, image_encoder: see `load_config`.
       variant: see `weight_files.find`.
 
     Returns:
       {path in `stacking.split(example)`: LazyTensor}, for `tensor_file.load`; None for "adapter"
-      where there is no such file.
+      if there is no such file.
 
     Raises:
       UserError: a file is damaged, or tensors are missing, unexpected or of another shape; it names
@@ -270,18 +306,24 @@ def open_part(folder, part, example, *, adapter=None, image_encoder=None, varian
     return pytorch_names.fit(tensors, example, str(folder))
 
 
-def load_part(folder, part, example, *, dtype=None, sharding=None, **files):
+def load_part(
+    folder: epath.PathLike,
+    part: str,
+    example: Params,
+    *,
+    dtype: Any = None,
+    sharding: Any = None,
+    **files: Any,
+) -> dict[str, Any] | None:
     """Reads one part, tensor by tensor.
 
     Args:
       folder, part, example, files: see `open_part`.
-      dtype: of every leaf, or a tree of types like `example`; None leaves the file's.
-      sharding: of every leaf, or a tree of shardings like `example`. Each process reads all of a
-        tensor and keeps its own shards.
+      dtype, sharding: see `tensor_file.placement`.
 
     Returns:
-      A tree like `example` of numpy arrays or, where a sharding is given, of jax arrays; None for
-      "adapter" where there is no such file.
+      A tree like `example` of numpy arrays or, with a sharding, of jax arrays; None for "adapter"
+      if there is no such file.
 
     Raises:
       UserError: see `open_part`.
@@ -289,39 +331,48 @@ def load_part(folder, part, example, *, dtype=None, sharding=None, **files):
     return tensor_file.load(open_part(folder, part, example, **files), example, dtype, sharding)
 
 
-def read_tensors(folder, part, variant=None):
-    """{name: LazyTensor} of a part; see `weight_files.read`."""
+def read_tensors(
+    folder: epath.PathLike, part: str, variant: str | None = None
+) -> dict[str, tensor_file.LazyTensor]:
+    """Returns {name: LazyTensor} of a part; see `weight_files.read`."""
     return weight_files.read(folder, _STEMS[part], variant)
 
 
-def open_adapter(file, example):
-    """The tensors of the subject adapter of an IP-Adapter file; see `pytorch_names.fit`."""
+def open_adapter(file: epath.PathLike, example: Params) -> dict[Path, tensor_file.LazyTensor]:
+    """Finds the tensors of the subject adapter in an IP-Adapter file; see `pytorch_names.fit`."""
     tensors = ip_adapter.image_projection(tensor_file.read(file)[0])
     return pytorch_names.fit(tensors, example, str(file))
 
 
-def save_part(folder, part, parameters, config, resolution):
-    """Writes one part as diffusers (or transformers) reads it.
+def save_part(
+    folder: epath.PathLike,
+    part: str,
+    parameters: Params,
+    config: GeneratorConfig,
+    resolution: int,
+) -> None:
+    """Writes one part in the layout of diffusers (or transformers).
 
-    Of the UNet neither the image branch nor low-rank updates are written: they have files of
+    The image branch and the low-rank updates of the UNet are not written: they have files of
     their own (`save_adapter`, `lora.save`).
 
     Args:
+      folder: of the pipeline.
       part: one of `generator.PARTS`, but not "adapter".
-      parameters: the part's tree.
-      config: the `GeneratorConfig`.
-      resolution: side in pixels of the pictures that pipelines draw unless told otherwise.
+      parameters: tree of the part.
+      config: of the generator.
+      resolution: side in pixels of the images that pipelines generate by default.
 
     Raises:
-      UserError: diffusers has no such model.
+      UserError: diffusers does not support a model of these sizes.
     """
     part_config = getattr(config, part)
     if part == "unet":
         written = diffusers_configs.write_unet(part_config, resolution // config.vae.factor)
-        parameters = traverse_util.unflatten_dict(
+        parameters = unflatten(
             {
                 path: leaf
-                for path, leaf in traverse_util.flatten_dict(parameters).items()
+                for path, leaf in flatten(parameters).items()
                 if path[-1] not in ("lora_a", "lora_b") and not ip_adapter.is_image_branch(path)
             }
         )
@@ -337,12 +388,13 @@ def save_part(folder, part, parameters, config, resolution):
     tensor_file.write(folder / f"{_STEMS[part]}.safetensors", pytorch_names.lay_out(parameters))
 
 
-def save_adapter(folder, parameters, config):
-    """Writes the subject adapter and the UNet's image branch as `pipe.load_ip_adapter` reads them.
+def save_adapter(folder: epath.PathLike, parameters: Params, config: GeneratorConfig) -> None:
+    """Writes the subject adapter and the UNet's image branch for `pipe.load_ip_adapter`.
 
     Args:
+      folder: to write to.
       parameters: {part: tree} with "unet" and "adapter".
-      config: the `GeneratorConfig`.
+      config: of the generator.
     """
     tensors = ip_adapter.from_flax(parameters["unet"], parameters["adapter"])
     tensor_file.write(
@@ -350,12 +402,15 @@ def save_adapter(folder, parameters, config):
     )
 
 
-def save_surroundings(folder, config, tokenizer):
-    """Writes what a pipeline is besides its weights: index, scheduler, tokenizers, preprocessor.
+def save_surroundings(
+    folder: epath.PathLike, config: GeneratorConfig, tokenizer: Tokenizer
+) -> None:
+    """Writes the files of a pipeline besides its parts: index, scheduler, tokenizers, preprocessor.
 
     Args:
-      config: the `GeneratorConfig`.
-      tokenizer: the generator's `Tokenizer`.
+      folder: of the pipeline.
+      config: of the generator.
+      tokenizer: of the generator.
     """
     folder = epath.Path(folder)
     for name, padding in zip(("tokenizer", "tokenizer_2"), tokenizer.fillers):
@@ -416,8 +471,8 @@ def save_surroundings(folder, config, tokenizer):
     )
 
 
-def _read_config(path, read):
-    """What `read` makes of a JSON file."""
+def _read_config(path: epath.Path, read: Callable[[Mapping[str, Any], str], Any]) -> Any:
+    """Converts a JSON file with `read`; missing or malformed fields become UserErrors."""
     values = read_json(path)
     try:
         return read(values, str(path))
@@ -427,5 +482,5 @@ def _read_config(path, read):
         raise UserError(f"{path} is damaged: {error}.") from error
 
 
-def _write_json(path, values):
+def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
     replace_file(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

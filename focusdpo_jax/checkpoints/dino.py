@@ -1,11 +1,13 @@
-"""DINO and DINOv2 in transformers' folders: `config.json` and `model.safetensors`, or its shards.
+"""DINO and DINOv2 from transformers folders: `config.json` and `model.safetensors`, or its shards.
 
 DINO is published as a ViTModel (facebook/dino-vits16), DINOv2 as a Dinov2Model
-(facebook/dinov2-small and larger). Our modules have the second's names, which `pytorch_names` maps;
-the first's are translated to them here.
+(facebook/dinov2-small and larger). Our modules have the names of a Dinov2Model, which `pytorch_names`
+maps; this module translates those of a ViTModel.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +16,9 @@ from etils import epath
 from focusdpo_jax.checkpoints import diffusers_configs, pytorch_names, weight_files
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models.dino import DINO, DINOConfig
+from focusdpo_jax.models.parameters import Params
 
-# Parts of a layer: a ViTModel's name, a Dinov2Model's.
+# Submodules of a layer: the name in a ViTModel, and in a Dinov2Model.
 _VIT = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
@@ -23,25 +26,22 @@ _VIT = {
     "output.dense": "mlp.fc2",
 }
 _LAYER = re.compile(r"(encoder\.layer\.\d+)\.(.*)\.(weight|bias)$")
-# What features have no use for: the stand-in for patches hidden in pre-training, and a ViTModel's
-# pooler, which DINO never trained.
+# Tensors that the features do not depend on: the mask token of DINOv2's pre-training, and the pooler of
+# a ViTModel, which DINO never trained.
 _UNUSED = re.compile(r"embeddings\.mask_token$|pooler\.")
-# What the modules do, and a file may say otherwise.
+# Fields with the one value that the modules implement.
 _FIXED = {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False}
 
 
-def read_config(values, source="config.json"):
-    """The sizes from the values of a `config.json`.
+def read_config(values: Mapping[str, Any], source: epath.PathLike = "config.json") -> DINOConfig:
+    """Converts the values of a `config.json`.
 
     Args:
       values: dict with `model_type` "vit" or "dinov2".
-      source: what to call the file in a message.
-
-    Returns:
-      A `DINOConfig`.
+      source: name of the file for messages.
 
     Raises:
-      UserError: a value is missing, or asks for what the modules do not do.
+      UserError: a value is missing, or the modules do not implement it.
     """
     kind = values.get("model_type")
     if kind not in ("vit", "dinov2"):
@@ -74,8 +74,8 @@ def read_config(values, source="config.json"):
         raise UserError(f"{source} has no {error}") from error
 
 
-def to_dinov2(tensors):
-    """Tensors of either layout under a Dinov2Model's names, without those that are not used."""
+def to_dinov2(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames tensors of either layout to those of a Dinov2Model, and drops unused ones."""
     renamed = {}
     for name, value in tensors.items():
         layer = _LAYER.match(name)
@@ -86,17 +86,14 @@ def to_dinov2(tensors):
     return renamed
 
 
-def load(folder):
-    """Reads a transformers folder.
-
-    Args:
-      folder: anything that `epath.Path` takes.
+def load(folder: epath.PathLike) -> tuple[DINO, Params]:
+    """Loads a transformers folder.
 
     Returns:
-      The module `DINO`, which computes in float32, and its parameters as float32 numpy arrays.
+      The module, which computes in float32, and its parameters as float32 numpy arrays.
 
     Raises:
-      UserError: a file is missing or damaged, or they do not fit each other.
+      UserError: a file is missing or damaged, or the files do not fit each other.
     """
     folder = epath.Path(folder)
     values = diffusers_configs.read_file(folder, "config.json and model.safetensors")

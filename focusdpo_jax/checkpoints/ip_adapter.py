@@ -1,31 +1,33 @@
-"""IP-Adapter's own file layout, which its releases have and diffusers' `load_ip_adapter` reads.
+"""The file layout of IP-Adapter's releases, which diffusers' `load_ip_adapter` reads, both ways.
 
-A file holds the image projection under `image_proj.` and the UNet's extra projections under
-`ip_adapter.`, numbered 1, 3, 5, ... over all attention layers: the way down, the way up, then the
-middle. Both halves are translated from and to diffusers' names, which `pytorch_names` knows.
+A file has the image projection under `image_proj.` and the UNet's extra projections under
+`ip_adapter.`, numbered 1, 3, 5, ... over all attention layers: encoder, decoder, then the middle block.
+Both are translated from and to diffusers' names, which `pytorch_names` maps to our parameters.
 
-MS-Diffusion's `ms_adapter.bin`, saved as safetensors with the keys of its dicts joined by a dot, is
-the same but for a name: `ms_adapter.` for `ip_adapter.`. Its `dummy_image_tokens` are left out: its
-own code attends to them outside every box, and then weighs them with zero.
+MS-Diffusion's `ms_adapter.bin`, saved as safetensors with the keys of its dicts joined by a dot, has the
+same layout with `ms_adapter.` in place of `ip_adapter.`. Its `dummy_image_tokens` are ignored: its
+own code attends to them outside all boxes and then multiplies the result by zero.
 """
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import flax.traverse_util
 import numpy as np
 
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
+from focusdpo_jax.models.parameters import Params, Path, flatten, unflatten
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 
 _PROJECTION = "image_proj."
-# Channels of a head in IP-Adapter-Plus's published resamplers; no shape in a file tells it.
+# Channels of a head in IP-Adapter-Plus's published resamplers; no shape in a file depends on it.
 _HEAD_DIM = 64
-# Of a box in MS-Diffusion.
+# Frequencies of a box in MS-Diffusion.
 _FREQUENCIES = 8
 _STAGES = ("down_blocks", "up_blocks", "mid_block")
-# Parts of a resampler's layer: theirs in the file, theirs in diffusers.
+# Submodules of a resampler's layer: the name in the file, and in diffusers.
 _RESAMPLER = {
     "0.norm1": "ln0",
     "0.norm2": "ln1",
@@ -38,23 +40,20 @@ _RESAMPLER = {
 _LAYER = re.compile(r"(layers\.\d+)\.(.*)\.(weight|bias)$")
 
 
-def is_image_branch(path):
-    """Whether a path of the UNet's tree belongs to the image branch of cross-attention."""
+def is_image_branch(path: Path) -> bool:
+    """Returns whether a path in the UNet's tree belongs to the image branch of cross-attention."""
     return path[-2] in ("to_k_ip", "to_v_ip")
 
 
-def _projections(unet_params):
-    """Pairs of the file's name and diffusers' for the image branch of a UNet's tree."""
+def _projections(unet_params: Params) -> Iterator[tuple[str, str]]:
+    """Yields pairs of the file's name and diffusers' for the image branch of a UNet's tree."""
     attentions = {
-        path[:-2]
-        for path in flax.traverse_util.flatten_dict(stacking.split(unet_params))
-        if is_image_branch(path)
+        path[:-2] for path in flatten(stacking.split(unet_params)) if is_image_branch(path)
     }
 
-    def order(path):
-        numbers = [
-            int(re.search(r"_(\d+)$", part)[1]) for part in path[:-1] if re.search(r"_\d+$", part)
-        ]
+    def order(path: Path):
+        matches = (re.search(r"_(\d+)$", key) for key in path[:-1])
+        numbers = [int(match[1]) for match in matches if match]
         stage = next(i for i, name in enumerate(_STAGES) if path[0].startswith(name))
         return stage, numbers
 
@@ -66,20 +65,22 @@ def _projections(unet_params):
             )
 
 
-def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
-    """Splits an IP-Adapter file into tensors under diffusers' names.
+def to_diffusers(
+    tensors: Mapping[str, Any], unet_template: Params, source: str = "IP-Adapter file"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits an IP-Adapter file into tensors with diffusers' names.
 
     Args:
-      tensors: dict from the file's names to numpy arrays.
-      unet_template: the tree of a UNet with an image branch; other leaves do not matter.
-      source: what to call the file in a message.
+      tensors: dict from the file's names to numpy arrays or `LazyTensor`s.
+      unet_template: tree of a UNet with an image branch; other leaves are ignored.
+      source: name of the file for messages.
 
     Returns:
-      The UNet's image projections and the subject adapter's tensors, two dicts, which
-      `pytorch_names.to_flax` takes (the first together with the UNet's other tensors).
+      The UNet's image projections, and the subject adapter's tensors: two dicts for
+      `pytorch_names.to_flax` (the first together with the other tensors of the UNet).
 
     Raises:
-      UserError: if a projection of the UNet has no tensor, or a tensor no place.
+      UserError: tensors are missing or unexpected.
     """
     tensors = {
         re.sub(r"^ms_adapter\.", "ip_adapter.", name): value
@@ -100,8 +101,8 @@ def to_diffusers(tensors, unet_template, source="IP-Adapter file"):
     return unet, image_projection(tensors)
 
 
-def image_projection(tensors):
-    """The subject adapter's tensors of a file under diffusers' names; none of them is read."""
+def image_projection(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the subject adapter's tensors of a file with diffusers' names, without reading them."""
     adapter = {}
     for theirs, value in tensors.items():
         if not theirs.startswith(_PROJECTION):
@@ -121,14 +122,15 @@ def image_projection(tensors):
     return adapter
 
 
-def fresh_branch(tensors, unet_template):
-    """An image branch that starts as a copy of the text's projections.
+def fresh_branch(tensors: Mapping[str, Any], unet_template: Params) -> dict[str, Any]:
+    """Initialises an image branch as a copy of the text projections.
 
     Args:
-      tensors: a UNet's, under diffusers' names.
+      tensors: of a UNet, with diffusers' names.
+      unet_template: tree of a UNet with an image branch.
 
     Returns:
-      The branch's tensors under diffusers' names, as far as `tensors` has the text's.
+      The tensors of the branch with diffusers' names, for every text projection in `tensors`.
     """
     copies = {}
     for _, name in _projections(unet_template):
@@ -138,16 +140,19 @@ def fresh_branch(tensors, unet_template):
     return copies
 
 
-def read_config(tensors, metadata, source="IP-Adapter file"):
-    """The `SubjectAdapterConfig` that a file's tensors and metadata tell.
+def read_config(
+    tensors: Mapping[str, Any], metadata: Mapping[str, str], source: str = "IP-Adapter file"
+) -> SubjectAdapterConfig:
+    """Infers the configuration of an adapter from the shapes and metadata of a file.
 
     Args:
-      tensors: dict from the file's names to what has a shape.
-      metadata: dict of texts. Published files have none: then an attention head has 64 channels,
-        and dropped references are "blank", or in MS-Diffusion's "absent".
+      tensors: dict from the file's names to anything with a shape.
+      metadata: of the file. Published files have none: then an attention head has 64 channels, and
+        dropped references are "blank", or "absent" for MS-Diffusion.
+      source: name of the file for messages.
 
     Raises:
-      UserError: it is none of these.
+      UserError: the file is not an adapter of any supported kind.
     """
     shapes = {name.removeprefix(_PROJECTION): value.shape for name, value in tensors.items()}
     dropped = metadata.get("dropped", "blank")
@@ -194,17 +199,17 @@ def read_config(tensors, metadata, source="IP-Adapter file"):
         ) from error
 
 
-def write_config(config):
-    """The metadata from which `read_config` knows what shapes do not tell."""
+def write_config(config: SubjectAdapterConfig) -> dict[str, str]:
+    """Returns the metadata for `read_config`: the fields that shapes do not determine."""
     names = {"projection": (), "resampler": ("head_dim",), "grounding": ("head_dim", "frequencies")}
     return {name: str(getattr(config, name)) for name in ("dropped", *names[config.kind])}
 
 
-def unreadable(config):
-    """Why diffusers' `load_ip_adapter` misreads an adapter of this configuration, or None.
+def unreadable(config: SubjectAdapterConfig) -> str | None:
+    """Returns why diffusers' `load_ip_adapter` would misread an adapter, or None if it does not.
 
-    It takes four layers, heads of 64 channels and a fourfold feed-forward for granted, and four
-    tokens of a pooled embedding.
+    diffusers assumes four layers, heads of 64 channels and a fourfold feed-forward, and four tokens
+    per pooled embedding.
     """
     if config.kind == "grounding":
         return "the subject adapter is MS-Diffusion's"
@@ -221,21 +226,19 @@ def unreadable(config):
     return f"the subject adapter has {', '.join(wrong)}" if wrong else None
 
 
-def from_flax(unet_params, adapter_params):
-    """The tensors of an IP-Adapter file from a UNet's and a subject adapter's parameters.
+def from_flax(unet_params: Params, adapter_params: Params) -> dict[str, np.ndarray]:
+    """Converts the parameters of a UNet and a subject adapter to an IP-Adapter file.
 
     Args:
-      unet_params: a tree that contains the image branch, other leaves are left out.
-      adapter_params: a `Resampler`'s or `ImageProjection`'s.
+      unet_params: a tree with the image branch; other leaves are ignored.
+      adapter_params: of any of the modules in `models.subject_adapter`.
 
     Returns:
       dict from the file's names to numpy arrays.
     """
-    flat = flax.traverse_util.flatten_dict(unet_params)
+    flat = flatten(unet_params)
     branch = pytorch_names.from_flax(
-        flax.traverse_util.unflatten_dict(
-            {path: leaf for path, leaf in flat.items() if is_image_branch(path)}
-        )
+        unflatten({path: leaf for path, leaf in flat.items() if is_image_branch(path)})
     )
     tensors = {theirs: branch[name] for theirs, name in _projections(unet_params)}
     adapter = pytorch_names.from_flax(adapter_params)

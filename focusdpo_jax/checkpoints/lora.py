@@ -1,25 +1,26 @@
 """Low-rank updates (LoRA) in the files of diffusers, PEFT and kohya, to and from our parameters.
 
-A file has for each updated layer a matrix down [rank, in] and a matrix up [out, rank], and perhaps
-a strength alpha: W + (alpha / rank) up down. Alpha may also stand in the file's header or in a file beside
-it (`lora_strength`). Names of one layer, in the order of frequency:
+For each updated layer a file has a matrix down [rank, in], a matrix up [out, rank], and optionally a
+scalar alpha: W + (alpha / rank) up down. Alpha may also be in the file's header or in a file beside it
+(`lora_strength`). The names of a layer, most frequent first:
 
     unet.mid_block.attentions.0...attn1.to_q.lora_A.weight         diffusers, PEFT
     lora_unet_middle_block_1_...attn1_to_q.lora_down.weight        kohya, with the original names
     lora_unet_mid_block_attentions_0_...attn1_to_q.lora_down.weight     kohya, diffusers' names
     unet.mid_block.attentions.0...attn1.processor.to_q_lora.down.weight     diffusers before 0.22
 
-Where alpha is stated nowhere it is the rank. Files that we write have none: readers differ in where they look
-for it, so the strength is multiplied into the up matrix.
+Without any alpha it is the rank. Files that we write have none, since readers look for it in different
+places: the scale is multiplied into the up matrix.
 """
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from flax import traverse_util
+from jaxtyping import Float
 
 from focusdpo_jax.checkpoints import (
     ip_adapter,
@@ -30,6 +31,8 @@ from focusdpo_jax.checkpoints import (
 )
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import stacking
+from focusdpo_jax.models.parameters import Params, Path, flatten, unflatten
+from focusdpo_jax.models.unet import UNetConfig
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -53,24 +56,26 @@ _ENDS = {
 
 
 class LowRank(NamedTuple):
-    """The update of one layer.
+    """The update of one layer: its weight is W + scale * up down.
 
     Attributes:
-      down: [rank, in], or [rank, in, h, w] of a convolution.
-      up: [out, rank], or [out, rank, 1, 1].
-      scale: alpha / rank or, of rsLoRA, alpha / sqrt(rank); the layer's weight is W + scale up down.
+      down: [rank, in], or [rank, in, h, w] for a convolution.
+      up: [out, rank], or [out, rank, 1, 1] for a convolution.
+      scale: alpha / rank or, for rsLoRA, alpha / sqrt(rank).
     """
 
-    down: Any
-    up: Any
+    down: Float[np.ndarray, "rank *in_and_kernel"]
+    up: Float[np.ndarray, "out_features rank *ones"]
     scale: float
 
 
-def _modules(parameters, unet_config):
-    """{name in a file: path} of every layer with a kernel, under all the names it can have; paths
-    are those of `stacking.split`."""
+def _modules(parameters: Params, unet_config: UNetConfig) -> dict[str, Path]:
+    """Returns {name in a file: path} of every layer with a kernel, for all names it can have.
+
+    Paths are those of `stacking.split`.
+    """
     modules = {}
-    for path in traverse_util.flatten_dict(stacking.split(parameters)):
+    for path in flatten(stacking.split(parameters)):
         if path[-1] != "kernel":
             continue
         part = path[0]
@@ -81,7 +86,7 @@ def _modules(parameters, unet_config):
                 continue
             names.append(original_names.unet_module(name, unet_config))
         else:
-            names.append(name.removeprefix("text_model."))  # transformers 5 in memory.
+            names.append(name.removeprefix("text_model."))  # As in modules of transformers 5.
         for each in names:
             modules[f"{part}.{each}"] = path
             for prefix in _KOHYA[part]:
@@ -89,8 +94,8 @@ def _modules(parameters, unet_config):
     return modules
 
 
-def _split(name):
-    """The layer's name and "down", "up" or "alpha"; the latter is None for what is no LoRA."""
+def _split(name: str) -> tuple[str, str | None]:
+    """Splits a tensor's name into its layer and "down", "up" or "alpha"; None if it is not LoRA's."""
     end = next((end for end in _ENDS if name.endswith(end)), None)
     if end is None:
         return name, None
@@ -100,8 +105,8 @@ def _split(name):
     return layer, _ENDS[end]
 
 
-def load(path, parameters, unet_config):
-    """The updates in a file or folder, with the strength that its owner gives them.
+def load(path: epath.PathLike, parameters: Params, unet_config: UNetConfig) -> dict[Path, LowRank]:
+    """Loads the updates of a file or folder, with the scale that its metadata define.
 
     Args:
       path: a safetensors file, or a folder with pytorch_lora_weights.safetensors (diffusers) or
@@ -112,8 +117,7 @@ def load(path, parameters, unet_config):
       {path of a kernel in `stacking.split(parameters)`: LowRank}.
 
     Raises:
-      UserError: there is no such file, it cannot be read, it asks for more than low-rank updates, its
-        strength is in doubt, or as `read`.
+      UserError: the file is missing or damaged; or see `read`.
     """
     path = epath.Path(path)
     if path.is_dir():
@@ -134,24 +138,33 @@ def load(path, parameters, unet_config):
     return read(tensors, parameters, unet_config, str(path), metadata=metadata, adapter=adapter)
 
 
-def read(tensors, parameters, unet_config, source="LoRA file", *, metadata=None, adapter=None):
-    """The updates in the tensors of a file.
+def read(
+    tensors: Mapping[str, Any],
+    parameters: Params,
+    unet_config: UNetConfig,
+    source: str = "LoRA file",
+    *,
+    metadata: Mapping[str, str] | None = None,
+    adapter: lora_strength.AdapterConfig | None = None,
+) -> dict[Path, LowRank]:
+    """Finds the updates in the tensors of a file.
 
     Args:
-      tensors, metadata: of `tensor_file.read`: dict from name to array, and the header's texts, which may
-        hold the strength. Without the latter, alpha is that of the `.alpha` tensors, or the rank.
+      tensors, metadata: of `tensor_file.read`: {name: array} and the texts of the header, which may
+        have alpha. Without it, alpha is that of the `.alpha` tensors, or the rank.
       parameters: {part: tree}, arrays or shapes, of the parts that may be updated: "unet" and
         the text encoders.
-      unet_config: the `UNetConfig`.
-      source: what to call the file in a message.
-      adapter: the `lora_strength.AdapterConfig` beside a file of PEFT, or None.
+      unet_config: sizes of the UNet.
+      source: name of the file for messages.
+      adapter: the configuration beside a PEFT file, or None.
 
     Returns:
       {path of a kernel in `stacking.split(parameters)`: LowRank}.
 
     Raises:
-      UserError: naming every tensor without a place, without its other half or of another shape; or what
-        tells the strength is damaged, contradicts the tensors or asks for more than low-rank updates.
+      UserError: tensors are unexpected, of another shape, or lack their other matrix (it names all of
+        them); or the metadata are damaged, contradict the tensors, or describe more than low-rank
+        updates.
     """
     configs = lora_strength.of_header(metadata or {}, tuple(_KOHYA), source)
     if adapter is not None:
@@ -160,7 +173,7 @@ def read(tensors, parameters, unet_config, source="LoRA file", *, metadata=None,
     modules = _modules(
         {part: tree for part, tree in parameters.items() if part in _KOHYA}, unet_config
     )
-    shapes = traverse_util.flatten_dict(stacking.split(parameters))
+    shapes = flatten(stacking.split(parameters))
     pieces, layers, unexpected = {}, {}, []
     for name in sorted(tensors):
         layer, kind = _split(name)
@@ -201,22 +214,30 @@ def read(tensors, parameters, unet_config, source="LoRA file", *, metadata=None,
     }
 
 
-def _scale(path, layer, rank, alphas, configs, kohya, source):
-    """The factor of one layer's update.
+def _scale(
+    path: Path,
+    layer: str,
+    rank: int,
+    alphas: Mapping[Path, float],
+    configs: Mapping[str, lora_strength.AdapterConfig],
+    kohya: float | None,
+    source: str,
+) -> float:
+    """Returns the scale of one layer's update.
 
     Args:
-      path: of its kernel; its first entry is the part.
-      layer: its name in the file.
-      rank: of its matrices.
-      alphas: {path: alpha} of the layers that have a tensor of it.
-      configs: {part: lora_strength.AdapterConfig} of what stands outside the tensors.
+      path: of the kernel; its first key is the part.
+      layer: name in the file.
+      rank: of the matrices.
+      alphas: {path: alpha} of the layers with an alpha tensor.
+      configs: {part: configuration} from the metadata.
       kohya: `ss_network_alpha` of the header, or None.
-      source: what to call the file in a message.
+      source: name of the file for messages.
     """
     part, config = path[0], configs.get(path[0])
     stated = None
     if config is not None:
-        # Text encoders as the file calls their layers, which with transformers' version differs.
+        # The text encoders' names depend on the version of transformers, so that the file's are used.
         own = (
             layer.removeprefix(f"{part}.")
             if part != "unet" and "." in layer
@@ -226,52 +247,64 @@ def _scale(path, layer, rank, alphas, configs, kohya, source):
     if path in alphas:
         scale = alphas[path] / rank
         if not math.isfinite(scale):
-            raise UserError(f"{source}: the alpha of {layer} is {alphas[path]}, which is no number")
-        if stated is not None and not math.isclose(scale, stated, rel_tol=1e-3):
             raise UserError(
-                f"{source}: {layer} has a tensor alpha = {alphas[path]:g}, a factor of "
-                f"{scale:g}, and {config.source} says {stated:g}: remove one of them"
+                f"{source}: the alpha of {layer} is {alphas[path]}, which is not a finite number"
+            )
+        if (
+            config is not None
+            and stated is not None
+            and not math.isclose(scale, stated, rel_tol=1e-3)
+        ):
+            raise UserError(
+                f"{source}: {layer} has a tensor alpha = {alphas[path]:g}, a scale of "
+                f"{scale:g}, and {config.source} has {stated:g}: remove one of them"
             )
         return scale
     if stated is not None:
         return stated
     if configs:
         raise UserError(
-            f"{source}: its {lora_strength.HEADER} says nothing of {part}, so that the strength "
-            f"of {layer} is unknown: save it again with the metadata of all that it updates"
+            f"{source}: its {lora_strength.HEADER} has no fields for {part}, so that the scale "
+            f"of {layer} is unknown: save it again with the metadata of all parts that it updates"
         )
     others = {alpha for other, alpha in alphas.items() if other[0] == part}
     if others - {rank}:
         raise UserError(
             f"{source}: {layer} has no alpha, unlike other layers of {part}: kohya's scripts "
-            f"take its rank {rank} for it, diffusers what most layers have. Add the tensor"
+            f"use its rank {rank}, diffusers the alpha of most layers. Add the tensor"
         )
     if kohya not in (None, rank):
         raise UserError(
             f"{source}: ss_network_alpha = {kohya:g} in its header, but {layer}, of rank {rank}, "
-            "has no tensor alpha, without which kohya's scripts and diffusers take the rank. Add "
-            "the tensors or, where the strength is in the matrices, remove the field"
+            "has no tensor alpha, without which kohya's scripts and diffusers use the rank. Add "
+            "the tensors or, if the scale is multiplied into the matrices, remove the field"
         )
     return 1.0
 
 
-def to_flax(updates, template, config, source="LoRA file"):
-    """Trainable leaves of the UNet from the updates of a file.
+def to_flax(
+    updates: Mapping[Path, LowRank],
+    template: Params,
+    config: UNetConfig,
+    source: str = "LoRA file",
+) -> dict[str, Any]:
+    """Converts the updates of a file to trainable leaves of the UNet.
 
-    A smaller rank is filled up with zeros, and so are layers that the file leaves alone.
+    Smaller ranks are padded with zeros; layers without an update are zero.
 
     Args:
       updates: of `read`.
       template: the UNet's tree, of arrays or shapes, with its `lora_a` and `lora_b`.
-      config: its `UNetConfig`.
+      config: sizes of the UNet.
+      source: name of the file for messages.
 
     Returns:
       A tree of the `lora_a` and `lora_b` of `template`, float32.
 
     Raises:
-      UserError: the UNet has no place for an update, or too small a rank.
+      UserError: an update is of a layer without `lora_a`, or its rank is larger than the UNet's.
     """
-    shapes = traverse_util.flatten_dict(stacking.split(template))
+    shapes = flatten(stacking.split(template))
     places = {path[:-1]: leaf.shape for path, leaf in shapes.items() if path[-1] == "lora_a"}
     ours = {path[1:-1]: update for path, update in updates.items() if path[0] == "unet"}
     lost = [
@@ -301,52 +334,57 @@ def to_flax(updates, template, config, source="LoRA file"):
     return stacking.join(flat, template)
 
 
-def merge(updates, parameters, strength=1.0):
-    """Adds updates to the kernels that they are of.
+def merge(
+    updates: Mapping[Path, LowRank], parameters: Params, strength: float = 1.0
+) -> dict[str, Any]:
+    """Adds updates to their kernels.
 
     Args:
       updates: of `read`.
       parameters: {part: tree} of arrays.
-      strength: multiplies every update.
+      strength: factor of every update.
 
     Returns:
-      `parameters` with new kernels, in their types.
+      `parameters` with the new kernels, in the same types.
     """
-    flat = traverse_util.flatten_dict(stacking.split(parameters))
+    flat = flatten(stacking.split(parameters))
     for path, (down, up, scale) in updates.items():
         down, up = np.asarray(down, np.float32), np.asarray(up, np.float32)
         product = np.tensordot(up.reshape(up.shape[:2]), down, axes=1)
         kernel = np.asarray(flat[path])
-        # [out, in(, h, w)] in our order of axes.
+        # From PyTorch's [out, in(, h, w)] to our [(h, w,) in, out].
         product = np.moveaxis(product, (0, 1), (-1, -2))
         flat[path] = (kernel + strength * scale * product).astype(kernel.dtype)
     return stacking.join(flat, parameters)
 
 
-def from_flax(unet_parameters, config):
-    """The tensors that `pipe.load_lora_weights` takes.
+def from_flax(unet_parameters: Params, config: UNetConfig) -> dict[str, np.ndarray]:
+    """Converts the UNet's low-rank updates to a file for `pipe.load_lora_weights`.
 
     Args:
-      unet_parameters: the UNet's tree; leaves other than `lora_a` and `lora_b` are left out.
-      config: its `UNetConfig`.
+      unet_parameters: the UNet's tree; leaves other than `lora_a` and `lora_b` are ignored.
+      config: sizes of the UNet.
 
     Returns:
-      dict from name to float32 array. The factor alpha / rank is in `lora_B`: exact both ways
-      where it is a power of two.
+      dict from name to float32 array. The scale alpha / rank is multiplied into `lora_B`, which is
+      exact if it is a power of two.
+
+    Raises:
+      UserError: the tree has no low-rank updates.
     """
     flat = {
         path: np.asarray(leaf, np.float32)
-        for path, leaf in traverse_util.flatten_dict(unet_parameters).items()
+        for path, leaf in flatten(unet_parameters).items()
         if path[-1] in ("lora_a", "lora_b")
     }
     if not flat:
         raise UserError("the model has no low-rank updates to write")
     scale = np.float32(config.lora_alpha / config.lora_rank)
     flat = {path: leaf * scale if path[-1] == "lora_b" else leaf for path, leaf in flat.items()}
-    tensors = pytorch_names.from_flax(traverse_util.unflatten_dict(flat))
+    tensors = pytorch_names.from_flax(unflatten(flat))
     return {f"unet.{name}": value for name, value in tensors.items()}
 
 
-def save(folder, unet_parameters, config):
+def save(folder: epath.PathLike, unet_parameters: Params, config: UNetConfig) -> None:
     """Writes `pytorch_lora_weights.safetensors`; see `from_flax`."""
     tensor_file.write(epath.Path(folder) / WEIGHTS, from_flax(unet_parameters, config))

@@ -1,6 +1,6 @@
-"""The scale of a file's low-rank updates (LoRA), where its tensors do not contain it.
+"""The scale of a file's low-rank updates (LoRA) from metadata outside its tensors.
 
-Three places beside the `.alpha` tensors of kohya's files hold alpha and rank:
+Besides the `.alpha` tensors of kohya's files, three places can have alpha and rank:
 
     lora_adapter_metadata   in the header of a safetensors file that diffusers wrote: JSON of PEFT's
                             `LoraConfig`, its fields under "unet.", "text_encoder." and so on
@@ -8,24 +8,28 @@ Three places beside the `.alpha` tensors of kohya's files hold alpha and rank:
     ss_network_alpha        in the header of kohya's files, whose tensors repeat it for every layer
 
 PEFT (huggingface/peft, `LoraModel._create_and_replace`) scales an update by alpha / rank, or by
-alpha / sqrt(rank) where `use_rslora`. `rank_pattern` and `alpha_pattern` give layers values of their own:
-the first key that matches as the regular expression "(.*\\.)?(KEY)$" from the start of the layer's name.
+alpha / sqrt(rank) if `use_rslora`. `rank_pattern` and `alpha_pattern` have values for single layers: that
+of the first key for which the regular expression "(.*\\.)?(KEY)$" matches the layer's name from its start.
 """
 
 import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import read_json
 
 HEADER = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
-# What PEFT takes where a file is silent.
+# PEFT's defaults.
 _RANK, _ALPHA = 8, 8
-# Fields of PEFT that change what the layers compute, in other ways than by a low-rank update, with the
-# values that leave it at one.
+# Fields of PEFT that change the layers in other ways than by a low-rank update, with the values that do
+# not.
 _PLAIN = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
@@ -43,34 +47,38 @@ _PLAIN = {
     "monteclora_config": (),
     "alora_invocation_tokens": (),
 }
-# Initialisations that also change the base's weights, which a file of updates does not hold.
+# Initialisations that also change the base weights, which a file of updates does not contain.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of PEFT's `LoraConfig` that decide the strength of a layer's update.
+    """The fields of PEFT's `LoraConfig` that determine the scale of a layer's update.
 
     Attributes:
-      rank, alpha: of layers that no pattern names.
-      rank_pattern, alpha_pattern: {regular expression: value}, of which the first match counts.
-      root: whether alpha is divided by the root of the rank (rsLoRA, arXiv 2312.03732).
-      source: what to call the file in a message.
+      rank, alpha: of layers that no pattern matches.
+      rank_pattern, alpha_pattern: {regular expression: value}; the first match is used.
+      root: whether alpha is divided by the square root of the rank (rsLoRA, arXiv 2312.03732).
+      source: name of the file for messages.
     """
 
     rank: int = _RANK
     alpha: float = _ALPHA
-    rank_pattern: dict = dataclasses.field(default_factory=dict)
-    alpha_pattern: dict = dataclasses.field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     root: bool = False
     source: str = CONFIG
 
     @classmethod
-    def of(cls, fields, source):
-        """Reads a dict of PEFT's fields.
+    def of(cls, fields: Mapping[str, Any], source: str) -> "AdapterConfig":
+        """Converts a dict of PEFT's fields.
+
+        Args:
+          fields: of a `LoraConfig`.
+          source: name of the file for messages.
 
         Raises:
-          UserError: one of them asks for more than low-rank updates, or makes no sense.
+          UserError: a field describes more than low-rank updates, or has an invalid value.
         """
         other = [
             f"{name} = {fields[name]!r}"
@@ -82,7 +90,7 @@ class AdapterConfig:
             other.append(f"init_lora_weights = {init!r} (which changes the base's weights, too)")
         if other:
             raise UserError(
-                f"{source} asks for more than low-rank updates: {', '.join(other)}. Only "
+                f"{source} describes more than low-rank updates: {', '.join(other)}. Only "
                 "plain LoRA is supported: merge the adapter into its base with PEFT "
                 "(merge_and_unload) and start from that, or train it without."
             )
@@ -109,34 +117,34 @@ class AdapterConfig:
                 )
         return cls(rank, alpha, root=bool(fields.get("use_rslora")), source=source, **patterns)
 
-    def scale(self, layer, rank):
-        """The factor of a layer's update.
+    def scale(self, layer: str, rank: int) -> float:
+        """Returns the scale of a layer's update.
 
         Args:
-          layer: its name in the model that was trained, such as "mid_block.attentions.0.proj_in".
-          rank: of its matrices.
+          layer: name in the trained model, such as "mid_block.attentions.0.proj_in".
+          rank: of the matrices.
 
         Raises:
-          UserError: the configuration has another rank for it, so that it belongs to another file.
+          UserError: the configuration has another rank for the layer.
         """
         stated = self._of(self.rank_pattern, layer, self.rank)
         if stated != rank:
             raise UserError(
-                f"{self.source} says rank {stated} for {layer}, whose matrices have rank "
+                f"{self.source} has rank {stated} for {layer}, whose matrices have rank "
                 f"{rank}: they do not belong together."
             )
         alpha = self._of(self.alpha_pattern, layer, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
 
-    def _of(self, pattern, layer, value):
+    def _of(self, pattern: Mapping[str, Any], layer: str, value: Any) -> Any:
         for key, own in pattern.items():
             if re.match(rf"(.*\.)?({key})$", layer):
                 return own
         return value
 
 
-def _items(pattern, name, source):
-    """Pairs of a pattern whose keys are regular expressions."""
+def _items(pattern: Any, name: str, source: str) -> Iterable[tuple[str, Any]]:
+    """Returns the items of a pattern after checking that its keys are regular expressions."""
     if not isinstance(pattern, dict):
         raise UserError(f"{source}: {name} = {pattern!r}: give an object of layers and values.")
     for key in pattern:
@@ -144,13 +152,13 @@ def _items(pattern, name, source):
             re.compile(key)
         except re.error as error:
             raise UserError(
-                f"{source}: {name}[{key!r}] is no regular expression ({error})."
+                f"{source}: {name}[{key!r}] is not a regular expression ({error})."
             ) from error
     return pattern.items()
 
 
-def of_folder(folder):
-    """The `AdapterConfig` of the adapter_config.json in a folder of PEFT, an `epath.Path`.
+def of_folder(folder: epath.Path) -> AdapterConfig:
+    """Reads the adapter_config.json of a PEFT folder.
 
     Raises:
       UserError: it is missing, damaged or unsupported.
@@ -164,17 +172,19 @@ def of_folder(folder):
     return AdapterConfig.of(read_json(path), str(path))
 
 
-def of_header(metadata, parts, source):
-    """{part: AdapterConfig} of what diffusers wrote into a file's header; empty where it did not.
+def of_header(
+    metadata: Mapping[str, str], parts: tuple[str, ...], source: str
+) -> dict[str, AdapterConfig]:
+    """Reads the configuration that diffusers writes to a file's header: {part: AdapterConfig}.
 
     Args:
-      metadata: the header's, a dict of texts.
+      metadata: of the header. The result is empty if it has no such field.
       parts: names of the parts that the file may update. Fields without a part's name are the UNet's, as
         `UNet2DConditionModel.save_lora_adapter` writes them.
-      source: what to call the file in a message.
+      source: name of the file for messages.
 
     Raises:
-      UserError: it is damaged or unsupported.
+      UserError: the field is damaged or unsupported.
     """
     if HEADER not in metadata:
         return {}
@@ -184,8 +194,8 @@ def of_header(metadata, parts, source):
     except ValueError as error:
         raise UserError(f"{source} is damaged: {error}.") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{source} is damaged: it is no JSON object.")
-    by_part = {}
+        raise UserError(f"{source} is damaged: it is not a JSON object.")
+    by_part: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         part, dot, field = name.partition(".")
         part, field = (part, field) if dot and part in parts else ("unet", name)
@@ -193,11 +203,11 @@ def of_header(metadata, parts, source):
     return {part: AdapterConfig.of(values, source) for part, values in by_part.items()}
 
 
-def kohya_alpha(metadata, source):
-    """`ss_network_alpha` of a kohya file's header, or None where there is none.
+def kohya_alpha(metadata: Mapping[str, str], source: str) -> float | None:
+    """Returns `ss_network_alpha` of a kohya file's header, or None if there is none.
 
     Raises:
-      UserError: it is no number.
+      UserError: it is not a number.
     """
     text = metadata.get("ss_network_alpha", "None")
     if text in ("None", ""):
@@ -205,4 +215,4 @@ def kohya_alpha(metadata, source):
     try:
         return float(text)
     except ValueError as error:
-        raise UserError(f"{source}: ss_network_alpha = {text!r} is no number.") from error
+        raise UserError(f"{source}: ss_network_alpha = {text!r} is not a number.") from error

@@ -1,6 +1,8 @@
-"""The README.md beside exported weights: what they are, how they were trained, how to load them."""
+"""The model card (README.md) of exported weights: content, training, and how to load them."""
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _LOADING = {
     "unet": (
@@ -18,21 +20,27 @@ _OBJECTIVES = {
     "focus_dpo": "FocusDPO",
     "dpo": "Diffusion-DPO",
     "prior_dpo": "DPO on the area where a pair differs",
-    "sft": "supervised fine-tuning on chosen pictures",
-    "subject_sft": "supervised fine-tuning on chosen pictures, subjects weighted",
+    "sft": "supervised fine-tuning on chosen images",
+    "subject_sft": "supervised fine-tuning on chosen images, subjects weighted",
 }
 _TAGS = {"adapter": "ip-adapter", "lora": "lora"}
 
 
-def render(run, metrics, names, whole, caveat=None):
-    """The model card as Markdown.
+def render(
+    run: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    names: Sequence[str],
+    whole: bool,
+    caveat: str | None = None,
+) -> str:
+    """Returns the model card as Markdown.
 
     Args:
-      run: the run's configuration, a dict.
+      run: configuration of the run.
       metrics: last value of each metric; "step" is the step of the newest line.
-      names: what lies beside the card: parts of the generator, "lora".
-      whole: whether it is a complete pipeline.
-      caveat: why diffusers misreads the adapter, or None.
+      names: the exported parts of the generator, and "lora".
+      whole: whether the folder is a complete pipeline.
+      caveat: why diffusers misreads the adapter (`ip_adapter.unreadable`), or None.
     """
     objective = _OBJECTIVES.get(run["objective"], run["objective"])
     base = run["model"]["pretrained"] or "random weights"

@@ -1,42 +1,48 @@
-"""A generator in a folder: what a run leaves, what ships with the package, what a run starts from.
+"""This package's own folder layout of a generator, written by runs and shipped with the package.
 
     model.json                  the sizes of every part (GeneratorConfig), and the step of the run that
-                                wrote the folder; written last, so that a folder without it is unfinished
-    <part>.safetensors          one file for each part of the parameter tree, names joined by "/"
+                                wrote the folder; written last, so that a folder without it is incomplete
+    <part>.safetensors          one file for each part of the parameter tree, keys joined by "/"
     tokenizer/                  vocab.json and merges.txt of CLIP's byte-pair encoding
 
-A part whose file is missing is made anew at random by whoever loads the folder.
+A part without a file has to be initialised at random by the caller.
 """
 
 import json
+from typing import Any
 
 from etils import epath
-from flax import traverse_util
 
 from focusdpo_jax.checkpoints import tensor_file
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.models import stacking
-from focusdpo_jax.models.generator import GeneratorConfig
+from focusdpo_jax.models.generator_config import GeneratorConfig
+from focusdpo_jax.models.parameters import Params, Path, flatten, unflatten
 
 
-def save_part(folder, name, tree):
-    """Writes one part's parameter tree in the types that it has, tensor by tensor."""
-    tensor_file.write(
-        epath.Path(folder) / f"{name}.safetensors",
-        traverse_util.flatten_dict(stacking.split(tree), sep="/"),
-    )
+def save_part(folder: epath.PathLike, name: str, tree: Params) -> None:
+    """Writes the parameter tree of one part, tensor by tensor and without changing types."""
+    tensor_file.write(epath.Path(folder) / f"{name}.safetensors", _joined(tree))
 
 
-def open_part(folder, name, example=None):
-    """Finds the tensors of one part and checks names and shapes; only the header is read.
+def _joined(tree: Params) -> dict[str, Any]:
+    """Returns {keys joined by "/": leaf}."""
+    return {"/".join(path): leaf for path, leaf in flatten(stacking.split(tree)).items()}
+
+
+def open_part(
+    folder: epath.PathLike, name: str, example: Params | None = None
+) -> dict[Path, tensor_file.LazyTensor] | None:
+    """Finds the tensors of one part and checks their names and shapes; only the header is read.
 
     Args:
-      example: a tree of the shapes that are expected, which the file must match; None takes what it
-        has.
+      folder: of the model.
+      name: of the part.
+      example: tree of arrays or shapes that the file must match; None for no check.
 
     Returns:
-      {path in `stacking.split(example)`: LazyTensor}; None where the folder has no such file.
+      {path in `stacking.split(example)`: LazyTensor}; None if the folder has no such file.
 
     Raises:
       UserError: the file cannot be read, or tensors are missing, unexpected or of another shape.
@@ -46,10 +52,7 @@ def open_part(folder, name, example=None):
         return None
     tensors, _ = tensor_file.read(path)
     if example is not None:
-        expected = {
-            k: v.shape
-            for k, v in traverse_util.flatten_dict(stacking.split(example), sep="/").items()
-        }
+        expected = {name: leaf.shape for name, leaf in _joined(example).items()}
         wrong = [f"missing {k}" for k in sorted(expected.keys() - tensors.keys())]
         wrong += [f"unexpected {k}" for k in sorted(tensors.keys() - expected.keys())]
         wrong += [
@@ -62,8 +65,15 @@ def open_part(folder, name, example=None):
     return {tuple(key.split("/")): tensor for key, tensor in tensors.items()}
 
 
-def load_part(folder, name, example=None, *, dtype=None, sharding=None):
-    """Reads one part, tensor by tensor, or returns None where the folder has no such file.
+def load_part(
+    folder: epath.PathLike,
+    name: str,
+    example: Params | None = None,
+    *,
+    dtype: Any = None,
+    sharding: Any = None,
+) -> dict[str, Any] | None:
+    """Reads one part, tensor by tensor; returns None if the folder has no such file.
 
     Args:
       folder, name, example: see `open_part`.
@@ -74,23 +84,26 @@ def load_part(folder, name, example=None, *, dtype=None, sharding=None):
     """
     opened = open_part(folder, name, example)
     if example is None and opened is not None:
-        example = traverse_util.unflatten_dict(opened)
+        example = unflatten(opened)
+    if opened is None or example is None:
+        return None
     return tensor_file.load(opened, example, dtype, sharding)
 
 
-def begin(folder):
-    """Makes a folder that is about to be written, or written anew: without a `model.json` it is no model."""
+def begin(folder: epath.PathLike) -> None:
+    """Creates a folder to write, and removes its `model.json`, so that it is not a model meanwhile."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)
 
 
-def save_config(folder, config, step=None):
-    """Writes `model.json`, after everything else.
+def save_config(folder: epath.PathLike, config: GeneratorConfig, step: int | None = None) -> None:
+    """Writes `model.json`; call it after everything else is written.
 
     Args:
-      config: the `GeneratorConfig`.
-      step: of the run whose weights these are; None for a model that is of no run.
+      folder: of the model.
+      config: of the generator.
+      step: of the run that trained the weights; None if there is no run.
     """
     values = json.loads(config.to_json()) | ({} if step is None else {"step": step})
     replace_file(
@@ -98,20 +111,20 @@ def save_config(folder, config, step=None):
     )
 
 
-def load_step(folder):
-    """The step that `model.json` records, or None.
+def load_step(folder: epath.PathLike) -> int | None:
+    """Returns the step in `model.json`, or None if it has none.
 
     Raises:
       OSError, ValueError: there is no `model.json`, or it is damaged.
     """
     values = json.loads((epath.Path(folder) / "model.json").read_text())
     if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return values.get("step")
 
 
-def load_config(folder):
-    """Reads `model.json`.
+def load_config(folder: epath.PathLike) -> GeneratorConfig:
+    """Reads the configuration in `model.json`.
 
     Raises:
       UserError: it is missing or damaged.

@@ -1,15 +1,20 @@
-"""Names of Stability AI's own SDXL files (the sgm code base), from those of diffusers.
+"""Maps diffusers' tensor names to those of Stability AI's SDXL files (the sgm code base).
 
-One safetensors file holds the whole generator: the UNet under `model.diffusion_model.`, the
-autoencoder under `first_stage_model.`, the text encoders under `conditioner.embedders.0.` and
-`.1.`, the second one as OpenCLIP lays it out. kohya's LoRA files use the UNet's names, too.
+One safetensors file has the whole generator: the UNet under `model.diffusion_model.`, the
+autoencoder under `first_stage_model.`, and the text encoders under `conditioner.embedders.0.` and
+`.1.`, the second in OpenCLIP's layout. kohya's LoRA files use the UNet's names, too.
 """
 
 import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
+from focusdpo_jax.checkpoints.tensor_file import LazyTensor
 from focusdpo_jax.errors import UserError
+from focusdpo_jax.models.unet import UNetConfig
+from focusdpo_jax.models.vae import VAEConfig
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -19,7 +24,7 @@ PREFIXES = {
 }
 MARKERS = ("v_pred", "ztsnr")
 """Empty tensors that mark the prediction type and the noise schedule of a file (see single_file)."""
-# Of a file's other tensors: buffers, moving averages kept for training.
+# Tensors that are ignored: buffers, and moving averages of training.
 _IGNORED = re.compile(
     rf"model_ema\.|denoiser\.|.*\.(position_ids|logit_scale)$|({'|'.join(MARKERS)})$"
 )
@@ -64,17 +69,19 @@ _OPEN_CLIP_LAYER = {
 _BLOCK = re.compile(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(\w+)\.(\d+)\.?(.*)$")
 
 
-def unet_module(name, config):
-    """The original name of a UNet's module, without the prefix.
+def unet_module(name: str, config: UNetConfig) -> str:
+    """Returns the original name of a UNet's module, without the prefix.
 
     Args:
-      name: as in diffusers, for example "down_blocks.1.attentions.0.proj_in".
-      config: the `UNetConfig`, whose levels and depths number the blocks.
+      name: diffusers' name, such as "down_blocks.1.attentions.0.proj_in".
+      config: of the UNet; its levels and depths determine the numbers of the blocks.
     """
     if name in _UNET_ENDS:
         return _UNET_ENDS[name]
-    stage, block, kind, index, rest = _BLOCK.match(name).groups()
-    index, a_level = int(index), config.layers_per_block + 1
+    match = _BLOCK.match(name)
+    assert match is not None, name
+    stage, block, kind, index, rest = match.groups()
+    index, blocks_per_level = int(index), config.layers_per_block + 1
     if kind == "resnets":
         rest = _UNET_RESNET[rest]
     if stage == "mid_block":
@@ -82,16 +89,16 @@ def unet_module(name, config):
     block, slot = int(block), int(kind == "attentions")
     if stage == "down_blocks":
         if kind == "downsamplers":
-            return f"input_blocks.{(block + 1) * a_level}.0.op"
-        return f"input_blocks.{1 + block * a_level + index}.{slot}.{rest}"
+            return f"input_blocks.{(block + 1) * blocks_per_level}.0.op"
+        return f"input_blocks.{1 + block * blocks_per_level + index}.{slot}.{rest}"
     if kind == "upsamplers":
         index = config.layers_per_block
         slot = 1 + bool(config.transformer_layers_per_block[-1 - block])
-    return f"output_blocks.{block * a_level + index}.{slot}.{rest}"
+    return f"output_blocks.{block * blocks_per_level + index}.{slot}.{rest}"
 
 
-def _vae_module(name, config):
-    """The original name of a module of the autoencoder, without the prefix."""
+def _vae_module(name: str, config: VAEConfig) -> str:
+    """Returns the original name of a module of the autoencoder, without the prefix."""
     half, _, inner = name.partition(".")
     if half in ("quant_conv", "post_quant_conv"):
         return name
@@ -111,16 +118,17 @@ def _vae_module(name, config):
     return f"{half}.{way}.{block}.{inner}.{rest}"
 
 
-def _pixelwise(kernel):
-    """A dense kernel from that of a 1 x 1 convolution, which older code attends with."""
+def _squeeze_1x1(kernel: np.ndarray) -> np.ndarray:
+    """Converts the kernel of a 1 x 1 convolution, which older attention code uses, to a matrix."""
     return kernel[:, :, 0, 0]
 
 
-def original(part, name, config):
-    """Where the tensor `name` of diffusers comes from.
+def original(part: str, name: str, config: Any) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+    """Finds the original tensor of a tensor in diffusers.
 
     Args:
       part: a key of PREFIXES.
+      name: of the tensor in diffusers.
       config: the part's configuration.
 
     Returns:
@@ -131,7 +139,7 @@ def original(part, name, config):
         return f"{prefix}{unet_module(module, config)}.{leaf}", _same
     if part == "vae":
         dense = re.search(r"attentions\.0\.to_.*\.weight$", name)
-        return f"{prefix}{_vae_module(module, config)}.{leaf}", _pixelwise if dense else _same
+        return f"{prefix}{_vae_module(module, config)}.{leaf}", _squeeze_1x1 if dense else _same
     if part == "text_encoder":
         return prefix + name, _same
     if name == "text_projection.weight":
@@ -148,22 +156,24 @@ def original(part, name, config):
     return f"{layer}.{_OPEN_CLIP_LAYER[inner]}.{leaf}", _same
 
 
-def _same(array):
+def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def to_diffusers(tensors, names, part, config):
-    """The tensors of one part of an original file, under diffusers' names.
+def to_diffusers(
+    tensors: Mapping[str, LazyTensor], names: Iterable[str], part: str, config: Any
+) -> dict[str, LazyTensor]:
+    """Renames the tensors of one part of an original file to diffusers' names.
 
     Args:
-      tensors: dict from original name to `tensor_file.LazyTensor`.
+      tensors: dict from original name to `LazyTensor`.
       names: the part's names in diffusers.
       part: a key of PREFIXES.
       config: the part's configuration.
 
     Returns:
-      dict from diffusers' name to `LazyTensor`. A tensor without a place keeps its name, and one
-      that is not in the file is left out, for `pytorch_names.to_flax` to complain about both.
+      dict from diffusers' name to `LazyTensor`. Unexpected tensors keep their names and missing ones
+      are left out; `pytorch_names.to_flax` reports both.
     """
     found, used = {}, set()
     for name in names:
@@ -184,8 +194,8 @@ def to_diffusers(tensors, names, part, config):
     return found | left
 
 
-def foreign(tensors):
-    """Names in a file that belong to no part of an original SDXL file."""
+def foreign(tensors: Iterable[str]) -> list[str]:
+    """Returns the names in a file that belong to no part of an original SDXL file."""
     return sorted(
         name
         for name in tensors

@@ -1,14 +1,17 @@
-"""The model that a run starts from, in whichever layout its files are.
+"""Opens pretrained models in any supported layout.
 
-    a folder of ours            model_folder
+    our own folder              model_folder
     a diffusers SDXL folder     diffusers_folder
-    one SDXL file               single_file
+    a single SDXL file          single_file
 
-A subject adapter, an image encoder and a tokenizer may lie elsewhere than the rest: they are what
-SDXL's own releases lack.
+The subject adapter, the image encoder and the tokenizer may have paths of their own, since SDXL's
+releases do not contain the first two, and single files none of the three.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
 
 from etils import epath
 
@@ -20,21 +23,23 @@ from focusdpo_jax.checkpoints import (
 )
 from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.models import vocabulary
+from focusdpo_jax.models.generator_config import GeneratorConfig
+from focusdpo_jax.models.parameters import Params, Path
 
 _OWN = "toybox"  # Ships with this package.
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Where a model lies.
+    """The files of a pretrained model.
 
     Attributes:
-      path: folder or file.
-      adapter: IP-Adapter file, or None for the folder's own or a new one.
-      image_encoder: folder of it, or None for the folder's own.
-      tokenizer: folder of it.
-      prediction_type: what the UNet predicts, one of `single_file.PREDICTION_TYPES`, in the place of
-        what the files say; "" is what they say.
+      path: folder or file of the model.
+      adapter: IP-Adapter file, or None for the folder's own or a new adapter.
+      image_encoder: folder of the image encoder, or None for the model's own.
+      tokenizer: folder of the tokenizer.
+      prediction_type: one of `single_file.PREDICTION_TYPES`, which overrides the files', or "" for
+        that of the files.
     """
 
     path: epath.Path
@@ -44,27 +49,27 @@ class Pretrained:
     prediction_type: str = ""
 
     @property
-    def _pieces(self):
+    def _overrides(self) -> dict[str, epath.Path | None]:
         return {"adapter": self.adapter, "image_encoder": self.image_encoder}
 
     @property
-    def fillers(self):
-        """What fills up captions; a tokenizer that lies elsewhere does not decide it."""
+    def fillers(self) -> tuple[str, ...]:
+        """The pad token of each text encoder: the model's, or SDXL's for another tokenizer folder."""
         own = self.tokenizer == self.path / "tokenizer"
         return vocabulary.fillers(self.path) if own else vocabulary.FILLERS
 
     @property
-    def layout(self):
-        """The module that reads it."""
+    def layout(self) -> ModuleType:
+        """The module that reads this layout."""
         if self.path.is_file():
             return single_file
         return diffusers_folder if diffusers_folder.is_one(self.path) else model_folder
 
-    def config(self):
-        """The `GeneratorConfig`.
+    def config(self) -> GeneratorConfig:
+        """Reads the configuration.
 
         Raises:
-          UserError: files are missing or damaged, or it is no SDXL.
+          UserError: files are missing or damaged, or the model is not SDXL.
         """
         if self.layout is model_folder:
             return model_folder.load_config(self.path)
@@ -73,15 +78,17 @@ class Pretrained:
                 self.path,
                 tokenizer=self.tokenizer,
                 prediction_type=self.prediction_type,
-                **self._pieces,
+                **self._overrides,
             )
-        config = diffusers_folder.load_config(self.path, tokenizer=self.tokenizer, **self._pieces)
+        config = diffusers_folder.load_config(
+            self.path, tokenizer=self.tokenizer, **self._overrides
+        )
         if self.prediction_type:
             config = dataclasses.replace(config, **single_file.prediction(self.prediction_type))
         return config
 
-    def files(self, part):
-        """Paths of the safetensors files that a part is read from; none where it has to be made."""
+    def files(self, part: str) -> list[epath.Path]:
+        """Returns the safetensors files of a part; none if it has to be initialised."""
         if self.layout is model_folder:
             return [path for path in [self.path / f"{part}.safetensors"] if path.exists()]
         adapter = self.adapter
@@ -97,24 +104,39 @@ class Pretrained:
             own = diffusers_folder.files_of(folders[part], part)
         return own + adapter if part == "unet" else own  # Its image branch is the adapter's.
 
-    def open_part(self, part, example, *, config):
-        """Checks the headers of one part's files; None where the part has to be made.
+    def open_part(
+        self, part: str, example: Params, *, config: GeneratorConfig
+    ) -> dict[Path, tensor_file.LazyTensor] | None:
+        """Checks the headers of one part's files.
 
         Args:
-          config: that of `config()`.
+          part, example: see `diffusers_folder.open_part`.
+          config: the result of `config()`.
 
-        See `diffusers_folder.open_part` for the other arguments and errors.
+        Returns:
+          {path: LazyTensor}; None if the part has to be initialised.
+
+        Raises:
+          UserError: see `diffusers_folder.open_part`.
         """
         if self.layout is model_folder:
             return model_folder.open_part(self.path, part, example)
         if self.layout is single_file:
             return single_file.open_part(
-                self.path, part, example, getattr(config, part), **self._pieces
+                self.path, part, example, getattr(config, part), **self._overrides
             )
-        return diffusers_folder.open_part(self.path, part, example, **self._pieces)
+        return diffusers_folder.open_part(self.path, part, example, **self._overrides)
 
-    def load_part(self, part, example, *, config, dtype=None, sharding=None):
-        """Reads one part, or returns None where it has to be made.
+    def load_part(
+        self,
+        part: str,
+        example: Params,
+        *,
+        config: GeneratorConfig,
+        dtype: Any = None,
+        sharding: Any = None,
+    ) -> dict[str, Any] | None:
+        """Reads one part; returns None if it has to be initialised.
 
         See `open_part` and `tensor_file.placement` for the arguments and errors.
         """
@@ -123,24 +145,28 @@ class Pretrained:
         )
 
 
-def is_model(path):
-    """Whether a path is a model by itself, in one of the layouts, and not the folder of a run."""
+def is_model(path: epath.PathLike) -> bool:
+    """Returns whether a path is a model in one of the layouts, and not the folder of a run."""
     path = epath.Path(path)
     return (path / "model.json").exists() or diffusers_folder.is_one(path) or path.is_file()
 
 
-def locate(fields, shipped, prediction_type=""):
-    """Finds the files of a configuration.
+def locate(
+    fields: Mapping[str, str],
+    shipped: Callable[[str], epath.Path],
+    prediction_type: str = "",
+) -> Pretrained:
+    """Resolves the fields of `config.model` to files.
 
     Args:
-      fields: {"pretrained", "adapter", "image_encoder", "tokenizer": what config.model says}: a
-        path, or a hub id (with a path in it, if need be) of what was fetched before. Nothing is
-        downloaded; an empty text takes the model's own.
-      shipped: function of a name to the folder of a model that comes with the package.
+      fields: the values of `pretrained`, `adapter`, `image_encoder` and `tokenizer` in
+        `config.model`: each a path, a hub id with an optional path in the repository
+        (see `diffusers_folder.find`), or "" for the model's own. Nothing is downloaded.
+      shipped: function from a name to the folder of a model that ships with the package.
       prediction_type: config.model.prediction_type, see `Pretrained`.
 
     Raises:
-      UserError: it lists everything that is not there, and where it is normally fetched.
+      UserError: files are missing; it lists all of them, and where they are published.
     """
     found, problems = {}, []
     for field, name in fields.items():
@@ -157,10 +183,13 @@ def locate(fields, shipped, prediction_type=""):
             f"{'; '.join(problems)}. {diffusers_folder.FETCH} (Or give {_OWN!r}, "
             "which ships with this package.)"
         )
-    pretrained = Pretrained(found.pop("pretrained"), **found)
-    path, given = pretrained.path, [field for field in found if found[field] is not None]
+    path = found.pop("pretrained")
+    assert path is not None, "config.model.pretrained is not empty here"
+    pretrained = Pretrained(path, **found)
+    given = [field for field in found if found[field] is not None]
     if prediction_type:
-        fields, given = fields | {"prediction_type": prediction_type}, [*given, "prediction_type"]
+        fields = {**fields, "prediction_type": prediction_type}
+        given.append("prediction_type")
         pretrained = dataclasses.replace(pretrained, prediction_type=prediction_type)
     if pretrained.layout is model_folder and given:
         raise UserError(

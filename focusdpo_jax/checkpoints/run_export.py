@@ -1,13 +1,15 @@
-"""The result of a run, as files that diffusers and tools built on its layouts load.
+"""Exports a run to files that diffusers, and tools built on its layouts, load.
 
 README.md                               model card
-ip_adapter.safetensors                  of pipe.load_ip_adapter
-pytorch_lora_weights.safetensors        of pipe.load_lora_weights
-unet/                                   of UNet2DConditionModel.from_pretrained
-...                                     the other parts (see diffusers_folder), where asked for
+ip_adapter.safetensors                  for pipe.load_ip_adapter
+pytorch_lora_weights.safetensors        for pipe.load_lora_weights
+unet/                                   for UNet2DConditionModel.from_pretrained
+...                                     the other parts (see diffusers_folder), with --whole
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -25,37 +27,53 @@ from focusdpo_jax.checkpoints import (
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import cannot_write, replace_file
 from focusdpo_jax.models import vocabulary
-from focusdpo_jax.models.generator import PARTS
+from focusdpo_jax.models.generator import PARTS, Generator
+from focusdpo_jax.models.generator_config import GeneratorConfig
+from focusdpo_jax.models.parameters import Params
 from focusdpo_jax.models.tokenizer import Tokenizer
 
 LORA = "lora"
-# What each value of config.trainable changes.
+# The parts that each value of config.trainable changes.
 _TRAINED = {
     "adapter": ("adapter",),
     "lora": (LORA,),
     "full": ("unet", "adapter"),
     "generator": ("unet", "adapter", "text_encoder", "text_encoder_2"),
 }
-# Objectives that train something else, whatever config.trainable says.
+# Objectives that train other parts, whatever config.trainable is.
 _ENCODERS = {"autoencode": ("vae",), "attributes": ("image_encoder",), "probe": ()}
 
 
-def export_run(workdir, output, *, whole=False, read_checkpoint=None):
-    """Writes what a run has trained, as of its newest weights (`run_folder.newest_weights`).
+class _Model(Protocol):
+    """A model in memory, such as `training.models.Model`."""
+
+    generator: Generator
+    parameters: Params
+    tokenizer: Tokenizer
+
+
+def export_run(
+    workdir: epath.PathLike,
+    output: epath.PathLike,
+    *,
+    whole: bool = False,
+    read_checkpoint: Callable[[], _Model] | None = None,
+) -> tuple[str, ...]:
+    """Writes the trained parts of a run from its newest weights (`run_folder.newest_weights`).
 
     Args:
       workdir: folder of the run.
       output: folder to write to; created if missing, files of the same names are replaced.
-      whole: whether to write the other parts, too, which makes a pipeline of the folder.
-      read_checkpoint: () -> the model of the newest checkpoint (generator, parameters, tokenizer), for
-        weights that are not in the run's `model/`; without it they are refused.
+      whole: whether to write the other parts, too, so that the folder is a complete pipeline.
+      read_checkpoint: returns the model of the newest checkpoint, for weights that are not in the run's
+        `model/`; None raises a UserError for them.
 
     Returns:
-      The names that were written, without the model card: parts, and "lora".
+      The names of the written parts, and "lora"; without the model card.
 
     Raises:
       UserError: the run has no weights yet or trained nothing to export, `output` cannot be written,
-        or diffusers has no model of these sizes.
+        or diffusers does not support a model of these sizes.
     """
     workdir, output = epath.Path(workdir), epath.Path(output)
     run, weights = run_folder.read_config(workdir), run_folder.newest_weights(workdir)
@@ -88,7 +106,7 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
     if not names:
         raise UserError(
             f"--workdir={workdir}: a run of config.objective = {run['objective']!r} "
-            "trains nothing that diffusers knows; add --whole for the generator"
+            "trains no part of a diffusers pipeline; add --whole for the generator"
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -98,7 +116,7 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
         caveat = ip_adapter.unreadable(config.adapter) if "adapter" in names else None
         if caveat:
             logging.warning(
-                "%s of %s: diffusers loads it as something else",
+                "%s of %s: diffusers does not load it correctly",
                 caveat,
                 output / diffusers_folder.ADAPTER,
             )
@@ -118,8 +136,14 @@ def export_run(workdir, output, *, whole=False, read_checkpoint=None):
     return names
 
 
-def _write(read_part, output, names, config, resolution):
-    """Writes each of `names`; from a folder no more than two parts are read at once."""
+def _write(
+    read_part: Callable[[str], Params],
+    output: epath.Path,
+    names: tuple[str, ...],
+    config: GeneratorConfig,
+    resolution: int,
+) -> None:
+    """Writes each of `names`; at most two parts are read at once from a folder."""
     for name in names:
         if name == LORA:
             lora.save(output, read_part("unet"), config.unet)
@@ -130,15 +154,16 @@ def _write(read_part, output, names, config, resolution):
             diffusers_folder.save_part(output, name, read_part(name), config, resolution)
 
 
-def _of_model(parameters, name):
-    """A part of a model in memory, as `_part` reads it from a folder."""
+def _of_model(parameters: Params, name: str) -> Any:
+    """Returns a part of a model in memory in float32, as `_part` does for a folder."""
     return jax.tree.map(lambda x: np.asarray(x).astype(np.float32), parameters[name])
 
 
-def _part(folder, name):
-    """A part in float32, whatever mixture of types the run kept it in.
+def _part(folder: epath.Path, name: str) -> dict[str, Any]:
+    """Reads a part in float32.
 
-    Pipelines need one type, and what was trained is float32.
+    The run may have stored it in several types. Pipelines need a single type, and the trained
+    parameters are float32.
     """
     tree = model_folder.load_part(folder, name, dtype=np.float32)
     if tree is None:

@@ -1,24 +1,26 @@
-"""safetensors files, one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The format (github.com/huggingface/safetensors): the header's length in eight bytes, the header in
-JSON, the tensors' bytes. It is read here and not with `safe_open`, which maps the file: its pages
-count as memory until it is closed, so that a loaded file takes twice its size. This reader holds
-one tensor besides what it has given, and works on every path that `epath` opens.
+The format (github.com/huggingface/safetensors) is the header's length in eight bytes, the header in
+JSON, and the bytes of the tensors. `safe_open` of the library maps the file into memory: its pages count
+as used until it is closed, so that loading takes twice the size of the file. This reader holds one
+tensor besides those that it has returned, and supports every path that `epath` opens.
 """
 
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from focusdpo_jax import file_kinds
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import new_file
 from focusdpo_jax.models import stacking
+from focusdpo_jax.models.parameters import Params, Path, flatten
 
 _TYPES = {
     "F64": np.float64,
@@ -38,45 +40,55 @@ _TYPES = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(value): name for name, value in _TYPES.items()}
-# As in safetensors: a longer header is a damaged file.
+# The library's limit; a file with a longer header is damaged.
 _LONGEST_HEADER = 100_000_000
 
 
 class LazyTensor:
-    """A tensor whose shape and type are known and whose values are read by `np.asarray`.
+    """A tensor of known shape and type whose values are read by `np.asarray`.
 
-    Every `np.asarray` reads again; nothing is kept.
+    Every `np.asarray` reads the values again; nothing is cached.
+
+    Attributes:
+      shape: of the tensor.
+      dtype: numpy type of the tensor.
     """
 
-    def __init__(self, shape, dtype, read):
+    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[], np.ndarray]):
+        """Creates a tensor.
+
+        Args:
+          shape, dtype: of the result of `read`.
+          read: returns the values.
+        """
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self._read = read
 
     @classmethod
-    def of(cls, value):
-        """A numpy array as a `LazyTensor`; one that already is stays what it is."""
+    def of(cls, value: "np.ndarray | LazyTensor") -> "LazyTensor":
+        """Wraps a numpy array; returns a `LazyTensor` unchanged."""
         return value if isinstance(value, cls) else cls(value.shape, value.dtype, lambda: value)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         value = self._read()
         return value if dtype is None else value.astype(dtype)
 
-    def map(self, function):
-        """The tensor to which `function`, of numpy arrays, leads; it is called when read."""
-        # A view without memory tells the shape: as_strided would do, broadcast_to is plainer.
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
+        """Returns the tensor after `function`, which is applied when the values are read."""
+        # Infers the shape with a broadcast scalar, which needs no memory.
         shape = function(np.broadcast_to(np.zeros((), self.dtype), self.shape)).shape
         return LazyTensor(shape, self.dtype, lambda: function(self._read()))
 
 
-def read(path):
-    """Opens a safetensors file.
+def read(path: epath.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Opens a safetensors file; only the header is read.
 
     Returns:
-      dict from name to `LazyTensor`, and the file's metadata, a dict of texts.
+      {name: LazyTensor}, and the metadata of the file.
 
     Raises:
-      UserError: it is missing, or no complete safetensors file.
+      UserError: the file is missing, or not a complete safetensors file.
     """
     path = epath.Path(path)
     try:
@@ -84,11 +96,11 @@ def read(path):
         with path.open("rb") as file:
             head = file.read(512)
             length = int.from_bytes(head[:8], "little")
-            # First of all what it promises to be: the length of a header may look like anything.
+            # Recognise other formats first: their first bytes could be a length.
             if len(head) < 8 or not 2 <= length <= _LONGEST_HEADER or head[8:9] not in (b"{", b""):
                 what = file_kinds.describe(head) or (
-                    f"is no safetensors file (its first bytes are {head[:8]!r}, and not the length of a "
-                    "header): fetch the .safetensors file of the model"
+                    f"is not a safetensors file (its first bytes are {head[:8]!r}, and not the length of "
+                    "a header): fetch the .safetensors file of the model"
                 )
                 raise UserError(f"{path} {what}.")
             if size < 8 + length:
@@ -114,11 +126,11 @@ def read(path):
     return tensors, metadata
 
 
-def _entry(path, name, entry, start):
-    """The lazy tensor of one entry of a header."""
+def _entry(path: epath.Path, name: str, entry: Mapping[str, Any], start: int) -> LazyTensor:
+    """Returns the tensor of one entry of a header; `start` is the offset of the data."""
     if entry["dtype"] not in _TYPES:
         raise UserError(
-            f"{path}: {name} is of the type {entry['dtype']}, which is not read; give a file in "
+            f"{path}: {name} is of the type {entry['dtype']}, which is not supported; give a file in "
             "float32, float16 or bfloat16."
         )
     dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
@@ -126,7 +138,7 @@ def _entry(path, name, entry, start):
     if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
         raise ValueError(f"the extent of {name} contradicts its shape {shape}")
 
-    def load():
+    def load() -> np.ndarray:
         with path.open("rb") as file:
             file.seek(start + begin)
             return np.frombuffer(file.read(end - begin), dtype).reshape(shape)
@@ -134,63 +146,69 @@ def _entry(path, name, entry, start):
     return LazyTensor(shape, dtype, load)
 
 
-def placement(dtype=None, sharding=None):
-    """How leaves are kept as they are read: a function of a path and a numpy array.
+def placement(dtype: Any = None, sharding: Any = None) -> Callable[[Path, np.ndarray], Any]:
+    """Returns the argument `place` of `stacking.join`, which converts and places each leaf.
 
     Args:
-      dtype: of every leaf, or a tree of types; None leaves the file's.
-      sharding: of every leaf, or a tree of shardings, where jax arrays are wanted. Each process
-        reads all of a tensor and keeps its own shards.
-
-    Returns:
-      The `place` of `pytorch_names.to_flax`; it converts and distributes each leaf at once.
+      dtype: type of every leaf, or a tree of types; None keeps that of the file.
+      sharding: sharding of every leaf, or a tree of shardings; None returns numpy arrays. Each
+        process reads the whole tensor and keeps its own shards.
     """
-    of_type, of_sharding = (
-        (lambda path, value=value: value)
-        if not isinstance(value, dict)
-        else traverse_util.flatten_dict(value).get
+    dtype_of, sharding_of = (
+        (lambda path, value=value: value) if not isinstance(value, dict) else flatten(value).get
         for value in (dtype, sharding)
     )
 
-    def place(path, value):
-        value = value if of_type(path) is None else value.astype(of_type(path))
-        target = of_sharding(path)
+    def place(path: Path, value: np.ndarray) -> Any:
+        value = value if dtype_of(path) is None else value.astype(dtype_of(path))
+        target = sharding_of(path)
         if target is None:
             return value
         array = jax.make_array_from_callback(value.shape, target, lambda index: value[index])
-        # Copies that run behind would keep their sources in host memory.
+        # Asynchronous copies would keep their sources in host memory.
         return array.block_until_ready()
 
     return place
 
 
-def load(opened, example, dtype=None, sharding=None):
+def load(
+    opened: Mapping[Path, LazyTensor] | None,
+    example: Params,
+    dtype: Any = None,
+    sharding: Any = None,
+) -> dict[str, Any] | None:
     """Reads the tensors of an opened part, one after the other.
 
     Args:
       opened: {path in `stacking.split(example)`: LazyTensor}, or None.
-      example: the tree expected, of arrays or `jax.ShapeDtypeStruct`s.
+      example: the expected tree of arrays or `jax.ShapeDtypeStruct`s.
       dtype, sharding: see `placement`.
 
     Returns:
-      A tree like `example`; None where nothing was opened.
+      A tree like `example`; None if `opened` is None.
     """
     if opened is None:
         return None
     return stacking.join(opened, example, place=placement(dtype, sharding))
 
 
-def write(path, tensors, metadata=None):
-    """Writes arrays or `LazyTensor`s, one at a time, under a temporary name that is then changed.
+def write(
+    path: epath.PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file atomically, one tensor at a time.
 
     Args:
-      tensors: dict from name to array; what has no shape of its own is taken as it is.
-      metadata: dict of texts.
+      path: of the file.
+      tensors: {name: numpy or jax array, or `LazyTensor`}.
+      metadata: texts for the header.
     """
     path = epath.Path(path)
     # safetensors' own order, which keeps every tensor aligned.
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
-    header, position = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
     for name in order:
         dtype, shape = np.dtype(tensors[name].dtype), tensors[name].shape
         size = math.prod(shape) * dtype.itemsize

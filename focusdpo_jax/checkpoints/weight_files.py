@@ -1,4 +1,4 @@
-"""The safetensors files of a folder's weights: one file, or shards that an index lists.
+"""Finds the safetensors files of a folder's weights: one file, or shards with an index.
 
     STEM.safetensors, STEM.fp16.safetensors
     STEM-00001-of-00002.safetensors, ... and STEM.safetensors.index.json (or ...index.fp16.json)
@@ -15,13 +15,13 @@ from focusdpo_jax.files import read_json
 _VARIANTS = ("", "fp16")
 
 
-def find(folder, stem, variant=None):
-    """The safetensors files of a folder's weights, or an empty list.
+def find(folder: epath.Path, stem: str, variant: str | None = None) -> list[epath.Path]:
+    """Returns the safetensors files of a folder's weights, or an empty list.
 
     Args:
-      folder: an `epath.Path`.
-      stem: of the files' names.
-      variant: such as "fp16"; None takes the plain files, and fp16 where there are no others.
+      folder: with the weights.
+      stem: STEM of the files' names.
+      variant: such as "fp16"; None for the files without a variant or, if there are none, fp16.
 
     Raises:
       UserError: an index is damaged.
@@ -40,8 +40,8 @@ def find(folder, stem, variant=None):
     return []
 
 
-def _shards(index):
-    """Names of the files that an index lists."""
+def _shards(index: epath.Path) -> list[str]:
+    """Returns the names of the files in an index."""
     listed = read_json(index).get("weight_map")
     if (
         not isinstance(listed, dict)
@@ -52,8 +52,8 @@ def _shards(index):
     return sorted({*listed.values()})
 
 
-def missing(folder, stem, variant=None):
-    """What a folder's weights lack, as the paths of files, each with what lies there instead."""
+def missing(folder: epath.Path, stem: str, variant: str | None = None) -> list[str]:
+    """Returns the paths of missing weight files, each with a note about .bin files in the folder."""
     dot = f".{variant}" if variant else ""
     files = find(folder, stem, variant) or [folder / f"{stem}{dot}.safetensors"]
     pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.exists() else []
@@ -61,8 +61,13 @@ def missing(folder, stem, variant=None):
     return [f"{path}{note}" for path in files if not path.exists()]
 
 
-def read(folder, stem, variant=None):
-    """{name: LazyTensor} of a folder's weights; headers alone are read.
+def read(
+    folder: epath.PathLike, stem: str, variant: str | None = None
+) -> dict[str, tensor_file.LazyTensor]:
+    """Opens a folder's weights: {name: LazyTensor}; only headers are read.
+
+    Args:
+      folder, stem, variant: see `find`.
 
     Raises:
       UserError: there are no such files, an index names a shard that is missing, or a file is damaged.
@@ -71,7 +76,7 @@ def read(folder, stem, variant=None):
     lacks = missing(folder, stem, variant)
     if lacks:
         raise UserError(
-            f"missing: {', '.join(lacks)}. Weights are read from safetensors alone, in one file "
+            f"missing: {', '.join(lacks)}. Weights are read only from safetensors, in one file "
             f"or in all shards that {stem}.safetensors.index.json lists: fetch them again, or "
             "write them with save_pretrained of the library that has the model."
         )

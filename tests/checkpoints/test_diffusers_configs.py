@@ -182,5 +182,5 @@ def test_unets_that_diffusers_does_not_know(depths, mid):
         mid_transformer_layers=mid,
         num_heads=(1, 2),
     )
-    with pytest.raises(UserError, match=f"mid_transformer_layers = {mid}: diffusers knows only"):
+    with pytest.raises(UserError, match=f"mid_transformer_layers = {mid}: diffusers supports only"):
         configs.write_unet(config, 8)

@@ -271,7 +271,7 @@ def test_more_than_low_rank_updates_is_refused(fields, message, tmp_path):
     write_peft(tmp_path, PLAIN | fields)
     with pytest.raises(
         UserError,
-        match=f"adapter_config.json asks for more than low-rank updates: {message}"
+        match=f"adapter_config.json describes more than low-rank updates: {message}"
         ".*merge_and_unload",
     ):
         lora.load(tmp_path, PARAMETERS, CONFIG)
@@ -279,7 +279,7 @@ def test_more_than_low_rank_updates_is_refused(fields, message, tmp_path):
         "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in (PLAIN | fields).items()})
     }
     with pytest.raises(
-        UserError, match=f"lora_adapter_metadata of LoRA file asks for more .*: {message}"
+        UserError, match=f"lora_adapter_metadata of LoRA file describes more .*: {message}"
     ):
         lora.read({}, PARAMETERS, CONFIG, metadata=header)
 
@@ -288,13 +288,13 @@ def test_more_than_low_rank_updates_is_refused(fields, message, tmp_path):
     "fields, message",
     [
         ("{", "adapter_config.json is damaged"),
-        ("[]", "is damaged: it is no JSON object"),
-        (PLAIN | {"r": 4}, "says rank 4 for up_blocks.0.*to_q, whose matrices have rank 2"),
+        ("[]", "is damaged: it is not a JSON object"),
+        (PLAIN | {"r": 4}, "has rank 4 for up_blocks.0.*to_q, whose matrices have rank 2"),
         (PLAIN | {"lora_alpha": "16"}, "lora_alpha = '16': give a finite number"),
         (PLAIN | {"r": 0}, "r = 0: give a finite number"),
         (
             PLAIN | {"alpha_pattern": {"to_(": 2}},
-            r"alpha_pattern\['to_\('\] is no regular expression",
+            r"alpha_pattern\['to_\('\] is not a regular expression",
         ),
         (PLAIN | {"alpha_pattern": [1]}, r"alpha_pattern = \[1\]: give an object"),
     ],
@@ -348,17 +348,17 @@ def test_kohyas_strength(alpha, header, scale):
             {"ss_network_alpha": "1"},
             r"ss_network_alpha = 1 in its header, but .*to_q, of rank 2, has no",
         ),
-        (None, {"ss_network_alpha": "x"}, "ss_network_alpha = 'x' is no number"),
-        (np.nan, {}, "the alpha of .*to_q is nan, which is no number"),
+        (None, {"ss_network_alpha": "x"}, "ss_network_alpha = 'x' is not a number"),
+        (np.nan, {}, "the alpha of .*to_q is nan, which is not a number"),
         (
             1,
             {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})},
-            "has a tensor alpha = 1, a factor of 0.5, and lora_adapter_metadata of LoRA file says 2",
+            "has a tensor alpha = 1, a scale of 0.5, and lora_adapter_metadata of LoRA file has 2",
         ),
         (
             None,
             {"lora_adapter_metadata": json.dumps({"text_encoder.r": 2})},
-            "says nothing of unet, so that",
+            "has no fields for unet, so that",
         ),
         (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata of LoRA file is damaged"),
     ],

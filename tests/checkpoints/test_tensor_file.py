@@ -115,10 +115,10 @@ KINDS = {
     "compressed": (b"\x1f\x8b\x08" + bytes(60), "is compressed .gzip.: unpack it first"),
     "text": (
         b"Not Found. Please try again later.",
-        r"is no safetensors file \(its first bytes are b'Not",
+        r"is not a safetensors file \(its first bytes are b'Not",
     ),
-    "json": (json.dumps({"weight_map": {"a": "b"}}).encode(), "is no safetensors file"),
-    "few bytes": (b"abc", "is no safetensors file"),
+    "json": (json.dumps({"weight_map": {"a": "b"}}).encode(), "is not a safetensors file"),
+    "few bytes": (b"abc", "is not a safetensors file"),
 }
 
 

@@ -386,7 +386,7 @@ def test_damaged_configurations_are_named(folder):
     del values["scaling_factor"]
     for text, reason in (
         ("{", "is damaged"),
-        ("[]", "is no JSON object"),
+        ("[]", "is not a JSON object"),
         (json.dumps(values), "lacks the field 'scaling_factor'"),
     ):
         path.write_text(text)
@@ -501,13 +501,13 @@ def test_disruption_takes_unets_of_both_kinds(channels):
     [
         (
             {"_class_name": "StableDiffusionPipeline"},
-            "is a StableDiffusionPipeline .its model_index.json says so., and only SDXL is read",
+            "is a StableDiffusionPipeline according to its model_index.json, and only SDXL is supported",
         ),
         ({"_class_name": "KolorsPipeline"}, "is a KolorsPipeline"),
         ({"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
         (
             {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
-            r"has no text_encoder \(SDXL's refiner has no first one\), as its model_index.json says",
+            r"has no text_encoder \(SDXL's refiner has no first one\) according to its model_index.json",
         ),
     ],
 )
@@ -542,7 +542,7 @@ def test_pipelines_of_other_kinds_are_named(folder, index, message):
             "unet",
             {"cross_attention_dim": 2048},
             r"unet.cross_attention_dim = 2048, but text_encoder.hidden_size \+ "
-            r"text_encoder_2.hidden_size = 24: take parts that belong to one",
+            r"text_encoder_2.hidden_size = 24: use parts that belong to one",
         ),
         ("unet", {"in_channels": 3}, "unet.in_channels = 3, but vae.latent_channels = 4"),
         ("unet", {"out_channels": 8}, "unet.out_channels = 8, but vae.latent_channels = 4"),
@@ -550,7 +550,7 @@ def test_pipelines_of_other_kinds_are_named(folder, index, message):
         (
             "vae",
             {"in_channels": 4, "out_channels": 4},
-            "vae.in_channels = 4, but the channels of a picture = 3",
+            "vae.in_channels = 4, but the channels of an RGB image = 3",
         ),
         ("vae", {"shift_factor": 0.1159}, "shift_factor = 0.1159 .not None"),
         (
