@@ -1,4 +1,4 @@
-"""What every command of the package does the same way: quiet logs, and mistakes in one line."""
+"""Shared entry point of the commands: flags, logging, one-line errors, and process settings."""
 
 import ctypes
 import glob
@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 import zlib
+from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags, logging
 from etils import epath
@@ -17,42 +19,51 @@ from focusdpo_jax.files import no_room
 
 # Device files of GPUs (NVIDIA's, AMD's) and TPUs.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
-# Of glibc's mallopt: no block is too large for the heap, the heap does not shrink, and all threads
-# share it, since those of others cannot hold large blocks.
-_KEEPS_MEMORY = (
+# Parameters of glibc's mallopt. The heap takes blocks of any size, never shrinks, and is shared by all
+# threads, since the arenas of other threads cannot have large blocks.
+_KEEP_MEMORY = (
     (-3, 2**31 - 1),  # M_MMAP_THRESHOLD
     (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
     (-8, 1),  # M_ARENA_MAX
 )
 
+# Parses the arguments and returns those that are not flags.
+Parser = Callable[[list[str]], list[str]]
 
-def parse_flags(argv):
-    """Parses the command line; whatever is wrong with it is one line."""
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; an invalid flag ends the program with one line.
+
+    Returns:
+      The arguments that are not flags.
+    """
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
         fail(" ".join(str(error).split()))
 
 
-def config_parser(holder):
-    """A `parser` for `run`, of a command that takes a configuration file.
+def config_parser(holder: flags.FlagHolder) -> Parser:
+    """Returns a parser for `run` for commands with a configuration file.
 
-    A configuration is Python, so that a mistake in it or in --config.FIELD can raise anything.
+    A configuration is Python code, so that a mistake in it or in --config.FIELD can raise any
+    exception. The parser ends the program with one line for all of them.
 
     Args:
-      holder: of the flag, as `config_flags.DEFINE_config_file` returned it; it may be left out.
+      holder: of the flag, from `config_flags.DEFINE_config_file`; the flag may be optional.
     """
 
-    def parse(argv):
+    def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
             if holder.value is not None:
                 holder.value.get("seed")  # A file that cannot be read fails at its first use.
             return rest
-        except Exception as error:  # By absl, ml_collections or the configuration file.
+        except Exception as error:  # From absl, ml_collections or the configuration file.
             lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()]
             lines = [line for line in lines if line]
-            if isinstance(error, AttributeError):  # Of --config.FIELD: the name, then a suggestion.
+            # From --config.FIELD: the name, then a suggestion.
+            if isinstance(error, AttributeError):
                 name, *suggestion = (line.strip("\\'") for line in lines)
                 fail(f"config.{name} is not a field. {' '.join(suggestion)}")
             fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error))
@@ -60,21 +71,24 @@ def config_parser(holder):
     return parse
 
 
-def default_workdir(config_file):
-    """runs/toybox_dpo for configs/toybox_dpo.py; an argument after a colon is added."""
+def default_workdir(config_file: str) -> epath.Path:
+    """Returns the default folder of a run: runs/toybox_dpo for configs/toybox_dpo.py.
+
+    An argument after a colon is appended: runs/sdxl_dpo_debug for configs/sdxl_dpo.py:debug.
+    """
     path, _, argument = config_file.partition(":")
     name = epath.Path(path).stem
     return epath.Path("runs") / (f"{name}_{argument}" if argument else name)
 
 
-def run(main, parser=parse_flags, *, goes_on=False):
+def run(main: Callable[[], None], parser: Parser = parse_flags, *, goes_on: bool = False) -> None:
     """Runs a command as the main program.
 
     Args:
-      main: the command, a function without arguments. A `UserError` that it raises becomes one line
-        on stderr and exit status 2; Ctrl-C one line and status 130 (see `interrupts`).
-      parser: takes all arguments and returns those that are not flags.
-      goes_on: whether the same command line goes on where it was interrupted.
+      main: the command. A `UserError` that it raises becomes one line on stderr and exit status 2,
+        Ctrl-C one line and status 130 (see `interrupts`).
+      parser: parses the arguments and returns those that are not flags.
+      goes_on: whether the same command line resumes after an interrupt, for the message.
     """
     interrupted = interrupts.Interrupts(
         "interrupted (Ctrl-C)"
@@ -85,7 +99,7 @@ def run(main, parser=parse_flags, *, goes_on=False):
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_quiet)
 
-    def guarded(argv):
+    def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             fail(f"unexpected arguments: {' '.join(argv[1:])}; flags are written --name=value")
         with interrupted.one_line():
@@ -100,12 +114,12 @@ def run(main, parser=parse_flags, *, goes_on=False):
         app.run(guarded, flags_parser=parser)
 
 
-def keep_compiled_programs():
-    """Has jax keep what it compiles, so that a second start need not; before jax is imported.
+def keep_compiled_programs() -> None:
+    """Enables jax's persistent compilation cache; call it before jax is imported.
 
-    In ~/.cache/focusdpo_jax (below XDG_CACHE_HOME, where that is set), at most 4 GiB, the least used
-    go first. jax's own variables change it: JAX_COMPILATION_CACHE_DIR the folder,
-    JAX_ENABLE_COMPILATION_CACHE=false whether there is one.
+    The cache is in ~/.cache/focusdpo_jax (or below XDG_CACHE_HOME, if set), and has at most 4 GiB; the
+    least recently used programs are removed first. jax's environment variables override this:
+    JAX_COMPILATION_CACHE_DIR the folder, JAX_ENABLE_COMPILATION_CACHE=false the cache itself.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -113,59 +127,59 @@ def keep_compiled_programs():
             home, "focusdpo_jax", f"programs-{_processor()}"
         )
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))
-    # Also small programs: there are hundreds, and reading one takes a third of compiling it.
+    # Small programs, too: there are hundreds, and loading one takes a third of the time to compile it.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def keep_memory():
-    """Has a process that computes on its CPU keep memory that it gave back; before jax has devices.
+def keep_memory() -> None:
+    """Makes malloc keep freed memory, for CPU training; call it before jax creates its devices.
 
-    XLA takes what a program needs, hundreds of megabytes, from malloc and returns it after every step.
-    glibc would hand it to the system each time, which then clears every page anew: a fifteenth of a
-    large step. (All threads have one heap for that; small steps it slows down.) Elsewhere than with
-    glibc, and beside an accelerator, nothing is changed; nor where the environment has a say about
-    malloc.
+    XLA allocates the buffers of a program, hundreds of megabytes, with malloc and frees them after
+    every step. By default glibc returns them to the system, which then clears every page again: a
+    fifteenth of a large step. (The cost is one heap for all threads, which slows small steps down.)
+    Nothing is changed without glibc, with an accelerator, or if the environment configures malloc.
     """
-    told = [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]
-    if told or platform.libc_ver()[0] != "glibc" or _has_accelerator():
+    configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if configured or platform.libc_ver()[0] != "glibc" or _has_accelerator():
         return
     mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in _KEEPS_MEMORY:
+    for parameter, value in _KEEP_MEMORY:
         mallopt(parameter, value)
 
 
-def _has_accelerator():
-    """Whether jax would compute on something else than the CPU."""
+def _has_accelerator() -> bool:
+    """Returns whether jax would compute on another device than the CPU."""
     if os.environ.get("JAX_PLATFORMS"):
         return os.environ["JAX_PLATFORMS"] != "cpu"
     return any(glob.glob(pattern) for pattern in _ACCELERATORS)
 
 
-def _processor():
-    """What programs for this kind of processor are kept under: others may lack its instructions."""
+def _processor() -> str:
+    """Returns a key for the processor's instruction set, since programs need all of its instructions."""
     try:
         with open("/proc/cpuinfo") as lines:
-            told = next(line for line in lines if line.startswith(("flags", "Features")))
+            features = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
-        told = platform.processor()
-    return f"{platform.machine()}-{zlib.crc32(told.encode()):08x}"
+        features = platform.processor()
+    return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
 
 
-def fail(message):
-    """Ends the program with one line that says what was wrong."""
+def fail(message: object) -> NoReturn:
+    """Prints "error: MESSAGE" on one line and exits with status 2."""
     leave(f"error: {message}", 2)
 
 
-def leave(message, status):
-    """Ends the program with one line and an exit status."""
+def leave(message: str, status: int) -> NoReturn:
+    """Prints a line on stderr and exits with `status`."""
     print(message, file=sys.stderr)
     sys.exit(status)
 
 
-def _quiet(record):
-    """Keeps what this program logs, and of the libraries' only warnings.
+def _quiet(record: python_logging.LogRecord) -> bool:
+    """Filters the log: all records of this package, but only warnings of libraries.
 
-    Drops the traceback of a full disk in a library's thread, which the command reports as its error.
+    It also drops the traceback of a full disk in a library's thread, which the command reports as its
+    error.
     """
     if record.exc_info and record.exc_info[1] and no_room(record.exc_info[1]):
         return False

@@ -1,19 +1,21 @@
-"""How XLA is asked to compile, where that differs from what it does by itself."""
+"""XLA compiler options that differ from XLA's defaults."""
 
 import functools
 import os
 
 import jax
 
-# For programs that run seldom: compiling them well would take longer than running them badly.
+# For programs that run rarely: optimising them would take longer than it saves.
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
-# On a CPU XLA has YNNPACK do reductions, matrix products and convolutions. Left with reductions alone,
-# it gives the others to Eigen, which is half as fast again in convolutions
-# (`benchmarks/convolutions.py`) and a little faster in large matrix products. Vectors of AVX-512, where
-# there are any, it takes only when told to; they make a step of many elementwise operations a
-# thirtieth faster. LLVM's level 1 takes 0.6 to 0.7 of the time that XLA's level 3 takes for Toybox's
-# programs, and they run as fast: what costs is in libraries, or in loops that are vectors already.
+# Measured on CPUs:
+# - By default XLA uses YNNPACK for reductions, matrix products and convolutions. Limited to reductions,
+#   it uses Eigen for the others, which is 1.5 times as fast in convolutions
+#   (`benchmarks/convolutions.py`) and a little faster in large matrix products.
+# - XLA uses AVX-512 vectors, if the processor has them, only with the second option. They make a step
+#   with many elementwise operations a thirtieth faster.
+# - With optimisation level 1 in LLVM the programs of Toybox compile in 0.6 to 0.7 of the time of XLA's
+#   default 3 and run as fast: the time is spent in libraries and in loops that are already vectorised.
 _ON_CPU = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_prefer_vector_width": 512,
@@ -21,10 +23,12 @@ _ON_CPU = {
 }
 
 
-def networks_on(platform):
-    """Options, {name: value} for `jax.jit`, for a program of networks on "cpu", "gpu" or "tpu".
+def networks_on(platform: str) -> dict[str, str | int]:
+    """Returns compiler options for programs of neural networks: {name: value} for `jax.jit`.
 
-    An option that the environment's XLA_FLAGS names is left to them.
+    Args:
+      platform: "cpu", "gpu" or "tpu". Options that the environment variable XLA_FLAGS sets are left
+        out.
     """
     if platform != "cpu" or not _known_on_cpu():
         return {}
@@ -32,14 +36,14 @@ def networks_on(platform):
     return {name: value for name, value in _ON_CPU.items() if f"--{name}=" not in flags}
 
 
-def networks_here():
-    """`networks_on` the devices of this machine."""
+def networks_here() -> dict[str, str | int]:
+    """Returns `networks_on` for the devices of this machine."""
     return networks_on(jax.default_backend())
 
 
 @functools.cache
-def _known_on_cpu():
-    """Whether this XLA still has these options, one of which is experimental."""
+def _known_on_cpu() -> bool:
+    """Returns whether this version of XLA has these options, one of which is experimental."""
     try:
         with jax.default_device(jax.devices("cpu")[0]):
             jax.jit(abs).lower(jax.ShapeDtypeStruct((), "float32")).compile(_ON_CPU)

@@ -1,4 +1,4 @@
-"""Recognises, from its first bytes, a file that is not of the format that its name implies."""
+"""Recognises files of other formats than safetensors or JSON by their first bytes, for error messages."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _CONVERT = (
@@ -8,14 +8,15 @@ _CONVERT = (
 )
 
 
-def describe(head):
-    """Describes the format of a file, and what to do about it.
+def describe(head: bytes) -> str | None:
+    """Describes the format of a file and how to get the right one.
 
     Args:
-      head: its first bytes, 512 or more where it has so many.
+      head: the first 512 bytes of the file or more, or all if it has fewer.
 
     Returns:
-      The end of a sentence about the file, or None for an unknown format.
+      The predicate of a sentence whose subject is the file, such as "is empty: fetch or copy it
+      again"; None for an unknown format.
     """
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:

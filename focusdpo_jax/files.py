@@ -7,27 +7,24 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from etils import epath
 
 from focusdpo_jax import file_kinds
 from focusdpo_jax.errors import UserError
 
-# Error numbers of a full disk, a quota and a limit of file sizes.
+# Error numbers of a full disk, an exceeded quota and an exceeded file size.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# The same as texts: libraries in C++ raise errors of their own types with these messages.
+# Their messages: libraries in C++ raise errors of other types that contain them.
 _WORDS = tuple(os.strerror(number) for number in sorted(_FULL))
 
 
-def read_json(path):
-    """The dict of a JSON file.
-
-    Args:
-      path: an `epath.Path`.
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON file that contains an object.
 
     Raises:
-      UserError: it is missing, or no JSON object.
+      UserError: the file is missing, or not a JSON object.
     """
     try:
         content = path.read_bytes()
@@ -39,20 +36,20 @@ def read_json(path):
         what = file_kinds.describe(content[:512])
         raise UserError(f"{path} {what}." if what else f"{path} is damaged: {error}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object.")
+        raise UserError(f"{path} is damaged: it is not a JSON object.")
     return values
 
 
 def replace_file(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file in one move: a reader, or a killed writer, never sees half of it.
+    """Writes a file atomically: it is never incomplete, even if the process is killed.
 
     Args:
-      path: of the file; its folder is made if missing.
+      path: of the file; its folder is created if missing.
       content: text is written as UTF-8.
 
     Raises:
-      UserError: there is no room.
-      OSError: it cannot be written for another reason.
+      UserError: the disk is full.
+      OSError: the file cannot be written for another reason.
     """
     with new_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -60,12 +57,12 @@ def replace_file(path: epath.PathLike, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file to write, which appears under its name when the body has ended without an error.
+    """Yields a binary file to write, which is renamed to `path` when the context ends.
 
-    An error removes what was written. See `replace_file` for the arguments and errors.
+    An exception in the context removes the file. See `replace_file` for the arguments and errors.
     """
     path = epath.Path(path)
-    # A name of its own, since processes that share a folder may write the same file at once.
+    # A unique name, since several processes may write the same file in a shared folder.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +78,7 @@ def new_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def room_for(path: epath.PathLike) -> Iterator[None]:
-    """Raises a UserError that names a file or folder in place of an error about missing disk space."""
+    """Converts exceptions about a full disk in the context to a UserError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -94,7 +91,10 @@ def room_for(path: epath.PathLike) -> Iterator[None]:
 
 
 def no_room(error: BaseException) -> str | None:
-    """The system's message, such as "No space left on device", of an error about disk space; else None."""
+    """Returns the system's message of an error about a full disk, or None for other errors.
+
+    For example "No space left on device".
+    """
     if isinstance(error, OSError) and error.errno in _FULL:
         return os.strerror(error.errno)
     text = str(error)
@@ -102,17 +102,18 @@ def no_room(error: BaseException) -> str | None:
 
 
 def cannot_write(what: str, error: OSError) -> UserError:
-    """The UserError of a folder that cannot be written.
+    """Returns the UserError for a folder that cannot be written.
 
     Args:
-      what: the folder as the user gave it, such as "--output=OUT".
+      what: the option that names the folder, such as "--output=OUT".
+      error: the exception.
     """
     cure = "Make room" if no_room(error) else "Give a folder that you may write"
     return UserError(f"{what}: cannot write there ({error.strerror or error}). {cure}.")
 
 
 def remove_unfinished(folder: epath.PathLike) -> None:
-    """Removes what a killed `replace_file` has left in a folder and in those that lie in it."""
+    """Removes temporary files of killed `new_file`s in a folder and its direct subfolders."""
     for pattern in ("*.tmp", "*/*.tmp"):
         for path in epath.Path(folder).glob(pattern):
             if re.search(r"\.[0-9a-f]{8}\.tmp$", path.name):

@@ -1,8 +1,8 @@
-"""Ctrl-C in a command: one line and exit status 130, whatever the process is doing.
+"""Ctrl-C in a command: one line and exit status 130, even during a long compilation.
 
-Python delivers a signal when the main thread returns from C++, which may compile for minutes. So a thread
-of its own reads signals from a pipe. The main thread gets a few seconds to clean up, then the process ends.
-A second Ctrl-C ends it at once. Code that saves first, as training does, installs its own signal handler;
+Python delivers a signal when the main thread returns from C++, which may compile for minutes. So another
+thread reads signals from a pipe. The main thread has a few seconds to clean up, then the process ends. A
+second Ctrl-C ends it at once. Code that saves first, such as training, installs its own signal handler;
 then only the second Ctrl-C ends the process here.
 """
 
@@ -13,23 +13,29 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
-# What a shell reports of a process that SIGINT has ended.
+# The exit status that shells report for a process ended by SIGINT.
 STATUS = 128 + signal.SIGINT
-# Seconds in which the main thread can leave by itself.
+# Seconds for the main thread to clean up and exit.
 _GRACE = 3.0
 
 
 class Interrupts:
-    """Ctrl-C from now on, in the process of a command; to be made in the main thread.
+    """Handles SIGINT in the process of a command; create it in the main thread.
 
     Attributes:
       raised: whether the main thread was interrupted.
     """
 
-    def __init__(self, line):
-        """Takes over SIGINT; `line` is printed at the end."""
-        self._line, self._asked, self.raised = line, 0, False
+    def __init__(self, line: str):
+        """Installs the handler.
+
+        Args:
+          line: printed when an interrupt ends the process.
+        """
+        self._line, self._received, self.raised = line, 0, False
         self._leaving = threading.Lock()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -39,8 +45,8 @@ class Interrupts:
         self._report, sys.unraisablehook = sys.unraisablehook, self._unraisable
 
     @contextlib.contextmanager
-    def one_line(self):
-        """Ends the process where the body was interrupted, whatever libraries made of that."""
+    def one_line(self) -> Iterator[None]:
+        """Ends the process if the body was interrupted, even if libraries raise another exception."""
         try:
             yield
         except SystemExit:
@@ -50,12 +56,12 @@ class Interrupts:
                 self._leave()
             raise
 
-    def _raise(self, number, frame):
+    def _raise(self, number: int, frame: Any) -> NoReturn:
         self.raised = True
         raise KeyboardInterrupt
 
-    def _unraisable(self, info):
-        """Repeats an interrupt that Python could not raise, as in a destructor, and would only print."""
+    def _unraisable(self, info: Any) -> None:
+        """Repeats an interrupt that Python cannot raise, such as in a destructor, and only prints."""
         if info.exc_type is not KeyboardInterrupt:
             self._report(info)
             return
@@ -63,37 +69,40 @@ class Interrupts:
         timer.daemon = True
         timer.start()
 
-    def _repeat(self):
-        """Raises again in the main thread, which is elsewhere by now."""
-        self._asked -= 1  # `_listen` counts it.
+    def _repeat(self) -> None:
+        """Interrupts the main thread again, which by now executes other code."""
+        self._received -= 1  # `_listen` counts it again.
         _thread.interrupt_main()
 
-    def _listen(self, reader):
+    def _listen(self, reader: int) -> None:
         while True:
             for number in os.read(reader, 64):
                 if number != signal.SIGINT:
                     continue
-                self._asked += 1
-                if self._asked > 1:
+                self._received += 1
+                if self._received > 1:
                     self._leave()
                 if signal.getsignal(signal.SIGINT) == self._raise:
                     timer = threading.Timer(_GRACE, self._leave)
                     timer.daemon = True
                     timer.start()
 
-    def _leave(self):
-        self._leaving.acquire()  # For good: one line is enough.
+    def _leave(self) -> NoReturn:
+        self._leaving.acquire()  # Never released, so that only one thread prints the line.
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             print(("\n" if sys.stderr.isatty() else "") + self._line, file=sys.stderr, flush=True)
         for process in multiprocessing.active_children():
             process.kill()
-        os._exit(STATUS)  # Threads that compile or read would hold up any other end.
+        os._exit(STATUS)  # `sys.exit` would wait for threads that compile or read.
 
 
 @contextlib.contextmanager
-def kept_from_children():
-    """Processes that are started inside never see Ctrl-C, which a terminal sends to all of them."""
+def kept_from_children() -> Iterator[None]:
+    """Blocks SIGINT in processes started inside the context.
+
+    A terminal sends Ctrl-C to all processes of a command.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
