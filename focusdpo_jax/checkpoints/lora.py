@@ -64,8 +64,8 @@ class LowRank(NamedTuple):
       scale: alpha / rank or, for rsLoRA, alpha / sqrt(rank).
     """
 
-    down: Float[np.ndarray, "rank *in_and_kernel"]
-    up: Float[np.ndarray, "out_features rank *ones"]
+    down: Float[np.ndarray, " rank *in_and_kernel"]
+    up: Float[np.ndarray, " out_features rank *ones"]
     scale: float
 
 

@@ -16,7 +16,7 @@ _ROWS = 8
 
 
 def add_bias(
-    x: Float[Array, "*batch channels"], bias: Float[Array, "channels"]
+    x: Float[Array, "*batch channels"], bias: Float[Array, " channels"]
 ) -> Float[Array, "*batch channels"]:
     """Returns x [..., C] plus bias [C]; both have the same type."""
     if platforms.current().platform == "tpu" and x.dtype != jnp.float32:

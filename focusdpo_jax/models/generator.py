@@ -316,7 +316,7 @@ class Generator:
         self,
         parameters: Params,
         conditioning: Conditioning,
-        dropped: Bool[Array, "batch"],
+        dropped: Bool[Array, " batch"],
         blank: ImageView | None,
     ) -> Conditioning:
         """Removes the references of the examples where `dropped`.
@@ -340,7 +340,7 @@ class Generator:
         self,
         parameters: Params,
         latents: Float[Array, "batch height width in_channels"],
-        timesteps: Float[Array, "batch"] | Int[Array, "batch"],
+        timesteps: Float[Array, " batch"] | Int[Array, " batch"],
         conditioning: Conditioning,
         *,
         image_scale: float | Float[Array, ""] = 1.0,

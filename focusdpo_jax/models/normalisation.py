@@ -28,8 +28,8 @@ def _statistics(x: Array, axis: int) -> tuple[Array, Array]:
 
 def layer_norm(
     x: Float[Array, "*batch channels"],
-    scale: Float[Array, "channels"],
-    bias: Float[Array, "channels"],
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
     epsilon: float,
     dtype: Any,
 ) -> Float[Array, "*batch channels"]:
@@ -83,8 +83,8 @@ _layer_norm.defvjp(_layer_norm_forward, _layer_norm_gradients)
 
 def group_norm(
     x: Float[Array, "batch *positions channels"],
-    scale: Float[Array, "channels"],
-    bias: Float[Array, "channels"],
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
     groups: int,
     epsilon: float,
     dtype: Any,

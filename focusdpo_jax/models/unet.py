@@ -145,7 +145,7 @@ class UNet(nn.Module):
     def __call__(
         self,
         sample: Float[Array, "batch height width in_channels"],
-        timesteps: Float[Array, "batch"] | Int[Array, "batch"],
+        timesteps: Float[Array, " batch"] | Int[Array, " batch"],
         text: Float[Array, "conditions length width"],
         pooled: Float[Array, "conditions pooled"],
         time_ids: Float[Array, "conditions 6"],
@@ -250,7 +250,7 @@ class UNet(nn.Module):
 
     def _embedding(
         self,
-        timesteps: Float[Array, "batch"] | Int[Array, "batch"],
+        timesteps: Float[Array, " batch"] | Int[Array, " batch"],
         pooled: Float[Array, "conditions pooled"],
         time_ids: Float[Array, "conditions 6"],
     ) -> Float[Array, "batch embedding"]:
