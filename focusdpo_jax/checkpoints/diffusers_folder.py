@@ -413,7 +413,7 @@ def save_surroundings(
       tokenizer: of the generator.
     """
     folder = epath.Path(folder)
-    for name, padding in zip(("tokenizer", "tokenizer_2"), tokenizer.fillers):
+    for name, padding in zip(("tokenizer", "tokenizer_2"), tokenizer.pad_tokens):
         tokenizer.save(folder / name)
         special = {
             "bos_token": "<|startoftext|>",

@@ -53,10 +53,10 @@ class Pretrained:
         return {"adapter": self.adapter, "image_encoder": self.image_encoder}
 
     @property
-    def fillers(self) -> tuple[str, ...]:
+    def pad_tokens(self) -> tuple[str, ...]:
         """The pad token of each text encoder: the model's, or SDXL's for another tokenizer folder."""
         own = self.tokenizer == self.path / "tokenizer"
-        return vocabulary.fillers(self.path) if own else vocabulary.FILLERS
+        return vocabulary.pad_tokens(self.path) if own else vocabulary.PAD_TOKENS
 
     @property
     def layout(self) -> ModuleType:

@@ -92,7 +92,7 @@ def export_run(
             Tokenizer(
                 weights.folder / "tokenizer",
                 config.text_encoder.max_length,
-                vocabulary.fillers(weights.folder),
+                vocabulary.pad_tokens(weights.folder),
             )
             if whole
             else None

@@ -17,25 +17,25 @@ from focusdpo_jax.models import vocabulary
 class Tokenizer:
     """CLIP's tokenizer in SDXL's two variants, one per text encoder.
 
-    The variants differ in the token that pads short captions (`fillers`): the first uses the end
+    The variants differ in the token that pads short captions (`pad_tokens`): the first uses the end
     token, the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. Since a pad
     token is a special token, a "!" in a caption has the same id 0 for the second encoder, and not 256,
     the "!" that ends a word. diffusers' pipelines behave in the same way.
 
     Attributes:
       length: tokens per caption.
-      fillers: the pad token of each text encoder.
+      pad_tokens: the pad token of each text encoder.
     """
 
     def __init__(
-        self, folder: epath.PathLike, length: int, fillers: Sequence[str] = vocabulary.FILLERS
+        self, folder: epath.PathLike, length: int, pad_tokens: Sequence[str] = vocabulary.PAD_TOKENS
     ):
         """Reads a vocabulary.
 
         Args:
           folder: of the tokenizer's files (see `vocabulary.read`).
           length: tokens per caption, start and end token included.
-          fillers: the pad token of each text encoder.
+          pad_tokens: the pad token of each text encoder.
 
         Raises:
           UserError: files are missing or damaged, or not those of a CLIP tokenizer.
@@ -43,20 +43,20 @@ class Tokenizer:
         import transformers  # Slow to import.
 
         self._files = vocabulary.read(epath.Path(folder))
-        self.length, self.fillers = length, tuple(fillers)
+        self.length, self.pad_tokens = length, tuple(pad_tokens)
         # Written to files again, so that both file layouts reach transformers in the same form.
         with tempfile.TemporaryDirectory() as copy:
             self._write(epath.Path(copy))
             self._encoders = [
                 transformers.CLIPTokenizer(
-                    vocab=f"{copy}/vocab.json", merges=f"{copy}/merges.txt", pad_token=filler
+                    vocab=f"{copy}/vocab.json", merges=f"{copy}/merges.txt", pad_token=pad_token
                 )
-                for filler in self.fillers
+                for pad_token in self.pad_tokens
             ]
-        for encoder, filler in zip(self._encoders, self.fillers):
+        for encoder, pad_token in zip(self._encoders, self.pad_tokens):
             if len(encoder) > encoder.vocab_size:
                 raise UserError(
-                    f"{folder}: pad_token = {filler!r} is not in its vocabulary: give one that "
+                    f"{folder}: pad_token = {pad_token!r} is not in its vocabulary: give one that "
                     f"is, such as {vocabulary.END!r}."
                 )
 
@@ -70,12 +70,12 @@ class Tokenizer:
     def save(self, folder: epath.PathLike) -> None:
         """Writes vocab.json and merges.txt to the tokenizer/ folder of a model.
 
-        Pad tokens other than SDXL's are written beside it; see `vocabulary.save_fillers`.
+        Pad tokens other than SDXL's are written beside it; see `vocabulary.save_pad_tokens`.
         """
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
-        vocabulary.save_fillers(folder.parent, self.fillers)
+        vocabulary.save_pad_tokens(folder.parent, self.pad_tokens)
 
     def _write(self, folder: epath.Path) -> None:
         for name, content in self._files.items():
@@ -84,8 +84,8 @@ class Tokenizer:
     def digest(self) -> str:
         """Returns a hash of everything that determines the tokens of a caption."""
         content = b"".join(self._files.values())
-        if self.fillers != vocabulary.FILLERS:
-            content += json.dumps(self.fillers).encode()
+        if self.pad_tokens != vocabulary.PAD_TOKENS:
+            content += json.dumps(self.pad_tokens).encode()
         return hashlib.sha256(content + str(self.length).encode()).hexdigest()
 
     def count(self, caption: str) -> int:

@@ -17,7 +17,7 @@ from focusdpo_jax.files import read_json, replace_file
 
 NEEDED = "vocab.json and merges.txt, or tokenizer.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
-FILLERS = (END, "!")
+PAD_TOKENS = (END, "!")
 """The pad tokens of SDXL's first and second text encoder."""
 
 _PAIR = ("vocab.json", "merges.txt")
@@ -162,7 +162,7 @@ def _refuse(path: epath.Path, added: Sequence[str]) -> None:
         )
 
 
-def fillers(folder: epath.Path) -> tuple[str, ...]:
+def pad_tokens(folder: epath.Path) -> tuple[str, ...]:
     """Reads the pad tokens of a pipeline or model; those that it does not state are SDXL's.
 
     Args:
@@ -172,19 +172,19 @@ def fillers(folder: epath.Path) -> tuple[str, ...]:
       The pad token of each of the two text encoders.
     """
     return tuple(
-        _settings(folder / name).get("pad_token") or filler
-        for name, filler in zip(("tokenizer", "tokenizer_2"), FILLERS)
+        _settings(folder / name).get("pad_token") or pad_token
+        for name, pad_token in zip(("tokenizer", "tokenizer_2"), PAD_TOKENS)
     )
 
 
-def save_fillers(folder: epath.Path, tokens: Sequence[str]) -> None:
-    """Writes pad tokens for `fillers` to read; nothing if they are SDXL's.
+def save_pad_tokens(folder: epath.Path, tokens: Sequence[str]) -> None:
+    """Writes pad tokens for `pad_tokens` to read; nothing if they are SDXL's.
 
     Args:
       folder: of the pipeline or model.
       tokens: the pad token of each text encoder.
     """
-    if tuple(tokens) == FILLERS:
+    if tuple(tokens) == PAD_TOKENS:
         return
     for name, token in zip(("tokenizer", "tokenizer_2"), tokens):
         replace_file(folder / name / "tokenizer_config.json", json.dumps({"pad_token": token}))

@@ -120,7 +120,7 @@ def open_model(config, *, inpainting=False):
     length = sizes.text_encoder.max_length
     if source is None:
         return Model(generator, {}, Tokenizer.of_words(toybox.vocabulary(), length), None)
-    tokenizer = Tokenizer(source.tokenizer, length, source.fillers)
+    tokenizer = Tokenizer(source.tokenizer, length, source.pad_tokens)
     # The end of a text is the last word of a vocabulary.
     words = int(tokenizer("").max()) + 1
     known = min(sizes.text_encoder.vocab_size, sizes.text_encoder_2.vocab_size)

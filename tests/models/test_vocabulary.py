@@ -140,17 +140,17 @@ def test_missing_and_damaged_files(whole, tmp_path):
 
 def test_what_fills_up(pair, tmp_path):
     """A pipeline may say so itself; transformers is the oracle, and a model folder keeps it."""
-    for name, filler in (("tokenizer", "!"), ("tokenizer_2", "<|endoftext|>")):
+    for name, pad_token in (("tokenizer", "!"), ("tokenizer_2", "<|endoftext|>")):
         transformers.CLIPTokenizer(
             vocab=str(pair / "vocab.json"),
             merges=str(pair / "merges.txt"),
-            pad_token=filler,
+            pad_token=pad_token,
             model_max_length=16,
         ).save_pretrained(tmp_path / "pipe" / name)
-    assert vocabulary.fillers(pair.parent) == vocabulary.FILLERS
-    fillers = vocabulary.fillers(tmp_path / "pipe")
-    assert fillers == ("!", "<|endoftext|>")
-    ours = Tokenizer(tmp_path / "pipe/tokenizer", 16, fillers)
+    assert vocabulary.pad_tokens(pair.parent) == vocabulary.PAD_TOKENS
+    pad_tokens = vocabulary.pad_tokens(tmp_path / "pipe")
+    assert pad_tokens == ("!", "<|endoftext|>")
+    ours = Tokenizer(tmp_path / "pipe/tokenizer", 16, pad_tokens)
     expected = [
         transformers.CLIPTokenizer.from_pretrained(tmp_path / "pipe" / name)(
             "a boat!", padding="max_length", max_length=16, truncation=True
@@ -159,7 +159,7 @@ def test_what_fills_up(pair, tmp_path):
     ]
     np.testing.assert_array_equal(ours("a boat!"), expected)
     ours.save(tmp_path / "model/tokenizer")
-    assert vocabulary.fillers(tmp_path / "model") == fillers
+    assert vocabulary.pad_tokens(tmp_path / "model") == pad_tokens
     assert ours.digest() != Tokenizer(pair, 16).digest()
     with pytest.raises(UserError, match="pad_token = '<pad>' is not in its vocabulary"):
         Tokenizer(pair, 16, ("<pad>", "!"))
