@@ -92,7 +92,7 @@ class Tokenizer:
         """Returns the number of tokens of a caption before truncation, start and end included."""
         return len(self._encoders[0](caption)["input_ids"])
 
-    def spell(self, caption: str) -> tuple[str, str]:
+    def split_at_length(self, caption: str) -> tuple[str, str]:
         """Decodes the tokens of a caption to two texts: the part that is kept, and the rest."""
         tokens = self._encoders[0](caption)["input_ids"][1:-1]
         kept, whole = (

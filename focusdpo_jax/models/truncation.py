@@ -21,7 +21,9 @@ def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], sourc
       The number of different texts that are truncated.
     """
     texts = dict.fromkeys((text, tuple(phrases)) for text, phrases in texts)
-    whole = {text: tokenizer.spell(text) for text in dict.fromkeys(text for text, _ in texts)}
+    whole = {
+        text: tokenizer.split_at_length(text) for text in dict.fromkeys(text for text, _ in texts)
+    }
     cut = [text for text, (_, lost) in whole.items() if lost]
     if not cut:
         return 0
@@ -57,5 +59,5 @@ def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], sourc
 
 def _is_lost(tokenizer: Tokenizer, phrase: str, kept: str, lost: str) -> bool:
     """Returns whether a phrase is in the whole text but not in the kept part."""
-    phrase = f" {''.join(tokenizer.spell(phrase))} "
+    phrase = f" {''.join(tokenizer.split_at_length(phrase))} "
     return bool(phrase.strip()) and phrase in f" {kept}{lost} " and phrase not in f" {kept} "

@@ -19,8 +19,8 @@ def tokenizer():
 
 def test_a_text_in_two(tokenizer):
     """As diffusers spells what it removes: the ids behind the last that is read, decoded."""
-    assert tokenizer.spell("a star on grass") == ("a star on grass", "")
-    kept, lost = tokenizer.spell(LONG)
+    assert tokenizer.split_at_length("a star on grass") == ("a star on grass", "")
+    kept, lost = tokenizer.split_at_length(LONG)
     assert kept == "a star and a ball and a ring and a cross and a heart"
     assert lost == " and a box on grass"
     (encoder, _), ids = tokenizer._encoders, tokenizer(LONG)[0]
@@ -28,8 +28,14 @@ def test_a_text_in_two(tokenizer):
     assert encoder.decode(removed) == lost.strip()
     assert encoder.decode(ids[1:-1]) == kept
     # Sixteen tokens with both ends fit, seventeen do not; also in the middle of a letter's bytes.
-    assert tokenizer.spell("a " * 14)[1] == "" and tokenizer.spell("a " * 15)[1] == " a"
-    assert tokenizer.spell("\u65e5\u672c\u8a9e\u306e\u3068\u3066\u3082")[1] == "\u3068\u3066\u3082"
+    assert (
+        tokenizer.split_at_length("a " * 14)[1] == ""
+        and tokenizer.split_at_length("a " * 15)[1] == " a"
+    )
+    assert (
+        tokenizer.split_at_length("\u65e5\u672c\u8a9e\u306e\u3068\u3066\u3082")[1]
+        == "\u3068\u3066\u3082"
+    )
 
 
 def test_one_warning_with_count_limit_tail_and_subjects(tokenizer, caplog):
