@@ -70,12 +70,12 @@ PAIRS = (
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?$")
 
 
-def is_one(folder: epath.PathLike) -> bool:
+def is_pipeline(folder: epath.PathLike) -> bool:
     """Returns whether a folder is a diffusers pipeline."""
     return (epath.Path(folder) / "model_index.json").exists()
 
 
-def find(name: epath.PathLike) -> epath.Path | None:
+def resolve(name: epath.PathLike) -> epath.Path | None:
     """Resolves a path or a hub id to a local file or folder; None if there is none.
 
     Args:

@@ -63,7 +63,7 @@ class Pretrained:
         """The module that reads this layout."""
         if self.path.is_file():
             return single_file
-        return diffusers_folder if diffusers_folder.is_one(self.path) else model_folder
+        return diffusers_folder if diffusers_folder.is_pipeline(self.path) else model_folder
 
     def config(self) -> GeneratorConfig:
         """Reads the configuration.
@@ -148,7 +148,7 @@ class Pretrained:
 def is_model(path: epath.PathLike) -> bool:
     """Returns whether a path is a model in one of the layouts, and not the folder of a run."""
     path = epath.Path(path)
-    return (path / "model.json").exists() or diffusers_folder.is_one(path) or path.is_file()
+    return (path / "model.json").exists() or diffusers_folder.is_pipeline(path) or path.is_file()
 
 
 def locate(
@@ -161,7 +161,7 @@ def locate(
     Args:
       fields: the values of `pretrained`, `adapter`, `image_encoder` and `tokenizer` in
         `config.model`: each a path, a hub id with an optional path in the repository
-        (see `diffusers_folder.find`), or "" for the model's own. Nothing is downloaded.
+        (see `diffusers_folder.resolve`), or "" for the model's own. Nothing is downloaded.
       shipped: function from a name to the folder of a model that ships with the package.
       prediction_type: config.model.prediction_type, see `Pretrained`.
 
@@ -170,7 +170,7 @@ def locate(
     """
     found, problems = {}, []
     for field, name in fields.items():
-        found[field] = diffusers_folder.find(name) if name else None
+        found[field] = diffusers_folder.resolve(name) if name else None
         if field == "pretrained" and "/" not in name and shipped(name).exists():
             found[field] = shipped(name)
         if name and found[field] is None:

@@ -342,8 +342,8 @@ def test_missing_shards_are_listed(models, tmp_path):
 def test_no_folder_at_all(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("nowhere", str(tmp_path / "nowhere"), "someone/no-such-model"):
-        assert diffusers_folder.find(name) is None
-    assert diffusers_folder.find(tmp_path) == tmp_path
+        assert diffusers_folder.resolve(name) is None
+    assert diffusers_folder.resolve(tmp_path) == tmp_path
 
 
 def test_names_of_the_hub(monkeypatch, tmp_path):
@@ -353,9 +353,9 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
     (commit.parents[1] / "refs").mkdir()
     (commit.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert diffusers_folder.find("some/model/models/enc") == commit / "models" / "enc"
-    assert diffusers_folder.find("some/model") == commit
-    assert diffusers_folder.find("some/model/models/none") is None
+    assert diffusers_folder.resolve("some/model/models/enc") == commit / "models" / "enc"
+    assert diffusers_folder.resolve("some/model") == commit
+    assert diffusers_folder.resolve("some/model/models/none") is None
 
 
 @pytest.mark.parametrize(
