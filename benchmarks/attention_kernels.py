@@ -112,7 +112,7 @@ def cudnn_to_trace():
 
 
 def calls(name, side, target):
-    """The `attention.Call`s of a network, forward; `divided` kernels are allowed, as in a run."""
+    """The `attention.Call`s of a network, forward; `partitioned` kernels are allowed, as in a run."""
     module, inputs, keywords = networks(side)[name]
     method = {key: value for key, value in keywords.items() if key == "method"}
     arrays = {key: value for key, value in keywords.items() if key != "method"}

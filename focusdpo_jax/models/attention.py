@@ -76,7 +76,7 @@ def choose_kernel(
     *,
     masked: bool = False,
     causal: bool = False,
-    divided: bool = False,
+    partitioned: bool = False,
 ) -> str:
     """Chooses the kernel of an attention, forward and backward.
 
@@ -87,7 +87,7 @@ def choose_kernel(
       head_dim: channels of a head.
       masked: whether there is a key mask.
       causal: whether each query attends only to keys up to its own position.
-      divided: whether the caller partitions opaque kernels over the devices of the program
+      partitioned: whether the caller partitions opaque kernels over the devices of the program
         (`platforms.target_platform`).
 
     Returns:
@@ -100,8 +100,8 @@ def choose_kernel(
     if masked or causal or keys < FUSED_FROM:
         return "xla"
     if target.platform == "tpu":
-        suits = divided and attention_on_tpu.suits(queries, keys, head_dim)
-        return "splash" if suits else "xla"
+        supported = partitioned and attention_on_tpu.supports(queries, keys, head_dim)
+        return "splash" if supported else "xla"
     if (
         (target.compute_capability or 0) >= 8
         and dtype in (jnp.bfloat16, jnp.float16)
@@ -151,7 +151,7 @@ def attend(
         split_heads(value, num_heads),
     )
     queries, keys, head_dim = query.shape[1], key.shape[1], by_head[0].shape[-1]
-    masked, divide = key_mask is not None, platforms.divide()
+    masked, partition = key_mask is not None, platforms.partition()
     kernel = choose_kernel(
         platforms.current(),
         query.dtype,
@@ -160,7 +160,7 @@ def attend(
         head_dim,
         masked=masked,
         causal=causal,
-        divided=divide is not None,
+        partitioned=partition is not None,
     )
     if (calls := _CALLS.get()) is not None:
         calls.add(
@@ -169,8 +169,8 @@ def attend(
     if kernel == "by_head":
         out = _chunk_queries(attention_by_head.attend, 1, *by_head, key_mask)
     elif kernel == "splash":
-        assert divide is not None  # `choose_kernel` requires it.
-        out = divide(attention_on_tpu.attend)(*by_head)
+        assert partition is not None  # `choose_kernel` requires it.
+        out = partition(attention_on_tpu.attend)(*by_head)
     elif kernel == "cudnn":
         out = _cudnn(*by_head)
     elif kernel == "cudnn-forward":

@@ -20,7 +20,7 @@ LARGEST, TILE = 1024, 128
 WIDEST_HEAD = 128
 
 
-def suits(queries: int, keys: int, head_dim: int) -> bool:
+def supports(queries: int, keys: int, head_dim: int) -> bool:
     """Returns whether the kernel supports these lengths and this head dimension."""
     return queries % TILE == keys % TILE == 0 and head_dim <= WIDEST_HEAD
 
@@ -36,7 +36,7 @@ def attend(
 
     Args:
       query: [B, Q, H, d].
-      key, value: [B, K, H, d]. The sizes must satisfy `suits`.
+      key, value: [B, K, H, d]. The sizes must satisfy `supports`.
       interpret: run the kernel in Pallas's interpreter, on any platform, for tests.
 
     Returns:

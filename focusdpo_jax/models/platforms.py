@@ -30,8 +30,8 @@ class Target(NamedTuple):
 Attend = Callable[[Array, Array, Array], Array]
 
 _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
-_DIVIDE: contextvars.ContextVar[Callable[[Attend], Attend] | None] = contextvars.ContextVar(
-    "divide", default=None
+_PARTITION: contextvars.ContextVar[Callable[[Attend], Attend] | None] = contextvars.ContextVar(
+    "partition", default=None
 )
 
 
@@ -46,22 +46,22 @@ def target_of(device: Any) -> Target:
 
 @contextlib.contextmanager
 def target_platform(
-    target: Target, divide: Callable[[Attend], Attend] | None = None
+    target: Target, partition: Callable[[Attend], Attend] | None = None
 ) -> Iterator[None]:
     """Traces layers for `target` inside the context; outside, for this machine's devices.
 
     Args:
       target: the kind of device that will run the program.
-      divide: maps a function of query, key and value, [B, N, H, d] each, to one that runs it on
+      partition: maps a function of query, key and value, [B, N, H, d] each, to one that runs it on
         every device of the program with that device's shard. Kernels that XLA's partitioner cannot
         partition are used only if it is given.
     """
-    tokens = _TARGET.set(target), _DIVIDE.set(divide)
+    tokens = _TARGET.set(target), _PARTITION.set(partition)
     try:
         yield
     finally:
         _TARGET.reset(tokens[0])
-        _DIVIDE.reset(tokens[1])
+        _PARTITION.reset(tokens[1])
 
 
 def current() -> Target:
@@ -69,6 +69,6 @@ def current() -> Target:
     return _TARGET.get() or target_of(jax.devices()[0])
 
 
-def divide() -> Callable[[Attend], Attend] | None:
-    """Returns the argument `divide` of the innermost `target_platform`, or None."""
-    return _DIVIDE.get()
+def partition() -> Callable[[Attend], Attend] | None:
+    """Returns the argument `partition` of the innermost `target_platform`, or None."""
+    return _PARTITION.get()

@@ -25,10 +25,10 @@ def trace_context(mesh: Mesh) -> Iterator[None]:
       mesh: its devices may be compile-only, and of another kind than this machine's.
     """
     target = platforms.target_of(mesh.devices.flat[0])
-    divide = functools.partial(attention.by_example_and_head, mesh)
+    partition = functools.partial(attention.by_example_and_head, mesh)
     with (
         _MESH(mesh),
         activations.constrain_activations(mesh),
-        platforms.target_platform(target, divide),
+        platforms.target_platform(target, partition),
     ):
         yield

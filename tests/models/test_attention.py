@@ -16,7 +16,7 @@ AMPERE, HOPPER = (platforms.Target("gpu", capability) for capability in (8.0, 9.
     [
         # SDXL's self-attention at 1024 px.
         (platforms.Target("cpu"), 4096, 4096, 64, {}, "by_head"),
-        (TPU, 4096, 4096, 64, {"divided": True}, "splash"),
+        (TPU, 4096, 4096, 64, {"partitioned": True}, "splash"),
         (TPU, 4096, 4096, 64, {}, "xla"),  # No division among devices is given.
         (AMPERE, 4096, 4096, 64, {}, "cudnn"),
         (HOPPER, 4096, 4096, 64, {}, "cudnn"),
@@ -25,7 +25,7 @@ AMPERE, HOPPER = (platforms.Target("gpu", capability) for capability in (8.0, 9.
         (HOPPER, 4096, 4096, 64, {"dtype": jnp.float32}, "xla"),
         # IP-Adapter-Plus's resampler: 257 features and 16 queries.
         (HOPPER, 16, 273, 64, {}, "cudnn-forward"),
-        (TPU, 16, 273, 64, {"divided": True}, "xla"),
+        (TPU, 16, 273, 64, {"partitioned": True}, "xla"),
         # CLIP ViT-H and bigG.
         (AMPERE, 257, 257, 80, {}, "cudnn-forward"),
         (AMPERE, 257, 257, 104, {}, "cudnn-forward"),
@@ -35,10 +35,10 @@ AMPERE, HOPPER = (platforms.Target("gpu", capability) for capability in (8.0, 9.
         (platforms.Target("cpu"), 77, 77, 64, {"causal": True}, "xla"),
         # The autoencoder's one head.
         (HOPPER, 16384, 16384, 512, {}, "xla"),
-        (TPU, 16384, 16384, 512, {"divided": True}, "xla"),
+        (TPU, 16384, 16384, 512, {"partitioned": True}, "xla"),
         (HOPPER, 4096, 4096, 60, {}, "xla"),
         # 24 x 24 positions at 768 px are no whole tiles of 128.
-        (TPU, 576, 576, 64, {"divided": True}, "xla"),
+        (TPU, 576, 576, 64, {"partitioned": True}, "xla"),
     ],
 )
 def test_a_kernel_is_chosen_from_the_target(target, queries, keys, head_dim, options, kernel):

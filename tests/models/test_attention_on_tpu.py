@@ -41,11 +41,11 @@ def test_where_it_is_taken(positions, heads, taken):
     query = jax.ShapeDtypeStruct((2, positions, 256), jnp.bfloat16)
     asked = []
 
-    def divide(attend):
+    def partition(attend):
         asked.append(attend)
         return jax.nn.dot_product_attention
 
-    with platforms.target_platform(platforms.Target("tpu"), divide):
+    with platforms.target_platform(platforms.Target("tpu"), partition):
         assert (
             jax.eval_shape(lambda *x: attend(*x, heads), query, query, query).shape == query.shape
         )
