@@ -302,7 +302,7 @@ def open_part(
     if part == "unet" and file.exists():
         tensors |= ip_adapter.to_diffusers(tensor_file.read(file)[0], example, str(file))[0]
     elif part == "unet":
-        tensors |= ip_adapter.fresh_branch(tensors, example)
+        tensors |= ip_adapter.init_image_branch(tensors, example)
     return pytorch_names.fit(tensors, example, str(folder))
 
 

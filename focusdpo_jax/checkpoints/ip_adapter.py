@@ -122,7 +122,7 @@ def image_projection(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return adapter
 
 
-def fresh_branch(tensors: Mapping[str, Any], unet_template: Params) -> dict[str, Any]:
+def init_image_branch(tensors: Mapping[str, Any], unet_template: Params) -> dict[str, Any]:
     """Initialises an image branch as a copy of the text projections.
 
     Args:
@@ -205,7 +205,7 @@ def write_config(config: SubjectAdapterConfig) -> dict[str, str]:
     return {name: str(getattr(config, name)) for name in ("dropped", *names[config.kind])}
 
 
-def unreadable(config: SubjectAdapterConfig) -> str | None:
+def diffusers_mismatch(config: SubjectAdapterConfig) -> str | None:
     """Returns why diffusers' `load_ip_adapter` would misread an adapter, or None if it does not.
 
     diffusers assumes four layers, heads of 64 channels and a fourfold feed-forward, and four tokens

@@ -40,7 +40,7 @@ def render(
       metrics: last value of each metric; "step" is the step of the newest line.
       names: the exported parts of the generator, and "lora".
       whole: whether the folder is a complete pipeline.
-      caveat: why diffusers misreads the adapter (`ip_adapter.unreadable`), or None.
+      caveat: why diffusers misreads the adapter (`ip_adapter.diffusers_mismatch`), or None.
     """
     objective = _OBJECTIVES.get(run["objective"], run["objective"])
     base = run["model"]["pretrained"] or "random weights"

@@ -113,7 +113,7 @@ def export_run(
         _write(read_part, output, names, config, run["resolution"])
         if whole:
             diffusers_folder.save_surroundings(output, config, tokenizer)
-        caveat = ip_adapter.unreadable(config.adapter) if "adapter" in names else None
+        caveat = ip_adapter.diffusers_mismatch(config.adapter) if "adapter" in names else None
         if caveat:
             logging.warning(
                 "%s of %s: diffusers does not load it correctly",

@@ -178,7 +178,7 @@ def open_part(
         projections, _ = tensor_file.read(adapter)
         found |= ip_adapter.to_diffusers(projections, example, str(adapter))[0]
     elif part == "unet":
-        found |= ip_adapter.fresh_branch(found, example)
+        found |= ip_adapter.init_image_branch(found, example)
     return pytorch_names.fit(found, example, f"{path}, {part},")
 
 

@@ -65,10 +65,10 @@ def check(workdir, output, names, *, whole):
     run.config = dataclasses.replace(run.config, dtype="float32")
     model, base = run.policy(), None
     config = model.generator.config
-    reads = "adapter" in names and ip_adapter.unreadable(config.adapter) is None
+    reads = "adapter" in names and ip_adapter.diffusers_mismatch(config.adapter) is None
     if not reads and not whole and set(names) <= {"adapter"}:
         raise UserError(
-            f"--check: {ip_adapter.unreadable(config.adapter)}, so that diffusers cannot draw "
+            f"--check: {ip_adapter.diffusers_mismatch(config.adapter)}, so that diffusers cannot draw "
             f"with {epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check"
         )
     if not whole:

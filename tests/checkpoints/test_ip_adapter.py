@@ -90,12 +90,12 @@ def test_misfits_are_named():
 
 
 def test_what_diffusers_would_misread():
-    assert ip_adapter.unreadable(SubjectAdapterConfig()) is None
+    assert ip_adapter.diffusers_mismatch(SubjectAdapterConfig()) is None
     plain = SubjectAdapterConfig(kind="projection", head_dim=3, num_tokens=4)
-    assert ip_adapter.unreadable(plain) is None
-    assert ip_adapter.unreadable(SubjectAdapterConfig(kind="projection")) == (
+    assert ip_adapter.diffusers_mismatch(plain) is None
+    assert ip_adapter.diffusers_mismatch(SubjectAdapterConfig(kind="projection")) == (
         "the subject adapter has num_tokens = 16 (not 4)"
     )
-    assert ip_adapter.unreadable(SubjectAdapterConfig(depth=2, head_dim=16)) == (
+    assert ip_adapter.diffusers_mismatch(SubjectAdapterConfig(depth=2, head_dim=16)) == (
         "the subject adapter has depth = 2 (not 4), head_dim = 16 (not 64)"
     )

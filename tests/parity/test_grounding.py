@@ -116,7 +116,7 @@ def test_tokens_and_the_file():
         np.testing.assert_array_equal(written[name], value)
     assert ip_adapter.read_config(written, ip_adapter.write_config(CONFIG)) == CONFIG
     assert ip_adapter.read_config(tensors, {}) == CONFIG
-    assert "MS-Diffusion" in ip_adapter.unreadable(CONFIG)
+    assert "MS-Diffusion" in ip_adapter.diffusers_mismatch(CONFIG)
 
     apply = jax.jit(module.apply)
     x, phrases, boxes = (
