@@ -86,7 +86,7 @@ def to_flax(
     tensors: Mapping[str, Any],
     template: Params,
     source: str = "checkpoint",
-    place: Callable[[Path, np.ndarray], Any] = stacking.as_it_is,
+    place: Callable[[Path, np.ndarray], Any] = stacking.keep_array,
 ) -> dict[str, Any]:
     """Converts PyTorch tensors to our parameter tree.
 

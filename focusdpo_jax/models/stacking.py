@@ -42,7 +42,7 @@ def split(tree: Params) -> dict[str, Any]:
     return unflatten(flat)
 
 
-def as_it_is(path: Path, array: np.ndarray) -> np.ndarray:
+def keep_array(path: Path, array: np.ndarray) -> np.ndarray:
     """Returns `array`: the default `place` of `join`."""
     del path
     return array
@@ -52,7 +52,7 @@ def join(
     flat: Mapping[Path, Any],
     template: Params,
     read: Callable[[Any], np.ndarray] = np.asarray,
-    place: Callable[[Path, np.ndarray], Any] = as_it_is,
+    place: Callable[[Path, np.ndarray], Any] = keep_array,
 ) -> dict[str, Any]:
     """Stacks the blocks of a split tree, one parameter after the other; the inverse of `split`.
 
