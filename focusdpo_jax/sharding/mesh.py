@@ -100,7 +100,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shares(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -110,7 +110,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+def process_batch_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """Returns the part of every batch that this process loads: (index, number of parts).
 
     Processes that differ only in the axis `tensor` load the same part.
@@ -136,7 +136,7 @@ def random_key(seed: int, mesh: Mesh) -> PRNGKeyArray:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch on the devices; each process gives its part (`batch_share`).
+    """Places a batch on the devices; each process gives its part (`process_batch_part`).
 
     Args:
       batch: pytree of host arrays [B / parts, ...].

@@ -52,7 +52,7 @@ def _open_prepared(config):
         config,
         config.data.path,
         count,
-        meshes.batch_shares(meshes.make_mesh(config.mesh.sizes, config.batch_size)),
+        meshes.num_batch_shards(meshes.make_mesh(config.mesh.sizes, config.batch_size)),
     )
     if "validation" not in sources:
         logging.info(
@@ -87,14 +87,14 @@ def warn_of_long_captions(config, model, sources):
 
 def encoding_batch_size(config, records, mesh):
     """Returns how many pairs are encoded at once: the same number on each device."""
-    shares = meshes.batch_shares(mesh)
+    shares = meshes.num_batch_shards(mesh)
     size = min(len(records), config.evaluation.batch_size)
     return -(-size // shares) * shares
 
 
 def open_loader(config, mesh, records, transform):
     """Returns the `loader.Batches` of this process, in the order that `config.seed` gives."""
-    part, parts = meshes.batch_share(mesh, config.batch_size)
+    part, parts = meshes.process_batch_part(mesh, config.batch_size)
     order = {
         "batch_size": config.batch_size,
         "seed": config.seed,
