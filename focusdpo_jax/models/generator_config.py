@@ -28,7 +28,7 @@ def check_parts(
     """Checks that the widths of the parts agree.
 
     The caller checks input channels of the UNet beyond the latents
-    (`GeneratorConfig.further_channels`).
+    (`GeneratorConfig.extra_channels`).
 
     Raises:
       UserError: two parts disagree; it names both fields and their values.
@@ -124,7 +124,7 @@ class GeneratorConfig:
         return Spacing(name, self.steps_offset, self.set_alpha_to_one)
 
     @property
-    def further_channels(self) -> int:
+    def extra_channels(self) -> int:
         """Input channels of the UNet beyond the latents: 0 for SDXL base, 5 for an inpainting UNet."""
         return self.unet.in_channels - self.vae.latent_channels
 

@@ -298,7 +298,7 @@ def _as_configured(sizes, config):
 
 def _require_latents_alone(config, sizes):
     """Raises a UserError where a UNet reads more than latents, as those for inpainting do."""
-    if not sizes.further_channels:
+    if not sizes.extra_channels:
         return
     channels = sizes.vae.latent_channels
     kinds = {
@@ -309,7 +309,7 @@ def _require_latents_alone(config, sizes):
     raise UserError(
         f"{config.model.pretrained or 'config.model.sizes'}: its UNet reads "
         f"{sizes.unet.in_channels} channels (in_channels of its configuration), and not the "
-        f"{channels} of the latents alone. {kinds.get(sizes.further_channels, '')}"
+        f"{channels} of the latents alone. {kinds.get(sizes.extra_channels, '')}"
         f"Give a model whose UNet reads {channels}."
     )
 
