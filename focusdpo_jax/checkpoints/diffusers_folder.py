@@ -402,7 +402,7 @@ def save_adapter(folder: epath.PathLike, parameters: Params, config: GeneratorCo
     )
 
 
-def save_surroundings(
+def save_pipeline_files(
     folder: epath.PathLike, config: GeneratorConfig, tokenizer: Tokenizer
 ) -> None:
     """Writes the files of a pipeline besides its parts: index, scheduler, tokenizers, preprocessor.

@@ -112,7 +112,7 @@ def export_run(
         output.mkdir(parents=True, exist_ok=True)
         _write(read_part, output, names, config, run["resolution"])
         if whole:
-            diffusers_folder.save_surroundings(output, config, tokenizer)
+            diffusers_folder.save_pipeline_files(output, config, tokenizer)
         caveat = ip_adapter.diffusers_mismatch(config.adapter) if "adapter" in names else None
         if caveat:
             logging.warning(

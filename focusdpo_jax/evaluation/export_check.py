@@ -176,7 +176,7 @@ def _write_base(folder, base, config, resolution):
             diffusers_folder.save_part(
                 folder, part, base.parameters[part], base.generator.config, resolution
             )
-    diffusers_folder.save_surroundings(folder, config, base.tokenizer)
+    diffusers_folder.save_pipeline_files(folder, config, base.tokenizer)
 
 
 def _draw_theirs(pipe, output, noise, reference, resolution, guidance):

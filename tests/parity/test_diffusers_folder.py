@@ -127,7 +127,7 @@ def test_timesteps_are_kept_from_file_to_file(folder, tmp_path):
     model_folder.save_config(tmp_path / "ours", config)
     config = model_folder.load_config(tmp_path / "ours")
     tokenizer = Tokenizer(folder / "tokenizer", 16)
-    diffusers_folder.save_surroundings(tmp_path / "out", config, tokenizer)
+    diffusers_folder.save_pipeline_files(tmp_path / "out", config, tokenizer)
     exported = diffusers.DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     exported.set_timesteps(1)
     assert exported.timesteps.tolist() == [999]

@@ -40,7 +40,7 @@ def published(tmp_path_factory):
             diffusers_folder.save_part(folder / "sdxl", part, trees[part], sizes, 64)
     diffusers_folder.save_adapter(folder / "sdxl", trees, sizes)
     tokenizer = Tokenizer.of_words(toybox.vocabulary(), sizes.text_encoder.max_length)
-    diffusers_folder.save_surroundings(folder / "sdxl", sizes, tokenizer)
+    diffusers_folder.save_pipeline_files(folder / "sdxl", sizes, tokenizer)
 
     wide = dataclasses.replace(sizes.image_encoder, projection_dim=40)
     plain = SubjectAdapterConfig(kind="projection", input_dim=40, output_dim=64, num_tokens=4)
