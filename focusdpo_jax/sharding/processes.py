@@ -115,14 +115,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def from_first(value: _Value) -> _Value:
+def broadcast_from_first(value: _Value) -> _Value:
     """Returns the number or bool of process 0 on every process."""
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(value))
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
     """Barrier: returns when all processes have called it.
 
     Args:

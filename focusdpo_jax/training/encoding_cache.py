@@ -131,8 +131,10 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
     """
     try:
         _check(folder, key, parts, files, parameters)
-        processes.wait("key of the encoded pairs")
-        ready = processes.from_first(sum(_file(folder, index).exists() for index in range(count)))
+        processes.barrier("key of the encoded pairs")
+        ready = processes.broadcast_from_first(
+            sum(_file(folder, index).exists() for index in range(count))
+        )
         if ready == count:
             logging.info("encoded before: %d records in %s", count, folder)
             return StoredEncodings(folder, count)
@@ -146,13 +148,13 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
                 for i, index in enumerate(batch.index)
                 if index >= 0 and not _file(folder, index).exists()
             ]
-            if processes.from_first(bool(rows)):
+            if processes.broadcast_from_first(bool(rows)):
                 encoded = meshes.fetch(encode(tree, batch))
                 for i in rows if processes.is_first() else ():
                     row = jax.tree.map(lambda x, i=i: x[i], encoded)
                     _write(_file(folder, batch.index[i]), row)
                 progress.add(len(rows))
-        processes.wait("encoded pairs")
+        processes.barrier("encoded pairs")
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror or error}); make room, or "
@@ -172,7 +174,7 @@ def complete(folder, key, parts, files, count):
             and _same(encoders, {part: files(part) for part in parts})
             and all(_file(folder, index).exists() for index in range(count))
         )
-    if not processes.from_first(there):
+    if not processes.broadcast_from_first(there):
         return None
     logging.info("encoded before: %d records in %s", count, folder)
     return StoredEncodings(folder, count)
@@ -187,7 +189,7 @@ def _check(folder, key, parts, files, parameters):
             _refuse(folder, {n: v for n, v in old.items() if n != "encoders"}, key)
         found = {part: files(part) for part in parts}
         same = old is not None and _same(old["encoders"], found)
-    if processes.from_first(same):
+    if processes.broadcast_from_first(same):
         return
     tree = parameters()
     values = {part: digest(sizes, tree[part]) for part, sizes in parts.items()}

@@ -56,7 +56,7 @@ def run(config, workdir, *, accept_changes=False, profile_steps=0, wandb_project
     with run_lock.held(workdir) as require_lock:
         if processes.is_first():
             open_workdir(workdir, config)
-        processes.wait("run folder")
+        processes.barrier("run folder")
         logging.info(
             "focusdpo_jax on %d x %s, run folder %s",
             jax.device_count(),
@@ -119,7 +119,7 @@ def _run(config, workdir, require_lock, profile_steps, wandb_project):
         # A run that goes on with fewer steps than it has made has made no fewer.
         task.finish(max(done, config.steps), state.evaluated, writer)
         # Barrier: exiting early would look like a crash to the other processes.
-        processes.wait("end")
+        processes.barrier("end")
 
 
 def train(

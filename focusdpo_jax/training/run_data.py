@@ -33,10 +33,10 @@ def open_data(config):
     }
     # Process 0 first: on a shared disk the others find what it has built.
     if not processes.is_first():
-        processes.wait("data")
+        processes.barrier("data")
     path = dataset.build_toybox(config.data.path, dataset.toybox_world(config), sizes)
     if processes.is_first():
-        processes.wait("data")
+        processes.barrier("data")
     return {split: dataset.open_source(path, split) for split in sizes}
 
 

@@ -139,7 +139,7 @@ class Showcase:
 
     def _by_base(self, name, trainable=None):
         """What the base draws of the scenes "shown" or "measured"; on the first process."""
-        if not processes.from_first(name in self._base):
+        if not processes.broadcast_from_first(name in self._base):
             logging.info("drawing with the base model")
             _, encoded, _ = self._shown if name == "shown" else self._measured
             drawn = self._draw(self._reference if trainable is None else trainable, encoded)

@@ -110,4 +110,4 @@ def test_incomplete_flags_are_refused():
 def test_a_process_of_its_own_stays_alone(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     processes.initialize()
-    assert processes.is_first() and processes.from_first(3) == 3
+    assert processes.is_first() and processes.broadcast_from_first(3) == 3
