@@ -98,7 +98,7 @@ class Interrupts:
 
 
 @contextlib.contextmanager
-def kept_from_children() -> Iterator[None]:
+def children_without_sigint() -> Iterator[None]:
     """Blocks SIGINT in processes started inside the context.
 
     A terminal sends Ctrl-C to all processes of a command.

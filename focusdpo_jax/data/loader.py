@@ -106,7 +106,7 @@ class Batches:
     def __next__(self):
         try:
             if self._iterator is None:
-                with interrupts.kept_from_children():
+                with interrupts.children_without_sigint():
                     self._iterator = self._open()
                     batch = next(self._iterator)
             else:

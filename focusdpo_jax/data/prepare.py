@@ -209,7 +209,7 @@ def _in_processes(tasks, workers, stack):
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
 
     def submit(task):
-        with interrupts.kept_from_children():  # It may start another one.
+        with interrupts.children_without_sigint():  # It may start another one.
             return pool.submit(line_store.work, task)
 
     futures = map(submit, tasks)
