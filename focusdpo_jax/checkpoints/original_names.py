@@ -123,7 +123,9 @@ def _squeeze_1x1(kernel: np.ndarray) -> np.ndarray:
     return kernel[:, :, 0, 0]
 
 
-def original(part: str, name: str, config: Any) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+def original_tensor(
+    part: str, name: str, config: Any
+) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
     """Finds the original tensor of a tensor in diffusers.
 
     Args:
@@ -177,7 +179,7 @@ def to_diffusers(
     """
     found, used = {}, set()
     for name in names:
-        theirs, change = original(part, name, config)
+        theirs, change = original_tensor(part, name, config)
         if theirs in tensors:
             used.add(theirs)
             try:
@@ -194,7 +196,7 @@ def to_diffusers(
     return found | left
 
 
-def foreign(tensors: Iterable[str]) -> list[str]:
+def unknown_names(tensors: Iterable[str]) -> list[str]:
     """Returns the names in a file that belong to no part of an original SDXL file."""
     return sorted(
         name

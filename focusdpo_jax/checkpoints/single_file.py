@@ -172,7 +172,7 @@ def open_part(
         tensors = diffusers_folder.read_tensors(image_encoder, part)
         return pytorch_names.fit(tensors, example, str(image_encoder))
     tensors, _ = tensor_file.read(path)
-    pytorch_names.require_fit(str(path), {"unexpected": original_names.foreign(tensors)})
+    pytorch_names.require_fit(str(path), {"unexpected": original_names.unknown_names(tensors)})
     found = original_names.to_diffusers(tensors, pytorch_names.names(example), part, config)
     if part == "unet" and adapter is not None:
         projections, _ = tensor_file.read(adapter)

@@ -35,7 +35,7 @@ def original_tensors(models, config):
         for name, value in oracles.tensors_of(models[part]).items():
             if part.startswith("text") and not name.startswith(("text_model.", "text_proj")):
                 name = f"text_model.{name}"  # What transformers 5 drops in memory.
-            theirs, _ = original_names.original(part, name, getattr(config, part))
+            theirs, _ = original_names.original_tensor(part, name, getattr(config, part))
             if theirs.endswith("text_projection"):
                 value = value.T
             elif ".in_proj_" in theirs:
