@@ -17,7 +17,7 @@ print(int(status.split("VmRSS:")[1].split()[0]) // 2**10)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_a_process_that_computes_on_its_cpu_keeps_memory():
-    """64 MiB that are given back stay with the process, unless something speaks against it."""
+    """The process keeps 64 MiB after they are freed, unless the environment forbids it."""
 
     def resident(**more):
         environment = {

@@ -6,8 +6,8 @@ from focusdpo_jax import compiling
 from focusdpo_jax.models.convolution import conv2d
 
 
-def test_a_cpu_has_eigen_do_convolutions_and_matrix_products():
-    """The option is one that this XLA knows, and does what it is for."""
+def test_cpus_use_eigen_for_convolutions_and_matrix_products():
+    """This XLA has the option, and it has its effect."""
 
     def network(x, kernel):
         y = conv2d(x, kernel)
@@ -22,11 +22,11 @@ def test_a_cpu_has_eigen_do_convolutions_and_matrix_products():
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_elsewhere_xla_has_its_way(platform):
+def test_other_platforms_have_no_options(platform):
     assert compiling.networks_on(platform) == {}
 
 
-def test_what_the_environment_asks_of_xla_is_left_to_it(monkeypatch):
+def test_options_in_xla_flags_are_left_out(monkeypatch):
     ours = {}
     for flags in "", "--xla_backend_optimization_level=0":
         monkeypatch.setenv("XLA_FLAGS", flags)
@@ -36,7 +36,7 @@ def test_what_the_environment_asks_of_xla_is_left_to_it(monkeypatch):
     assert named.items() <= without.items()
 
 
-def test_an_xla_that_has_dropped_the_option_compiles_without(monkeypatch):
+def test_options_that_xla_does_not_have_are_left_out(monkeypatch):
     monkeypatch.setattr(compiling, "_ON_CPU", {"xla_cpu_no_longer_there": "1"})
     compiling._known_on_cpu.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""A disk without room, at every kind of file: one clear error, and nothing half written.
+"""A full disk while each kind of file is written: one clear error, and no incomplete file.
 
 The limit of a file's size stands for the full disk: the system refuses to write in the same place.
 """
@@ -48,7 +48,7 @@ def left(folder):
     "number, words",
     [(28, "No space left on device"), (122, "Disk quota exceeded"), (27, "File too large")],
 )
-def test_what_the_system_says_is_told(number, words, tmp_path, monkeypatch):
+def test_errors_have_the_systems_message(number, words, tmp_path, monkeypatch):
     def replace(path, target):
         raise OSError(number, os.strerror(number))
 
@@ -63,7 +63,7 @@ def test_what_the_system_says_is_told(number, words, tmp_path, monkeypatch):
     assert left(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "before"
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         files.replace_file(tmp_path / "file" / "a.json", "{}")
@@ -115,7 +115,7 @@ def test_a_tokenizer(tmp_path):
 
 
 def test_metrics(tmp_path):
-    """The writer's thread meets the full disk; the run gets its error at a later call, or at a flush."""
+    """The writer's thread gets the error of the full disk, the run at a later call or a flush."""
     with full():
         with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(File too large\)"):
             with writers.open_writer(tmp_path) as writer:
@@ -123,7 +123,7 @@ def test_metrics(tmp_path):
                 writer.flush()
                 for step in range(2, 50):
                     writer.write_scalars(step, {"loss": 1.0})
-    # The next start drops what is half written.
+    # The next start removes the incomplete checkpoint.
     writers.JsonLinesWriter(tmp_path, start_step=5).close()
     kept = tiny.losses(tmp_path)
     assert kept and kept == dict.fromkeys(range(1, len(kept) + 1), 1.0)
@@ -148,7 +148,7 @@ def test_events(tmp_path, ends):
     assert not later
 
 
-def test_a_checkpoint_without_room_is_removed(tmp_path):
+def test_a_checkpoint_on_a_full_disk_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"a": np.zeros(10, np.float32)}, {"next_index": 1})
     checkpoints.close()
@@ -195,8 +195,8 @@ def finished(tiny_folder, tmp_path_factory):
     return folder
 
 
-def test_a_model_without_room_is_no_model(finished, tiny_config, tmp_path):
-    """The run goes on from its checkpoint, and others read that meanwhile."""
+def test_a_model_on_a_full_disk_is_not_a_model(finished, tiny_config, tmp_path):
+    """The run resumes from its checkpoint, which other commands read meanwhile."""
     model = models.load_model(tiny_config())
     expected = runs.Run(finished).policy().parameters["unet"]["conv_out"]["kernel"]
     (tmp_path / "run").mkdir()

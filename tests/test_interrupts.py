@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and status 130, whatever a command is doing."""
+"""Ctrl-C: one line and status 130 at any time of a command."""
 
 import os
 import pathlib
@@ -92,14 +92,14 @@ def ended(process, seconds):
 
 
 @pytest.mark.parametrize("name", ["python", "cplusplus", "swallowed", "mistaken", "collector"])
-def test_an_interrupted_command_leaves_with_one_line(name):
+def test_an_interrupted_command_ends_with_one_line(name):
     process = started(name)
     process.send_signal(signal.SIGINT)
     line = LINE + "; the same command goes on from what is there" if name == "python" else LINE
     assert ended(process, 8) == [line]
 
 
-def test_a_second_one_does_not_wait():
+def test_a_second_interrupt_ends_at_once():
     process = started("cleanup")
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "cleaning\n"
@@ -107,7 +107,7 @@ def test_a_second_one_does_not_wait():
     assert ended(process, 1.5) == [LINE]
 
 
-def test_training_notes_the_first_and_the_second_does_not_wait():
+def test_training_saves_at_the_first_and_ends_at_the_second():
     process = started("training")
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == f"{int(signal.SIGINT)}\n"
@@ -178,7 +178,7 @@ def commands(folder, tmp_path):
     "name", ["main", "main, compiling", "evaluate", "sample", "prepare", "plan"]
 )
 def test_commands(name, tiny_folder, tmp_path):
-    """As a terminal sends it: to all processes of the command."""
+    """SIGINT is sent to all processes of the command, as by a terminal."""
     arguments, when = commands(tiny_folder, tmp_path)[name]
     process = subprocess.Popen(
         [sys.executable, "-m", f"focusdpo_jax.{arguments[0]}", *arguments[1:]],

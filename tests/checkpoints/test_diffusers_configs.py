@@ -13,7 +13,7 @@ from focusdpo_jax.models.generator import GeneratorConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.training.models import shipped
 
-# Of stabilityai/stable-diffusion-xl-base-1.0, the fields that tell its sizes.
+# Of stabilityai/stable-diffusion-xl-base-1.0, the fields with its sizes.
 PUBLISHED = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
@@ -42,7 +42,7 @@ def test_sdxls_published_unet():
     assert written["sample_size"] == 128
 
 
-def test_what_is_written_is_read():
+def test_written_configs_are_read_back():
     toybox = model_folder.load_config(shipped("toybox"))
     vision = CLIPVisionConfig(projection_dim=None)
     for parts in (SDXL | {"image_encoder": vision}, vars(toybox)):
@@ -73,7 +73,7 @@ def test_what_is_written_is_read():
             config.zero_terminal_snr,
         )
         assert GeneratorConfig.from_json(config.to_json()) == config
-    # What ships and what was saved before has none of these fields, and no other file than before.
+    # Shipped and older files have none of these fields, and are written unchanged.
     assert "timestep_spacing" not in toybox.to_json() and toybox.spacing.name == "trailing"
 
 
@@ -146,7 +146,7 @@ def test_sdxls_published_scheduler():
     ],
     ids=lambda change: list(change)[-1],
 )
-def test_what_a_scheduler_may_not_ask_for(change):
+def test_scheduler_values_that_are_not_implemented(change):
     name, value = list(change.items())[-1]
     with pytest.raises(UserError, match=f"x .*{name} = {re.escape(repr(value))}"):
         configs.read_scheduler(SCHEDULER | change, "x")
@@ -175,7 +175,7 @@ def test_classes_and_their_defaults_are_diffusers_own():
 
 
 @pytest.mark.parametrize("depths, mid", [((0, 1), 2), ((0, 1), 0), ((0, 0), 0)])
-def test_unets_that_diffusers_does_not_know(depths, mid):
+def test_unets_that_diffusers_does_not_support(depths, mid):
     config = UNetConfig(
         block_out_channels=(32, 64),
         transformer_layers_per_block=depths,

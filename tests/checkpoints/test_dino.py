@@ -47,7 +47,7 @@ TINY = {
     "intermediate_size": 12,
     "mlp_ratio": 1.5,
 }
-# What a layer of each layout has: names and shapes in PyTorch.
+# A layer of each layout: names and shapes in PyTorch.
 LAYERS = {
     "vit": {
         "layernorm_before": (8,),
@@ -132,7 +132,7 @@ def test_folder(values, tmp_path):
         layer["attention"]["output"]["dense"]["bias"],
         tensors["encoder.layer.1.attention.output.dense.bias"],
     )
-    # Everything is used but the mask token and the pooler.
+    # All tensors are used except the mask token and the pooler.
     assert len(pytorch_names.from_flax(params)) == len(tensors) - (2 if kind == "vit" else 1)
 
 
@@ -196,7 +196,7 @@ def write_weights(folder, tensors, shards):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
 
 
-def test_what_shards_lack(tmp_path):
+def test_missing_shards(tmp_path):
     write_weights(tmp_path, published("dinov2"), 3)
     (tmp_path / "config.json").write_text(json.dumps(DINOV2_S14 | TINY))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()

@@ -40,7 +40,7 @@ RESAMPLER = {
 
 def test_names_and_order():
     tensors = ip_adapter.from_flax(UNET, RESAMPLER)
-    # The way down, the way up by number, then the middle.
+    # Encoder, decoder by number, then the middle block.
     for number, value in ((1, 1.0), (3, 2.0), (5, 3.0), (7, 4.0)):
         np.testing.assert_array_equal(tensors[f"ip_adapter.{number}.to_k_ip.weight"], value)
         np.testing.assert_array_equal(tensors[f"ip_adapter.{number}.to_v_ip.weight"], -value)
@@ -60,7 +60,7 @@ def test_names_and_order():
     assert np.all(keys == 2.0) and np.all(values == 3.0)
 
 
-def test_the_way_back():
+def test_from_flax_is_the_inverse():
     tensors = ip_adapter.from_flax(UNET, RESAMPLER)
     unet, adapter = ip_adapter.to_diffusers(tensors, UNET)
     name = "up_blocks.0.attentions.9.transformer_blocks.0.attn2.processor.to_v_ip.0.weight"
@@ -79,7 +79,7 @@ def test_plain_ip_adapter():
     assert set(adapter) == {"image_embeds.weight", "norm.weight"}
 
 
-def test_misfits_are_named():
+def test_errors_name_all_misfits():
     tensors = ip_adapter.from_flax(UNET, RESAMPLER)
     tensors["ip_adapter.9.to_k_ip.weight"] = tensors.pop("ip_adapter.7.to_k_ip.weight")
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_misfits_are_named():
         ip_adapter.to_diffusers(tensors, UNET)
 
 
-def test_what_diffusers_would_misread():
+def test_adapters_that_diffusers_would_misread():
     assert ip_adapter.diffusers_mismatch(SubjectAdapterConfig()) is None
     plain = SubjectAdapterConfig(kind="projection", head_dim=3, num_tokens=4)
     assert ip_adapter.diffusers_mismatch(plain) is None

@@ -53,7 +53,7 @@ def parameters():
 
 
 def by_block(tree):
-    """{path: leaf}, each block's parameters by themselves."""
+    """{path: leaf}, with separate parameters for each block."""
     return traverse_util.flatten_dict(stacking.split(tree))
 
 
@@ -97,7 +97,7 @@ def test_every_naming(down, up):
     np.testing.assert_array_equal(update.up, UP)
 
 
-def test_other_layers_and_strengths():
+def test_other_layers_and_scales():
     updates = lora.read(
         {
             "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": np.ones((2, 4)),
@@ -127,7 +127,7 @@ def test_other_layers_and_strengths():
     merged = lora.merge(updates, PARAMETERS, strength=0.5)
     flat, before = (by_block(tree) for tree in (merged, PARAMETERS))
     change = {path: flat[path] - before[path] for path in flat}
-    # 0.5 of strength times 0.5 of alpha / rank times two ones.
+    # Strength 0.5 times alpha / rank 0.5 times the sum of two ones.
     np.testing.assert_allclose(change["text_encoder_2", *FC1, "kernel"], 0.5, atol=1e-6)
     np.testing.assert_allclose(change["unet", *OUT, "kernel"], 1.5, atol=1e-6)
     assert not change["unet", *QUERY, "kernel"].any()
@@ -149,7 +149,7 @@ def test_trainable_leaves():
     assert not flat[*OUT, "lora_a"].any() and not flat[*OUT, "lora_b"].any()
 
 
-def test_out_and_in_again_bit_for_bit(tmp_path):
+def test_export_and_import_are_bit_exact(tmp_path):
     lora.save(tmp_path, PARAMETERS["unet"], CONFIG)
     tensors, _ = tensor_file.read(tmp_path / "pytorch_lora_weights.safetensors")
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -162,7 +162,7 @@ def test_out_and_in_again_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(leaf, ours[path])
 
 
-def test_misfits_are_named():
+def test_errors_name_all_misfits():
     name = "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
     other = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0"
     with pytest.raises(UserError) as error:
@@ -239,13 +239,13 @@ def scale_of(path):
         ({"init_lora_weights": "gaussian"}, 2.0),
     ],
 )
-def test_strength_of_a_peft_folder(fields, scale, tmp_path):
+def test_scale_of_a_peft_folder(fields, scale, tmp_path):
     write_peft(tmp_path, PLAIN | fields)
     assert scale_of(tmp_path) == pytest.approx(scale, rel=1e-12)
     assert scale_of(tmp_path / "adapter_model.safetensors") == pytest.approx(scale, rel=1e-12)
 
 
-def test_silent_peft_fields_are_pefts_own(tmp_path):
+def test_missing_peft_fields_have_pefts_defaults(tmp_path):
     """PEFT's defaults are rank 8 and alpha 8."""
     write_peft(tmp_path, {"rank_pattern": {"to_q": 2}})
     assert scale_of(tmp_path) == 4.0
@@ -299,7 +299,7 @@ def test_more_than_low_rank_updates_is_refused(fields, message, tmp_path):
         (PLAIN | {"alpha_pattern": [1]}, r"alpha_pattern = \[1\]: give an object"),
     ],
 )
-def test_peft_folders_that_make_no_sense(fields, message, tmp_path):
+def test_invalid_peft_folders(fields, message, tmp_path):
     write_peft(tmp_path, fields)
     with pytest.raises(UserError, match=message):
         lora.load(tmp_path, PARAMETERS, CONFIG)
@@ -334,7 +334,7 @@ def kohya(alpha=None, header=None, prefix=KOHYA):
         (None, {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 1})}, 0.5),
     ],
 )
-def test_kohyas_strength(alpha, header, scale):
+def test_kohyas_scale(alpha, header, scale):
     tensors, metadata = kohya(alpha, header)
     (update,) = lora.read(tensors, PARAMETERS, CONFIG, metadata=metadata).values()
     assert update.scale == scale
@@ -363,7 +363,7 @@ def test_kohyas_strength(alpha, header, scale):
         (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata of LoRA file is damaged"),
     ],
 )
-def test_strengths_in_doubt_are_refused(alpha, header, message):
+def test_ambiguous_scales_are_refused(alpha, header, message):
     tensors, metadata = kohya(alpha, header)
     with pytest.raises(UserError, match=message):
         lora.read(tensors, PARAMETERS, CONFIG, metadata=metadata)
@@ -380,7 +380,7 @@ def test_an_alpha_for_some_layers_alone_is_refused():
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
-def test_each_part_has_fields_of_its_own(prefix):
+def test_fields_of_each_part(prefix):
     """Of a text encoder under its names in files and, without the outermost module, in memory."""
     name = f"text_encoder_2.{prefix}encoder.layers.0.mlp.fc1"
     fields = {

@@ -1,4 +1,4 @@
-"""Published adapters are known by their names."""
+"""Sizes of published adapters by their names."""
 
 import pytest
 

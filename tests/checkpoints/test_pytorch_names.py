@@ -47,7 +47,7 @@ def test_names_and_layouts():
     np.testing.assert_equal(back, PARAMS)
 
 
-def test_every_misfit_is_named_at_once():
+def test_one_error_names_all_misfits():
     tensors = pytorch_names.from_flax(PARAMS)
     del tensors["latents"]
     tensors["extra.weight"] = np.zeros(3)
@@ -62,7 +62,7 @@ def test_every_misfit_is_named_at_once():
     )
 
 
-def test_a_tower_without_its_outermost_module():
+def test_an_encoder_without_its_outermost_module():
     template = {"text_model": {"final_layer_norm": {"scale": np.ones(2)}}}
     for name in ("final_layer_norm.weight", "text_model.final_layer_norm.weight"):
         params = pytorch_names.to_flax({name: np.array([3.0, 4.0])}, template)

@@ -1,4 +1,4 @@
-"""The command and its mistakes; what diffusers makes of the files is in tests/parity."""
+"""The export command and its errors; tests/parity loads the files with diffusers."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def test_mistakes_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_card_says_what_diffusers_cannot_read():
+def test_card_warns_of_files_that_diffusers_cannot_read():
     card = model_card.render(
         RUN,
         {"step": 2, "loss": 0.125, "t0-9/loss": 1.0},

@@ -1,4 +1,4 @@
-"""What is read from a run's folder."""
+"""Reading the folder of a run."""
 
 import pytest
 

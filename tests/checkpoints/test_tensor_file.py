@@ -28,7 +28,7 @@ def arrays(tensors):
     return {name: np.asarray(value) for name, value in tensors.items()}
 
 
-def test_the_official_library_reads_what_is_written(tmp_path):
+def test_the_official_library_reads_our_files(tmp_path):
     path = tmp_path / "x.safetensors"
     tensor_file.write(path, TENSORS, {"step": "3"})
     with safetensors.safe_open(path, "np") as file:
@@ -38,7 +38,7 @@ def test_the_official_library_reads_what_is_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_reads_what_the_official_library_writes(tmp_path):
+def test_reads_files_of_the_official_library(tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file({k: np.asarray(v) for k, v in TENSORS.items()}, path, {"a": "b"})
     tensors, metadata = tensor_file.read(path)
@@ -91,7 +91,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def zipped():
-    """What torch.save writes begins as any zip archive does."""
+    """A file of torch.save, which starts like any zip archive."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}))
@@ -123,7 +123,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_files_are_told_by_what_they_are(kind, tmp_path):
+def test_other_formats_are_recognised(kind, tmp_path):
     content, message = KINDS[kind]
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
@@ -134,7 +134,7 @@ def test_other_files_are_told_by_what_they_are(kind, tmp_path):
 
 @pytest.mark.parametrize("length", [0x0280, 0x0580, 0x8B1F])
 def test_a_header_whose_length_looks_like_another_file(length, tmp_path):
-    """The first bytes are those of a pickle or of gzip, and a header's length all the same."""
+    """A valid header length may equal the first bytes of a pickle or of gzip."""
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + np.float32(7).tobytes())

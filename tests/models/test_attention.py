@@ -37,7 +37,7 @@ AMPERE, HOPPER = (platforms.Target("gpu", capability) for capability in (8.0, 9.
         (HOPPER, 16384, 16384, 512, {}, "xla"),
         (TPU, 16384, 16384, 512, {"partitioned": True}, "xla"),
         (HOPPER, 4096, 4096, 60, {}, "xla"),
-        # 24 x 24 positions at 768 px are no whole tiles of 128.
+        # 24 x 24 positions at 768 px are not a multiple of a tile of 128.
         (TPU, 576, 576, 64, {"partitioned": True}, "xla"),
     ],
 )
@@ -80,7 +80,7 @@ def test_programs_for_gpus_call_cudnn(cudnn):
 
 @pytest.mark.parametrize("queries, keys", [(16, 273), (257, 257), (1025, 1025), (1024, 273)])
 def test_odd_lengths_can_be_differentiated_for_gpus(cudnn, queries, keys):
-    """cuDNN's rule for the backward pass refuses them, which stopped every run with a resampler."""
+    """cuDNN's backward pass rejects them, which made every run with a resampler fail."""
     query, key = (jax.ShapeDtypeStruct((2, n, 128), jnp.bfloat16) for n in (queries, keys))
 
     def forward(query, key, value):
@@ -109,7 +109,7 @@ def test_odd_lengths_have_the_gradients_of_plain_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_long_rows_of_queries_are_taken_in_pieces(platform, monkeypatch):
+def test_long_queries_run_in_chunks(platform, monkeypatch):
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 24, 12))
     mask = jnp.arange(24) < jnp.array([[20], [24]])
 
@@ -153,18 +153,18 @@ def test_attention_over_no_key_is_zero_and_has_zero_gradients():
     for gradient in gradients:
         assert np.all(np.isfinite(gradient)) and np.all(gradient[1] == 0)
         assert np.any(gradient[0] != 0)
-    # A masked key is one that is not there.
+    # A masked key has no effect.
     kept = attend(query[:1], key[:1, ::2], value[:1, ::2], 2)
     np.testing.assert_allclose(out[:1], kept, atol=1e-6)
 
 
-def test_causal_attention_sees_no_later_key():
+def test_causal_attention_ignores_later_keys():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 3, 4))
     out = attend(query, key, value, 1, causal=True)
     np.testing.assert_allclose(out[0, 0], value[0, 0], atol=1e-6)
 
 
-def test_attention_of_few_keys_keeps_no_logits():
+def test_attention_to_few_keys_saves_no_logits():
     query, key = jnp.ones((2, 7, 12)), jnp.ones((2, 9, 12))
     mask = jnp.ones((2, 9), bool).at[0, 3].set(False)
     with platforms.target_platform(TPU):
@@ -176,7 +176,9 @@ def test_attention_of_few_keys_keeps_no_logits():
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("few_keys", [8, 9])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-def test_attention_by_heads_is_attention(dtype, tolerance, few_keys, at_once, masked, monkeypatch):
+def test_attention_by_head_equals_plain_attention(
+    dtype, tolerance, few_keys, at_once, masked, monkeypatch
+):
     """Forward and all three gradients, one of three heads after the other and all at once, with the
     output kept and not."""
     rng = np.random.default_rng(4)

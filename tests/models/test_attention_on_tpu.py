@@ -9,7 +9,7 @@ from focusdpo_jax.models.attention import attend
 RNG = np.random.default_rng(5)
 
 
-def test_the_kernel_is_attention_forward_and_backward():
+def test_the_kernel_equals_plain_attention():
     query, key, value, outer = (
         jnp.asarray(RNG.normal(size=(2, n, 3, 32)), jnp.float32) for n in (128, 384, 384, 128)
     )
@@ -28,7 +28,7 @@ def test_the_kernel_is_attention_forward_and_backward():
 @pytest.mark.parametrize(
     "positions, block", [(4096, 1024), (1024, 1024), (2304, 768), (128, 128), (33 * 128, 384)]
 )
-def test_blocks_divide_what_they_are_of(positions, block):
+def test_blocks_divide_the_positions(positions, block):
     assert attention_on_tpu._block(positions) == block
 
 
@@ -36,8 +36,8 @@ def test_blocks_divide_what_they_are_of(positions, block):
     "positions, heads, taken",
     [(1024, 4, True), (1000, 4, False), (256, 4, True), (128, 4, False), (1024, 1, False)],
 )
-def test_where_it_is_taken(positions, heads, taken):
-    """Long rows of whole tiles and heads of at most 128 channels, where the caller divides it."""
+def test_sizes_for_which_the_kernel_is_chosen(positions, heads, taken):
+    """Whole tiles, heads of at most 128 channels, and a caller that partitions the kernel."""
     query = jax.ShapeDtypeStruct((2, positions, 256), jnp.bfloat16)
     asked = []
 

@@ -1,4 +1,4 @@
-"""Computing in bfloat16: what stays float32 and finite, and what may be rounded for free."""
+"""Computation in bfloat16: results that stay float32 and finite, and values that may be rounded."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.models.weights import random_params, random_tree
 
 
 def test_softmax_is_float32():
-    # Two logits that are one number in bfloat16.
+    # Two logits that are equal in bfloat16.
     query = jnp.array([[[16.0, 1, 0, 0]]], jnp.bfloat16) * 2
     key = jnp.array([[[16.0, 0, 0, 0], [16.0, 1, 0, 0]]], jnp.bfloat16)
     value = jnp.array([[[0.0, 0, 0, 0], [1.0, 1, 1, 1]]], jnp.bfloat16)
@@ -25,7 +25,7 @@ def test_softmax_is_float32():
 
 
 def test_norms_are_float32():
-    # A deviation that a mean in bfloat16 would swallow.
+    # A deviation that a mean in bfloat16 would lose.
     x = jnp.array([[100.0, 100.5, 101, 101.5] * 8], jnp.bfloat16)
     for norm in (layers.LayerNorm(dtype=jnp.bfloat16), layers.GroupNorm(1, dtype=jnp.bfloat16)):
         params = {"params": {"scale": jnp.ones(32), "bias": jnp.zeros(32)}}
@@ -34,11 +34,11 @@ def test_norms_are_float32():
 
 
 @pytest.mark.parametrize("dtype, finite", [(jnp.bfloat16, True), (jnp.float16, False)])
-def test_decoder_bears_activations_beyond_float16(dtype, finite):
+def test_decoder_handles_activations_beyond_float16(dtype, finite):
     config = VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4)
     latents = 3e3 * np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
     params = random_params(VAE(config), jnp.zeros((1, 8, 8, 3)))
-    # What SDXL's own weights do: residual streams of about 1e5 behind the norms' backs.
+    # As with SDXL's own weights: residual streams of about 1e5 between the norms.
     params["decoder"]["conv_in"]["kernel"] *= 30
 
     def decode(dtype):
@@ -59,7 +59,7 @@ def shapes_of(generator, part):
     return jax.eval_shape(lambda key: generator.init_part(part, key), jax.random.key(0))
 
 
-def test_the_reference_in_half_the_memory_says_the_same(generator):
+def test_a_bfloat16_reference_predicts_the_same(generator):
     params = {part: random_tree(shapes_of(generator, part)) for part in ("unet", "adapter")}
     stored = assembly.reference_parameters(params, "bfloat16")
     size = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, stored)]
@@ -88,7 +88,7 @@ def test_the_reference_in_half_the_memory_says_the_same(generator):
     assert np.any(predict(rounded) != expected)  # Norms' vectors, too, and it is another model.
 
 
-def test_what_is_stored_in_which_type(tiny_folder):
+def test_types_of_stored_parameters(tiny_folder):
     config = tiny.tiny_config(tiny_folder, dtype="bfloat16", trainable="adapter")
     model = models.load_model(config)
     block = model.parameters["unet"]["down_blocks_1"]["attentions_0"]["transformer_blocks"]
@@ -105,7 +105,7 @@ def test_what_is_stored_in_which_type(tiny_folder):
     assert plain.generator.unet.dtype == jnp.float32
 
 
-def test_pictures_of_another_size_are_resized_as_pillow_does():
+def test_images_of_another_size_are_resized_as_pillow_does():
     from PIL import Image
 
     config = GeneratorConfig.from_dict(tiny.SIZES)

@@ -14,7 +14,7 @@ from focusdpo_jax.models.clip import (
 from tests.models.weights import random_params
 
 SIZES = dict(hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12)
-# SDXL's second text tower, OpenCLIP ViT-bigG/14.
+# SDXL's second text encoder, OpenCLIP ViT-bigG/14.
 BIG_G = CLIPTextConfig(
     hidden_size=1280,
     num_layers=32,

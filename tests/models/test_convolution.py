@@ -9,7 +9,7 @@ from focusdpo_jax.models import convolution, platforms
 @pytest.mark.parametrize(
     "size, padding", [(3, ((1, 1), (1, 1))), (3, ((0, 1), (2, 0))), (5, ((2, 2), (0, 4)))]
 )
-def test_the_form_for_tpus_is_convolution(size, padding):
+def test_the_formulation_for_tpus_equals_convolution(size, padding):
     """Forward and both gradients, on an image that is not square."""
     rng = np.random.default_rng(6)
     x = jnp.asarray(rng.normal(size=(2, 5, 7, 32)), jnp.float32)
@@ -32,7 +32,7 @@ def test_the_form_for_tpus_is_convolution(size, padding):
 
 
 def test_a_sum_of_taps_is_rounded_once():
-    """Products of bfloat16 are added up in float32."""
+    """Products of bfloat16 are summed in float32."""
     rng = np.random.default_rng(8)
     x, kernel = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
@@ -52,7 +52,7 @@ def test_a_sum_of_taps_is_rounded_once():
 
 @pytest.mark.parametrize("pictures", [4, 5])
 def test_gradients_are_those_of_a_convolution(pictures):
-    """Of few pictures tap by tap, of more as XLA has it."""
+    """Tap by tap for few images, by XLA's own gradient for more."""
     rng = np.random.default_rng(7)
     x = jnp.asarray(rng.normal(size=(pictures, 5, 7, 32)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 32, 48)), jnp.float32)
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_a_convolution(pictures):
 
 
 @pytest.mark.parametrize("side, taken", [(128, True), (129, False)])
-def test_a_tpu_adds_up_taps_of_maps_that_fit(side, taken):
+def test_a_tpu_sums_taps_of_small_maps(side, taken):
     x, kernel = np.zeros((1, side, side, 32), np.float32), np.zeros((3, 3, 32, 32), np.float32)
 
     def lowered(platform):

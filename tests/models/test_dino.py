@@ -43,7 +43,7 @@ def test_tokens_follow_the_patches():
     # outside all of them.
     np.testing.assert_array_equal(np.flatnonzero(np.abs(changed[0]).sum(-1)), [1 + 4 + 2])
     np.testing.assert_array_equal(embeddings.apply(params, image.at[0, 4].set(1.0)), before)
-    # The class token keeps its position, whatever the grid.
+    # The class token keeps its position embedding for every grid.
     first = params["params"]["cls_token"] + params["params"]["position_embeddings"][:, :1]
     np.testing.assert_array_equal(before[:, :1], first)
 

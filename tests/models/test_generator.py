@@ -1,4 +1,4 @@
-"""What a generator does with subject reference images, by either kind of adapter."""
+"""A generator with subject reference images and each kind of adapter."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def test_each_adapter_reads_its_part_of_the_view():
         assert np.abs(subjects(values, other) - found).max() > 0.1
 
 
-def test_phrases_and_boxes_ground_each_reference_by_itself():
+def test_phrases_and_boxes_ground_each_reference_independently():
     generator = Generator(GROUNDING)
     values = parameters(generator, ("adapter", "image_encoder", "text_encoder"))
     view = jax.jit(generator.encode_reference)(values, PIXELS)
@@ -76,7 +76,7 @@ def test_phrases_and_boxes_ground_each_reference_by_itself():
     assert np.abs(jax.jit(generator.subject_tokens)(values, view) - found).max() > 0.1
 
 
-def test_pictures_by_the_plain_adapter():
+def test_images_with_the_plain_adapter():
     generator = Generator(PROJECTION)
     values = parameters(generator)
     view = jax.eval_shape(generator.encode_reference, values, PIXELS)
@@ -93,7 +93,7 @@ def test_pictures_by_the_plain_adapter():
     assert pictures.shape == (2, 32, 32, 3)
 
 
-def test_parts_that_do_not_fit_are_named():
+def test_errors_name_parts_that_do_not_fit():
     encoder = clip.CLIPVisionConfig()
     with pytest.raises(UserError, match="input_dim = 8, .*image_encoder.hidden_size = 1280"):
         dataclasses.replace(RESAMPLER, image_encoder=encoder)

@@ -24,7 +24,7 @@ def test_group_norm_by_hand():
     )
 
 
-def test_group_norm_takes_its_statistics_in_float32():
+def test_group_norm_computes_statistics_in_float32():
     # bfloat16 has 8 bits: around 64 the values below differ by two units in the last place.
     x = jnp.array([64.0, 65.0, 64.0, 65.0], jnp.bfloat16).reshape(1, 2, 2)
     norm = layers.GroupNorm(1, 0.0, jnp.bfloat16)
@@ -40,7 +40,7 @@ def test_sinusoidal_embedding_by_hand():
     )
 
 
-def test_downsample_pads_where_asked():
+def test_downsample_padding():
     x = jnp.ones((1, 4, 4, 1))
     params = {"conv": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}
     both = layers.Downsample().apply({"params": params}, x)[0, :, :, 0]
@@ -59,7 +59,7 @@ def test_upsample_repeats_and_crops():
     np.testing.assert_array_equal(cropped, out[:3])
 
 
-def test_fresh_resnet_is_its_shortcut():
+def test_a_new_resnet_equals_its_shortcut():
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
     block = layers.ResnetBlock(8, 4, 1e-5)
     params = jax.jit(block.init)(jax.random.key(1), x)
@@ -68,8 +68,8 @@ def test_fresh_resnet_is_its_shortcut():
     assert np.any(params["params"]["conv1"]["kernel"] != 0)
 
 
-def test_feed_forward_keeps_what_is_not_gated_yet():
-    """Of 4 times the width after the gate nothing, of 8 times before it one array, or two halves."""
+def test_feed_forward_saves_only_the_input_of_the_gate():
+    """Saves nothing of the gate's output and only its input, one array or two halves."""
     x = jnp.ones((2, 5, 6))
     layer = layers.FeedForward()
     params = layer.init(jax.random.key(0), x)

@@ -1,4 +1,4 @@
-"""Norms and their gradients beside flax's, which differentiates what it computes."""
+"""Norms and their gradients compared with flax's, which uses automatic differentiation."""
 
 import flax.linen as nn
 import jax
@@ -39,7 +39,7 @@ def compared(ours, theirs, x, dtype):
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-3)])
 @pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_layer_norm_is_that_of_flax(dtype, tolerance, mean):
+def test_layer_norm_equals_that_of_flax(dtype, tolerance, mean):
     x = jnp.asarray(mean + RNG.normal(size=(2, 7, 24)), dtype)
     out, gradients = compared(
         layers.LayerNorm(dtype=dtype).apply,
@@ -53,7 +53,7 @@ def test_layer_norm_is_that_of_flax(dtype, tolerance, mean):
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("activation", [None, nn.silu])
 @pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_group_norm_is_that_of_flax(dtype, tolerance, activation, mean):
+def test_group_norm_equals_that_of_flax(dtype, tolerance, activation, mean):
     """Over groups of two and three channels, on images that are not square."""
     x = jnp.asarray(mean + RNG.normal(size=(2, 3, 5, 12)), dtype)
     for groups in (4, 6):
@@ -68,8 +68,8 @@ def test_group_norm_is_that_of_flax(dtype, tolerance, activation, mean):
         assert out < tolerance and gradients < tolerance
 
 
-def test_only_the_input_and_statistics_are_kept():
-    """What goes into a norm is kept anyway; the rest has one number a row, or one a channel."""
+def test_only_the_input_and_statistics_are_saved():
+    """Besides the input, the residuals have one value per row or per channel."""
     x = jnp.ones((2, 8, 8, 32), jnp.bfloat16)
     for module in (
         layers.LayerNorm(dtype=jnp.bfloat16),

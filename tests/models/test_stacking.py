@@ -15,7 +15,7 @@ TREE = {
 }
 
 
-def test_blocks_lie_together_here_and_apart_in_files():
+def test_blocks_are_stacked_here_and_separate_in_files():
     apart = stacking.split(TREE)
     assert set(apart["mid_block"]) == {f"transformer_blocks_{i}" for i in range(4)}
     third = apart["mid_block"]["transformer_blocks_2"]

@@ -8,7 +8,7 @@ from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig, subject_ad
 from tests.models.weights import random_params
 
 
-def test_references_do_not_mix():
+def test_references_are_independent():
     adapter = subject_adapter(
         SubjectAdapterConfig(
             input_dim=4, output_dim=6, num_tokens=2, width=8, depth=1, num_heads=2, head_dim=3

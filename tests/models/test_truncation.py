@@ -1,4 +1,4 @@
-"""Texts beyond a tokenizer's length: how many, what is lost, and which subjects."""
+"""The warning about truncated texts: how many, what is lost, and which subjects."""
 
 import pathlib
 
@@ -17,8 +17,8 @@ def tokenizer():
     return Tokenizer(FOLDER, 16)
 
 
-def test_a_text_in_two(tokenizer):
-    """As diffusers spells what it removes: the ids behind the last that is read, decoded."""
+def test_a_text_is_split_at_the_length(tokenizer):
+    """As diffusers decodes the removed part: the ids after the last that is kept."""
     assert tokenizer.split_at_length("a star on grass") == ("a star on grass", "")
     kept, lost = tokenizer.split_at_length(LONG)
     assert kept == "a star and a ball and a ring and a cross and a heart"
@@ -27,7 +27,7 @@ def test_a_text_in_two(tokenizer):
     removed = encoder(LONG)["input_ids"][tokenizer.length - 1 : -1]
     assert encoder.decode(removed) == lost.strip()
     assert encoder.decode(ids[1:-1]) == kept
-    # Sixteen tokens with both ends fit, seventeen do not; also in the middle of a letter's bytes.
+    # Sixteen tokens fit, seventeen do not; the cut may be within the bytes of a character.
     assert (
         tokenizer.split_at_length("a " * 14)[1] == ""
         and tokenizer.split_at_length("a " * 15)[1] == " a"

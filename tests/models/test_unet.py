@@ -63,7 +63,7 @@ def test_without_present_slots_there_is_no_image_branch(params):
     np.testing.assert_array_equal(captured["image_attention"], 0)
 
 
-def test_an_absent_slot_has_no_say_and_no_gradient(params):
+def test_an_absent_slot_has_no_effect_and_no_gradient(params):
     present = np.array([[True, False, True], [False, False, False]])
     batch = dict(inputs(), image_present=present)
     other = dict(
@@ -97,7 +97,7 @@ def test_slots_have_no_order(params):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_pictures_of_one_condition_are_what_they_are_with_one_each(params, masked):
+def test_images_that_share_a_condition_equal_one_condition_each(params, masked):
     batch = dict(inputs(), image_present=np.array([[True, True, False], [True, False, True]]))
     if masked:
         batch |= dict(
@@ -123,13 +123,13 @@ def test_attention_of_slots_by_hand():
     key = jnp.pad(key, ((0, 0), (0, 2)))[None].repeat(2, 0)
     mask = jnp.array([[True] * 4, [True, True, False, False]])
     out = slot_attention(query, key, mask, 1, 2)
-    # exp(q . k / sqrt(4)) is the table itself: position 0 sees 2, 6 | 1, 5 and position 1 the rest.
+    # exp(q . k / sqrt(4)) is the table itself: position 0 has 2, 6 | 1, 5 and position 1 the rest.
     np.testing.assert_allclose(out[0], np.log([[4, 3], [6, 4]]), rtol=1e-5)
-    # Alone, a slot still tells its positions apart.
+    # The map of a single slot still differs between positions.
     np.testing.assert_allclose(out[1], [[np.log(4), 0], [np.log(6), 0]], rtol=1e-5)
 
 
-def test_remat_and_fresh_lora_change_nothing(params):
+def test_remat_and_new_lora_change_nothing(params):
     config = dataclasses.replace(CONFIG, remat=True, lora_rank=2)
     shapes = jax.eval_shape(UNet(config).init, jax.random.key(0), **inputs())["params"]
     added = traverse_util.flatten_dict(shapes).keys() - traverse_util.flatten_dict(params).keys()
@@ -147,11 +147,11 @@ def test_remat_and_fresh_lora_change_nothing(params):
     np.testing.assert_allclose(captured["image_attention"], plain["image_attention"], atol=1e-6)
 
 
-def test_remat_keeps_what_goes_into_the_blocks(params):
+def test_remat_saves_only_the_inputs_of_blocks(params):
     batch = dict(inputs(), sample=jnp.zeros((2, 32, 48, 4)))
 
     def kept(remat):
-        """Numbers that the backward pass needs, parameters included."""
+        """The number of values saved for the backward pass, parameters included."""
         unet = UNet(dataclasses.replace(CONFIG, remat=remat))
         _, pullback = jax.eval_shape(
             lambda p: jax.vjp(lambda p: unet.apply({"params": p}, **batch)[0], p), params
@@ -198,7 +198,7 @@ def test_mistakes_are_named():
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_layers_compute_the_same_scanned_or_not(remat):
-    """Output, captured attention and all gradients, with the parameters stacked or apart."""
+    """Output, captured attention and all gradients, with the parameters stacked or separate."""
     scanned = dataclasses.replace(CONFIG, transformer_layers_per_block=(0, 2), remat=remat)
     apart = dataclasses.replace(scanned, scan_layers=False)
     params = random_params(UNet(scanned), **inputs())

@@ -98,7 +98,7 @@ def test_special_tokens_of_other_models_are_refused(whole):
 
 @pytest.mark.parametrize("kind", ["pair", "whole"])
 def test_added_tokens_are_refused(kind, pair, whole, request):
-    """transformers would give them ids that the text encoder was never trained on, and we none."""
+    """transformers would give them ids that the text encoder was not trained on."""
     folder = {"pair": pair, "whole": whole}[kind]
     change(folder, "added_tokens.json", **{"<|endoftext|>": 1})
     Tokenizer(folder, 16)  # In the vocabulary anyway.
@@ -138,8 +138,8 @@ def test_missing_and_damaged_files(whole, tmp_path):
             Tokenizer(whole, 16)
 
 
-def test_what_fills_up(pair, tmp_path):
-    """A pipeline may say so itself; transformers is the oracle, and a model folder keeps it."""
+def test_pad_tokens(pair, tmp_path):
+    """Pad tokens of a pipeline are read, compared with transformers', and kept in a model folder."""
     for name, pad_token in (("tokenizer", "!"), ("tokenizer_2", "<|endoftext|>")):
         transformers.CLIPTokenizer(
             vocab=str(pair / "vocab.json"),

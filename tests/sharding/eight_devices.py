@@ -73,7 +73,7 @@ def largest_share(state):
 
 
 def gathers(text):
-    """What a program gathers: kernels, their bytes, and how much of them lies around at once."""
+    """Gathered kernels of a program: their number, their bytes, and the bytes live at once."""
     lines = text.splitlines()
     # Integers are token ids.
     found = [
@@ -122,7 +122,7 @@ def restored(folder, workdir, mesh, saved):
 
 
 def divided_attention():
-    """How far attention shared out by example and head is from the whole, for what divides and not."""
+    """Difference of partitioned and plain attention, for sizes that divide and that do not."""
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, 4)
     found = []
     for batch, heads in ((4, 2), (3, 2), (4, 3)):

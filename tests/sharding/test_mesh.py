@@ -1,4 +1,4 @@
-"""Meshes of every kind train alike; what cannot be divided is refused with what can."""
+"""All meshes train alike; errors of invalid meshes name valid sizes."""
 
 import json
 import os
@@ -20,8 +20,8 @@ MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x8")
 
 @pytest.fixture(scope="module")
 def measured(tiny_folder):
-    """What `eight_devices` prints of one device and of every mesh."""
-    # The scheduler that a program of several devices gets by itself fetches everything at once;
+    """The results that `eight_devices` prints for one device and for every mesh."""
+    # By default the scheduler of a program for several CPU devices gathers everything at once;
     # a TPU's or GPU's keeps memory low, as this one does.
     flags = (
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
@@ -44,20 +44,20 @@ def measured(tiny_folder):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_meshes_train_as_one_device_does(measured):
+def test_meshes_train_like_one_device(measured):
     expected = measured["1x1x1"]["losses"]
     assert abs(expected[4] - expected[0]) > 0.005
     for sizes in MESHES:
         for step, loss in enumerate(measured[sizes]["losses"]):
             assert abs(loss - expected[step]) < 1e-5 * abs(expected[step]), (sizes, step)
 
-    # The state is shared out. Vectors stay whole: an eighteenth of this small model.
+    # The state is sharded. Vectors are replicated: an eighteenth of this small model.
     share = {sizes: measured[sizes]["share"] for sizes in MESHES}
     assert share["8x1x1"] == 1 and share["1x8x1"] < 1 / 8 + 1 / 18
     assert share["2x2x2"] < 0.4 and share["1x1x8"] < 0.4
 
-    # Each trained kernel is gathered for the forward pass, and not the activations in its place;
-    # never do many of them lie around at once.
+    # Each trained kernel is gathered for the forward pass instead of the activations,
+    # and few of them are live at once.
     gathers, (kernels, size) = measured["1x8x1"]["gathers"], measured["1x8x1"]["kernels"]
     assert gathers["count"] >= kernels and gathers["bytes"] >= 0.9 * size
     assert gathers["largest"] < 0.05 * gathers["bytes"]
@@ -65,12 +65,12 @@ def test_meshes_train_as_one_device_does(measured):
 
     assert max(measured["attention"]) < 1e-6
 
-    # A checkpoint of one mesh is that of another, bit by bit.
+    # A checkpoint of one mesh is restored on another bit by bit.
     assert measured["restored"] == {"2x1x1": True, "1x1x1": True}
 
 
-def test_axes_are_divided_by_what_layers_do():
-    # All that it wants to know of a mesh.
+def test_sharding_rules():
+    # The only attribute of a mesh that the rules read.
     sizes = types.SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 4})
     spec = rules.parameter_spec
     block = ("unet", "mid_block", "attentions_0")
@@ -83,7 +83,7 @@ def test_axes_are_divided_by_what_layers_do():
     assert spec(("unet", "conv_in", "kernel"), (3, 3, 4, 320), sizes) == PartitionSpec(
         None, None, None, ("fsdp",)
     )
-    # 3 divides by neither: the share moves to the input, or stays.
+    # Neither axis divides 3: the input is sharded instead, or no axis.
     assert spec(("unet", "proj_out", "kernel"), (64, 3), sizes) == PartitionSpec(("fsdp",), None)
     assert spec(("unet", "proj_out", "kernel"), (5, 3), sizes) == PartitionSpec(None, None)
     assert spec((*block, "norm", "scale"), (64,), sizes) == PartitionSpec(None)
@@ -111,11 +111,11 @@ def test_axes_are_divided_by_what_layers_do():
         ),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_can(sizes, batch, message):
+def test_errors_of_invalid_meshes_name_valid_sizes(sizes, batch, message):
     with pytest.raises(UserError, match=message):
         mesh.make_mesh(dict(zip(mesh.AXES, sizes)), batch, [jax.devices()[0]] * 8)
 
 
-def test_one_axis_takes_what_is_left():
+def test_one_axis_takes_the_remaining_devices():
     made = mesh.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, 4)
     assert dict(made.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}

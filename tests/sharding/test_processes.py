@@ -70,13 +70,13 @@ def logged(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_survive_the_loss_of_one(tiny_folder, tmp_path):
+def test_two_processes_train_like_one_and_survive_the_loss_of_one(tiny_folder, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     process = start(tiny_folder, alone, 4)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors[-3000:]
 
-    # One of two is killed: the other ends soon, and says why.
+    # One of two is killed: the other ends soon with the reason.
     first, second = start_both(tiny_folder, both)
     while logged(both) < 5 and first.poll() is None:
         time.sleep(0.02)
@@ -107,7 +107,7 @@ def test_incomplete_flags_are_refused():
         processes.initialize("localhost:1", 2)
 
 
-def test_a_process_of_its_own_stays_alone(monkeypatch):
+def test_a_single_process_is_not_distributed(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     processes.initialize()
     assert processes.is_first() and processes.broadcast_from_first(3) == 3

@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 from focusdpo_jax.sharding.trace_context import trace_context
 
 
-def test_what_is_traced_for_one_mesh_is_not_taken_for_another():
+def test_a_trace_for_one_mesh_is_not_reused_for_another():
     devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
     one, other = (
         Mesh(devices, names) for names in (("data", "fsdp", "tensor"), ("tensor", "data", "fsdp"))
