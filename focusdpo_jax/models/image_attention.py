@@ -46,7 +46,7 @@ def attend_within_masks(
     return (out * slot_masks[..., None].astype(out.dtype)).sum(1)
 
 
-def masks_on_grid(
+def resize_masks(
     masks: Float[Array, "batch slots height width"], grid: tuple[int, int]
 ) -> Float[Array, "batch slots positions"]:
     """Resizes masks to the grid of a feature map, bicubic as diffusers' `IPAdapterMaskProcessor`.

@@ -152,7 +152,7 @@ class SpatialTransformer(nn.Module):
         h = h.reshape(batch, height * width, channels)
         h = nn.Dense(channels, dtype=self.dtype, name="proj_in")(h)
         if context.image_masks is not None:
-            masks = image_attention.masks_on_grid(context.image_masks, (height, width))
+            masks = image_attention.resize_masks(context.image_masks, (height, width))
             # One copy for each image of a condition.
             context = context._replace(image_masks=jnp.tile(masks, batch // len(masks)))
         h, attentions = self._blocks(h, context)

@@ -172,7 +172,7 @@ def test_masks_and_scales_of_each_reference(adapted):
 def test_masks_on_a_grid(grid):
     """Of the same aspect, as near as whole positions come."""
     masks = np.random.default_rng(7).uniform(size=(1, 2, 10 * grid[0], 10 * grid[1]))
-    found = image_attention.masks_on_grid(masks.astype(np.float32), grid)
+    found = image_attention.resize_masks(masks.astype(np.float32), grid)
     for slot in range(2):
         expected = IPAdapterMaskProcessor.downsample(
             torch.from_numpy(masks[:, slot]), 1, grid[0] * grid[1], 1
