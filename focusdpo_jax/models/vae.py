@@ -191,7 +191,7 @@ class VAE(nn.Module):
     config: VAEConfig
     dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.encoder = Encoder(config, jnp.float32)
         self.decoder = Decoder(config, self.dtype)
