@@ -8,7 +8,7 @@ from focusdpo_jax.data import geometry
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.inference.generate import conditioned_denoiser, scene_noise
-from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
+from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 
 CONTEXT = 2
 """Side of the square that the generator sees, in lengths of the mask, unless more pixels fit."""
@@ -206,7 +206,7 @@ class Inpainter:
         model.generator.config.check_resolution(resolution, "--resolution=")
         self._generator, self._tokenizer = model.generator, model.tokenizer
         self._resolution, self._batch_size = resolution, batch_size
-        self._mesh = drawing_mesh(batch_size)
+        self._mesh = inference_mesh(batch_size)
         self._parameters = replicate(model.parameters, self._mesh)
         nothing = model.tokenizer("")
         self._inpaint = make_inpaint(

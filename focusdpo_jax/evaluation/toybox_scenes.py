@@ -5,7 +5,7 @@ import numpy as np
 from etils import epath
 
 from focusdpo_jax.evaluation.scenes import Scene, Subject
-from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
+from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 from focusdpo_jax.toybox import measures
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.vision import encoders
@@ -53,7 +53,7 @@ class ToyboxScorer:
     def __init__(self, probe, source, slots, batch_size):
         """Args: the probe's parameters; the source of records; the most subjects of a scene."""
         self.name = f"probe-{encoders.digest_of(probe)}"
-        self._mesh, self._source = drawing_mesh(batch_size), source
+        self._mesh, self._source = inference_mesh(batch_size), source
         self._probe = replicate(probe, self._mesh)
         self._slots, self._batch_size = slots, batch_size
         self._read = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x / 255.0)))

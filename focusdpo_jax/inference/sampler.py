@@ -6,7 +6,7 @@ import numpy as np
 
 from focusdpo_jax.inference.generate import make_generate, scene_noise
 from focusdpo_jax.inference.prompts import load_place, load_reference
-from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
+from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 
 _MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
 
@@ -44,7 +44,7 @@ class Sampler:
         model.generator.config.check_resolution(resolution, "--resolution=")
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
-        self._mesh = drawing_mesh(batch_size)
+        self._mesh = inference_mesh(batch_size)
         self._view = jax.jit(model.generator.encode_reference)
         self._generate = make_generate(
             model.generator,

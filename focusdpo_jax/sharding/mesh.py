@@ -84,7 +84,7 @@ def _format_sizes(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in AXES)
 
 
-def drawing_mesh(batch_size: int) -> Mesh:
+def inference_mesh(batch_size: int) -> Mesh:
     """Creates a mesh for generating and scoring images, of this process's devices.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from focusdpo_jax.checkpoints import clip as clip_folder
 from focusdpo_jax.checkpoints import dino as dino_folder
-from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
+from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 from focusdpo_jax.vision import preprocess
 
 # The patches that tell one individual from another: of the output of which layer, as a share of
@@ -43,7 +43,7 @@ class PictureEncoder:
     @functools.cached_property
     def _placed(self):
         """The mesh, and the parameters on each of its devices."""
-        mesh = drawing_mesh(self.batch_size)
+        mesh = inference_mesh(self.batch_size)
         return mesh, replicate(self.parameters, mesh)
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
