@@ -81,18 +81,18 @@ def default_workdir(config_file: str) -> epath.Path:
     return epath.Path("runs") / (f"{name}_{argument}" if argument else name)
 
 
-def run(main: Callable[[], None], parser: Parser = parse_flags, *, goes_on: bool = False) -> None:
+def run(main: Callable[[], None], parser: Parser = parse_flags, *, resumable: bool = False) -> None:
     """Runs a command as the main program.
 
     Args:
       main: the command. A `UserError` that it raises becomes one line on stderr and exit status 2,
         Ctrl-C one line and status 130 (see `interrupts`).
       parser: parses the arguments and returns those that are not flags.
-      goes_on: whether the same command line resumes after an interrupt, for the message.
+      resumable: whether the same command line resumes after an interrupt, for the message.
     """
     interrupted = interrupts.Interrupts(
         "interrupted (Ctrl-C)"
-        + ("; the same command goes on from what is there" if goes_on else "")
+        + ("; the same command goes on from what is there" if resumable else "")
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_compiled_programs()
@@ -102,7 +102,7 @@ def run(main: Callable[[], None], parser: Parser = parse_flags, *, goes_on: bool
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             fail(f"unexpected arguments: {' '.join(argv[1:])}; flags are written --name=value")
-        with interrupted.one_line():
+        with interrupted.exit_on_interrupt():
             try:
                 main()
             except UserError as error:
@@ -110,7 +110,7 @@ def run(main: Callable[[], None], parser: Parser = parse_flags, *, goes_on: bool
                     raise
                 fail(error)
 
-    with interrupted.one_line():
+    with interrupted.exit_on_interrupt():
         app.run(guarded, flags_parser=parser)
 
 

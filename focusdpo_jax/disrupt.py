@@ -200,4 +200,4 @@ def make_judge(model, settings):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["manifest", "output"])
-    command.run(main, goes_on=True)
+    command.run(main, resumable=True)

@@ -225,4 +225,4 @@ def parse_flags(argv):
 
 
 if __name__ == "__main__":
-    command.run(main, parse_flags, goes_on=True)
+    command.run(main, parse_flags, resumable=True)

@@ -45,7 +45,7 @@ class Interrupts:
         self._report, sys.unraisablehook = sys.unraisablehook, self._unraisable
 
     @contextlib.contextmanager
-    def one_line(self) -> Iterator[None]:
+    def exit_on_interrupt(self) -> Iterator[None]:
         """Ends the process if the body was interrupted, even if libraries raise another exception."""
         try:
             yield

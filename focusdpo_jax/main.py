@@ -93,4 +93,4 @@ def main():
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    command.run(main, command.config_parser(_CONFIG), goes_on=True)
+    command.run(main, command.config_parser(_CONFIG), resumable=True)

@@ -104,4 +104,4 @@ def token_counter():
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("output")
-    command.run(main, goes_on=True)
+    command.run(main, resumable=True)

@@ -67,7 +67,7 @@ def training():
         time.sleep(60)  # Saves.
 
 sys.argv[1:], name = [], sys.argv[1]
-command.run(globals()[name], goes_on=name == "python")
+command.run(globals()[name], resumable=name == "python")
 """
 
 
