@@ -45,7 +45,7 @@ def with_gradients(function):
 
 def main(repeats=25):
     """Prints one line a shape and kind of pass."""
-    options = compiling.networks_here()
+    options = compiling.default_network_options()
     print(f"{jax.devices()[0].device_kind}; {options}")
     for batch, side, width, features in SHAPES:
         keys = jax.random.split(jax.random.key(0), 3)

@@ -23,7 +23,7 @@ _ON_CPU = {
 }
 
 
-def networks_on(platform: str) -> dict[str, str | int]:
+def network_options(platform: str) -> dict[str, str | int]:
     """Returns compiler options for programs of neural networks: {name: value} for `jax.jit`.
 
     Args:
@@ -36,9 +36,9 @@ def networks_on(platform: str) -> dict[str, str | int]:
     return {name: value for name, value in _ON_CPU.items() if f"--{name}=" not in flags}
 
 
-def networks_here() -> dict[str, str | int]:
-    """Returns `networks_on` for the devices of this machine."""
-    return networks_on(jax.default_backend())
+def default_network_options() -> dict[str, str | int]:
+    """Returns `network_options` for the devices of this machine."""
+    return network_options(jax.default_backend())
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def measure(settings, context):
     )
     decode = jax.jit(
         lambda parameters, latents: generator.decode_latents(parameters, latents),
-        compiler_options=compiling.networks_here(),
+        compiler_options=compiling.default_network_options(),
     )
     peak = matmul_peak(device, config.dtype)
     for name, function, given in (

@@ -40,7 +40,7 @@ def make_generate(
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
-    @functools.partial(jax.jit, compiler_options=compiling.networks_here())
+    @functools.partial(jax.jit, compiler_options=compiling.default_network_options())
     def generate(
         parameters,
         token_ids,

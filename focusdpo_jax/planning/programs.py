@@ -88,7 +88,7 @@ def run_programs(config, mesh):
     }
     drawing = resident | {"encoders": step.others}
     platform = mesh.devices.flat[0].platform
-    networks = compiling.networks_on(platform)
+    networks = compiling.network_options(platform)
     found, shares = {}, math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
 
     absent = platform == "gpu" and mesh.devices.flat[0] not in jax.devices()

@@ -152,7 +152,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             index=batch.index,
         )
 
-    return jax.jit(encode, compiler_options=compiling.networks_here())
+    return jax.jit(encode, compiler_options=compiling.default_network_options())
 
 
 def patch_quality(generator, parameters, batch, rejected, references, grid):

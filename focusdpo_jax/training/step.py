@@ -201,7 +201,7 @@ def _compile(definition, optimizer, state, batch, key, accumulate, ema_decay):
     passes, update = trace_step(
         definition, optimizer, state, batch, key, accumulate=accumulate, ema_decay=ema_decay
     )
-    options = compiling.networks_on(definition.mesh.devices.flat[0].platform)
+    options = compiling.network_options(definition.mesh.devices.flat[0].platform)
 
     def compiled(trace):
         traced = trace()
