@@ -92,7 +92,7 @@ def run(main: Callable[[], None], parser: Parser = parse_flags, *, resumable: bo
     """
     interrupted = interrupts.Interrupts(
         "interrupted (Ctrl-C)"
-        + ("; the same command goes on from what is there" if resumable else "")
+        + ("; run the same command again to resume" if resumable else "")
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_compiled_programs()

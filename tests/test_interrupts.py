@@ -95,7 +95,7 @@ def ended(process, seconds):
 def test_an_interrupted_command_ends_with_one_line(name):
     process = started(name)
     process.send_signal(signal.SIGINT)
-    line = LINE + "; the same command goes on from what is there" if name == "python" else LINE
+    line = LINE + "; run the same command again to resume" if name == "python" else LINE
     assert ended(process, 8) == [line]
 
 
