@@ -46,7 +46,9 @@ from focusdpo_jax.diffusion.schedule import NoiseSchedule
 from focusdpo_jax.errors import UserError
 
 Latents = Float[AnyArray, "batch height width channels"]
-DenoiseFn = Callable[[Latents, Int[AnyArray, "batch"]], Latents]
+# Fractions where a sampler visits them; see `sampling_timesteps`.
+Timesteps = Int[AnyArray, "batch"] | Float[AnyArray, "batch"]
+DenoiseFn = Callable[[Latents, Timesteps], Latents]
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -236,7 +238,7 @@ def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Scalar) -> DenoiseFn:
       scale: >= 0; may be traced.
     """
 
-    def guided(latents: Latents, t: Int[AnyArray, "batch"]) -> Latents:
+    def guided(latents: Latents, t: Timesteps) -> Latents:
         both = denoise_fn(jnp.concatenate([latents, latents]), jnp.concatenate([t, t]))
         conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)
         return unconditional + scale * (conditional - unconditional)

@@ -67,7 +67,7 @@ class NoiseSchedule:
         t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
         """What a perfect denoiser predicts for z_t, by prediction type."""
-        latents, noise = latents.astype(jnp.float32), noise.astype(jnp.float32)
+        latents, noise = jnp.asarray(latents, jnp.float32), jnp.asarray(noise, jnp.float32)
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -101,7 +101,8 @@ class NoiseSchedule:
         sigma: Float[AnyArray, "..."],
     ) -> Float[Array, "batch height width channels"]:
         """As `to_x0`, at alpha_t and sigma_t, of a broadcastable shape, that may lie between two t."""
-        prediction, noisy = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
+        prediction = jnp.asarray(prediction, jnp.float32)
+        noisy = jnp.asarray(noisy, jnp.float32)
         if self.prediction_type == "sample":
             return prediction
         if self.prediction_type == "epsilon":
@@ -116,7 +117,8 @@ class NoiseSchedule:
         sigma: Float[AnyArray, "..."],
     ) -> Float[Array, "batch height width channels"]:
         """As `to_epsilon`, at alpha_t and sigma_t; see `x0_at`."""
-        prediction, noisy = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
+        prediction = jnp.asarray(prediction, jnp.float32)
+        noisy = jnp.asarray(noisy, jnp.float32)
         if self.prediction_type == "epsilon":
             return prediction
         if self.prediction_type == "sample":

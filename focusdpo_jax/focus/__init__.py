@@ -59,8 +59,10 @@ from focusdpo_jax.focus.losses import (
     error_map,
     patch_dpo,
     preference_slope,
+    scale_gradient,
     sft,
     weighted_mean,
+    winner_preserving_scale,
 )
 from focusdpo_jax.focus.maps import FocusMap, focus_map
 from focusdpo_jax.focus.weighting import (

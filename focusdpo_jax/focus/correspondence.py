@@ -285,7 +285,7 @@ def unmatched(
       prior: M_prior as the share of each location covered, in [0, 1].
       matched: M', 0 or 1, on the same grid.
     """
-    return prior * (1 - matched)
+    return jnp.asarray(prior * (1 - matched))
 
 
 def alignment(match: Match, prior: Float[AnyArray, "batch height width"]) -> Float[Array, "batch"]:

@@ -37,7 +37,7 @@ def average_to_grid(
 
 def nearest_on_grid(
     maps: Float[AnyArray, "*batch rows columns"], grid: tuple[int, int]
-) -> Float[Array, "*batch height width"]:
+) -> Float[AnyArray, "*batch height width"]:
     """Reads maps at the centres of another grid's cells, whatever the ratio of the two.
 
     Nearest neighbour, because a match is a yes or a no: averaging would invent half matches.

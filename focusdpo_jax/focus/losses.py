@@ -208,17 +208,17 @@ def patch_dpo(
     return loss, jax.lax.stop_gradient(diagnostics)
 
 
-def scale_gradient(value: Float[Array, "*axes"], scale: Float[Array, "*factors"]) -> Array:
+def scale_gradient(value: Float[AnyArray, "*axes"], scale: Float[AnyArray, "*factors"]) -> Array:
     """Returns `value` with its gradient multiplied by `scale`, which broadcasts to it."""
     constant = jax.lax.stop_gradient(value)
     return constant + jax.lax.stop_gradient(scale) * (value - constant)
 
 
 def winner_preserving_scale(
-    residual_chosen: Float[Array, "batch height width channels"],
-    residual_rejected: Float[Array, "batch height width channels"],
-    weights_chosen: Float[Array, "batch height width"],
-    weights_rejected: Float[Array, "batch height width"],
+    residual_chosen: Float[AnyArray, "batch height width channels"],
+    residual_rejected: Float[AnyArray, "batch height width channels"],
+    weights_chosen: Float[AnyArray, "batch height width"],
+    weights_rejected: Float[AnyArray, "batch height width"],
     mu: float = 0.0,
 ) -> Float[Array, "batch"]:
     """The factor of the loser's gradient under which a step does not raise the winner's error.

@@ -37,7 +37,7 @@ def prior_weights(
     prior: Float[AnyArray, "batch height width"], background: Scalar
 ) -> Float[Array, "batch height width"]:
     """W = background + M_prior: the mask alone, what FocusDPO must beat to be worth its name."""
-    return background + prior
+    return jnp.asarray(background + prior)
 
 
 def quality_weights(
@@ -49,7 +49,8 @@ def quality_weights(
     authors' public training code weighs its target by 1 - r and its contrast image by r; that r is
     this quality, and that one map serves both since a pair shares its layout, is [ours].
     """
-    return jax.lax.stop_gradient((1 - quality, quality))
+    quality = jax.lax.stop_gradient(jnp.asarray(quality))
+    return 1 - quality, quality
 
 
 def gate(
