@@ -61,15 +61,21 @@ class FocusMap(NamedTuple):
     diagnostics: dict[str, Float[Array, "batch images"]]
 
 
+class _Spaf(NamedTuple):
+    """What `correspondence.match` reads of N images; `own` are the subjects' masks on the latent grid."""
+
+    similarity: Array
+    background: Array
+    present: Array
+    area: Array
+    own: Array | None
+
+
 class _Inputs(NamedTuple):
-    """What the weights of N images depend on beside the bucket; None where no term reads it."""
+    """What the weights of N images depend on beside the bucket; None where its structure has no such term."""
 
     prior: Array
-    similarity: Array | None = None
-    background: Array | None = None
-    present: Array | None = None
-    area: Array | None = None
-    own: Array | None = None
+    spaf: _Spaf | None = None
     detail: Array | None = None
     error: Array | None = None
 
@@ -143,42 +149,37 @@ def focus_map(
     prior = average_to_grid(prior_mask.astype(jnp.float32), grid)
     inputs = _Inputs(each(prior))
     if structure.spaf:
-        _require(
-            "SPAF",
-            image_features=image_features,
-            reference_features=reference_features,
-            reference_masks=reference_masks,
-        )
-        patches = image_features.shape[2:4]
-        size = reference_features.shape[2:4]
-        if present is None:
-            present = jnp.ones(reference_features.shape[:2], bool)
+        if image_features is None or reference_features is None or reference_masks is None:
+            raise ValueError(
+                "focus_map: SPAF needs image_features, reference_features and reference_masks"
+            )
+        if own_subject and subject_masks is None:
+            raise ValueError("focus_map: own_subject needs subject_masks")
+        slots, patches = reference_features.shape[:2], image_features.shape[2:4]
+        present = jnp.ones(slots, bool) if present is None else jnp.asarray(present)
         described = correspondence.subject_and_background_prototypes(
-            reference_features.reshape(*reference_features.shape[:2], -1, image_features.shape[-1]),
-            share_on_grid(reference_masks, size).reshape(*present.shape, -1),
+            reference_features.reshape(*slots, -1, reference_features.shape[-1]),
+            share_on_grid(reference_masks, reference_features.shape[2:4]).reshape(*slots, -1),
             present,
             prototypes,
         )
         similarity, background = correspondence.prototype_similarity(
             each(described), flat(image_features)
         )
-        described_at_all = jnp.any(described[:, :, 0] != 0, axis=(2, 3))
-        inputs = inputs._replace(
-            similarity=similarity,
-            background=background,
-            present=each(present & described_at_all),
-            area=each(_area(prior_mask, subject_masks, present)) * (patches[0] * patches[1]),
-        )
-        if own_subject:
-            _require("own_subject", subject_masks=subject_masks)
-            own = average_to_grid(subject_masks.astype(jnp.float32), grid)
-            inputs = inputs._replace(own=each(own))
+        own = None
+        if own_subject and subject_masks is not None:
+            own = each(average_to_grid(subject_masks.astype(jnp.float32), grid))
+        # A reference whose mask is empty has no prototypes, and nothing can match it.
+        known = jnp.any(described[:, :, 0] != 0, axis=(2, 3))
+        area = _area(prior_mask, subject_masks, present) * (patches[0] * patches[1])
+        spaf = _Spaf(similarity, background, each(present & known), each(area), own)
+        inputs = inputs._replace(spaf=spaf)
     if structure.dpce:
-        inputs = inputs._replace(
-            detail=complexity.complexity(flat(images), inputs.prior, detail_bins, detail_sigma)
-        )
+        detail = complexity.complexity(flat(images), inputs.prior, detail_bins, detail_sigma)
+        inputs = inputs._replace(detail=detail)
     if structure.confidence:
-        _require("lambda_c > 0", reference_error=reference_error)
+        if reference_error is None:
+            raise ValueError("focus_map: lambda_c > 0 needs reference_error")
         inputs = inputs._replace(error=flat(reference_error))
 
     if timesteps is None:
@@ -231,16 +232,15 @@ def _weigh(
     structure: BucketStructure, params: BucketParams, grid: tuple[int, int], inputs: _Inputs
 ) -> FocusMap:
     """`FocusMap` of N images, without their axis of pairs."""
-    match = unmatched = uncertainty = None
-    if structure.spaf:
-        match = correspondence.match(
-            inputs.similarity, inputs.present, inputs.area, params.rho, inputs.background
-        )
+    similarity = match = unmatched = uncertainty = None
+    if inputs.spaf is not None:
+        similarity, background, present, area, own = inputs.spaf
+        match = correspondence.match(similarity, present, area, params.rho, background)
         match = correspondence.to_grid(match, grid)
-        if inputs.own is not None:
-            match = correspondence.inside_own(match, inputs.own)
+        if own is not None:
+            match = correspondence.inside_own(match, own)
         unmatched = correspondence.unmatched(inputs.prior, match.union)
-    if structure.confidence:
+    if inputs.error is not None:
         uncertainty = confidence.uncertainty(inputs.error, inputs.prior)
     weights, diagnostics = focus_weights(
         structure, params, inputs.prior, match, inputs.detail, uncertainty
@@ -248,16 +248,10 @@ def _weigh(
     return FocusMap(
         weights=weights,
         prior=inputs.prior,
-        similarity=inputs.similarity,
+        similarity=similarity,
         match=match,
         unmatched=unmatched,
         detail=inputs.detail,
         uncertainty=uncertainty,
         diagnostics=diagnostics,
     )
-
-
-def _require(term, **arguments):
-    missing = [name for name, argument in arguments.items() if argument is None]
-    if missing:
-        raise ValueError(f"focus_map: {term} needs {', '.join(missing)}")
