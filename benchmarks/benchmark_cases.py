@@ -1,11 +1,7 @@
 """Configurations for benchmarks: those of `configs/`, as they stand."""
 
-import importlib.util
-import pathlib
-
 from focusdpo_jax import config as config_lib
-
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+from focusdpo_jax import config_files
 
 
 def load_config(name, *arguments, **changes):
@@ -13,7 +9,7 @@ def load_config(name, *arguments, **changes):
 
     `changes` are other values, dots of names as double underscores; they are not checked.
     """
-    config = config_lib.parse(load_file(CONFIGS / f"{name}.py", *arguments))
+    config = config_lib.parse(config_files.load(name, *arguments))
     return changed(config, **changes)
 
 
@@ -22,11 +18,3 @@ def changed(config, **changes):
     return config_lib.replace(
         config, {name.replace("__", "."): value for name, value in changes.items()}
     )
-
-
-def load_file(path, *arguments):
-    """The ConfigDict of a file."""
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*arguments)

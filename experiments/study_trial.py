@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from benchmarks.benchmark_cases import load_file
 from focusdpo_jax import config as config_lib
+from focusdpo_jax import config_files
 from focusdpo_jax.data import loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
@@ -34,7 +34,7 @@ PICTURES = 8  # Kept of every measurement.
 
 def load_config(path, overrides):
     """The configuration of a file with some fields replaced."""
-    config = config_lib.parse(load_file(path))
+    config = config_lib.parse(config_files.load(path))
     try:
         config = config_lib.replace(config, overrides)
     except KeyError as error:

@@ -11,7 +11,7 @@ import zlib
 from absl import app, flags, logging
 from etils import epath
 
-from focusdpo_jax import interrupts
+from focusdpo_jax import config_files, interrupts
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import no_room
 
@@ -34,14 +34,30 @@ def parse_flags(argv):
         fail(" ".join(str(error).split()))
 
 
+class _FoundByName(flags.ArgumentParser):
+    """Reads a configuration by its path or its name; see `config_files.find`."""
+
+    def __init__(self, reader):
+        self._reader = reader
+
+    def parse(self, argument):
+        return self._reader.parse(config_files.find(argument))
+
+    def flag_type(self):
+        return self._reader.flag_type()
+
+
 def config_parser(holder):
-    """A `parser` for `run`, of a command that takes a configuration file.
+    """A `parser` for `run`, of a command that takes a configuration file, by path or by name.
 
     A configuration is Python, so that a mistake in it or in --config.FIELD can raise anything.
 
     Args:
       holder: of the flag, as `config_flags.DEFINE_config_file` returned it; it may be left out.
     """
+
+    flag = flags.FLAGS[holder.name]
+    flag.parser = _FoundByName(flag.parser)
 
     def parse(argv):
         try:
@@ -61,7 +77,7 @@ def config_parser(holder):
 
 
 def default_workdir(config_file):
-    """runs/toybox_dpo for configs/toybox_dpo.py; an argument after a colon is added."""
+    """runs/toybox_dpo for toybox_dpo or configs/toybox_dpo.py; an argument after a colon is added."""
     path, _, argument = config_file.partition(":")
     name = epath.Path(path).stem
     return epath.Path("runs") / (f"{name}_{argument}" if argument else name)
