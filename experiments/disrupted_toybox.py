@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax import toybox
-from focusdpo_jax.data.images import decode_mask, decode_picture, encode_png
+from focusdpo_jax.data.images import decode_image, decode_mask, encode_png
 from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.toybox import measures
@@ -109,7 +109,7 @@ def measure(folder, split):
     for index, text in enumerate((folder / "manifest.jsonl").read_text().splitlines()):
         pair, record = json.loads(text), world.record(split, index)
         chosen, rejected = (
-            decode_picture((folder / pair[name]).read_bytes())[0] for name in ("chosen", "rejected")
+            decode_image((folder / pair[name]).read_bytes())[0] for name in ("chosen", "rejected")
         )
         assert np.array_equal(chosen, record["chosen"])
         masks = [decode_mask((folder / s["mask"]).read_bytes()) for s in pair["subjects"]]

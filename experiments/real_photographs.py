@@ -63,7 +63,7 @@ class Remembering:
 def alike(whole, subject, photos):
     """Question 1."""
     names = np.array([name for name, paths in photos.items() for _ in paths])
-    pictures = [(path, images.read_picture(path)) for paths in photos.values() for path in paths]
+    pictures = [(path, images.read_image(path)) for paths in photos.values() for path in paths]
     print_alike("whole photographs", whole([picture for _, picture in pictures]), names)
     vectors = subject(
         [
@@ -166,11 +166,11 @@ def report(what, passed, same):
 
 def paste(paths, background):
     """Two subjects side by side on a blurred photograph, and their masks."""
-    canvas = images.read_picture(background)
+    canvas = images.read_image(background)
     canvas = Image.fromarray(canvas).resize((16, 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     canvas, masks = np.array(canvas), []
     for i, path in enumerate(paths):
-        picture = images.read_picture(path)
+        picture = images.read_image(path)
         place = subject_places.of_photograph(path, picture)
         rows, columns = np.nonzero(place.mask)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)

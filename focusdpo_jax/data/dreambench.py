@@ -23,8 +23,8 @@ from etils import epath
 from focusdpo_jax.data import geometry
 from focusdpo_jax.data.images import (
     UnreadableImage,
+    decode_image,
     decode_mask,
-    decode_picture,
     encode_png,
 )
 from focusdpo_jax.errors import UserError
@@ -169,7 +169,7 @@ def _load(path):
     """A photograph and its mask."""
     file = path
     try:
-        picture = decode_picture(path.read_bytes())[0]
+        picture = decode_image(path.read_bytes())[0]
         file = mask_path(path)
         mask = decode_mask(file.read_bytes())
     except UnreadableImage as error:

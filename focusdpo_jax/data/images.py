@@ -51,7 +51,7 @@ class _Opened(NamedTuple):
     changes: list[str]
 
 
-def decode_picture(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
+def decode_image(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     """The picture in a file's content.
 
     Returns:
@@ -87,7 +87,7 @@ def decode_mask(content: bytes) -> np.ndarray:
       bool [H, W].
 
     Raises:
-      UnreadableImage: as in `decode_picture`; also where a mask is marked with small numbers.
+      UnreadableImage: as in `decode_image`; also where a mask is marked with small numbers.
     """
     return decode_mask_levels(content) >= 128
 
@@ -109,7 +109,7 @@ def decode_mask_levels(content: bytes) -> np.ndarray:
     return grey
 
 
-def read_picture(path: epath.PathLike, kind: str = "") -> np.ndarray:
+def read_image(path: epath.PathLike, kind: str = "") -> np.ndarray:
     """The picture in a file, uint8 [H, W, 3]; logs where its colour profile is damaged.
 
     Args:
@@ -119,13 +119,13 @@ def read_picture(path: epath.PathLike, kind: str = "") -> np.ndarray:
     Raises:
       UserError: names the file and what is wrong with it.
     """
-    picture, changes = _read(path, kind, decode_picture)
+    picture, changes = _read(path, kind, decode_image)
     warn_of_profiles(path, changes)
     return picture
 
 
 def read_mask_levels(path: epath.PathLike, kind: str = "") -> np.ndarray:
-    """The mask in a file by `decode_mask_levels`; see `read_picture` for the rest."""
+    """The mask in a file by `decode_mask_levels`; see `read_image` for the rest."""
     return _read(path, kind, decode_mask_levels)
 
 

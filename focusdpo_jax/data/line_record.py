@@ -13,8 +13,8 @@ import numpy as np
 from focusdpo_jax.data import geometry
 from focusdpo_jax.data.images import (
     UnreadableImage,
+    decode_image,
     decode_mask,
-    decode_picture,
     warn_of_profiles,
 )
 from focusdpo_jax.data.manifest import Line, Refused
@@ -106,7 +106,7 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
 
     Returns:
       {field: uint8 [H, W, 3]}, {field: bool [H, W]}, and what had to be changed
-      (`images.decode_picture`).
+      (`images.decode_image`).
 
     Raises:
       Refused: a file is no picture.
@@ -117,7 +117,7 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
             if field.endswith("mask"):
                 masks[field] = decode_mask(content)
             else:
-                pictures[field], changed = decode_picture(content)
+                pictures[field], changed = decode_image(content)
                 warn_of_profiles(files[field], changed)
                 changes.extend(changed)
         except UnreadableImage as error:

@@ -17,8 +17,8 @@ from etils import epath
 
 from focusdpo_jax.data import geometry, manifest, scene_manifest
 from focusdpo_jax.data.images import (
+    decode_image,
     decode_mask,
-    decode_picture,
     encode_png,
     is_converted,
 )
@@ -373,7 +373,7 @@ def _record(output, pair):
     """A pair as a contact sheet takes it: all pictures brought to squares."""
 
     def picture(name):
-        return _square(decode_picture((output / name).read_bytes())[0])
+        return _square(decode_image((output / name).read_bytes())[0])
 
     def mask(name):
         return _square(decode_mask((output / name).read_bytes()))

@@ -80,7 +80,7 @@ def check(workdir, output, names, *, whole):
     resolution = run.config.resolution
     noise = scene_noise(_SEED, [0], model.generator.latent_shape(resolution))
     size = config.image_encoder.image_size
-    reference = _smooth_picture(size) if reads else None
+    reference = _test_image(size) if reads else None
     # diffusers guides an adapter without a blank image differently (docs/checkpoints.md).
     guidance = 1.0 if reads and config.adapter.dropped == "absent" else 4.0
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,7 +127,7 @@ def require_packages(names=()):
             raise UserError(_NEEDS.format(package))
 
 
-def _smooth_picture(size):
+def _test_image(size):
     """uint8 [size, size, 3] of a few colours, the same at every call."""
     draw = np.random.default_rng(_SEED)
     cells = draw.integers(0, 256, (4, 4, 3), np.uint8)

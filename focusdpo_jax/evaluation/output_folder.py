@@ -79,13 +79,13 @@ class OutputFolder:
         """The scenes of the evaluation; see `scenes.read`."""
         return scenes.read(self.path / "scenes.jsonl")
 
-    def picture_path(self, side, scene):
+    def image_path(self, side, scene):
         """Where a scene's picture lies."""
         return self.path / "pictures" / side / f"{scene.name}.png"
 
-    def save_picture(self, side, scene, picture):
+    def save_image(self, side, scene, picture):
         """Writes a scene's picture, uint8 [H, W, 3]."""
-        grids.save_png(self.picture_path(side, scene), picture)
+        grids.save_png(self.image_path(side, scene), picture)
 
     def save_scores(self, side, scorer, number, scores):
         """Writes the scores of a batch, {scene: {measure: value}}."""
@@ -144,7 +144,7 @@ class ImagesFolder:
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:12]
 
-    def picture_path(self, side, scene):
+    def image_path(self, side, scene):
         """Where a scene's picture lies, whatever the side."""
         return self._files[scene.name]
 

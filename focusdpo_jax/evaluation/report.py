@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from focusdpo_jax.data.images import read_picture
+from focusdpo_jax.data.images import read_image
 from focusdpo_jax.evaluation import measures
 from focusdpo_jax.evaluation.tables import certain
 from focusdpo_jax.files import replace_file
@@ -269,13 +269,13 @@ def _cases(report, count):
 
 
 def _case(report, name, sides, scene, values):
-    references = [_tile(read_picture(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
+    references = [_tile(read_image(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
     drawn = []
     for side, value in zip(sides, values):
         text = f"{side}: {measures.number(name, _mean(value))}"
         if name.endswith("_crop") and None in value:
             text += f", {value.count(None)} not found"
-        drawn.append(_tile(read_picture(report.picture(side, scene)), text))
+        drawn.append(_tile(read_image(report.picture(side, scene)), text))
     return (
         f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
         f"({html.escape(scene.name)})</span></p>"
@@ -318,7 +318,7 @@ def _focus(workdir):
         pages = sorted(folder.glob(f"{kind}_*.png")) if folder and folder.exists() else []
         if pages:
             step = int(pages[-1].stem.partition("_")[2])
-            url = data_url(read_picture(pages[-1]), _PAGE_SIDE)
+            url = data_url(read_image(pages[-1]), _PAGE_SIDE)
             parts.append(
                 f'<p>Step {step}: {text}</p>\n<div class="wide"><img class="page" '
                 f'src="{url}" alt="{html.escape(text)}"></div>'

@@ -7,7 +7,7 @@ several processes that see one folder.
 
 from absl import logging
 
-from focusdpo_jax.data.images import read_picture
+from focusdpo_jax.data.images import read_image
 from focusdpo_jax.evaluation import report, summaries
 from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.evaluation.output_folder import ImagesFolder
@@ -132,7 +132,7 @@ def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
             results=results,
             scenes=scenes,
             scores=values,
-            picture=pictures.picture_path,
+            picture=pictures.image_path,
             workdir=workdir,
         ),
         cases=cases,
@@ -162,7 +162,7 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
       How many were drawn.
     """
     work = [
-        (batch, [s for s in batch if not folder.picture_path(side, s).exists()])
+        (batch, [s for s in batch if not folder.image_path(side, s).exists()])
         for _, batch in batches(scenes, batch_size, share)
     ]
     total = sum(len(missing) for _, missing in work)
@@ -173,7 +173,7 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
             drawn = drawer([scene.as_prompt() for scene in batch])
             for scene, picture in zip(batch, drawn, strict=True):
                 if scene in missing:
-                    folder.save_picture(side, scene, picture)
+                    folder.save_image(side, scene, picture)
             progress.add(len(missing))
     return total
 
@@ -199,7 +199,7 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
         sum(len(batch) for _, batch in work),
     )
     for number, batch in work:
-        images = [read_picture(pictures.picture_path(side, s)) for s in batch]
+        images = [read_image(pictures.image_path(side, s)) for s in batch]
         found = [places(scene, image) for scene, image in zip(batch, images)]
         values = scorer.score(batch, images, found)
         folder.save_scores(

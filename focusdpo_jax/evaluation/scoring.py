@@ -12,7 +12,7 @@ import json
 import numpy as np
 from etils import epath
 
-from focusdpo_jax.data.images import read_picture
+from focusdpo_jax.data.images import read_image
 from focusdpo_jax.vision import places as subject_places
 
 
@@ -173,7 +173,7 @@ class MissingScorer:
 def read_photograph(path):
     """The picture of a file and its subject's `Place`, None without a mask beside it."""
     path = epath.Path(path)
-    picture = read_picture(path)
+    picture = read_image(path)
     return picture, subject_places.of_photograph(path, picture)
 
 

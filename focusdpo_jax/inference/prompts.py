@@ -9,7 +9,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from focusdpo_jax.data.geometry import box_mask
-from focusdpo_jax.data.images import read_mask_levels, read_picture
+from focusdpo_jax.data.images import read_image, read_mask_levels
 from focusdpo_jax.errors import UserError
 
 _KEYS = ("path", "phrase", "box", "mask", "scale")
@@ -176,7 +176,7 @@ def load_reference(path, size):
     Raises:
       UserError: the file is missing or cannot be used.
     """
-    picture = Image.fromarray(read_picture(path, "reference"))
+    picture = Image.fromarray(read_image(path, "reference"))
     return np.asarray(ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color="white"))
 
 

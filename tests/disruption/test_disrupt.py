@@ -11,7 +11,7 @@ from example_pairs import encoded, write
 from PIL import Image
 
 from focusdpo_jax.data import manifest, prepare, scene_manifest
-from focusdpo_jax.data.images import decode_mask, decode_picture
+from focusdpo_jax.data.images import decode_image, decode_mask
 from focusdpo_jax.disruption import choice, runner
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
@@ -99,7 +99,7 @@ def pairs(output):
 
 
 def picture(output, name):
-    return decode_picture((output / name).read_bytes())[0]
+    return decode_image((output / name).read_bytes())[0]
 
 
 def test_only_what_is_inside_the_masks_changes(good):
@@ -191,7 +191,7 @@ def test_a_leak_wears_the_looks_of_another_of_its_scene(run, scenes, tmp_path):
     told = [s["info"]["disruption"] for s in pairs(tmp_path / "pairs")[0]["subjects"]]
     assert [t["donor"] for t in told] == [1, 0]
     for (_, reference), donor in zip(run.artist.drawn, (1, 0)):
-        np.testing.assert_array_equal(reference, decode_picture(files[f"1_{donor}.png"])[0])
+        np.testing.assert_array_equal(reference, decode_image(files[f"1_{donor}.png"])[0])
     with pytest.raises(UserError, match="line 1: subjects has 1 entry and --mode=leak needs"):
         run(scenes, tmp_path / "others", settings)
 

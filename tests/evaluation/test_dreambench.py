@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focusdpo_jax.data.images import read_picture
+from focusdpo_jax.data.images import read_image
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import dreambench, scenes, scoring
 
@@ -155,7 +155,7 @@ def test_identical_images_score_one_in_a_flat_folder(tmp_path):
         tmp_path,
         [("a dog", "../refs/dog.png"), ("a cat", "../refs/cat.png"), ("a cup", "../refs/cup.png")],
     )
-    copies = [read_picture(scene.subjects[0].reference) for scene in scenes]
+    copies = [read_image(scene.subjects[0].reference) for scene in scenes]
     scores = scoring.SimilarityScorer(Pixels()).score(scenes, copies, [[None]] * 3)
     assert scores == [{"dinov2": pytest.approx(1.0, abs=1e-12)}] * 3
     assert [scene.group for scene in scenes] == ["dog", "cat", "cup"]

@@ -99,18 +99,18 @@ def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
 def test_a_stopped_evaluation_goes_on_to_the_same_results(
     config, probe, sides, whole, tmp_path, monkeypatch
 ):
-    kept, saved = OutputFolder.save_picture, []
+    kept, saved = OutputFolder.save_image, []
 
     def stop_at_the_sixth(self, side, scene, picture):
         if len(saved) == 5:
             raise KeyboardInterrupt
-        saved.append(self.picture_path(side, scene))
+        saved.append(self.image_path(side, scene))
         kept(self, side, scene, picture)
 
-    monkeypatch.setattr(OutputFolder, "save_picture", stop_at_the_sixth)
+    monkeypatch.setattr(OutputFolder, "save_image", stop_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, config, probe, sides)
-    monkeypatch.setattr(OutputFolder, "save_picture", kept)
+    monkeypatch.setattr(OutputFolder, "save_image", kept)
     written = {path: os.stat(path).st_mtime_ns for path in saved}
     # A picture and a score that were being written are no harm.
     (tmp_path / "pictures" / "base" / "0000_0.png.tmp").write_text("half")

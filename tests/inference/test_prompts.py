@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focusdpo_jax.data.images import decode_picture
+from focusdpo_jax.data.images import decode_image
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.inference import prompts
 from focusdpo_jax.inference.prompts import Prompt, Reference
@@ -115,7 +115,7 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
     (tmp_path / "adobe.png").write_bytes(example_pairs.encoded(pixels, icc_profile=profile))
     np.testing.assert_array_equal(
         prompts.load_reference(tmp_path / "adobe.png", 8),
-        decode_picture(example_pairs.encoded(pixels, icc_profile=profile))[0],
+        decode_image(example_pairs.encoded(pixels, icc_profile=profile))[0],
     )
     Image.fromarray(np.float32(grey) / 65535).save(tmp_path / "float.tiff")
     with pytest.raises(UserError, match=r"reference .*float.tiff has 32 bits a channel"):
