@@ -18,7 +18,7 @@ DROPPED = 0.25
 
 
 def own_encoder(model, batch_size):
-    """The generator's image encoder as a `PictureEncoder` of patches, [N, P, D].
+    """The generator's image encoder as a `VisionEncoder` of patches, [N, P, D].
 
     Patches, since what is pooled says more of the kind than of the individual.
     """
@@ -33,7 +33,7 @@ def own_encoder(model, batch_size):
 
     parameters = {"image_encoder": model.parameters["image_encoder"]}
     settings = Preprocessing((size, size), None, mean=(0.0,) * 3, deviation=(1.0,) * 3)
-    return encoders.PictureEncoder(
+    return encoders.VisionEncoder(
         "image_encoder", apply, parameters, settings, encoders.digest_of(parameters), batch_size
     )
 

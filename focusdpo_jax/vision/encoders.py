@@ -21,7 +21,7 @@ _PATCH_DEPTH, _PATCH_SIDE = 0.75, 448
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureEncoder:
+class VisionEncoder:
     """Pictures to vectors.
 
     Attributes:
@@ -61,7 +61,7 @@ class PictureEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """Prompts to vectors in the space of CLIP's pictures; attributes as of `PictureEncoder`."""
+    """Prompts to vectors in the space of CLIP's pictures; attributes as of `VisionEncoder`."""
 
     apply: Callable
     parameters: Any
@@ -115,11 +115,11 @@ def load_dino(name, folder, batch_size=16):
 
     square = dataclasses.replace(preprocess.DINO, resize=(side, side), crop=None)
     return (
-        PictureEncoder(name, whole, parameters, preprocess.DINO, digest, batch_size),
-        PictureEncoder(
+        VisionEncoder(name, whole, parameters, preprocess.DINO, digest, batch_size),
+        VisionEncoder(
             name, subject, parameters, preprocess.DINO, f"{digest} layer {before}", batch_size
         ),
-        PictureEncoder(name, patches, parameters, square, digest, max(1, batch_size // 4)),
+        VisionEncoder(name, patches, parameters, square, digest, max(1, batch_size // 4)),
     )
 
 
@@ -143,7 +143,7 @@ def load_clip(folder, batch_size=16):
 
     digest = digest_of((clip.image_parameters, clip.text_parameters))
     return (
-        PictureEncoder("clip_i", image, clip.image_parameters, settings, digest, batch_size),
+        VisionEncoder("clip_i", image, clip.image_parameters, settings, digest, batch_size),
         TextEncoder(text, jax.device_put(clip.text_parameters), clip.tokenizer),
     )
 
