@@ -17,7 +17,7 @@ from focusdpo_jax.data.images import (
     decode_mask,
     warn_of_profiles,
 )
-from focusdpo_jax.data.manifest import Line, Refused
+from focusdpo_jax.data.manifest import PairLine, Refused
 
 VISIBLE = 16
 """A pixel counts as different from this difference of a channel on: JPEG's noise stays below."""
@@ -45,7 +45,7 @@ class Sizes:
     reference: int
 
 
-def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[dict, dict]:
+def make_record(line: PairLine, contents: dict[str, bytes], sizes: Sizes) -> tuple[dict, dict]:
     """The record of a line.
 
     Args:
@@ -101,7 +101,7 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
     """The pictures and masks of a line.
 
     Args:
-      files: field to path, as `Line.files()`; the fields of masks end in "mask".
+      files: field to path, as `PairLine.files()`; the fields of masks end in "mask".
       contents: field to content.
 
     Returns:

@@ -48,7 +48,7 @@ class Refused(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class PairSubject:
     """A subject of a line; `box` is (x0, y0, x1, y1) in shares of width and height."""
 
     reference: str
@@ -59,13 +59,13 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class PairLine:
     """A line whose text is in order; paths are relative to the manifest's folder."""
 
     caption: str
     chosen: str
     rejected: str
-    subjects: tuple[Subject, ...]
+    subjects: tuple[PairSubject, ...]
     prior_mask: str | None
     group: str | None
 
@@ -106,14 +106,14 @@ def read_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def parse_line(text: bytes, *, max_subjects: int) -> Line:
+def parse_line(text: bytes, *, max_subjects: int) -> PairLine:
     """The line's content, every field checked on its own.
 
     Raises:
       Refused: names the field and what would be right.
     """
     values = parse_object(text, _FIELDS)
-    return Line(
+    return PairLine(
         caption=read_text(values, "caption", CAPTION),
         chosen=read_path(values, "chosen"),
         rejected=read_path(values, "rejected"),
@@ -173,9 +173,9 @@ def read_group(values: dict) -> str | None:
     return read_text(values, "group", "name what belongs together") if "group" in values else None
 
 
-def _subject(values, where: str) -> Subject:
+def _subject(values, where: str) -> PairSubject:
     check_subject(values, _SUBJECT_FIELDS, where)
-    return Subject(
+    return PairSubject(
         reference=read_path(values, "reference", where + "."),
         reference_mask=read_path(values, "reference_mask", where + "."),
         phrase=read_text(values, "phrase", PHRASE, where + "."),

@@ -94,7 +94,7 @@ class Report:
       title: heading.
       about: what was measured on what, a sentence or two.
       results: the values of results.json.
-      scenes: list of `scenes.Scene`.
+      scenes: list of `scenes.BenchmarkScene`.
       scores: {side: {scene: {measure: value or list of values}}}.
       picture: from side and scene to the path of the picture.
       workdir: of the run, for its curves and focus maps, or None.
