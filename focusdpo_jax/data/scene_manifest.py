@@ -69,7 +69,7 @@ class SceneLine:
 
 
 @dataclasses.dataclass
-class Subject:
+class LoadedSubject:
     """A subject with nothing missing.
 
     Attributes:
@@ -85,7 +85,7 @@ class Subject:
 
 
 @dataclasses.dataclass
-class Scene:
+class LoadedScene:
     """A line's pictures. Before `fill` what the line lacks is None.
 
     Attributes:
@@ -96,7 +96,7 @@ class Scene:
 
     caption: str | None
     picture: np.ndarray
-    subjects: list[Subject]
+    subjects: list[LoadedSubject]
 
 
 def parse_line(text: bytes, *, max_subjects: int, hooks: Hooks) -> SceneLine:
@@ -164,7 +164,7 @@ def _told(values, name, cure, hooks, where=""):
     return manifest.read_text(values, name, cure, where)
 
 
-def open_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> Scene:
+def load_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> LoadedScene:
     """The pictures of a line, checked against each other.
 
     Args:
@@ -180,7 +180,7 @@ def open_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> 
     line_record.check_resolution(shape, resolution)
     line_record.check_masks(masks, pictures)
     subjects = [
-        Subject(
+        LoadedSubject(
             subject.phrase,
             *(
                 kind.get(f"subjects[{i}].{field}")
@@ -193,7 +193,7 @@ def open_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> 
         )
         for i, subject in enumerate(line.subjects)
     ]
-    scene = Scene(line.caption, pictures["chosen"], subjects)
+    scene = LoadedScene(line.caption, pictures["chosen"], subjects)
     for i, subject in enumerate(subjects):
         _check_subject(scene, subject, f"subjects[{i}].")
     return scene
@@ -223,7 +223,7 @@ def _check_subject(scene, subject, where):
 
 
 def fill(
-    scene: Scene,
+    scene: LoadedScene,
     line: SceneLine,
     hooks: Hooks,
     cut: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
@@ -231,7 +231,7 @@ def fill(
     """Makes up for what a scene lacks, in place.
 
     Args:
-      scene: as `open_scene` gave it.
+      scene: as `load_scene` gave it.
       line: where it came from.
       hooks: the same that the line was parsed with.
       cut: from a picture and a mask to the subject alone and its mask.

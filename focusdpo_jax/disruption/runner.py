@@ -148,7 +148,7 @@ class _Work:
         self._count_tokens = count_tokens
 
     def read(self, text):
-        """A line, the contents of its files, and its `Scene`; refuses what cannot be used."""
+        """A line, the contents of its files, and its `LoadedScene`; refuses what cannot be used."""
         line = scene_manifest.parse_line(
             text, max_subjects=self._settings.max_subjects, hooks=self._hooks
         )
@@ -162,7 +162,7 @@ class _Work:
             field: manifest.read_file(self._root, name, field)
             for field, name in line.files().items()
         }
-        opened = scene_manifest.open_scene(line, contents, self._settings.resolution)
+        opened = scene_manifest.load_scene(line, contents, self._settings.resolution)
         self._check_tokens(opened)
         return line, contents, opened
 
