@@ -26,7 +26,7 @@ from focusdpo_jax import interrupts
 from focusdpo_jax.data import dataset, line_store, manifest
 from focusdpo_jax.data.dataset import PAIRS
 from focusdpo_jax.data.line_record import Sizes
-from focusdpo_jax.data.report import complaint, summarize
+from focusdpo_jax.data.report import refused_lines_message, summarize
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 
@@ -131,7 +131,7 @@ def prepare(
         if len(refused) == total or refused and not skip:
             work.rmtree()
             _write_report(output, report | {"status": "refused"})
-            raise UserError(complaint(refused, total, output / REPORT, skip))
+            raise UserError(refused_lines_message(refused, total, output / REPORT, skip))
         _build(output, work, outcomes, report, settings, draw_sheet)
         _write_report(output, report | {"status": "complete"})
         work.rmtree()

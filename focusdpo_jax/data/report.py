@@ -92,7 +92,7 @@ def describe(report: dict) -> str:
     return "\n".join(lines)
 
 
-def complaint(refused: list[dict], total: int, path, skip: bool) -> str:
+def refused_lines_message(refused: list[dict], total: int, path, skip: bool) -> str:
     """What a command says when it stops over refused lines.
 
     Args:

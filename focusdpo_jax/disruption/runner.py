@@ -23,7 +23,7 @@ from focusdpo_jax.data.images import (
     is_converted,
 )
 from focusdpo_jax.data.manifest import Refused
-from focusdpo_jax.data.report import complaint
+from focusdpo_jax.data.report import refused_lines_message
 from focusdpo_jax.disruption.choice import Judge, choose
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
@@ -333,7 +333,7 @@ def _complain(refused, texts, output, identity, skip):
     if len(refused) == len(texts) or refused and not skip:
         listed = _listed(refused)
         _write_report(output, "refused", identity, refused=listed)
-        raise UserError(complaint(listed, len(texts), output / REPORT, skip))
+        raise UserError(refused_lines_message(listed, len(texts), output / REPORT, skip))
 
 
 def _listed(refused):
