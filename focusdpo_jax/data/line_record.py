@@ -17,7 +17,7 @@ from focusdpo_jax.data.images import (
     decode_mask,
     warn_of_profiles,
 )
-from focusdpo_jax.data.manifest import PairLine, Refused
+from focusdpo_jax.data.manifest import LineError, PairLine
 
 VISIBLE = 16
 """A pixel counts as different from this difference of a channel on: JPEG's noise stays below."""
@@ -58,7 +58,7 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: Sizes) -> tup
       crop int32 [2] (top, left), as SDXL's time ids take them; and facts about it for the report.
 
     Raises:
-      Refused: names the field, what is wrong and what would be right.
+      LineError: names the field, what is wrong and what would be right.
     """
     pictures, masks, changes = decode_files(line.files(), contents)
     chosen, rejected = pictures["chosen"], pictures["rejected"]
@@ -83,7 +83,7 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: Sizes) -> tup
         where = f"subjects[{i}]."
         reference_mask = geometry.pad_to_square(masks[where + "reference_mask"], sizes.reference)
         if not reference_mask.any():
-            raise Refused(where + "reference_mask", "is too small; mark the subject's pixels")
+            raise LineError(where + "reference_mask", "is too small; mark the subject's pixels")
         mask = _seen(where + "mask", mask, view)
         record["subjects"].append(
             {
@@ -109,7 +109,7 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
       (`images.decode_image`).
 
     Raises:
-      Refused: a file is no picture.
+      LineError: a file is no picture.
     """
     pictures, masks, changes = {}, {}, []
     for field, content in contents.items():
@@ -121,7 +121,7 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
                 warn_of_profiles(files[field], changed)
                 changes.extend(changed)
         except UnreadableImage as error:
-            raise Refused(field, f"= {files[field][:80]!r} {error}") from error
+            raise LineError(field, f"= {files[field][:80]!r} {error}") from error
     return pictures, masks, changes
 
 
@@ -131,13 +131,13 @@ def check_masks(masks: dict[str, np.ndarray], pictures: dict[str, np.ndarray]) -
         picture = field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen"
         _same_size(field, mask, pictures[picture].shape[:2], picture)
         if not mask.any():
-            raise Refused(field, "is empty; make the subject's pixels white")
+            raise LineError(field, "is empty; make the subject's pixels white")
 
 
 def check_resolution(shape: tuple[int, int], resolution: int) -> None:
     """Refuses a chosen picture, of (height, width), that would be enlarged too much."""
     if min(shape) * MAGNIFIED < resolution:
-        raise Refused(
+        raise LineError(
             "chosen",
             f"is {_size(shape)} pixels, too small for {resolution}; give "
             f"at least {-(-resolution // MAGNIFIED)} on the shorter side",
@@ -163,10 +163,10 @@ def _facts(line, record, contents, changes):
 def _difference(chosen, rejected):
     """bool [H, W], where the two differ visibly."""
     if np.array_equal(chosen, rejected):
-        raise Refused("rejected", "equals chosen; a pair without a difference teaches nothing")
+        raise LineError("rejected", "equals chosen; a pair without a difference teaches nothing")
     difference = np.abs(chosen.astype(np.int16) - rejected).max(-1) >= VISIBLE
     if not difference.any():
-        raise Refused(
+        raise LineError(
             "rejected",
             f"differs from chosen nowhere by {VISIBLE} of 255 or more; "
             "nobody can see why it is rejected",
@@ -184,7 +184,7 @@ def _masks(line, masks, difference):
             boxed = geometry.box_mask(subject.box, *difference.shape)
             inside = 1.0 if mask is None else (mask & boxed).sum() / mask.sum()
             if inside < KEPT:
-                raise Refused(
+                raise LineError(
                     f"subjects[{i}].box", f"holds {inside:.0%} of the mask; mend one of the two"
                 )
             mask = boxed if mask is None else mask
@@ -197,7 +197,7 @@ def _masks(line, masks, difference):
         return prior, [prior if mask is None else mask for mask in own]
     missed = (difference & ~_grown(prior)).sum() / difference.sum()
     if missed > MISSED:
-        raise Refused(
+        raise LineError(
             "prior_mask",
             f"misses {missed:.0%} of where chosen and rejected differ "
             f"({told}); mark all of it, or leave all masks in the target out",
@@ -220,20 +220,20 @@ def _seen(field, mask, view):
     left, top, right, bottom = np.rint(view.box).astype(int)
     kept = mask[top:bottom, left:right].sum() / mask.sum()
     if kept < KEPT:
-        raise Refused(
+        raise LineError(
             field,
             f"has only {kept:.0%} of its pixels inside the square that is kept of "
             "chosen; crop the pictures around the subjects yourself",
         )
     seen = view.mask(mask)
     if not seen.any():
-        raise Refused(field, f"is too small: nothing of it is left at {view.size} pixels")
+        raise LineError(field, f"is too small: nothing of it is left at {view.size} pixels")
     return seen
 
 
 def _same_size(field, array, shape, other):
     if array.shape[:2] != shape:
-        raise Refused(
+        raise LineError(
             field,
             f"is {_size(array.shape)} pixels and {other} is {_size(shape)}; give both one size",
         )

@@ -18,7 +18,7 @@ from etils import epath
 from focusdpo_jax.data import manifest
 from focusdpo_jax.data.images import encode_png, is_converted
 from focusdpo_jax.data.line_record import Sizes, make_record
-from focusdpo_jax.data.manifest import Refused
+from focusdpo_jax.data.manifest import LineError
 from focusdpo_jax.files import new_file
 
 _FORMAT = 2  # Changes when the same line would make another record.
@@ -76,7 +76,7 @@ def work(task: Task) -> dict:
             record, facts = make_record(line, contents, task.sizes)
             _write(path, record, facts)
         return outcome | {"facts": facts}
-    except Refused as error:
+    except LineError as error:
         return outcome | {"refused": [error.field, error.reason]}
     except MemoryError:
         return outcome | {

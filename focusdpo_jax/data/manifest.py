@@ -34,7 +34,7 @@ PHRASE = "name the subject, as in 'a dog'"
 _PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 
-class Refused(Exception):
+class LineError(Exception):
     """A line that cannot be used.
 
     Attributes:
@@ -110,7 +110,7 @@ def parse_line(text: bytes, *, max_subjects: int) -> PairLine:
     """The line's content, every field checked on its own.
 
     Raises:
-      Refused: names the field and what would be right.
+      LineError: names the field and what would be right.
     """
     values = parse_object(text, _FIELDS)
     return PairLine(
@@ -129,29 +129,29 @@ def parse_object(text: bytes, fields: tuple[str, ...]) -> dict:
     """The JSON object of a line, which has no field but `fields`.
 
     Raises:
-      Refused: it is something else.
+      LineError: it is something else.
     """
     if len(text) > MAX_LINE:
-        raise Refused("", f"is longer than {MAX_LINE >> 20} MiB; every line is one JSON object")
+        raise LineError("", f"is longer than {MAX_LINE >> 20} MiB; every line is one JSON object")
     try:
         decoded = text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused(
+        raise LineError(
             "", f"is not UTF-8 text (byte {error.start + 1}); save the manifest as UTF-8"
         ) from error
     try:
         values = json.loads(decoded, object_pairs_hook=_unique)
     except RecursionError as error:
-        raise Refused("", "is nested too deeply; write one flat object") from error
+        raise LineError("", "is nested too deeply; write one flat object") from error
     except ValueError as error:
         reason = (
             f"{error.msg} at column {error.colno}"
             if isinstance(error, json.JSONDecodeError)
             else str(error)
         )
-        raise Refused("", f"is not JSON ({reason}); write one object a line") from error
+        raise LineError("", f"is not JSON ({reason}); write one object a line") from error
     if not isinstance(values, dict):
-        raise Refused("", "is not a JSON object; write {...}")
+        raise LineError("", "is not a JSON object; write {...}")
     check_known(values, fields, "")
     return values
 
@@ -160,11 +160,11 @@ def read_subjects(values: dict, max_subjects: int) -> list:
     """The list of a line's subjects, not looked into."""
     subjects = values.get("subjects")
     if not isinstance(subjects, list):
-        raise Refused(
+        raise LineError(
             "subjects", f"{_given(values, 'subjects')}; give a list of 1 to {max_subjects} objects"
         )
     if not 1 <= len(subjects) <= max_subjects:
-        raise Refused("subjects", f"has {len(subjects)} entries; give 1 to {max_subjects}")
+        raise LineError("subjects", f"has {len(subjects)} entries; give 1 to {max_subjects}")
     return subjects
 
 
@@ -187,7 +187,7 @@ def _subject(values, where: str) -> PairSubject:
 def check_subject(values, fields: tuple[str, ...], where: str) -> None:
     """Refuses what is no JSON object of these fields."""
     if not isinstance(values, dict):
-        raise Refused(where, "is not a JSON object; write {...}")
+        raise LineError(where, "is not a JSON object; write {...}")
     check_known(values, fields, where + ".")
 
 
@@ -196,7 +196,7 @@ def _unique(pairs):
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise Refused(twice[:60], "is given twice; keep one")
+        raise LineError(twice[:60], "is given twice; keep one")
     return values
 
 
@@ -205,7 +205,7 @@ def check_known(values: dict, fields: tuple[str, ...], where: str) -> None:
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
-            raise Refused(
+            raise LineError(
                 where + name[:60],
                 "is not a field; "
                 + (f"did you mean {close[0]}?" if close else "what is your own belongs in info"),
@@ -220,13 +220,13 @@ def read_text(values: dict, name: str, cure: str, where: str = "") -> str:
     """The text in a field, which must not be blank; `cure` says what it is for."""
     text = values.get(name)
     if not isinstance(text, str):
-        raise Refused(where + name, f"{_given(values, name)}; give a text")
+        raise LineError(where + name, f"{_given(values, name)}; give a text")
     if not text.strip():
-        raise Refused(where + name, f"is empty; {cure}")
+        raise LineError(where + name, f"is empty; {cure}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refused(
+        raise LineError(
             where + name, "holds half a surrogate pair, which is no character; write it as UTF-8"
         ) from error
     return text
@@ -238,7 +238,7 @@ def read_path(values: dict, name: str, where: str = "", optional: bool = False) 
         return None
     path = read_text(values, name, "give a file's path", where)
     if "\0" in path:
-        raise Refused(where + name, "holds a zero character; give a file's path")
+        raise LineError(where + name, "holds a zero character; give a file's path")
     return path
 
 
@@ -254,12 +254,12 @@ def read_box(values: dict, where: str) -> tuple[float, float, float, float] | No
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     )
     if not numbers:
-        raise Refused(field, f"is {json.dumps(value)[:60]}; {form}")
+        raise LineError(field, f"is {json.dumps(value)[:60]}; {form}")
     x0, y0, x1, y1 = value
     if not (0 <= x0 <= 1 and 0 <= y0 <= 1 and 0 <= x1 <= 1 and 0 <= y1 <= 1):
-        raise Refused(field, f"= {value} reaches outside the picture; {form}, not pixels")
+        raise LineError(field, f"= {value} reaches outside the picture; {form}, not pixels")
     if not (x0 < x1 and y0 < y1):
-        raise Refused(field, f"= {value} is empty; {form}")
+        raise LineError(field, f"= {value} is empty; {form}")
     return tuple(map(float, value))
 
 
@@ -273,7 +273,7 @@ def check_tokens(caption: str, tokens: int | None) -> None:
     at_least = "" if tokens is not None else "at least "
     tokens = len(_PIECES.findall(caption)) + 2 if tokens is None else tokens
     if tokens > MAX_TOKENS:
-        raise Refused(
+        raise LineError(
             "caption", f"has {at_least}{tokens} tokens and CLIP reads {MAX_TOKENS}; shorten it"
         )
 
@@ -282,7 +282,7 @@ def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
     """The content of the file `name` below the folder `root`.
 
     Raises:
-      Refused: there is no such ordinary file, it lies outside the folder, or it is too large.
+      LineError: there is no such ordinary file, it lies outside the folder, or it is too large.
     """
     root = os.fspath(root)
     parts = name.replace("\\", "/").split("/")
@@ -292,21 +292,21 @@ def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
         real = os.path.realpath(root)  # Links may lead anywhere.
         outside = not os.path.realpath(path).startswith(real.rstrip("/") + "/")
     if outside:
-        raise Refused(
+        raise LineError(
             field, f"= {name[:80]!r} leads out of the manifest's folder; give a path below it"
         )
     try:
         if "://" not in root and not stat.S_ISREG(os.stat(path).st_mode):
-            raise Refused(field, f"= {name[:80]!r} is no ordinary file; give a picture")
+            raise LineError(field, f"= {name[:80]!r} is no ordinary file; give a picture")
         if path.stat().length > MAX_FILE:
-            raise Refused(
+            raise LineError(
                 field, f"= {name[:80]!r} is larger than {MAX_FILE >> 20} MiB; save it smaller"
             )
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise Refused(field, f"= {name[:80]!r}: no such file in the manifest's folder") from error
+        raise LineError(field, f"= {name[:80]!r}: no such file in the manifest's folder") from error
     except (OSError, ValueError) as error:
-        raise Refused(field, f"= {name[:80]!r} cannot be read ({_why(error)})") from error
+        raise LineError(field, f"= {name[:80]!r} cannot be read ({_why(error)})") from error
 
 
 def _climbs(parts: list[str]) -> bool:

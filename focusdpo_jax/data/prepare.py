@@ -166,7 +166,7 @@ class _Tasks:
             return None
         try:
             line = manifest.parse_line(text, max_subjects=self._settings.max_subjects)
-        except manifest.Refused:
+        except manifest.LineError:
             return None  # The worker refuses it again, and says why.
         return self._count(line.caption)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from focusdpo_jax.data import geometry, line_record, manifest
-from focusdpo_jax.data.manifest import Refused
+from focusdpo_jax.data.manifest import LineError
 
 _FIELDS = ("caption", "chosen", "subjects", "group", "info")
 _SUBJECT_FIELDS = ("reference", "reference_mask", "phrase", "mask", "box", "info")
@@ -108,7 +108,7 @@ def parse_line(text: bytes, *, max_subjects: int, hooks: Hooks) -> SceneLine:
       hooks: what may be missing is what one of these fills in.
 
     Raises:
-      Refused: names the field and what would be right.
+      LineError: names the field and what would be right.
     """
     values = manifest.parse_object(text, _FIELDS)
     subjects = manifest.read_subjects(values, max_subjects)
@@ -133,22 +133,22 @@ def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
         info=values.get("info"),
     )
     if subject.mask is None and subject.box is None and hooks.segment is None:
-        raise Refused(
+        raise LineError(
             where + "mask",
             "is missing; give the file of a mask, a box, or a --segmenter that finds it",
         )
     if subject.mask is None and subject.box is None and subject.phrase is None:
-        raise Refused(
+        raise LineError(
             where + "phrase",
             "is missing like the mask; give one of the two, by which the other can be found",
         )
     if subject.reference is None and subject.reference_mask is not None:
-        raise Refused(
+        raise LineError(
             where + "reference",
             "is missing beside a reference_mask; give both, or none to take what the mask cuts out",
         )
     if subject.reference is not None and subject.reference_mask is None and hooks.segment is None:
-        raise Refused(
+        raise LineError(
             where + "reference_mask",
             "is missing; give the file of a mask, or a --segmenter that finds it",
         )
@@ -160,7 +160,7 @@ def _told(values, name, cure, hooks, where=""):
     if values.get(name) is None and hooks.describe is not None:
         return None
     if name not in values:
-        raise Refused(where + name, f"is missing; {cure}, or give a --captioner that does")
+        raise LineError(where + name, f"is missing; {cure}, or give a --captioner that does")
     return manifest.read_text(values, name, cure, where)
 
 
@@ -173,7 +173,7 @@ def load_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> 
       resolution: side of the pictures that the generator draws.
 
     Raises:
-      Refused: names the field, what is wrong and what would be right.
+      LineError: names the field, what is wrong and what would be right.
     """
     pictures, masks, _ = line_record.decode_files(line.files(), contents)
     shape = pictures["chosen"].shape[:2]
@@ -205,7 +205,7 @@ def _check_subject(scene, subject, where):
     if subject.mask is not None:
         extent = max(high - low for low, high in geometry.bounds(subject.mask))
         if extent > min(height, width):
-            raise Refused(
+            raise LineError(
                 where + "mask",
                 f"is {extent} pixels long and the shorter side of chosen "
                 f"{min(height, width)}; crop the picture so that a square holds the "
@@ -215,7 +215,7 @@ def _check_subject(scene, subject, where):
         caption = scene.caption.casefold()
         words = [w for w in _WORDS.findall(subject.phrase.casefold()) if w not in _SMALL]
         if words and not any(word in caption for word in words):
-            raise Refused(
+            raise LineError(
                 where + "phrase",
                 f"= {subject.phrase[:60]!r} has no word in common with "
                 "the caption, which is to name every subject; mend one of the two",
@@ -237,7 +237,7 @@ def fill(
       cut: from a picture and a mask to the subject alone and its mask.
 
     Raises:
-      Refused: what a hook gave cannot be used.
+      LineError: what a hook gave cannot be used.
     """
     shape = scene.picture.shape[:2]
     for i, (subject, told) in enumerate(zip(scene.subjects, line.subjects, strict=True)):
@@ -265,13 +265,13 @@ def fill(
 def _segmented(hooks, picture, phrase, box, field):
     mask = np.asarray(hooks.segment(picture, phrase or "", box))
     if mask.dtype != bool or mask.shape != picture.shape[:2]:
-        raise Refused(
+        raise LineError(
             field,
             f"by --segmenter is {mask.dtype} {list(mask.shape)}; it has to return "
             f"bool {list(picture.shape[:2])}, the picture's size",
         )
     if not mask.any():
-        raise Refused(
+        raise LineError(
             field,
             f"by --segmenter is empty: it finds no {phrase or 'subject'!r}; give "
             "the file of a mask",
@@ -282,5 +282,5 @@ def _segmented(hooks, picture, phrase, box, field):
 def _described(hooks, picture, mask, field):
     text = hooks.describe(picture, mask)
     if not isinstance(text, str) or not text.strip():
-        raise Refused(field, f"by --captioner is {text!r:.60}; it has to return a text")
+        raise LineError(field, f"by --captioner is {text!r:.60}; it has to return a text")
     return text.strip()

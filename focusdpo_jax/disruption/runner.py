@@ -22,7 +22,7 @@ from focusdpo_jax.data.images import (
     encode_png,
     is_converted,
 )
-from focusdpo_jax.data.manifest import Refused
+from focusdpo_jax.data.manifest import LineError
 from focusdpo_jax.data.report import refused_lines_message
 from focusdpo_jax.disruption.choice import Judge, choose
 from focusdpo_jax.disruption.inpainting import Inpainter
@@ -117,7 +117,7 @@ def disrupt(
         for number, text in texts.items():
             try:
                 work.read(text)
-            except Refused as error:
+            except LineError as error:
                 refused[number] = error
         _complain(refused, texts, output, identity, skip)
         progress = ItemProgress("scenes disrupted", len(texts) - len(refused))
@@ -127,7 +127,7 @@ def disrupt(
                 continue
             try:
                 lines[number] = work.finish(number, text)
-            except Refused as error:  # By what a hook gave.
+            except LineError as error:  # By what a hook gave.
                 refused[number] = error
                 _complain(refused, texts, output, identity, skip)
             progress.add(1)
@@ -153,7 +153,7 @@ class _Work:
             text, max_subjects=self._settings.max_subjects, hooks=self._hooks
         )
         if self._settings.mode == "leak" and len(line.subjects) < 2:
-            raise Refused(
+            raise LineError(
                 "subjects",
                 "has 1 entry and --mode=leak needs another one, whose looks "
                 "it can wear; use --mode=phrase",
@@ -171,7 +171,7 @@ class _Work:
             if subject.phrase is not None:
                 tokens, most = self._count_tokens(subject.phrase)
                 if tokens > most:
-                    raise Refused(
+                    raise LineError(
                         f"subjects[{i}].phrase",
                         f"has {tokens} tokens and the model reads {most}; shorten it",
                     )
