@@ -33,7 +33,7 @@ MAGNIFIED = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class ImageSizes:
     """What the pictures of a data set have in common, in pixels.
 
     Attributes:
@@ -45,7 +45,7 @@ class Sizes:
     reference: int
 
 
-def make_record(line: PairLine, contents: dict[str, bytes], sizes: Sizes) -> tuple[dict, dict]:
+def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -> tuple[dict, dict]:
     """The record of a line.
 
     Args:

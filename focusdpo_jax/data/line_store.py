@@ -17,7 +17,7 @@ from etils import epath
 
 from focusdpo_jax.data import manifest
 from focusdpo_jax.data.images import encode_png, is_converted
-from focusdpo_jax.data.line_record import Sizes, make_record
+from focusdpo_jax.data.line_record import ImageSizes, make_record
 from focusdpo_jax.data.manifest import LineError
 from focusdpo_jax.files import new_file
 
@@ -25,7 +25,7 @@ _FORMAT = 2  # Changes when the same line would make another record.
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class LineJob:
     """A line to work on.
 
     Attributes:
@@ -42,38 +42,37 @@ class Task:
     tokens: int | None
     root: str
     store: str | None
-    sizes: Sizes
+    sizes: ImageSizes
     max_subjects: int
 
 
-def work(task: Task) -> dict:
+def process_line(job: LineJob) -> dict:
     """Makes a line's record, unless it is ready.
 
     Returns:
       line (number), digest (of all that went in), and either refused ([field, reason]) or facts
       (see `line_record`), as JSON values.
     """
-    outcome = {"line": task.number, "digest": hashlib.sha256(task.text).hexdigest()}
+    outcome = {"line": job.number, "digest": hashlib.sha256(job.text).hexdigest()}
     try:
-        line = manifest.parse_line(task.text, max_subjects=task.max_subjects)
-        manifest.check_tokens(line.caption, task.tokens)
+        line = manifest.parse_line(job.text, max_subjects=job.max_subjects)
+        manifest.check_tokens(line.caption, job.tokens)
         contents = {
-            field: manifest.read_file(task.root, path, field)
-            for field, path in line.files().items()
+            field: manifest.read_file(job.root, path, field) for field, path in line.files().items()
         }
-        settings = [_FORMAT, *dataclasses.astuple(task.sizes)]
+        settings = [_FORMAT, *dataclasses.astuple(job.sizes)]
         parts = [hashlib.sha256(content).hexdigest() for content in contents.values()]
         if any(map(is_converted, contents.values())):
             settings.append("colour profiles")  # Records from before they were read differ.
         outcome["digest"] = hashlib.sha256(
             json.dumps([settings, outcome["digest"], parts]).encode()
         ).hexdigest()
-        if task.store is None:
+        if job.store is None:
             return outcome
-        path = location(task.store, outcome["digest"])
+        path = entry_path(job.store, outcome["digest"])
         facts = _facts(path)
         if facts is None:
-            record, facts = make_record(line, contents, task.sizes)
+            record, facts = make_record(line, contents, job.sizes)
             _write(path, record, facts)
         return outcome | {"facts": facts}
     except LineError as error:
@@ -94,7 +93,7 @@ def start_worker() -> None:
     cv2.setNumThreads(1)
 
 
-def location(store: epath.PathLike, digest: str) -> epath.Path:
+def entry_path(store: epath.PathLike, digest: str) -> epath.Path:
     """Where a line that is ready lies."""
     return epath.Path(store) / digest[:2] / f"{digest}.zip"
 
@@ -131,7 +130,7 @@ def _write(path: epath.Path, record: dict, facts: dict) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadySource:
+class LineStoreSource:
     """Records of lines that are ready, their pictures as contents of PNG files."""
 
     paths: list[epath.Path]

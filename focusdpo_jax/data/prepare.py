@@ -25,7 +25,7 @@ from tqdm import tqdm
 from focusdpo_jax import interrupts
 from focusdpo_jax.data import dataset, line_store, manifest
 from focusdpo_jax.data.dataset import PAIRS
-from focusdpo_jax.data.line_record import Sizes
+from focusdpo_jax.data.line_record import ImageSizes
 from focusdpo_jax.data.report import refused_lines_message, summarize
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
@@ -74,9 +74,9 @@ class Settings:
             )
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ImageSizes:
         """Sides of the pictures that are stored."""
-        return Sizes(self.resolution, min(self.resolution, REFERENCE_SIZE))
+        return ImageSizes(self.resolution, min(self.resolution, REFERENCE_SIZE))
 
 
 def prepare(
@@ -108,7 +108,7 @@ def prepare(
     """
     path, output = epath.Path(path), epath.Path(output)
     work = output / ".work"
-    make = _Tasks(path, settings, count_tokens)
+    jobs = _LineJobs(path, settings, count_tokens)
     total = sum(1 for _ in manifest.read_lines(path))
     if not total:
         raise UserError(f"--manifest={path} is empty; write one JSON object a line (docs/data.md)")
@@ -117,7 +117,7 @@ def prepare(
             if _read_report(output).get("status") == "complete":
                 if work.exists():  # All that an earlier start had left to do was to remove it.
                     work.rmtree()
-                return _finished(output, make, total, workers)
+                return _finished(output, jobs, total, workers)
             if not work.exists():
                 raise UserError(
                     f"--output={output} has a folder {PAIRS} that `prepare` did not "
@@ -125,8 +125,8 @@ def prepare(
                 )
         work.mkdir(parents=True, exist_ok=True)
         remove_unfinished(output)
-        outcomes = list(_run(make(work / "lines"), total, workers))
-        report = summarize(outcomes, make.identity(outcomes))
+        outcomes = list(_run(jobs(work / "lines"), total, workers))
+        report = summarize(outcomes, jobs.identity(outcomes))
         refused = report["refused"]
         if len(refused) == total or refused and not skip:
             work.rmtree()
@@ -143,15 +143,15 @@ def prepare(
     return report | {"status": "complete"}
 
 
-class _Tasks:
-    """The tasks of a manifest, read afresh for every pass over it."""
+class _LineJobs:
+    """The jobs of a manifest, read afresh for every pass over it."""
 
     def __init__(self, path, settings, count_tokens):
         self._path, self._settings, self._count = path, settings, count_tokens
 
-    def __call__(self, store) -> Iterator[line_store.Task]:
+    def __call__(self, store) -> Iterator[line_store.LineJob]:
         for number, text in manifest.read_lines(self._path):
-            yield line_store.Task(
+            yield line_store.LineJob(
                 number=number,
                 text=text,
                 tokens=self._tokens(text),
@@ -176,13 +176,13 @@ class _Tasks:
         return {"content": digest.hexdigest(), "settings": dataclasses.asdict(self._settings)}
 
 
-def _run(tasks, total, workers) -> Iterator[dict]:
-    """The outcome of every task in order, with progress shown."""
+def _run(jobs, total, workers) -> Iterator[dict]:
+    """The outcome of every job in order, with progress shown."""
     with contextlib.ExitStack() as stack:
         if workers == 1:
-            outcomes = map(line_store.work, tasks)
+            outcomes = map(line_store.process_line, jobs)
         else:
-            outcomes = _in_processes(tasks, workers, stack)
+            outcomes = _in_processes(jobs, workers, stack)
         bar = stack.enter_context(
             tqdm(total=total, unit="line", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         )
@@ -197,8 +197,8 @@ def _run(tasks, total, workers) -> Iterator[dict]:
             yield outcome
 
 
-def _in_processes(tasks, workers, stack):
-    """Works on a few tasks a worker ahead, so that a long manifest is never in memory."""
+def _in_processes(jobs, workers, stack):
+    """Works on a few jobs a worker ahead, so that a long manifest is never in memory."""
     # Fresh interpreters: forking a process that has threads may hang.
     pool = stack.enter_context(
         concurrent.futures.ProcessPoolExecutor(
@@ -208,11 +208,11 @@ def _in_processes(tasks, workers, stack):
     # Entered later and so left first: what waits is dropped when this process stops.
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
 
-    def submit(task):
+    def submit(job):
         with interrupts.kept_from_children():  # It may start another one.
-            return pool.submit(line_store.work, task)
+            return pool.submit(line_store.process_line, job)
 
-    futures = map(submit, tasks)
+    futures = map(submit, jobs)
     waiting = collections.deque(itertools.islice(futures, _IN_FLIGHT * workers))
     try:
         while waiting:
@@ -234,12 +234,12 @@ def _build(output, work, outcomes, report, settings, draw_sheet):
     sources = {}
     for split in ("train", "validation", "test"):
         paths = [
-            line_store.location(work / "lines", o["digest"])
+            line_store.entry_path(work / "lines", o["digest"])
             for o in outcomes
             if splits.get(o["line"]) == split
         ]
         if paths:
-            sources[split] = line_store.ReadySource(paths)
+            sources[split] = line_store.LineStoreSource(paths)
     for leftover in (work / "build", output / PAIRS):
         if leftover.exists():
             leftover.rmtree()
@@ -292,11 +292,11 @@ def _spread(source):
     return [source[i * len(source) // count] for i in range(count)]
 
 
-def _finished(output, make, total, workers):
+def _finished(output, jobs, total, workers):
     """The report of a data set that is there, if it is the one that is asked for."""
     report = _read_report(output)
     logging.info("%s is complete; comparing it with the manifest and its pictures", output)
-    identity = make.identity(list(_run(make(None), total, workers)))
+    identity = jobs.identity(list(_run(jobs(None), total, workers)))
     if identity == {name: report.get(name) for name in identity}:
         return report
     raise UserError(

@@ -8,7 +8,7 @@ def summarize(outcomes: list[dict], identity: dict) -> dict:
     """The report of all lines.
 
     Args:
-      outcomes: of `line_store.work`, in the order of the manifest.
+      outcomes: of `line_store.process_line`, in the order of the manifest.
       identity: what else the report holds.
 
     Returns:

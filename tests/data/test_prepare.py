@@ -130,7 +130,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("where", [0, 2, 5, "build", "sheet", "report", "clean"])
 def test_interrupted_and_repeated_is_the_same_to_the_byte(where, good, tmp_path, monkeypatch):
     manifest, expected, _ = good
-    work, done = line_store.work, []
+    work, done = line_store.process_line, []
 
     def stop(*_, **__):
         raise Stop
@@ -152,7 +152,7 @@ def test_interrupted_and_repeated_is_the_same_to_the_byte(where, good, tmp_path,
             patch.setattr(type(manifest), "rmtree", stop, raising=False)
             patch.setattr(type(prepare.epath.Path(".")), "rmtree", stop)
         elif where != "sheet":
-            patch.setattr(line_store, "work", some)
+            patch.setattr(line_store, "process_line", some)
         with pytest.raises(Stop):
             run(manifest, tmp_path / "output", draw_sheet=stop if where == "sheet" else sheet)
     if where != "clean":
