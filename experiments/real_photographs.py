@@ -25,7 +25,7 @@ from PIL import Image
 
 from focusdpo_jax.data import images
 from focusdpo_jax.evaluation import dreambench, scoring
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.vision import encoders
 from focusdpo_jax.vision import places as subject_places
 
@@ -108,12 +108,14 @@ def composites(encoder, patches, folder, photos, count):
         # What is pasted is not among what it is compared with.
         shown = [photos[name][draw.integers(len(photos[name]))] for name in pair]
         subjects = tuple(
-            Subject(name, name, str(path), tuple(str(p) for p in photos[name] if p != path))
+            BenchmarkSubject(
+                name, name, str(path), tuple(str(p) for p in photos[name] if p != path)
+            )
             for name, path in zip(pair, shown)
         )
         background = photos[list(photos)[draw.integers(len(photos))]][0]
         picture, masks = paste(shown, background)
-        scenes.append(Scene(f"{number}", "", subjects, 0, "+".join(pair)))
+        scenes.append(BenchmarkScene(f"{number}", "", subjects, 0, "+".join(pair)))
         pictures.append(picture)
         places.append([subject_places.Place.of_mask(mask) for mask in masks])
     boxes = [[subject_places.Place(p.box) for p in row] for row in places]

@@ -75,7 +75,7 @@ class Toybox:
         )
 
     def scenes(self, folder):
-        """A list of Scene; writes their references to `folder`."""
+        """A list of BenchmarkScene; writes their references to `folder`."""
         return toybox_scenes.write_scenes(
             self._source,
             self._count,
@@ -136,7 +136,7 @@ class Photographs:
         )
 
     def scenes(self, folder):
-        """A list of Scene; their references are the user's files."""
+        """A list of BenchmarkScene; their references are the user's files."""
         return self._scenes
 
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from focusdpo_jax.data import dreambench
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.inference.prompts import Reference
 
 PROTOCOLS = ("all", "one")
@@ -38,7 +38,7 @@ def single(folder, *, protocol, samples, seed):
       seed: of the first picture; each further one has one more.
 
     Returns:
-      A list of Scene, a group a subject. The generator is given a subject's first photograph. The
+      A list of BenchmarkScene, a group a subject. The generator is given a subject's first photograph. The
       prompts are without the unique token, which only fine-tuned generators know.
 
     Raises:
@@ -57,7 +57,7 @@ def single(folder, *, protocol, samples, seed):
             text = " ".join(prompt.format("", kind).split())
             for sample in range(samples):
                 scenes.append(
-                    Scene(
+                    BenchmarkScene(
                         f"{subject}/{i:02d}_{sample}", text, (given,), seed + len(scenes), subject
                     )
                 )
@@ -76,7 +76,7 @@ def listed(path, folder, *, protocol, samples, seed):
       protocol, samples, seed: as in `single`.
 
     Returns:
-      A list of Scene; scenes of the same subjects are one group. The pictures of a folder are
+      A list of BenchmarkScene; scenes of the same subjects are one group. The pictures of a folder are
       photographs of one subject, its name is the folder's; or each shows a subject of its own,
       with its file's name (see `_is_flat`).
 
@@ -108,7 +108,7 @@ def listed(path, folder, *, protocol, samples, seed):
         given = tuple(subjects(reference, box) for reference, box in references)
         for sample in range(samples):
             scenes.append(
-                Scene(
+                BenchmarkScene(
                     f"{number:04d}_{sample}",
                     entry["prompt"],
                     given,
@@ -246,7 +246,7 @@ def _name(key, parts=1):
 
 def _subject(photos, reference, kind, protocol, box=None, name=None):
     compared = photos if protocol == "all" else [reference]
-    return Subject(
+    return BenchmarkSubject(
         name or reference.parent.name,
         dreambench.with_article(kind),
         str(reference),

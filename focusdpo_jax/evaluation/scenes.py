@@ -11,7 +11,7 @@ from focusdpo_jax.inference.prompts import Prompt, Reference
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class BenchmarkSubject:
     """A subject of a scene.
 
     Attributes:
@@ -30,7 +30,7 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class BenchmarkScene:
     """One picture to draw and to score.
 
     Attributes:
@@ -43,7 +43,7 @@ class Scene:
 
     name: str
     prompt: str
-    subjects: tuple[Subject, ...]
+    subjects: tuple[BenchmarkSubject, ...]
     seed: int
     group: str
 
@@ -62,7 +62,7 @@ def texts(scenes):
 
 
 def write(path, scenes):
-    """Writes scenes as JSON lines, with the fields of `Scene`."""
+    """Writes scenes as JSON lines, with the fields of `BenchmarkScene`."""
     replace_file(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in scenes))
 
 
@@ -77,7 +77,7 @@ def read(path):
         for line in epath.Path(path).read_text().splitlines():
             values = json.loads(line)
             subjects = tuple(
-                Subject(
+                BenchmarkSubject(
                     **{
                         **s,
                         "photographs": tuple(s["photographs"]),
@@ -86,7 +86,7 @@ def read(path):
                 )
                 for s in values.pop("subjects")
             )
-            scenes.append(Scene(subjects=subjects, **values))
+            scenes.append(BenchmarkScene(subjects=subjects, **values))
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}). Give the --output "

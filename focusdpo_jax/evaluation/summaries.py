@@ -27,7 +27,7 @@ def grouped(scenes, scores):
     """Values by measure, a row a group of scenes.
 
     Args:
-      scenes: list of Scene.
+      scenes: list of BenchmarkScene.
       scores: {scene: {measure: a value or a list of values, None where not defined}}.
 
     Returns:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 from focusdpo_jax.toybox import measures
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
@@ -24,7 +24,7 @@ def write_scenes(source, count, folder, *, samples, seed):
       seed: of the first picture; each further one has one more.
 
     Returns:
-      A list of Scene; every scene is a group of its own.
+      A list of BenchmarkScene; every scene is a group of its own.
     """
     folder, scenes = epath.Path(folder), []
     for index in range(count):
@@ -33,10 +33,12 @@ def write_scenes(source, count, folder, *, samples, seed):
             path = folder / f"{index:04d}_{i}.png"
             if not path.exists():
                 grids.save_png(path, subject["reference"])
-            subjects.append(Subject(subject["phrase"], subject["phrase"], str(path), (str(path),)))
+            subjects.append(
+                BenchmarkSubject(subject["phrase"], subject["phrase"], str(path), (str(path),))
+            )
         for sample in range(samples):
             scenes.append(
-                Scene(
+                BenchmarkScene(
                     f"{index:04d}_{sample}",
                     record["caption"],
                     tuple(subjects),

@@ -22,7 +22,7 @@ from focusdpo_jax.evaluation import (
     tables,
 )
 from focusdpo_jax.evaluation.output_folder import OutputFolder
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.toybox import pretraining
 from focusdpo_jax.training import models, run_data
 
@@ -138,7 +138,7 @@ def test_shares_add_up(config, probe, sides, whole, tmp_path):
 def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
     """Of both sides together; a benchmark of two scenes in which nothing is found."""
     Image.new("RGB", (8, 8)).save(tmp_path / "box.png")
-    box = Subject("box", "a box", str(tmp_path / "box.png"))
+    box = BenchmarkSubject("box", "a box", str(tmp_path / "box.png"))
     long = "a ball and a star and a ring and a cross and a heart and a box on grass"
 
     class TwoScenes:
@@ -146,7 +146,10 @@ def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
         scorers = [scoring.MissingScorer("nothing")]
 
         def scenes(self, folder):
-            return [Scene("a", long, (box, box), 0, "a"), Scene("b", "a box", (box,), 1, "b")]
+            return [
+                BenchmarkScene("a", long, (box, box), 0, "a"),
+                BenchmarkScene("b", "a box", (box,), 1, "b"),
+            ]
 
     runner.run(OutputFolder(tmp_path / "out"), TwoScenes(), sides, SAMPLING, batch_size=2)
     (message,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
@@ -194,7 +197,7 @@ def test_compare(whole, tmp_path):
 
 
 def scene(name, group, *subjects):
-    return Scene(name, "", tuple(Subject(s, s, "") for s in subjects), 0, group)
+    return BenchmarkScene(name, "", tuple(BenchmarkSubject(s, s, "") for s in subjects), 0, group)
 
 
 def test_values_are_grouped_and_padded():

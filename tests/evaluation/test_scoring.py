@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from focusdpo_jax.evaluation import scoring
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.vision import places
 from focusdpo_jax.vision.places import Place
 
@@ -39,18 +39,18 @@ def subjects(tmp_path):
             Image.fromarray(mask).save(tmp_path / "green_mask.png")
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
         files[name] = str(tmp_path / f"{name}.png")
-    return tuple(Subject(n, n, f, (f,)) for n, f in files.items())
+    return tuple(BenchmarkSubject(n, n, f, (f,)) for n, f in files.items())
 
 
 def test_one_subject(subjects):
-    scene = Scene("a", "", subjects[:1], 0, "red")
+    scene = BenchmarkScene("a", "", subjects[:1], 0, "red")
     mixed = block((30, 40, 0))
     score = scoring.SimilarityScorer(Colors()).score([scene], [mixed], [[Place((0, 0, 1, 1))]])
     assert score == [{"dinov2": pytest.approx(0.6)}]
 
 
 def test_subjects_without_a_place_are_missing(subjects):
-    several, alone = (Scene("a", "", s, 0, "") for s in (subjects, subjects[:1]))
+    several, alone = (BenchmarkScene("a", "", s, 0, "") for s in (subjects, subjects[:1]))
     scores = scoring.MissingScorer("found so").score(
         [several, alone], [None] * 2, [[None, Place((0, 0, 1, 1))], [None]]
     )
@@ -58,7 +58,7 @@ def test_subjects_without_a_place_are_missing(subjects):
 
 
 def test_two_subjects_in_their_places_and_swapped(subjects):
-    scene = Scene("a", "", subjects, 0, "red+green")
+    scene = BenchmarkScene("a", "", subjects, 0, "red+green")
     picture = np.concatenate([block(RED), block(GREEN)], axis=1)
     halves = [Place((0, 0, 0.5, 1)), Place((0.5, 0, 1, 1))]
     scorer = scoring.SimilarityScorer(Colors())
