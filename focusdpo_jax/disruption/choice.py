@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from focusdpo_jax.vision import encoders, places
+from focusdpo_jax.vision import encoders, regions
 from focusdpo_jax.vision.preprocess import Preprocessing
 
 DROPPED = 0.25
@@ -61,8 +61,8 @@ class Judge:
 
         Args:
           original: uint8 [H, W, 3], with the subject.
-          candidates: list of the same, with others in its place.
-          mask: bool [H, W], the place.
+          candidates: list of the same, with others in its region.
+          mask: bool [H, W], the region.
           phrase: what each shall show.
           fits: float [K], by the generator (`inpainting.make_fit`).
 
@@ -70,8 +70,8 @@ class Judge:
           instance_similarity: float [K], cosine with the subject, patch by patch where the encoder
           has patches; caption_similarity: float [K], CLIP's cosine with the phrase, or `fits`.
         """
-        place = places.Place.of_mask(mask)
-        cuts = [places.cut(picture, place) for picture in (original, *candidates)]
+        region = regions.Region.from_mask(mask)
+        cuts = [regions.crop_subject(picture, region) for picture in (original, *candidates)]
         first, *others = self._encode(cuts)
         similarity = np.array([(first * other).sum(-1).mean() for other in others])
         if self._clip is None:

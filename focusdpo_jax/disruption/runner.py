@@ -28,8 +28,8 @@ from focusdpo_jax.disruption.choice import Judge, choose
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.progress import ItemProgress
-from focusdpo_jax.vision import places
+from focusdpo_jax.progress import Progress
+from focusdpo_jax.vision import regions
 
 MODES = ("phrase", "leak")
 MANIFEST, REPORT, SHEET = "manifest.jsonl", "report.json", "contact_sheet.png"
@@ -248,9 +248,9 @@ def _first_seed(seed, chosen, subject):
 
 def _cut(picture, mask):
     """The subject alone on white, and where it is there."""
-    place = places.Place.of_mask(mask)
+    region = regions.Region.from_mask(mask)
     black = np.repeat(np.where(mask, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-    return places.cut(picture, place), places.cut(black, place)[..., 0] < 128
+    return regions.crop_subject(picture, region), regions.crop_subject(black, region)[..., 0] < 128
 
 
 def _write_pair(folder, line, contents, opened, rejected, told):

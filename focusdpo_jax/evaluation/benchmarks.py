@@ -1,7 +1,7 @@
 """The benchmarks: which scenes each asks for, and who scores them.
 
 A benchmark has `settings`, all that its scenes depend on; `about`, a sentence for people;
-`scorers` and `place_scorer` (or None), as `scoring` describes them; and `scenes`, which takes the
+`scorers` and `region_scorer` (or None), as `scoring` describes them; and `scenes`, which takes the
 output folder. What is wrong with it is found when it is made, before anything is drawn.
 """
 
@@ -20,7 +20,7 @@ from focusdpo_jax.vision import encoders
 class Toybox:
     """Test scenes of the procedural world, whose truth is known."""
 
-    place_scorer = None
+    region_scorer = None
 
     def __init__(self, config, probe, *, samples, seed, limit, batch_size):
         """Takes the world and the number of scenes from a run's configuration.
@@ -113,7 +113,7 @@ class Photographs:
         else:
             self._scenes = dreambench.listed(scenes, folder, **how)
         self._scenes = self._scenes[:limit]
-        self.scorers, self.place_scorer = _load_scorers(networks, batch_size, self._scenes)
+        self.scorers, self.region_scorer = _load_scorers(networks, batch_size, self._scenes)
         digest = hashlib.sha256(
             json.dumps([dataclasses.asdict(scene) for scene in self._scenes]).encode()
         ).hexdigest()[:12]
@@ -142,20 +142,22 @@ class Photographs:
 
 def _load_scorers(networks, batch_size, scenes):
     """One a network; and where scenes have several subjects one that finds them, or None."""
-    scorers, places, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
+    scorers, region_scorer, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
     for name in ("dinov2", "dino"):
         if networks[name]:
             whole, subject, patches = encoders.load_dino(name, networks[name], batch_size)
-            if several and places is None:
-                places = scoring.PlaceScorer(patches)
-            scorers.append(scoring.SimilarityScorer(whole, subject, places and places.name))
+            if several and region_scorer is None:
+                region_scorer = scoring.RegionScorer(patches)
+            scorers.append(
+                scoring.SimilarityScorer(whole, subject, region_scorer and region_scorer.name)
+            )
     if networks["clip"]:
         image, text = encoders.load_clip(networks["clip"], batch_size)
         truncation.warn(text.tokenize, scene_files.texts(scenes), "clip_t")
         scorers += [
-            scoring.SimilarityScorer(image, needs=places and places.name),
+            scoring.SimilarityScorer(image, needs=region_scorer and region_scorer.name),
             scoring.PromptScorer(image, text),
         ]
-    if places:
-        scorers.append(scoring.MissingScorer(places.name))
-    return scorers, places
+    if region_scorer:
+        scorers.append(scoring.MissingScorer(region_scorer.name))
+    return scorers, region_scorer

@@ -18,7 +18,7 @@ from etils import epath
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import scenes
 from focusdpo_jax.files import cannot_write, replace_file
-from focusdpo_jax.vision import places
+from focusdpo_jax.vision import regions
 from focusdpo_jax.visualization import grids
 
 
@@ -148,11 +148,11 @@ class ImagesFolder:
         """Where a scene's picture lies, whatever the side."""
         return self._files[scene.name]
 
-    def places(self, scene, picture):
-        """The `places.Place` of each subject; None where there is no mask, or an empty one."""
+    def regions(self, scene, picture):
+        """The `regions.Region` of each subject; None where there is no mask, or an empty one."""
         found = []
         for i in range(len(scene.subjects)):
             path = self._path / f"{scene.name}_mask{i}.png"
-            mask = places.read_mask(path, picture.shape[:2]) if path.exists() else None
-            found.append(None if mask is None else places.Place.of_mask(mask))
+            mask = regions.read_mask(path, picture.shape[:2]) if path.exists() else None
+            found.append(None if mask is None else regions.Region.from_mask(mask))
         return found

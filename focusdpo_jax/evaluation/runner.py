@@ -15,7 +15,7 @@ from focusdpo_jax.inference.sampler import Sampler
 from focusdpo_jax.models import truncation
 from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.vision.encoders import digest_of
-from focusdpo_jax.vision.places import Place
+from focusdpo_jax.vision.regions import Region
 
 
 def run(
@@ -58,16 +58,16 @@ def run(
         sampler = None
         for side, load in sides.items():
             sampler = _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
-    place_scorer, scores = benchmark.place_scorer, {}
+    region_scorer, scores = benchmark.region_scorer, {}
     for side in sides or ("policy",):
         how = {"pictures": pictures, "batch_size": batch_size, "share": share}
         boxes = {}
-        if place_scorer:
-            score(folder, side, scenes, place_scorer, places=known_places({}), **how)
-            boxes = folder.load_scores(side, place_scorer.name)
-        places = known_places(boxes, given)
+        if region_scorer:
+            score(folder, side, scenes, region_scorer, regions=region_lookup({}), **how)
+            boxes = folder.load_scores(side, region_scorer.name)
+        regions = region_lookup(boxes, given)
         for scorer in benchmark.scorers:
-            score(folder, side, scenes, scorer, places=places, **how)
+            score(folder, side, scenes, scorer, regions=regions, **how)
         scores[side] = {
             scorer.name: folder.load_scores(side, scorer.name) for scorer in benchmark.scorers
         }
@@ -178,14 +178,14 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
     return total
 
 
-def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(0, 1)):
+def score(folder, side, scenes, scorer, *, pictures, regions, batch_size, share=(0, 1)):
     """Scores every picture that has no score yet.
 
     Args:
       folder, side, share: as in `draw`.
       scorer: see `scoring`.
       pictures: what has the pictures: the folder, or an `ImagesFolder`.
-      places: from a scene and its picture to the places of its subjects.
+      regions: from a scene and its picture to the regions of its subjects.
       batch_size: pictures at once.
     """
     known = folder.load_scores(side, scorer.name)
@@ -200,7 +200,7 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
     )
     for number, batch in work:
         images = [read_image(pictures.image_path(side, s)) for s in batch]
-        found = [places(scene, image) for scene, image in zip(batch, images)]
+        found = [regions(scene, image) for scene, image in zip(batch, images)]
         values = scorer.score(batch, images, found)
         folder.save_scores(
             side, scorer.name, number, {scene.name: value for scene, value in zip(batch, values)}
@@ -208,23 +208,23 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
         progress.add(len(batch))
 
 
-def known_places(boxes, given=None):
-    """The function of a scene and a picture to the places of its subjects.
+def region_lookup(boxes, given=None):
+    """The function of a scene and a picture to the regions of its subjects.
 
     A mask that lies beside a picture comes first, then the box that the scene asks for, then what
     was found.
 
     Args:
-      boxes: {scene: {"boxes": a list}} as `scoring.PlaceScorer` finds them; may be empty.
+      boxes: {scene: {"boxes": a list}} as `scoring.RegionScorer` finds them; may be empty.
       given: an `ImagesFolder`, or None.
     """
 
-    def places(scene, picture):
+    def regions(scene, picture):
         found = boxes.get(scene.name, {"boxes": [None] * len(scene.subjects)})["boxes"]
-        masks = given.places(scene, picture) if given else [None] * len(scene.subjects)
+        masks = given.regions(scene, picture) if given else [None] * len(scene.subjects)
         return [
-            mask or (Place(subject.box) if subject.box else box and Place(tuple(box)))
+            mask or (Region(subject.box) if subject.box else box and Region(tuple(box)))
             for mask, subject, box in zip(masks, scene.subjects, found)
         ]
 
-    return places
+    return regions

@@ -1,7 +1,7 @@
 """Scorers: from pictures and the scenes that they should show to the values of measures.
 
 A scorer has a `name`, which changes with all that its values depend on, and `score(scenes,
-pictures, places)`: a list with, for each picture, {measure: value, or a list with a value a
+pictures, regions)`: a list with, for each picture, {measure: value, or a list with a value a
 subject}; None where a measure is not defined.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from focusdpo_jax.data.images import read_image
-from focusdpo_jax.vision import places as subject_places
+from focusdpo_jax.vision import regions as subject_regions
 
 
 class Photographs:
@@ -35,7 +35,7 @@ class Photographs:
             self._subject_encoder,
             self._subjects,
             paths,
-            lambda path: subject_places.cut(*read_photograph(path)),
+            lambda path: subject_regions.crop_subject(*read_photograph(path)),
         )
 
     def _encoded(self, encoder, known, paths, read):
@@ -50,33 +50,33 @@ class SimilarityScorer:
 
     With `x` the network's name:
       x: mean cosine of the picture with the photographs, averaged over subjects.
-      x_crop: in scenes of several, for each subject that has a place: mean cosine of what stands
+      x_crop: in scenes of several, for each subject that has a region: mean cosine of what stands
         there with the subject's photographs, all cut out as far as masks are there.
       x_leakage: for each of them, the same cosine with another subject's photographs minus that
         with its own, of the other that is nearest. Above 0 it looks more like the other.
     """
 
     def __init__(self, encoder, subject_encoder=None, needs=None):
-        """Takes encoders of whole pictures and of cut-outs, and what the places depend on."""
+        """Takes encoders of whole pictures and of cut-outs, and what the regions depend on."""
         self._encoder, self._subject_encoder = encoder, subject_encoder or encoder
         digests = [encoder.digest, self._subject_encoder.digest, needs]
         self.name = f"{encoder.name}-{_short(digests)}"
         self._photographs = Photographs(encoder, self._subject_encoder)
 
-    def score(self, scenes, pictures, places):
-        """See the module; `places` has a list of Place or None for each scene's subjects."""
+    def score(self, scenes, pictures, regions):
+        """See the module; `regions` has a list of Region or None for each scene's subjects."""
         name, values = self._encoder.name, []
         vectors = self._encoder(pictures)
         # Of a subject that is alone in its scene the whole picture speaks.
-        places = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, places)]
+        regions = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, regions)]
         cuts = [
-            subject_places.cut(picture, place)
-            for picture, row in zip(pictures, places)
-            for place in row
-            if place
+            subject_regions.crop_subject(picture, region)
+            for picture, row in zip(pictures, regions)
+            for region in row
+            if region
         ]
         crops = iter(self._subject_encoder(cuts) if cuts else ())
-        for scene, vector, row in zip(scenes, vectors, places):
+        for scene, vector, row in zip(scenes, vectors, regions):
             own = [
                 float((self._photographs.whole(s.photographs) @ vector).mean())
                 for s in scene.subjects
@@ -85,10 +85,10 @@ class SimilarityScorer:
             if not row:
                 continue
             table = []
-            for place in row:
-                crop = next(crops) if place else None
+            for region in row:
+                crop = next(crops) if region else None
                 table.append(
-                    place
+                    region
                     and [
                         float((self._photographs.subjects(s.photographs) @ crop).mean())
                         for s in scene.subjects
@@ -112,7 +112,7 @@ class PromptScorer:
         self._encoder = encoder
         self._text = functools.cache(lambda prompt: encode_text([prompt])[0])
 
-    def score(self, scenes, pictures, places):
+    def score(self, scenes, pictures, regions):
         """See the module."""
         vectors = self._encoder(pictures)
         return [
@@ -121,8 +121,8 @@ class PromptScorer:
         ]
 
 
-class PlaceScorer:
-    """boxes: where subjects stand, found by patch features (`places.find`); no measure."""
+class RegionScorer:
+    """boxes: where subjects stand, found by patch features (`regions.find_regions`); no measure."""
 
     def __init__(self, encode_patches):
         self.name = f"places-{encode_patches.name}-{encode_patches.digest}"
@@ -133,18 +133,18 @@ class PlaceScorer:
         """Unit vector of what a subject's photographs have in common."""
         for path in paths:
             if path not in self._prototypes:
-                picture, place = read_photograph(path)
-                self._prototypes[path] = subject_places.prototype(
-                    self._encode([picture])[0], place and place.mask
+                picture, region = read_photograph(path)
+                self._prototypes[path] = subject_regions.subject_prototype(
+                    self._encode([picture])[0], region and region.mask
                 )
         mean = np.mean([self._prototypes[path] for path in paths], axis=0)
         return mean / np.linalg.norm(mean)
 
-    def score(self, scenes, pictures, places):
+    def score(self, scenes, pictures, regions):
         """See the module."""
         return [
             {
-                "boxes": subject_places.find(
+                "boxes": subject_regions.find_regions(
                     features, [self._prototype(s.photographs) for s in scene.subjects]
                 )
             }
@@ -153,28 +153,30 @@ class PlaceScorer:
 
 
 class MissingScorer:
-    """missing: in scenes of several, 1 for each subject that has no place, otherwise 0.
+    """missing: in scenes of several, 1 for each subject that has no region, otherwise 0.
 
     The similarities of subjects leave these out, so that they say nothing alone.
     """
 
     def __init__(self, needs):
-        """`needs` names what the places depend on."""
+        """`needs` names what the regions depend on."""
         self.name = f"missing-{_short([needs])}"
 
-    def score(self, scenes, pictures, places):
+    def score(self, scenes, pictures, regions):
         """See the module."""
         return [
-            {"missing": [float(place is None) for place in row]} if len(scene.subjects) > 1 else {}
-            for scene, row in zip(scenes, places)
+            {"missing": [float(region is None) for region in row]}
+            if len(scene.subjects) > 1
+            else {}
+            for scene, row in zip(scenes, regions)
         ]
 
 
 def read_photograph(path):
-    """The picture of a file and its subject's `Place`, None without a mask beside it."""
+    """The picture of a file and its subject's `Region`, None without a mask beside it."""
     path = epath.Path(path)
     picture = read_image(path)
-    return picture, subject_places.of_photograph(path, picture)
+    return picture, subject_regions.photograph_region(path, picture)
 
 
 def _short(values):

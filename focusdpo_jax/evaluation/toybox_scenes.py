@@ -60,7 +60,7 @@ class ToyboxScorer:
         self._slots, self._batch_size = slots, batch_size
         self._read = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x / 255.0)))
 
-    def score(self, scenes, drawn, places):
+    def score(self, scenes, drawn, regions):
         """{measure: list of a value a subject, or a value}, None where it is not defined."""
         side = self._batch_size
         images = np.stack(drawn)

@@ -61,7 +61,7 @@ class Reference:
             )
 
     @property
-    def placed(self):
+    def has_region(self):
         """Whether it may show itself in a part of the picture alone."""
         return bool(self.box or self.mask)
 
@@ -180,7 +180,7 @@ def load_reference(path, size):
     return np.asarray(ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color="white"))
 
 
-def load_place(reference, side):
+def load_region_mask(reference, side):
     """Where a reference may show itself in a square picture: float32 [side, side] in [0, 1].
 
     Raises:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax.inference.generate import make_generate, scene_noise
-from focusdpo_jax.inference.prompts import load_place, load_reference
+from focusdpo_jax.inference.prompts import load_reference, load_region_mask
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 
 _MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
@@ -71,9 +71,9 @@ class Sampler:
         references = {r for prompt in prompts for r in prompt.references}
         size = self._model.generator.config.image_encoder.image_size
         pictures = {path: load_reference(path, size) for path in {r.path for r in references}}
-        places = {r: load_place(r, _MASK_SIDE) for r in references}
+        places = {r: load_region_mask(r, _MASK_SIDE) for r in references}
         # Whether a prompt places its references decides its program, whoever is beside it.
-        kinds = [any(r.placed for r in prompt.references) for prompt in prompts]
+        kinds = [any(r.has_region for r in prompt.references) for prompt in prompts]
         drawn = {}
         for first, kind in enumerate(kinds):
             if first not in drawn:

@@ -142,7 +142,7 @@ def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
     long = "a ball and a star and a ring and a cross and a heart and a box on grass"
 
     class TwoScenes:
-        settings, place_scorer, about = {"seed": 0}, None, "Two scenes."
+        settings, region_scorer, about = {"seed": 0}, None, "Two scenes."
         scorers = [scoring.MissingScorer("nothing")]
 
         def scenes(self, folder):

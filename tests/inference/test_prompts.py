@@ -108,7 +108,7 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
         Image.fromarray(grey).save(tmp_path / name)
         loaded = prompts.load_reference(tmp_path / name, 8)
         np.testing.assert_array_equal(loaded[..., 0], np.rint(grey / 257))
-        place = prompts.load_place(Reference("a.png", mask=str(tmp_path / name)), 8)
+        place = prompts.load_region_mask(Reference("a.png", mask=str(tmp_path / name)), 8)
         np.testing.assert_array_equal(place, np.float32(np.rint(grey / 257)) / 255)
     profile = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
@@ -123,7 +123,7 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
     alpha = np.zeros((8, 8), np.uint8)
     alpha[2:5, 3:7] = 255
     Image.fromarray(np.dstack([np.zeros_like(pixels), alpha])).save(tmp_path / "cut.png")
-    place = prompts.load_place(Reference("a.png", mask=str(tmp_path / "cut.png")), 8)
+    place = prompts.load_region_mask(Reference("a.png", mask=str(tmp_path / "cut.png")), 8)
     np.testing.assert_array_equal(place, alpha / np.float32(255))
 
 
@@ -160,14 +160,14 @@ def test_file_gives_references_as_objects(tmp_path):
 
 
 def test_places(tmp_path):
-    box = prompts.load_place(Reference("a.png", box=(0.25, 0, 1, 0.5)), 8)
+    box = prompts.load_region_mask(Reference("a.png", box=(0.25, 0, 1, 0.5)), 8)
     expected = np.zeros((8, 8))
     expected[:4, 2:] = 1
     np.testing.assert_array_equal(box, expected)
-    assert prompts.load_place(Reference("a.png"), 4).all()
+    assert prompts.load_region_mask(Reference("a.png"), 4).all()
     Image.fromarray(np.uint8(expected * 255)).save(tmp_path / "mask.png")
     mask = Reference("a.png", mask=str(tmp_path / "mask.png"))
-    np.testing.assert_array_equal(prompts.load_place(mask, 8), expected)
+    np.testing.assert_array_equal(prompts.load_region_mask(mask, 8), expected)
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match="dark all over"):
-        prompts.load_place(mask, 8)
+        prompts.load_region_mask(mask, 8)

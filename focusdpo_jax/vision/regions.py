@@ -13,8 +13,8 @@ _SMALLEST = 0.01  # Share of the picture's patches that a subject covers at leas
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A subject's place in a picture.
+class Region:
+    """A subject's region in a picture.
 
     Attributes:
       box: x0, y0, x1, y1 in [0, 1].
@@ -25,17 +25,17 @@ class Place:
     mask: np.ndarray | None = None
 
     @classmethod
-    def of_mask(cls, mask):
-        """The place of a mask that is not empty."""
+    def from_mask(cls, mask):
+        """The region of a mask that is not empty."""
         return cls(tuple(map(float, geometry.mask_box(mask))), mask)
 
 
-def cut(picture, place):
+def crop_subject(picture, region):
     """The subject alone: the square around its box, on white where the mask leaves it out.
 
     Args:
       picture: uint8 [H, W, 3].
-      place: a `Place`, or None for the whole picture.
+      region: a `Region`, or None for the whole picture.
 
     Returns:
       uint8 [s, s, 3]; white where the square reaches beyond the picture.
@@ -43,9 +43,9 @@ def cut(picture, place):
     if place is None:
         return geometry.pad_to_square(picture, max(picture.shape[:2]))
     height, width = picture.shape[:2]
-    if place.mask is not None:
-        picture = np.where(place.mask[..., None], picture, np.uint8(geometry.WHITE))
-    x0, y0, x1, y1 = np.array(place.box) * (width, height, width, height)
+    if region.mask is not None:
+        picture = np.where(region.mask[..., None], picture, np.uint8(geometry.WHITE))
+    x0, y0, x1, y1 = np.array(region.box) * (width, height, width, height)
     side = max(2, round(max(x1 - x0, y1 - y0) * (1 + 2 * _MARGIN)))
     left, top = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2)
     square = np.full((side, side, 3), geometry.WHITE, np.uint8)
@@ -69,14 +69,14 @@ def read_mask(path, size):
     return mask if mask.any() else None
 
 
-def of_photograph(path, picture):
-    """The place of the subject of a photograph that has a NN_mask.png beside it, or None."""
+def photograph_region(path, picture):
+    """The region of the subject of a photograph that has a NN_mask.png beside it, or None."""
     file = dreambench.mask_path(path)
     mask = read_mask(file, picture.shape[:2]) if file.exists() else None
-    return None if mask is None else Place.of_mask(mask)
+    return None if mask is None else Region.from_mask(mask)
 
 
-def prototype(features, mask):
+def subject_prototype(features, mask):
     """What a subject's patches have in common: unit [D].
 
     Args:
@@ -93,15 +93,15 @@ def prototype(features, mask):
     return mean / np.linalg.norm(mean)
 
 
-def find(features, prototypes):
+def find_regions(features, prototypes):
     """Where each of several subjects stands, [ours].
 
     A patch belongs to the subject whose prototype it resembles most, if it resembles it more than
     the background does (Otsu's threshold, 1979, over all patches). A subject's place is the largest
     connected piece of its patches, if that covers a hundredth of the picture.
 
-    A place found so is one that looks like the subject: leakage measured there is less than where
-    the place is known. A subject of which nothing is found has no place.
+    A region found so is one that looks like the subject: leakage measured there is less than where
+    the place is known. A subject of which nothing is found has no region.
 
     Args:
       features: [g, g, D], unit vectors of the picture's patches.
