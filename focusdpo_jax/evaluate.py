@@ -189,7 +189,7 @@ def make_benchmark(config, batch_size):
 
     how = {"seed": _SEED.value, "limit": _LIMIT.value, "batch_size": batch_size}
     if _DREAMBENCH.value or _SCENES.value:
-        return benchmarks.Photographs(
+        return benchmarks.PhotographBenchmark(
             _DREAMBENCH.value,
             _SCENES.value,
             protocol=_PROTOCOL.value,
@@ -202,7 +202,9 @@ def make_benchmark(config, batch_size):
             "give --config or --workdir, which say what Toybox's scenes are, or "
             "--dreambench or --scenes."
         )
-    return benchmarks.Toybox(config, models.load_probe(config), samples=_SAMPLES.value or 1, **how)
+    return benchmarks.ToyboxBenchmark(
+        config, models.load_probe(config), samples=_SAMPLES.value or 1, **how
+    )
 
 
 def sampling(config):

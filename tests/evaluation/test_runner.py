@@ -54,7 +54,9 @@ def sides(config):
 
 
 def evaluate(path, config, probe, sides, sampling=SAMPLING, **how):
-    benchmark = benchmarks.Toybox(config, probe, samples=1, seed=0, limit=None, batch_size=2)
+    benchmark = benchmarks.ToyboxBenchmark(
+        config, probe, samples=1, seed=0, limit=None, batch_size=2
+    )
     return runner.run(OutputFolder(path), benchmark, sides, sampling, batch_size=2, **how)
 
 
@@ -87,7 +89,9 @@ def test_results(whole):
 
 def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
     # Another chance of leaking moves every later draw of a scene's random numbers.
-    benchmark = benchmarks.Toybox(config, probe, samples=1, seed=0, limit=None, batch_size=2)
+    benchmark = benchmarks.ToyboxBenchmark(
+        config, probe, samples=1, seed=0, limit=None, batch_size=2
+    )
     scenes = benchmark.scenes(OutputFolder(tmp_path))
     assert len(scenes) == 4
     for scene, record in zip(scenes, run_data.open_data(config)["test"], strict=True):
