@@ -17,7 +17,7 @@ from focusdpo_jax.models import truncation
 from focusdpo_jax.vision import encoders
 
 
-class Toybox:
+class ToyboxBenchmark:
     """Test scenes of the procedural world, whose truth is known."""
 
     region_scorer = None
@@ -85,7 +85,7 @@ class Toybox:
         )[: self._limit]
 
 
-class Photographs:
+class PhotographBenchmark:
     """DreamBench's subjects, one or several in a scene, compared with their photographs."""
 
     def __init__(self, folder, scenes, *, protocol, samples, seed, limit, networks, batch_size):

@@ -52,8 +52,8 @@ def compare(paths):
         raise UserError("--compare: the folders have no measure in common.")
     seed = results[0]["settings"]["seed"]
     tables = [
-        summaries.grouped(
-            scenes, summaries.joined(scores[kind][1] for kind in scores if kind in kinds)
+        summaries.values_by_group(
+            scenes, summaries.merge_scores(scores[kind][1] for kind in scores if kind in kinds)
         )
         for *_, scores in columns
     ]

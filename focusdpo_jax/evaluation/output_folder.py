@@ -105,7 +105,7 @@ class OutputFolder:
         return self.path / "scores" / side / scorer
 
 
-class ImagesFolder:
+class ExternalImages:
     """Pictures that another program drew, named after the scenes.
 
     Beside <scene>.png (or .jpg, .jpeg, .webp) may lie <scene>_mask0.png, <scene>_mask1.png and so

@@ -10,7 +10,7 @@ from absl import logging
 from focusdpo_jax.data.images import read_image
 from focusdpo_jax.evaluation import report, summaries
 from focusdpo_jax.evaluation import scenes as scene_files
-from focusdpo_jax.evaluation.output_folder import ImagesFolder
+from focusdpo_jax.evaluation.output_folder import ExternalImages
 from focusdpo_jax.inference.sampler import Sampler
 from focusdpo_jax.models import truncation
 from focusdpo_jax.progress import ItemProgress
@@ -52,7 +52,7 @@ def run(
     scene_files.write(folder.path / "scenes.jsonl", scenes)
     given, pictures = None, folder
     if images is not None:
-        given = pictures = ImagesFolder(images, scenes)
+        given = pictures = ExternalImages(images, scenes)
         folder.claim({"images": str(images), "digest of images": given.digest()})
     else:
         sampler = None
@@ -109,11 +109,11 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
 
 def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
     """results.json and report.html."""
-    values = {side: summaries.joined(by_scorer.values()) for side, by_scorer in scores.items()}
+    values = {side: summaries.merge_scores(by_scorer.values()) for side, by_scorer in scores.items()}
     settings = folder.read("settings.json")
     results = {
         "metrics": summaries.summarize(
-            {side: summaries.grouped(scenes, own) for side, own in values.items()},
+            {side: summaries.values_by_group(scenes, own) for side, own in values.items()},
             seed=settings["seed"],
         ),
         "settings": {
@@ -184,7 +184,7 @@ def score(folder, side, scenes, scorer, *, pictures, regions, batch_size, share=
     Args:
       folder, side, share: as in `draw`.
       scorer: see `scoring`.
-      pictures: what has the pictures: the folder, or an `ImagesFolder`.
+      pictures: what has the pictures: the folder, or an `ExternalImages`.
       regions: from a scene and its picture to the regions of its subjects.
       batch_size: pictures at once.
     """
@@ -216,7 +216,7 @@ def region_lookup(boxes, given=None):
 
     Args:
       boxes: {scene: {"boxes": a list}} as `scoring.RegionScorer` finds them; may be empty.
-      given: an `ImagesFolder`, or None.
+      given: an `ExternalImages`, or None.
     """
 
     def regions(scene, picture):

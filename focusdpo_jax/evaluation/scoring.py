@@ -16,7 +16,7 @@ from focusdpo_jax.data.images import read_image
 from focusdpo_jax.vision import regions as subject_regions
 
 
-class Photographs:
+class PhotographEmbeddings:
     """Photographs as one encoder sees them, and their subjects as another, each encoded once."""
 
     def __init__(self, encoder, subject_encoder):
@@ -61,7 +61,7 @@ class SimilarityScorer:
         self._encoder, self._subject_encoder = encoder, subject_encoder or encoder
         digests = [encoder.digest, self._subject_encoder.digest, needs]
         self.name = f"{encoder.name}-{_short(digests)}"
-        self._photographs = Photographs(encoder, self._subject_encoder)
+        self._photographs = PhotographEmbeddings(encoder, self._subject_encoder)
 
     def score(self, scenes, pictures, regions):
         """See the module; `regions` has a list of Region or None for each scene's subjects."""

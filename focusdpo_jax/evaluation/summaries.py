@@ -14,7 +14,7 @@ def unscored(scenes, scores):
     ]
 
 
-def joined(scores):
+def merge_scores(scores):
     """{scene: {measure: value}} of several scorers' {scene: {measure: value}}."""
     whole = {}
     for values in scores:
@@ -23,7 +23,7 @@ def joined(scores):
     return whole
 
 
-def grouped(scenes, scores):
+def values_by_group(scenes, scores):
     """Values by measure, a row a group of scenes.
 
     Args:
@@ -52,7 +52,7 @@ def summarize(tables, *, seed):
     """Estimates of every measure, of each side and of how they differ.
 
     Args:
-      tables: {side: what `grouped` returned, of the same scenes}.
+      tables: {side: what `values_by_group` returned, of the same scenes}.
       seed: of the bootstrap.
 
     Returns:

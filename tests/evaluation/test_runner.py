@@ -207,7 +207,7 @@ def scene(name, group, *subjects):
 def test_values_are_grouped_and_padded():
     scenes = [scene("a", "x", "1"), scene("b", "y", "1", "2"), scene("c", "x", "1")]
     scores = {"a": {"m": 1.0}, "b": {"m": [2.0, None]}, "c": {"m": 3.0, "n": 5.0}}
-    found = summaries.grouped(scenes, scores)
+    found = summaries.values_by_group(scenes, scores)
     np.testing.assert_array_equal(found["m"], [[1, 3], [2, NAN]])
     np.testing.assert_array_equal(found["n"], [[NAN, 5], [NAN, NAN]])
 
