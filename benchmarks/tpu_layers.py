@@ -62,7 +62,7 @@ def measure(module, inputs, trained, mesh):
     from focusdpo_jax.profiling import estimates, flops, hlo
     from focusdpo_jax.sharding.trace_context import trace_context
 
-    def has_region(tree):
+    def placed(tree):
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())

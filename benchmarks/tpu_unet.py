@@ -52,7 +52,7 @@ def compiled(network, program, side, topology):
     example = latents, timesteps, inputs
     parameters, apply = ours(mesh, example) if network == "ours" else peers(network, mesh, example)
 
-    def has_region(tree, spec):
+    def placed(tree, spec):
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
             tree,

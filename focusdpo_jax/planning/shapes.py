@@ -115,7 +115,7 @@ def raw_batch(config, generator, count=None):
     )
 
 
-def has_region(tree, shardings):
+def placed(tree, shardings):
     """A tree of shapes with these shardings, a tree or one for all."""
     shardings = (
         jax.tree.map(lambda _: shardings, tree)
