@@ -138,7 +138,7 @@ def main():
         _OUTPUT.value,
         settings,
         inpainter,
-        make_judge(model, settings),
+        make_scorer(model, settings),
         identity={
             "model": digest_of(model.parameters),
             "segmenter": _SEGMENTER.value,
@@ -186,16 +186,18 @@ def open_model():
     return run.policy(), resolution or run.config.resolution
 
 
-def make_judge(model, settings):
+def make_scorer(model, settings):
     """What chooses among candidates."""
-    from focusdpo_jax.disruption.choice import Judge, own_encoder
+    from focusdpo_jax.disruption.selection import CandidateScorer, patch_encoder
     from focusdpo_jax.vision import encoders
 
     batch_size = settings.batch_size
-    encode = own_encoder(model, batch_size)
+    encode = patch_encoder(model, batch_size)
     if _DINOV2.value:
         encode = encoders.load_dino("dinov2", _DINOV2.value, batch_size)[1]
-    return Judge(encode, encoders.load_clip(_CLIP.value, batch_size) if _CLIP.value else None)
+    return CandidateScorer(
+        encode, encoders.load_clip(_CLIP.value, batch_size) if _CLIP.value else None
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ CONTEXT = 2
 _FIT_RANGE, _FIT_STEPS = (0.5, 0.8), 6
 
 
-def inpaints(generator):
+def is_inpainting_unet(generator):
     """Whether the UNet is an inpainting one, which reads mask and masked picture.
 
     Raises:
@@ -71,7 +71,7 @@ def make_inpaint(
       [R, R, 3] in [0, 1], of the image encoder's size) and present (bool, whether the reference
       is looked at) there is one for all; noise is [K, h, w, C], keys [K].
     """
-    reads_mask, spacing = inpaints(generator), generator.config.spacing
+    reads_mask, spacing = is_inpainting_unet(generator), generator.config.spacing
     guided = samplers.guides(guidance)
     # Once more when it is traced; here it is early enough to tell the user.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
@@ -88,7 +88,7 @@ def make_inpaint(
 
         inpainting = None
         if reads_mask:
-            inpainting = for_all(_for_inpainting(generator, parameters, pixels, mask, drawn))
+            inpainting = for_all(_inpainting_channels(generator, parameters, pixels, mask, drawn))
         view = generator.encode_reference(parameters, reference[None, None])
         denoise = conditioned_denoiser(
             generator,
@@ -121,13 +121,13 @@ def make_inpaint(
     return inpaint
 
 
-def _for_inpainting(generator, parameters, pixels, mask, drawn):
+def _inpainting_channels(generator, parameters, pixels, mask, drawn):
     """What an inpainting UNet reads behind the latents: [1, h, w, 1 + C]."""
     rest, _ = generator.encode_latents(parameters, jnp.where(mask[None, :, :, None], 0.5, pixels))
     return jnp.concatenate([drawn, rest], axis=-1)
 
 
-def make_fit(generator, negative_token_ids):
+def make_phrase_score(generator, negative_token_ids):
     """Builds the jitted function that says how well a phrase explains what was drawn.
 
     The measure is that of diffusion classifiers (Li et al. 2023, arXiv 2303.16203): by how much the
@@ -138,7 +138,7 @@ def make_fit(generator, negative_token_ids):
       fit(parameters, pictures, mask, token_ids, time_ids) -> float32 [K], higher is better, of
       pictures uint8 [K, H, W, 3] and the other arguments as in `make_inpaint`.
     """
-    reads_mask, schedule = inpaints(generator), generator.schedule
+    reads_mask, schedule = is_inpainting_unet(generator), generator.schedule
     timesteps = np.linspace(*_FIT_RANGE, _FIT_STEPS) * schedule.timesteps
     size = generator.config.image_encoder.image_size
 
@@ -153,14 +153,16 @@ def make_fit(generator, negative_token_ids):
 
         inpainting = None
         if reads_mask:
-            inpainting = for_all(_for_inpainting(generator, parameters, pixels[:1], mask, drawn))
-        nobody = generator.encode_reference(parameters, jnp.ones((1, 1, size, size, 3)))
+            inpainting = for_all(
+                _inpainting_channels(generator, parameters, pixels[:1], mask, drawn)
+            )
+        empty_reference = generator.encode_reference(parameters, jnp.ones((1, 1, size, size, 3)))
         denoise = conditioned_denoiser(
             generator,
             parameters,
             for_all(token_ids[None]),
             for_all(time_ids[None]),
-            jax.tree.map(for_all, nobody),
+            jax.tree.map(for_all, empty_reference),
             jnp.zeros((count, 1), bool),
             negative_token_ids=negative_token_ids,
             inpainting=inpainting,
@@ -217,7 +219,7 @@ class Inpainter:
             sampler=sampler,
             negative_token_ids=nothing,
         )
-        self._fit = make_fit(model.generator, nothing)
+        self._fit = make_phrase_score(model.generator, nothing)
 
     def draw(self, picture, mask, phrase, seeds, reference=None):
         """Draws what is inside a mask anew.
@@ -235,7 +237,7 @@ class Inpainter:
 
         Returns:
           A list of uint8 [H, W, 3] with the candidates in their place, every pixel outside the mask
-          as it was; and how well the phrase explains each (`make_fit`), float32 [K].
+          as it was; and how well the phrase explains each (`make_phrase_score`), float32 [K].
         """
         side = self._resolution
         extent = max(high - low for low, high in geometry.bounds(mask))
@@ -252,7 +254,7 @@ class Inpainter:
             self._mesh,
         )
         shown = replicate((np.float32(shown) / 255, np.array(reference is not None)), self._mesh)
-        pictures, fits = [], []
+        pictures, phrase_scores = [], []
         for start in range(0, len(seeds), self._batch_size):
             batch = list(seeds[start : start + self._batch_size])
             filled = batch + batch[-1:] * (self._batch_size - len(batch))  # One shape, one program.
@@ -269,7 +271,7 @@ class Inpainter:
                 )
             )
             seen = np.where(inside[..., None], drawn, small)
-            fits.append(
+            phrase_scores.append(
                 np.asarray(self._fit(self._parameters, shard_batch(seen, self._mesh), *shared[1:]))[
                     : len(batch)
                 ]
@@ -279,4 +281,4 @@ class Inpainter:
                 part = result[square]  # A view: what is put there is put into the result.
                 part[mask[square]] = geometry.pad_to_square(candidate, len(part))[mask[square]]
                 pictures.append(result)
-        return pictures, np.concatenate(fits)
+        return pictures, np.concatenate(phrase_scores)

@@ -24,8 +24,8 @@ from focusdpo_jax.data.images import (
 )
 from focusdpo_jax.data.manifest import LineError
 from focusdpo_jax.data.report import refused_lines_message
-from focusdpo_jax.disruption.choice import Judge, choose
 from focusdpo_jax.disruption.inpainting import Inpainter
+from focusdpo_jax.disruption.selection import CandidateScorer, select_candidate
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.progress import Progress
@@ -41,7 +41,7 @@ _ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}$")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines the pairs besides the manifest, its pictures, the model and the judge.
+    """What determines the pairs besides the manifest, its pictures, the model and the scorer.
 
     Attributes:
       mode: "phrase" draws each subject from its phrase alone; "leak" under the reference of another
@@ -75,7 +75,7 @@ def disrupt(
     output: epath.PathLike,
     settings: Settings,
     inpainter: Inpainter,
-    judge: Judge,
+    scorer: CandidateScorer,
     *,
     identity: dict,
     count_tokens: Callable[[str], tuple[int, int]],
@@ -88,7 +88,7 @@ def disrupt(
     Args:
       path: the manifest.
       output: folder of the pairs; made if missing.
-      settings, inpainter, judge: how.
+      settings, inpainter, scorer: how.
       identity: of model and hooks, as JSON values: what a second start must have in common with
         the first besides the settings.
       count_tokens: (tokens of a text, the most that the model reads).
@@ -105,9 +105,9 @@ def disrupt(
     """
     path, output = epath.Path(path), epath.Path(output)
     identity = json.loads(
-        json.dumps({**dataclasses.asdict(settings), **identity, **judge.name, "format": _FORMAT})
+        json.dumps({**dataclasses.asdict(settings), **identity, **scorer.name, "format": _FORMAT})
     )
-    work = _Work(path, output, settings, inpainter, judge, hooks, count_tokens)
+    work = _Work(path, output, settings, inpainter, scorer, hooks, count_tokens)
     texts = dict(manifest.read_lines(path))
     if not texts:
         raise UserError(f"--manifest={path} is empty; write one JSON object a line (docs/data.md)")
@@ -142,9 +142,9 @@ def disrupt(
 class _Work:
     """What is done to a line."""
 
-    def __init__(self, path, output, settings, inpainter, judge, hooks, count_tokens):
+    def __init__(self, path, output, settings, inpainter, scorer, hooks, count_tokens):
         self._root, self._output, self._settings = path.parent, output, settings
-        self._inpainter, self._judge, self._hooks = inpainter, judge, hooks
+        self._inpainter, self._scorer, self._hooks = inpainter, scorer, hooks
         self._count_tokens = count_tokens
 
     def read(self, text):
@@ -208,17 +208,17 @@ class _Work:
             if settings.mode == "leak":
                 others = [j for j in range(len(opened.subjects)) if j != i]
                 donor = others[first % len(others)]
-            candidates, fits = self._inpainter.draw(
+            candidates, phrase_scores = self._inpainter.draw(
                 picture,
                 subject.mask,
                 subject.phrase,
                 seeds,
                 None if donor is None else opened.subjects[donor].reference,
             )
-            instance, caption = self._judge.scores(
-                opened.picture, candidates, subject.mask, subject.phrase, fits
+            instance, caption = self._scorer.scores(
+                opened.picture, candidates, subject.mask, subject.phrase, phrase_scores
             )
-            best = choose(instance, caption)
+            best = select_candidate(instance, caption)
             scored = [
                 {
                     "seed": seed,

@@ -109,7 +109,9 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
 
 def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
     """results.json and report.html."""
-    values = {side: summaries.merge_scores(by_scorer.values()) for side, by_scorer in scores.items()}
+    values = {
+        side: summaries.merge_scores(by_scorer.values()) for side, by_scorer in scores.items()
+    }
     settings = folder.read("settings.json")
     results = {
         "metrics": summaries.summarize(

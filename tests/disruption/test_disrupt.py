@@ -12,7 +12,7 @@ from PIL import Image
 
 from focusdpo_jax.data import manifest, prepare, scene_manifest
 from focusdpo_jax.data.images import decode_image, decode_mask
-from focusdpo_jax.disruption import choice, runner
+from focusdpo_jax.disruption import runner, selection
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.training import runs
@@ -39,11 +39,11 @@ class Counted:
 
 @pytest.fixture(scope="module")
 def artist(tiny_folder):
-    """(inpainter, judge, tokenizer) of the tiny model."""
+    """(inpainter, scorer, tokenizer) of the tiny model."""
     model = runs.load_folder(tiny_folder / "model")
     return (
         Inpainter(model, **SETTINGS.inpainting()),
-        choice.Judge(choice.own_encoder(model, 2)),
+        selection.CandidateScorer(selection.patch_encoder(model, 2)),
         model.tokenizer,
     )
 
@@ -51,7 +51,7 @@ def artist(tiny_folder):
 @pytest.fixture
 def run(artist):
     """run(manifest, output, settings, **options); what was drawn is run.artist.drawn."""
-    inpainter, judge, tokenizer = artist
+    inpainter, scorer, tokenizer = artist
     counted = Counted(inpainter)
 
     def start(manifest, output, settings=SETTINGS, **options):
@@ -60,7 +60,7 @@ def run(artist):
             output,
             settings,
             counted,
-            judge,
+            scorer,
             identity={"model": "tiny"},
             draw_sheet=contact_sheet.draw,
             count_tokens=lambda text: (tokenizer.count(text), tokenizer.length),
@@ -79,14 +79,14 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def good(artist, scenes, tmp_path_factory):
     """The folder of an uninterrupted start."""
-    inpainter, judge, tokenizer = artist
+    inpainter, scorer, tokenizer = artist
     output = tmp_path_factory.mktemp("good") / "pairs"
     runner.disrupt(
         scenes,
         output,
         SETTINGS,
         inpainter,
-        judge,
+        scorer,
         identity={"model": "tiny"},
         draw_sheet=contact_sheet.draw,
         count_tokens=lambda text: (tokenizer.count(text), tokenizer.length),
@@ -121,7 +121,7 @@ def test_the_manifest_says_how_each_subject_came_about(good):
     told = info["disruption"]
     assert (told["mode"], told["strength"]) == ("phrase", 1.0)
     assert len({c["seed"] for c in told["candidates"]}) == 3
-    best = choice.choose(
+    best = selection.select_candidate(
         [c["instance_similarity"] for c in told["candidates"]],
         [c["caption_similarity"] for c in told["candidates"]],
     )
@@ -346,18 +346,20 @@ def test_candidates_are_compared_with_the_subject_and_with_their_phrase():
 
     red, green, both = coloured(200, 0, 0), coloured(0, 200, 0), coloured(140, 140, 0)
     asked = mask, "green", [1.0, 2.0, 3.0]
-    alike, fit = choice.Judge(Colours()).scores(red, [red, green, both], *asked)
+    alike, fit = selection.CandidateScorer(Colours()).scores(red, [red, green, both], *asked)
     np.testing.assert_allclose(alike, [1, 0, np.sqrt(0.5)], atol=1e-6)  # The grey does not count.
     assert fit.tolist() == [1.0, 2.0, 3.0]
     clip = Colours(), lambda prompts: np.float32([[0, 1, 0]] * len(prompts))
-    judge = choice.Judge(Colours(), clip)
-    _, fit = judge.scores(red, [red, green, both], *asked)
+    scorer = selection.CandidateScorer(Colours(), clip)
+    _, fit = scorer.scores(red, [red, green, both], *asked)
     np.testing.assert_allclose(fit, [0, 1, np.sqrt(0.5)], atol=1e-6)
-    assert judge.name == {"instance_similarity": "colours 1", "caption_similarity": "clip 1"}
+    assert scorer.name == {"instance_similarity": "colours 1", "caption_similarity": "clip 1"}
 
 
 def test_the_least_alike_that_fits_best_is_chosen():
     alike, fit = [0.9, 0.2, 0.5, 0.4], [3.0, 1.0, 2.0, 1.5]
-    assert choice.choose(alike, fit) == 2  # The first fits best, but is the subject itself.
-    assert choice.choose(alike[:3], fit[:3]) == 0  # Of three none is dropped.
-    assert choice.choose([0.3], [0.0]) == 0
+    assert (
+        selection.select_candidate(alike, fit) == 2
+    )  # The first fits best, but is the subject itself.
+    assert selection.select_candidate(alike[:3], fit[:3]) == 0  # Of three none is dropped.
+    assert selection.select_candidate([0.3], [0.0]) == 0

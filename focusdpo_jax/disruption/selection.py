@@ -17,7 +17,7 @@ DROPPED = 0.25
 """Share of the candidates that is dropped for resembling the subject most."""
 
 
-def own_encoder(model, batch_size):
+def patch_encoder(model, batch_size):
     """The generator's image encoder as a `VisionEncoder` of patches, [N, P, D].
 
     Patches, since what is pooled says more of the kind than of the individual.
@@ -38,7 +38,7 @@ def own_encoder(model, batch_size):
     )
 
 
-class Judge:
+class CandidateScorer:
     """Scores candidates: like the subject that they replace, and like what they are to show.
 
     Attributes:
@@ -56,7 +56,7 @@ class Judge:
             "caption_similarity": f"clip {clip[0].digest}" if clip else "denoising",
         }
 
-    def scores(self, original, candidates, mask, phrase, fits):
+    def scores(self, original, candidates, mask, phrase, phrase_scores):
         """What there is to choose by.
 
         Args:
@@ -64,23 +64,23 @@ class Judge:
           candidates: list of the same, with others in its region.
           mask: bool [H, W], the region.
           phrase: what each shall show.
-          fits: float [K], by the generator (`inpainting.make_fit`).
+          phrase_scores: float [K], by the generator (`inpainting.make_phrase_score`).
 
         Returns:
           instance_similarity: float [K], cosine with the subject, patch by patch where the encoder
-          has patches; caption_similarity: float [K], CLIP's cosine with the phrase, or `fits`.
+          has patches; caption_similarity: float [K], CLIP's cosine with the phrase, or `phrase_scores`.
         """
         region = regions.Region.from_mask(mask)
         cuts = [regions.crop_subject(picture, region) for picture in (original, *candidates)]
         first, *others = self._encode(cuts)
         similarity = np.array([(first * other).sum(-1).mean() for other in others])
         if self._clip is None:
-            return similarity, np.asarray(fits)
+            return similarity, np.asarray(phrase_scores)
         image, text = self._clip
         return similarity, image(cuts[1:]) @ text([phrase])[0]
 
 
-def choose(instance_similarity, caption_similarity):
+def select_candidate(instance_similarity, caption_similarity):
     """Index of the candidate to take.
 
     The quarter that resembles the subject most is dropped (none of fewer than four); of the others
