@@ -26,7 +26,7 @@ from focusdpo_jax import toybox
 from focusdpo_jax.data.images import decode_image, decode_mask, encode_png
 from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import runs
 
@@ -97,7 +97,7 @@ class Reader:
         of_class = {name: getattr(reading, name)[own.class_id].item() for name in toybox.LOOKS}
         if toybox.PATTERNS[of_class["pattern"]] == "plain":
             of_class["pattern_hue"] = of_class["hue"]
-        kept = reading.area[own.class_id] >= measures.MIN_AREA
+        kept = reading.area[own.class_id] >= toybox_metrics.MIN_AREA
         return bool(kept), toybox.visibly_different(own, toybox.Subject(own.class_id, **of_class))
 
 

@@ -8,8 +8,8 @@ from focusdpo_jax.data import dataset, loader
 from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.evaluation.tables import aligned
 from focusdpo_jax.inference.generate import make_generate, scene_noise
-from focusdpo_jax.toybox import measures
-from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox import metrics as toybox_metrics
+from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 
 
@@ -88,7 +88,7 @@ def report(model, config, *, split, count, seed, batch_size, parts):
         ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
         return statistics.summarize(
-            measures.measure(readings, scenes.truth, scenes.present), seed=seed
+            toybox_metrics.compute(readings, scenes.truth, scenes.present), seed=seed
         )
 
     chosen = scenes.chosen.astype(np.float32) / 255

@@ -12,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from focusdpo_jax.data.images import read_image
-from focusdpo_jax.evaluation import measures
+from focusdpo_jax.evaluation import metric_names
 from focusdpo_jax.evaluation.tables import certain
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.visualization import charts
@@ -144,13 +144,13 @@ def _summary(report):
     )
     rows = []
     for name, estimates in metrics.items():
-        arrow = "↓" if measures.lower_is_better(name) else "↑"
-        cells = [f'<th scope="row">{html.escape(measures.title(name))} {arrow}</th>']
+        arrow = "↓" if metric_names.lower_is_better(name) else "↑"
+        cells = [f'<th scope="row">{html.escape(metric_names.title(name))} {arrow}</th>']
         for side in sides:
             estimate = estimates.get(side)
             kind, text = "", "-"
             if estimate is not None and estimate["n"]:
-                text, _, ends = measures.interval(
+                text, _, ends = metric_names.format_interval(
                     name, estimate, signed=side == "difference"
                 ).partition(" [")
                 text = f"{html.escape(text)} <small>[{html.escape(ends)}</small>"
@@ -178,14 +178,14 @@ def _summary(report):
 def _verdict(name, difference):
     if difference is None or not certain(difference):
         return ""
-    better = (difference["mean"] < 0) == measures.lower_is_better(name)
+    better = (difference["mean"] < 0) == metric_names.lower_is_better(name)
     return ' class="better"' if better else ' class="worse"'
 
 
 def _subjects(report):
     """Bars for every subject: the headline measure, leakage by the same eyes, and the prompt."""
     names = list(report.results["metrics"])
-    first = measures.headline(names)
+    first = metric_names.headline(names)
     others = (first.removesuffix("_crop") + "_leakage", "leakage", "clip_t", "missing")
     chosen = [first, *(name for name in others if name in names and name != first)]
     parts = []
@@ -197,11 +197,11 @@ def _subjects(report):
         ordered = sorted(rows.items())
         if not ordered:
             continue
-        title = f"{measures.title(name)}, by subject"
+        title = f"{metric_names.title(name)}, by subject"
         chart = charts.bars(
             ordered[:_MOST_BARS],
             title=title,
-            number=lambda value, name=name: measures.number(name, value),
+            number=lambda value, name=name: metric_names.format_value(name, value),
         )
         rest = len(ordered) - _MOST_BARS
         more = f'<p class="soft">and {rest} more in scores/</p>' if rest > 0 else ""
@@ -227,7 +227,7 @@ def _by_subject(report, side, name):
 
 def _cases(report, count):
     """The scenes where the policy gains and loses most, or where the one side is best and worst."""
-    name = measures.headline(list(report.results["metrics"]))
+    name = metric_names.headline(list(report.results["metrics"]))
     sides = [side for side in charts.SIDES if side in report.scores]
     ranked = []
     for scene in report.scenes:
@@ -238,7 +238,7 @@ def _cases(report, count):
         ]
         if None not in ranks:
             rank = ranks[-1] - ranks[0] if len(sides) == 2 else ranks[0]
-            ranked.append((-rank if measures.lower_is_better(name) else rank, scene, values))
+            ranked.append((-rank if metric_names.lower_is_better(name) else rank, scene, values))
     ranked.sort(key=lambda entry: (entry[0], entry[1].name))
     both = len(sides) == 2
     if both:
@@ -257,7 +257,7 @@ def _cases(report, count):
             continue
         cards = "".join(_case(report, name, sides, scene, values) for _, scene, values in entries)
         parts.append(
-            f"<h3>{heading}, by {html.escape(measures.title(name))}</h3>"
+            f"<h3>{heading}, by {html.escape(metric_names.title(name))}</h3>"
             f'<div class="grid">{cards}</div>'
         )
     if not parts:
@@ -272,7 +272,7 @@ def _case(report, name, sides, scene, values):
     references = [_tile(read_image(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
     drawn = []
     for side, value in zip(sides, values):
-        text = f"{side}: {measures.number(name, _mean(value))}"
+        text = f"{side}: {metric_names.format_value(name, _mean(value))}"
         if name.endswith("_crop") and None in value:
             text += f", {value.count(None)} not found"
         drawn.append(_tile(read_image(report.picture(side, scene)), text))

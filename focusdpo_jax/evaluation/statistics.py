@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from focusdpo_jax.evaluation import tables
-from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 
 
 class Estimate(NamedTuple):
@@ -98,7 +98,7 @@ def summarize(base, policy=None, *, seed):
     """Estimates every measure of the base and, if there is one, of the policy and of their difference.
 
     Args:
-      base, policy: what `toybox_measures.measure` returned of the same scenes in one order, batches joined
+      base, policy: what `toybox.metrics.compute` returned of the same scenes in one order, batches joined
         along the scenes.
       seed: of the bootstrap.
 

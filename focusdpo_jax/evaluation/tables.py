@@ -1,6 +1,6 @@
 """Estimates as tables of plain text."""
 
-from focusdpo_jax.evaluation import measures
+from focusdpo_jax.evaluation import metric_names
 
 
 def format_table(columns, rows):
@@ -17,10 +17,14 @@ def format_table(columns, rows):
     """
     lines = [["measure", *columns]]
     for name, estimates, differences in rows:
-        line = [f"{measures.title(name)} {'↓' if measures.lower_is_better(name) else '↑'}"]
+        line = [f"{metric_names.title(name)} {'↓' if metric_names.lower_is_better(name) else '↑'}"]
         for i, estimate in enumerate(estimates):
             signed = i >= len(estimates) - differences
-            text = "-" if estimate is None else measures.interval(name, estimate, signed=signed)
+            text = (
+                "-"
+                if estimate is None
+                else metric_names.format_interval(name, estimate, signed=signed)
+            )
             line.append(text + (" *" if signed and estimate and certain(estimate) else ""))
         lines.append(line)
     return aligned(lines)

@@ -6,7 +6,7 @@ from etils import epath
 
 from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.vision import encoders
 from focusdpo_jax.visualization import grids
@@ -50,7 +50,7 @@ def write_scenes(source, count, folder, *, samples, seed):
 
 
 class ToyboxScorer:
-    """What the probe reads off pictures, compared with the truth (see `toybox_measures`)."""
+    """What the probe reads off pictures, compared with the truth (see `toybox.metrics`)."""
 
     def __init__(self, probe, source, slots, batch_size):
         """Args: the probe's parameters; the source of records; the most subjects of a scene."""
@@ -79,7 +79,7 @@ class ToyboxScorer:
             for name in _TRUTH
         }
         truth["background"] = np.array([r["background"] for r in records])
-        measured = measures.measure(readings, truth, present)
+        measured = toybox_metrics.compute(readings, truth, present)
         return [
             {name: _plain(values[row]) for name, values in measured.items()}
             for row in range(len(scenes))

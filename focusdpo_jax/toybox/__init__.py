@@ -1,7 +1,7 @@
 """Toybox: a procedural world of subjects with exactly known looks, for training and measuring.
 
 `subjects` draws individuals, `rendering` paints them, `World` arranges scenes as preference records. `probe`
-reads the looks off an image, `measures` counts what is right, and `pretraining` has the losses that train
+reads the looks off an image, `metrics` counts what is right, and `pretraining` has the losses that train
 Toybox's own encoders and probe; these need JAX, the rest numpy alone.
 """
 

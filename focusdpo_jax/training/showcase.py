@@ -22,7 +22,7 @@ from focusdpo_jax.files import replace_file
 from focusdpo_jax.inference.generate import generate_all
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import encoding
 from focusdpo_jax.training.writers import EVALUATION, VALIDATION
@@ -300,4 +300,4 @@ class Showcase:
             for i in range(0, len(images), size)
         ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
-        return measures.measure(readings, raw.truth, raw.present)
+        return toybox_metrics.compute(readings, raw.truth, raw.present)

@@ -25,7 +25,7 @@ class VisionEncoder:
     """Pictures to vectors.
 
     Attributes:
-      name: prefix of its measures (`measures.ENCODERS`).
+      name: prefix of its measures (`metric_names.ENCODERS`).
       apply: jitted function of parameters and [B, h, w, 3] to [B, ...].
       parameters: of `apply`, on the host.
       settings: how pictures are prepared.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from focusdpo_jax import toybox
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 
 PLAIN, STRIPES, DOTS = (toybox.PATTERNS.index(name) for name in ("plain", "stripes", "dots"))
 NAN = np.nan
@@ -46,7 +46,7 @@ def readings_of(*scenes, classes=6):
 def measure_one(shown, asked):
     """Measures of one scene, without the batch axis."""
     truth, present = truth_of(asked, slots=2)
-    result = measures.measure(readings_of(shown), truth, present)
+    result = toybox_metrics.compute(readings_of(shown), truth, present)
     return {name: values[0] for name, values in result.items()}
 
 
@@ -155,7 +155,7 @@ def test_scene_measures_and_empty_rows():
     readings = readings_of([GREEN], [GREEN, BLUE], [GREEN, BLUE | {"area": 0.011}], [BLUE])
     readings.background[:] = [1, 0, 1, 1]
     present[3] = False  # As for a row that only fills up a batch.
-    result = measures.measure(readings, truth, present)
+    result = toybox_metrics.compute(readings, truth, present)
     np.testing.assert_array_equal(result["class_accuracy"], [1, 0, 1, NAN])
     np.testing.assert_array_equal(result["background_accuracy"], [1, 0, 1, NAN])
     assert all(np.isnan(values[3]).all() for values in result.values())
@@ -166,7 +166,7 @@ def test_scenes_with_two_of_a_class_are_left_out():
     twin = GREEN | {"hue": 0.6}
     truth, present = truth_of([GREEN, twin, BLUE], [GREEN, BLUE])
     shown = readings_of([GREEN, BLUE], [GREEN, BLUE])
-    result = measures.measure(shown, truth, present)
+    result = toybox_metrics.compute(shown, truth, present)
     for name, values in result.items():
         assert np.isnan(values[0]).all(), name
     np.testing.assert_array_equal(result["fidelity"][1], [1, 1, NAN])
@@ -182,8 +182,8 @@ def test_renders_read_perfectly_are_perfect_and_rejected_ones_leak_when_they_do(
     rejected = [[{n: s["rejected_" + n] for n in names} for s in r["subjects"]] for r in records]
     truth, present = truth_of(*chosen)
     classes = len(toybox.CLASSES)
-    clean = measures.measure(readings_of(*chosen, classes=classes), truth, present)
-    wrong = measures.measure(readings_of(*rejected, classes=classes), truth, present)
+    clean = toybox_metrics.compute(readings_of(*chosen, classes=classes), truth, present)
+    wrong = toybox_metrics.compute(readings_of(*rejected, classes=classes), truth, present)
     assert np.nanmean(clean["fidelity"]) == 1 and np.nanmean(clean["leakage"]) == 0
     assert np.nanmean(wrong["missing"]) == 0 and np.nanmean(wrong["class_accuracy"]) == 1
     disrupted = np.array(

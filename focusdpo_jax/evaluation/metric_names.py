@@ -1,6 +1,6 @@
 """What the measures are called, in which unit they are, and where better is."""
 
-from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 
 ENCODERS = {"dino": "DINO", "dinov2": "DINOv2", "clip_i": "CLIP-I"}
 """The encoders of pictures, by the prefix of their measures."""
@@ -46,7 +46,7 @@ def headline(names):
     return next((name for name in _HEADLINES if name in names), next(iter(names)))
 
 
-def number(name, value, *, signed=False):
+def format_value(name, value, *, signed=False):
     """A value as text: shares in per cent, cosines with three decimals; "-" for None."""
     if value is None:
         return "-"
@@ -56,11 +56,12 @@ def number(name, value, *, signed=False):
     return f"{100 * value:{sign}.1f} %"
 
 
-def interval(name, estimate, *, signed=False):
+def format_interval(name, estimate, *, signed=False):
     """An estimate (dict) as text: its value and, in brackets, its interval without units."""
     if not estimate["n"]:
         return "-"
     ends = [
-        number(name, estimate[end], signed=signed).removesuffix(" %") for end in ("low", "high")
+        format_value(name, estimate[end], signed=signed).removesuffix(" %")
+        for end in ("low", "high")
     ]
-    return f"{number(name, estimate['mean'], signed=signed)} [{ends[0]}, {ends[1]}]"
+    return f"{format_value(name, estimate['mean'], signed=signed)} [{ends[0]}, {ends[1]}]"

@@ -30,7 +30,7 @@ LOWER_IS_BETTER = frozenset({"missing", "leakage", "hue_leakage"})
 _PLAIN = PATTERNS.index("plain")
 
 
-def measure(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TOLERANCE):
+def compute(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TOLERANCE):
     """Compares B pictures with what they should show.
 
     Args:
