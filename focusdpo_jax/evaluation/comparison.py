@@ -3,7 +3,7 @@
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import statistics, summaries
 from focusdpo_jax.evaluation.output_folder import OutputFolder
-from focusdpo_jax.evaluation.tables import format_table
+from focusdpo_jax.evaluation.tables import format_estimates
 
 
 def compare(paths):
@@ -108,4 +108,6 @@ def format_comparison(compared):
         (name, [*values["estimates"], *values["differences"]], len(values["differences"]))
         for name, values in compared["metrics"].items()
     ]
-    return f"{compared['scenes']} scenes; mean and 95 % interval\n" + format_table(columns, rows)
+    return f"{compared['scenes']} scenes; mean and 95 % interval\n" + format_estimates(
+        columns, rows
+    )

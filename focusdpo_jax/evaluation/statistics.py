@@ -4,9 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from focusdpo_jax.evaluation import tables
-from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
-
 
 class Estimate(NamedTuple):
     """A mean and its interval. All but `n` are None where no value was defined.
@@ -92,82 +89,3 @@ def _estimate(mean, resampled, scenes, confidence):
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(mean), float(low), float(high), scenes)
-
-
-def summarize(base, policy=None, *, seed):
-    """Estimates every measure of the base and, if there is one, of the policy and of their difference.
-
-    Args:
-      base, policy: what `toybox.metrics.compute` returned of the same scenes in one order, batches joined
-        along the scenes.
-      seed: of the bootstrap.
-
-    Returns:
-      {"metrics": {name: {"base": {"mean", "low", "high", "n"}, "policy": the same, "difference": the same of
-      policy minus base (`bootstrap_difference`)}}}, plain numbers, ready for JSON. Measures that neither side
-      defines are left out.
-    """
-    sides = {"base": base} | ({"policy": policy} if policy is not None else {})
-    metrics = {}
-    for name in base:
-        estimates = {
-            side: bootstrap_mean(measures[name], seed=seed) for side, measures in sides.items()
-        }
-        if policy is not None:
-            estimates["difference"] = bootstrap_difference(base[name], policy[name], seed=seed)
-        if any(estimate.n for estimate in estimates.values()):
-            metrics[name] = {side: estimate._asdict() for side, estimate in estimates.items()}
-    return {"metrics": metrics}
-
-
-def verdict(name, difference):
-    """ "better" or "worse" by an estimate (dict) of a difference, "" where its interval contains zero."""
-    if not tables.certain(difference):
-        return ""
-    return "better" if (difference["mean"] > 0) != (name in LOWER_IS_BETTER) else "worse"
-
-
-def format_table(results):
-    """The results as aligned plain text, in per cent, with the intervals in brackets.
-
-    An arrow behind a measure's name points to where better is. The last columns are the difference, in
-    percentage points, and how the policy differs where the interval of the difference leaves out zero.
-
-    Args:
-      results: what `summarize` returned.
-
-    Returns:
-      Lines joined by newlines, none behind the last.
-    """
-    metrics = results["metrics"]
-    sides = [
-        side
-        for side in ("base", "policy")
-        if any(side in estimates for estimates in metrics.values())
-    ]
-    compared = len(sides) == 2
-    lines = [["measure", *sides, *["policy - base", "policy is"] * compared, "scenes"]]
-    for name, estimates in metrics.items():
-        arrow = "↓" if name in LOWER_IS_BETTER else "↑"
-        line = [f"{name.replace('_', ' ')} {arrow}"]
-        line += [_percent(estimates[side]) for side in sides]
-        if compared:
-            line += [_points(estimates["difference"]), verdict(name, estimates["difference"])]
-        # Leakage counts found subjects only, so the two sides may differ.
-        counts = dict.fromkeys(str(estimates[side]["n"]) for side in sides)
-        lines.append([*line, "/".join(counts)])
-    return tables.aligned(lines)
-
-
-def _percent(estimate):
-    if not estimate["n"]:
-        return "-"
-    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
-    return f"{mean:5.1f} % [{low:5.1f}, {high:5.1f}]"
-
-
-def _points(difference):
-    if not difference["n"]:
-        return "-"
-    mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
-    return f"{mean:+5.1f} [{low:+5.1f}, {high:+5.1f}]"

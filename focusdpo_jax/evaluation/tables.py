@@ -3,7 +3,7 @@
 from focusdpo_jax.evaluation import metric_names
 
 
-def format_table(columns, rows):
+def format_estimates(columns, rows):
     """A table as aligned plain text.
 
     Args:
@@ -55,4 +55,4 @@ def format_results(results):
         (name, [estimates.get(side) for side in sides], int("difference" in sides))
         for name, estimates in results["metrics"].items()
     ]
-    return format_table(sides, rows)
+    return format_estimates(sides, rows)
