@@ -1,4 +1,4 @@
-"""Makes rejected pictures of good ones: `python -m focusdpo_jax.disrupt --manifest=scenes.jsonl`.
+"""Makes rejected images of good ones: `python -m focusdpo_jax.disrupt --manifest=scenes.jsonl`.
 
 Every subject is drawn anew inside its mask, from its phrase alone: same kind, same place, another
 individual. A manifest has one JSON object a line, paths relative to its folder:
@@ -18,7 +18,7 @@ from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 _MANIFEST = flags.DEFINE_string(
-    "manifest", None, "File of JSON lines that describes the good pictures. May be gs://."
+    "manifest", None, "File of JSON lines that describes the good images. May be gs://."
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -88,7 +88,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Another one, other individuals.")
 _STEPS = flags.DEFINE_integer(
     "steps",
     30,
-    "Denoiser calls of a whole picture; of them the share --strength is made.",
+    "Denoiser calls of a whole image; of them the share --strength is made.",
     lower_bound=1,
 )
 _GUIDANCE = flags.DEFINE_float("guidance", 5.0, "Classifier-free guidance; 1 or less is none.")
@@ -160,7 +160,7 @@ def main():
 
 
 def open_model():
-    """The model that draws, and the side of its pictures."""
+    """The model that draws, and the side of its images."""
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import runs
 
@@ -179,7 +179,7 @@ def open_model():
     if pretrained.is_model(name):
         if resolution is None:
             raise UserError(
-                f"--workdir={name} does not say how large its pictures are; give --resolution."
+                f"--workdir={name} does not say how large its images are; give --resolution."
             )
         return runs.load_folder(name, inpainting=True), resolution
     run = runs.Run(name)

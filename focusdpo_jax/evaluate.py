@@ -33,7 +33,7 @@ _WORKDIR = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "Folder for pictures, scores, results.json and "
+    "Folder for images, scores, results.json and "
     "report.html; with --compare for comparison.json. May be gs://.",
 )
 _DREAMBENCH = flags.DEFINE_string(
@@ -45,7 +45,7 @@ _SCENES = flags.DEFINE_string(
     "scenes",
     None,
     "Instead of Toybox, a JSON list of scenes of one or more subjects, in the "
-    "layout of UNO's benchmark files; pictures that are not found beside it are looked for in "
+    "layout of UNO's benchmark files; images that are not found beside it are looked for in "
     "--dreambench.",
 )
 _PROTOCOL = flags.DEFINE_enum(
@@ -55,13 +55,13 @@ _PROTOCOL = flags.DEFINE_enum(
     "Compare with all photographs of a subject, or with the one that is the reference.",
 )
 _SAMPLES = flags.DEFINE_integer(
-    "samples", None, "Pictures of each prompt. Default: 4, of Toybox 1.", lower_bound=1
+    "samples", None, "Images of each prompt. Default: 4, of Toybox 1.", lower_bound=1
 )
-_LIMIT = flags.DEFINE_integer("limit", None, "The first so many pictures alone.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", None, "The first so many images alone.", lower_bound=1)
 _IMAGES = flags.DEFINE_string(
     "images",
     None,
-    "Score the pictures of this folder, drawn by another program from the "
+    "Score the images of this folder, drawn by another program from the "
     "scenes.jsonl in --output, as the policy's.",
 )
 _DINO = flags.DEFINE_string("dino", None, "Folder of DINO ViT-S/16 in transformers' layout.")
@@ -71,7 +71,7 @@ _CLIP = flags.DEFINE_string(
     None,
     "Folder of CLIP ViT-B/32 in transformers' layout, with its tokenizer: CLIP-I and CLIP-T.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the first picture's noise, and of the bootstrap.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the first image's noise, and of the bootstrap.")
 _STEPS = flags.DEFINE_integer(
     "steps", None, "Denoiser calls. Default: config.sampling.steps.", lower_bound=1
 )
@@ -84,7 +84,7 @@ _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
-    "Pictures drawn or scored at once, divided among the devices. Default: "
+    "Images drawn or scored at once, divided among the devices. Default: "
     "config.evaluation.batch_size, or 16.",
     lower_bound=1,
 )
@@ -119,7 +119,7 @@ def main():
             folder.write("comparison.json", compared)
         return
     if _OUTPUT.value is None:
-        raise UserError("give --output, the folder for pictures and results.")
+        raise UserError("give --output, the folder for images and results.")
     share = read_share()
     config, sides, workdir = open_models()
     batch_size = _BATCH_SIZE.value or (config.evaluation.batch_size if config else 16)

@@ -25,7 +25,7 @@ _WHOLE = flags.DEFINE_bool(
 _CHECK = flags.DEFINE_bool(
     "check",
     False,
-    "Then open what was written with diffusers, as the README.md says, draw one picture "
+    "Then open what was written with diffusers, as the README.md says, draw one image "
     "there and one here from the same noise, and print how far they differ; more than 2/255, or 0.1/255 in "
     "the mean, is an error. "
     "Needs diffusers and PyTorch (and PEFT for LoRA), which nothing else here does. Exports without "

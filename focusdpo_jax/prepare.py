@@ -1,4 +1,4 @@
-"""Makes a data set of your own pictures: `python -m focusdpo_jax.prepare --manifest=pairs.jsonl`.
+"""Makes a data set of your own images: `python -m focusdpo_jax.prepare --manifest=pairs.jsonl`.
 
 A manifest has one JSON object a line, paths relative to its folder:
 
@@ -35,7 +35,7 @@ _OUTPUT = flags.DEFINE_string(
     "Folder for the data set, report.json and contact_sheet.png; created if missing. May be gs://.",
 )
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", 512, "Side in pixels of the square pictures to train on: 1024 for SDXL."
+    "resolution", 512, "Side in pixels of the square images to train on: 1024 for SDXL."
 )
 _ON_ERROR = flags.DEFINE_enum(
     "on-error",
@@ -58,7 +58,7 @@ _TOKENIZER = flags.DEFINE_string(
     "that have too many words in any vocabulary.",
 )
 _WORKERS = flags.DEFINE_integer(
-    "workers", os.cpu_count(), "Processes that read, check and resize pictures.", lower_bound=1
+    "workers", os.cpu_count(), "Processes that read, check and resize images.", lower_bound=1
 )
 
 

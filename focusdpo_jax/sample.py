@@ -1,4 +1,4 @@
-"""Draws pictures of your subjects: a prompt, and one to three pictures of what it names.
+"""Draws images of your subjects: a prompt, and one to three images of what it names.
 
     python -m focusdpo_jax.sample --workdir=base --prompt="a star and a ball on grass" \\
         --reference=star.png:"a star" --reference=ball.png:"a ball" --output=out.png
@@ -30,10 +30,10 @@ _PROMPT = flags.DEFINE_string(
 _REFERENCES = flags.DEFINE_multi_string(
     "reference",
     [],
-    "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
+    "Image of a subject, as PATH:PHRASE (a.png:a star); give one for each "
     "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
-    "PATH:PHRASE@MASK.png keeps its looks to a part of the picture, and *0.7 behind all of that is "
-    "its own weight. Pictures and masks are read as prepare reads them (docs/data.md): transparent "
+    "PATH:PHRASE@MASK.png keeps its looks to a part of the image, and *0.7 behind all of that is "
+    "its own weight. Images and masks are read as prepare reads them (docs/data.md): transparent "
     "parts count as white, so that a cut-out shows the subject alone, and are black in a mask.",
 )
 _PROMPTS = flags.DEFINE_string(
@@ -48,7 +48,7 @@ _NEGATIVE = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
     "output",
     "sample.png",
-    "The picture; for several, a folder for 0000.png and so on, and all.png.",
+    "The image; for several, a folder for 0000.png and so on, and all.png.",
 )
 _COMPARE = flags.DEFINE_boolean(
     "compare",
@@ -56,8 +56,8 @@ _COMPARE = flags.DEFINE_boolean(
     "Also draw with the model the run started from, from the same noise; the "
     "page shows references, base and policy side by side.",
 )
-_SAMPLES = flags.DEFINE_integer("samples", 1, "Pictures of each prompt.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; each further one has one more.")
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the first image; each further one has one more.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Denoiser calls.", lower_bound=1)
 _SAMPLER = flags.DEFINE_string(
     "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer steps)."
@@ -70,9 +70,9 @@ _GUIDANCE = flags.DEFINE_float(
 )
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", None, "Side of the pictures in pixels. Default: the run's."
+    "resolution", None, "Side of the images in pixels. Default: the run's."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn at once.", lower_bound=1)
 
 
 def main():
@@ -93,8 +93,7 @@ def main():
             settings[flag.name] = flag.value
     if "resolution" not in settings:
         raise UserError(
-            f"--workdir={_WORKDIR.value} does not say how large its pictures are; give "
-            "--resolution."
+            f"--workdir={_WORKDIR.value} does not say how large its images are; give --resolution."
         )
     sampler = Sampler(
         model,
@@ -121,7 +120,7 @@ def main():
 
 
 def read_wanted(prompts):
-    """Every picture to draw, as a list of `inference.prompts.Prompt`."""
+    """Every image to draw, as a list of `inference.prompts.Prompt`."""
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise UserError("give --prompt, or --prompts with a file of several.")
     references = tuple(prompts.parse_reference(text) for text in _REFERENCES.value)
@@ -168,7 +167,7 @@ def check_resolution(sizes):
 
 
 def write(wanted, policy, base, settings):
-    """Writes the pictures, their settings inside, and for several or a comparison a page."""
+    """Writes the images, their settings inside, and for several or a comparison a page."""
     from focusdpo_jax.inference import prompts
     from focusdpo_jax.visualization import grids
 
@@ -176,11 +175,11 @@ def write(wanted, policy, base, settings):
     rows = [
         grids.SampleRow(
             caption=f"{prompt.text} (seed {prompt.seed})",
-            references=[prompts.load_reference(r.path, len(picture)) for r in prompt.references],
-            generated=picture,
+            references=[prompts.load_reference(r.path, len(image)) for r in prompt.references],
+            generated=image,
             base=None if base is None else base[i],
         )
-        for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True))
+        for i, (prompt, image) in enumerate(zip(wanted, policy, strict=True))
     ]
 
     def text(prompt):
@@ -192,12 +191,12 @@ def write(wanted, policy, base, settings):
         grids.save_png(output, image, text(wanted[0]))
         logging.info("%s", output)
         return
-    for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True)):
-        grids.save_png(output / f"{i:04d}.png", picture, text(prompt))
+    for i, (prompt, image) in enumerate(zip(wanted, policy, strict=True)):
+        grids.save_png(output / f"{i:04d}.png", image, text(prompt))
         if base is not None:
             grids.save_png(output / f"{i:04d}_base.png", base[i], text(prompt))
     grids.save_png(output / "all.png", grids.sample_grid(rows, scale=scale))
-    logging.info("%d pictures and all.png in %s", len(wanted), output)
+    logging.info("%d images and all.png in %s", len(wanted), output)
 
 
 if __name__ == "__main__":

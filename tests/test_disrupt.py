@@ -30,8 +30,8 @@ for arguments in json.loads(sys.argv[1]):
         print("REASON", str(error).replace(chr(10), " "))
 """
 MODULE = """
-def segment(picture, phrase, box):
-    mask = picture[..., 0] > 255
+def segment(image, phrase, box):
+    mask = image[..., 0] > 255
     mask[10:30, 10:30] = True
     return mask
 
@@ -56,7 +56,7 @@ MISTAKES = [
     ({"segmenter": "number"}, "hooks_of_a_test:number is int and not a function"),
     ({"manifest": "gone.jsonl"}, "--manifest=gone.jsonl cannot be read"),
     ({"strength": 0.0}, "strength is 0.0 of 2 steps; choose a share of 1 step or more: 0.5 to 1"),
-    ({"resolution": None}, "does not say how large its pictures are; give --resolution"),
+    ({"resolution": None}, "does not say how large its images are; give --resolution"),
     (
         {"resolution": 33},
         "--resolution=33: a latent of this model covers 4 pixels in each direction; give a "

@@ -20,7 +20,7 @@ if not sample.flags.FLAGS.is_parsed():
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A picture of a red disc on nothing."""
+    """An image of a red disc on nothing."""
     rows, columns = np.mgrid[-20:20, -20:20]
     pixels = np.zeros((40, 40, 4), np.uint8)
     pixels[rows**2 + columns**2 < 300] = (255, 0, 0, 255)
@@ -99,7 +99,7 @@ def test_a_reference_is_weighed_and_kept_to_its_place(reference, tiny_folder, tm
     drawn = dict(
         zip(kept, (np.asarray(Image.open(tmp_path / f"000{i}.png"), np.int32) for i in range(4)))
     )
-    # A box of the whole picture is none, though another program draws it.
+    # A box of the whole image is none, though another program draws it.
     assert np.abs(drawn["box"] - drawn["everywhere"]).max() <= 2
     assert np.abs(drawn["left"] - drawn["everywhere"]).mean() > 0.5
     assert np.abs(drawn["less"] - drawn["everywhere"]).mean() > 0.5
@@ -145,7 +145,7 @@ def test_compare_draws_base_and_policy_from_one_noise(reference, run_folder, tmp
     )
     first = [np.asarray(Image.open(tmp_path / f"0000{name}.png")) for name in ("", "_base")]
     assert first[0].shape == (32, 32, 3)
-    # Two steps of training move a picture, and not far.
+    # Two steps of training move an image, and not far.
     difference = np.abs(first[0].astype(int) - first[1])
     assert 0 < difference.mean() < 40
 

@@ -1,7 +1,7 @@
-"""Colours of a picture that brings an ICC profile, converted to sRGB.
+"""Colours of an image that brings an ICC profile, converted to sRGB.
 
-Everything here and every published generator takes sRGB for granted. A picture in Adobe RGB or
-Display P3 looks dull without its profile, and the colours of a CMYK picture are defined by its profile
+Everything here and every published generator takes sRGB for granted. An image in Adobe RGB or
+Display P3 looks dull without its profile, and the colours of a CMYK image are defined by its profile
 alone. The conversion is Pillow's own, LittleCMS with its default, the perceptual intent.
 """
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 CONVERTED, IGNORED = "colour profile", "unusable colour profile"
 
-# Colour space of a profile to the mode of the pictures that it describes.
+# Colour space of a profile to the mode of the images that it describes.
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _GREYS = ("1", "L", "LA", "La", "I;16", "I;16B")
 _UNUSABLE = (ImageCms.PyCMSError, OSError, ValueError, KeyError)
@@ -21,15 +21,15 @@ _SAME = 1  # Of 255: a profile that changes no colour by more than this counts a
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """Converts a picture's colours by its profile.
+    """Converts an image's colours by its profile.
 
     Args:
       image: without transparency, 8 bits a channel.
       profile: its ICC profile.
 
     Returns:
-      The picture, and `CONVERTED` or `IGNORED`, or nothing: a picture in sRGB stays as it is, bit
-      for bit. A profile that is damaged, or is of another colour space than the picture, is
+      The image, and `CONVERTED` or `IGNORED`, or nothing: an image in sRGB stays as it is, bit
+      for bit. A profile that is damaged, or is of another colour space than the image, is
       ignored, as browsers do.
     """
     try:
@@ -43,7 +43,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str,
 
 
 def converts(mode: str, profile: bytes) -> bool:
-    """Whether `to_srgb` would change the colours of a picture of one of Pillow's modes."""
+    """Whether `to_srgb` would change the colours of an image of one of Pillow's modes."""
     try:
         return _conversion(mode, profile) is not None
     except _UNUSABLE:
@@ -57,14 +57,14 @@ def _conversion(mode, profile):
     space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space
     # Grey with the profile of an RGB space is common; the other ways round mean nothing.
     if space == "GRAY" and mode not in _GREYS or (space == "CMYK") != (mode == "CMYK"):
-        raise ValueError(f"a profile of {space} in a picture of {mode}")
+        raise ValueError(f"a profile of {space} in an image of {mode}")
     transform = _transform(profile, _MODES[space])
     return None if transform is None else (_MODES[space], transform)
 
 
 @functools.lru_cache(maxsize=8)
 def _transform(profile, mode):
-    """From pictures of the mode to sRGB; None where it would change nothing."""
+    """From images of the mode to sRGB; None where it would change nothing."""
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
     )

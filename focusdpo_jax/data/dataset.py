@@ -1,6 +1,6 @@
 """Data sets of preference records: rendered on the fly, or built once with TFDS and read back.
 
-What `prepare` makes of people's own pictures lies where they want it, in the same form.
+What `prepare` makes of people's own images lies where they want it, in the same form.
 Neither building nor reading imports TensorFlow: TFDS has its own protocol buffers, numpy decoding
 and ArrayRecord. A built data set is a directory
 `<data_dir>/preference_pairs/<name>-<fingerprint>/<version>/`, whose fingerprint covers the settings
@@ -220,7 +220,7 @@ class StoredSource:
     def texts(self, seconds: float = 10) -> list[tuple[str, list[str]]]:
         """Captions with the phrases of their subjects, of the records that can be read in a time.
 
-        Pictures are not decoded. Damaged records end the list; `__getitem__` names them.
+        Images are not decoded. Damaged records end the list; `__getitem__` names them.
         """
         import tensorflow_datasets as tfds
 

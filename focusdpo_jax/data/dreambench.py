@@ -1,4 +1,4 @@
-"""Preference pairs from photographs in DreamBench's layout, as a manifest with its pictures.
+"""Preference pairs from photographs in DreamBench's layout, as a manifest with its images.
 
     <subject>/00.jpg, 00_mask.png, 01.jpg, ...    prompts_and_classes.txt ("subject_name,class")
 
@@ -37,7 +37,7 @@ _SEAM = 9  # Pixels over which a pasted subject fades into its background.
 
 
 def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path:
-    """Writes `target`/manifest.jsonl and the pictures that it names; returns the manifest's path.
+    """Writes `target`/manifest.jsonl and the images that it names; returns the manifest's path.
 
     Raises:
       UserError: the folder is not laid out so, or a photograph cannot be used.
@@ -139,9 +139,9 @@ def _pairs(path, reference, other, kind, target):
     if other is None:
         lines, (composite, prior) = [], _tinted(chosen, mask)
     else:
-        picture, other_mask = _load(other)
+        image, other_mask = _load(other)
         everywhere = np.ones(mask.shape, bool)
-        replace_file(target / f"{name}_rejected.png", encode_png(_covering(picture, mask.shape)))
+        replace_file(target / f"{name}_rejected.png", encode_png(_covering(image, mask.shape)))
         replace_file(target / f"{name}_everywhere.png", encode_png(everywhere))
         lines = [
             line
@@ -151,7 +151,7 @@ def _pairs(path, reference, other, kind, target):
                 "prior_mask": f"{name}_everywhere.png",
             }
         ]
-        composite, prior = _replaced(chosen, mask, picture, other_mask)
+        composite, prior = _replaced(chosen, mask, image, other_mask)
     replace_file(target / f"{name}_composite.png", encode_png(composite))
     replace_file(target / f"{name}_prior.png", encode_png(prior))
     return [
@@ -169,30 +169,30 @@ def _load(path):
     """A photograph and its mask."""
     file = path
     try:
-        picture = decode_image(path.read_bytes())[0]
+        image = decode_image(path.read_bytes())[0]
         file = mask_path(path)
         mask = decode_mask(file.read_bytes())
     except UnreadableImage as error:
         raise UserError(f"{file} {error}") from error
-    if mask.shape != picture.shape[:2] or not mask.any():
+    if mask.shape != image.shape[:2] or not mask.any():
         raise UserError(f"{file} is empty or of another size than {path.name}; mend it")
-    return picture, mask
+    return image, mask
 
 
-def _covering(picture, shape):
-    """The middle of a picture, as large as fits, in another shape (height, width)."""
-    height, width = picture.shape[:2]
+def _covering(image, shape):
+    """The middle of an image, as large as fits, in another shape (height, width)."""
+    height, width = image.shape[:2]
     scale = min(height / shape[0], width / shape[1])
     inner = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-    part = picture[top : top + inner[0], left : left + inner[1]]
+    part = image[top : top + inner[0], left : left + inner[1]]
     return cv2.resize(part, shape[::-1], interpolation=cv2.INTER_AREA)
 
 
-def _replaced(picture, mask, other, other_mask):
-    """The picture with the other's subject in the place of its own, and where that changed it."""
+def _replaced(image, mask, other, other_mask):
+    """The image with the other's subject in the place of its own, and where that changed it."""
     hole = cv2.dilate(mask.astype(np.uint8), np.ones((_SEAM, _SEAM), np.uint8))
-    background = _filled(picture, hole)
+    background = _filled(image, hole)
     (y0, y1), (x0, x1) = geometry.bounds(mask)
     (v0, v1), (u0, u1) = geometry.bounds(other_mask)
     # As large as what it replaces; its middle where that had its own.
@@ -213,29 +213,29 @@ def _replaced(picture, mask, other, other_mask):
     return result, (hole > 0) | (soft[..., 0] > 0)
 
 
-def _tinted(picture, mask):
-    """The picture with its subject in the opposite colour, and where that changed it."""
+def _tinted(image, mask):
+    """The image with its subject in the opposite colour, and where that changed it."""
     soft = cv2.GaussianBlur(mask.astype(np.uint8) * 255, (_SEAM, _SEAM), 0)[..., None] / 255
-    mean = picture[mask].mean(0)
+    mean = image[mask].mean(0)
     tint = mean.max() + mean.min() - mean  # The opposite hue of the same strength.
     if np.ptp(tint) < 40:
         tint = np.array([200.0, 60.0, 60.0])  # What is grey has none.
-    light = picture.astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
+    light = image.astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
     light = (40 + 0.85 * light)[..., None] / 128
     colored = np.clip(light * tint, 0, 255)
-    result = np.rint(picture * (1 - soft) + colored * soft).astype(np.uint8)
+    result = np.rint(image * (1 - soft) + colored * soft).astype(np.uint8)
     return result, soft[..., 0] > 0
 
 
-def _filled(picture, hole):
-    """The picture with the hole closed smoothly from its border, at a quarter of the size."""
-    size = picture.shape[1::-1]
+def _filled(image, hole):
+    """The image with the hole closed smoothly from its border, at a quarter of the size."""
+    size = image.shape[1::-1]
     small = tuple(max(1, side // 4) for side in size)
     rough = cv2.inpaint(
-        cv2.resize(picture, small, interpolation=cv2.INTER_AREA),
+        cv2.resize(image, small, interpolation=cv2.INTER_AREA),
         (cv2.resize(hole * 255, small, interpolation=cv2.INTER_AREA) > 0).astype(np.uint8),
         5,
         cv2.INPAINT_TELEA,
     )
     smooth = cv2.resize(rough, size, interpolation=cv2.INTER_CUBIC)
-    return np.where(hole[..., None] > 0, smooth, picture)
+    return np.where(hole[..., None] > 0, smooth, image)

@@ -1,6 +1,6 @@
-"""From a picture of any shape to a square one: what is cut off, and where everything then lies.
+"""From an image of any shape to a square one: what is cut off, and where everything then lies.
 
-A `Window` is a square part of a picture. Pictures, masks and boxes go through one and the same, so
+A `Window` is a square part of an image. Images, masks and boxes go through one and the same, so
 that they stay on top of each other to a fraction of a pixel.
 """
 
@@ -14,12 +14,12 @@ WHITE = 255
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A square of a picture, and the size at which it is kept.
+    """A square of an image, and the size at which it is kept.
 
     Attributes:
-      height, width: of the whole picture, in its pixels.
+      height, width: of the whole image, in its pixels.
       size: side of the result, in pixels.
-      top, left: where the square begins, counted in pixels of the *resized* picture, whose
+      top, left: where the square begins, counted in pixels of the *resized* image, whose
         shorter side is `size`: SDXL's crop coordinates.
     """
 
@@ -31,18 +31,18 @@ class Window:
 
     @property
     def scale(self) -> float:
-        """Pixels of the picture for one of the result, in both directions alike."""
+        """Pixels of the image for one of the result, in both directions alike."""
         return min(self.height, self.width) / self.size
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, upper, right and lower bound in pixels of the whole picture."""
+        """Left, upper, right and lower bound in pixels of the whole image."""
         left, top = self.left * self.scale, self.top * self.scale
         side = min(self.height, self.width)
         # The last digits of a product may reach beyond the border.
         return left, top, min(left + side, self.width), min(top + side, self.height)
 
-    def picture(self, pixels: np.ndarray) -> np.ndarray:
+    def image(self, pixels: np.ndarray) -> np.ndarray:
         """The window's part of uint8 [height, width, 3] as uint8 [size, size, 3]."""
         return _resize(pixels, (self.size, self.size), Image.Resampling.LANCZOS, self.box)
 
@@ -52,10 +52,10 @@ class Window:
 
 
 def window(height: int, width: int, size: int, region: np.ndarray) -> Window:
-    """The largest square of a picture that has `region` in its middle, as far as the border allows.
+    """The largest square of an image that has `region` in its middle, as far as the border allows.
 
     Args:
-      height, width: of the picture.
+      height, width: of the image.
       size: side of the result.
       region: bool [height, width], what matters; must not be empty.
     """
@@ -68,7 +68,7 @@ def window(height: int, width: int, size: int, region: np.ndarray) -> Window:
 
 
 def square_around(region: np.ndarray, side: int) -> tuple[slice, slice]:
-    """The square of a picture that has `region` in its middle, as far as the border allows.
+    """The square of an image that has `region` in its middle, as far as the border allows.
 
     Args:
       region: bool [H, W], not empty.
@@ -110,7 +110,7 @@ def box_mask(box: tuple[float, float, float, float], height: int, width: int) ->
 
 
 def pad_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The whole picture, scaled to fit and centred on white.
+    """The whole image, scaled to fit and centred on white.
 
     Args:
       pixels: uint8 [H, W, 3], or a mask, bool [H, W], whose border is False.

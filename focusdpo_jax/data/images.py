@@ -1,8 +1,8 @@
-"""Files of pictures and masks to arrays, and back: whatever people bring, and nothing unsafe.
+"""Files of images and masks to arrays, and back: whatever people bring, and nothing unsafe.
 
-A picture becomes sRGB of 8 bits as its owner sees it: turned as its EXIF data says, converted by its
+An image becomes sRGB of 8 bits as its owner sees it: turned as its EXIF data says, converted by its
 ICC profile, transparency over white. Its size is checked before its pixels are decoded, so that a
-small file cannot become a huge array. Every command reads pictures and masks by this module alone.
+small file cannot become a huge array. Every command reads images and masks by this module alone.
 """
 
 import io
@@ -19,12 +19,12 @@ from focusdpo_jax.data import colours
 from focusdpo_jax.errors import UserError
 
 MAX_PIXELS = 64_000_000
-"""Most pixels of a picture; 192 MB as RGB."""
+"""Most pixels of an image; 192 MB as RGB."""
 
 # What cameras, editors and networks write. Pillow knows more, some of it by calling other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 _GREYS = ("1", "L", "LA", "La")
-_PICTURE = (
+_RGB = (
     cv2.IMWRITE_PNG_FILTER,
     cv2.IMWRITE_PNG_FILTER_UP,
     cv2.IMWRITE_PNG_STRATEGY,
@@ -52,14 +52,14 @@ class _Opened(NamedTuple):
 
 
 def decode_image(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The picture in a file's content.
+    """The image in a file's content.
 
     Returns:
       uint8 [H, W, 3], and what had to be changed to get there: any of "rotated", "alpha",
       "palette", "cmyk", "16 bit", "grey", "other mode", `colours.CONVERTED`, `colours.IGNORED`.
 
     Raises:
-      UnreadableImage: it is no picture, damaged, too large, or of several frames.
+      UnreadableImage: it is no image, damaged, too large, or of several frames.
     """
     image, profile, changes = _open(content)
     alpha = None
@@ -110,7 +110,7 @@ def decode_mask_levels(content: bytes) -> np.ndarray:
 
 
 def read_image(path: epath.PathLike, kind: str = "") -> np.ndarray:
-    """The picture in a file, uint8 [H, W, 3]; logs where its colour profile is damaged.
+    """The image in a file, uint8 [H, W, 3]; logs where its colour profile is damaged.
 
     Args:
       path: of the file.
@@ -119,9 +119,9 @@ def read_image(path: epath.PathLike, kind: str = "") -> np.ndarray:
     Raises:
       UserError: names the file and what is wrong with it.
     """
-    picture, changes = _read(path, kind, decode_image)
+    image, changes = _read(path, kind, decode_image)
     warn_of_profiles(path, changes)
-    return picture
+    return image
 
 
 def read_mask_levels(path: epath.PathLike, kind: str = "") -> np.ndarray:
@@ -133,8 +133,7 @@ def warn_of_profiles(path: epath.PathLike, changes: tuple[str, ...]) -> None:
     """Logs a file whose colour profile could not be used."""
     if colours.IGNORED in changes:
         logging.warning(
-            "%s: its ICC colour profile is damaged or of another kind of picture; it "
-            "is read as sRGB",
+            "%s: its ICC colour profile is damaged or of another kind of image; it is read as sRGB",
             path,
         )
 
@@ -168,16 +167,16 @@ def _read(path, kind, decode):
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """A uint8 [H, W, 3] picture or a bool [H, W] mask as a PNG file's content, without loss.
+    """A uint8 [H, W, 3] image or a bool [H, W] mask as a PNG file's content, without loss.
 
-    Written to be read often: a picture's rows as differences from the row above in runs of equal
+    Written to be read often: an image's rows as differences from the row above in runs of equal
     bytes, which is read in two thirds of the time of what PNG writers choose and takes no more
     room; a mask with one bit a pixel.
     """
     if image.dtype == bool:
         image, how = image.astype(np.uint8) * 255, _MASK
     else:
-        image, how = image[..., ::-1], _PICTURE  # OpenCV's order of channels is BGR.
+        image, how = image[..., ::-1], _RGB  # OpenCV's order of channels is BGR.
     return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1, *how])[1].tobytes()
 
 
@@ -219,7 +218,7 @@ def _open(content: bytes) -> _Opened:
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
-        raise UnreadableImage("is far too large for a picture; scale it down") from error
+        raise UnreadableImage("is far too large for an image; scale it down") from error
     except MemoryError as error:
         raise UnreadableImage("does not fit into memory; scale it down") from error
     except Exception as error:  # Every format of Pillow's raises its own.
@@ -233,7 +232,7 @@ def _describe(content: bytes, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         if content[:4] in (b"II*\0", b"MM\0*"):
             return "is a TIFF of a kind that is not read, such as floats; save it with 8 bits"
-        return "is no picture in PNG, JPEG, WebP, TIFF, BMP or GIF; convert it"
+        return "is not an image in PNG, JPEG, WebP, TIFF, BMP or GIF; convert it"
     if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return "is truncated; copy it again"
     reason = " ".join(str(error).split())[:80] or type(error).__name__

@@ -1,7 +1,7 @@
 """From a line of a manifest to a preference record: its files, checked against each other.
 
 What cannot be used is refused here, with the field and the cure; what can be used leaves as a
-record of square pictures (`record`), whose masks went through the same window as the pictures did.
+record of square images (`record`), whose masks went through the same window as the images did.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ KEPT = 0.5
 """Smallest share of a subject's mask that must be inside the square window."""
 
 MAGNIFIED = 4
-"""How many times a picture may be enlarged."""
+"""How many times an image may be enlarged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSizes:
-    """What the pictures of a data set have in common, in pixels.
+    """What the images of a data set have in common, in pixels.
 
     Attributes:
       resolution: side of chosen, rejected and the masks in them.
@@ -60,20 +60,20 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -
     Raises:
       LineError: names the field, what is wrong and what would be right.
     """
-    pictures, masks, changes = decode_files(line.files(), contents)
-    chosen, rejected = pictures["chosen"], pictures["rejected"]
+    images, masks, changes = decode_files(line.files(), contents)
+    chosen, rejected = images["chosen"], images["rejected"]
     shape = chosen.shape[:2]
     _same_size("rejected", rejected, shape, "chosen")
     check_resolution(shape, sizes.resolution)
-    check_masks(masks, pictures)
+    check_masks(masks, images)
     difference = _difference(chosen, rejected)
     prior, subject_masks = _masks(line, masks, difference)
 
     view = geometry.window(*shape, sizes.resolution, _region(prior, subject_masks))
     record = {
         "caption": line.caption,
-        "chosen": view.picture(chosen),
-        "rejected": view.picture(rejected),
+        "chosen": view.image(chosen),
+        "rejected": view.image(rejected),
         "prior_mask": _seen("prior_mask", prior, view),
         "original_size": np.array(shape, np.int32),
         "crop": np.array([view.top, view.left], np.int32),
@@ -88,7 +88,7 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -
         record["subjects"].append(
             {
                 "phrase": subject.phrase,
-                "reference": geometry.pad_to_square(pictures[where + "reference"], sizes.reference),
+                "reference": geometry.pad_to_square(images[where + "reference"], sizes.reference),
                 "reference_mask": reference_mask,
                 "mask": mask,
                 "box": geometry.mask_box(mask),
@@ -98,7 +98,7 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -
 
 
 def decode_files(files: dict[str, str], contents: dict[str, bytes]):
-    """The pictures and masks of a line.
+    """The images and masks of a line.
 
     Args:
       files: field to path, as `PairLine.files()`; the fields of masks end in "mask".
@@ -109,33 +109,33 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
       (`images.decode_image`).
 
     Raises:
-      LineError: a file is no picture.
+      LineError: a file is no image.
     """
-    pictures, masks, changes = {}, {}, []
+    images, masks, changes = {}, {}, []
     for field, content in contents.items():
         try:
             if field.endswith("mask"):
                 masks[field] = decode_mask(content)
             else:
-                pictures[field], changed = decode_image(content)
+                images[field], changed = decode_image(content)
                 warn_of_profiles(files[field], changed)
                 changes.extend(changed)
         except UnreadableImage as error:
             raise LineError(field, f"= {files[field][:80]!r} {error}") from error
-    return pictures, masks, changes
+    return images, masks, changes
 
 
-def check_masks(masks: dict[str, np.ndarray], pictures: dict[str, np.ndarray]) -> None:
-    """Refuses a mask that is empty or of another size than its picture."""
+def check_masks(masks: dict[str, np.ndarray], images: dict[str, np.ndarray]) -> None:
+    """Refuses a mask that is empty or of another size than its image."""
     for field, mask in masks.items():
-        picture = field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen"
-        _same_size(field, mask, pictures[picture].shape[:2], picture)
+        image = field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen"
+        _same_size(field, mask, images[image].shape[:2], image)
         if not mask.any():
             raise LineError(field, "is empty; make the subject's pixels white")
 
 
 def check_resolution(shape: tuple[int, int], resolution: int) -> None:
-    """Refuses a chosen picture, of (height, width), that would be enlarged too much."""
+    """Refuses a chosen image, of (height, width), that would be enlarged too much."""
     if min(shape) * MAGNIFIED < resolution:
         raise LineError(
             "chosen",
@@ -175,7 +175,7 @@ def _difference(chosen, rejected):
 
 
 def _masks(line, masks, difference):
-    """M_prior and every subject's mask in the whole picture; fall-backs as in docs/data.md."""
+    """M_prior and every subject's mask in the whole image; fall-backs as in docs/data.md."""
     own = []
     for i, subject in enumerate(line.subjects):
         field = f"subjects[{i}].mask"
@@ -211,7 +211,7 @@ def _region(prior, subject_masks):
 
 
 def _grown(mask):
-    """The mask and two pixels around it: pictures that were blended differ on the seam too."""
+    """The mask and two pixels around it: images that were blended differ on the seam too."""
     return cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
 
 
@@ -223,7 +223,7 @@ def _seen(field, mask, view):
         raise LineError(
             field,
             f"has only {kept:.0%} of its pixels inside the square that is kept of "
-            "chosen; crop the pictures around the subjects yourself",
+            "chosen; crop the images around the subjects yourself",
         )
     seen = view.mask(mask)
     if not seen.any():

@@ -1,7 +1,7 @@
 """A manifest's line, made into a record by a worker process and kept until the data set is built.
 
 A line that is ready lies in a zip file named after all that went into it, the contents of its
-pictures included. So a second start finds what the first one did, and nothing that has changed
+images included. So a second start finds what the first one did, and nothing that has changed
 since. Imports neither jax nor TFDS: every worker starts with it.
 """
 
@@ -81,8 +81,7 @@ def process_line(job: LineJob) -> dict:
         return outcome | {
             "refused": [
                 "",
-                "has pictures that do not fit into memory; scale them "
-                "down, or give fewer --workers",
+                "has images that do not fit into memory; scale them down, or give fewer --workers",
             ]
         }
 
@@ -109,7 +108,7 @@ def _facts(path: epath.Path) -> dict | None:
 
 
 def _write(path: epath.Path, record: dict, facts: dict) -> None:
-    pictures, values = {}, {"subjects": [{} for _ in record["subjects"]]}
+    images, values = {}, {"subjects": [{} for _ in record["subjects"]]}
     for entry, target, prefix in [
         (record, values, ""),
         *(
@@ -119,19 +118,19 @@ def _write(path: epath.Path, record: dict, facts: dict) -> None:
     ]:
         for name, value in entry.items():
             if isinstance(value, np.ndarray) and value.ndim > 1:
-                pictures[prefix + name] = encode_png(value)
+                images[prefix + name] = encode_png(value)
             elif name != "subjects":
                 target[name] = value.tolist() if isinstance(value, np.ndarray) else value
     with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr("facts.json", json.dumps(facts))
         archive.writestr("record.json", json.dumps(values))
-        for name, content in pictures.items():
+        for name, content in images.items():
             archive.writestr(f"{name}.png", content)
 
 
 @dataclasses.dataclass(frozen=True)
 class LineStoreSource:
-    """Records of lines that are ready, their pictures as contents of PNG files."""
+    """Records of lines that are ready, their images as contents of PNG files."""
 
     paths: list[epath.Path]
 

@@ -20,7 +20,7 @@ MAX_LINE = 1 << 20
 """Longest line in bytes: what is longer is no manifest."""
 
 MAX_FILE = 256 << 20
-"""Largest file of a picture in bytes."""
+"""Largest file of an image in bytes."""
 
 MAX_TOKENS = 77
 """Tokens of a caption that CLIP's text encoders read, start and end among them."""
@@ -28,7 +28,7 @@ MAX_TOKENS = 77
 _FIELDS = ("caption", "chosen", "rejected", "subjects", "prior_mask", "group", "info")
 _SUBJECT_FIELDS = ("reference", "reference_mask", "phrase", "mask", "box", "info")
 # What is missing where a text is empty.
-CAPTION = "say what the picture shows"
+CAPTION = "say what the image shows"
 PHRASE = "name the subject, as in 'a dog'"
 # Where CLIP's tokenizer cuts at least: contractions, words, digits, runs of other signs.
 _PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
@@ -257,7 +257,7 @@ def read_box(values: dict, where: str) -> tuple[float, float, float, float] | No
         raise LineError(field, f"is {json.dumps(value)[:60]}; {form}")
     x0, y0, x1, y1 = value
     if not (0 <= x0 <= 1 and 0 <= y0 <= 1 and 0 <= x1 <= 1 and 0 <= y1 <= 1):
-        raise LineError(field, f"= {value} reaches outside the picture; {form}, not pixels")
+        raise LineError(field, f"= {value} reaches outside the image; {form}, not pixels")
     if not (x0 < x1 and y0 < y1):
         raise LineError(field, f"= {value} is empty; {form}")
     return tuple(map(float, value))
@@ -297,7 +297,7 @@ def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
         )
     try:
         if "://" not in root and not stat.S_ISREG(os.stat(path).st_mode):
-            raise LineError(field, f"= {name[:80]!r} is no ordinary file; give a picture")
+            raise LineError(field, f"= {name[:80]!r} is no ordinary file; give an image")
         if path.stat().length > MAX_FILE:
             raise LineError(
                 field, f"= {name[:80]!r} is larger than {MAX_FILE >> 20} MiB; save it smaller"

@@ -26,7 +26,7 @@ def config(name: str, settings: Mapping[str, Any]) -> tfds.core.BuilderConfig:
 
 
 class _Decoder(tfds.decode.Decoder):
-    """Decodes pictures and masks at once to what a record has, in a third less time than TFDS."""
+    """Decodes images and masks at once to what a record has, in a third less time than TFDS."""
 
     def __init__(self, decode=True):
         super().__init__()
@@ -79,7 +79,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
     ):
         """Takes one source of records a split, and what identifies them, kept as metadata.
 
-        A record may have its pictures and masks as contents of PNG files: then they are stored as
+        A record may have its images and masks as contents of PNG files: then they are stored as
         they are, unchecked.
         """
         self._sources = sources
@@ -180,7 +180,7 @@ def _png(image: np.ndarray | bytes) -> io.BytesIO:
 
 
 def _shape(image: np.ndarray | bytes) -> tuple[int, int]:
-    """(height, width) of a picture or of a PNG file's content."""
+    """(height, width) of an image or of a PNG file's content."""
     if isinstance(image, bytes):
         return Image.open(io.BytesIO(image)).size[::-1]
     return image.shape[:2]

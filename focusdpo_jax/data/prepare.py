@@ -40,10 +40,10 @@ _IN_FLIGHT = 4  # Lines handed to each worker ahead.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines a data set besides the manifest and its pictures.
+    """What determines a data set besides the manifest and its images.
 
     Attributes:
-      resolution: side of the square pictures, in pixels.
+      resolution: side of the square images, in pixels.
       max_subjects: the most subjects that a line may have.
       validation, test: shares of the groups that go to these splits.
     """
@@ -75,7 +75,7 @@ class Settings:
 
     @property
     def sizes(self) -> ImageSizes:
-        """Sides of the pictures that are stored."""
+        """Sides of the images that are stored."""
         return ImageSizes(self.resolution, min(self.resolution, REFERENCE_SIZE))
 
 
@@ -95,7 +95,7 @@ def prepare(
       path: the manifest.
       output: folder of the data set; made if missing.
       settings: what the result depends on.
-      draw_sheet: writes a picture of some records to a path.
+      draw_sheet: writes an image of some records to a path.
       skip: leave out lines that cannot be used; otherwise one of them stops everything.
       workers: processes; 1 works in this one.
       count_tokens: tokens of a caption, by the tokenizer of the model to train.
@@ -259,7 +259,7 @@ def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     """Which split every line belongs to, by a hash of its group that other lines do not change.
 
     A split that would stay empty gets the one group that is nearest to it, where three groups or
-    more are there: small sets are to have pictures to look at too.
+    more are there: small sets are to have images to look at too.
 
     Args:
       groups: line to group.
@@ -295,12 +295,12 @@ def _spread(source):
 def _finished(output, jobs, total, workers):
     """The report of a data set that is there, if it is the one that is asked for."""
     report = _read_report(output)
-    logging.info("%s is complete; comparing it with the manifest and its pictures", output)
+    logging.info("%s is complete; comparing it with the manifest and its images", output)
     identity = jobs.identity(list(_run(jobs(None), total, workers)))
     if identity == {name: report.get(name) for name in identity}:
         return report
     raise UserError(
-        f"--output={output} holds another data set: its manifest, pictures or settings "
+        f"--output={output} holds another data set: its manifest, images or settings "
         "were others. Give another --output, or remove the folder"
     )
 

@@ -5,14 +5,14 @@ A *record* is a plain dict, as every source gives it:
     index       int, position in the data set
     caption     str
     chosen      uint8 [H, W, 3], shows the reference subjects
-    rejected    uint8 [H, W, 3], the same picture with other individuals
+    rejected    uint8 [H, W, 3], the same image with other individuals
     prior_mask  bool [H, W], where the two may differ
-    original_size  int32 [2], optional: height and width before the picture was resized and cropped
-    crop        int32 [2], optional: top and left of the crop, in the resized picture
+    original_size  int32 [2], optional: height and width before the image was resized and cropped
+    crop        int32 [2], optional: top and left of the crop, in the resized image
     background, changed_mask  int, and bool [H, W]: optional, Toybox's truth
     subjects    a list of 1 to S dicts:
       phrase          str, a noun phrase: "a star"
-      reference       uint8 [R, R, 3], the subject, on white where the picture was not square
+      reference       uint8 [R, R, 3], the subject, on white where the image was not square
       reference_mask  bool [R, R], the subject's pixels in it
       mask            bool [H, W], the subject's pixels in `chosen`
       box             float32 [4], x0, y0, x1, y1 in [0, 1], bounds of `mask`
@@ -139,7 +139,7 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
       UserError: names the record's index, the field, what is wrong with it and what would be right.
     """
 
-    sizes = {}  # Of each kind of picture, the one that the others of the kind are compared with.
+    sizes = {}  # Of each kind of image, the one that the others of the kind are compared with.
 
     def fail(field: str, problem: str):
         raise UserError(f"record {record.get('index', '?')}: {field} {problem}")
@@ -172,7 +172,7 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
         if field not in record:
             fail(field, "is missing")
     if not record["caption"].strip():
-        fail("caption", "is empty; say what the picture shows")
+        fail("caption", "is empty; say what the image shows")
     image("chosen", record["chosen"])
     image("rejected", record["rejected"])
     if np.array_equal(record["chosen"], record["rejected"]):

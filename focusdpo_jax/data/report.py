@@ -20,8 +20,8 @@ def summarize(outcomes: list[dict], identity: dict) -> dict:
         subjects_per_scene: {number of subjects: lines}.
         sizes: {"height x width" of the originals: lines}.
         enlarged: lines whose originals are smaller than the resolution.
-        changes: {what was done to a picture's colours or orientation: lines}.
-        prior_area, subject_area: {least, median, most}, shares of the square picture.
+        changes: {what was done to an image's colours or orientation: lines}.
+        prior_area, subject_area: {least, median, most}, shares of the square image.
     """
     accepted = [(o["line"], o["facts"]) for o in outcomes if "facts" in o]
     first, duplicates = {}, []
@@ -68,7 +68,7 @@ def describe(report: dict) -> str:
     lines = [
         f"{report['accepted']} of {report['lines']} lines accepted ({splits})",
         f"subjects: {listed(report['subjects_per_scene'])}",
-        "subject area: {least:.1%} to {most:.1%} of the picture, median {median:.1%}".format(
+        "subject area: {least:.1%} to {most:.1%} of the image, median {median:.1%}".format(
             **report["subject_area"]
         ),
     ]

@@ -1,6 +1,6 @@
-"""A line of the manifest that `disrupt` reads: a good picture and its subjects (docs/data.md).
+"""A line of the manifest that `disrupt` reads: a good image and its subjects (docs/data.md).
 
-It is a line of `manifest` without what is to be made, the rejected picture. What else it may lack
+It is a line of `manifest` without what is to be made, the rejected image. What else it may lack
 is made up for: masks by a segmenter and texts by a captioner, where there are such; a reference by
 what the mask cuts out.
 """
@@ -21,11 +21,11 @@ _WORDS = re.compile(r"[^\W\d_]+")
 _SMALL = frozenset("a an the of with and in on at to my his her its their this that".split())
 
 Segmenter = Callable[[np.ndarray, str, tuple[float, float, float, float] | None], np.ndarray]
-"""(picture uint8 [H, W, 3], phrase, box (x0, y0, x1, y1) in shares of the sides, or None) -> bool
+"""(image uint8 [H, W, 3], phrase, box (x0, y0, x1, y1) in shares of the sides, or None) -> bool
 [H, W]: the pixels of what the phrase names. With a box the phrase may be empty."""
 
 Captioner = Callable[[np.ndarray, np.ndarray], str]
-"""(picture uint8 [H, W, 3], mask bool [H, W]) -> a text that says what is inside the mask."""
+"""(image uint8 [H, W, 3], mask bool [H, W]) -> a text that says what is inside the mask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LoadedSubject:
 
     Attributes:
       phrase: what it is called.
-      mask: bool [H, W], its pixels in the picture.
+      mask: bool [H, W], its pixels in the image.
       reference, reference_mask: uint8 [h, w, 3] and bool [h, w].
     """
 
@@ -86,16 +86,16 @@ class LoadedSubject:
 
 @dataclasses.dataclass
 class LoadedScene:
-    """A line's pictures. Before `fill` what the line lacks is None.
+    """A line's images. Before `fill` what the line lacks is None.
 
     Attributes:
-      caption: what the picture shows.
-      picture: uint8 [H, W, 3].
+      caption: what the image shows.
+      image: uint8 [H, W, 3].
       subjects: in the order of the line.
     """
 
     caption: str | None
-    picture: np.ndarray
+    image: np.ndarray
     subjects: list[LoadedSubject]
 
 
@@ -165,20 +165,20 @@ def _told(values, name, cure, hooks, where=""):
 
 
 def load_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> LoadedScene:
-    """The pictures of a line, checked against each other.
+    """The images of a line, checked against each other.
 
     Args:
       line: what the manifest says.
       contents: field to content of every file of `line.files()`.
-      resolution: side of the pictures that the generator draws.
+      resolution: side of the images that the generator draws.
 
     Raises:
       LineError: names the field, what is wrong and what would be right.
     """
-    pictures, masks, _ = line_record.decode_files(line.files(), contents)
-    shape = pictures["chosen"].shape[:2]
+    images, masks, _ = line_record.decode_files(line.files(), contents)
+    shape = images["chosen"].shape[:2]
     line_record.check_resolution(shape, resolution)
-    line_record.check_masks(masks, pictures)
+    line_record.check_masks(masks, images)
     subjects = [
         LoadedSubject(
             subject.phrase,
@@ -186,14 +186,14 @@ def load_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> 
                 kind.get(f"subjects[{i}].{field}")
                 for kind, field in (
                     (masks, "mask"),
-                    (pictures, "reference"),
+                    (images, "reference"),
                     (masks, "reference_mask"),
                 )
             ),
         )
         for i, subject in enumerate(line.subjects)
     ]
-    scene = LoadedScene(line.caption, pictures["chosen"], subjects)
+    scene = LoadedScene(line.caption, images["chosen"], subjects)
     for i, subject in enumerate(subjects):
         _check_subject(scene, subject, f"subjects[{i}].")
     return scene
@@ -201,14 +201,14 @@ def load_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> 
 
 def _check_subject(scene, subject, where):
     """Refuses a mask that no square holds, and a phrase that the caption does not know."""
-    height, width = scene.picture.shape[:2]
+    height, width = scene.image.shape[:2]
     if subject.mask is not None:
         extent = max(high - low for low, high in geometry.bounds(subject.mask))
         if extent > min(height, width):
             raise LineError(
                 where + "mask",
                 f"is {extent} pixels long and the shorter side of chosen "
-                f"{min(height, width)}; crop the picture so that a square holds the "
+                f"{min(height, width)}; crop the image so that a square holds the "
                 "subject",
             )
     if None not in (scene.caption, subject.phrase):
@@ -234,41 +234,39 @@ def fill(
       scene: as `load_scene` gave it.
       line: where it came from.
       hooks: the same that the line was parsed with.
-      cut: from a picture and a mask to the subject alone and its mask.
+      cut: from an image and a mask to the subject alone and its mask.
 
     Raises:
       LineError: what a hook gave cannot be used.
     """
-    shape = scene.picture.shape[:2]
+    shape = scene.image.shape[:2]
     for i, (subject, told) in enumerate(zip(scene.subjects, line.subjects, strict=True)):
         where = f"subjects[{i}]."
         if subject.mask is None and hooks.segment is not None:
-            subject.mask = _segmented(
-                hooks, scene.picture, subject.phrase, told.box, where + "mask"
-            )
+            subject.mask = _segmented(hooks, scene.image, subject.phrase, told.box, where + "mask")
         elif subject.mask is None:
             subject.mask = geometry.box_mask(told.box, *shape)
         if subject.phrase is None:
-            subject.phrase = _described(hooks, scene.picture, subject.mask, where + "phrase")
+            subject.phrase = _described(hooks, scene.image, subject.mask, where + "phrase")
         if subject.reference is None:
-            subject.reference, subject.reference_mask = cut(scene.picture, subject.mask)
+            subject.reference, subject.reference_mask = cut(scene.image, subject.mask)
         elif subject.reference_mask is None:
             subject.reference_mask = _segmented(
                 hooks, subject.reference, subject.phrase, None, where + "reference_mask"
             )
     if scene.caption is None:
-        scene.caption = _described(hooks, scene.picture, np.ones(shape, bool), "caption")
+        scene.caption = _described(hooks, scene.image, np.ones(shape, bool), "caption")
     for i, subject in enumerate(scene.subjects):
         _check_subject(scene, subject, f"subjects[{i}].")
 
 
-def _segmented(hooks, picture, phrase, box, field):
-    mask = np.asarray(hooks.segment(picture, phrase or "", box))
-    if mask.dtype != bool or mask.shape != picture.shape[:2]:
+def _segmented(hooks, image, phrase, box, field):
+    mask = np.asarray(hooks.segment(image, phrase or "", box))
+    if mask.dtype != bool or mask.shape != image.shape[:2]:
         raise LineError(
             field,
             f"by --segmenter is {mask.dtype} {list(mask.shape)}; it has to return "
-            f"bool {list(picture.shape[:2])}, the picture's size",
+            f"bool {list(image.shape[:2])}, the image's size",
         )
     if not mask.any():
         raise LineError(
@@ -279,8 +277,8 @@ def _segmented(hooks, picture, phrase, box, field):
     return mask
 
 
-def _described(hooks, picture, mask, field):
-    text = hooks.describe(picture, mask)
+def _described(hooks, image, mask, field):
+    text = hooks.describe(image, mask)
     if not isinstance(text, str) or not text.strip():
         raise LineError(field, f"by --captioner is {text!r:.60}; it has to return a text")
     return text.strip()

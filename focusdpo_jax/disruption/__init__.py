@@ -1,1 +1,1 @@
-"""Instance disruption: rejected pictures by drawing the subjects of good ones anew."""
+"""Instance disruption: rejected images by drawing the subjects of good ones anew."""

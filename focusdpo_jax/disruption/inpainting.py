@@ -1,4 +1,4 @@
-"""A part of a picture drawn anew: mask-blended denoising, or an inpainting UNet."""
+"""A part of an image drawn anew: mask-blended denoising, or an inpainting UNet."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ _FIT_RANGE, _FIT_STEPS = (0.5, 0.8), 6
 
 
 def is_inpainting_unet(generator):
-    """Whether the UNet is an inpainting one, which reads mask and masked picture.
+    """Whether the UNet is an inpainting one, which reads mask and masked image.
 
     Raises:
       UserError: it reads neither latents alone nor these three.
@@ -28,7 +28,7 @@ def is_inpainting_unet(generator):
         raise UserError(
             f"the UNet reads {read} channels; disruption needs one that reads the "
             f"{channels} of the latents, or {2 * channels + 1} with mask and masked "
-            "picture"
+            "image"
         )
     return read != channels
 
@@ -55,7 +55,7 @@ def make_inpaint(
 
     With a UNet that reads latents alone, those outside the mask are put back after every step
     (`samplers.Known`). An inpainting UNet reads at every step, behind the latents, the mask and the
-    latents of the picture whose masked pixels are grey; nothing is put back.
+    latents of the image whose masked pixels are grey; nothing is put back.
 
     Args:
       steps, guidance, negative_token_ids, sampler, image_scale: see `generate.make_generate`.
@@ -65,8 +65,8 @@ def make_inpaint(
       UserError: there is no such sampler, the steps are none, or the UNet is another kind.
 
     Returns:
-      inpaint(parameters, picture, mask, token_ids, time_ids, reference, present, noise, keys) ->
-      uint8 [K, H, W, 3], K candidates, of which only what lies inside the mask counts. Of picture
+      inpaint(parameters, image, mask, token_ids, time_ids, reference, present, noise, keys) ->
+      uint8 [K, H, W, 3], K candidates, of which only what lies inside the mask counts. Of image
       uint8 [H, W, 3], mask bool [H, W], token_ids [2, L], time_ids [6], reference (float
       [R, R, 3] in [0, 1], of the image encoder's size) and present (bool, whether the reference
       is looked at) there is one for all; noise is [K, h, w, C], keys [K].
@@ -78,8 +78,8 @@ def make_inpaint(
     samplers.first_step(steps, strength)
 
     @jax.jit
-    def inpaint(parameters, picture, mask, token_ids, time_ids, reference, present, noise, keys):
-        pixels = picture[None].astype(jnp.float32) / 255
+    def inpaint(parameters, image, mask, token_ids, time_ids, reference, present, noise, keys):
+        pixels = image[None].astype(jnp.float32) / 255
         drawn = latent_mask(mask, generator.latent_factor)
         clean, _ = generator.encode_latents(parameters, pixels)
 
@@ -132,19 +132,19 @@ def make_phrase_score(generator, negative_token_ids):
 
     The measure is that of diffusion classifiers (Li et al. 2023, arXiv 2303.16203): by how much the
     phrase lowers the denoising error inside the mask, here against the empty prompt, averaged over
-    a few timesteps of the noisier half. Timesteps and noise are the same for all pictures.
+    a few timesteps of the noisier half. Timesteps and noise are the same for all images.
 
     Returns:
-      fit(parameters, pictures, mask, token_ids, time_ids) -> float32 [K], higher is better, of
-      pictures uint8 [K, H, W, 3] and the other arguments as in `make_inpaint`.
+      fit(parameters, images, mask, token_ids, time_ids) -> float32 [K], higher is better, of
+      images uint8 [K, H, W, 3] and the other arguments as in `make_inpaint`.
     """
     reads_mask, schedule = is_inpainting_unet(generator), generator.schedule
     timesteps = np.linspace(*_FIT_RANGE, _FIT_STEPS) * schedule.timesteps
     size = generator.config.image_encoder.image_size
 
     @jax.jit
-    def fit(parameters, pictures, mask, token_ids, time_ids):
-        pixels = pictures.astype(jnp.float32) / 255
+    def fit(parameters, images, mask, token_ids, time_ids):
+        pixels = images.astype(jnp.float32) / 255
         count, drawn = len(pixels), latent_mask(mask, generator.latent_factor)
         clean, _ = generator.encode_latents(parameters, pixels)
 
@@ -189,7 +189,7 @@ def make_phrase_score(generator, negative_token_ids):
 
 
 class Inpainter:
-    """Draws candidates for a place in a picture, a batch at a time, on devices that share it."""
+    """Draws candidates for a place in an image, a batch at a time, on devices that share it."""
 
     def __init__(
         self, model, *, resolution, steps, strength, guidance, sampler="ddim", batch_size=8
@@ -221,16 +221,16 @@ class Inpainter:
         )
         self._fit = make_phrase_score(model.generator, nothing)
 
-    def draw(self, picture, mask, phrase, seeds, reference=None):
+    def draw(self, image, mask, phrase, seeds, reference=None):
         """Draws what is inside a mask anew.
 
         The generator sees a square around the mask: of its own resolution or, for a larger subject,
-        of `CONTEXT` times the mask's length, at most the picture's shorter side; only then pixels
+        of `CONTEXT` times the mask's length, at most the image's shorter side; only then pixels
         are resampled. Every candidate depends on its own seed and on nothing beside it.
 
         Args:
-          picture: uint8 [H, W, 3].
-          mask: bool [H, W], not empty and not longer than the picture's shorter side.
+          image: uint8 [H, W, 3].
+          mask: bool [H, W], not empty and not longer than the image's shorter side.
           phrase: what to draw.
           seeds: one for each candidate.
           reference: uint8 [h, w, 3], whom to draw; None draws from the phrase alone.
@@ -241,8 +241,8 @@ class Inpainter:
         """
         side = self._resolution
         extent = max(high - low for low, high in geometry.bounds(mask))
-        square = geometry.square_around(mask, min(max(side, CONTEXT * extent), *picture.shape[:2]))
-        small, inside = (geometry.pad_to_square(x[square], side) for x in (picture, mask))
+        square = geometry.square_around(mask, min(max(side, CONTEXT * extent), *image.shape[:2]))
+        small, inside = (geometry.pad_to_square(x[square], side) for x in (image, mask))
         size = self._generator.config.image_encoder.image_size
         shown = (
             np.full((size, size, 3), 255, np.uint8)
@@ -254,7 +254,7 @@ class Inpainter:
             self._mesh,
         )
         shown = replicate((np.float32(shown) / 255, np.array(reference is not None)), self._mesh)
-        pictures, phrase_scores = [], []
+        images, phrase_scores = [], []
         for start in range(0, len(seeds), self._batch_size):
             batch = list(seeds[start : start + self._batch_size])
             filled = batch + batch[-1:] * (self._batch_size - len(batch))  # One shape, one program.
@@ -277,8 +277,8 @@ class Inpainter:
                 ]
             )
             for candidate in drawn[: len(batch)]:
-                result = picture.copy()
+                result = image.copy()
                 part = result[square]  # A view: what is put there is put into the result.
                 part[mask[square]] = geometry.pad_to_square(candidate, len(part))[mask[square]]
-                pictures.append(result)
-        return pictures, np.concatenate(phrase_scores)
+                images.append(result)
+        return images, np.concatenate(phrase_scores)

@@ -1,6 +1,6 @@
-"""From a manifest of good pictures to one of pairs: every subject drawn anew, the best of several.
+"""From a manifest of good images to one of pairs: every subject drawn anew, the best of several.
 
-What `--output` holds afterwards: `scenes/<line>/` with the pictures of a pair and `line.json`, its
+What `--output` holds afterwards: `scenes/<line>/` with the images of a pair and `line.json`, its
 line of the manifest; `manifest.jsonl`, which `prepare` takes; `contact_sheet.png`; `report.json`.
 A scene's `line.json` is written last, so that a killed start is gone on with, and the result is
 the same to the byte.
@@ -41,13 +41,13 @@ _ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}$")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines the pairs besides the manifest, its pictures, the model and the scorer.
+    """What determines the pairs besides the manifest, its images, the model and the scorer.
 
     Attributes:
       mode: "phrase" draws each subject from its phrase alone; "leak" under the reference of another
         subject of its scene, so that it wears that one's looks.
       candidates: drawn for each subject, of which one is taken.
-      seed: of the whole; a candidate's own follows from it, the picture and the subject's place in
+      seed: of the whole; a candidate's own follows from it, the image and the subject's place in
         the line.
       resolution, steps, strength, guidance, sampler, batch_size: as `Inpainter` takes them.
       max_subjects: the most that a line may have.
@@ -92,7 +92,7 @@ def disrupt(
       identity: of model and hooks, as JSON values: what a second start must have in common with
         the first besides the settings.
       count_tokens: (tokens of a text, the most that the model reads).
-      draw_sheet: writes a picture of some records to a path.
+      draw_sheet: writes an image of some records to a path.
       hooks: what fills in masks and texts.
       skip: leave out lines that cannot be used; otherwise one of them stops everything.
 
@@ -199,8 +199,8 @@ class _Work:
         return made["line"]
 
     def _rejected(self, opened, chosen):
-        """The picture with all subjects drawn anew, one by one, and how each came about."""
-        picture, told, settings = opened.picture, [], self._settings
+        """The image with all subjects drawn anew, one by one, and how each came about."""
+        image, told, settings = opened.image, [], self._settings
         for i, subject in enumerate(opened.subjects):
             first = _first_seed(settings.seed, chosen, i)
             seeds = range(first, first + settings.candidates)
@@ -209,14 +209,14 @@ class _Work:
                 others = [j for j in range(len(opened.subjects)) if j != i]
                 donor = others[first % len(others)]
             candidates, phrase_scores = self._inpainter.draw(
-                picture,
+                image,
                 subject.mask,
                 subject.phrase,
                 seeds,
                 None if donor is None else opened.subjects[donor].reference,
             )
             instance, caption = self._scorer.scores(
-                opened.picture, candidates, subject.mask, subject.phrase, phrase_scores
+                opened.image, candidates, subject.mask, subject.phrase, phrase_scores
             )
             best = select_candidate(instance, caption)
             scored = [
@@ -236,8 +236,8 @@ class _Work:
                 }
                 | ({} if donor is None else {"donor": donor})
             )
-            picture = candidates[best]
-        return picture, told
+            image = candidates[best]
+        return image, told
 
 
 def _first_seed(seed, chosen, subject):
@@ -246,15 +246,15 @@ def _first_seed(seed, chosen, subject):
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) % 2**30
 
 
-def _cut(picture, mask):
+def _cut(image, mask):
     """The subject alone on white, and where it is there."""
     region = regions.Region.from_mask(mask)
     black = np.repeat(np.where(mask, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-    return regions.crop_subject(picture, region), regions.crop_subject(black, region)[..., 0] < 128
+    return regions.crop_subject(image, region), regions.crop_subject(black, region)[..., 0] < 128
 
 
 def _write_pair(folder, line, contents, opened, rejected, told):
-    """Writes the pictures of a pair; returns its line of the manifest."""
+    """Writes the images of a pair; returns its line of the manifest."""
     named = line.files()
 
     def put(field, name, made):
@@ -370,9 +370,9 @@ def _sum_up(output, lines, refused, texts, identity, draw_sheet):
 
 
 def _record(output, pair):
-    """A pair as a contact sheet takes it: all pictures brought to squares."""
+    """A pair as a contact sheet takes it: all images brought to squares."""
 
-    def picture(name):
+    def image(name):
         return _square(decode_image((output / name).read_bytes())[0])
 
     def mask(name):
@@ -380,12 +380,12 @@ def _record(output, pair):
 
     return {
         "caption": pair["caption"],
-        "chosen": picture(pair["chosen"]),
-        "rejected": picture(pair["rejected"]),
+        "chosen": image(pair["chosen"]),
+        "rejected": image(pair["rejected"]),
         "prior_mask": mask(pair["prior_mask"]),
         "subjects": [
             {
-                "reference": picture(s["reference"]),
+                "reference": image(s["reference"]),
                 "mask": mask(s["mask"]),
                 "reference_mask": mask(s["reference_mask"]),
             }

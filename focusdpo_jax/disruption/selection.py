@@ -1,4 +1,4 @@
-"""Which of several candidates becomes the rejected picture: another individual of the same kind.
+"""Which of several candidates becomes the rejected image: another individual of the same kind.
 
 The paper asks for "low instance consistency, high semantic alignment". How it is measured and
 weighed is [ours].
@@ -46,7 +46,7 @@ class CandidateScorer:
     """
 
     def __init__(self, encode, clip=None):
-        """Takes an encoder of cut-outs, and CLIP's (encoder of pictures, encoder of prompts).
+        """Takes an encoder of cut-outs, and CLIP's (encoder of images, encoder of prompts).
 
         Without CLIP the phrase's fit is left to the generator.
         """
@@ -71,7 +71,7 @@ class CandidateScorer:
           has patches; caption_similarity: float [K], CLIP's cosine with the phrase, or `phrase_scores`.
         """
         region = regions.Region.from_mask(mask)
-        cuts = [regions.crop_subject(picture, region) for picture in (original, *candidates)]
+        cuts = [regions.crop_subject(image, region) for image in (original, *candidates)]
         first, *others = self._encode(cuts)
         similarity = np.array([(first * other).sum(-1).mean() for other in others])
         if self._clip is None:

@@ -28,10 +28,10 @@ class ToyboxBenchmark:
         Args:
           config: RunConfig; it reads `data`, `resolution` and `evaluation`.
           probe: parameters of the probe network, or None.
-          samples: pictures of each scene.
+          samples: images of each scene.
           seed: of the noise.
-          limit: the first so many pictures alone, or None.
-          batch_size: pictures scored at once.
+          limit: the first so many images alone, or None.
+          batch_size: images scored at once.
 
         Raises:
           UserError: the configuration is not about Toybox, or has no scenes, or there is no probe.
@@ -39,7 +39,7 @@ class ToyboxBenchmark:
         if config.data.source != "toybox":
             raise UserError(
                 f"config.data.source = {config.data.source!r}: of people's own "
-                "pictures the truth is not known; give --dreambench or --scenes."
+                "images the truth is not known; give --dreambench or --scenes."
             )
         if not config.evaluation.scenes:
             raise UserError(
@@ -49,7 +49,7 @@ class ToyboxBenchmark:
         if probe is None:
             raise UserError(
                 f"config.model.pretrained = {config.model.pretrained!r} has no "
-                "probe.safetensors, which reads Toybox's pictures; start from a model "
+                "probe.safetensors, which reads Toybox's images; start from a model "
                 "that has it, such as toybox."
             )
         self._world = dataset.toybox_world(config)
@@ -95,9 +95,9 @@ class PhotographBenchmark:
           folder: DreamBench's dataset folder; may be None where `scenes` is given.
           scenes: JSON file in UNO's layout, or None for every subject with every prompt.
           protocol, samples, seed: see `dreambench.single`.
-          limit: the first so many pictures alone, or None.
+          limit: the first so many images alone, or None.
           networks: {"dino", "dinov2", "clip": folder or None}; at least one.
-          batch_size: pictures scored at once.
+          batch_size: images scored at once.
 
         Raises:
           UserError: the benchmark cannot be read, or there is no network to measure with.
@@ -131,7 +131,7 @@ class PhotographBenchmark:
         )
         groups = len({scene.group for scene in self._scenes})
         self.about = (
-            f"{len(self._scenes)} pictures of {groups} subjects or combinations of them "
+            f"{len(self._scenes)} images of {groups} subjects or combinations of them "
             f"(the groups), compared with {compared}."
         )
 

@@ -20,7 +20,7 @@ from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.inference.prompts import Reference
 
 PROTOCOLS = ("all", "one")
-"""What pictures are compared with: every photograph of the subject, as DreamBooth does it, or the
+"""What images are compared with: every photograph of the subject, as DreamBooth does it, or the
 one that the generator was given, as Kosmos-G (arXiv 2310.02992) does it."""
 
 _LIVE = ("cat", "dog")  # Classes with the prompts for living subjects.
@@ -34,8 +34,8 @@ def single(folder, *, protocol, samples, seed):
     Args:
       folder: the benchmark's `dataset` folder, `prompts_and_classes.txt` in it or beside it.
       protocol: one of PROTOCOLS.
-      samples: pictures of each subject and prompt.
-      seed: of the first picture; each further one has one more.
+      samples: images of each subject and prompt.
+      seed: of the first image; each further one has one more.
 
     Returns:
       A list of BenchmarkScene, a group a subject. The generator is given a subject's first photograph. The
@@ -68,15 +68,15 @@ def listed(path, folder, *, protocol, samples, seed):
     """The scenes of a JSON file in UNO's layout.
 
     Args:
-      path: of the file: a list of objects with `prompt`, `image_paths` (one to N pictures in the
+      path: of the file: a list of objects with `prompt`, `image_paths` (one to N images in the
         order of the prompt, relative to the file) and, our addition, `boxes` (for each of them x0,
         y0, x1, y1 in [0, 1], where it is to stand).
-      folder: the benchmark's folder, where pictures that are not where `path` says are looked for
+      folder: the benchmark's folder, where images that are not where `path` says are looked for
         by their last two names (dog/00.jpg); None for no such folder.
       protocol, samples, seed: as in `single`.
 
     Returns:
-      A list of BenchmarkScene; scenes of the same subjects are one group. The pictures of a folder are
+      A list of BenchmarkScene; scenes of the same subjects are one group. The images of a folder are
       photographs of one subject, its name is the folder's; or each shows a subject of its own,
       with its file's name (see `_is_flat`).
 
@@ -155,13 +155,13 @@ class _Subjects:
 
     def __init__(self, path, table, entries, found, protocol):
         self._table, self._protocol = table, protocol
-        uses = collections.defaultdict(list)  # Folder to [(prompt, its pictures in the entry)].
+        uses = collections.defaultdict(list)  # Folder to [(prompt, its images in the entry)].
         for entry, references in zip(entries, found):
             inside = collections.defaultdict(set)
             for reference, _ in references:
                 inside[_key(reference.parent)].add(reference)
-            for key, pictures in inside.items():
-                uses[key].append((entry["prompt"], pictures))
+            for key, images in inside.items():
+                uses[key].append((entry["prompt"], images))
         self._flat = {
             key
             for key, used in uses.items()
@@ -172,15 +172,15 @@ class _Subjects:
         named = collections.Counter(map(_name, keys))
         self._names = {key: _name(key) if named[_name(key)] == 1 else _name(key, 2) for key in keys}
         for key, used in uses.items():
-            pictures = sorted({p.name for _, pictures in used for p in pictures})
+            images = sorted({p.name for _, images in used for p in images})
             if key in self._flat:
-                logging.info("--scenes: every picture in %s is a subject of its own", key)
-            elif len(pictures) > 1:
+                logging.info("--scenes: every image in %s is a subject of its own", key)
+            elif len(images) > 1:
                 logging.warning(
-                    "--scenes: the pictures in %s (%s and others) are taken for photographs of one "
+                    "--scenes: the images in %s (%s and others) are taken for photographs of one "
                     "subject; if they show several, name each after what it shows",
                     key,
-                    " and ".join(pictures[:2]),
+                    " and ".join(images[:2]),
                 )
 
     def _identity(self, reference):
@@ -189,7 +189,7 @@ class _Subjects:
 
     def __call__(self, reference, box):
         flat = _key(reference.parent) in self._flat
-        around = [] if flat else _pictures(reference.parent)
+        around = [] if flat else _images(reference.parent)
         if reference not in around:
             around = [reference, *around]
         own = reference.stem if flat else reference.parent.name
@@ -200,32 +200,32 @@ class _Subjects:
 
 
 def _is_flat(folder, used, table):
-    """Whether each picture of a folder shows a subject of its own, rather than all the same one.
+    """Whether each image of a folder shows a subject of its own, rather than all the same one.
 
-    The list's layout does not state it. It is so if an entry names two pictures of the folder. Otherwise
-    it is not where every prompt has the folder's name; and it is if the pictures that are named
+    The list's layout does not state it. It is so if an entry names two images of the folder. Otherwise
+    it is not where every prompt has the folder's name; and it is if the images that are named
     differ by more than numbers (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the
     file's name ("a dog", references/dog.png). A folder that prompts_and_classes.txt lists is one
     subject's.
 
     Args:
       folder: its path.
-      used: [(prompt, set of the folder's pictures that the entry names)].
+      used: [(prompt, set of the folder's images that the entry names)].
       table: text of prompts_and_classes.txt, or "".
     """
     name = os.path.basename(folder)
     if re.search(rf"^\s*{re.escape(name)},", table, re.MULTILINE):
         return False
-    if any(len(pictures) > 1 for _, pictures in used):
+    if any(len(images) > 1 for _, images in used):
         return True
     if all(_words(name) & _words(prompt) for prompt, _ in used):
         return False
-    if len({_words(p.stem) for _, pictures in used for p in pictures}) > 1:
+    if len({_words(p.stem) for _, images in used for p in images}) > 1:
         return True
     return any(
         _words(p.stem) and _words(p.stem) <= _words(prompt)
-        for prompt, pictures in used
-        for p in pictures
+        for prompt, images in used
+        for p in images
     )
 
 
@@ -259,7 +259,7 @@ def _photographs(folder):
     if not folder.is_dir():
         raise UserError(f"--dreambench={folder} is no folder; give DreamBench's dataset folder.")
     photos = {
-        subject.name: _pictures(subject) for subject in sorted(folder.iterdir()) if subject.is_dir()
+        subject.name: _images(subject) for subject in sorted(folder.iterdir()) if subject.is_dir()
     }
     photos = {subject: paths for subject, paths in photos.items() if paths}
     if not photos:
@@ -270,7 +270,7 @@ def _photographs(folder):
     return photos
 
 
-def _pictures(folder):
+def _images(folder):
     return sorted(path for path in folder.iterdir() if dreambench.PHOTO.match(path.name))
 
 

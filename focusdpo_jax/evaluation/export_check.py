@@ -1,6 +1,6 @@
 """Whether diffusers draws of an export what the run draws: `export --check`.
 
-One picture is drawn by diffusers, from the files as their model card says, and one here, by the run's own
+One image is drawn by diffusers, from the files as their model card says, and one here, by the run's own
 model, from the same noise, prompt, reference, scheduler and steps, both in float32. PyTorch and diffusers are
 imported here and nowhere else in the package.
 """
@@ -20,7 +20,7 @@ from focusdpo_jax.models.generator import PARTS, merge_parameters, split_paramet
 from focusdpo_jax.training import runs
 
 LARGEST, MEAN = 2, 0.1
-"""Of a picture's values, in 1/255: what differs by more, at one place or in the mean, is no rounding."""
+"""Of an image's values, in 1/255: what differs by more, at one place or in the mean, is no rounding."""
 
 _PROMPT, _STEPS, _SEED = "a star on grass", 4, 0
 _NEEDS = (
@@ -31,7 +31,7 @@ _NEEDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of two pictures, in 1/255.
+    """Of two images, in 1/255.
 
     Attributes:
       largest, mean: of the absolute differences of all values.
@@ -44,7 +44,7 @@ class Difference:
 
 
 def check(workdir, output, names, *, whole):
-    """Draws one picture with diffusers and one here.
+    """Draws one image with diffusers and one here.
 
     Args:
       workdir: folder of the run.
@@ -58,7 +58,7 @@ def check(workdir, output, names, *, whole):
 
     Raises:
       UserError: a package is missing, diffusers cannot open or draw the files, they have nothing that can be
-        drawn, or the pictures differ by more than `LARGEST` somewhere or `MEAN` in all.
+        drawn, or the images differ by more than `LARGEST` somewhere or `MEAN` in all.
     """
     require_packages(names)
     run = runs.Run(workdir)
@@ -111,7 +111,7 @@ def check(workdir, output, names, *, whole):
     found = Difference(int(apart.max()), float(apart.mean()), reads)
     if found.largest > LARGEST or found.mean > MEAN:
         raise UserError(
-            f"--check: diffusers draws of {output} something else than the run: one picture "
+            f"--check: diffusers draws of {output} something else than the run: one image "
             f"differs by up to {found.largest}/255, {found.mean:.3g}/255 in the mean; "
             f"rounding makes up to {LARGEST}/255 and {MEAN}/255. The files do not hold "
             "what was trained, or diffusers reads them otherwise: export again, and report it if "
@@ -188,7 +188,7 @@ def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
     shown = {} if reference is None else {"ip_adapter_image": Image.fromarray(reference)}
     try:
         with torch.no_grad():
-            picture = pipe(
+            image = pipe(
                 _PROMPT,
                 **shown,
                 height=resolution,
@@ -203,7 +203,7 @@ def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
             f"--check: diffusers {diffusers.__version__} opens {output}, but cannot draw with "
             f"it: {_line(error)}"
         ) from error
-    return np.round(picture * 255).astype(np.int32)
+    return np.round(image * 255).astype(np.int32)
 
 
 def _line(error):
@@ -220,6 +220,6 @@ def describe(found, names):
     )
     how = "with" if found.reference else "without"
     return (
-        f"checked: diffusers draws the same picture {how} a reference{left_out}, "
+        f"checked: diffusers draws the same image {how} a reference{left_out}, "
         f"largest difference {found.largest}/255, mean {found.mean:.3g}/255"
     )

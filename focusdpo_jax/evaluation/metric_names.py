@@ -3,7 +3,7 @@
 from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 
 ENCODERS = {"dino": "DINO", "dinov2": "DINOv2", "clip_i": "CLIP-I"}
-"""The encoders of pictures, by the prefix of their measures."""
+"""The encoders of images, by the prefix of their measures."""
 
 _KINDS = {"crop": "of subjects", "leakage": "leakage"}
 # What a report sorts its cases by: the first of these that was measured.
@@ -42,7 +42,7 @@ def lower_is_better(name):
 
 
 def headline(names):
-    """The measure that tells most of a single picture."""
+    """The measure that tells most of a single image."""
     return next((name for name in _HEADLINES if name in names), next(iter(names)))
 
 

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it was asked, its pictures, their scores.
+"""The folder of an evaluation: what it was asked, its images, their scores.
 
     settings.json                   what all of the rest depends on
     scenes.jsonl                    what to draw; another program may draw the same
@@ -33,7 +33,7 @@ class OutputFolder:
         """Notes what files of this folder depend on.
 
         Raises:
-          UserError: the folder holds pictures or scores of something else, or cannot be written.
+          UserError: the folder holds images or scores of something else, or cannot be written.
         """
         path = self.path / "settings.json"
         try:
@@ -80,12 +80,12 @@ class OutputFolder:
         return scenes.read(self.path / "scenes.jsonl")
 
     def image_path(self, side, scene):
-        """Where a scene's picture lies."""
+        """Where a scene's image lies."""
         return self.path / "pictures" / side / f"{scene.name}.png"
 
-    def save_image(self, side, scene, picture):
-        """Writes a scene's picture, uint8 [H, W, 3]."""
-        grids.save_png(self.image_path(side, scene), picture)
+    def save_image(self, side, scene, image):
+        """Writes a scene's image, uint8 [H, W, 3]."""
+        grids.save_png(self.image_path(side, scene), image)
 
     def save_scores(self, side, scorer, number, scores):
         """Writes the scores of a batch, {scene: {measure: value}}."""
@@ -106,14 +106,14 @@ class OutputFolder:
 
 
 class ExternalImages:
-    """Pictures that another program drew, named after the scenes.
+    """Images that another program drew, named after the scenes.
 
     Beside <scene>.png (or .jpg, .jpeg, .webp) may lie <scene>_mask0.png, <scene>_mask1.png and so
     on: where its subjects are, in their order.
     """
 
     def __init__(self, path, wanted):
-        """Finds the picture of every scene.
+        """Finds the image of every scene.
 
         Raises:
           UserError: some are missing.
@@ -125,7 +125,7 @@ class ExternalImages:
         missing = [name for name, file in self._files.items() if file is None]
         if missing:
             raise UserError(
-                f"--images={path} lacks {len(missing)} of {len(wanted)} pictures, such as "
+                f"--images={path} lacks {len(missing)} of {len(wanted)} images, such as "
                 f"{missing[0]}.png; scenes.jsonl in --output names all and what they show."
             )
 
@@ -136,7 +136,7 @@ class ExternalImages:
         return None
 
     def digest(self):
-        """A short text that changes when a picture or a mask does."""
+        """A short text that changes when an image or a mask does."""
         digest = hashlib.sha256()
         for name, file in self._files.items():
             masks = sorted(self._path.glob(f"{name}_mask*.png"))
@@ -145,14 +145,14 @@ class ExternalImages:
         return digest.hexdigest()[:12]
 
     def image_path(self, side, scene):
-        """Where a scene's picture lies, whatever the side."""
+        """Where a scene's image lies, whatever the side."""
         return self._files[scene.name]
 
-    def regions(self, scene, picture):
+    def regions(self, scene, image):
         """The `regions.Region` of each subject; None where there is no mask, or an empty one."""
         found = []
         for i in range(len(scene.subjects)):
             path = self._path / f"{scene.name}_mask{i}.png"
-            mask = regions.read_mask(path, picture.shape[:2]) if path.exists() else None
+            mask = regions.read_mask(path, image.shape[:2]) if path.exists() else None
             found.append(None if mask is None else regions.Region.from_mask(mask))
         return found

@@ -17,14 +17,14 @@ from focusdpo_jax.evaluation.tables import certain
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.visualization import charts
 
-_SIDE = 224  # Longest side of a picture on the page, in pixels.
-_SMALL = 128  # Up to this side a picture is kept pixel by pixel.
+_SIDE = 224  # Longest side of an image on the page, in pixels.
+_SMALL = 128  # Up to this side an image is kept pixel by pixel.
 _PAGE_SIDE = 1800  # Longest side of the run's own pages, in pixels.
 # The run's pages of samples, and what they show.
 _PAGES = {
     "step": (
         "scenes that the run drew: references, the pair, base and policy, and the weight that "
-        "the run's objective gives to every place of the chosen picture in its cleanest range "
+        "the run's objective gives to every place of the chosen image in its cleanest range "
         "of timesteps (lighter is more)."
     ),
     "focus": (
@@ -96,7 +96,7 @@ class Report:
       results: the values of results.json.
       scenes: list of `scenes.BenchmarkScene`.
       scores: {side: {scene: {measure: value or list of values}}}.
-      picture: from side and scene to the path of the picture.
+      image_path: from side and scene to the path of the image.
       workdir: of the run, for its curves and focus maps, or None.
     """
 
@@ -105,7 +105,7 @@ class Report:
     results: dict
     scenes: list
     scores: dict
-    picture: Callable
+    image_path: Callable
     workdir: epath.Path | None = None
 
 
@@ -275,7 +275,7 @@ def _case(report, name, sides, scene, values):
         text = f"{side}: {metric_names.format_value(name, _mean(value))}"
         if name.endswith("_crop") and None in value:
             text += f", {value.count(None)} not found"
-        drawn.append(_tile(read_image(report.picture(side, scene)), text))
+        drawn.append(_tile(read_image(report.image_path(side, scene)), text))
     return (
         f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
         f"({html.escape(scene.name)})</span></p>"
@@ -284,29 +284,29 @@ def _case(report, name, sides, scene, values):
     )
 
 
-def _tile(picture, caption):
+def _tile(image, caption):
     caption = html.escape(caption)
-    kind = ' class="pixels"' if max(picture.shape[:2]) <= _SMALL else ""
+    kind = ' class="pixels"' if max(image.shape[:2]) <= _SMALL else ""
     return (
-        f'<figure><img{kind} src="{data_url(picture, _SIDE)}" alt="{caption}">'
+        f'<figure><img{kind} src="{data_url(image, _SIDE)}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def data_url(picture, side):
-    """A picture as a data: address: PNG where it is small, otherwise JPEG of at most `side`.
+def data_url(image, side):
+    """An image as a data: address: PNG where it is small, otherwise JPEG of at most `side`.
 
     Args:
-      picture: uint8 [H, W, 3].
+      image: uint8 [H, W, 3].
       side: longest side in pixels.
     """
-    content, image = io.BytesIO(), Image.fromarray(picture)
-    if max(image.size) <= _SMALL:
-        image.save(content, format="PNG", optimize=True)
+    content, page = io.BytesIO(), Image.fromarray(image)
+    if max(page.size) <= _SMALL:
+        page.save(content, format="PNG", optimize=True)
         kind = "png"
     else:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        image.save(content, format="JPEG", quality=85)
+        page.thumbnail((side, side), Image.Resampling.LANCZOS)
+        page.save(content, format="JPEG", quality=85)
         kind = "jpeg"
     return f"data:image/{kind};base64," + base64.b64encode(content.getvalue()).decode()
 

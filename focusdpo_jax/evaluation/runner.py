@@ -1,6 +1,6 @@
 """Draws and scores the scenes of a benchmark, and sums up; each step goes on where it was stopped.
 
-Scenes are worked on in batches whose members never change, so that a picture or a score is the same
+Scenes are worked on in batches whose members never change, so that an image or a score is the same
 bit for bit whether or not the evaluation was interrupted. Shares of the batches can be given to
 several processes that see one folder.
 """
@@ -38,21 +38,21 @@ def run(
       sides: {"base" or "policy": function that loads a model (`training.models.Model`)}; empty
         where `images` are given. All have one architecture.
       sampling: keyword arguments of `sampling.Sampler`: resolution, steps, guidance, sampler.
-      batch_size: pictures drawn or scored at once.
+      batch_size: images drawn or scored at once.
       share: (i, n), see `batches`; of a share no results are made.
-      images: folder of pictures that another program drew, or None.
+      images: folder of images that another program drew, or None.
       workdir: folder of the run, for the report, or None.
       cases: best and worst scenes each in the report.
 
     Returns:
-      The values of results.json, or None where pictures of other shares are still missing.
+      The values of results.json, or None where images of other shares are still missing.
     """
     folder.claim({**benchmark.settings, "batch_size": batch_size})
     scenes = benchmark.scenes(folder)
     scene_files.write(folder.path / "scenes.jsonl", scenes)
-    given, pictures = None, folder
+    given, image_source = None, folder
     if images is not None:
-        given = pictures = ExternalImages(images, scenes)
+        given = image_source = ExternalImages(images, scenes)
         folder.claim({"images": str(images), "digest of images": given.digest()})
     else:
         sampler = None
@@ -60,7 +60,7 @@ def run(
             sampler = _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
     region_scorer, scores = benchmark.region_scorer, {}
     for side in sides or ("policy",):
-        how = {"pictures": pictures, "batch_size": batch_size, "share": share}
+        how = {"image_source": image_source, "batch_size": batch_size, "share": share}
         boxes = {}
         if region_scorer:
             score(folder, side, scenes, region_scorer, regions=region_lookup({}), **how)
@@ -79,7 +79,7 @@ def run(
             len(scenes),
         )
         return None
-    return _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases)
+    return _sum_up(folder, benchmark, scenes, scores, image_source, workdir, cases)
 
 
 def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share):
@@ -107,7 +107,7 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
     return sampler
 
 
-def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
+def _sum_up(folder, benchmark, scenes, scores, image_source, workdir, cases):
     """results.json and report.html."""
     values = {
         side: summaries.merge_scores(by_scorer.values()) for side, by_scorer in scores.items()
@@ -134,7 +134,7 @@ def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
             results=results,
             scenes=scenes,
             scores=values,
-            picture=pictures.image_path,
+            image_path=image_source.image_path,
             workdir=workdir,
         ),
         cases=cases,
@@ -151,12 +151,12 @@ def batches(scenes, size, share=(0, 1)):
 
 
 def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
-    """Draws every picture that is missing.
+    """Draws every image that is missing.
 
     Args:
       folder: an `OutputFolder`.
       side: "base" or "policy".
-      drawer: from a list of `prompts.Prompt` to an iterable of pictures.
+      drawer: from a list of `prompts.Prompt` to an iterable of images.
       batch_size: scenes given to `drawer` at once.
       share: see `batches`.
 
@@ -168,27 +168,27 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
         for _, batch in batches(scenes, batch_size, share)
     ]
     total = sum(len(missing) for _, missing in work)
-    progress = ItemProgress(f"{side}: pictures drawn", total)
+    progress = Progress(f"{side}: images drawn", total)
     for batch, missing in work:
         if missing:
             # The whole batch, so that what is missing is drawn as it would have been.
             drawn = drawer([scene.as_prompt() for scene in batch])
-            for scene, picture in zip(batch, drawn, strict=True):
+            for scene, image in zip(batch, drawn, strict=True):
                 if scene in missing:
-                    folder.save_image(side, scene, picture)
+                    folder.save_image(side, scene, image)
             progress.add(len(missing))
     return total
 
 
-def score(folder, side, scenes, scorer, *, pictures, regions, batch_size, share=(0, 1)):
-    """Scores every picture that has no score yet.
+def score(folder, side, scenes, scorer, *, image_source, regions, batch_size, share=(0, 1)):
+    """Scores every image that has no score yet.
 
     Args:
       folder, side, share: as in `draw`.
       scorer: see `scoring`.
-      pictures: what has the pictures: the folder, or an `ExternalImages`.
-      regions: from a scene and its picture to the regions of its subjects.
-      batch_size: pictures at once.
+      image_source: what has the images: the folder, or an `ExternalImages`.
+      regions: from a scene and its image to the regions of its subjects.
+      batch_size: images at once.
     """
     known = folder.load_scores(side, scorer.name)
     work = [
@@ -196,12 +196,12 @@ def score(folder, side, scenes, scorer, *, pictures, regions, batch_size, share=
         for number, batch in batches(scenes, batch_size, share)
         if not all(scene.name in known for scene in batch)
     ]
-    progress = ItemProgress(
-        f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
+    progress = Progress(
+        f"{side}: images scored by {scorer.name.rpartition('-')[0]}",
         sum(len(batch) for _, batch in work),
     )
     for number, batch in work:
-        images = [read_image(pictures.image_path(side, s)) for s in batch]
+        images = [read_image(image_source.image_path(side, s)) for s in batch]
         found = [regions(scene, image) for scene, image in zip(batch, images)]
         values = scorer.score(batch, images, found)
         folder.save_scores(
@@ -211,9 +211,9 @@ def score(folder, side, scenes, scorer, *, pictures, regions, batch_size, share=
 
 
 def region_lookup(boxes, given=None):
-    """The function of a scene and a picture to the regions of its subjects.
+    """The function of a scene and an image to the regions of its subjects.
 
-    A mask that lies beside a picture comes first, then the box that the scene asks for, then what
+    A mask that lies beside an image comes first, then the box that the scene asks for, then what
     was found.
 
     Args:
@@ -221,9 +221,9 @@ def region_lookup(boxes, given=None):
       given: an `ExternalImages`, or None.
     """
 
-    def regions(scene, picture):
+    def regions(scene, image):
         found = boxes.get(scene.name, {"boxes": [None] * len(scene.subjects)})["boxes"]
-        masks = given.regions(scene, picture) if given else [None] * len(scene.subjects)
+        masks = given.regions(scene, image) if given else [None] * len(scene.subjects)
         return [
             mask or (Region(subject.box) if subject.box else box and Region(tuple(box)))
             for mask, subject, box in zip(masks, scene.subjects, found)

@@ -17,9 +17,9 @@ class BenchmarkSubject:
     Attributes:
       name: of the individual ("dog6"), or of its kind where there are only kinds.
       phrase: as captions name it ("a dog").
-      reference: file of the picture that the generator is given.
-      photographs: files that pictures are compared with.
-      box: x0, y0, x1, y1 in [0, 1], where in the picture it is to stand; None where that is free.
+      reference: file of the image that the generator is given.
+      photographs: files that images are compared with.
+      box: x0, y0, x1, y1 in [0, 1], where in the image it is to stand; None where that is free.
     """
 
     name: str
@@ -31,7 +31,7 @@ class BenchmarkSubject:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkScene:
-    """One picture to draw and to score.
+    """One image to draw and to score.
 
     Attributes:
       name: of its file, without ending; unique, may have folders in it.

@@ -1,7 +1,7 @@
-"""Scorers: from pictures and the scenes that they should show to the values of measures.
+"""Scorers: from images and the scenes that they should show to the values of measures.
 
 A scorer has a `name`, which changes with all that its values depend on, and `score(scenes,
-pictures, regions)`: a list with, for each picture, {measure: value, or a list with a value a
+images, regions)`: a list with, for each image, {measure: value, or a list with a value a
 subject}; None where a measure is not defined.
 """
 
@@ -46,10 +46,10 @@ class PhotographEmbeddings:
 
 
 class SimilarityScorer:
-    """How much pictures resemble the photographs of their subjects, by one network.
+    """How much images resemble the photographs of their subjects, by one network.
 
     With `x` the network's name:
-      x: mean cosine of the picture with the photographs, averaged over subjects.
+      x: mean cosine of the image with the photographs, averaged over subjects.
       x_crop: in scenes of several, for each subject that has a region: mean cosine of what stands
         there with the subject's photographs, all cut out as far as masks are there.
       x_leakage: for each of them, the same cosine with another subject's photographs minus that
@@ -57,21 +57,21 @@ class SimilarityScorer:
     """
 
     def __init__(self, encoder, subject_encoder=None, needs=None):
-        """Takes encoders of whole pictures and of cut-outs, and what the regions depend on."""
+        """Takes encoders of whole images and of cut-outs, and what the regions depend on."""
         self._encoder, self._subject_encoder = encoder, subject_encoder or encoder
         digests = [encoder.digest, self._subject_encoder.digest, needs]
         self.name = f"{encoder.name}-{_short(digests)}"
         self._photographs = PhotographEmbeddings(encoder, self._subject_encoder)
 
-    def score(self, scenes, pictures, regions):
+    def score(self, scenes, images, regions):
         """See the module; `regions` has a list of Region or None for each scene's subjects."""
         name, values = self._encoder.name, []
-        vectors = self._encoder(pictures)
-        # Of a subject that is alone in its scene the whole picture speaks.
+        vectors = self._encoder(images)
+        # Of a subject that is alone in its scene the whole image speaks.
         regions = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, regions)]
         cuts = [
-            subject_regions.crop_subject(picture, region)
-            for picture, row in zip(pictures, regions)
+            subject_regions.crop_subject(image, region)
+            for image, row in zip(images, regions)
             for region in row
             if region
         ]
@@ -105,16 +105,16 @@ class SimilarityScorer:
 
 
 class PromptScorer:
-    """clip_t: cosine of the picture and its prompt."""
+    """clip_t: cosine of the image and its prompt."""
 
     def __init__(self, encoder, encode_text):
         self.name = f"clip_t-{encoder.digest}"
         self._encoder = encoder
         self._text = functools.cache(lambda prompt: encode_text([prompt])[0])
 
-    def score(self, scenes, pictures, regions):
+    def score(self, scenes, images, regions):
         """See the module."""
-        vectors = self._encoder(pictures)
+        vectors = self._encoder(images)
         return [
             {"clip_t": float(vector @ self._text(scene.prompt))}
             for scene, vector in zip(scenes, vectors)
@@ -133,14 +133,14 @@ class RegionScorer:
         """Unit vector of what a subject's photographs have in common."""
         for path in paths:
             if path not in self._prototypes:
-                picture, region = read_photograph(path)
+                image, region = read_photograph(path)
                 self._prototypes[path] = subject_regions.subject_prototype(
-                    self._encode([picture])[0], region and region.mask
+                    self._encode([image])[0], region and region.mask
                 )
         mean = np.mean([self._prototypes[path] for path in paths], axis=0)
         return mean / np.linalg.norm(mean)
 
-    def score(self, scenes, pictures, regions):
+    def score(self, scenes, images, regions):
         """See the module."""
         return [
             {
@@ -148,7 +148,7 @@ class RegionScorer:
                     features, [self._prototype(s.photographs) for s in scene.subjects]
                 )
             }
-            for scene, features in zip(scenes, self._encode(pictures))
+            for scene, features in zip(scenes, self._encode(images))
         ]
 
 
@@ -162,7 +162,7 @@ class MissingScorer:
         """`needs` names what the regions depend on."""
         self.name = f"missing-{_short([needs])}"
 
-    def score(self, scenes, pictures, regions):
+    def score(self, scenes, images, regions):
         """See the module."""
         return [
             {"missing": [float(region is None) for region in row]}
@@ -173,10 +173,10 @@ class MissingScorer:
 
 
 def read_photograph(path):
-    """The picture of a file and its subject's `Region`, None without a mask beside it."""
+    """The image of a file and its subject's `Region`, None without a mask beside it."""
     path = epath.Path(path)
-    picture = read_image(path)
-    return picture, subject_regions.photograph_region(path, picture)
+    image = read_image(path)
+    return image, subject_regions.photograph_region(path, image)
 
 
 def _short(values):

@@ -1,4 +1,4 @@
-"""From the scores of pictures to estimates: tables of values by group, and their means."""
+"""From the scores of images to estimates: tables of values by group, and their means."""
 
 import numpy as np
 

@@ -20,8 +20,8 @@ def write_scenes(source, count, folder, *, samples, seed):
     Args:
       source: of records (`data.dataset.ToyboxSource`).
       folder: where the references are written as PNG, unless they are there.
-      samples: pictures of each scene.
-      seed: of the first picture; each further one has one more.
+      samples: images of each scene.
+      seed: of the first image; each further one has one more.
 
     Returns:
       A list of BenchmarkScene; every scene is a group of its own.
@@ -50,7 +50,7 @@ def write_scenes(source, count, folder, *, samples, seed):
 
 
 class ToyboxScorer:
-    """What the probe reads off pictures, compared with the truth (see `toybox.metrics`)."""
+    """What the probe reads off images, compared with the truth (see `toybox.metrics`)."""
 
     def __init__(self, probe, source, slots, batch_size):
         """Args: the probe's parameters; the source of records; the most subjects of a scene."""

@@ -1,4 +1,4 @@
-"""Pictures from a generator: one compiled program for all prompts and all parameters."""
+"""Images from a generator: one compiled program for all prompts and all parameters."""
 
 import functools
 
@@ -33,7 +33,7 @@ def make_generate(
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
       present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
       uint8 [B, H, W, 3]. The references are what `Generator.encode_reference` says of them. The last three may
-      be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
+      be left out: the keys, one an image, are for samplers that draw noise on the way, scales
       and masks are those of `Conditioning`.
     """
     spacing, guided = generator.config.spacing, samplers.guides(guidance)
@@ -96,7 +96,7 @@ def conditioned_denoiser(
       negative_token_ids: int [2, L]. With them the denoiser is one of 2B latents, for
         `samplers.classifier_free_guidance`: B with prompts and references, then B with these alone.
       image_scale: see `make_generate`.
-      inpainting: [B, h, w, 1 + C], mask and latents of the masked picture, which an inpainting UNet
+      inpainting: [B, h, w, 1 + C], mask and latents of the masked image, which an inpainting UNet
         reads behind the latents.
 
     Returns:
@@ -147,18 +147,18 @@ def scene_noise(seed, indices, shape):
 
 
 def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size, place):
-    """Generates a picture for each of `scenes`.
+    """Generates an image for each of `scenes`.
 
     Args:
       generate: from `make_generate`.
       scenes: EncodedPairs of numpy arrays; the references and captions are used.
-      batch_size: pictures at once; the last batch is filled up.
+      batch_size: images at once; the last batch is filled up.
       place: puts a tree of arrays [batch_size, ...] where the parameters are.
 
     Returns:
       uint8 [len(scenes), H, W, 3], on the host.
     """
-    count, pictures = len(scenes.present), []
+    count, images = len(scenes.present), []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         noise = scene_noise(seed, scenes.index[rows], latent_shape)
@@ -166,9 +166,9 @@ def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size
             lambda x, rows=rows: x[rows],
             (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present),
         )
-        pictures.append(generate(parameters, *place((*inputs, noise))))
-    progress = ItemProgress("pictures drawn", count)
-    for row, picture in enumerate(pictures):
-        pictures[row] = meshes.fetch(picture)
+        images.append(generate(parameters, *place((*inputs, noise))))
+    progress = Progress("images drawn", count)
+    for row, image in enumerate(images):
+        images[row] = meshes.fetch(image)
         progress.add(min(batch_size, count - row * batch_size))
-    return np.concatenate(pictures)[:count]
+    return np.concatenate(images)[:count]

@@ -1,4 +1,4 @@
-"""What a user asks for: a prompt and pictures of its subjects, from the command line or a file."""
+"""What a user asks for: a prompt and images of its subjects, from the command line or a file."""
 
 import dataclasses
 import json
@@ -21,12 +21,12 @@ _MASK = re.compile(r".*\.(png|jpe?g|webp|bmp|tiff?)$", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A picture of a subject.
+    """An image of a subject.
 
     Attributes:
       path: of the file.
       phrase: for people to read, what it shows ("a star").
-      box: x0, y0, x1, y1 in [0, 1], shares of width and height: where in the picture to draw the
+      box: x0, y0, x1, y1 in [0, 1], shares of width and height: where in the image to draw the
         subject may show itself; None for everywhere.
       mask: file that says the same by its light pixels; "" for none. Not with a box.
       scale: weight of this reference, >= 0.
@@ -41,7 +41,7 @@ class Reference:
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path or not isinstance(self.phrase, str):
             raise UserError(
-                f"reference {self.path!r}: give the path of a picture, and a text as its phrase."
+                f"reference {self.path!r}: give the path of an image, and a text as its phrase."
             )
         if not isinstance(self.scale, (int, float)) or not 0 <= self.scale < float("inf"):
             raise UserError(f"reference {self.path}: scale = {self.scale!r}: give a number >= 0.")
@@ -62,13 +62,13 @@ class Reference:
 
     @property
     def has_region(self):
-        """Whether it may show itself in a part of the picture alone."""
+        """Whether it may show itself in a part of the image alone."""
         return bool(self.box or self.mask)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One picture to draw; `seed` alone decides its noise."""
+    """One image to draw; `seed` alone decides its noise."""
 
     text: str
     references: tuple[Reference, ...]
@@ -176,12 +176,12 @@ def load_reference(path, size):
     Raises:
       UserError: the file is missing or cannot be used.
     """
-    picture = Image.fromarray(read_image(path, "reference"))
-    return np.asarray(ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color="white"))
+    image = Image.fromarray(read_image(path, "reference"))
+    return np.asarray(ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white"))
 
 
 def load_region_mask(reference, side):
-    """Where a reference may show itself in a square picture: float32 [side, side] in [0, 1].
+    """Where a reference may show itself in a square image: float32 [side, side] in [0, 1].
 
     Raises:
       UserError: its mask is missing, cannot be used, or is black all over.

@@ -12,7 +12,7 @@ _MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
 
 
 class Sampler:
-    """Draws pictures from prompts; models of one architecture share its compiled program.
+    """Draws images from prompts; models of one architecture share its compiled program.
 
     Prompts that place their references have a second one, since masks change how references are
     attended to. A batch is divided among as many devices as share it equally.
@@ -35,11 +35,11 @@ class Sampler:
 
         Args:
           model: a `training.models.Model`.
-          resolution: side of the pictures in pixels.
+          resolution: side of the images in pixels.
           slots: the largest number of references of a prompt.
           steps, guidance, image_scale, sampler: see `make_generate`.
           negative: the negative prompt.
-          batch_size: pictures drawn at once.
+          batch_size: images drawn at once.
         """
         model.generator.config.check_resolution(resolution, "--resolution=")
         self._model, self._resolution, self._slots = model, resolution, slots
@@ -70,7 +70,7 @@ class Sampler:
         parameters = self.place(self._model.parameters if parameters is None else parameters)
         references = {r for prompt in prompts for r in prompt.references}
         size = self._model.generator.config.image_encoder.image_size
-        pictures = {path: load_reference(path, size) for path in {r.path for r in references}}
+        images = {path: load_reference(path, size) for path in {r.path for r in references}}
         places = {r: load_region_mask(r, _MASK_SIDE) for r in references}
         # Whether a prompt places its references decides its program, whoever is beside it.
         kinds = [any(r.has_region for r in prompt.references) for prompt in prompts]
@@ -82,12 +82,12 @@ class Sampler:
                 rows = rows[: self._batch_size]
                 filled = rows + rows[-1:] * (self._batch_size - len(rows))
                 batch = self._draw_batch(
-                    parameters, [prompts[i] for i in filled], pictures, places if kind else None
+                    parameters, [prompts[i] for i in filled], images, places if kind else None
                 )
                 drawn |= dict(zip(rows, np.asarray(batch)))
             yield drawn.pop(first)
 
-    def _draw_batch(self, parameters, prompts, pictures, places):
+    def _draw_batch(self, parameters, prompts, images, places):
         generator, side = self._model.generator, self._resolution
         size = generator.config.image_encoder.image_size
         references = np.full((len(prompts), self._slots, size, size, 3), 255, np.uint8)
@@ -96,7 +96,7 @@ class Sampler:
         masks = np.ones((*present.shape, _MASK_SIDE, _MASK_SIDE), np.float32) if places else None
         for row, prompt in enumerate(prompts):
             for slot, reference in enumerate(prompt.references):
-                references[row, slot] = pictures[reference.path]
+                references[row, slot] = images[reference.path]
                 present[row, slot] = True
                 scales[row, slot] = reference.scale
                 if places:

@@ -1,7 +1,7 @@
 """Backgrounds of Toybox scenes: a muted colour and a light texture each.
 
 Saturation stays low and contrast small, so that subjects stand out and a background can still be
-named from any part of it. Texture geometry scales with the picture; its phase is random.
+named from any part of it. Texture geometry scales with the image; its phase is random.
 """
 
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 
 @functools.cache
 def _grid(resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates x [1, R] and y [R, 1] of pixels, in units of 1/64 of the picture."""
+    """Coordinates x [1, R] and y [R, 1] of pixels, in units of 1/64 of the image."""
     line = np.arange(resolution, dtype=np.float32) * np.float32(64 / resolution)
     return line[None, :], line[:, None]
 

@@ -13,9 +13,9 @@ import numpy as np
 from focusdpo_jax.toybox.subjects import PATTERNS, hue_distance
 
 MIN_AREA = 0.012
-"""Share of the picture that a class must cover to count as shown, [ours].
+"""Share of the image that a class must cover to count as shown, [ours].
 
-A rendered subject touches 5 to 16 % of its picture's pixels, a few less at its core; 1.2 % of
+A rendered subject touches 5 to 16 % of its image's pixels, a few less at its core; 1.2 % of
 64 x 64 is 49 pixels, three of the probe's 16 x 16 cells. Less is taken for a smudge."""
 
 HUE_TOLERANCE = 1 / 12
@@ -31,15 +31,15 @@ _PLAIN = PATTERNS.index("plain")
 
 
 def compute(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TOLERANCE):
-    """Compares B pictures with what they should show.
+    """Compares B images with what they should show.
 
     Args:
-      readings: `probe.Readings` of the pictures, its fields convertible to numpy.
+      readings: `probe.Readings` of the images, its fields convertible to numpy.
       truth: dict with `class_id`, `hue`, `pattern`, `pattern_hue`, `part`, each [B, S], of the
         subjects of the references, and `background` [B]; as `PreferenceBatch.truth`.
       present: bool [B, S], which slots hold a subject. Rows without any, and rows with two subjects of
         one class, are left out of all measures: clear those that only fill up a batch, `present & (index >= 0)[:, None]`.
-      min_area: share of the picture from which on a class counts as shown.
+      min_area: share of the image from which on a class counts as shown.
       hue_tolerance: largest distance of hues, on a circle of length 1, that count as equal.
 
     Returns:

@@ -25,14 +25,14 @@ def first_reference(batch):
 
 
 def pixels(images):
-    """uint8 pictures as float32 in [0, 1]."""
+    """uint8 images as float32 in [0, 1]."""
     return jnp.asarray(images, jnp.float32) / 255
 
 
 def crops_around(images, masks, key, size):
     """Square crops [B, size, size, 3] of images [B, H, W, 3] near what bool `masks` [B, H, W] mark.
 
-    A crop's middle is the mask's, moved at random by a few pixels and kept inside the picture.
+    A crop's middle is the mask's, moved at random by a few pixels and kept inside the image.
     """
     marked = masks.astype(jnp.float32)
     total = jnp.maximum(marked.sum((1, 2)), 1.0)
@@ -80,8 +80,8 @@ def _reconstruction(generator, parameters, images, key):
 def autoencoder_loss(generator):
     """The loss of a variational autoencoder on crops around subjects, and a few whole scenes.
 
-    The subjects are what is hard about the pictures: crops around them, in scenes and references,
-    teach as much as whole pictures do in a fraction of the time. Whole ones keep the statistics of
+    The subjects are what is hard about the images: crops around them, in scenes and references,
+    teach as much as whole images do in a fraction of the time. Whole ones keep the statistics of
     the group normalisations true.
     """
 
@@ -125,7 +125,7 @@ def with_latent_scale(model, parameters, images):
 def image_encoder_loss(generator):
     """Reads attributes off the image encoder's penultimate patches, in scenes and references.
 
-    The last layer learns the classes and the background of the whole picture, so that its pooled
+    The last layer learns the classes and the background of the whole image, so that its pooled
     embedding says what CLIP's would.
     """
     heads, side = AttributeHeads(TOYBOX), generator.patch_grid
@@ -187,7 +187,7 @@ def init_heads(generator, key):
 def probe_loss(generator):
     """Trains the probe on scenes as they are and, one half, through the autoencoder with noise.
 
-    Generated pictures carry the autoencoder's traces and the sampler's small errors; a probe that
+    Generated images carry the autoencoder's traces and the sampler's small errors; a probe that
     has seen only clean renders would read those as attributes.
     """
     probe = Probe(TOYBOX)

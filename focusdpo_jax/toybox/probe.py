@@ -1,4 +1,4 @@
-"""A network that reads the attributes of Toybox subjects off a picture, generated or rendered.
+"""A network that reads the attributes of Toybox subjects off an image, generated or rendered.
 
 It answers at every cell of a grid: which class is here, and what does that subject look like. A
 subject is then read as the average over the cells of its class, which holds for scenes without two
@@ -38,14 +38,14 @@ TOYBOX = AttributeSpace(
 
 @flax.struct.dataclass
 class AttributeMaps:
-    """What is seen at each cell of a g x g grid, for B pictures.
+    """What is seen at each cell of a g x g grid, for B images.
 
     Attributes:
       class_logits: [B, g, g, classes + 1]; the last is "no subject".
       hue, pattern_hue: [B, g, g, 2], the hue as (cos, sin) on its circle, not normalised.
       pattern_logits: [B, g, g, patterns].
       part_logits: [B, g, g, parts].
-      background_logits: [B, backgrounds], of the whole picture.
+      background_logits: [B, backgrounds], of the whole image.
     """
 
     class_logits: jax.Array
@@ -109,7 +109,7 @@ def hue_vector(hue):
 
 
 def attribute_loss(maps, truth, masks, present, background):
-    """How wrong `maps` are about pictures whose truth is known.
+    """How wrong `maps` are about images whose truth is known.
 
     Args:
       maps: AttributeMaps on a g x g grid.
@@ -161,10 +161,10 @@ def attribute_loss(maps, truth, masks, present, background):
 
 @flax.struct.dataclass
 class Readings:
-    """What a picture shows, class by class: what each class's subject would look like.
+    """What an image shows, class by class: what each class's subject would look like.
 
     Attributes:
-      area: [B, classes], share of the picture that the class covers.
+      area: [B, classes], share of the image that the class covers.
       hue, pattern_hue: [B, classes] in [0, 1).
       pattern, part: int [B, classes].
       background: int [B].

@@ -93,7 +93,7 @@ def trim(*crops: Crop) -> list[Crop]:
 
 
 def _window(crop: Crop, offset: tuple[int, int]) -> tuple[slice, slice]:
-    """The part of a picture under a crop whose first pixel lies at `offset` (row, column)."""
+    """The part of an image under a crop whose first pixel lies at `offset` (row, column)."""
     height, width = crop.coverage.shape
     return slice(offset[0], offset[0] + height), slice(offset[1], offset[1] + width)
 
@@ -105,7 +105,7 @@ def paste(canvas: np.ndarray, crop: Crop, offset: tuple[int, int]) -> None:
 
 
 def covered_pixels(crop: Crop, offset: tuple[int, int], resolution: int) -> np.ndarray:
-    """Every pixel of the picture that a crop touches, bool [resolution, resolution]."""
+    """Every pixel of the image that a crop touches, bool [resolution, resolution]."""
     mask = np.zeros((resolution, resolution), bool)
     mask[_window(crop, offset)] = crop.coverage > 0
     return mask
@@ -127,7 +127,7 @@ def bounding_box(mask: np.ndarray) -> np.ndarray:
 
 
 def _random_offset(rng: np.random.Generator, crop: Crop, resolution: int) -> tuple[int, int]:
-    """A uniform place at which a crop lies inside the picture."""
+    """A uniform place at which a crop lies inside the image."""
     height, width = crop.coverage.shape
     return int(rng.integers(resolution - height + 1)), int(rng.integers(resolution - width + 1))
 

@@ -4,7 +4,7 @@ A *subject* has a class (its outline), a body hue, a pattern with a hue of its o
 A *reference* shows it alone on white. A *scene* shows one to three subjects on a background, of
 different classes unless the world has scenes with two of one class; its caption names classes and
 background but no looks, so that identity can come from the references alone. The *rejected* scene is
-the same picture with some subjects disrupted: same class, pose and place, another individual, which may
+the same image with some subjects disrupted: same class, pose and place, another individual, which may
 wear a look leaked from its neighbour. The disrupted region may also carry what inpainting leaves: a
 blur, a tint, a seam or a grain.
 
@@ -225,7 +225,7 @@ class World:
                 if offsets is not None:
                     return groups, offsets
             largest *= (
-                0.95  # These shapes are too bulky for one picture: paint them a little smaller.
+                0.95  # These shapes are too bulky for one image: paint them a little smaller.
             )
 
 

@@ -1,4 +1,4 @@
-"""DINO, DINOv2 and CLIP as DreamBench uses them: pictures and prompts to unit vectors."""
+"""DINO, DINOv2 and CLIP as DreamBench uses them: images and prompts to unit vectors."""
 
 import dataclasses
 import functools
@@ -16,21 +16,21 @@ from focusdpo_jax.sharding.mesh import drawing_mesh, replicate, shard_batch
 from focusdpo_jax.vision import preprocess
 
 # The patches that tell one individual from another: of the output of which layer, as a share of
-# their number, and of a picture of which side in pixels (experiments/real_photographs.py).
+# their number, and of an image of which side in pixels (experiments/real_photographs.py).
 _PATCH_DEPTH, _PATCH_SIDE = 0.75, 448
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionEncoder:
-    """Pictures to vectors.
+    """Images to vectors.
 
     Attributes:
       name: prefix of its measures (`metric_names.ENCODERS`).
       apply: jitted function of parameters and [B, h, w, 3] to [B, ...].
       parameters: of `apply`, on the host.
-      settings: how pictures are prepared.
+      settings: how images are prepared.
       digest: changes when the parameters or the layer do.
-      batch_size: pictures at once, divided among as many devices as share them equally.
+      batch_size: images at once, divided among as many devices as share them equally.
     """
 
     name: str
@@ -46,11 +46,11 @@ class VisionEncoder:
         mesh = drawing_mesh(self.batch_size)
         return mesh, replicate(self.parameters, mesh)
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Vectors of length 1 along the last axis, float32 [N, ...], of uint8 [H, W, 3] each."""
         (mesh, parameters), vectors = self._placed, []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = pictures[start : start + self.batch_size]
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
             pixels = np.stack([preprocess.preprocess(p, self.settings) for p in batch])
             # One shape, one program.
             pixels = np.pad(pixels, [(0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
@@ -61,7 +61,7 @@ class VisionEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """Prompts to vectors in the space of CLIP's pictures; attributes as of `VisionEncoder`."""
+    """Prompts to vectors in the space of CLIP's images; attributes as of `VisionEncoder`."""
 
     apply: Callable
     parameters: Any
@@ -78,13 +78,13 @@ class TextEncoder:
 
 
 def load_dino(name, folder, batch_size=16):
-    """DINO or DINOv2 from transformers' folder: encoders of pictures, of subjects and of patches.
+    """DINO or DINOv2 from transformers' folder: encoders of images, of subjects and of patches.
 
     The first gives the class token of the last layer [N, D] of the middle 224 of 256 pixels, as the
     original's evaluation does. The second, for subjects that are cut out, gives that of the layer
     before [ours]: the last may have been trained on to tell kinds and not individuals
     (experiments/real_photographs.py). The third gives the patches of a layer before that,
-    [N, g, g, D], of the whole picture.
+    [N, g, g, D], of the whole image.
 
     Args:
       name: "dino" or "dinov2".
@@ -124,7 +124,7 @@ def load_dino(name, folder, batch_size=16):
 
 
 def load_clip(folder, batch_size=16):
-    """CLIP from transformers' folder: (encoder of pictures, encoder of prompts).
+    """CLIP from transformers' folder: (encoder of images, encoder of prompts).
 
     Raises:
       UserError: the folder is not readable as such.

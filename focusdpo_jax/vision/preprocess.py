@@ -1,4 +1,4 @@
-"""Pictures as CLIP and DINO expect them: resized, cropped and normalised like the originals.
+"""Images as CLIP and DINO expect them: resized, cropped and normalised like the originals.
 
 The steps are those of torchvision's transforms on Pillow images, from which CLIP's and DINO's
 authors built theirs, and of transformers' image processors: Pillow's resize, which filters over as
@@ -21,12 +21,12 @@ _PROCESSORS = {"CLIP": False, "Bit": False, "ViT": True}
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What is done to a picture.
+    """What is done to an image.
 
     Attributes:
       resize: the shorter side, the other keeping its ratio; or (height, width). In pixels.
       crop: (height, width) kept around the centre; None for all.
-      mean, deviation: of the channels of a picture in [0, 1].
+      mean, deviation: of the channels of an image in [0, 1].
       resample: Pillow's filter.
     """
 
@@ -92,7 +92,7 @@ def from_config(values):
 
 
 def preprocess(image, settings):
-    """One picture as an encoder expects it.
+    """One image as an encoder expects it.
 
     Args:
       image: uint8 [H, W, 3], or a Pillow image of any mode.

@@ -1,4 +1,4 @@
-"""Where in a picture its subjects stand: given as masks or boxes, or found by patch features."""
+"""Where in an image its subjects stand: given as masks or boxes, or found by patch features."""
 
 import dataclasses
 
@@ -9,16 +9,16 @@ from PIL import Image
 from focusdpo_jax.data import dreambench, geometry, images
 
 _MARGIN = 0.05  # Around a box, as a share of its longer side.
-_SMALLEST = 0.01  # Share of the picture's patches that a subject covers at least.
+_SMALLEST = 0.01  # Share of the image's patches that a subject covers at least.
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A subject's region in a picture.
+    """A subject's region in an image.
 
     Attributes:
       box: x0, y0, x1, y1 in [0, 1].
-      mask: bool [H, W] of the picture's size, its pixels, or None where only a box is known.
+      mask: bool [H, W] of the image's size, its pixels, or None where only a box is known.
     """
 
     box: tuple[float, float, float, float]
@@ -30,28 +30,28 @@ class Region:
         return cls(tuple(map(float, geometry.mask_box(mask))), mask)
 
 
-def crop_subject(picture, region):
+def crop_subject(image, region):
     """The subject alone: the square around its box, on white where the mask leaves it out.
 
     Args:
-      picture: uint8 [H, W, 3].
-      region: a `Region`, or None for the whole picture.
+      image: uint8 [H, W, 3].
+      region: a `Region`, or None for the whole image.
 
     Returns:
-      uint8 [s, s, 3]; white where the square reaches beyond the picture.
+      uint8 [s, s, 3]; white where the square reaches beyond the image.
     """
     if place is None:
-        return geometry.pad_to_square(picture, max(picture.shape[:2]))
-    height, width = picture.shape[:2]
+        return geometry.pad_to_square(image, max(image.shape[:2]))
+    height, width = image.shape[:2]
     if region.mask is not None:
-        picture = np.where(region.mask[..., None], picture, np.uint8(geometry.WHITE))
+        image = np.where(region.mask[..., None], image, np.uint8(geometry.WHITE))
     x0, y0, x1, y1 = np.array(region.box) * (width, height, width, height)
     side = max(2, round(max(x1 - x0, y1 - y0) * (1 + 2 * _MARGIN)))
     left, top = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2)
     square = np.full((side, side, 3), geometry.WHITE, np.uint8)
     rows = slice(max(top, 0), max(min(top + side, height), 0))
     columns = slice(max(left, 0), max(min(left + side, width), 0))
-    part = picture[rows, columns]
+    part = image[rows, columns]
     y, x = rows.start - top, columns.start - left
     square[y : y + part.shape[0], x : x + part.shape[1]] = part
     return square
@@ -69,10 +69,10 @@ def read_mask(path, size):
     return mask if mask.any() else None
 
 
-def photograph_region(path, picture):
+def photograph_region(path, image):
     """The region of the subject of a photograph that has a NN_mask.png beside it, or None."""
     file = dreambench.mask_path(path)
-    mask = read_mask(file, picture.shape[:2]) if file.exists() else None
+    mask = read_mask(file, image.shape[:2]) if file.exists() else None
     return None if mask is None else Region.from_mask(mask)
 
 
@@ -81,7 +81,7 @@ def subject_prototype(features, mask):
 
     Args:
       features: [g, g, D], unit vectors.
-      mask: bool [H, W] of the subject in the same picture, or None for all of it.
+      mask: bool [H, W] of the subject in the same image, or None for all of it.
     """
     weight = np.ones(features.shape[:2], np.float32)
     if mask is not None:
@@ -98,13 +98,13 @@ def find_regions(features, prototypes):
 
     A patch belongs to the subject whose prototype it resembles most, if it resembles it more than
     the background does (Otsu's threshold, 1979, over all patches). A subject's place is the largest
-    connected piece of its patches, if that covers a hundredth of the picture.
+    connected piece of its patches, if that covers a hundredth of the image.
 
     A region found so is one that looks like the subject: leakage measured there is less than where
     the place is known. A subject of which nothing is found has no region.
 
     Args:
-      features: [g, g, D], unit vectors of the picture's patches.
+      features: [g, g, D], unit vectors of the image's patches.
       prototypes: [S, D], unit vectors.
 
     Returns:

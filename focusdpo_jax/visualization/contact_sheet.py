@@ -5,7 +5,7 @@ from PIL import Image
 
 from focusdpo_jax.visualization import grids
 
-_SIDE = 160  # Of a picture on the page, in pixels.
+_SIDE = 160  # Of an image on the page, in pixels.
 _GREY = 110
 _TINTS = np.array([(255, 70, 70), (60, 140, 255), (70, 200, 90), (240, 180, 40)])
 
@@ -36,18 +36,18 @@ def draw(path, records):
 
 
 def _masks(record):
-    picture = _marked(record["chosen"], record["prior_mask"]).astype(np.float32)
+    image = _marked(record["chosen"], record["prior_mask"]).astype(np.float32)
     for i, subject in enumerate(record["subjects"]):
         mask = subject["mask"]
-        picture[mask] = 0.6 * picture[mask] + 0.4 * _TINTS[i % len(_TINTS)]
-    return picture.astype(np.uint8)
+        image[mask] = 0.6 * image[mask] + 0.4 * _TINTS[i % len(_TINTS)]
+    return image.astype(np.uint8)
 
 
-def _marked(picture, mask):
-    """The picture, dim and without colour outside the mask."""
-    dim = (picture.mean(-1, keepdims=True) * 0.3 + _GREY).astype(np.uint8)
-    return np.where(mask[..., None], picture, dim)
+def _marked(image, mask):
+    """The image, dim and without colour outside the mask."""
+    dim = (image.mean(-1, keepdims=True) * 0.3 + _GREY).astype(np.uint8)
+    return np.where(mask[..., None], image, dim)
 
 
-def _fit(picture):
-    return np.asarray(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.BOX))
+def _fit(image):
+    return np.asarray(Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX))

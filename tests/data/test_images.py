@@ -1,4 +1,4 @@
-"""Files of every kind become the picture that their owner sees."""
+"""Files of every kind become the image that their owner sees."""
 
 import io
 
@@ -115,7 +115,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
 
 def test_programs_are_not_pictures():
     """Pillow would hand PostScript to Ghostscript."""
-    with pytest.raises(UnreadableImage, match="is no picture in PNG"):
+    with pytest.raises(UnreadableImage, match="is not an image in PNG"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n")
 
 

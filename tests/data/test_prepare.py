@@ -61,7 +61,7 @@ def test_records_are_what_the_manifest_says(good):
     record = records["thing number 1"]
     assert len(record["subjects"]) == 2
     # 24 x 32 at 2/3: x from 8, less the crop. Masks are two rectangles, 6 to 18 and 8 to 15, 17 to
-    # 24, whose middle is that of the picture.
+    # 24, whose middle is that of the image.
     assert record["original_size"].tolist() == [24, 32] and record["crop"].tolist() == [0, 3]
     left = 3 * 1.5
     for j, subject in enumerate(record["subjects"]):

@@ -25,7 +25,7 @@ from focusdpo_jax.errors import UserError
 
 SETTINGS = prepare.Settings(resolution=16, max_subjects=3)
 HEIGHT, WIDTH = example_pairs.HEIGHT, example_pairs.WIDTH
-BAD_FILE = r"truncated|damaged|is no picture"
+BAD_FILE = r"truncated|damaged|is not an image"
 LONGEST = 60  # Seconds for a manifest, which takes milliseconds.
 MEMORY = 100 << 20  # Bytes that one may take; a bomb asks for 240 MB and more.
 
@@ -97,7 +97,7 @@ def no_picture(case):
             b"\n" * 99,
         )
     )
-    return field, "is no picture"
+    return field, "is not an image"
 
 
 def cut_off(case):
@@ -118,7 +118,7 @@ def damaged(case):
 
 
 def bomb(case):
-    """A small file that says it is a huge picture."""
+    """A small file that says it is a huge image."""
     where, key, field = case.file_field()
     side = case.pick(9000, 40000, 65000)
     content = case.pick(
@@ -134,7 +134,7 @@ def bomb(case):
 
 
 def compressed_text(case):
-    """A picture whose comment, when it is unpacked, has 256 MiB."""
+    """An image whose comment, when it is unpacked, has 256 MiB."""
     where, key, field = case.file_field()
     where[key] = case.new_file(
         png(16, zlib.compress(bytes(10000)), chunk(b"zTXt", b"Comment\0\0" + zeros()))
@@ -150,7 +150,7 @@ def zeros():
 
 
 def png(side, pixels, *chunks):
-    """A PNG file of a square picture, with these chunks before its pixels."""
+    """A PNG file of a square image, with these chunks before its pixels."""
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
@@ -165,7 +165,7 @@ def chunk(name, data):
 
 
 def patched(kind, where, form, *values):
-    """A picture's file with other numbers at a place, or behind bytes that occur once."""
+    """An image's file with other numbers at a place, or behind bytes that occur once."""
     content = bytearray(example_pairs.encoded(np.zeros((4, 4, 3), np.uint8), kind))
     at = where if isinstance(where, int) else content.index(where) + len(where)
     struct.pack_into(form, content, at, *values)
@@ -496,7 +496,7 @@ ROUNDS = 9  # 39 kinds of mistakes, 351 manifests.
 
 @contextlib.contextmanager
 def bounded():
-    """Fails what hangs, or takes more memory than pictures of these sizes have a reason to."""
+    """Fails what hangs, or takes more memory than images of these sizes have a reason to."""
 
     def hangs(*_):
         raise TimeoutError("this manifest keeps prepare busy")

@@ -160,7 +160,7 @@ def test_an_interrupted_start_ends_as_if_nothing_had_happened(run, scenes, good,
         run(scenes, output)
     run.artist.stop_at = None
     half = output / "scenes" / "000003"
-    half.mkdir(parents=True)  # What a kill leaves: the pictures of a scene without its line.
+    half.mkdir(parents=True)  # What a kill leaves: the images of a scene without its line.
     (half / "rejected.png").write_bytes(b"half")
     (half / "mask0.png.1234abcd.tmp").write_bytes(b"half")
     (output / "report.json.1234abcd.tmp").write_bytes(b"half")
@@ -241,7 +241,7 @@ REFUSED = {
     r"rejected is not a field; what is your own belongs in info": lambda line, s, f: line.update(
         rejected="0.png"
     ),
-    "caption is missing; say what the picture shows": lambda line, s, f: line.pop("caption"),
+    "caption is missing; say what the image shows": lambda line, s, f: line.pop("caption"),
     "chosen is 7 x 52 pixels, too small for 32; give at least 8": lambda line, s, f: f.update(
         {
             "0.png": encoded(np.zeros((7, 52, 3), np.uint8)),

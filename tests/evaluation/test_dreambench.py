@@ -137,7 +137,7 @@ def test_folders_of_one_subject(tmp_path, entries, caplog):
 
 
 class Pixels:
-    """The pixels of a picture as a unit vector."""
+    """The pixels of an image as a unit vector."""
 
     name, digest = "dinov2", "pixels"
 

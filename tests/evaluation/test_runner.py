@@ -1,4 +1,4 @@
-"""Evaluations in their folder: stopped and gone on with, of other people's pictures, compared."""
+"""Evaluations in their folder: stopped and gone on with, of other people's images, compared."""
 
 import html.parser
 import json
@@ -116,7 +116,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_results(
         evaluate(tmp_path, config, probe, sides)
     monkeypatch.setattr(OutputFolder, "save_image", kept)
     written = {path: os.stat(path).st_mtime_ns for path in saved}
-    # A picture and a score that were being written are no harm.
+    # An image and a score that were being written are no harm.
     (tmp_path / "pictures" / "base" / "0000_0.png.tmp").write_text("half")
     evaluate(tmp_path, config, probe, sides)
     assert {path: os.stat(path).st_mtime_ns for path in saved} == written
@@ -164,7 +164,7 @@ def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
 def test_pictures_of_another_program(config, probe, whole, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
-    with pytest.raises(UserError, match="lacks 4 of 4 pictures, such as 0000_0.png"):
+    with pytest.raises(UserError, match="lacks 4 of 4 images, such as 0000_0.png"):
         evaluate(tmp_path / "out", config, probe, {}, images=images)
     for path in (whole / "pictures" / "policy").iterdir():
         Image.open(path).save(images / path.name)

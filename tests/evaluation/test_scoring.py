@@ -65,7 +65,7 @@ def test_two_subjects_in_their_places_and_swapped(subjects):
     right, swapped, lost = scorer.score(
         [scene] * 3, [picture] * 3, [halves, halves[::-1], [None, halves[1]]]
     )
-    # The whole picture is (1, 1, 0) / sqrt 2; green's photograph (0, 1, 1) / sqrt 2.
+    # The whole image is (1, 1, 0) / sqrt 2; green's photograph (0, 1, 1) / sqrt 2.
     assert right["dinov2"] == pytest.approx((np.sqrt(0.5) + 0.5) / 2)
     # The margin of a box takes in a row of the neighbour's, 1 in 10 columns at most.
     assert right["dinov2_crop"] == pytest.approx([1, 1], abs=0.02)

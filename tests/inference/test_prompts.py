@@ -1,4 +1,4 @@
-"""Prompts and reference pictures as users give them."""
+"""Prompts and reference images as users give them."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_bad_pictures_are_named(tmp_path):
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:5000])
     for name, reason in (
         ("none", "no such file"),
-        ("text", "is no picture in PNG"),
+        ("text", "is not an image in PNG"),
         ("half", "is truncated"),
     ):
         with pytest.raises(UserError, match=reason) as error:

@@ -28,7 +28,7 @@ def truth_of(*scenes, slots=3):
 
 
 def readings_of(*scenes, classes=6):
-    """Readings of pictures that show the given subjects, each on 6 % of the picture."""
+    """Readings of images that show the given subjects, each on 6 % of the image."""
     fields = {
         name: np.zeros((len(scenes), classes), float if "hue" in name else int)
         for name in GREEN
