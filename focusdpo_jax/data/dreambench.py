@@ -186,7 +186,9 @@ def _load(path: epath.Path) -> tuple[RGBImage, Mask]:
     except UnreadableImage as error:
         raise UserError(f"{file} {error}") from error
     if mask.shape != image.shape[:2] or not mask.any():
-        raise UserError(f"{file} is empty or of another size than {path.name}; mend it")
+        raise UserError(
+            f"{file} is empty, or its size differs from that of {path.name}; correct it"
+        )
     return image, mask
 
 

@@ -1,15 +1,17 @@
-"""From a line of a manifest to a preference record: its files, checked against each other.
+"""Builds a preference record from a line of a manifest and the content of its files.
 
-What cannot be used is refused here, with the field and the cure; what can be used leaves as a
-record of square images (`record`), whose masks went through the same window as the images did.
+Lines that cannot be used raise `LineError` with the field and the cure. The others become records of
+square images (`record`); masks are cropped by the same window as the images.
 """
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import geometry
 from focusdpo_jax.data.images import (
     UnreadableImage,
@@ -20,45 +22,47 @@ from focusdpo_jax.data.images import (
 from focusdpo_jax.data.manifest import LineError, PairLine
 
 VISIBLE = 16
-"""A pixel counts as different from this difference of a channel on: JPEG's noise stays below."""
+"""Smallest difference of a channel, in 1/255, that counts as visible; JPEG noise stays below."""
 
 MISSED = 0.05
-"""Largest share of the visible difference that may lie outside `prior_mask`."""
+"""Largest share of the visibly different pixels that may be outside `prior_mask`."""
 
 KEPT = 0.5
 """Smallest share of a subject's mask that must be inside the square window."""
 
 MAGNIFIED = 4
-"""How many times an image may be enlarged."""
+"""Largest factor by which an image may be enlarged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSizes:
-    """What the images of a data set have in common, in pixels.
+    """Sides of the images of a data set, in pixels.
 
     Attributes:
-      resolution: side of chosen, rejected and the masks in them.
-      reference: side of the references.
+      resolution: of chosen, rejected and the masks in them.
+      reference: of the references.
     """
 
     resolution: int
     reference: int
 
 
-def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -> tuple[dict, dict]:
-    """The record of a line.
+def make_record(
+    line: PairLine, contents: Mapping[str, bytes], sizes: ImageSizes
+) -> tuple[dict, dict]:
+    """Builds the record of a line.
 
     Args:
-      line: what the manifest says.
-      contents: field to content of every file of `line.files()`.
+      line: the parsed line.
+      contents: {field: content} of every file of `line.files()`.
       sizes: of the result.
 
     Returns:
-      The record, as in `record` but for `index`, with original_size int32 [2] (height, width) and
-      crop int32 [2] (top, left), as SDXL's time ids take them; and facts about it for the report.
+      The record, as in `record` but without `index`, with original_size int32 [2] (height, width) and
+      crop int32 [2] (top, left), as SDXL's time ids expect them; and facts about it for the report.
 
     Raises:
-      LineError: names the field, what is wrong and what would be right.
+      LineError: the message has the field, the fault and the cure.
     """
     images, masks, changes = decode_files(line.files(), contents)
     chosen, rejected = images["chosen"], images["rejected"]
@@ -74,7 +78,7 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -
         "caption": line.caption,
         "chosen": view.image(chosen),
         "rejected": view.image(rejected),
-        "prior_mask": _seen("prior_mask", prior, view),
+        "prior_mask": _crop_mask("prior_mask", prior, view),
         "original_size": np.array(shape, np.int32),
         "crop": np.array([view.top, view.left], np.int32),
         "subjects": [],
@@ -84,7 +88,7 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -
         reference_mask = geometry.pad_to_square(masks[where + "reference_mask"], sizes.reference)
         if not reference_mask.any():
             raise LineError(where + "reference_mask", "is too small; mark the subject's pixels")
-        mask = _seen(where + "mask", mask, view)
+        mask = _crop_mask(where + "mask", mask, view)
         record["subjects"].append(
             {
                 "phrase": subject.phrase,
@@ -97,19 +101,21 @@ def make_record(line: PairLine, contents: dict[str, bytes], sizes: ImageSizes) -
     return record, _facts(line, record, contents, changes)
 
 
-def decode_files(files: dict[str, str], contents: dict[str, bytes]):
-    """The images and masks of a line.
+def decode_files(
+    files: Mapping[str, str], contents: Mapping[str, bytes]
+) -> tuple[dict[str, RGBImage], dict[str, Mask], list[str]]:
+    """Decodes the images and masks of a line.
 
     Args:
-      files: field to path, as `PairLine.files()`; the fields of masks end in "mask".
-      contents: field to content.
+      files: {field: path}, as `PairLine.files()`; the fields of masks end in "mask".
+      contents: {field: content}.
 
     Returns:
-      {field: uint8 [H, W, 3]}, {field: bool [H, W]}, and what had to be changed
+      {field: uint8 [H, W, 3]}, {field: bool [H, W]}, and the names of the conversions
       (`images.decode_image`).
 
     Raises:
-      LineError: a file is no image.
+      LineError: a file is not an image.
     """
     images, masks, changes = {}, {}, []
     for field, content in contents.items():
@@ -125,8 +131,8 @@ def decode_files(files: dict[str, str], contents: dict[str, bytes]):
     return images, masks, changes
 
 
-def check_masks(masks: dict[str, np.ndarray], images: dict[str, np.ndarray]) -> None:
-    """Refuses a mask that is empty or of another size than its image."""
+def check_masks(masks: Mapping[str, Mask], images: Mapping[str, RGBImage]) -> None:
+    """Raises LineError if a mask is empty, or if its size differs from that of its image."""
     for field, mask in masks.items():
         image = field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen"
         _same_size(field, mask, images[image].shape[:2], image)
@@ -135,7 +141,7 @@ def check_masks(masks: dict[str, np.ndarray], images: dict[str, np.ndarray]) -> 
 
 
 def check_resolution(shape: tuple[int, int], resolution: int) -> None:
-    """Refuses a chosen image, of (height, width), that would be enlarged too much."""
+    """Raises LineError if a chosen image, of (height, width), would be enlarged by too large a factor."""
     if min(shape) * MAGNIFIED < resolution:
         raise LineError(
             "chosen",
@@ -144,8 +150,8 @@ def check_resolution(shape: tuple[int, int], resolution: int) -> None:
         )
 
 
-def _facts(line, record, contents, changes):
-    """What the report counts, as JSON values."""
+def _facts(line: PairLine, record: dict, contents: Mapping[str, bytes], changes: list[str]) -> dict:
+    """Returns the JSON values of a line that the report aggregates."""
     pair = hashlib.sha256(line.caption.encode())
     for field in ("chosen", "rejected"):
         pair.update(hashlib.sha256(contents[field]).digest())
@@ -160,10 +166,10 @@ def _facts(line, record, contents, changes):
     }
 
 
-def _difference(chosen, rejected):
-    """bool [H, W], where the two differ visibly."""
+def _difference(chosen: RGBImage, rejected: RGBImage) -> Mask:
+    """Returns bool [H, W], True where the two images differ visibly."""
     if np.array_equal(chosen, rejected):
-        raise LineError("rejected", "equals chosen; a pair without a difference teaches nothing")
+        raise LineError("rejected", "equals chosen; a pair needs a difference to learn from")
     difference = np.abs(chosen.astype(np.int16) - rejected).max(-1) >= VISIBLE
     if not difference.any():
         raise LineError(
@@ -174,8 +180,8 @@ def _difference(chosen, rejected):
     return difference
 
 
-def _masks(line, masks, difference):
-    """M_prior and every subject's mask in the whole image; fall-backs as in docs/data.md."""
+def _masks(line: PairLine, masks: Mapping[str, Mask], difference: Mask) -> tuple[Mask, list[Mask]]:
+    """Returns M_prior and every subject's mask in the whole image; docs/data.md has the fall-backs."""
     own = []
     for i, subject in enumerate(line.subjects):
         field = f"subjects[{i}].mask"
@@ -185,38 +191,38 @@ def _masks(line, masks, difference):
             inside = 1.0 if mask is None else (mask & boxed).sum() / mask.sum()
             if inside < KEPT:
                 raise LineError(
-                    f"subjects[{i}].box", f"holds {inside:.0%} of the mask; mend one of the two"
+                    f"subjects[{i}].box", f"holds {inside:.0%} of the mask; correct one of the two"
                 )
             mask = boxed if mask is None else mask
         own.append(mask)
-    prior, told = masks.get("prior_mask"), "prior_mask"
+    prior, origin = masks.get("prior_mask"), "prior_mask"
     if prior is None and all(mask is not None for mask in own):
-        prior, told = np.any(own, axis=0), "the union of the subjects' masks"
+        prior, origin = np.any(own, axis=0), "the union of the subjects' masks"
     if prior is None:
-        prior = _grown(difference)
+        prior = _dilate(difference)
         return prior, [prior if mask is None else mask for mask in own]
-    missed = (difference & ~_grown(prior)).sum() / difference.sum()
+    missed = (difference & ~_dilate(prior)).sum() / difference.sum()
     if missed > MISSED:
         raise LineError(
             "prior_mask",
             f"misses {missed:.0%} of where chosen and rejected differ "
-            f"({told}); mark all of it, or leave all masks in the target out",
+            f"({origin}); mark all of it, or leave all masks in the target out",
         )
     return prior, [prior if mask is None else mask for mask in own]
 
 
-def _region(prior, subject_masks):
-    """What the square window is centred on."""
+def _region(prior: Mask, subject_masks: list[Mask]) -> Mask:
+    """Returns the region on which the square window is centred."""
     return np.any([prior, *subject_masks], axis=0)
 
 
-def _grown(mask):
-    """The mask and two pixels around it: images that were blended differ on the seam too."""
+def _dilate(mask: Mask) -> Mask:
+    """Dilates a mask by two pixels: blended images also differ on the seam."""
     return cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
 
 
-def _seen(field, mask, view):
-    """The mask in the window, of which enough must be left."""
+def _crop_mask(field: str, mask: Mask, view: geometry.Window) -> Mask:
+    """Crops a mask to the window; raises LineError if too little of it remains."""
     left, top, right, bottom = np.rint(view.box).astype(int)
     kept = mask[top:bottom, left:right].sum() / mask.sum()
     if kept < KEPT:
@@ -225,13 +231,13 @@ def _seen(field, mask, view):
             f"has only {kept:.0%} of its pixels inside the square that is kept of "
             "chosen; crop the images around the subjects yourself",
         )
-    seen = view.mask(mask)
-    if not seen.any():
+    cropped = view.mask(mask)
+    if not cropped.any():
         raise LineError(field, f"is too small: nothing of it is left at {view.size} pixels")
-    return seen
+    return cropped
 
 
-def _same_size(field, array, shape, other):
+def _same_size(field: str, array: np.ndarray, shape: tuple[int, ...], other: str) -> None:
     if array.shape[:2] != shape:
         raise LineError(
             field,
@@ -239,5 +245,5 @@ def _same_size(field, array, shape, other):
         )
 
 
-def _size(shape):
+def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} x {shape[1]}"

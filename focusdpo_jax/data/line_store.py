@@ -1,8 +1,8 @@
-"""A manifest's line, made into a record by a worker process and kept until the data set is built.
+"""Converts manifest lines to records in worker processes and stores them until the data set is built.
 
-A line that is ready lies in a zip file named after all that went into it, the contents of its
-images included. So a second start finds what the first one did, and nothing that has changed
-since. Imports neither jax nor TFDS: every worker starts with it.
+A converted line is a zip file named after a hash of everything it depends on, including the content
+of its images. A restart reuses the lines that earlier runs converted, unless they have changed.
+Imports neither JAX nor TFDS, because every worker process imports this module.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from focusdpo_jax.data.line_record import ImageSizes, make_record
 from focusdpo_jax.data.manifest import LineError
 from focusdpo_jax.files import new_file
 
-_FORMAT = 2  # Changes when the same line would make another record.
+_FORMAT = 2  # Increment when the same line would give another record.
 
 
 @dataclasses.dataclass(frozen=True)
 class LineJob:
-    """A line to work on.
+    """A line to convert.
 
     Attributes:
       number: of the line, from 1.
       text: its bytes.
-      tokens: of its caption, or None.
+      tokens: number of tokens of its caption, or None.
       root: the folder that its paths are relative to.
-      store: folder of the lines that are ready; None asks for the digest alone.
+      store: folder of converted lines; None computes the digest alone.
       sizes, max_subjects: as `make_record` and `parse_line` take them.
     """
 
@@ -47,11 +47,11 @@ class LineJob:
 
 
 def process_line(job: LineJob) -> dict:
-    """Makes a line's record, unless it is ready.
+    """Builds and stores a line's record, unless it is stored already.
 
     Returns:
-      line (number), digest (of all that went in), and either refused ([field, reason]) or facts
-      (see `line_record`), as JSON values.
+      JSON values: line (its number), digest (hash of its inputs), and either refused ([field, reason])
+      or facts (see `line_record`); neither if `job.store` is None.
     """
     outcome = {"line": job.number, "digest": hashlib.sha256(job.text).hexdigest()}
     try:
@@ -63,7 +63,7 @@ def process_line(job: LineJob) -> dict:
         settings = [_FORMAT, *dataclasses.astuple(job.sizes)]
         parts = [hashlib.sha256(content).hexdigest() for content in contents.values()]
         if any(map(is_converted, contents.values())):
-            settings.append("colour profiles")  # Records from before they were read differ.
+            settings.append("colour profiles")  # Earlier versions ignored profiles.
         outcome["digest"] = hashlib.sha256(
             json.dumps([settings, outcome["digest"], parts]).encode()
         ).hexdigest()
@@ -87,13 +87,13 @@ def process_line(job: LineJob) -> dict:
 
 
 def start_worker() -> None:
-    """Leaves Ctrl-C to the process that started this one, and the cores to the other workers."""
+    """Ignores SIGINT, which the parent process handles, and limits OpenCV to one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
 
 
 def entry_path(store: epath.PathLike, digest: str) -> epath.Path:
-    """Where a line that is ready lies."""
+    """Returns the path at which a converted line is stored."""
     return epath.Path(store) / digest[:2] / f"{digest}.zip"
 
 
@@ -104,7 +104,7 @@ def _facts(path: epath.Path) -> dict | None:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return json.loads(archive.read("facts.json"))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return None  # Cut off by a machine that went down: made again.
+        return None  # Truncated by a crash: the line is converted again.
 
 
 def _write(path: epath.Path, record: dict, facts: dict) -> None:
@@ -130,7 +130,7 @@ def _write(path: epath.Path, record: dict, facts: dict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LineStoreSource:
-    """Records of lines that are ready, their images as contents of PNG files."""
+    """Records of converted lines, with images as the content of PNG files."""
 
     paths: list[epath.Path]
 

@@ -1,7 +1,7 @@
-"""The manifest: one JSON object a line that describes a preference pair in files (docs/data.md).
+"""Parses manifests of preference pairs: one JSON object a line (docs/data.md).
 
-This file reads text: which fields there are, what they may hold, and which files they name. What is
-in those files is looked at in `line_record`.
+This module checks the text: which fields there are, their values, and the paths of files.
+`line_record` checks the content of the files.
 """
 
 import dataclasses
@@ -17,29 +17,29 @@ from etils import epath
 from focusdpo_jax.errors import UserError
 
 MAX_LINE = 1 << 20
-"""Longest line in bytes: what is longer is no manifest."""
+"""Longest line in bytes; a file with longer lines is not a manifest."""
 
 MAX_FILE = 256 << 20
-"""Largest file of an image in bytes."""
+"""Largest size of an image file in bytes."""
 
 MAX_TOKENS = 77
-"""Tokens of a caption that CLIP's text encoders read, start and end among them."""
+"""Number of tokens that CLIP's text encoders read, start and end tokens included."""
 
 _FIELDS = ("caption", "chosen", "rejected", "subjects", "prior_mask", "group", "info")
 _SUBJECT_FIELDS = ("reference", "reference_mask", "phrase", "mask", "box", "info")
-# What is missing where a text is empty.
-CAPTION = "say what the image shows"
+# Cures in error messages for empty texts.
+CAPTION = "describe the image"
 PHRASE = "name the subject, as in 'a dog'"
-# Where CLIP's tokenizer cuts at least: contractions, words, digits, runs of other signs.
+# Lower bound of CLIP's tokenization: contractions, words, digits, runs of other characters.
 _PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 
 class LineError(Exception):
-    """A line that cannot be used.
+    """Raised for a line that cannot be used.
 
     Attributes:
-      field: which part of it, such as "subjects[0].mask"; empty for the line as a whole.
-      reason: what is wrong and what would be right.
+      field: the part of the line, such as "subjects[0].mask"; empty for the whole line.
+      reason: the fault and the cure.
     """
 
     def __init__(self, field: str, reason: str):
@@ -49,7 +49,7 @@ class LineError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class PairSubject:
-    """A subject of a line; `box` is (x0, y0, x1, y1) in shares of width and height."""
+    """A subject of a line; `box` is (x0, y0, x1, y1) in fractions of width and height."""
 
     reference: str
     reference_mask: str
@@ -60,7 +60,7 @@ class PairSubject:
 
 @dataclasses.dataclass(frozen=True)
 class PairLine:
-    """A line whose text is in order; paths are relative to the manifest's folder."""
+    """A line with valid text; paths are relative to the manifest's folder."""
 
     caption: str
     chosen: str
@@ -70,7 +70,7 @@ class PairLine:
     group: str | None
 
     def files(self) -> dict[str, str]:
-        """Field to path, of every file that the line names."""
+        """Returns {field: path} of every file that the line refers to."""
         named = {"chosen": self.chosen, "rejected": self.rejected}
         if self.prior_mask is not None:
             named["prior_mask"] = self.prior_mask
@@ -84,8 +84,7 @@ class PairLine:
 def read_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, its bytes) of every line that is not blank.
 
-    Of a line that is longer than MAX_LINE, one byte more than that is given, so that
-    `parse_line` refuses it.
+    A line longer than MAX_LINE is truncated to MAX_LINE + 1 bytes, which `parse_line` rejects.
 
     Raises:
       UserError: the file cannot be read.
@@ -107,10 +106,10 @@ def read_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(text: bytes, *, max_subjects: int) -> PairLine:
-    """The line's content, every field checked on its own.
+    """Parses a line and checks every field on its own.
 
     Raises:
-      LineError: names the field and what would be right.
+      LineError: the message has the field and the cure.
     """
     values = parse_object(text, _FIELDS)
     return PairLine(
@@ -126,10 +125,10 @@ def parse_line(text: bytes, *, max_subjects: int) -> PairLine:
 
 
 def parse_object(text: bytes, fields: tuple[str, ...]) -> dict:
-    """The JSON object of a line, which has no field but `fields`.
+    """Parses the JSON object of a line, whose fields must be among `fields`.
 
     Raises:
-      LineError: it is something else.
+      LineError: the line is not such an object.
     """
     if len(text) > MAX_LINE:
         raise LineError("", f"is longer than {MAX_LINE >> 20} MiB; every line is one JSON object")
@@ -157,7 +156,7 @@ def parse_object(text: bytes, fields: tuple[str, ...]) -> dict:
 
 
 def read_subjects(values: dict, max_subjects: int) -> list:
-    """The list of a line's subjects, not looked into."""
+    """Returns the list of a line's subjects, whose entries are not checked yet."""
     subjects = values.get("subjects")
     if not isinstance(subjects, list):
         raise LineError(
@@ -169,8 +168,8 @@ def read_subjects(values: dict, max_subjects: int) -> list:
 
 
 def read_group(values: dict) -> str | None:
-    """The name of what a line belongs to."""
-    return read_text(values, "group", "name what belongs together") if "group" in values else None
+    """Returns the name of the group that a line belongs to, or None."""
+    return read_text(values, "group", "give the name of a group") if "group" in values else None
 
 
 def _subject(values, where: str) -> PairSubject:
@@ -185,7 +184,7 @@ def _subject(values, where: str) -> PairSubject:
 
 
 def check_subject(values, fields: tuple[str, ...], where: str) -> None:
-    """Refuses what is no JSON object of these fields."""
+    """Raises LineError if `values` is not a JSON object with fields among `fields`."""
     if not isinstance(values, dict):
         raise LineError(where, "is not a JSON object; write {...}")
     check_known(values, fields, where + ".")
@@ -201,14 +200,14 @@ def _unique(pairs):
 
 
 def check_known(values: dict, fields: tuple[str, ...], where: str) -> None:
-    """Refuses a field that is none of `fields`; `where` comes before its name."""
+    """Raises LineError for a field that is not among `fields`; `where` is the prefix of its name."""
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             raise LineError(
                 where + name[:60],
                 "is not a field; "
-                + (f"did you mean {close[0]}?" if close else "what is your own belongs in info"),
+                + (f"did you mean {close[0]}?" if close else "put your own data in info"),
             )
 
 
@@ -217,7 +216,14 @@ def _given(values: dict, name: str) -> str:
 
 
 def read_text(values: dict, name: str, cure: str, where: str = "") -> str:
-    """The text in a field, which must not be blank; `cure` says what it is for."""
+    """Returns the text in a field, which must not be blank.
+
+    Args:
+      values: the JSON object.
+      name: of the field.
+      cure: what the text should be, for the error message.
+      where: prefix of the field's name in the error message.
+    """
     text = values.get(name)
     if not isinstance(text, str):
         raise LineError(where + name, f"{_given(values, name)}; give a text")
@@ -227,23 +233,23 @@ def read_text(values: dict, name: str, cure: str, where: str = "") -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise LineError(
-            where + name, "holds half a surrogate pair, which is no character; write it as UTF-8"
+            where + name, "has an unpaired surrogate, which is not a character; write it as UTF-8"
         ) from error
     return text
 
 
 def read_path(values: dict, name: str, where: str = "", optional: bool = False) -> str | None:
-    """The path in a field, None where it is optional and missing."""
+    """Returns the path in a field; None if it is optional and missing."""
     if optional and values.get(name) is None:
         return None
     path = read_text(values, name, "give a file's path", where)
     if "\0" in path:
-        raise LineError(where + name, "holds a zero character; give a file's path")
+        raise LineError(where + name, "has a NUL character; give a file's path")
     return path
 
 
 def read_box(values: dict, where: str) -> tuple[float, float, float, float] | None:
-    """The box of a subject, None where there is none."""
+    """Returns the box of a subject, or None."""
     value, field = values.get("box"), where + "box"
     if value is None:
         return None
@@ -264,11 +270,12 @@ def read_box(values: dict, where: str) -> tuple[float, float, float, float] | No
 
 
 def check_tokens(caption: str, tokens: int | None) -> None:
-    """Refuses a caption that CLIP would cut off.
+    """Raises LineError if CLIP would truncate a caption.
 
     Args:
-      tokens: how many CLIP's tokenizer makes of it, start and end among them. None where there
-        is no tokenizer: then only captions are refused that are too long in any vocabulary.
+      caption: the text.
+      tokens: its number of CLIP tokens, start and end tokens included. None without a tokenizer: then
+        only captions that are too long under any vocabulary are rejected.
     """
     at_least = "" if tokens is not None else "at least "
     tokens = len(_PIECES.findall(caption)) + 2 if tokens is None else tokens
@@ -279,10 +286,10 @@ def check_tokens(caption: str, tokens: int | None) -> None:
 
 
 def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
-    """The content of the file `name` below the folder `root`.
+    """Returns the content of the file `name` below the folder `root`.
 
     Raises:
-      LineError: there is no such ordinary file, it lies outside the folder, or it is too large.
+      LineError: there is no such regular file, it is outside the folder, or it is too large.
     """
     root = os.fspath(root)
     parts = name.replace("\\", "/").split("/")
@@ -293,11 +300,11 @@ def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
         outside = not os.path.realpath(path).startswith(real.rstrip("/") + "/")
     if outside:
         raise LineError(
-            field, f"= {name[:80]!r} leads out of the manifest's folder; give a path below it"
+            field, f"= {name[:80]!r} is outside the manifest's folder; give a path below it"
         )
     try:
         if "://" not in root and not stat.S_ISREG(os.stat(path).st_mode):
-            raise LineError(field, f"= {name[:80]!r} is no ordinary file; give an image")
+            raise LineError(field, f"= {name[:80]!r} is not a regular file; give an image")
         if path.stat().length > MAX_FILE:
             raise LineError(
                 field, f"= {name[:80]!r} is larger than {MAX_FILE >> 20} MiB; save it smaller"
@@ -310,7 +317,7 @@ def read_file(root: epath.PathLike, name: str, field: str) -> bytes:
 
 
 def _climbs(parts: list[str]) -> bool:
-    """Whether a path is above its start anywhere on its way."""
+    """Returns whether a path leaves its start folder at any point."""
     depth = 0
     for part in parts:
         depth += {"..": -1, ".": 0, "": 0}.get(part, 1)

@@ -1,9 +1,9 @@
-"""From a manifest to a data set: every line checked in parallel, then written through TFDS.
+"""Builds a data set from a manifest: checks the lines in parallel, then writes records through TFDS.
 
-What `--output` holds afterwards: `pairs/` (the data set), `report.json`, `contact_sheet.png`. On
-the way there is `.work/`, with the lines that are ready. The report is written last and says
-"complete": whatever an interrupted start has left is used by the next one or thrown away, and the
-result is the same to the byte.
+The output folder has `pairs/` (the data set), `report.json` and `contact_sheet.png`. During the build
+it also has `.work/`, with the converted lines. The report with status "complete" is written last. An
+interrupted build can be repeated: valid intermediate results are reused, others are removed, and
+the result is the same to the byte.
 """
 
 import collections
@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 from etils import epath
@@ -31,11 +31,11 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 
 REFERENCE_SIZE = 518
-"""Largest side of a stored reference: no published image encoder looks at more pixels."""
+"""Largest side of a stored reference; no published image encoder has a larger input."""
 
 REPORT, SHEET = "report.json", "contact_sheet.png"
 _SHEET_ROWS = 12
-_IN_FLIGHT = 4  # Lines handed to each worker ahead.
+_IN_FLIGHT = 4  # Jobs queued for each worker.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,11 @@ class Settings:
 
     Attributes:
       resolution: side of the square images, in pixels.
-      max_subjects: the most subjects that a line may have.
-      validation, test: shares of the groups that go to these splits.
+      max_subjects: largest number of subjects of a line.
+      validation, test: fractions of the groups that go to these splits.
+
+    Raises:
+      UserError: a value is out of its range.
     """
 
     resolution: int = 512
@@ -59,7 +62,7 @@ class Settings:
         if self.resolution % 4:
             nearest = max(8, round(self.resolution / 8) * 8)
             raise UserError(
-                f"--resolution={self.resolution}: no model draws squares of that side; give a "
+                f"--resolution={self.resolution}: no model generates squares of that side; give a "
                 f"multiple of 8, such as {nearest} (Toybox's model also takes multiples of 4)"
             )
         if self.max_subjects < 1:
@@ -75,7 +78,7 @@ class Settings:
 
     @property
     def sizes(self) -> ImageSizes:
-        """Sides of the images that are stored."""
+        """Returns the sides of the stored images."""
         return ImageSizes(self.resolution, min(self.resolution, REFERENCE_SIZE))
 
 
@@ -89,22 +92,22 @@ def prepare(
     workers: int = 1,
     count_tokens: Callable[[str], int] | None = None,
 ) -> dict:
-    """Makes the data set of a manifest, or finds that it is there.
+    """Builds the data set of a manifest, or verifies the one that exists.
 
     Args:
       path: the manifest.
       output: folder of the data set; made if missing.
-      settings: what the result depends on.
+      settings: what the result depends on besides the manifest and its images.
       draw_sheet: writes an image of some records to a path.
-      skip: leave out lines that cannot be used; otherwise one of them stops everything.
-      workers: processes; 1 works in this one.
-      count_tokens: tokens of a caption, by the tokenizer of the model to train.
+      skip: leave out lines that cannot be used; otherwise one of them stops the build.
+      workers: number of processes; 1 works in this process.
+      count_tokens: number of tokens of a caption, by the tokenizer of the model to train.
 
     Returns:
       The report, as JSON values; see `report`.
 
     Raises:
-      UserError: lines were refused, nothing is left, or `output` holds another data set.
+      UserError: lines were refused, no line is left, or `output` has another data set.
     """
     path, output = epath.Path(path), epath.Path(output)
     work = output / ".work"
@@ -115,7 +118,7 @@ def prepare(
     try:
         if (output / PAIRS).exists():
             if _read_report(output).get("status") == "complete":
-                if work.exists():  # All that an earlier start had left to do was to remove it.
+                if work.exists():  # The earlier run was interrupted before its last clean-up.
                     work.rmtree()
                 return _finished(output, jobs, total, workers)
             if not work.exists():
@@ -144,12 +147,14 @@ def prepare(
 
 
 class _LineJobs:
-    """The jobs of a manifest, read afresh for every pass over it."""
+    """The jobs of a manifest, which is read again for every pass."""
 
-    def __init__(self, path, settings, count_tokens):
+    def __init__(
+        self, path: epath.Path, settings: Settings, count_tokens: Callable[[str], int] | None
+    ):
         self._path, self._settings, self._count = path, settings, count_tokens
 
-    def __call__(self, store) -> Iterator[line_store.LineJob]:
+    def __call__(self, store: epath.Path | None) -> Iterator[line_store.LineJob]:
         for number, text in manifest.read_lines(self._path):
             yield line_store.LineJob(
                 number=number,
@@ -161,23 +166,23 @@ class _LineJobs:
                 max_subjects=self._settings.max_subjects,
             )
 
-    def _tokens(self, text):
+    def _tokens(self, text: bytes) -> int | None:
         if self._count is None:
             return None
         try:
             line = manifest.parse_line(text, max_subjects=self._settings.max_subjects)
         except manifest.LineError:
-            return None  # The worker refuses it again, and says why.
+            return None  # The worker reports the error.
         return self._count(line.caption)
 
-    def identity(self, outcomes) -> dict:
-        """What the report and the data set keep of where they come from."""
+    def identity(self, outcomes: list[dict]) -> dict:
+        """Returns the values of the report that identify the inputs: a digest and the settings."""
         digest = hashlib.sha256("".join(o["digest"] for o in outcomes).encode())
         return {"content": digest.hexdigest(), "settings": dataclasses.asdict(self._settings)}
 
 
-def _run(jobs, total, workers) -> Iterator[dict]:
-    """The outcome of every job in order, with progress shown."""
+def _run(jobs: Iterator[line_store.LineJob], total: int, workers: int) -> Iterator[dict]:
+    """Yields the outcome of every job in order; shows progress."""
     with contextlib.ExitStack() as stack:
         if workers == 1:
             outcomes = map(line_store.process_line, jobs)
@@ -197,19 +202,21 @@ def _run(jobs, total, workers) -> Iterator[dict]:
             yield outcome
 
 
-def _in_processes(jobs, workers, stack):
-    """Works on a few jobs a worker ahead, so that a long manifest is never in memory."""
-    # Fresh interpreters: forking a process that has threads may hang.
+def _in_processes(
+    jobs: Iterator[line_store.LineJob], workers: int, stack: contextlib.ExitStack
+) -> Iterator[dict]:
+    """Yields outcomes of worker processes; queues a few jobs a worker, so that memory is bounded."""
+    # "spawn", since forking a process that has threads may hang.
     pool = stack.enter_context(
         concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), line_store.start_worker
         )
     )
-    # Entered later and so left first: what waits is dropped when this process stops.
+    # Registered later and so run first: cancels queued jobs when this process stops.
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
 
     def submit(job):
-        with interrupts.kept_from_children():  # It may start another one.
+        with interrupts.kept_from_children():  # `submit` may start a process.
             return pool.submit(line_store.process_line, job)
 
     futures = map(submit, jobs)
@@ -220,13 +227,20 @@ def _in_processes(jobs, workers, stack):
             waiting.extend(itertools.islice(futures, 1))
     except concurrent.futures.BrokenExecutor as error:
         raise UserError(
-            "a worker process died, perhaps for want of memory; run the same line "
-            "again with fewer --workers, it goes on from here"
+            "a worker process died, perhaps from a lack of memory; run the same command "
+            "again with fewer --workers, it continues from here"
         ) from error
 
 
-def _build(output, work, outcomes, report, settings, draw_sheet):
-    """Writes the data set and the contact sheet, each under its final name when it is whole."""
+def _build(
+    output: epath.Path,
+    work: epath.Path,
+    outcomes: list[dict],
+    report: dict,
+    settings: Settings,
+    draw_sheet: Callable[[epath.Path, list[dict]], None],
+) -> None:
+    """Writes the data set and the contact sheet; each gets its final name when it is complete."""
     splits = assign_splits(
         {o["line"]: o["facts"]["group"] for o in outcomes if "facts" in o}, settings
     )
@@ -256,16 +270,17 @@ def _build(output, work, outcomes, report, settings, draw_sheet):
 
 
 def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
-    """Which split every line belongs to, by a hash of its group that other lines do not change.
+    """Assigns every line to a split by a hash of its group, so that other lines do not matter.
 
-    A split that would stay empty gets the one group that is nearest to it, where three groups or
-    more are there: small sets are to have images to look at too.
+    If there are three groups or more, a split that would be empty gets the group whose hash is nearest,
+    so that small data sets have validation images too.
 
     Args:
-      groups: line to group.
+      groups: {line: group}.
+      settings: with the fractions of the splits.
 
     Returns:
-      Line to "train", "validation" or "test".
+      {line: "train", "validation" or "test"}.
     """
     place = {
         group: int(hashlib.sha256(group.encode()).hexdigest()[:12], 16) / 16**12
@@ -286,14 +301,14 @@ def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     return {line: split[group] for line, group in groups.items()}
 
 
-def _spread(source):
-    """Some records, from all over the source."""
+def _spread(source: Sequence[dict]) -> list[dict]:
+    """Returns some records, evenly spaced over the source."""
     count = min(_SHEET_ROWS, len(source))
     return [source[i * len(source) // count] for i in range(count)]
 
 
-def _finished(output, jobs, total, workers):
-    """The report of a data set that is there, if it is the one that is asked for."""
+def _finished(output: epath.Path, jobs: _LineJobs, total: int, workers: int) -> dict:
+    """Returns the report of an existing data set, after comparing it with the manifest and settings."""
     report = _read_report(output)
     logging.info("%s is complete; comparing it with the manifest and its images", output)
     identity = jobs.identity(list(_run(jobs(None), total, workers)))
@@ -301,16 +316,16 @@ def _finished(output, jobs, total, workers):
         return report
     raise UserError(
         f"--output={output} holds another data set: its manifest, images or settings "
-        "were others. Give another --output, or remove the folder"
+        "differ. Give another --output, or remove the folder"
     )
 
 
-def _read_report(output):
+def _read_report(output: epath.Path) -> dict:
     try:
         return json.loads((output / REPORT).read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _write_report(output, report):
+def _write_report(output: epath.Path, report: dict) -> None:
     replace_file(output / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")

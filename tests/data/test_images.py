@@ -254,7 +254,7 @@ def test_numbers_that_are_no_brightness_are_refused():
         ),
         (
             cv2.imencode(".tiff", np.repeat(floats[..., None], 3, -1))[1].tobytes(),
-            "is a TIFF of a kind that is not read",
+            "is a TIFF of an unsupported kind",
         ),
         (
             example_pairs.encoded(Image.fromarray(np.uint16(floats * 255))),

@@ -77,7 +77,7 @@ def no_file(case):
     else:
         where[key] = "pipe"
         case.after = lambda folder: os.mkfifo(folder / "pipe")
-    return field, "is no ordinary file"
+    return field, "is not a regular file"
 
 
 def empty_file(case):
@@ -232,7 +232,7 @@ def mask_of_labels(case):
     content = np.zeros((20, 16), np.uint8)
     content[5:9, 5:9] = case.pick(1, 2, 100)
     case.subject["reference_mask"] = case.new_file(example_pairs.encoded(content))
-    return f"subjects[{case.slot}].reference_mask", "is no mask: its lightest"
+    return f"subjects[{case.slot}].reference_mask", "is not a mask: its lightest"
 
 
 def box_outside(case):
@@ -343,7 +343,7 @@ def escape(case):
         (folder / "folder").symlink_to(folder.parent)
 
     case.after = after
-    return field, "leads out of the manifest's folder"
+    return field, "is outside the manifest's folder"
 
 
 def not_json(case):
@@ -403,7 +403,7 @@ def empty_text(case):
 def zero_character(case):
     where, key, field = case.file_field()
     where[key] = "0/\0.png"
-    return field, "zero character"
+    return field, "NUL character"
 
 
 def misspelt(case):

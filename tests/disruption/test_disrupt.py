@@ -238,10 +238,10 @@ REFUSED = {
     r"subjects\[0\].reference is missing beside a reference_mask": lambda line, s, f: s.pop(
         "reference"
     ),
-    r"rejected is not a field; what is your own belongs in info": lambda line, s, f: line.update(
+    r"rejected is not a field; put your own data in info": lambda line, s, f: line.update(
         rejected="0.png"
     ),
-    "caption is missing; say what the image shows": lambda line, s, f: line.pop("caption"),
+    "caption is missing; describe the image": lambda line, s, f: line.pop("caption"),
     "chosen is 7 x 52 pixels, too small for 32; give at least 8": lambda line, s, f: f.update(
         {
             "0.png": encoded(np.zeros((7, 52, 3), np.uint8)),
