@@ -1,63 +1,75 @@
-"""What is right and wrong about generated Toybox scenes, counted from the probe's readings.
+"""Metrics of generated Toybox scenes, computed from the probe's readings.
 
-Every measure is an array of values in [0, 1], one a subject ([B, S]) or one a scene ([B]), and NaN
-where the measure is not defined. A measure's mean is the mean of its defined values; `statistics`
-puts an interval around it by resampling scenes. numpy only.
+Every metric is an array of values in [0, 1], one a subject ([B, S]) or one a scene ([B]), with NaN
+where the metric is not defined. A metric's mean is the mean of its defined values; `statistics`
+computes its confidence interval by resampling scenes. NumPy only.
 
-The probe reads one subject a class, so a subject is found by its class. A second copy of a subject goes
-unnoticed, and scenes with two subjects of one class are left out of all measures.
+The probe reads one subject a class, so subjects are identified by their class. A second copy of a
+subject is not detected, and scenes with two subjects of one class are excluded from all metrics.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+from jaxtyping import Bool, Float64
 
 from focusdpo_jax.toybox.subjects import PATTERNS, hue_distance
 
 MIN_AREA = 0.012
-"""Share of the image that a class must cover to count as shown, [ours].
+"""Fraction of the image that a class must cover to count as present, [ours].
 
-A rendered subject touches 5 to 16 % of its image's pixels, a few less at its core; 1.2 % of
-64 x 64 is 49 pixels, three of the probe's 16 x 16 cells. Less is taken for a smudge."""
+A rendered subject covers 5 to 16 % of its image, antialiased edges included. 1.2 % of 64 x 64 is 49
+pixels, three of the probe's 16 x 16 cells; less is treated as noise."""
 
 HUE_TOLERANCE = 1 / 12
-"""Hues at most this far apart on their circle (30 degrees) count as equal, [ours].
+"""Largest distance of equal hues on the hue circle of length 1 (30 degrees), [ours].
 
-Neighbours in a scene have body hues at least 0.12 apart, so that one hue can be within tolerance
-of both; it then counts as the subject's own."""
+Subjects of a scene have body hues at least 0.12 apart, so a hue can be within tolerance of two of
+them; it then counts as the subject's own."""
 
 LOWER_IS_BETTER = frozenset({"missing", "leakage", "hue_leakage"})
-"""The measures of mistakes; of all others, more is better."""
+"""The metrics that count errors; for all others, higher is better."""
 
 _PLAIN = PATTERNS.index("plain")
 
 
-def compute(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TOLERANCE):
-    """Compares B images with what they should show.
+def compute(
+    readings: Any,
+    truth: Mapping[str, Any],
+    present: Bool[Any, "B S"],
+    *,
+    min_area: float = MIN_AREA,
+    hue_tolerance: float = HUE_TOLERANCE,
+) -> dict[str, Float64[np.ndarray, "B ..."]]:
+    """Compares B images with the ground truth of their scenes.
 
     Args:
-      readings: `probe.Readings` of the images, its fields convertible to numpy.
+      readings: `probe.Readings` of the images, with fields convertible to NumPy.
       truth: dict with `class_id`, `hue`, `pattern`, `pattern_hue`, `part`, each [B, S], of the
         subjects of the references, and `background` [B]; as `PreferenceBatch.truth`.
-      present: bool [B, S], which slots hold a subject. Rows without any, and rows with two subjects of
-        one class, are left out of all measures: clear those that only fill up a batch, `present & (index >= 0)[:, None]`.
-      min_area: share of the image from which on a class counts as shown.
-      hue_tolerance: largest distance of hues, on a circle of length 1, that count as equal.
+      present: bool [B, S], which slots hold a subject. Rows without subjects, and rows with two
+        subjects of one class, are excluded from all metrics: clear padding rows of a batch with
+        `present & (index >= 0)[:, None]`.
+      min_area: smallest fraction of the image at which a class counts as present.
+      hue_tolerance: largest distance of equal hues, on a circle of length 1.
 
     Returns:
       dict of float64 arrays, NaN where not defined. For each subject, [B, S]:
-        fidelity: share of its attributes that match its reference: hue, pattern, part and, if it
+        fidelity: fraction of its attributes that match its reference: hue, pattern, part and, if it
           is patterned, pattern hue. 0 for a missing subject.
-        leakage: whether it wears an attribute of another subject of the scene instead of its own:
-          the reading matches the other's value and not its own. Defined for subjects that are
-          found, in scenes of two or more. Some of it is chance: a wrong pattern or part often is a
+        leakage: 1 if it has an attribute of another subject of the scene instead of its own: the
+          reading matches the other's value and not its own. Defined for subjects that are found, in
+          scenes of two or more. Part of it is chance: a wrong pattern or part often equals a
           neighbour's.
-        hue_leakage: the same for the body hue alone. Chance is low here: a wrong hue at random is
-          within tolerance of a given neighbour's with a probability of 1/6.
-        missing: whether its class is not shown.
-        hue, pattern, part, pattern_hue: whether the attribute matches, no for a missing subject;
-          pattern_hue for patterned subjects alone, and never matched by a plain one.
+        hue_leakage: the same for the body hue alone. Chance is low: a random wrong hue is within
+          tolerance of a given neighbour's with a probability of 1/6.
+        missing: 1 if its class is not present.
+        hue, pattern, part, pattern_hue: 1 if the attribute matches, 0 for a missing subject;
+          pattern_hue is defined for patterned subjects, and 0 if the image shows a plain one.
       For each scene, [B]:
-        class_accuracy: whether it shows the classes of its caption and no others.
-        background_accuracy: whether it shows the background of its caption.
+        class_accuracy: 1 if the image shows the classes of its caption and no others.
+        background_accuracy: 1 if the image shows the background of its caption.
     """
     present = np.asarray(present, bool)
     own = {name: np.asarray(values) for name, values in truth.items()}
@@ -68,7 +80,7 @@ def compute(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
     area = np.asarray(readings.area)
 
     def of_subjects(per_class):
-        """From [B, classes] to [B, S]: the readings of the class that each slot should show."""
+        """Selects from [B, classes] the readings of each slot's class, [B, S]."""
         return np.take_along_axis(np.asarray(per_class), class_id, axis=1)
 
     found = present & (of_subjects(area) >= min_area)
@@ -79,7 +91,7 @@ def compute(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
     patterned = present & (own["pattern"] != _PLAIN)
 
     def matches(name, value):
-        """Whether readings [B, S] match values that broadcast to them or to [B, S, others]."""
+        """Compares readings [B, S] with values that broadcast to [B, S] or [B, S, others]."""
         reading = seen[name].reshape(seen[name].shape + (1,) * (value.ndim - 2))
         if name in ("pattern", "part"):
             return reading == value
@@ -90,27 +102,27 @@ def compute(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
     match["pattern_hue"] &= patterned & shows_pattern
     right = sum(match[name].astype(int) for name in match)
 
-    # [B, S, S]: subject s wears what belongs to subject o. Where o is s, it wears its own.
+    # [B, S, S]: subject s has an attribute of subject o instead of its own.
     pairs = found[:, :, None] & present[:, None, :]
-    worn = {
+    leaked = {
         name: pairs & matches(name, own[name][:, None, :]) & ~match[name][:, :, None]
         for name in seen
     }
-    # Only patterned subjects have a pattern hue, to give as well as to lose.
-    worn["pattern_hue"] &= (patterned & shows_pattern)[:, :, None] & patterned[:, None, :]
-    leaking = {name: worn[name].any(-1) for name in worn}
+    # Both subjects must be patterned, or there is no pattern hue to leak.
+    leaked["pattern_hue"] &= (patterned & shows_pattern)[:, :, None] & patterned[:, None, :]
+    leaking = {name: leaked[name].any(-1) for name in leaked}
 
     in_scene = present.any(1)
     with_others = found & (present.sum(1) >= 2)[:, None]
-    asked = np.zeros(area.shape, bool)
+    expected = np.zeros(area.shape, bool)
     rows, columns = np.nonzero(present)
-    asked[rows, class_id[rows, columns]] = True
+    expected[rows, class_id[rows, columns]] = True
     return {
         "fidelity": _where(present, right / (3 + patterned)),
         "leakage": _where(with_others, np.any(list(leaking.values()), axis=0)),
         "hue_leakage": _where(with_others, leaking["hue"]),
         "missing": _where(present, ~found),
-        "class_accuracy": _where(in_scene, ((area >= min_area) == asked).all(1)),
+        "class_accuracy": _where(in_scene, ((area >= min_area) == expected).all(1)),
         "background_accuracy": _where(
             in_scene, np.asarray(readings.background) == own["background"]
         ),
@@ -121,6 +133,6 @@ def compute(readings, truth, present, *, min_area=MIN_AREA, hue_tolerance=HUE_TO
     }
 
 
-def _where(defined, values):
-    """The values as float64, NaN where not defined."""
+def _where(defined: np.ndarray, values: np.ndarray) -> Float64[np.ndarray, "..."]:
+    """Returns the values as float64, NaN where they are not defined."""
     return np.where(defined, np.asarray(values, np.float64), np.nan)

@@ -373,7 +373,7 @@ def test_mistakes_are_named(tmp_path):
         ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
         (
             {"manifest": str(EXAMPLE), "resolution": 33},
-            "--resolution=33: no model draws squares of that "
+            "--resolution=33: no model generates squares of that "
             "side; give a multiple of 8, such as 32",
         ),
         ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5}, "nothing is left to train on"),
