@@ -1,44 +1,51 @@
-"""Where in an image its subjects stand: given as masks or boxes, or found by patch features."""
+"""Regions of subjects in an image: from masks or boxes, or found by patch features."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from etils import epath
+from jaxtyping import Float
 from PIL import Image
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import dreambench, geometry, images
 
-_MARGIN = 0.05  # Around a box, as a share of its longer side.
-_SMALLEST = 0.01  # Share of the image's patches that a subject covers at least.
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in [0, 1], fractions of width and height."""
+
+_MARGIN = 0.05  # Added around a box, as a fraction of its longer side.
+_SMALLEST = 0.01  # Smallest region of a subject, as a fraction of the image's patches.
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A subject's region in an image.
+    """The region of a subject in an image.
 
     Attributes:
       box: x0, y0, x1, y1 in [0, 1].
-      mask: bool [H, W] of the image's size, its pixels, or None where only a box is known.
+      mask: bool [H, W] of the image's size, or None if only the box is known.
     """
 
-    box: tuple[float, float, float, float]
-    mask: np.ndarray | None = None
+    box: Box
+    mask: Mask | None = None
 
     @classmethod
-    def from_mask(cls, mask):
-        """The region of a mask that is not empty."""
+    def from_mask(cls, mask: Mask) -> "Region":
+        """Returns the region of a mask that is not empty."""
         return cls(tuple(map(float, geometry.mask_box(mask))), mask)
 
 
-def crop_subject(image, region):
-    """The subject alone: the square around its box, on white where the mask leaves it out.
+def crop_subject(image: RGBImage, region: Region | None) -> RGBImage:
+    """Crops the square around a subject's box, with white outside its mask.
 
     Args:
       image: uint8 [H, W, 3].
-      region: a `Region`, or None for the whole image.
+      region: of the subject, or None for the whole image.
 
     Returns:
-      uint8 [s, s, 3]; white where the square reaches beyond the image.
+      uint8 [s, s, 3]; white where the square extends beyond the image.
     """
     if place is None:
         return geometry.pad_to_square(image, max(image.shape[:2]))
@@ -57,11 +64,11 @@ def crop_subject(image, region):
     return square
 
 
-def read_mask(path, size):
-    """The mask in a file as bool of `size` (height, width), or None where it is empty.
+def read_mask(path: epath.PathLike, size: Sequence[int]) -> Mask | None:
+    """Reads a mask file as bool of `size` (height, width); returns None if the mask is empty.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     mask = images.read_mask_levels(path) >= 128
     if mask.shape != tuple(size):
@@ -69,19 +76,21 @@ def read_mask(path, size):
     return mask if mask.any() else None
 
 
-def photograph_region(path, image):
-    """The region of the subject of a photograph that has a NN_mask.png beside it, or None."""
+def photograph_region(path: epath.Path, image: RGBImage) -> Region | None:
+    """Returns the region of a photograph's subject by its NN_mask.png, or None if there is none."""
     file = dreambench.mask_path(path)
     mask = read_mask(file, image.shape[:2]) if file.exists() else None
     return None if mask is None else Region.from_mask(mask)
 
 
-def subject_prototype(features, mask):
-    """What a subject's patches have in common: unit [D].
+def subject_prototype(
+    features: Float[np.ndarray, "g_y g_x D"], mask: Mask | None
+) -> Float[np.ndarray, " D"]:
+    """Returns the mean patch feature of a subject, a unit vector [D].
 
     Args:
       features: [g, g, D], unit vectors.
-      mask: bool [H, W] of the subject in the same image, or None for all of it.
+      mask: bool [H, W] of the subject in the same image, or None for the whole image.
     """
     weight = np.ones(features.shape[:2], np.float32)
     if mask is not None:
@@ -93,41 +102,43 @@ def subject_prototype(features, mask):
     return mean / np.linalg.norm(mean)
 
 
-def find_regions(features, prototypes):
-    """Where each of several subjects stands, [ours].
+def find_regions(
+    features: Float[np.ndarray, "g_y g_x D"], prototypes: Sequence[np.ndarray] | np.ndarray
+) -> list[Box | None]:
+    """Locates several subjects in an image by their prototypes, [ours].
 
-    A patch belongs to the subject whose prototype it resembles most, if it resembles it more than
-    the background does (Otsu's threshold, 1979, over all patches). A subject's place is the largest
-    connected piece of its patches, if that covers a hundredth of the image.
+    A patch is assigned to the subject whose prototype is most similar, if the similarity exceeds the
+    threshold that separates subjects from background (Otsu 1979, over all patches). A subject's region
+    is the largest connected component of its patches, if that covers a hundredth of the image.
 
-    A region found so is one that looks like the subject: leakage measured there is less than where
-    the place is known. A subject of which nothing is found has no region.
+    Regions found in this way resemble the subject by construction: leakage measured there is lower than
+    in known regions.
 
     Args:
       features: [g, g, D], unit vectors of the image's patches.
       prototypes: [S, D], unit vectors.
 
     Returns:
-      A list of S boxes (x0, y0, x1, y1 in [0, 1]), None where a subject is not found.
+      A list of S boxes (x0, y0, x1, y1 in [0, 1]), None for subjects that are not found.
     """
     similarity = features @ np.asarray(prototypes).T
     best, strength = similarity.argmax(-1), similarity.max(-1)
     shown = strength > _otsu(strength)
     boxes = []
     for subject in range(len(prototypes)):
-        pieces, labels, numbers, _ = cv2.connectedComponentsWithStats(
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(
             ((best == subject) & shown).astype(np.uint8), connectivity=4
         )
-        areas = numbers[1:, cv2.CC_STAT_AREA]
-        if pieces < 2 or areas.max() < _SMALLEST * best.size:
+        areas = stats[1:, cv2.CC_STAT_AREA]
+        if count < 2 or areas.max() < _SMALLEST * best.size:
             boxes.append(None)
             continue
         boxes.append(tuple(map(float, geometry.mask_box(labels == 1 + areas.argmax()))))
     return boxes
 
 
-def _otsu(values):
-    """The threshold that parts values into two groups with the least variance within them."""
+def _otsu(values: np.ndarray) -> float:
+    """Returns the threshold that minimises the variance within two groups of values."""
     ordered = np.sort(values.ravel().astype(np.float64))
     count = np.arange(1, len(ordered))
     below = np.cumsum(ordered)[:-1]
