@@ -95,7 +95,7 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
         truncation.warn(model.tokenizer, scene_files.texts(scenes), "the scenes")
     # Not before the sampler is there, which refuses what cannot be.
     folder.claim({"sampling": sampling, f"{side} model": digest_of(model.parameters)})
-    parameters = sampler.place(model.parameters)
+    parameters = sampler.replicate(model.parameters)
     draw(
         folder,
         side,

@@ -169,5 +169,5 @@ def test_places(tmp_path):
     mask = Reference("a.png", mask=str(tmp_path / "mask.png"))
     np.testing.assert_array_equal(prompts.load_region_mask(mask, 8), expected)
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match="dark all over"):
+    with pytest.raises(UserError, match="dark everywhere"):
         prompts.load_region_mask(mask, 8)
