@@ -81,7 +81,7 @@ MISTAKES = [
     (["--output=OUT", "--images=OUT", "--dreambench=nowhere"], "give --dinov2, --dino or --clip"),
     (
         ["--output=OUT", "--images=OUT", "--dreambench=nowhere", "--dinov2=x"],
-        "--dreambench=nowhere is no folder",
+        "--dreambench=nowhere is not a folder",
     ),
     (["--compare", "OUT", "OUT"], "results.json cannot be read"),
 ]

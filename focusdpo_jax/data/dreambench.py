@@ -84,7 +84,7 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
 def _find(folder: epath.Path) -> dict[str, list[epath.Path]]:
     """Returns {subject: its photographs that have a mask}, for subjects with at least two of them."""
     if not folder.is_dir():
-        raise UserError(f"--dreambench={folder} is no folder; give one with a folder a subject")
+        raise UserError(f"--dreambench={folder} is not a folder; give one with a folder a subject")
     photos = {}
     for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = sorted(

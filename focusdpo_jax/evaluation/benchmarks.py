@@ -1,28 +1,65 @@
-"""The benchmarks: which scenes each asks for, and who scores them.
+"""The benchmarks: Toybox's test scenes, and DreamBench or lists of scenes with photographs.
 
-A benchmark has `settings`, all that its scenes depend on; `about`, a sentence for people;
-`scorers` and `region_scorer` (or None), as `scoring` describes them; and `scenes`, which takes the
-output folder. What is wrong with it is found when it is made, before anything is drawn.
+All inputs are checked in the constructors, before any image is generated.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from etils import epath
+from ml_collections import ConfigDict
 
 from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import dreambench, scoring, toybox_scenes
 from focusdpo_jax.evaluation import scenes as scene_files
+from focusdpo_jax.evaluation.output_folder import OutputFolder
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
 from focusdpo_jax.models import truncation
 from focusdpo_jax.vision import encoders
 
 
+class Benchmark(Protocol):
+    """What `runner.run` needs of a benchmark.
+
+    Attributes:
+      settings: JSON values that determine the scenes.
+      about: one sentence for the report.
+      scorers: compute the metrics.
+      region_scorer: finds the regions of subjects, or None.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def about(self) -> str: ...
+    @property
+    def scorers(self) -> Sequence[scoring.Scorer]: ...
+    @property
+    def region_scorer(self) -> scoring.RegionScorer | None: ...
+    def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
+        """Returns the scenes; may write their references to `folder`."""
+        ...
+
+
 class ToyboxBenchmark:
-    """Test scenes of the procedural world, whose truth is known."""
+    """Test scenes of the procedural world, whose ground truth is known."""
 
     region_scorer = None
 
-    def __init__(self, config, probe, *, samples, seed, limit, batch_size):
+    def __init__(
+        self,
+        config: ConfigDict,
+        probe: dict | None,
+        *,
+        samples: int,
+        seed: int,
+        limit: int | None,
+        batch_size: int,
+    ):
         """Takes the world and the number of scenes from a run's configuration.
 
         Args:
@@ -30,16 +67,16 @@ class ToyboxBenchmark:
           probe: parameters of the probe network, or None.
           samples: images of each scene.
           seed: of the noise.
-          limit: the first so many images alone, or None.
+          limit: largest number of images, or None.
           batch_size: images scored at once.
 
         Raises:
-          UserError: the configuration is not about Toybox, or has no scenes, or there is no probe.
+          UserError: the configuration's data source is not Toybox, it has no scenes, or there is no probe.
         """
         if config.data.source != "toybox":
             raise UserError(
-                f"config.data.source = {config.data.source!r}: of people's own "
-                "images the truth is not known; give --dreambench or --scenes."
+                f"config.data.source = {config.data.source!r}: there is no ground truth for "
+                "your own images; give --dreambench or --scenes."
             )
         if not config.evaluation.scenes:
             raise UserError(
@@ -74,8 +111,8 @@ class ToyboxBenchmark:
             "by the probe network; a group is a scene."
         )
 
-    def scenes(self, folder):
-        """A list of BenchmarkScene; writes their references to `folder`."""
+    def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
+        """Returns the scenes; writes their references to `folder`."""
         return toybox_scenes.write_scenes(
             self._source,
             self._count,
@@ -88,24 +125,35 @@ class ToyboxBenchmark:
 class PhotographBenchmark:
     """DreamBench's subjects, one or several in a scene, compared with their photographs."""
 
-    def __init__(self, folder, scenes, *, protocol, samples, seed, limit, networks, batch_size):
-        """Reads what the benchmark asks for.
+    def __init__(
+        self,
+        folder: epath.PathLike | None,
+        scenes: epath.PathLike | None,
+        *,
+        protocol: str,
+        samples: int,
+        seed: int,
+        limit: int | None,
+        networks: Mapping[str, str | None],
+        batch_size: int,
+    ):
+        """Reads the scenes and loads the networks.
 
         Args:
-          folder: DreamBench's dataset folder; may be None where `scenes` is given.
+          folder: DreamBench's dataset folder; may be None if `scenes` is given.
           scenes: JSON file in UNO's layout, or None for every subject with every prompt.
           protocol, samples, seed: see `dreambench.single`.
-          limit: the first so many images alone, or None.
+          limit: largest number of images, or None.
           networks: {"dino", "dinov2", "clip": folder or None}; at least one.
           batch_size: images scored at once.
 
         Raises:
-          UserError: the benchmark cannot be read, or there is no network to measure with.
+          UserError: the scenes cannot be read, or no network is given.
         """
         if not any(networks.values()):
             raise UserError(
                 "give --dinov2, --dino or --clip, the folder of a network to measure "
-                "with; docs/evaluation.md says where they come from."
+                "with; docs/evaluation.md lists where to get them."
             )
         how = {"protocol": protocol, "samples": samples, "seed": seed}
         if scenes is None:
@@ -135,13 +183,15 @@ class PhotographBenchmark:
             f"(the groups), compared with {compared}."
         )
 
-    def scenes(self, folder):
-        """A list of BenchmarkScene; their references are the user's files."""
+    def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
+        """Returns the scenes; their references are the user's files."""
         return self._scenes
 
 
-def _load_scorers(networks, batch_size, scenes):
-    """One a network; and where scenes have several subjects one that finds them, or None."""
+def _load_scorers(
+    networks: Mapping[str, str | None], batch_size: int, scenes: list[BenchmarkScene]
+) -> tuple[list[scoring.Scorer], scoring.RegionScorer | None]:
+    """Loads a scorer a network; and, if scenes have several subjects, one that finds their regions."""
     scorers, region_scorer, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
     for name in ("dinov2", "dino"):
         if networks[name]:

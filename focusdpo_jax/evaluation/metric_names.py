@@ -1,12 +1,15 @@
-"""What the measures are called, in which unit they are, and where better is."""
+"""Display names, units and directions of metrics."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 
 ENCODERS = {"dino": "DINO", "dinov2": "DINOv2", "clip_i": "CLIP-I"}
-"""The encoders of images, by the prefix of their measures."""
+"""Display names of the image encoders, by the prefix of their metrics."""
 
 _KINDS = {"crop": "of subjects", "leakage": "leakage"}
-# What a report sorts its cases by: the first of these that was measured.
+# A report sorts its cases by the first of these that was computed.
 _HEADLINES = (
     "fidelity",
     "dinov2_crop",
@@ -19,8 +22,8 @@ _HEADLINES = (
 )
 
 
-def title(name):
-    """A measure's name for people: "DINOv2 leakage" for "dinov2_leakage"."""
+def title(name: str) -> str:
+    """Returns a metric's display name: "DINOv2 leakage" for "dinov2_leakage"."""
     if name == "clip_t":
         return "CLIP-T"
     if name in ENCODERS:
@@ -31,23 +34,23 @@ def title(name):
     return name.replace("_", " ")
 
 
-def is_similarity(name):
-    """Whether a measure is a cosine, or a difference of cosines, and not a share."""
+def is_similarity(name: str) -> bool:
+    """Returns whether a metric is a cosine, or a difference of cosines, rather than a fraction."""
     return name == "clip_t" or name in ENCODERS or name.rpartition("_")[0] in ENCODERS
 
 
-def lower_is_better(name):
-    """Whether less of a measure is better: those of mistakes, and leakage by any encoder."""
+def lower_is_better(name: str) -> bool:
+    """Returns whether lower is better: for metrics that count errors, and for leakage."""
     return name in LOWER_IS_BETTER or name.endswith("_leakage")
 
 
-def headline(names):
-    """The measure that tells most of a single image."""
+def headline(names: Collection[str]) -> str:
+    """Returns the most informative metric for single images."""
     return next((name for name in _HEADLINES if name in names), next(iter(names)))
 
 
-def format_value(name, value, *, signed=False):
-    """A value as text: shares in per cent, cosines with three decimals; "-" for None."""
+def format_value(name: str, value: float | None, *, signed: bool = False) -> str:
+    """Formats a value: fractions in per cent, cosines with three decimals; "-" for None."""
     if value is None:
         return "-"
     sign = "+" if signed else ""
@@ -56,8 +59,8 @@ def format_value(name, value, *, signed=False):
     return f"{100 * value:{sign}.1f} %"
 
 
-def format_interval(name, estimate, *, signed=False):
-    """An estimate (dict) as text: its value and, in brackets, its interval without units."""
+def format_interval(name: str, estimate: Mapping[str, Any], *, signed: bool = False) -> str:
+    """Formats an estimate (dict): its value and, in brackets, its interval without units."""
     if not estimate["n"]:
         return "-"
     ends = [

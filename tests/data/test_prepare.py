@@ -369,7 +369,7 @@ def test_mistakes_are_named(tmp_path):
         ({}, "give --manifest, or --dreambench"),
         ({"manifest": "a", "dreambench": "b"}, "give --manifest, or --dreambench"),
         ({"manifest": "nowhere/a.jsonl"}, "--manifest=nowhere/a.jsonl cannot be read"),
-        ({"dreambench": "nowhere"}, "--dreambench=nowhere is no folder"),
+        ({"dreambench": "nowhere"}, "--dreambench=nowhere is not a folder"),
         ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
         (
             {"manifest": str(EXAMPLE), "resolution": 33},

@@ -133,7 +133,7 @@ def test_folders_of_one_subject(tmp_path, entries, caplog):
             f"{name}.png" for name in names
         ]
         assert scene.subjects[0].name == scene.group == "dog"
-    assert ("are taken for photographs of one" in caplog.text) == (len(entries) > 1)
+    assert ("are treated as photographs of one" in caplog.text) == (len(entries) > 1)
 
 
 class Pixels:
@@ -208,7 +208,7 @@ def test_a_reference_that_no_photograph_is_named_like_is_compared(tmp_path):
         ("[]", "give a list of scenes"),
         ('[{"image_paths": ["can/00.jpg"]}]', "entry 0: it has no prompt"),
         ('[{"prompt": "a", "image_paths": []}]', "list of one or more"),
-        ('[{"prompt": "a", "image_paths": ["cat/00.jpg"]}]', "cat/00.jpg is not there"),
+        ('[{"prompt": "a", "image_paths": ["cat/00.jpg"]}]', "cat/00.jpg does not exist"),
         ('[{"prompt": "a", "image_paths": ["can/00.jpg"], "boxes": [[0, 0, 2, 1]]}]', "0 <= x0"),
         ('[{"prompt": "a", "image_paths": ["can/00.jpg"], "boxes": []}]', "list of 1"),
         ('[{"prompt": "a", "image_paths": ["can/00.jpg"], "seed": 1}]', "unknown field 'seed'"),

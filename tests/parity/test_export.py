@@ -366,7 +366,7 @@ def test_check_of_a_whole_export(kind, request, tmp_path):
     found = export_check.check(out.parent, out, names, whole=True)
     assert found.reference and found.largest <= 1 and found.mean < 0.02
     assert export_check.describe(found, names).startswith(
-        "checked: diffusers draws the same image with a reference, "
+        "checked: diffusers generates the same image with a reference, "
         f"largest difference {found.largest}/255, mean 0"
     )
     for file, tensor in (

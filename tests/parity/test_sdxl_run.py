@@ -230,7 +230,7 @@ def test_the_command_checks_what_it_wrote(finished, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(
-        r"^checked: diffusers draws the same image with a reference, largest difference [01]/255, "
+        r"^checked: diffusers generates the same image with a reference, largest difference [01]/255, "
         r"mean 0[.\d]*/255$",
         result.stdout,
         re.MULTILINE,
