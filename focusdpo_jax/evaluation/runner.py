@@ -1,51 +1,64 @@
-"""Draws and scores the scenes of a benchmark, and sums up; each step goes on where it was stopped.
+"""Runs a benchmark: generates and scores images, and writes the results; each step can be resumed.
 
-Scenes are worked on in batches whose members never change, so that an image or a score is the same
-bit for bit whether or not the evaluation was interrupted. Shares of the batches can be given to
-several processes that see one folder.
+Batches always have the same members, so that an image or a score is the same bit for bit whether or
+not the evaluation was interrupted. Several processes that share a folder can each work on a share of
+the batches.
 """
 
-from absl import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+from absl import logging
+from etils import epath
+
+from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.data.images import read_image
 from focusdpo_jax.evaluation import report, summaries
 from focusdpo_jax.evaluation import scenes as scene_files
-from focusdpo_jax.evaluation.output_folder import ExternalImages
+from focusdpo_jax.evaluation.benchmarks import Benchmark
+from focusdpo_jax.evaluation.output_folder import ExternalImages, OutputFolder
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
+from focusdpo_jax.evaluation.scoring import RegionScorer, Scorer
+from focusdpo_jax.inference.prompts import Prompt
 from focusdpo_jax.inference.sampler import Sampler
 from focusdpo_jax.models import truncation
 from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.vision.encoders import digest_of
 from focusdpo_jax.vision.regions import Region
 
+RegionLookup = Callable[[BenchmarkScene, RGBImage], list[Region | None]]
+"""Maps a scene and its image to the region of each subject."""
+
 
 def run(
-    folder,
-    benchmark,
-    sides,
-    sampling,
+    folder: OutputFolder,
+    benchmark: Benchmark,
+    sides: Mapping[str, Callable[[], Any]],
+    sampling: Mapping[str, Any] | None,
     *,
-    batch_size,
-    share=(0, 1),
-    images=None,
-    workdir=None,
-    cases=6,
-):
-    """Draws, scores, sums up and reports.
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+    images: epath.PathLike | None = None,
+    workdir: epath.Path | None = None,
+    cases: int = 6,
+) -> dict[str, Any] | None:
+    """Generates, scores, aggregates and reports.
 
     Args:
-      folder: an `OutputFolder`.
-      benchmark: one of `benchmarks`.
-      sides: {"base" or "policy": function that loads a model (`training.models.Model`)}; empty
-        where `images` are given. All have one architecture.
-      sampling: keyword arguments of `sampling.Sampler`: resolution, steps, guidance, sampler.
-      batch_size: images drawn or scored at once.
-      share: (i, n), see `batches`; of a share no results are made.
-      images: folder of images that another program drew, or None.
+      folder: the output folder.
+      benchmark: the benchmark.
+      sides: {"base" or "policy": function that loads a model}; empty if `images` is given. All models
+        have one architecture.
+      sampling: keyword arguments of `Sampler`: resolution, steps, guidance, sampler; None if `images` is
+        given.
+      batch_size: images generated or scored at once.
+      share: (i, n), see `batches`; a single share writes no results.
+      images: folder of images that another program generated, or None.
       workdir: folder of the run, for the report, or None.
-      cases: best and worst scenes each in the report.
+      cases: number of best and of worst scenes in the report.
 
     Returns:
-      The values of results.json, or None where images of other shares are still missing.
+      The values of results.json, or None if images of other shares are still missing.
     """
     folder.claim({**benchmark.settings, "batch_size": batch_size})
     scenes = benchmark.scenes(folder)
@@ -74,7 +87,7 @@ def run(
     missing = {name for values in scores.values() for name in summaries.unscored(scenes, values)}
     if missing:
         logging.info(
-            "%d of %d scenes belong to other shares; the line without --share makes the report",
+            "%d of %d scenes belong to other shares; the command without --share writes the report",
             len(missing),
             len(scenes),
         )
@@ -82,8 +95,17 @@ def run(
     return _sum_up(folder, benchmark, scenes, scores, image_source, workdir, cases)
 
 
-def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share):
-    """Draws with one model and lets go of it; returns the sampler, which needs none of its own."""
+def _draw_side(
+    folder: OutputFolder,
+    side: str,
+    scenes: list[BenchmarkScene],
+    load: Callable[[], Any],
+    sampler: Sampler | None,
+    sampling: Mapping[str, Any],
+    batch_size: int,
+    share: tuple[int, int],
+) -> Sampler:
+    """Generates with one model and releases it; returns the sampler, for the models that follow."""
     model = load()
     if sampler is None:
         sampler = Sampler(
@@ -93,7 +115,7 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
             slots=max(len(scene.subjects) for scene in scenes),
         )
         truncation.warn(model.tokenizer, scene_files.texts(scenes), "the scenes")
-    # Not before the sampler is there, which refuses what cannot be.
+    # After the sampler's construction, which checks the settings.
     folder.claim({"sampling": sampling, f"{side} model": digest_of(model.parameters)})
     parameters = sampler.replicate(model.parameters)
     draw(
@@ -107,8 +129,16 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
     return sampler
 
 
-def _sum_up(folder, benchmark, scenes, scores, image_source, workdir, cases):
-    """results.json and report.html."""
+def _sum_up(
+    folder: OutputFolder,
+    benchmark: Benchmark,
+    scenes: list[BenchmarkScene],
+    scores: dict,
+    image_source: OutputFolder | ExternalImages,
+    workdir: epath.Path | None,
+    cases: int,
+) -> dict[str, Any]:
+    """Writes results.json and report.html; returns the results."""
     values = {
         side: summaries.merge_scores(by_scorer.values()) for side, by_scorer in scores.items()
     }
@@ -142,26 +172,37 @@ def _sum_up(folder, benchmark, scenes, scores, image_source, workdir, cases):
     return results
 
 
-def batches(scenes, size, share=(0, 1)):
-    """(number, scenes) of the batches of process i of n, `share` = (i, n)."""
+def batches(
+    scenes: Sequence[BenchmarkScene], size: int, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[int, Sequence[BenchmarkScene]]]:
+    """Yields (number, scenes) of the batches of process i of n, `share` = (i, n)."""
     index, count = share
     for number, start in enumerate(range(0, len(scenes), size)):
         if number % count == index:
             yield number, scenes[start : start + size]
 
 
-def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
-    """Draws every image that is missing.
+def draw(
+    folder: OutputFolder,
+    side: str,
+    scenes: Sequence[BenchmarkScene],
+    drawer: Callable[[list[Prompt]], Iterable[RGBImage]],
+    *,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+) -> int:
+    """Generates the images that are missing.
 
     Args:
-      folder: an `OutputFolder`.
+      folder: the output folder.
       side: "base" or "policy".
-      drawer: from a list of `prompts.Prompt` to an iterable of images.
+      scenes: of the benchmark.
+      drawer: maps a list of prompts to an iterable of images.
       batch_size: scenes given to `drawer` at once.
       share: see `batches`.
 
     Returns:
-      How many were drawn.
+      The number of generated images.
     """
     work = [
         (batch, [s for s in batch if not folder.image_path(side, s).exists()])
@@ -171,7 +212,7 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
     progress = Progress(f"{side}: images drawn", total)
     for batch, missing in work:
         if missing:
-            # The whole batch, so that what is missing is drawn as it would have been.
+            # The whole batch, so that the missing images are the same as without an interruption.
             drawn = drawer([scene.as_prompt() for scene in batch])
             for scene, image in zip(batch, drawn, strict=True):
                 if scene in missing:
@@ -180,14 +221,24 @@ def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
     return total
 
 
-def score(folder, side, scenes, scorer, *, image_source, regions, batch_size, share=(0, 1)):
-    """Scores every image that has no score yet.
+def score(
+    folder: OutputFolder,
+    side: str,
+    scenes: Sequence[BenchmarkScene],
+    scorer: Scorer | RegionScorer,
+    *,
+    image_source: OutputFolder | ExternalImages,
+    regions: RegionLookup,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Scores the images that have no score yet.
 
     Args:
-      folder, side, share: as in `draw`.
-      scorer: see `scoring`.
-      image_source: what has the images: the folder, or an `ExternalImages`.
-      regions: from a scene and its image to the regions of its subjects.
+      folder, side, scenes, share: as in `draw`.
+      scorer: computes the scores.
+      image_source: has the paths of the images: the folder, or an `ExternalImages`.
+      regions: maps a scene and its image to the regions of its subjects.
       batch_size: images at once.
     """
     known = folder.load_scores(side, scorer.name)
@@ -210,14 +261,14 @@ def score(folder, side, scenes, scorer, *, image_source, regions, batch_size, sh
         progress.add(len(batch))
 
 
-def region_lookup(boxes, given=None):
-    """The function of a scene and an image to the regions of its subjects.
+def region_lookup(boxes: Mapping[str, Any], given: ExternalImages | None = None) -> RegionLookup:
+    """Returns the function from a scene and its image to the regions of its subjects.
 
-    A mask that lies beside an image comes first, then the box that the scene asks for, then what
+    The order of precedence is: a mask beside the image, the box that the scene requests, the box that
     was found.
 
     Args:
-      boxes: {scene: {"boxes": a list}} as `scoring.RegionScorer` finds them; may be empty.
+      boxes: {scene: {"boxes": a list}} as `scoring.RegionScorer` returns them; may be empty.
       given: an `ExternalImages`, or None.
     """
 
@@ -225,7 +276,7 @@ def region_lookup(boxes, given=None):
         found = boxes.get(scene.name, {"boxes": [None] * len(scene.subjects)})["boxes"]
         masks = given.regions(scene, image) if given else [None] * len(scene.subjects)
         return [
-            mask or (Region(subject.box) if subject.box else box and Region(tuple(box)))
+            mask or (Region(subject.box) if subject.box else Region(tuple(box)) if box else None)
             for mask, subject, box in zip(masks, scene.subjects, found)
         ]
 

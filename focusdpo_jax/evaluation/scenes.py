@@ -1,7 +1,8 @@
-"""What a benchmark asks for: scenes, prompts with subjects, in a file that others can read."""
+"""Scenes of a benchmark: prompts with subjects, stored in a file that other programs can read."""
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -15,11 +16,11 @@ class BenchmarkSubject:
     """A subject of a scene.
 
     Attributes:
-      name: of the individual ("dog6"), or of its kind where there are only kinds.
-      phrase: as captions name it ("a dog").
-      reference: file of the image that the generator is given.
-      photographs: files that images are compared with.
-      box: x0, y0, x1, y1 in [0, 1], where in the image it is to stand; None where that is free.
+      name: of the individual ("dog6"), or of its class if individuals have no names.
+      phrase: noun phrase in captions ("a dog").
+      reference: file of the reference image.
+      photographs: files that generated images are compared with.
+      box: x0, y0, x1, y1 in [0, 1], the requested region in the generated image; None for any.
     """
 
     name: str
@@ -31,14 +32,14 @@ class BenchmarkSubject:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkScene:
-    """One image to draw and to score.
+    """One image to generate and to score.
 
     Attributes:
-      name: of its file, without ending; unique, may have folders in it.
-      prompt: what the generator is told.
+      name: file name without extension; unique, may contain folders.
+      prompt: of the generator.
       subjects: in the order of the prompt.
       seed: of the noise.
-      group: scenes of one group are resampled together for intervals.
+      group: scenes of one group are resampled together for confidence intervals.
     """
 
     name: str
@@ -47,8 +48,8 @@ class BenchmarkScene:
     seed: int
     group: str
 
-    def as_prompt(self):
-        """The scene as `sampling.Sampler` takes it."""
+    def as_prompt(self) -> Prompt:
+        """Returns the scene as a prompt for `inference.sampler.Sampler`."""
         return Prompt(
             self.prompt,
             tuple(Reference(s.reference, s.phrase, box=s.box) for s in self.subjects),
@@ -56,18 +57,18 @@ class BenchmarkScene:
         )
 
 
-def texts(scenes):
-    """[(prompt, phrases of its subjects)] of scenes, as `models.truncation.warn` takes them."""
+def texts(scenes: Iterable[BenchmarkScene]) -> list[tuple[str, list[str]]]:
+    """Returns [(prompt, phrases of its subjects)] of scenes, for `models.truncation.warn`."""
     return [(scene.prompt, [s.phrase for s in scene.subjects]) for scene in scenes]
 
 
-def write(path, scenes):
+def write(path: epath.PathLike, scenes: Iterable[BenchmarkScene]) -> None:
     """Writes scenes as JSON lines, with the fields of `BenchmarkScene`."""
     replace_file(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in scenes))
 
 
-def read(path):
-    """Reads what `write` wrote.
+def read(path: epath.PathLike) -> list[BenchmarkScene]:
+    """Reads a file that `write` wrote.
 
     Raises:
       UserError: the file is missing or damaged.

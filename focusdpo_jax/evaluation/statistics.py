@@ -1,16 +1,18 @@
-"""Means with bootstrap intervals, and the table that compares the policy with its base."""
+"""Means with bootstrap confidence intervals."""
 
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
+from numpy.typing import ArrayLike
 
 
 class Estimate(NamedTuple):
-    """A mean and its interval. All but `n` are None where no value was defined.
+    """A mean and its interval. All fields but `n` are None if no value is defined.
 
     Attributes:
-      mean, low, high: the mean of the defined values, and the ends of the interval around it.
-      n: number of scenes that have a defined value: what was resampled.
+      mean, low, high: the mean of the defined values, and the ends of its interval.
+      n: number of scenes with a defined value, the units of resampling.
     """
 
     mean: float | None
@@ -19,21 +21,20 @@ class Estimate(NamedTuple):
     n: int
 
 
-def bootstrap_mean(values, *, seed, resamples=2000, confidence=0.95):
-    """The mean of values that come in scenes, with a percentile bootstrap interval.
+def bootstrap_mean(
+    values: ArrayLike, *, seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> Estimate:
+    """Computes the mean of values grouped by scene, with a percentile bootstrap interval.
 
-    Whole scenes are drawn with replacement, since what happens to the subjects of one scene goes
-    together (Efron, 1979). Each resample's mean is its sum of values over its number of values.
-    Where all values are equal the interval has no width, however few they are.
+    Whole scenes are drawn with replacement, since the values of one scene are correlated (Efron 1979).
+    Each resample's mean is its sum of values over its number of values. If all values are equal the
+    interval has zero width, however few they are.
 
     Args:
       values: [scenes] or [scenes, subjects], NaN where not defined.
-      seed: the same seed gives the same interval.
-      resamples: number of draws.
-      confidence: share of the resampled means that lie in the interval.
-
-    Returns:
-      An Estimate.
+      seed: of the resampling.
+      resamples: number of resamples.
+      confidence: fraction of the resampled means inside the interval.
     """
     sums = _sums(values)
     sums = sums[sums[:, 1] > 0]
@@ -44,18 +45,22 @@ def bootstrap_mean(values, *, seed, resamples=2000, confidence=0.95):
     return _estimate(mean, total / count, len(sums), confidence)
 
 
-def bootstrap_difference(first, second, *, seed, resamples=2000, confidence=0.95):
-    """How much higher the mean of `second` is than that of `first`, on the same scenes.
+def bootstrap_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Computes mean(second) - mean(first) on the same scenes, with a percentile bootstrap interval.
 
-    Every resample draws the same scenes for both, so that what makes a scene hard for both does not
-    widen the interval. Only scenes that both define are drawn.
+    Every resample draws the same scenes for both, so that variation between scenes that affects both
+    does not widen the interval. Scenes that only one of them defines are left out.
 
     Args:
-      first, second: as the values of `bootstrap_mean`, one row a scene, in one order.
-      seed, resamples, confidence: as there.
-
-    Returns:
-      An Estimate of mean(second) - mean(first).
+      first, second: as the values of `bootstrap_mean`, one row a scene, in the same order.
+      seed, resamples, confidence: as in `bootstrap_mean`.
     """
     sums = np.concatenate([_sums(first), _sums(second)], axis=1)
     sums = sums[(sums[:, 1] > 0) & (sums[:, 3] > 0)]
@@ -69,15 +74,15 @@ def bootstrap_difference(first, second, *, seed, resamples=2000, confidence=0.95
     return _estimate(difference(sums.sum(0)), difference(drawn), len(sums), confidence)
 
 
-def _sums(values):
-    """The sum and the number of the defined values of each scene: [scenes, 2]."""
+def _sums(values: ArrayLike) -> Float64[np.ndarray, "scenes 2"]:
+    """Returns the sum and the number of the defined values of each scene: [scenes, 2]."""
     values = np.asarray(values, np.float64).reshape(len(values), -1)
     defined = ~np.isnan(values)
     return np.stack([np.where(defined, values, 0).sum(1), defined.sum(1)], axis=1)
 
 
-def _resamples(scenes, seed, resamples):
-    """How often each scene is drawn, [resamples, scenes]; as floats the product is a fast one."""
+def _resamples(scenes: int, seed: int, resamples: int) -> Float64[np.ndarray, "resamples scenes"]:
+    """Returns how often each scene is drawn, [resamples, scenes], as floats for a fast matrix product."""
     return (
         np.random.default_rng(seed)
         .multinomial(scenes, np.full(scenes, 1 / scenes), size=resamples)
@@ -85,7 +90,7 @@ def _resamples(scenes, seed, resamples):
     )
 
 
-def _estimate(mean, resampled, scenes, confidence):
+def _estimate(mean: float, resampled: np.ndarray, scenes: int, confidence: float) -> Estimate:
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(mean), float(low), float(high), scenes)

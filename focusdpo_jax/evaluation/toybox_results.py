@@ -1,22 +1,29 @@
-"""Toybox's results table: estimates of base and policy, and their difference."""
+"""The results table of a Toybox run: estimates of base and policy, and their difference."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from focusdpo_jax.evaluation import tables
 from focusdpo_jax.evaluation.statistics import bootstrap_difference, bootstrap_mean
 from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 
 
-def summarize(base, policy=None, *, seed):
-    """Estimates every measure of the base and, if there is one, of the policy and of their difference.
+def summarize(
+    base: Mapping[str, np.ndarray], policy: Mapping[str, np.ndarray] | None = None, *, seed: int
+) -> dict[str, Any]:
+    """Estimates every metric of the base and, if given, of the policy and of the difference.
 
     Args:
-      base, policy: what `toybox.metrics.compute` returned of the same scenes in one order, batches joined
-        along the scenes.
+      base, policy: results of `toybox.metrics.compute` for the same scenes in the same order,
+        concatenated along the scenes.
       seed: of the bootstrap.
 
     Returns:
-      {"metrics": {name: {"base": {"mean", "low", "high", "n"}, "policy": the same, "difference": the same of
-      policy minus base (`bootstrap_difference`)}}}, plain numbers, ready for JSON. Measures that neither side
-      defines are left out.
+      {"metrics": {name: {"base": {"mean", "low", "high", "n"}, "policy": the same, "difference":
+      policy minus base (`bootstrap_difference`)}}}, as JSON values. Metrics that neither side defines
+      are left out.
     """
     sides = {"base": base} | ({"policy": policy} if policy is not None else {})
     metrics = {}
@@ -31,24 +38,24 @@ def summarize(base, policy=None, *, seed):
     return {"metrics": metrics}
 
 
-def verdict(name, difference):
-    """ "better" or "worse" by an estimate (dict) of a difference, "" where its interval contains zero."""
+def verdict(name: str, difference: Mapping[str, Any]) -> str:
+    """Returns "better" or "worse" for an estimate (dict) of a difference, "" if its interval has zero."""
     if not tables.certain(difference):
         return ""
     return "better" if (difference["mean"] > 0) != (name in LOWER_IS_BETTER) else "worse"
 
 
-def format_table(results):
-    """The results as aligned plain text, in per cent, with the intervals in brackets.
+def format_table(results: Mapping[str, Any]) -> str:
+    """Formats the results as aligned plain text, in per cent, with intervals in brackets.
 
-    An arrow behind a measure's name points to where better is. The last columns are the difference, in
-    percentage points, and how the policy differs where the interval of the difference leaves out zero.
+    An arrow after a metric marks the better direction. The last columns are the difference, in percentage
+    points, and its verdict.
 
     Args:
-      results: what `summarize` returned.
+      results: as `summarize` returns them.
 
     Returns:
-      Lines joined by newlines, none behind the last.
+      Lines joined by newlines, without a trailing newline.
     """
     metrics = results["metrics"]
     sides = [
@@ -70,14 +77,14 @@ def format_table(results):
     return tables.aligned(lines)
 
 
-def _percent(estimate):
+def _percent(estimate: Mapping[str, Any]) -> str:
     if not estimate["n"]:
         return "-"
     mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
     return f"{mean:5.1f} % [{low:5.1f}, {high:5.1f}]"
 
 
-def _points(difference):
+def _points(difference: Mapping[str, Any]) -> str:
     if not difference["n"]:
         return "-"
     mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))

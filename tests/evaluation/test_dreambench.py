@@ -223,7 +223,7 @@ def test_bad_lists_are_named(folder, tmp_path, content, reason):
 
 
 def test_bad_folders_are_named(folder, tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         dreambench.single(tmp_path / "none", **HOW)
     (tmp_path / "prompts_and_classes.txt").write_text("can,can")
     with pytest.raises(UserError, match="no prompts_and_classes.txt"):
