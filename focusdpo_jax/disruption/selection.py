@@ -1,26 +1,31 @@
-"""Which of several candidates becomes the rejected image: another individual of the same kind.
+"""Selects the rejected image among inpainted candidates: another individual of the same class.
 
-The paper asks for "low instance consistency, high semantic alignment". How it is measured and
-weighed is [ours].
+The paper requires "low instance consistency, high semantic alignment". The similarities and their
+combination are [ours].
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
+from focusdpo_jax.array_types import Mask, RGBImage
+from focusdpo_jax.inference.sampler import SamplingModel
 from focusdpo_jax.vision import encoders, regions
 from focusdpo_jax.vision.preprocess import Preprocessing
 
 DROPPED = 0.25
-"""Share of the candidates that is dropped for resembling the subject most."""
+"""Fraction of the candidates that is dropped, those most similar to the subject."""
 
 
-def patch_encoder(model, batch_size):
-    """The generator's image encoder as a `VisionEncoder` of patches, [N, P, D].
+def patch_encoder(model: SamplingModel, batch_size: int) -> encoders.VisionEncoder:
+    """Wraps the generator's image encoder as a `VisionEncoder` of patch features, [N, P, D].
 
-    Patches, since what is pooled says more of the kind than of the individual.
+    Patch features, since pooled features describe the class more than the individual.
     """
     size = model.generator.config.image_encoder.image_size
 
@@ -39,16 +44,20 @@ def patch_encoder(model, batch_size):
 
 
 class CandidateScorer:
-    """Scores candidates: like the subject that they replace, and like what they are to show.
+    """Scores candidates by their similarity to the replaced subject and to their phrase.
 
     Attributes:
-      name: changes with all that the scores depend on besides the generator.
+      name: {score: identifier of everything that the score depends on besides the generator}.
     """
 
-    def __init__(self, encode, clip=None):
-        """Takes an encoder of cut-outs, and CLIP's (encoder of images, encoder of prompts).
+    def __init__(
+        self,
+        encode: encoders.VisionEncoder,
+        clip: tuple[encoders.VisionEncoder, encoders.TextEncoder] | None = None,
+    ):
+        """Takes an encoder of cut-outs, and optionally CLIP's encoders of images and prompts.
 
-        Without CLIP the phrase's fit is left to the generator.
+        Without CLIP the phrase score is the generator's.
         """
         self._encode, self._clip = encode, clip
         self.name = {
@@ -56,19 +65,27 @@ class CandidateScorer:
             "caption_similarity": f"clip {clip[0].digest}" if clip else "denoising",
         }
 
-    def scores(self, original, candidates, mask, phrase, phrase_scores):
-        """What there is to choose by.
+    def scores(
+        self,
+        original: RGBImage,
+        candidates: Sequence[RGBImage],
+        mask: Mask,
+        phrase: str,
+        phrase_scores: Float[np.ndarray, " K"],
+    ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+        """Scores candidates.
 
         Args:
-          original: uint8 [H, W, 3], with the subject.
-          candidates: list of the same, with others in its region.
-          mask: bool [H, W], the region.
-          phrase: what each shall show.
+          original: uint8 [H, W, 3], the image with the subject.
+          candidates: list of images of the same size, with another subject in its place.
+          mask: bool [H, W], of the subject.
+          phrase: that the candidates should match.
           phrase_scores: float [K], by the generator (`inpainting.make_phrase_score`).
 
         Returns:
-          instance_similarity: float [K], cosine with the subject, patch by patch where the encoder
-          has patches; caption_similarity: float [K], CLIP's cosine with the phrase, or `phrase_scores`.
+          instance_similarity: float [K], cosine with the original subject, averaged over patches if the
+          encoder returns patches; caption_similarity: float [K], CLIP's cosine with the phrase, or
+          `phrase_scores`.
         """
         region = regions.Region.from_mask(mask)
         cuts = [regions.crop_subject(image, region) for image in (original, *candidates)]
@@ -80,14 +97,14 @@ class CandidateScorer:
         return similarity, image(cuts[1:]) @ text([phrase])[0]
 
 
-def select_candidate(instance_similarity, caption_similarity):
-    """Index of the candidate to take.
+def select_candidate(instance_similarity: ArrayLike, caption_similarity: ArrayLike) -> int:
+    """Returns the index of the candidate to use.
 
-    The quarter that resembles the subject most is dropped (none of fewer than four); of the others
-    the one that fits its phrase best is taken.
+    The fraction DROPPED of the candidates that are most similar to the subject is dropped, rounded down
+    (none of fewer than four). Of the others, the one that matches its phrase best is returned.
 
     Args:
-      instance_similarity, caption_similarity: [K], of any scale.
+      instance_similarity, caption_similarity: [K], on any scale.
     """
     left = len(instance_similarity) - math.floor(DROPPED * len(instance_similarity))
     least = np.argsort(np.asarray(instance_similarity), kind="stable")[:left]
