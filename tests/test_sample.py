@@ -122,7 +122,7 @@ def test_a_prompt_that_is_cut_is_told_once(reference, run_folder, tmp_path, capl
     assert cut[0].startswith("--prompt: 1 of 1 texts are longer than the 16 tokens")
     assert "loses 'and a box on grass'. The model does not read 'a box'" in cut[0]
     assert cut[1].startswith("--negative_prompt: 1 of 1") and cut[1].endswith("loses 'snow'")
-    assert "--negative_prompt is not read: guidance is 1.0" in caplog.text
+    assert "--negative_prompt has no effect: guidance is 1.0" in caplog.text
 
 
 @pytest.fixture(scope="module")
