@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from focusdpo_jax.config import RunConfig
     from focusdpo_jax.evaluation.benchmarks import Benchmark
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -154,9 +155,9 @@ def read_share() -> tuple[int, int]:
     return int(index), int(count)
 
 
-def open_models() -> "tuple[ConfigDict | None, dict[str, Callable[[], Any]], epath.Path | None]":
-    """Returns (ConfigDict or None, {side: function that loads its model}, folder of the run or None)."""
-    from focusdpo_jax import config as config_rules
+def open_models() -> "tuple[RunConfig | None, dict[str, Callable[[], Any]], epath.Path | None]":
+    """Returns (RunConfig or None, {side: function that loads its model}, folder of the run or None)."""
+    from focusdpo_jax import config as config_lib
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import models, runs
 
@@ -186,7 +187,7 @@ def open_models() -> "tuple[ConfigDict | None, dict[str, Callable[[], Any]], epa
     return config, {"policy": functools.partial(runs.load_folder, name)}, None
 
 
-def make_benchmark(config: ConfigDict | None, batch_size: int) -> "Benchmark":
+def make_benchmark(config: "RunConfig | None", batch_size: int) -> "Benchmark":
     """Returns the benchmark that the flags select."""
     from focusdpo_jax.evaluation import benchmarks
     from focusdpo_jax.training import models
@@ -210,7 +211,7 @@ def make_benchmark(config: ConfigDict | None, batch_size: int) -> "Benchmark":
     )
 
 
-def sampling(config: ConfigDict) -> dict[str, Any]:
+def sampling(config: "RunConfig") -> dict[str, Any]:
     """Returns the sampler's settings: the flags', otherwise the configuration's."""
     return {
         "resolution": config.resolution,

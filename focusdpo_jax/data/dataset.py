@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 
 from focusdpo_jax import toybox
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import no_room
 
@@ -49,11 +50,11 @@ class ToyboxSource:
         return self.world.record(self.split, int(index))
 
 
-def toybox_world(config) -> toybox.World:
+def toybox_world(config: RunConfig) -> toybox.World:
     """Returns the Toybox world that a run's configuration describes.
 
     Args:
-      config: ConfigDict with `resolution` and `data`.
+      config: RunConfig, of which `resolution` and `data` are read.
     """
     data = config.data
     return toybox.World(

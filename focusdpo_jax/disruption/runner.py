@@ -30,7 +30,7 @@ from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.disruption.selection import CandidateScorer, select_candidate
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.vision import regions
 
 MODES = ("phrase", "leak")

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from etils import epath
-from ml_collections import ConfigDict
 
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import dreambench, scoring, toybox_scenes
@@ -52,7 +52,7 @@ class ToyboxBenchmark:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: RunConfig,
         probe: dict | None,
         *,
         samples: int,

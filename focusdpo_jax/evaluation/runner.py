@@ -209,7 +209,7 @@ def draw(
         for _, batch in batches(scenes, batch_size, share)
     ]
     total = sum(len(missing) for _, missing in work)
-    progress = Progress(f"{side}: images drawn", total)
+    progress = ItemProgress(f"{side}: images drawn", total)
     for batch, missing in work:
         if missing:
             # The whole batch, so that the missing images are the same as without an interruption.
@@ -247,7 +247,7 @@ def score(
         for number, batch in batches(scenes, batch_size, share)
         if not all(scene.name in known for scene in batch)
     ]
-    progress = Progress(
+    progress = ItemProgress(
         f"{side}: images scored by {scorer.name.rpartition('-')[0]}",
         sum(len(batch) for _, batch in work),
     )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from focusdpo_jax import compiling
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.models.generator import Conditioning, Generator
-from focusdpo_jax.progress import Progress
+from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.sharding import mesh as meshes
 
 
@@ -195,7 +195,7 @@ def generate_all(
             (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present),
         )
         images.append(generate(parameters, *place((*inputs, noise))))
-    progress = Progress("images drawn", count)
+    progress = ItemProgress("images drawn", count)
     for row, image in enumerate(images):
         images[row] = meshes.fetch(image)
         progress.add(min(batch_size, count - row * batch_size))

@@ -157,7 +157,7 @@ def run_programs(config, mesh):
         )
     if config.evaluation.pictures:
         rows = config.evaluation.pictures
-        pairs = shapes.placed(_encoded(config, step, rows), _rows_sharding(mesh, rows))
+        pairs = meshes.placed_shapes(_encoded(config, step, rows), _rows_sharding(mesh, rows))
         add(
             "focus maps",
             "of every sample",
@@ -173,7 +173,7 @@ def run_programs(config, mesh):
         probe = Probe(TOYBOX)
         weights = jax.eval_shape(probe.init, jax.random.key(0), pixels)["params"]
         one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-        arguments = shapes.placed((weights, pixels), one)
+        arguments = meshes.placed_shapes((weights, pixels), one)
         add(
             "probe",
             "at the end",
@@ -197,7 +197,9 @@ def _rows_sharding(mesh, rows):
 
 
 def _raw(config, mesh, step, rows):
-    return shapes.placed(shapes.raw_batch(config, step.generator, rows), _rows_sharding(mesh, rows))
+    return meshes.placed_shapes(
+        shapes.raw_batch(config, step.assembly.generator, rows), _rows_sharding(mesh, rows)
+    )
 
 
 def _at_start(step):
@@ -221,7 +223,7 @@ def _drawn(config, mesh, step):
     noise = jax.ShapeDtypeStruct(
         (rows, *step.assembly.generator.latent_shape(config.resolution)), jnp.float32
     )
-    return shapes.placed(
+    return meshes.placed_shapes(
         (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present, noise),
         _rows_sharding(mesh, rows),
     )

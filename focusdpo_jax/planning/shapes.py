@@ -113,15 +113,3 @@ def raw_batch(config, generator, count=None):
         index=array(jnp.int32),
         truth={},
     )
-
-
-def placed(tree, shardings):
-    """A tree of shapes with these shardings, a tree or one for all."""
-    shardings = (
-        jax.tree.map(lambda _: shardings, tree)
-        if isinstance(shardings, jax.sharding.Sharding)
-        else shardings
-    )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
