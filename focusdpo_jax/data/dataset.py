@@ -16,15 +16,17 @@ import logging as python_logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from etils import epath
 
 from focusdpo_jax import toybox
-from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import no_room
+
+if TYPE_CHECKING:
+    from focusdpo_jax.config import RunConfig
 
 # Modules of `toybox` that determine its records; their source is part of the fingerprint.
 _WORLD = ("world", "subjects", "rendering", "silhouettes", "backgrounds", "nuisances")
@@ -50,7 +52,7 @@ class ToyboxSource:
         return self.world.record(self.split, int(index))
 
 
-def toybox_world(config: RunConfig) -> toybox.World:
+def toybox_world(config: "RunConfig") -> toybox.World:
     """Returns the Toybox world that a run's configuration describes.
 
     Args:

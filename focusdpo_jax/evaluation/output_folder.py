@@ -19,7 +19,8 @@ from etils import epath
 
 from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import scenes
+from focusdpo_jax.evaluation import scenes as scene_files
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
 from focusdpo_jax.files import cannot_write, replace_file
 from focusdpo_jax.vision import regions
 from focusdpo_jax.visualization import grids
@@ -78,15 +79,15 @@ class OutputFolder:
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate again.") from error
 
-    def scenes(self) -> list[scenes.BenchmarkScene]:
+    def scenes(self) -> list[BenchmarkScene]:
         """Reads the scenes of the evaluation; see `scenes.read`."""
-        return scenes.read(self.path / "scenes.jsonl")
+        return scene_files.read(self.path / "scenes.jsonl")
 
-    def image_path(self, side: str, scene: scenes.BenchmarkScene) -> epath.Path:
+    def image_path(self, side: str, scene: BenchmarkScene) -> epath.Path:
         """Returns the path of a scene's image."""
         return self.path / "pictures" / side / f"{scene.name}.png"
 
-    def save_image(self, side: str, scene: scenes.BenchmarkScene, image: RGBImage) -> None:
+    def save_image(self, side: str, scene: BenchmarkScene, image: RGBImage) -> None:
         """Writes a scene's image, uint8 [H, W, 3]."""
         grids.save_png(self.image_path(side, scene), image)
 
@@ -115,7 +116,7 @@ class ExternalImages:
     on: the masks of its subjects, in their order.
     """
 
-    def __init__(self, path: epath.PathLike, wanted: Sequence[scenes.BenchmarkScene]):
+    def __init__(self, path: epath.PathLike, wanted: Sequence[BenchmarkScene]):
         """Finds the image of every scene.
 
         Raises:
@@ -147,11 +148,11 @@ class ExternalImages:
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:12]
 
-    def image_path(self, side: str, scene: scenes.BenchmarkScene) -> epath.Path:
+    def image_path(self, side: str, scene: BenchmarkScene) -> epath.Path:
         """Returns the path of a scene's image, for any side."""
         return self._files[scene.name]
 
-    def regions(self, scene: scenes.BenchmarkScene, image: RGBImage) -> list[regions.Region | None]:
+    def regions(self, scene: BenchmarkScene, image: RGBImage) -> list[regions.Region | None]:
         """Returns the `regions.Region` of each subject; None for a missing or empty mask."""
         found = []
         for i in range(len(scene.subjects)):

@@ -47,7 +47,7 @@ def crop_subject(image: RGBImage, region: Region | None) -> RGBImage:
     Returns:
       uint8 [s, s, 3]; white where the square extends beyond the image.
     """
-    if place is None:
+    if region is None:
         return geometry.pad_to_square(image, max(image.shape[:2]))
     height, width = image.shape[:2]
     if region.mask is not None:
