@@ -64,7 +64,7 @@ def format_table(results: Mapping[str, Any]) -> str:
         if any(side in estimates for estimates in metrics.values())
     ]
     compared = len(sides) == 2
-    lines = [["measure", *sides, *["policy - base", "policy is"] * compared, "scenes"]]
+    lines = [["measure", *sides, *["policy - base", "vs. base"] * compared, "scenes"]]
     for name, estimates in metrics.items():
         arrow = "↓" if name in LOWER_IS_BETTER else "↑"
         line = [f"{name.replace('_', ' ')} {arrow}"]

@@ -73,10 +73,10 @@ def test_table():
         }
     )
     assert table.splitlines() == [
-        "measure        base                    policy                  policy - base         policy is  scenes",
-        "-" * 102,
-        "fidelity ↑      50.0 % [ 43.0,  57.0]  100.0 % [100.0, 100.0]  +50.0 [+43.0, +57.0]  better     200",
-        "hue leakage ↓   25.0 % [ 20.0,  30.0]   20.0 % [ 10.0,  25.0]   -5.0 [-10.0,  +0.4]             90/88",
+        "measure        base                    policy                  policy - base         vs. base  scenes",
+        "-" * 101,
+        "fidelity ↑      50.0 % [ 43.0,  57.0]  100.0 % [100.0, 100.0]  +50.0 [+43.0, +57.0]  better    200",
+        "hue leakage ↓   25.0 % [ 20.0,  30.0]   20.0 % [ 10.0,  25.0]   -5.0 [-10.0,  +0.4]            90/88",
     ]
 
 
