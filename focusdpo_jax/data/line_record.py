@@ -175,7 +175,7 @@ def _difference(chosen: RGBImage, rejected: RGBImage) -> Mask:
         raise LineError(
             "rejected",
             f"differs from chosen nowhere by {VISIBLE} of 255 or more; "
-            "nobody can see why it is rejected",
+            "there is no visible reason for the rejection",
         )
     return difference
 

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -172,7 +173,7 @@ def read_group(values: dict) -> str | None:
     return read_text(values, "group", "give the name of a group") if "group" in values else None
 
 
-def _subject(values, where: str) -> PairSubject:
+def _subject(values: Any, where: str) -> PairSubject:
     check_subject(values, _SUBJECT_FIELDS, where)
     return PairSubject(
         reference=read_path(values, "reference", where + "."),
@@ -183,14 +184,14 @@ def _subject(values, where: str) -> PairSubject:
     )
 
 
-def check_subject(values, fields: tuple[str, ...], where: str) -> None:
+def check_subject(values: Any, fields: tuple[str, ...], where: str) -> None:
     """Raises LineError if `values` is not a JSON object with fields among `fields`."""
     if not isinstance(values, dict):
         raise LineError(where, "is not a JSON object; write {...}")
     check_known(values, fields, where + ".")
 
 
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

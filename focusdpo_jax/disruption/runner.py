@@ -173,8 +173,8 @@ class _Work:
         if self._settings.mode == "leak" and len(line.subjects) < 2:
             raise LineError(
                 "subjects",
-                "has 1 entry and --mode=leak needs another one, whose looks "
-                "it can wear; use --mode=phrase",
+                "has 1 entry and --mode=leak needs another subject, whose looks "
+                "are transferred; use --mode=phrase",
             )
         contents = {
             field: manifest.read_file(self._root, name, field)

@@ -6,7 +6,7 @@ All inputs are checked in the constructors, before any image is generated.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from etils import epath
@@ -32,14 +32,11 @@ class Benchmark(Protocol):
       region_scorer: finds the regions of subjects, or None.
     """
 
-    @property
-    def settings(self) -> Mapping[str, Any]: ...
-    @property
-    def about(self) -> str: ...
-    @property
-    def scorers(self) -> Sequence[scoring.Scorer]: ...
-    @property
-    def region_scorer(self) -> scoring.RegionScorer | None: ...
+    settings: dict[str, Any]
+    about: str
+    scorers: list[scoring.Scorer]
+    region_scorer: scoring.RegionScorer | None
+
     def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
         """Returns the scenes; may write their references to `folder`."""
         ...
@@ -48,7 +45,7 @@ class Benchmark(Protocol):
 class ToyboxBenchmark:
     """Test scenes of the procedural world, whose ground truth is known."""
 
-    region_scorer = None
+    region_scorer: scoring.RegionScorer | None = None
 
     def __init__(
         self,
@@ -95,10 +92,10 @@ class ToyboxBenchmark:
             self._count = min(self._count, -(-limit // samples))
         self._source = dataset.ToyboxSource(self._world, "test", self._count)
         self._samples, self._seed, self._limit = samples, seed, limit
-        self.scorers = [
+        self.scorers: list[scoring.Scorer] = [
             toybox_scenes.ToyboxScorer(probe, self._source, self._world.max_subjects, batch_size)
         ]
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "benchmark": "toybox",
             "world": dataclasses.asdict(self._world),
             "scenes": self._count,
@@ -165,7 +162,7 @@ class PhotographBenchmark:
         digest = hashlib.sha256(
             json.dumps([dataclasses.asdict(scene) for scene in self._scenes]).encode()
         ).hexdigest()[:12]
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "benchmark": "dreambench" if scenes is None else f"scenes of {scenes}",
             "scenes": len(self._scenes),
             "limit": limit,

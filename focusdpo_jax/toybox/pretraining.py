@@ -138,7 +138,7 @@ def autoencoder_loss(generator: Generator) -> Loss:
     return loss
 
 
-def with_latent_scale(model, parameters: Any, images: np.ndarray):
+def with_latent_scale(model: Any, parameters: Any, images: np.ndarray) -> Any:
     """Sets VAEConfig.scaling_factor so that the latents of `images` have unit variance.
 
     Args:

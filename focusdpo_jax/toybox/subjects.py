@@ -11,6 +11,7 @@ cells.)
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Pose:
     mirrored: bool
 
 
-def hue_distance(a, b):
+def hue_distance(a: Any, b: Any) -> Any:
     """Returns the distance on the hue circle, in [0, 0.5], elementwise."""
     return abs((a - b + 0.5) % 1 - 0.5)
 
