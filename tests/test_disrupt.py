@@ -1,4 +1,4 @@
-"""The disrupt command, with hooks of a package that lies on the path."""
+"""The disrupt command, with hooks of an installed package."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The evaluate command: mistakes, each named in one line."""
+"""The evaluate command: one-line messages for user errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Photographs in DreamBench's layout become pairs with the right partners and masks."""
+"""Pairs from photographs in DreamBench's layout: their partners and masks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Images, masks and boxes go through one window and stay on top of each other."""
+"""Images, masks and boxes are cropped by one window and stay aligned."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def scene(height, width, top, left, bottom, right):
 
 @pytest.mark.parametrize("size", [16, 48, 100])
 @pytest.mark.parametrize(("height", "width"), [(97, 60), (60, 97), (64, 64), (50, 333)])
-def test_mask_follows_the_picture(height, width, size):
+def test_mask_is_cropped_like_the_image(height, width, size):
     picture, mask = scene(height, width, 11, 17, 43, 49)
     view = geometry.window(height, width, size, mask)
     seen, small = view.image(picture), view.mask(mask)

@@ -1,4 +1,4 @@
-"""Files of every kind become the image that their owner sees."""
+"""Decoding of image files: orientation, colour, transparency, bit depth, and faults."""
 
 import io
 
@@ -20,7 +20,7 @@ from focusdpo_jax.errors import UserError
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 
 
-def test_plain_pictures_are_unchanged():
+def test_plain_images_are_unchanged():
     for kind in ("PNG", "BMP", "TIFF"):
         picture, changes = decode_image(example_pairs.encoded(PIXELS, kind))
         np.testing.assert_array_equal(picture, PIXELS)
@@ -41,7 +41,7 @@ def test_plain_pictures_are_unchanged():
         (8, lambda x: np.rot90(x)),
     ],
 )
-def test_exif_turns_picture_and_mask(orientation, turn):
+def test_exif_orientation_applies_to_image_and_mask(orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture, changes = decode_image(example_pairs.encoded(PIXELS, exif=exif))
@@ -113,7 +113,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
         decode_image(content)
 
 
-def test_programs_are_not_pictures():
+def test_postscript_is_not_decoded():
     """Pillow would hand PostScript to Ghostscript."""
     with pytest.raises(UnreadableImage, match="is not an image in PNG"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n")
@@ -243,7 +243,7 @@ def test_sixteen_bits_of_colour(kind):
     np.testing.assert_allclose(picture, values / 257, atol=1)
 
 
-def test_numbers_that_are_no_brightness_are_refused():
+def test_values_that_are_not_brightness_are_refused():
     """Floats, 32 bits, and 8 bits that lie in 16."""
     floats = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
     for content, reason in (
@@ -287,7 +287,7 @@ def test_palette_masks():
         decode_mask(example_pairs.encoded(image))
 
 
-def test_what_earlier_versions_read_otherwise():
+def test_files_that_earlier_versions_decoded_differently():
     adobe = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert images.is_converted(example_pairs.encoded(PIXELS, icc_profile=adobe))
@@ -299,7 +299,7 @@ def test_what_earlier_versions_read_otherwise():
         assert not images.is_converted(content)
 
 
-def test_readers_name_the_file(tmp_path):
+def test_read_errors_contain_the_file(tmp_path):
     frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     for name, reason in (("none.png", "no such file"), ("two.gif", "has several frames")):

@@ -31,7 +31,7 @@ MEMORY = 100 << 20  # Bytes that one may take; a bomb asks for 240 MB and more.
 
 
 class Case:
-    """A copy of the good manifest; every method of SPOIL breaks line `i` of it, and says how."""
+    """A copy of the good manifest; every method of SPOIL breaks line `i` and returns the message."""
 
     def __init__(self, lines, files, draw):
         self.lines, self.files, self.draw = copy.deepcopy(lines), dict(files), draw
@@ -118,7 +118,7 @@ def damaged(case):
 
 
 def bomb(case):
-    """A small file that says it is a huge image."""
+    """A small file whose header declares a huge image."""
     where, key, field = case.file_field()
     side = case.pick(9000, 40000, 65000)
     content = case.pick(
@@ -496,7 +496,7 @@ ROUNDS = 9  # 39 kinds of mistakes, 351 manifests.
 
 @contextlib.contextmanager
 def bounded():
-    """Fails what hangs, or takes more memory than images of these sizes have a reason to."""
+    """Fails a test that hangs, or that uses more memory than images of these sizes need."""
 
     def hangs(*_):
         raise TimeoutError("this manifest keeps prepare busy")
@@ -514,7 +514,7 @@ def bounded():
 
 
 def memory(name):
-    """A line of what Linux says of this process, in bytes."""
+    """Reads a line of /proc/self/status, in bytes."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) << 10
 
@@ -567,7 +567,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("mode", ODD)
-def test_odd_pictures_are_converted_and_counted(mode, tmp_path, monkeypatch):
+def test_unusual_images_are_converted_and_counted(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_build", lambda *_: None)
     lines, files = example_pairs.make()
     case = Case(lines, files, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""What disrupt makes of a manifest, whole or interrupted, alone or in company."""
+"""Pairs that disrupt makes: in one run or interrupted, and independent of other scenes."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(artist, scenes, tmp_path_factory):
-    """The folder of an uninterrupted start."""
+    """The output folder of an uninterrupted run."""
     inpainter, scorer, tokenizer = artist
     output = tmp_path_factory.mktemp("good") / "pairs"
     runner.disrupt(
@@ -113,7 +113,7 @@ def test_only_what_is_inside_the_masks_changes(good):
             assert np.abs(chosen.astype(int) - rejected)[mask].mean() > 5
 
 
-def test_the_manifest_says_how_each_subject_came_about(good):
+def test_the_manifest_records_how_each_subject_was_made(good):
     first = pairs(good)[0]
     assert (first["group"], first["info"]) == ("the ball", [1, 2])
     info = first["subjects"][0]["info"]
@@ -143,7 +143,7 @@ def test_prepare_takes_the_manifest_as_it_is(good, tmp_path):
     assert marked.sum() == 16 * 17 and (cut[~marked] == 255).all()
 
 
-def test_a_scene_is_drawn_the_same_alone_and_in_company(run, good, tmp_path):
+def test_a_scene_does_not_depend_on_the_other_scenes(run, good, tmp_path):
     lines, files = example_scenes.make()
     run(write(tmp_path / "one", lines[1:2], files), tmp_path / "pairs")
     alone = tree(tmp_path / "pairs" / "scenes" / "000001")
@@ -153,7 +153,7 @@ def test_a_scene_is_drawn_the_same_alone_and_in_company(run, good, tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 3])
-def test_an_interrupted_start_ends_as_if_nothing_had_happened(run, scenes, good, tmp_path, stop_at):
+def test_an_interrupted_run_resumes_to_the_same_result(run, scenes, good, tmp_path, stop_at):
     output = tmp_path / "pairs"
     run.artist.stop_at = stop_at
     with pytest.raises(KeyboardInterrupt):
@@ -172,7 +172,7 @@ def test_an_interrupted_start_ends_as_if_nothing_had_happened(run, scenes, good,
     assert len(run.artist.drawn) == done and tree(output) == tree(good)
 
 
-def test_a_changed_scene_is_drawn_again_and_no_other(run, good, tmp_path):
+def test_only_a_changed_scene_is_inpainted_again(run, good, tmp_path):
     lines, files = example_scenes.make()
     shutil.copytree(good, tmp_path / "pairs")
     files["0.png"] = encoded(Image.fromarray(np.full((40, 52, 3), 90, np.uint8)))
@@ -184,7 +184,7 @@ def test_a_changed_scene_is_drawn_again_and_no_other(run, good, tmp_path):
     assert now["000002/rejected.png"] == before["000002/rejected.png"]
 
 
-def test_a_leak_wears_the_looks_of_another_of_its_scene(run, scenes, tmp_path):
+def test_a_leak_has_the_looks_of_another_subject_of_its_scene(run, scenes, tmp_path):
     lines, files = example_scenes.make()
     settings = dataclasses.replace(SETTINGS, mode="leak")
     run(write(tmp_path / "two", lines[1:2], files), tmp_path / "pairs", settings)
@@ -252,7 +252,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_be_used_is_refused_before_anything_is_drawn(run, tmp_path, reason):
+def test_unusable_lines_are_refused_before_inpainting(run, tmp_path, reason):
     path = write(tmp_path, *changed(REFUSED[reason]))
     with pytest.raises(UserError, match="^1 of 3 lines are refused; line 1: " + reason):
         run(path, tmp_path / "pairs")
@@ -268,7 +268,7 @@ def test_refused_lines_can_be_left_out(run, good, tmp_path):
     assert pairs(tmp_path / "pairs") == pairs(good)[1:]
 
 
-def test_the_example_of_the_documentation_can_be_drawn():
+def test_the_example_of_the_documentation_runs():
     for _, text in manifest.read_lines(EXAMPLE):
         line = scene_manifest.parse_line(text, max_subjects=3, hooks=scene_manifest.Hooks())
         scene_manifest.open_scene(
@@ -356,7 +356,7 @@ def test_candidates_are_compared_with_the_subject_and_with_their_phrase():
     assert scorer.name == {"instance_similarity": "colours 1", "caption_similarity": "clip 1"}
 
 
-def test_the_least_alike_that_fits_best_is_chosen():
+def test_the_best_match_among_the_least_similar_is_selected():
     alike, fit = [0.9, 0.2, 0.5, 0.4], [3.0, 1.0, 2.0, 1.5]
     assert (
         selection.select_candidate(alike, fit) == 2

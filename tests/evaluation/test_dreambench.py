@@ -101,7 +101,7 @@ FLAT = [
 
 
 @pytest.mark.parametrize("entries", FLAT, ids=range(len(FLAT)))
-def test_every_picture_of_a_flat_folder_is_a_subject(tmp_path, entries):
+def test_every_image_of_a_flat_folder_is_a_subject(tmp_path, entries):
     flat(
         tmp_path,
         *(f"refs/{name}.png" for name in ("dog", "cat", "dog_1", "dog_2", "01", "02")),

@@ -1,4 +1,4 @@
-"""Evaluations in their folder: stopped and gone on with, of other people's images, compared."""
+"""Evaluations: interrupted and resumed, of external images, in shares, and compared."""
 
 import html.parser
 import json
@@ -37,7 +37,7 @@ def config(tiny_folder):
 
 @pytest.fixture(scope="module")
 def probe():
-    """The probe with random weights, and biases that make it see something."""
+    """The probe with random weights, and biases that produce detections."""
     shapes = jax.eval_shape(pretraining.init_probe, jax.random.key(0))
     draw = np.random.default_rng(0)
     probe = jax.tree.map(lambda x: draw.normal(0, 0.05, x.shape).astype(np.float32), shapes)
@@ -47,7 +47,7 @@ def probe():
 
 @pytest.fixture(scope="module")
 def sides(config):
-    """A base, and a policy a little beside it."""
+    """A base model, and a policy with slightly different weights."""
     base = models.load_model(config)
     policy = base.with_parameters(jax.tree.map(lambda x: x * 1.05, base.parameters))
     return {"base": lambda: base, "policy": lambda: policy}
@@ -100,7 +100,7 @@ def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
             np.testing.assert_array_equal(Image.open(subject.reference), expected["reference"])
 
 
-def test_a_stopped_evaluation_goes_on_to_the_same_results(
+def test_a_resumed_evaluation_has_the_same_results(
     config, probe, sides, whole, tmp_path, monkeypatch
 ):
     kept, saved = OutputFolder.save_image, []
@@ -139,7 +139,7 @@ def test_shares_add_up(config, probe, sides, whole, tmp_path):
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
 
 
-def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
+def test_truncated_prompts_are_reported_once(sides, tmp_path, caplog):
     """Of both sides together; a benchmark of two scenes in which nothing is found."""
     Image.new("RGB", (8, 8)).save(tmp_path / "box.png")
     box = BenchmarkSubject("box", "a box", str(tmp_path / "box.png"))
@@ -161,7 +161,7 @@ def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
     assert "The model does not read 'a box'" in message
 
 
-def test_pictures_of_another_program(config, probe, whole, tmp_path):
+def test_images_of_another_program(config, probe, whole, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     with pytest.raises(UserError, match="lacks 4 of 4 images, such as 0000_0.png"):

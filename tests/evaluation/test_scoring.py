@@ -1,4 +1,4 @@
-"""Similarities, crops and regions, by encoders whose answers are known."""
+"""Similarities, crops and regions, with encoders whose outputs are known."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_one_subject(subjects):
     assert score == [{"dinov2": pytest.approx(0.6)}]
 
 
-def test_subjects_without_a_place_are_missing(subjects):
+def test_subjects_without_a_region_are_missing(subjects):
     several, alone = (BenchmarkScene("a", "", s, 0, "") for s in (subjects, subjects[:1]))
     scores = scoring.MissingScorer("found so").score(
         [several, alone], [None] * 2, [[None, Region((0, 0, 1, 1))], [None]]
@@ -57,7 +57,7 @@ def test_subjects_without_a_place_are_missing(subjects):
     assert scores == [{"missing": [1.0, 0.0]}, {}]
 
 
-def test_two_subjects_in_their_places_and_swapped(subjects):
+def test_two_subjects_in_their_regions_and_swapped(subjects):
     scene = BenchmarkScene("a", "", subjects, 0, "red+green")
     picture = np.concatenate([block(RED), block(GREEN)], axis=1)
     halves = [Region((0, 0, 0.5, 1)), Region((0.5, 0, 1, 1))]
@@ -75,7 +75,7 @@ def test_two_subjects_in_their_places_and_swapped(subjects):
     assert lost["dinov2_crop"][1] == right["dinov2_crop"][1]
 
 
-def test_a_cut_is_square_and_white_outside_of_mask_and_picture():
+def test_a_crop_is_square_and_white_outside_mask_and_image():
     picture = block(BLUE, (10, 20))
     mask = np.zeros((10, 20), bool)
     mask[0:10, 4:8] = True

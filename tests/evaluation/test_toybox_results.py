@@ -17,7 +17,7 @@ def measures(share, n=200):
     return {"fidelity": right[:, None], "leakage": leaks[:, None], "pattern": np.full(n, NAN)}
 
 
-def test_summary_is_json_and_leaves_out_what_nobody_defines():
+def test_summary_is_json_without_undefined_metrics():
     results = toybox_results.summarize(measures(0.5), measures(0.8), seed=0)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert list(results["metrics"]) == ["fidelity", "leakage"]
@@ -33,7 +33,7 @@ def test_a_side_without_values():
     assert toybox_results.format_table(results).splitlines()[3].split()[-2:] == ["-", "100/0"]
 
 
-def test_verdict_needs_a_difference_apart_from_zero_and_knows_the_direction():
+def test_verdict_needs_an_interval_without_zero_and_uses_the_direction():
     def difference(low, high):
         return {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
 

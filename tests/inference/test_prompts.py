@@ -1,4 +1,4 @@
-"""Prompts and reference images as users give them."""
+"""Parsing of prompts, and loading of reference images and masks."""
 
 import json
 
@@ -86,7 +86,7 @@ def test_reference_is_padded_upright_and_on_white(tmp_path):
     np.testing.assert_array_equal(loaded[2], np.tile([255, 0, 0], (4, 1)))
 
 
-def test_bad_pictures_are_named(tmp_path):
+def test_bad_images_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
@@ -102,7 +102,7 @@ def test_bad_pictures_are_named(tmp_path):
 
 
 def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
-    """16 bits were white, floats black, and a cut-out's transparency no mask."""
+    """Earlier versions decoded 16 bits as white, floats as black, and ignored a cut-out's alpha."""
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     for name in ("a.png", "a.tiff"):
         Image.fromarray(grey).save(tmp_path / name)
@@ -136,7 +136,7 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
         ("a.png:a star*-1", "scale = -1.0"),
     ],
 )
-def test_bad_places_and_scales_are_named(text, reason):
+def test_bad_regions_and_scales_are_named(text, reason):
     with pytest.raises(UserError, match="reference a.png") as error:
         prompts.parse_reference(text)
     assert reason in str(error.value)
@@ -159,7 +159,7 @@ def test_file_gives_references_as_objects(tmp_path):
             prompts.read_prompts(path)
 
 
-def test_places(tmp_path):
+def test_region_masks(tmp_path):
     box = prompts.load_region_mask(Reference("a.png", box=(0.25, 0, 1, 0.5)), 8)
     expected = np.zeros((8, 8))
     expected[:4, 2:] = 1

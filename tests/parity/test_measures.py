@@ -27,7 +27,7 @@ SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Pictures of odd sizes: three photographs and what was drawn."""
+    """Images of odd sizes: three photographs and a generated image."""
     folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     paths = []
     for i, size in enumerate([(301, 417), (150, 97), (224, 260), (80, 80)]):

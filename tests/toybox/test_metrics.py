@@ -1,4 +1,4 @@
-"""Every rule of the measures on scenes whose counts can be checked by hand."""
+"""Every rule of the metrics, on scenes whose counts can be checked by hand."""
 
 import types
 
@@ -44,7 +44,7 @@ def readings_of(*scenes, classes=6):
 
 
 def measure_one(shown, asked):
-    """Measures of one scene, without the batch axis."""
+    """Metrics of one scene, without the batch axis."""
     truth, present = truth_of(asked, slots=2)
     result = toybox_metrics.compute(readings_of(shown), truth, present)
     return {name: values[0] for name, values in result.items()}
@@ -111,13 +111,13 @@ def test_a_missing_subject_has_no_fidelity_and_does_not_leak():
         ({"pattern": STRIPES, "pattern_hue": 0.98}, 0, 0),
     ],
 )
-def test_leakage_is_to_wear_the_neighbours_look_instead_of_the_own(change, leaks, hue_leaks):
+def test_leakage_is_a_neighbours_attribute_instead_of_its_own(change, leaks, hue_leaks):
     result = measure_one([GREEN | change, BLUE], [GREEN, BLUE])
     np.testing.assert_array_equal(result["leakage"], [leaks, 0])
     np.testing.assert_array_equal(result["hue_leakage"], [hue_leaks, 0])
 
 
-def test_a_hue_within_tolerance_of_both_is_the_own():
+def test_a_hue_within_tolerance_of_both_counts_as_its_own():
     # 0.39 is 0.06 from both.
     result = measure_one([GREEN | {"hue": 0.39}, BLUE], [GREEN, BLUE | {"hue": 0.45}])
     assert result["hue"][0] == 1 and result["hue_leakage"][0] == 0
@@ -150,7 +150,7 @@ def test_leakage_needs_a_neighbour():
     np.testing.assert_allclose(result["fidelity"], [1 / 3, NAN])
 
 
-def test_scene_measures_and_empty_rows():
+def test_scene_metrics_and_empty_rows():
     truth, present = truth_of([GREEN], [GREEN], [GREEN], [BLUE])
     readings = readings_of([GREEN], [GREEN, BLUE], [GREEN, BLUE | {"area": 0.011}], [BLUE])
     readings.background[:] = [1, 0, 1, 1]
@@ -173,7 +173,7 @@ def test_scenes_with_two_of_a_class_are_left_out():
     assert result["class_accuracy"][1] == 1
 
 
-def test_renders_read_perfectly_are_perfect_and_rejected_ones_leak_when_they_do():
+def test_perfect_readings_give_perfect_metrics_and_rejected_scenes_leak():
     """On records of the world itself, with readings made of their truth."""
     world = toybox.World(seed=3)
     records = [world.record("validation", i) for i in range(30)]
