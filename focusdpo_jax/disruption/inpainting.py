@@ -88,7 +88,7 @@ def make_inpaint(
     """
     reads_mask, spacing = is_inpainting_unet(generator), generator.config.spacing
     guided = samplers.guides(guidance)
-    # Also checked when the function is traced; here the error comes before anything is loaded.
+    # Also checked when the function is traced; here it fails before the first call.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
     samplers.first_step(steps, strength)
 

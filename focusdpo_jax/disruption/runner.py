@@ -1,32 +1,25 @@
 """Converts a manifest of images to a manifest of pairs: inpaints every subject, keeps the best candidate.
 
-The output folder has `scenes/<line>/` with the images of a pair and `line.json`, its line of the
-manifest; `manifest.jsonl`, the input of `prepare`; `contact_sheet.png`; `report.json`. A scene's
-`line.json` is written last, so that an interrupted run can be continued, and the result is the same
-to the byte.
+`output_folder` describes the output. A scene's `line.json` is written last, so that an interrupted run
+can be continued, and the result is the same to the byte.
 """
 
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from focusdpo_jax.array_types import Mask, RGBImage
-from focusdpo_jax.data import geometry, manifest, scene_manifest
-from focusdpo_jax.data.images import (
-    decode_image,
-    decode_mask,
-    encode_png,
-    is_converted,
-)
+from focusdpo_jax.data import manifest, scene_manifest
+from focusdpo_jax.data.images import is_converted
 from focusdpo_jax.data.manifest import LineError
 from focusdpo_jax.data.report import refused_lines_message
+from focusdpo_jax.disruption import output_folder
 from focusdpo_jax.disruption.inpainting import Inpainter
+from focusdpo_jax.disruption.output_folder import MANIFEST, REPORT, SHEET
 from focusdpo_jax.disruption.selection import CandidateScorer, select_candidate
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
@@ -34,11 +27,8 @@ from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.vision import regions
 
 MODES = ("phrase", "leak")
-MANIFEST, REPORT, SHEET = "manifest.jsonl", "report.json", "contact_sheet.png"
-_COMMAND = "disrupt"
 _FORMAT = 1  # Increment when the same line would give another pair.
 _SHEET_ROWS = 12
-_ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +105,7 @@ def disrupt(
     if not texts:
         raise UserError(f"--manifest={path} is empty; write one JSON object a line (docs/data.md)")
     try:
-        _claim(output, identity)
+        output_folder.claim(output, identity)
         refused = {}
         for number, text in texts.items():
             try:
@@ -202,7 +192,7 @@ class _Work:
         if any(map(is_converted, contents.values())):
             digests.append("colour profiles")  # Earlier versions ignored profiles.
         digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-        made = _read_json(folder / "line.json")
+        made = output_folder.read_json(folder / "line.json")
         if made.get("digest") == digest:
             return made["line"]
         scene_manifest.fill(scene, line, self._hooks, _cut)
@@ -211,7 +201,7 @@ class _Work:
         (folder / "line.json").unlink(missing_ok=True)
         made = {
             "digest": digest,
-            "line": _write_pair(folder, line, contents, scene, rejected, records),
+            "line": output_folder.write_pair(folder, line, contents, scene, rejected, records),
         }
         replace_file(folder / "line.json", json.dumps(made, indent=2) + "\n")
         return made["line"]
@@ -273,88 +263,6 @@ def _cut(image: RGBImage, mask: Mask) -> tuple[RGBImage, Mask]:
     return regions.crop_subject(image, region), regions.crop_subject(black, region)[..., 0] < 128
 
 
-def _write_pair(
-    folder: epath.Path,
-    line: scene_manifest.SceneLine,
-    contents: dict[str, bytes],
-    scene: scene_manifest.LoadedScene,
-    rejected: RGBImage,
-    records: list[dict],
-) -> dict:
-    """Writes the images of a pair; returns its line of the manifest."""
-    named = line.files()
-
-    def put(field, name, made):
-        """Writes the user's file unchanged if there is one, otherwise the generated image."""
-        if field in contents:
-            name, made = name + _ending(named[field]), contents[field]
-        else:
-            name, made = name + ".png", encode_png(made)
-        replace_file(folder / name, made)
-        return f"scenes/{folder.name}/{name}"
-
-    union = np.any([subject.mask for subject in scene.subjects], axis=0)
-    pair = {
-        "caption": scene.caption,
-        "chosen": put("chosen", "chosen", None),
-        "rejected": put("rejected", "rejected", rejected),
-        "prior_mask": put("prior_mask", "prior_mask", union),
-        "subjects": [],
-    }
-    for i, (subject, own) in enumerate(zip(scene.subjects, line.subjects, strict=True)):
-        pair["subjects"].append(
-            {
-                "phrase": subject.phrase,
-                **{
-                    field: put(f"subjects[{i}].{field}", f"{field}{i}", getattr(subject, field))
-                    for field in ("reference", "reference_mask", "mask")
-                },
-                "info": _info(own.info) | {"disruption": records[i]},
-            }
-        )
-    if line.group is not None:
-        pair["group"] = line.group
-    if line.info is not None:
-        pair["info"] = line.info
-    return pair
-
-
-def _info(given: object) -> dict:
-    """Returns the user's data of a subject as an object."""
-    if given is None:
-        return {}
-    return given if isinstance(given, dict) else {"info": given}
-
-
-def _ending(name: str) -> str:
-    match = _ENDING.search(name)
-    return match[0].lower() if match else ""
-
-
-def _claim(output: epath.Path, identity: dict) -> None:
-    """Records the settings that the folder's files depend on; raises UserError if they differ."""
-    found = _read_json(output / REPORT)
-    if found.get("command") != _COMMAND:
-        for name in (MANIFEST, REPORT, SHEET, "scenes"):
-            if (output / name).exists():
-                raise UserError(
-                    f"--output={output} has a {name} that `disrupt` did not make; give "
-                    "another --output"
-                )
-    elif (output / "scenes").exists():
-        before = found["settings"]
-        other = sorted(
-            name for name in {*before, *identity} if before.get(name) != identity.get(name)
-        )
-        if other:
-            raise UserError(
-                f"--output={output} holds pairs with another {', '.join(other)}; give "
-                "another --output, or remove the folder"
-            )
-        return
-    _write_report(output, "begun", identity)
-
-
 def _complain(
     refused: dict[int, LineError],
     texts: dict[int, bytes],
@@ -365,7 +273,7 @@ def _complain(
     """Writes the report and raises UserError if refused lines stop the run."""
     if len(refused) == len(texts) or refused and not skip:
         listed = _listed(refused)
-        _write_report(output, "refused", identity, refused=listed)
+        output_folder.write_report(output, "refused", identity, refused=listed)
         raise UserError(refused_lines_message(listed, len(texts), output / REPORT, skip))
 
 
@@ -389,10 +297,11 @@ def _sum_up(
     replace_file(output / MANIFEST, "".join(json.dumps(pair) + "\n" for pair in pairs))
     count = min(_SHEET_ROWS, len(pairs))
     draw_sheet(
-        output / SHEET, [_record(output, pairs[i * len(pairs) // count]) for i in range(count)]
+        output / SHEET,
+        [output_folder.load_record(output, pairs[i * len(pairs) // count]) for i in range(count)],
     )
     records = [s["info"]["disruption"] for pair in pairs for s in pair["subjects"]]
-    report = _write_report(
+    report = output_folder.write_report(
         output,
         "complete",
         identity,
@@ -405,71 +314,5 @@ def _sum_up(
             for name in ("instance_similarity", "caption_similarity")
         },
     )
-    _sweep(output, lines)
-    return report
-
-
-def _record(output: epath.Path, pair: dict) -> dict:
-    """Returns a pair as a record for the contact sheet, with all images padded to squares."""
-
-    def image(name):
-        return _square(decode_image((output / name).read_bytes())[0])
-
-    def mask(name):
-        return _square(decode_mask((output / name).read_bytes()))
-
-    return {
-        "caption": pair["caption"],
-        "chosen": image(pair["chosen"]),
-        "rejected": image(pair["rejected"]),
-        "prior_mask": mask(pair["prior_mask"]),
-        "subjects": [
-            {
-                "reference": image(s["reference"]),
-                "mask": mask(s["mask"]),
-                "reference_mask": mask(s["reference_mask"]),
-            }
-            for s in pair["subjects"]
-        ],
-    }
-
-
-def _square(pixels: np.ndarray) -> np.ndarray:
-    return geometry.pad_to_square(pixels, max(pixels.shape[:2]))
-
-
-def _sweep(output: epath.Path, lines: dict[int, dict]) -> None:
-    """Removes scenes that are no longer in the manifest, and temporary files."""
-    for folder in (output / "scenes").iterdir():
-        if not folder.name.isdigit():
-            continue  # Not a scene of this command.
-        if int(folder.name) not in lines:
-            folder.rmtree()
-            continue
-        pair = lines[int(folder.name)]
-        named = {pair[name] for name in ("chosen", "rejected", "prior_mask")} | {
-            s[name] for s in pair["subjects"] for name in ("reference", "reference_mask", "mask")
-        }
-        keep = {epath.Path(name).name for name in named} | {"line.json"}
-        for file in folder.iterdir():
-            if file.name not in keep:
-                file.unlink()
-    for name in (MANIFEST, SHEET, REPORT):
-        for file in output.glob(f"{name}.*.tmp"):
-            file.unlink()
-
-
-def _read_json(path: epath.Path) -> dict:
-    """Returns the object in a file, or an empty one."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _write_report(output: epath.Path, status: str, identity: dict, **values: Any) -> dict:
-    """Writes report.json; returns its content."""
-    report = {"command": _COMMAND, "status": status, "settings": identity, **values}
-    replace_file(output / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")
+    output_folder.remove_outdated(output, lines)
     return report

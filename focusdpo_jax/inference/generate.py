@@ -48,7 +48,7 @@ def make_generate(
       UserError: the sampler does not exist, or does not support this number of steps.
     """
     spacing, guided = generator.config.spacing, samplers.guides(guidance)
-    # Also checked when the function is traced; here the error comes before anything is loaded.
+    # Also checked when the function is traced; here it fails before the first call.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
     @functools.partial(jax.jit, compiler_options=compiling.networks_here())
