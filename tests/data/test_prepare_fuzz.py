@@ -130,7 +130,7 @@ def bomb(case):
         patched("JPEG", b"\xff\xc0\x00\x11\x08", ">HH", side, side),
     )
     where[key] = case.new_file(content)
-    return field, "million|far too large"
+    return field, "million|far too many pixels"
 
 
 def compressed_text(case):

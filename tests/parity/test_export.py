@@ -404,7 +404,7 @@ def test_check_needs_packages(exported, monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "diffusers" else 1
     )
     with pytest.raises(
-        UserError, match="draws with diffusers, .*; diffusers is not installed here: pip"
+        UserError, match="generates with diffusers, .*; diffusers is not installed here: pip"
     ):
         export_check.check(exported[0].parent, exported[0], PARTS, whole=True)
 
