@@ -235,7 +235,7 @@ def _tinted(image: RGBImage, mask: Mask) -> tuple[RGBImage, Mask]:
     tint = mean.max() + mean.min() - mean  # The opposite hue of the same strength.
     if np.ptp(tint) < 40:
         tint = np.array([200.0, 60.0, 60.0])  # A grey subject has no opposite hue.
-    light = image.astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
+    light = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     light = (40 + 0.85 * light)[..., None] / 128
     colored = np.clip(light * tint, 0, 255)
     result = np.rint(image * (1 - soft) + colored * soft).astype(np.uint8)

@@ -66,14 +66,14 @@ def make_record(
     """
     images, masks, changes = decode_files(line.files(), contents)
     chosen, rejected = images["chosen"], images["rejected"]
-    shape = chosen.shape[:2]
+    shape = height, width = chosen.shape[:2]
     _same_size("rejected", rejected, shape, "chosen")
     check_resolution(shape, sizes.resolution)
     check_masks(masks, images)
     difference = _difference(chosen, rejected)
     prior, subject_masks = _masks(line, masks, difference)
 
-    view = geometry.window(*shape, sizes.resolution, _region(prior, subject_masks))
+    view = geometry.window(height, width, sizes.resolution, _region(prior, subject_masks))
     record = {
         "caption": line.caption,
         "chosen": view.image(chosen),

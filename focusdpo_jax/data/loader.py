@@ -5,6 +5,7 @@ p-th of P equal parts of every batch, so that a step's global batch is the same 
 processes.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -235,7 +236,7 @@ def evaluation_batches(
         for position in range(start, start + batch_size):
             example = transform(source[min(position, last)])
             if position > last:
-                example = example.replace(index=np.int64(-1))
+                example = dataclasses.replace(example, index=np.int64(-1))
             examples.append(example)
         yield jax.tree.map(lambda *rows: np.stack(rows), *examples)
 

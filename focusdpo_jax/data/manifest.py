@@ -120,7 +120,7 @@ def parse_line(text: bytes, *, max_subjects: int) -> PairLine:
         subjects=tuple(
             _subject(s, f"subjects[{i}]") for i, s in enumerate(read_subjects(values, max_subjects))
         ),
-        prior_mask=read_path(values, "prior_mask", optional=True),
+        prior_mask=read_optional_path(values, "prior_mask"),
         group=read_group(values),
     )
 
@@ -179,7 +179,7 @@ def _subject(values: Any, where: str) -> PairSubject:
         reference=read_path(values, "reference", where + "."),
         reference_mask=read_path(values, "reference_mask", where + "."),
         phrase=read_text(values, "phrase", PHRASE, where + "."),
-        mask=read_path(values, "mask", where + ".", optional=True),
+        mask=read_optional_path(values, "mask", where + "."),
         box=read_box(values, where + "."),
     )
 
@@ -239,14 +239,17 @@ def read_text(values: dict, name: str, cure: str, where: str = "") -> str:
     return text
 
 
-def read_path(values: dict, name: str, where: str = "", optional: bool = False) -> str | None:
-    """Returns the path in a field; None if it is optional and missing."""
-    if optional and values.get(name) is None:
-        return None
+def read_path(values: dict, name: str, where: str = "") -> str:
+    """Returns the path in a field, which must not be missing."""
     path = read_text(values, name, "give a file's path", where)
     if "\0" in path:
         raise LineError(where + name, "has a NUL character; give a file's path")
     return path
+
+
+def read_optional_path(values: dict, name: str, where: str = "") -> str | None:
+    """Returns the path in a field; None if it is missing."""
+    return None if values.get(name) is None else read_path(values, name, where)
 
 
 def read_box(values: dict, where: str) -> tuple[float, float, float, float] | None:
@@ -267,7 +270,7 @@ def read_box(values: dict, where: str) -> tuple[float, float, float, float] | No
         raise LineError(field, f"= {value} reaches outside the image; {form}, not pixels")
     if not (x0 < x1 and y0 < y1):
         raise LineError(field, f"= {value} is empty; {form}")
-    return tuple(map(float, value))
+    return float(x0), float(y0), float(x1), float(y1)
 
 
 def check_tokens(caption: str, tokens: int | None) -> None:

@@ -182,5 +182,7 @@ def _png(image: np.ndarray | bytes) -> io.BytesIO:
 def _shape(image: np.ndarray | bytes) -> tuple[int, int]:
     """Returns (height, width) of an image or of the content of a PNG file."""
     if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image)).size[::-1]
-    return image.shape[:2]
+        width, height = Image.open(io.BytesIO(image)).size
+        return height, width
+    height, width = image.shape[:2]
+    return height, width

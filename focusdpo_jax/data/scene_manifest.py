@@ -127,10 +127,10 @@ def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
     where += "."
     subject = SubjectLine(
         phrase=_read_or_none(values, "phrase", manifest.PHRASE, hooks, where),
-        mask=manifest.read_path(values, "mask", where, optional=True),
+        mask=manifest.read_optional_path(values, "mask", where),
         box=manifest.read_box(values, where),
-        reference=manifest.read_path(values, "reference", where, optional=True),
-        reference_mask=manifest.read_path(values, "reference_mask", where, optional=True),
+        reference=manifest.read_optional_path(values, "reference", where),
+        reference_mask=manifest.read_optional_path(values, "reference_mask", where),
         info=values.get("info"),
     )
     if subject.mask is None and subject.box is None and hooks.segment is None:
@@ -247,7 +247,7 @@ def fill(
             subject.mask = _segmented(
                 hooks, scene.image, subject.phrase, written.box, where + "mask"
             )
-        elif subject.mask is None:
+        elif subject.mask is None and written.box is not None:
             subject.mask = geometry.box_mask(written.box, *shape)
         if subject.phrase is None:
             subject.phrase = _described(hooks, scene.image, subject.mask, where + "phrase")

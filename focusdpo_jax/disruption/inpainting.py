@@ -292,7 +292,12 @@ class Inpainter:
             else geometry.pad_to_square(reference, size)
         )
         shared = replicate(
-            (small, inside, self._tokenizer(phrase), np.float32([side, side, 0, 0, side, side])),
+            (
+                small,
+                inside,
+                self._tokenizer(phrase),
+                np.array([side, side, 0, 0, side, side], np.float32),
+            ),
             self._mesh,
         )
         shown = replicate((np.float32(shown) / 255, np.array(reference is not None)), self._mesh)

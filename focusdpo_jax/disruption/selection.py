@@ -37,7 +37,7 @@ def patch_encoder(model: SamplingModel, batch_size: int) -> encoders.VisionEncod
         return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
     parameters = {"image_encoder": model.parameters["image_encoder"]}
-    settings = Preprocessing((size, size), None, mean=(0.0,) * 3, deviation=(1.0,) * 3)
+    settings = Preprocessing((size, size), None, mean=(0.0, 0.0, 0.0), deviation=(1.0, 1.0, 1.0))
     return encoders.VisionEncoder(
         "image_encoder", apply, parameters, settings, encoders.digest_of(parameters), batch_size
     )

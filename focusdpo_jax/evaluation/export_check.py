@@ -104,7 +104,7 @@ def check(
         generate(
             model.parameters,
             model.tokenizer(_PROMPT)[None],
-            np.float32([[resolution, resolution, 0, 0, resolution, resolution]]),
+            np.array([[resolution, resolution, 0, 0, resolution, resolution]], np.float32),
             view,
             np.array([[reads]]),
             noise,

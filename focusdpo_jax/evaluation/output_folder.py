@@ -125,8 +125,9 @@ class ExternalImages:
         self._path = epath.Path(path)
         if not self._path.is_dir():
             raise UserError(f"--images={path} is not a folder.")
-        self._files = {scene.name: self._find(scene.name) for scene in wanted}
-        missing = [name for name, file in self._files.items() if file is None]
+        found = {scene.name: self._find(scene.name) for scene in wanted}
+        self._files = {name: file for name, file in found.items() if file is not None}
+        missing = [name for name, file in found.items() if file is None]
         if missing:
             raise UserError(
                 f"--images={path} lacks {len(missing)} of {len(wanted)} images, such as "

@@ -246,8 +246,9 @@ def _cases(report: Report, count: int) -> str:
         ranks = [
             _mean(value, 0.0 if name.endswith("_crop") and value else None) for value in values
         ]
-        if None not in ranks:
-            rank = ranks[-1] - ranks[0] if len(sides) == 2 else ranks[0]
+        first, last = ranks[0], ranks[-1]
+        if first is not None and last is not None:
+            rank = last - first if len(sides) == 2 else first
             ranked.append((-rank if metric_names.lower_is_better(name) else rank, scene, values))
     ranked.sort(key=lambda entry: (entry[0], entry[1].name))
     both = len(sides) == 2

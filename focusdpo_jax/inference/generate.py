@@ -1,5 +1,6 @@
 """The jitted generation loop: one compiled program for all prompts and all parameters."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,7 +133,8 @@ def conditioned_denoiser(
         )
         without = generator.drop_references(
             parameters,
-            conditioning.replace(
+            dataclasses.replace(
+                conditioning,
                 text=jnp.broadcast_to(other_text, text.shape),
                 pooled=jnp.broadcast_to(other_pooled, pooled.shape),
             ),

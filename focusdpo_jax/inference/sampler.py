@@ -129,16 +129,18 @@ class Sampler:
         references = np.full((len(prompts), self._slots, size, size, 3), 255, np.uint8)
         present = np.zeros((len(prompts), self._slots), bool)
         scales = np.ones(present.shape, np.float32)
-        masks = np.ones((*present.shape, _MASK_SIDE, _MASK_SIDE), np.float32) if regions else None
+        masks = None
+        if regions is not None:
+            masks = np.ones((*present.shape, _MASK_SIDE, _MASK_SIDE), np.float32)
         for row, prompt in enumerate(prompts):
             for slot, reference in enumerate(prompt.references):
                 references[row, slot] = images[reference.path]
                 present[row, slot] = True
                 scales[row, slot] = reference.scale
-                if regions:
+                if regions is not None and masks is not None:
                     masks[row, slot] = regions[reference]
         token_ids = np.stack([self._model.tokenizer(prompt.text) for prompt in prompts])
-        time_ids = np.tile(np.float32([side, side, 0, 0, side, side]), (len(prompts), 1))
+        time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.float32), (len(prompts), 1))
         noise = jnp.concatenate(
             [scene_noise(prompt.seed, [0], generator.latent_shape(side)) for prompt in prompts]
         )

@@ -35,7 +35,8 @@ class Crop(NamedTuple):
 
 @functools.lru_cache(4096)
 def _rgb(hue: float) -> tuple[float, float, float]:
-    return tuple(255 * c for c in colorsys.hsv_to_rgb(hue, _SATURATION, _VALUE))
+    red, green, blue = colorsys.hsv_to_rgb(hue, _SATURATION, _VALUE)
+    return 255 * red, 255 * green, 255 * blue
 
 
 def render_subject(subject: Subject, pose: Pose, pattern_scale: float = 1.0) -> Crop:
@@ -98,7 +99,7 @@ def render_subject(subject: Subject, pose: Pose, pattern_scale: float = 1.0) -> 
 
 def trim(*crops: Crop) -> list[Crop]:
     """Trims crops of one pose to the smallest rectangle that contains the pixels covered by any of them."""
-    touched = sum(crop.coverage for crop in crops) > 0
+    touched = np.any([crop.coverage > 0 for crop in crops], axis=0)
     rows, columns = np.flatnonzero(touched.any(1)), np.flatnonzero(touched.any(0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     return [Crop(crop.color[:, *box], crop.coverage[box]) for crop in crops]

@@ -159,7 +159,7 @@ def hat(x: np.ndarray, y: np.ndarray, anchor: tuple[float, float]) -> np.ndarray
 
 def handle(x: np.ndarray, y: np.ndarray, anchor: tuple[float, float]) -> np.ndarray:
     """A mug's handle; its inner half hides behind the body."""
-    return np.abs(circle(x, y, *anchor, 0.34)) - 0.12
+    return np.abs(circle(x, y, anchor[0], anchor[1], 0.34)) - 0.12
 
 
 def legs(x: np.ndarray, y: np.ndarray, anchor: float) -> np.ndarray:

@@ -210,7 +210,9 @@ class World:
         if self.prior_mask == "exact":
             return mask
         mask = nuisances.dilate(mask, round(_MARGIN * self.resolution / 64))
-        return mask.any(1)[:, None] & mask.any(0) if self.prior_mask == "box" else mask
+        if self.prior_mask == "dilated":
+            return mask
+        return np.any(mask, axis=1)[:, None] & np.any(mask, axis=0)
 
     def _arrange(
         self, rng: np.random.Generator, subjects: tuple[Subject, ...], others: tuple[Subject, ...]

@@ -100,6 +100,7 @@ def load_dino(
     Raises:
       UserError: the folder cannot be read as such a model.
     """
+    model: Any  # flax types `apply` as returning a tuple, whatever the module returns.
     model, parameters = dino_folder.load(folder)
     before, inner = model.config.num_layers - 1, round(_PATCH_DEPTH * model.config.num_layers)
     side = _PATCH_SIDE - _PATCH_SIDE % model.config.patch_size
@@ -140,7 +141,7 @@ def load_clip(folder: epath.PathLike, batch_size: int = 16) -> tuple[VisionEncod
     Raises:
       UserError: the folder cannot be read as such a model.
     """
-    clip = clip_folder.load(folder)
+    clip: Any = clip_folder.load(folder)  # As `model` in `load_dino`.
     side = clip.image.config.image_size
     settings = dataclasses.replace(preprocess.CLIP, resize=side, crop=(side, side))
 

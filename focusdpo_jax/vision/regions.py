@@ -34,7 +34,7 @@ class Region:
     @classmethod
     def from_mask(cls, mask: Mask) -> "Region":
         """Returns the region of a mask that is not empty."""
-        return cls(tuple(map(float, geometry.mask_box(mask))), mask)
+        return cls(_floats(geometry.mask_box(mask)), mask)
 
 
 def crop_subject(image: RGBImage, region: Region | None) -> RGBImage:
@@ -133,8 +133,13 @@ def find_regions(
         if count < 2 or areas.max() < _SMALLEST * best.size:
             boxes.append(None)
             continue
-        boxes.append(tuple(map(float, geometry.mask_box(labels == 1 + areas.argmax()))))
+        boxes.append(_floats(geometry.mask_box(labels == 1 + areas.argmax())))
     return boxes
+
+
+def _floats(box: Float[np.ndarray, "4"]) -> Box:
+    x0, y0, x1, y1 = map(float, box)
+    return x0, y0, x1, y1
 
 
 def _otsu(values: np.ndarray) -> float:

@@ -310,7 +310,7 @@ def _magnify(image: RGBImage, size: np.ndarray) -> RGBImage:
     image = np.asarray(image, np.uint8)
     factors, rest = np.divmod(size, image.shape[:2])
     if rest.any() or not factors.all():
-        return np.asarray(Image.fromarray(image).resize(tuple(map(int, size[::-1]))))
+        return np.asarray(Image.fromarray(image).resize((int(size[1]), int(size[0]))))
     return image.repeat(factors[0], axis=0).repeat(factors[1], axis=1)
 
 
