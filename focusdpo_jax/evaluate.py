@@ -161,9 +161,9 @@ def open_models() -> "tuple[RunConfig | None, dict[str, Callable[[], Any]], epat
     from focusdpo_jax.checkpoints import pretrained
     from focusdpo_jax.training import models, runs
 
-    config, name = _CONFIG.value, _WORKDIR.value
-    if config is not None:
-        config = config_lib.parse(config)
+    config, name = None, _WORKDIR.value
+    if _CONFIG.value is not None:
+        config = config_lib.parse(_CONFIG.value)
         name = name or str(
             command.default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
         )

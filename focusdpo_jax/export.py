@@ -39,22 +39,23 @@ def main() -> None:
     from focusdpo_jax.checkpoints import run_export
     from focusdpo_jax.training import runs
 
-    if _CHECK.value:
-        from focusdpo_jax.evaluation import export_check
-
-        export_check.require_packages()  # Before anything is written.
-    names = run_export.export_run(
-        _WORKDIR.value,
-        _OUTPUT.value,
-        whole=_WHOLE.value,
-        read_checkpoint=lambda: runs.Run(_WORKDIR.value).checkpoint(),
-    )
-    if _CHECK.value:
-        print(
-            export_check.describe(
-                export_check.check(_WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value), names
-            )
+    def export():
+        return run_export.export_run(
+            _WORKDIR.value,
+            _OUTPUT.value,
+            whole=_WHOLE.value,
+            read_checkpoint=lambda: runs.Run(_WORKDIR.value).checkpoint(),
         )
+
+    if not _CHECK.value:
+        export()
+        return
+    from focusdpo_jax.evaluation import export_check
+
+    export_check.require_packages()  # Before anything is written.
+    names = export()
+    difference = export_check.check(_WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value)
+    print(export_check.describe(difference, names))
 
 
 if __name__ == "__main__":
