@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax import toybox
-from focusdpo_jax.data.images import decode_mask, decode_picture, encode_png
+from focusdpo_jax.data.images import decode_image, decode_mask, encode_png
 from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import runs
 
@@ -97,7 +97,7 @@ class Reader:
         of_class = {name: getattr(reading, name)[own.class_id].item() for name in toybox.LOOKS}
         if toybox.PATTERNS[of_class["pattern"]] == "plain":
             of_class["pattern_hue"] = of_class["hue"]
-        kept = reading.area[own.class_id] >= measures.MIN_AREA
+        kept = reading.area[own.class_id] >= toybox_metrics.MIN_AREA
         return bool(kept), toybox.visibly_different(own, toybox.Subject(own.class_id, **of_class))
 
 
@@ -109,7 +109,7 @@ def measure(folder, split):
     for index, text in enumerate((folder / "manifest.jsonl").read_text().splitlines()):
         pair, record = json.loads(text), world.record(split, index)
         chosen, rejected = (
-            decode_picture((folder / pair[name]).read_bytes())[0] for name in ("chosen", "rejected")
+            decode_image((folder / pair[name]).read_bytes())[0] for name in ("chosen", "rejected")
         )
         assert np.array_equal(chosen, record["chosen"])
         masks = [decode_mask((folder / s["mask"]).read_bytes()) for s in pair["subjects"]]

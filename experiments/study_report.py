@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from focusdpo_jax.evaluation import statistics
-from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 from focusdpo_jax.visualization import grids
 
 SHOWN = ("fidelity", "leakage", "hue_leakage", "missing", "class_accuracy", "background_accuracy")

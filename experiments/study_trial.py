@@ -25,7 +25,7 @@ from focusdpo_jax.data import loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.inference.generate import generate_all, make_generate
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import encoding, loop, models, run_data, runs
 
@@ -112,7 +112,7 @@ def measure(model, config, batches):
     ]
     readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
     raw = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(images)], *batches)
-    return measures.measure(readings, raw.truth, raw.present), images, raw
+    return toybox_metrics.compute(readings, raw.truth, raw.present), images, raw
 
 
 def save(path, arrays):

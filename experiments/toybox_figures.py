@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax.data import dataset, loader
-from focusdpo_jax.evaluation import statistics
+from focusdpo_jax.evaluation import toybox_results
 from focusdpo_jax.evaluation.tables import aligned
 from focusdpo_jax.inference.generate import make_generate, scene_noise
-from focusdpo_jax.toybox import measures
-from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox import metrics as toybox_metrics
+from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 
 
@@ -65,7 +65,7 @@ def report(model, config, *, split, count, seed, batch_size, parts):
       parts: of "autoencoder", "probe" and "generator".
 
     Returns:
-      ({figure: value}, {source of pictures: `statistics.summarize`}, the scenes, their captions, generated
+      ({figure: value}, {source of pictures: `toybox_results.summarize`}, the scenes, their captions, generated
       pictures or None).
     """
     source = dataset.ToyboxSource(dataset.toybox_world(config), split, count)
@@ -87,8 +87,8 @@ def report(model, config, *, split, count, seed, batch_size, parts):
             look(model.probe, images[i : i + batch_size]) for i in range(0, count, batch_size)
         ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
-        return statistics.summarize(
-            measures.measure(readings, scenes.truth, scenes.present), seed=seed
+        return toybox_results.summarize(
+            toybox_metrics.compute(readings, scenes.truth, scenes.present), seed=seed
         )
 
     chosen = scenes.chosen.astype(np.float32) / 255
