@@ -2,13 +2,14 @@
 
 import importlib.util
 import pathlib
+from typing import Any
 
 from focusdpo_jax import config as config_lib
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
-def load_config(name, *arguments, **changes):
+def load_config(name: str, *arguments, **changes) -> Any:
     """The RunConfig of configs/<name>.py; `arguments` are what follows the colon.
 
     `changes` are other values, dots of names as double underscores; they are not checked.
@@ -17,14 +18,14 @@ def load_config(name, *arguments, **changes):
     return changed(config, **changes)
 
 
-def changed(config, **changes):
+def changed(config: Any, **changes):
     """A RunConfig with other values, dots of names as double underscores."""
     return config_lib.replace(
         config, {name.replace("__", "."): value for name, value in changes.items()}
     )
 
 
-def load_file(path, *arguments):
+def load_file(path: pathlib.Path, *arguments) -> Any:
     """The ConfigDict of a file."""
     spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ SMALL = UNetConfig(
 OUTPUT, RESULT = "output_{}.npy", "result_{}.json"
 
 
-def inputs(config, side):
+def inputs(config: Any, side: int) -> dict[str, np.ndarray]:
     """Arguments of the UNet for one picture."""
     rng = np.random.default_rng(0)
 
@@ -58,7 +59,7 @@ def inputs(config, side):
     )
 
 
-def theirs(folder, config, side):
+def theirs(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, dict[str, float]]:
     """Makes diffusers' model, writes it and runs it: the output, and what took how long."""
     import diffusers
     import torch
@@ -81,7 +82,7 @@ def theirs(folder, config, side):
     return output.permute(0, 2, 3, 1).numpy(), seconds | {"run": time.monotonic() - start}
 
 
-def ours(folder, config, side):
+def ours(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, dict[str, float]]:
     """Reads the files and runs our model: the output, and what took how long."""
     import jax
 
@@ -111,7 +112,7 @@ def ours(folder, config, side):
     return output, seconds | {"run": time.monotonic() - start}
 
 
-def compare(folder, small):
+def compare(folder: pathlib.Path, small: bool) -> float:
     """Runs both sides in processes of their own; prints and returns the relative error."""
     outputs = {}
     for side in ("theirs", "ours"):
@@ -128,7 +129,7 @@ def compare(folder, small):
     return error
 
 
-def main():
+def main() -> None:
     """Flags; `--side` is for the script's own processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a tiny model, in seconds")

@@ -37,7 +37,7 @@ CAPTION = "a thing and another thing beside it"
 TERAFLOP = (2 * (1 + 1 + 2) + 2) * 6.76
 
 
-def noise(draw, side):
+def noise(draw, side: int):
     """uint8 [side, side, 3], rough and smooth as photographs are: every octave has its share."""
     total, cell = np.full((side, side, 3), 128, np.float32), side
     while cell >= 2:
@@ -47,7 +47,7 @@ def noise(draw, side):
     return np.clip(total, 0, 255).astype(np.uint8)
 
 
-def disc(side, y, x, radius):
+def disc(side: int, y, x, radius: int):
     """bool [side, side]."""
     return np.hypot(*np.mgrid[-y : side - y, -x : side - x]) < radius
 
@@ -80,7 +80,7 @@ def make_record(draw):
     }
 
 
-def write_files(record, folder, encode):
+def write_files(record, folder: pathlib.Path, encode) -> None:
     """The record's pictures and masks as PNG files; `encode` makes their contents."""
     folder.mkdir(parents=True)
     named = {f"{name}.png": record[name] for name in ("chosen", "rejected", "prior_mask")}
@@ -102,10 +102,10 @@ def by_pil(pixels):
 class Files:
     """What PyTorch's DataLoader reads: a folder of files a pair, by PIL."""
 
-    def __init__(self, folders):
+    def __init__(self, folders) -> None:
         self.folders = folders
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.folders)
 
     def __getitem__(self, index):
@@ -133,7 +133,7 @@ class Files:
         }
 
 
-def encoded(folder, count):
+def encoded(folder: pathlib.Path, count: int):
     """A source of pairs as SDXL's encoders leave them: random numbers of the same shapes."""
     from focusdpo_jax.models.generator import ImageView
     from focusdpo_jax.training import encoding, encoding_cache
@@ -176,7 +176,7 @@ def itself(entry):
     return entry
 
 
-def ours(source, workers, batch_size, transform=None):
+def ours(source, workers: int, batch_size: int, transform=None):
     """Our loader: an iterator over batches, and what ends it."""
     from focusdpo_jax.data import loader
 
@@ -189,7 +189,7 @@ def ours(source, workers, batch_size, transform=None):
     return batches, batches.close
 
 
-def pytorch(folders, workers, batch_size):
+def pytorch(folders, workers: int, batch_size: int):
     """PyTorch's: the same, epoch after epoch."""
     import torch
 
@@ -224,7 +224,7 @@ def children():
     return [process.pid for process in multiprocessing.active_children()]
 
 
-def measure(make, batches, batch_size):
+def measure(make, batches, batch_size: int):
     """(pictures a second, pictures a second of CPU time) of a loader that has warmed up."""
     iterator, close = make()
     for _ in range(4):
@@ -238,7 +238,7 @@ def measure(make, batches, batch_size):
     return pictures / seconds, pictures / used
 
 
-def main():
+def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

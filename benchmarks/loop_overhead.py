@@ -20,6 +20,7 @@ import cProfile
 import pstats
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ class Stretches:
       seconds: [[of the loop, of bare steps, of the loop alone]] a step, a row for each round.
     """
 
-    def __init__(self, length, profile):
+    def __init__(self, length: int, profile: bool) -> None:
         self.seconds, self._length, self._profile = [], length, profile
         self._call, self._seen, self._metrics = Step.__call__, [], {}
         self._count, self._start = 0, None
@@ -71,7 +72,7 @@ class Stretches:
         return state, self._metrics[structure]
 
 
-def run(config, length, profile):
+def run(config: Any, length: int, profile: bool):
     """Seconds [rounds, 3] a step of the loop, of bare steps and of the loop alone."""
     stretches = Stretches(length, profile)
     call = Step.__call__
@@ -85,14 +86,14 @@ def run(config, length, profile):
     return np.array(stretches.seconds)[WARMUP:]
 
 
-def with_interval(statistic, seconds, draws=2000):
+def with_interval(statistic, seconds, draws=2000) -> str:
     """A statistic of rounds, as "median (low to high)" in percent."""
     rows = np.random.default_rng(0).integers(len(seconds), size=(draws, len(seconds)))
     low, high = np.percentile([statistic(seconds[drawn]) for drawn in rows], [2.5, 97.5])
     return f"{statistic(seconds):.1%} ({low:.1%} to {high:.1%})"
 
 
-def main():
+def main() -> None:
     """Prints what the loop adds to its steps."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

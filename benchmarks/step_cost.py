@@ -30,7 +30,7 @@ TOLERANCE = 0.02
 CURE = "if that is meant, record it: python benchmarks/step_cost.py --record"
 
 
-def traced(name):
+def traced(name: str):
     """{program: jax.stages.Traced} of a case's step."""
     config = load_config(*CASES[name])
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
@@ -69,7 +69,7 @@ def measure():
     return {"jax": jax.__version__, "cases": cases}
 
 
-def differences(record, found):
+def differences(record, found) -> list[str]:
     """Lines that say what no longer is as recorded; none if all is."""
     lines, same_jax = [], record["jax"] == found["jax"]
     for case, programs in record["cases"].items():
@@ -93,7 +93,7 @@ def differences(record, found):
     return lines
 
 
-def main():
+def main() -> None:
     """Compares or records."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

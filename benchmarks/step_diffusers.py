@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -28,7 +29,7 @@ class Given(torch.nn.Module):
         return tokens
 
 
-def load_unet(sizes, folder):
+def load_unet(sizes: Any, folder: pathlib.Path):
     """diffusers' UNet with IP-Adapter's attention."""
     depths = sizes["transformer_layers_per_block"]
     # Copies lie in memory as kernels like it, which the file's bytes need not.
@@ -76,7 +77,7 @@ def _unet(sizes, depths, tensors):
     return model
 
 
-def load_adapter(sizes, folder):
+def load_adapter(sizes: Any, folder: pathlib.Path):
     """diffusers' resampler."""
     model = embeddings.IPAdapterPlusImageProjection(
         embed_dims=sizes["input_dim"],
@@ -92,7 +93,7 @@ def load_adapter(sizes, folder):
     return model
 
 
-def make(folder, how, dtype, remat, device):
+def make(folder: pathlib.Path, how, dtype: str, remat: bool, device):
     """The function that does the next step."""
     settings = json.loads((folder / "sizes.json").read_text())
     kind = getattr(torch, dtype)
@@ -183,13 +184,13 @@ def make(folder, how, dtype, remat, device):
     return step
 
 
-def wait(device):
+def wait(device) -> None:
     """Until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def main():
+def main() -> None:
     """Serves."""
     _, folder, how, dtype, remat = sys.argv[1:]
     device = "cuda" if torch.cuda.is_available() else "cpu"

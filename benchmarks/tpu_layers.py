@@ -94,7 +94,7 @@ def measure(module, inputs, trained, mesh):
     return estimate.cycles, work.matmul_flops - work.kernels
 
 
-def main():
+def main() -> None:
     """Prints a line of each layer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

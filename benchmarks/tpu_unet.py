@@ -27,7 +27,7 @@ PROGRAMS = ("forward", "gradient")
 SIDES = ("ours", "dot_product", "flash")
 
 
-def compiled(network, program, side, topology):
+def compiled(network, program, side: int, topology: str):
     """Compiles and describes one program; what `main` prints a line of."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     import jax
@@ -172,7 +172,7 @@ def peers(network, mesh, example):
     return nn.unbox(shapes), apply
 
 
-def main():
+def main() -> None:
     """Compiles each program in a process of its own and prints a line of each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

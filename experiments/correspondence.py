@@ -41,7 +41,7 @@ LAYERS = (8, 9, 10)
 class Photos:
     """The subjects of a folder, their classes and their photographs."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: pathlib.Path) -> None:
         self.folder = pathlib.Path(folder)
         self.classes = {}
         for line in (self.folder / "prompts_and_classes.txt").read_text().splitlines():
@@ -103,7 +103,7 @@ def composite(photos, pair, draw, plain):
     return picture, masks
 
 
-def make_features(folder):
+def make_features(folder: pathlib.Path):
     """The function pictures uint8 [B, 448, 448, 3] -> patch features [B, 32, 32, D].
 
     Those of several layers, each of length 1, side by side: a cosine is the mean of theirs.
@@ -134,7 +134,7 @@ def on_patches(masks):
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def match_by_contest(references, reference_masks, target, area, count=0):
+def match_by_contest(references, reference_masks, target, area, count: int = 0):
     """SPAF's match [S, h, w] as `focus.correspondence` makes it.
 
     Args:
@@ -179,7 +179,7 @@ def hits(match, references, target, masks):
     return inside.mean(), masks.mean()
 
 
-def measure(photos, features, count, seed, matches):
+def measure(photos, features, count: int, seed: int, matches):
     """Yields (name, rows of (inside, chance) by match) of the three settings."""
 
     def seen(picture, mask):
@@ -207,7 +207,7 @@ def measure(photos, features, count, seed, matches):
         yield title, rows
 
 
-def main():
+def main() -> None:
     """Prints a line a setting."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

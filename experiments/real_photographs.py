@@ -17,6 +17,7 @@ folder with trained weights in transformers' layout. Three questions:
 """
 
 import itertools
+import pathlib
 import sys
 
 import numpy as np
@@ -32,7 +33,7 @@ from focusdpo_jax.vision import places as subject_places
 SIDE, HEIGHT = 512, 230  # Of a composite, and of a subject in it, in pixels.
 
 
-def main(folder, weights, pairs=60):
+def main(folder: pathlib.Path, weights, pairs=60) -> None:
     """Prints the figures."""
     whole, subject, patches = encoders.load_dino("dinov2", weights, batch_size=4)
     subject = Remembering(subject)
@@ -48,7 +49,7 @@ def main(folder, weights, pairs=60):
 class Remembering:
     """An encoder that sees no picture twice: the questions share most of theirs."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder) -> None:
         self.name, self.digest = encoder.name, encoder.digest
         self._encoder, self._known = encoder, {}
 
@@ -60,7 +61,7 @@ class Remembering:
         return np.stack([self._known[key] for key in keys])
 
 
-def alike(whole, subject, photos):
+def alike(whole, subject, photos) -> None:
     """Question 1."""
     names = np.array([name for name, paths in photos.items() for _ in paths])
     pictures = [(path, images.read_picture(path)) for paths in photos.values() for path in paths]
@@ -77,7 +78,7 @@ def alike(whole, subject, photos):
         print_alike(f"subjects cut out, {kind} half", vectors[chosen], names[chosen])
 
 
-def print_alike(kind, vectors, names):
+def print_alike(kind, vectors, names) -> None:
     """How often the own subject's mean similarity is above the others'."""
     similarity = vectors @ vectors.T
     subjects, passed = list(dict.fromkeys(names)), []
@@ -93,7 +94,7 @@ def print_alike(kind, vectors, names):
     )
 
 
-def composites(encoder, patches, folder, photos, count):
+def composites(encoder, patches, folder: pathlib.Path, photos, count: int) -> None:
     """Questions 2 and 3."""
     table = (epath.Path(folder) / "prompts_and_classes.txt").read_text()
     kinds = dreambench.dreambench.classes(table, photos)
@@ -156,7 +157,7 @@ def leakage(scorer, scenes, pictures, places):
     return np.array([score["dinov2_leakage"] for score in scores], np.float64)
 
 
-def report(what, passed, same):
+def report(what, passed, same) -> str:
     """Shares of all composites and of those of one class."""
     return (
         f"{what} {100 * passed.mean():.1f} % of {len(passed)} "
