@@ -70,6 +70,7 @@ class Side:
         return json.loads(answer)
 
     def close(self) -> None:
+        """Ends the process."""
         self._process.stdin.close()
         self._process.wait()
 

@@ -87,6 +87,7 @@ def numbers(folder: pathlib.Path) -> Any:
 
 
 def main() -> None:
+    """Compares each run, prints the differences and exits with 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--before", required=True, help="checkout to compare with")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/unchanged"))

@@ -54,6 +54,7 @@ class Remembering:
         self._encoder, self._known = encoder, {}
 
     def __call__(self, pictures):
+        """Returns the features of images, computed once for each."""
         keys = [(picture.shape, picture.tobytes()) for picture in pictures]
         new = {key: p for key, p in zip(keys, pictures) if key not in self._known}
         if new:

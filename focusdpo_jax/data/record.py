@@ -138,7 +138,6 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
     Raises:
       UserError: names the record's index, the field, what is wrong with it and what would be right.
     """
-
     sizes = {}  # Of each kind of picture, the one that the others of the kind are compared with.
 
     def fail(field: str, problem: str):

@@ -121,7 +121,7 @@ def summarize(base, policy=None, *, seed):
 
 
 def verdict(name, difference):
-    """ "better" or "worse" by an estimate (dict) of a difference, "" where its interval contains zero."""
+    """Returns "better" or "worse" by a difference (dict of an estimate), "" if its interval contains 0."""
     if not tables.certain(difference):
         return ""
     return "better" if (difference["mean"] > 0) != (name in LOWER_IS_BETTER) else "worse"

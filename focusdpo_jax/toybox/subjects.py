@@ -43,6 +43,7 @@ class Subject:
 
     @property
     def phrase(self) -> str:
+        """Words for it in a caption."""
         return f"a {CLASSES[self.class_id]}"
 
 

@@ -111,6 +111,7 @@ class World:
 
     @property
     def max_subjects(self) -> int:
+        """Largest number of subjects of a scene."""
         return len(self.count_probabilities)
 
     def record(self, split: str, index: int) -> dict:
