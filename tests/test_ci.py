@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 
@@ -38,6 +39,21 @@ def test_ci_run_refuses_a_part_that_there_is_not():
     result = subprocess.run([script, "everything"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: .ci/run everything: give suite, quick or lint")
+
+
+def test_the_quick_part_is_skipped_without_python_313(tmp_path):
+    for name in ("bash", "dirname", "mktemp", "rm"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    # As pyenv's stand-in of a version that is not selected.
+    (tmp_path / "python3.13").write_text("#!/bin/bash\nexit 127\n")
+    (tmp_path / "python3.13").chmod(0o755)
+    result = subprocess.run(
+        ["bash", ROOT / ".ci/run", "quick"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (0, "Quick part skipped: no python3.13\n")
 
 
 def test_the_oldest_python_is_the_same_everywhere(jobs):
