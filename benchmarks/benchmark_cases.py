@@ -28,6 +28,7 @@ def changed(config: Any, **changes):
 def load_file(path: pathlib.Path, *arguments) -> Any:
     """The ConfigDict of a file."""
     spec = importlib.util.spec_from_file_location("config", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*arguments)

@@ -140,6 +140,7 @@ def main() -> None:
             output / f"{workdir.name}.log",
             workdir / "metrics.jsonl",
         )
+        assert training is not None, "no step was seen"
         found[name] = losses(workdir)
         print(
             f"{name:15} {training / 2**20:5.0f} MiB while it trained, {peak / 2**20:5.0f} MiB at "

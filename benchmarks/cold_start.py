@@ -25,7 +25,7 @@ from typing import Any
 LIMIT = 1800
 
 
-def first_step(config: Any, folder: pathlib.Path, workdir: pathlib.Path):
+def first_step(config: Any, folder: pathlib.Path, workdir: str):
     """Starts a run and ends it after its first step; returns seconds and counts."""
     metrics, log = folder / workdir / "metrics.jsonl", folder / f"{workdir}.log"
     metrics.unlink(missing_ok=True)  # Steps behind the checkpoint are no step of the next start.

@@ -86,7 +86,7 @@ def batch_shapes(generator: Any, config: Any) -> PreferenceBatch:
     count, side = config.batch_size, config.resolution
     reference = generator.config.image_encoder.image_size
 
-    def array(dtype, *shape):
+    def array(dtype, *shape) -> Any:
         return jax.ShapeDtypeStruct((count, *shape), dtype)
 
     return PreferenceBatch(

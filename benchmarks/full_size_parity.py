@@ -67,7 +67,8 @@ def theirs(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, di
     torch.manual_seed(0)
     values = diffusers_configs.write_unet(config, side)
     start = time.monotonic()
-    model = diffusers.UNet2DConditionModel.from_config(values).eval().requires_grad_(False)
+    unet: Any = diffusers.UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    model = unet.from_config(values).eval().requires_grad_(False)
     # Small files: while one is written, its tensors are in memory twice.
     model.save_pretrained(folder / "unet", max_shard_size="1GB")
     seconds = {"make and write": time.monotonic() - start}
@@ -124,14 +125,14 @@ def compare(folder: pathlib.Path, small: bool) -> float:
         name = "diffusers" if side == "theirs" else "focusdpo_jax"
         print(f"{name}: {seconds}; peak {result['peak'] / 1e9:.2f} GB", flush=True)
     difference = np.linalg.norm(outputs["ours"] - outputs["theirs"])
-    error = difference / np.linalg.norm(outputs["theirs"])
+    error = float(difference / np.linalg.norm(outputs["theirs"]))
     print(f"relative error of the output: {error:.3g}")
     return error
 
 
 def main() -> None:
     """Flags; `--side` is for the script's own processes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a tiny model, in seconds")
     parser.add_argument("--folder", help="for the weights; default: a temporary one")
     parser.add_argument("--side", choices=("theirs", "ours"), help=argparse.SUPPRESS)

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Command:
       before: commands whose finished results lie in the round's folder when it begins.
     """
 
-    arguments: object
+    arguments: Callable[[pathlib.Path, pathlib.Path], list[str]]
     result: str
     before: tuple[str, ...] = ()
 

@@ -9,7 +9,6 @@ read anything (Python, jax) is subtracted. Arrays stay on the CPU, where host me
 
 import json
 import os
-import pathlib
 import resource
 import sys
 import tempfile
@@ -51,7 +50,7 @@ def main(gigabytes: float = 5.0) -> None:
     print(f"{held / 1e9:.2f} GB read, peak {used / 1e9:.2f} GB: {used / held:.3f} of its size")
 
 
-def write_sparse(path: pathlib.Path, example) -> None:
+def write_sparse(path: str, example) -> None:
     """A safetensors file of zeros for `example`, without writing the zeros."""
     header, position = {}, 0
     for name, layer in example.items():

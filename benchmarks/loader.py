@@ -23,6 +23,7 @@ import resource
 import shutil
 import time
 import types
+from typing import Any, cast
 
 import cv2
 import jax.numpy as jnp
@@ -57,7 +58,8 @@ def make_record(draw):
     chosen = noise(draw, SIDE)
     rejected, prior, subjects = chosen.copy(), np.zeros((SIDE, SIDE), bool), []
     for _ in range(SUBJECTS):
-        mask = disc(SIDE, *draw.integers(200, 800, 2), 180)
+        x, y = draw.integers(200, 800, 2)
+        mask = disc(SIDE, x, y, 180)
         rejected[mask] = 255 - rejected[mask]
         prior |= mask
         subjects.append(
@@ -140,7 +142,7 @@ def encoded(folder: pathlib.Path, count: int):
 
     draw, side = np.random.default_rng(0), SIDE // 8
 
-    def normal(*shape, dtype=np.float32):
+    def normal(*shape, dtype=np.float32) -> Any:
         return draw.normal(size=(1, *shape)).astype(dtype)
 
     def encode(parameters, batch):
@@ -193,8 +195,8 @@ def pytorch(folders, workers: int, batch_size: int):
     """PyTorch's: the same, epoch after epoch."""
     import torch
 
-    loader = torch.utils.data.DataLoader(
-        Files(folders),
+    loader: Any = torch.utils.data.DataLoader(
+        cast(Any, Files(folders)),
         batch_size,
         shuffle=True,
         num_workers=workers,

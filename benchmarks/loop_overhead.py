@@ -20,7 +20,7 @@ import cProfile
 import pstats
 import tempfile
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -39,10 +39,11 @@ class Stretches:
       seconds: [[of the loop, of bare steps, of the loop alone]] a step, a row for each round.
     """
 
-    def __init__(self, length: int, profile: bool) -> None:
-        self.seconds, self._length, self._profile = [], length, profile
+    def __init__(self, length: int, profile: Any) -> None:
+        self.seconds: list[list[float]] = []
+        self._length, self._profile = length, profile
         self._call, self._seen, self._metrics = Step.__call__, [], {}
-        self._count, self._start = 0, None
+        self._count, self._start = 0, 0.0
 
     def __call__(self, step, structure, state, *arguments):
         """The step's result, or what it looks like; where a stretch ends, its time is taken."""
@@ -72,16 +73,16 @@ class Stretches:
         return state, self._metrics[structure]
 
 
-def run(config: Any, length: int, profile: bool):
+def run(config: Any, length: int, profile: Any) -> np.ndarray:
     """Seconds [rounds, 3] a step of the loop, of bare steps and of the loop alone."""
-    stretches = Stretches(length, profile)
+    stretches, of_class = Stretches(length, profile), cast(Any, Step)
     call = Step.__call__
-    Step.__call__ = lambda *arguments: stretches(*arguments)
+    of_class.__call__ = lambda *arguments: stretches(*arguments)
     try:
         with tempfile.TemporaryDirectory() as folder:
             loop.run(changed(config, data__path=f"{folder}/data"), f"{folder}/run")
     finally:
-        Step.__call__ = call
+        of_class.__call__ = call
         profile.disable()
     return np.array(stretches.seconds)[WARMUP:]
 
@@ -119,7 +120,7 @@ def main() -> None:
         evaluation__pictures=0,
         evaluation__scenes=0,
     )
-    profile = cProfile.Profile()
+    profile: Any = cProfile.Profile()
     if not arguments.profile:
         profile.enable = profile.disable = lambda: None
     seconds = run(config, arguments.length, profile)

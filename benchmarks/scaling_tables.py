@@ -201,7 +201,7 @@ def make(path: pathlib.Path, row, prefix) -> None:
     )
 
 
-def gigabytes(size: float | None) -> str:
+def gigabytes(size: float) -> str:
     """A number of bytes in a cell."""
     return f"{size / 1e9:.1f}"
 

@@ -51,6 +51,8 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._script, self._stdin, self._stdout = script, self._process.stdin, self._process.stdout
 
     def ask(self, request):
         """The JSON answer to "ready", "step" or "memory"."""
@@ -59,19 +61,19 @@ class Side:
 
     def send(self, request) -> None:
         """Asks without waiting; `receive` gives answers in the order of requests."""
-        self._process.stdin.write(request + "\n")
-        self._process.stdin.flush()
+        self._stdin.write(request + "\n")
+        self._stdin.flush()
 
     def receive(self):
         """The answer to the first request that has had none."""
-        answer = self._process.stdout.readline()
+        answer = self._stdout.readline()
         if not answer:
-            raise SystemExit(f"{self._process.args[1]} stopped; its error is above")
+            raise SystemExit(f"{HERE / self._script} stopped; its error is above")
         return json.loads(answer)
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        self._stdin.close()
         self._process.wait()
 
 

@@ -13,6 +13,7 @@ names, since other versions trace and fuse differently.
 import argparse
 import json
 import pathlib
+from typing import Any
 
 import jax
 from benchmark_cases import load_config
@@ -57,7 +58,7 @@ def measure():
         cases[name] = {program: flops.count(found)._asdict() for program, found in programs.items()}
         if name == COMPILED:
             # How well the code is compiled changes no byte, but the time that it takes.
-            compiled = (
+            compiled: Any = (
                 programs["update"]
                 .lower()
                 .compile(compiler_options={"xla_backend_optimization_level": 0})

@@ -46,7 +46,8 @@ def load_unet(sizes: Any, folder: pathlib.Path):
 def _unet(sizes, depths, tensors):
     """The module, whose attention has an image branch where `tensors` have one."""
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
-    model = diffusers.UNet2DConditionModel(
+    unet: Any = diffusers.UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    model = unet(
         in_channels=sizes["in_channels"],
         out_channels=sizes["out_channels"],
         down_block_types=down,

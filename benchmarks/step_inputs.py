@@ -118,7 +118,7 @@ def filled(shape, config: Any, unet):
     rng = np.random.default_rng(0)
     count, length = shape.text.shape[:2]
 
-    def normal(leaf, *size):
+    def normal(leaf, *size) -> Any:
         return rng.standard_normal(size or leaf.shape, np.float32).astype(leaf.dtype)
 
     side = config.resolution
@@ -129,7 +129,7 @@ def filled(shape, config: Any, unet):
         text=normal(shape.text, count, length, unet.cross_attention_dim),
         pooled=normal(shape.pooled, count, unet.pooled_dim),
         present=np.ones(shape.present.shape, bool),
-        time_ids=np.tile(np.float32([side, side, 0, 0, side, side]), (count, 1)),
+        time_ids=np.tile(np.array([side, side, 0, 0, side, side], np.float32), (count, 1)),
     )
 
 

@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 PROGRAMS = ("forward", "gradient")
 SIDES = ("ours", "dot_product", "flash")
@@ -76,10 +77,10 @@ def compiled(network, program, side: int, topology: str):
         traced = jax.jit({"forward": forward, "gradient": gradient}[program]).trace(
             parameters, *arguments
         )
-        compiled_program = traced.lower().compile()
+        compiled_program: Any = traced.lower().compile()
     seconds, use = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF)
     operations, accessed = looped_cost.count(compiled_program)
-    estimate = estimates.read(hlo.Program(compiled_program.as_text()))
+    estimate = estimates.read(hlo.Program(compiled_program.as_text() or ""))
     kernels = traced_operations.count(traced).kernels / count
     chip = chips.TPUS[topology.partition(":")[0]]
     return {
@@ -135,7 +136,9 @@ def peers(network, mesh, example):
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
-    from maxdiffusion.models.unet_2d_condition_flax import FlaxUNet2DConditionModel
+    from maxdiffusion.models.unet_2d_condition_flax import (  # pyright: ignore[reportMissingImports]
+        FlaxUNet2DConditionModel,
+    )
 
     unet = FlaxUNet2DConditionModel(
         sample_size=example[0].shape[1],

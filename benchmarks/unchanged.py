@@ -88,7 +88,7 @@ def numbers(folder: pathlib.Path) -> Any:
 
 def main() -> None:
     """Compares each run, prints the differences and exits with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--before", required=True, help="checkout to compare with")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/unchanged"))
     parser.add_argument("--default", action="store_true", help="compare the whole default run too")

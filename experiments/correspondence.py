@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import pathlib
+from typing import Any
 
 import cv2
 import jax
@@ -68,7 +69,8 @@ class Photos:
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         picture, mask = Image.fromarray(picture[box]), Image.fromarray(mask[box])
         scale = OBJECT / max(picture.size)
-        size = tuple(max(1, round(scale * length)) for length in picture.size)
+        width, height = (max(1, round(scale * length)) for length in picture.size)
+        size = width, height
         mask = mask.convert("L").resize(size, Image.Resampling.BILINEAR)
         return np.asarray(picture.resize(size, Image.Resampling.BICUBIC)), np.asarray(mask) > 127
 
@@ -114,9 +116,10 @@ def make_features(folder: pathlib.Path):
     @jax.jit
     def features(parameters, pictures):
         pictures = (pictures / 255.0 - mean) / deviation
-        captured = model.apply(
+        found: Any = model.apply(
             {"params": parameters}, pictures.astype(jnp.float32), capture=LAYERS
-        ).captured
+        )
+        captured = found.captured
         states = [
             captured[layer] / jnp.linalg.norm(captured[layer], axis=-1, keepdims=True)
             for layer in LAYERS

@@ -79,7 +79,7 @@ class Reader:
 
     @staticmethod
     def _reading(parameters, picture, mask):
-        maps = Probe(TOYBOX).apply({"params": parameters}, picture[None] / 255.0)
+        maps: Any = Probe(TOYBOX).apply({"params": parameters}, picture[None] / 255.0)
         grid = maps.class_logits.shape[1]
         inside = mask.reshape(grid, len(mask) // grid, grid, -1).any((1, 3))
         nothing = jnp.where(jnp.arange(maps.class_logits.shape[-1]) < TOYBOX.classes, -1e9, 0.0)

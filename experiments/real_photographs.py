@@ -33,7 +33,7 @@ from focusdpo_jax.vision import places as subject_places
 SIDE, HEIGHT = 512, 230  # Of a composite, and of a subject in it, in pixels.
 
 
-def main(folder: pathlib.Path, weights, pairs=60) -> None:
+def main(folder: str, weights: str, pairs: int = 60) -> None:
     """Prints the figures."""
     whole, subject, patches = encoders.load_dino("dinov2", weights, batch_size=4)
     subject = Remembering(subject)
@@ -174,6 +174,8 @@ def paste(paths, background):
     for i, path in enumerate(paths):
         picture = images.read_picture(path)
         place = subject_places.of_photograph(path, picture)
+        if place is None or place.mask is None:
+            raise SystemExit(f"{path}: no subject found")
         rows, columns = np.nonzero(place.mask)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         scale = HEIGHT / max(box[2] - box[0], box[3] - box[1])
@@ -200,4 +202,4 @@ def overlap(a, b):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])

@@ -35,7 +35,7 @@ def score(measures):
         name: statistics.bootstrap_mean(measures[name], seed=0, resamples=1).mean for name in CURVES
     }
     # Without a single subject found there is no leakage to speak of, and no fidelity.
-    return means["fidelity"] - (means["leakage"] or 0.0)
+    return (means["fidelity"] or 0.0) - (means["leakage"] or 0.0)
 
 
 def pooled(trials, output: pathlib.Path, step=None):
@@ -199,6 +199,7 @@ def page(output: pathlib.Path, reported, chosen):
         if name == "base" or name in chosen
     }
     base = drawn["base"]
+    assert base is not None, "the base was measured"
     return grids.model_grid(
         [
             grids.ModelRow(

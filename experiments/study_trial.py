@@ -123,7 +123,7 @@ def save(path: pathlib.Path, arrays) -> None:
     replace_file(path, content.getvalue())
 
 
-def run(folder: pathlib.Path) -> None:
+def run(folder: str | pathlib.Path) -> None:
     """Does what `folder/trial.json` says."""
     folder = pathlib.Path(folder)
     trial = json.loads((folder / "trial.json").read_text())

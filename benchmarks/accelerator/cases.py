@@ -28,7 +28,9 @@ def configuration(settings: Any):
     debug = settings["size"] == "debug"
     config = load_config("sdxl_dpo", *(["debug"] if debug else []))
     trainable = settings.get("trainable", "adapter")
-    changes = {"model__lora_rank": 4 if debug else 32} if trainable == "lora" else {}
+    changes: dict[str, Any] = (
+        {"model__lora_rank": 4 if debug else 32} if trainable == "lora" else {}
+    )
     if debug:
         sizes = dict(config.model.sizes)
         sizes["unet"] = {**sizes["unet"], **_FEWEST}

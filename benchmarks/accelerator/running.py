@@ -116,9 +116,11 @@ def run(command: list[str], seconds, log: pathlib.Path, add):
             command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
         )
     lines = queue.Queue()
+    output = process.stdout
+    assert output is not None
 
     def read():
-        for line in process.stdout:
+        for line in output:
             lines.put(line)
         lines.put(None)
 

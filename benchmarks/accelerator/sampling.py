@@ -75,7 +75,7 @@ def measure(settings: Any, context: Any):
             "compile_seconds": time.monotonic() - start,
             "matmul_peak": peak,
             "held": memory.bytes_per_device(parameters),
-            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,  # pyright: ignore[reportOptionalMemberAccess]
         }
         seconds = []
         for _ in range(1 + settings["repeats"]):

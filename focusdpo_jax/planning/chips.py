@@ -220,7 +220,7 @@ GPUS = {
         flops=154.8e12,
         link=_PCIE4,
         network=_SHARED_NETWORK,
-        **(_ADA | {"capability": (8, 6)}),
+        **{**_ADA, "capability": (8, 6)},
     ),
     "l4": GPU(
         "NVIDIA L4",
