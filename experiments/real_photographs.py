@@ -17,6 +17,7 @@ folder with trained weights in transformers' layout. Three questions:
 """
 
 import itertools
+import pathlib
 import sys
 
 import numpy as np
@@ -32,7 +33,7 @@ from focusdpo_jax.vision import regions as subject_regions
 SIDE, HEIGHT = 512, 230  # Of a composite, and of a subject in it, in pixels.
 
 
-def main(folder, weights, pairs=60):
+def main(folder: str, weights: str, pairs: int = 60) -> None:
     """Prints the figures."""
     whole, subject, patches = encoders.load_dino("dinov2", weights, batch_size=4)
     subject = Remembering(subject)
@@ -48,11 +49,12 @@ def main(folder, weights, pairs=60):
 class Remembering:
     """An encoder that sees no picture twice: the questions share most of theirs."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder) -> None:
         self.name, self.digest = encoder.name, encoder.digest
         self._encoder, self._known = encoder, {}
 
     def __call__(self, pictures):
+        """Returns the features of images, computed once for each."""
         keys = [(picture.shape, picture.tobytes()) for picture in pictures]
         new = {key: p for key, p in zip(keys, pictures) if key not in self._known}
         if new:
@@ -60,7 +62,7 @@ class Remembering:
         return np.stack([self._known[key] for key in keys])
 
 
-def alike(whole, subject, photos):
+def alike(whole, subject, photos) -> None:
     """Question 1."""
     names = np.array([name for name, paths in photos.items() for _ in paths])
     pictures = [(path, images.read_image(path)) for paths in photos.values() for path in paths]
@@ -77,7 +79,7 @@ def alike(whole, subject, photos):
         print_alike(f"subjects cut out, {kind} half", vectors[chosen], names[chosen])
 
 
-def print_alike(kind, vectors, names):
+def print_alike(kind, vectors, names) -> None:
     """How often the own subject's mean similarity is above the others'."""
     similarity = vectors @ vectors.T
     subjects, passed = list(dict.fromkeys(names)), []
@@ -93,7 +95,7 @@ def print_alike(kind, vectors, names):
     )
 
 
-def composites(encoder, patches, folder, photos, count):
+def composites(encoder, patches, folder: pathlib.Path, photos, count: int) -> None:
     """Questions 2 and 3."""
     table = (epath.Path(folder) / "prompts_and_classes.txt").read_text()
     kinds = dreambench.dreambench.classes(table, photos)
@@ -158,7 +160,7 @@ def leakage(scorer, scenes, pictures, regions):
     return np.array([score["dinov2_leakage"] for score in scores], np.float64)
 
 
-def report(what, passed, same):
+def report(what, passed, same) -> str:
     """Shares of all composites and of those of one class."""
     return (
         f"{what} {100 * passed.mean():.1f} % of {len(passed)} "
@@ -174,6 +176,8 @@ def paste(paths, background):
     for i, path in enumerate(paths):
         picture = images.read_image(path)
         place = subject_regions.photograph_region(path, picture)
+        if place is None or place.mask is None:
+            raise SystemExit(f"{path}: no subject found")
         rows, columns = np.nonzero(place.mask)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         scale = HEIGHT / max(box[2] - box[0], box[3] - box[1])
@@ -200,4 +204,4 @@ def overlap(a, b):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])

@@ -13,6 +13,7 @@ import io
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def load_config(path, overrides):
     return config
 
 
-def scenes_of(config, split, count):
+def scenes_of(config: Any, split: str, count: int):
     """The measured scenes: their own data set of two and three subjects, none of them trained on.
 
     Returns:
@@ -77,7 +78,7 @@ def scenes_of(config, split, count):
     return batches
 
 
-def measure(model, config, batches):
+def measure(model: Any, config: Any, batches):
     """Toybox's measures of what a model draws, {name: [scenes, ...]}, and all pictures."""
     generator, parameters = model.generator, jax.device_put(model.parameters)
     # Only references and captions are read.
@@ -115,14 +116,14 @@ def measure(model, config, batches):
     return toybox_metrics.compute(readings, raw.truth, raw.present), images, raw
 
 
-def save(path, arrays):
+def save(path: pathlib.Path, arrays) -> None:
     """Writes an npz file in one move."""
     content = io.BytesIO()
     np.savez(content, **arrays)
     replace_file(path, content.getvalue())
 
 
-def run(folder):
+def run(folder: str | pathlib.Path) -> None:
     """Does what `folder/trial.json` says."""
     folder = pathlib.Path(folder)
     trial = json.loads((folder / "trial.json").read_text())

@@ -1,5 +1,7 @@
 """Figures of Toybox's small generators: see `toybox_report`, the command that prints them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def psnr(squared_error):
     return float(-10 * np.log10(squared_error))
 
 
-def reconstruct(generator, parameters, images, batch_size):
+def reconstruct(generator: Any, parameters, images, batch_size: int):
     """uint8 images [N, H, W, 3] through the autoencoder, without noise: float32 in [0, 1]."""
 
     @jax.jit
@@ -31,7 +33,7 @@ def reconstruct(generator, parameters, images, batch_size):
     )
 
 
-def draw(model, scenes, *, steps, guidance, seed, batch_size):
+def draw(model: Any, scenes, *, steps: int, guidance: float, seed: int, batch_size: int):
     """Generated pictures uint8 [N, H, W, 3] of N scenes, a `PreferenceBatch`."""
     generator = model.generator
     generate = make_generate(
@@ -56,7 +58,7 @@ def draw(model, scenes, *, steps, guidance, seed, batch_size):
     return np.concatenate(drawn)
 
 
-def report(model, config, *, split, count, seed, batch_size, parts):
+def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_size: int, parts):
     """Measures a model.
 
     Args:

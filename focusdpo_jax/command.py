@@ -55,7 +55,6 @@ def config_parser(holder):
     Args:
       holder: of the flag, as `config_flags.DEFINE_config_file` returned it; it may be left out.
     """
-
     flag = flags.FLAGS[holder.name]
     flag.parser = _FoundByName(flag.parser)
 

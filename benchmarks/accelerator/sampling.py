@@ -2,6 +2,7 @@
 
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from focusdpo_jax.training import models
 from . import cases, weights
 
 
-def measure(settings, context):
+def measure(settings: Any, context: Any):
     """Yields a row of the whole image, and one of the decoder."""
     del context
     config = cases.configuration(settings)
@@ -74,7 +75,7 @@ def measure(settings, context):
             "compile_seconds": time.monotonic() - start,
             "matmul_peak": peak,
             "held": memory.bytes_per_device(parameters),
-            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,  # pyright: ignore[reportOptionalMemberAccess]
         }
         seconds = []
         for _ in range(1 + settings["repeats"]):

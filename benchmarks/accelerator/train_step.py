@@ -14,6 +14,7 @@ import importlib.util
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Ours:
       metrics: what the last step measured, {name: float}.
     """
 
-    def __init__(self, compiled, structure, params, state, frozen, pairs):
+    def __init__(self, compiled, structure, params, state, frozen, pairs) -> None:
         self.compiled, self.losses, self.metrics = compiled, [], {}
         self._structure, self._params = structure, params
         self._state, self._frozen, self._pairs = state, frozen, pairs
@@ -74,7 +75,7 @@ class Ours:
         return seconds
 
 
-def measure(settings, context):
+def measure(settings: Any, context: Any):
     """Yields a row of our step, and one for each peer."""
     config = cases.configuration(settings)
     mesh, device = cases.one_device(config), jax.devices()[0]
@@ -200,7 +201,7 @@ def planned(compiled, held):
 class _MostMemory:
     """Bytes that there were at most: on the device, or on a CPU in the process."""
 
-    def __init__(self, device):
+    def __init__(self, device) -> None:
         self._device = device if device.memory_stats() else None
 
     def reset(self):

@@ -68,7 +68,8 @@ class LowRank(NamedTuple):
 
 def _modules(parameters, unet_config):
     """{name in a file: path} of every layer with a kernel, under all the names it can have; paths
-    are those of `stacking.split`."""
+    are those of `stacking.split`.
+    """
     modules = {}
     for path in traverse_util.flatten_dict(stacking.split(parameters)):
         if path[-1] != "kernel":

@@ -138,7 +138,6 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
     Raises:
       UserError: the message has the record's index, the field, the fault and the cure.
     """
-
     sizes = {}  # The first image of each kind, whose size the others must have.
 
     def fail(field: str, problem: str):

@@ -176,6 +176,7 @@ class VAE(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
+        """Creates the layers."""
         config = self.config
         self.encoder = Encoder(config, jnp.float32)
         self.decoder = Decoder(config, self.dtype)

@@ -1,0 +1,1 @@
+"""Meshes of devices, the shardings of parameters and activations, and runs of several processes."""

@@ -69,6 +69,7 @@ class EncoderSource:
         self.settings = ["vit", count, "similarity"]
 
     def encode(self, parameters, batch, pictures, references):
+        """See `make_source`."""
         side = self._generator.patch_grid
         features = self._generator.encode_reference(parameters, pictures).features[:, 1:]
         prototypes = correspondence.subject_and_background_prototypes(
@@ -83,6 +84,7 @@ class EncoderSource:
         return None, jnp.concatenate([subjects, background[:, None]], axis=1)
 
     def similarity(self, encoded, captured, index):
+        """See `make_source`."""
         del captured, index  # They know no timestep.
         both = encoded.similarity.reshape(-1, *encoded.similarity.shape[2:])
         # Of a subject without prototypes `compare` says -1 everywhere.
@@ -161,6 +163,7 @@ class UNetSource:
         return jnp.moveaxis(jax.lax.map(at, self._timesteps), 0, 1), None
 
     def similarity(self, encoded, captured, index):
+        """See `make_source`."""
         prototypes = jax.lax.dynamic_index_in_dim(encoded.prototypes, index, 1, keepdims=False)
         return _compare(prototypes, captured[self._block])
 
@@ -180,10 +183,12 @@ class AttentionSource:
         self.capture = (self._name,)
 
     def encode(self, parameters, batch, pictures, references):
+        """See `make_source`."""
         del parameters, batch, pictures, references  # They are in the reference model's pass.
         return None, None
 
     def similarity(self, encoded, captured, index):
+        """See `make_source`."""
         del index
         return jnp.moveaxis(captured[self._name], -1, 1), None, encoded.present
 
