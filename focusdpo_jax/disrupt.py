@@ -169,29 +169,17 @@ def main() -> None:
 
 def open_model() -> "tuple[Model, int]":
     """Returns the generator, and the side of its images."""
-    from focusdpo_jax.checkpoints import pretrained
-    from focusdpo_jax.training import runs
+    from focusdpo_jax import pipeline
 
-    name, resolution = _WORKDIR.value, _RESOLUTION.value
-    if resolution is not None:
-        sizes = (
-            runs.folder_sizes("toybox")
-            if name == "base"
-            else runs.folder_sizes(name, inpainting=True)
-            if pretrained.is_model(name)
-            else runs.Run(name).sizes()
+    opened = pipeline.open_pipeline(_WORKDIR.value, inpainting=True)
+    if _RESOLUTION.value is not None:
+        opened.sizes().check_resolution(_RESOLUTION.value, "--resolution=")
+    resolution = _RESOLUTION.value or opened.resolution
+    if resolution is None:
+        raise UserError(
+            f"--workdir={opened.name} does not state the size of its images; give --resolution."
         )
-        sizes.check_resolution(resolution, "--resolution=")
-    if name == "base":
-        return runs.load_folder("toybox"), resolution or 64
-    if pretrained.is_model(name):
-        if resolution is None:
-            raise UserError(
-                f"--workdir={name} does not state the size of its images; give --resolution."
-            )
-        return runs.load_folder(name, inpainting=True), resolution
-    run = runs.Run(name)
-    return run.policy(), resolution or run.config.resolution
+    return opened.load(), resolution
 
 
 def make_scorer(model: "Model", settings: "Settings") -> "CandidateScorer":

@@ -158,7 +158,7 @@ def read_share() -> tuple[int, int]:
 def open_models() -> "tuple[RunConfig | None, dict[str, Callable[[], Any]], epath.Path | None]":
     """Returns (RunConfig or None, {side: function that loads its model}, folder of the run or None)."""
     from focusdpo_jax import config as config_lib
-    from focusdpo_jax.checkpoints import pretrained
+    from focusdpo_jax import pipeline
     from focusdpo_jax.training import models, runs
 
     config, name = None, _WORKDIR.value
@@ -173,18 +173,19 @@ def open_models() -> "tuple[RunConfig | None, dict[str, Callable[[], Any]], epat
         return config, {}, None
     if name is None:
         raise UserError("give --workdir, the folder of a run, or --config.")
-    if name != "base" and not pretrained.is_model(name):
-        run = runs.Run(name)
-        config = run.config if config is None else config
-        run.sizes().check_resolution(config.resolution)
-        return config, {"base": run.base, "policy": run.policy}, epath.Path(name)
+    opened = pipeline.open_pipeline(name)
+    if opened.run:
+        config = opened.run.config if config is None else config
+        opened.sizes().check_resolution(config.resolution)
+        return config, {"base": opened.run.base, "policy": opened.load}, epath.Path(name)
     if config is None:
         raise UserError(f"--workdir={name}: give --config too, for the sampler's settings.")
-    sizes = models.generator_config(config) if name == "base" else runs.folder_sizes(name)
+    base = opened.name == pipeline.BASE
+    sizes = models.generator_config(config) if base else opened.sizes()
     sizes.check_resolution(config.resolution)
-    if name == "base":
+    if base:  # That of the configuration.
         return config, {"base": functools.partial(models.load_model, config)}, None
-    return config, {"policy": functools.partial(runs.load_folder, name)}, None
+    return config, {"policy": opened.load}, None
 
 
 def make_benchmark(config: "RunConfig | None", batch_size: int) -> "Benchmark":

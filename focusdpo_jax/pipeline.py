@@ -6,6 +6,8 @@ model = pipeline.open_pipeline("runs/toybox_dpo").load()
 
 import dataclasses
 
+from etils import epath
+
 from focusdpo_jax.checkpoints import pretrained
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.models.generator import GeneratorConfig
@@ -74,5 +76,8 @@ def open_pipeline(name, *, inpainting=False) -> Pipeline:
       UserError: it is neither a model nor the folder of a run.
     """
     name = str(name)
-    is_model = name == BASE or pretrained.is_model(name)
+    shipped = "/" not in name and models.shipped(name).exists()
+    is_model = (
+        name == BASE or pretrained.is_model(name) or shipped and not epath.Path(name).exists()
+    )
     return Pipeline(name=name, run=None if is_model else runs.Run(name), inpainting=inpainting)

@@ -150,27 +150,21 @@ def read_wanted(prompts: ModuleType) -> "list[Prompt]":
 
 def open_models() -> "tuple[Model, Model | None, dict[str, Any]]":
     """Returns the model, the base model for --compare or None, and default settings of the sampler."""
-    from focusdpo_jax.checkpoints import pretrained
-    from focusdpo_jax.training import runs
+    from focusdpo_jax import pipeline
 
-    name = _WORKDIR.value
-    if name != "base" and not pretrained.is_model(name):
-        run = runs.Run(name)
-        check_resolution(run.sizes)
-        base = run.base() if _COMPARE.value else None
-        return (
-            run.policy(),
-            base,
-            {"guidance": run.config.sampling.guidance, "resolution": run.config.resolution},
-        )
-    if _COMPARE.value:
+    opened = pipeline.open_pipeline(_WORKDIR.value)
+    if _COMPARE.value and opened.run is None:
         raise UserError(
-            f"--workdir={name} is a model and not a run: --compare has nothing to compare it with."
+            f"--workdir={opened.name} is a model and not a run: --compare has nothing to compare it with."
         )
-    check_resolution(lambda: runs.folder_sizes("toybox" if name == "base" else name))
-    if name == "base":
-        return runs.load_folder("toybox"), None, {"guidance": 2.0, "resolution": 64}
-    return runs.load_folder(name), None, {"guidance": 5.0}
+    check_resolution(opened.sizes)
+    base = opened.run.base() if opened.run and _COMPARE.value else None
+    settings = {"guidance": 2.0 if opened.name == pipeline.BASE else 5.0}
+    if opened.config:
+        settings = {"guidance": opened.config.sampling.guidance}
+    if opened.resolution:
+        settings["resolution"] = opened.resolution
+    return opened.load(), base, settings
 
 
 def check_resolution(sizes: "Callable[[], GeneratorConfig]") -> None:
