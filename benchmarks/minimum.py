@@ -25,10 +25,10 @@ from typing import Any
 
 from benchmark_cases import load_config
 
-from focusdpo_jax.planning import chips, shapes
+from focusdpo_jax.planning import chips
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models
+from focusdpo_jax.training import models, shapes
 from focusdpo_jax.training.step import trace_step
 
 CASES = {

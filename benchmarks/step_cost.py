@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from benchmark_cases import load_config
 
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import shapes
 from focusdpo_jax.training.step import trace_step
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")

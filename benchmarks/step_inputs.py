@@ -21,9 +21,8 @@ from benchmark_cases import changed, load_config
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import Generator, ImageView
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import assembly, generator_step, models
+from focusdpo_jax.training import assembly, generator_step, models, shapes
 
 PARTS = ("unet", "adapter")
 # Widths of SDXL over four; as many heads, since a quarter of five is none.

@@ -12,10 +12,9 @@ from focusdpo_jax import compiling
 from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import ImageView
-from focusdpo_jax.planning import memory
 from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding.trace_context import trace_context
-from focusdpo_jax.training import models
+from focusdpo_jax.training import memory, models
 
 from . import cases, weights
 

@@ -1,6 +1,6 @@
 """A preference step at a time: seconds, share of the device, memory beside what was planned, and peers.
 
-The step is built from shapes alone (`planning.shapes`), as `plan` builds it; its parameters are drawn on
+The step is built from shapes alone (`training.shapes`), as `plan` builds it; its parameters are drawn on
 the device. At step 0 policy and reference have the same parameters and their difference should be zero,
 but they are computed by two programs: what it is, is measured by the step itself.
 
@@ -24,11 +24,10 @@ from step_inputs import PARTS, filled, write_conditioning, write_sizes
 
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models.generator import merge_parameters
-from focusdpo_jax.planning import memory as device_memory
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import assembly
+from focusdpo_jax.training import assembly, shapes
+from focusdpo_jax.training import memory as device_memory
 from focusdpo_jax.training.state import create_state
 from focusdpo_jax.training.step import compile_beside
 

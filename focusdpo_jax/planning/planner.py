@@ -16,9 +16,9 @@ from focusdpo_jax import config as config_lib
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import chips, cures, programs
-from focusdpo_jax.planning.memory import bytes_per_device
 from focusdpo_jax.profiling import collectives, estimates, flops, hlo
 from focusdpo_jax.sharding.mesh import AXES, make_mesh
+from focusdpo_jax.training.memory import bytes_per_device
 
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])|required[^(]*\(([\d.]+)([KMG])\)")
 _HELD_ALONE = "what is held alone has no room"

@@ -17,11 +17,10 @@ from jax.sharding import Mesh, NamedSharding
 from focusdpo_jax import compiling
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.inference.generate import make_generate
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
-from focusdpo_jax.training import pair_batches, run_data
+from focusdpo_jax.training import pair_batches, run_data, shapes
 from focusdpo_jax.training.step import trace_step
 
 # Without a device XLA cannot tune the tile sizes of its own kernels for matrix products, and for some it

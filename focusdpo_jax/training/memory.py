@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 from focusdpo_jax import config as config_lib
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models
+from focusdpo_jax.training import models, shapes
 from focusdpo_jax.training.assembly import assemble
 from focusdpo_jax.training.state import create_state, make_optimizer
 
