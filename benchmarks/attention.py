@@ -8,6 +8,7 @@ memory that each program takes besides its arguments, and the largest relative d
 """
 
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from focusdpo_jax.models.attention import attend
 SHAPES = [(2, 1024, 160, 10), (2, 256, 320, 20), (32, 256, 64, 4)]
 
 
-def gradient(platform, heads):
+def gradient(platform: str, heads: int) -> Any:
     """The compiled gradient of attention along the path of a platform."""
 
     def total(query, key, value):
@@ -29,7 +30,7 @@ def gradient(platform, heads):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
 
 
-def main(repeats=11):
+def main(repeats: int = 11) -> None:
     """Prints one line a shape: batch, tokens, channels, heads."""
     for batch, tokens, channels, heads in SHAPES:
         inputs = [

@@ -11,6 +11,8 @@ that is frozen. Nothing is compiled, and neither a device nor its libraries are 
 import argparse
 import contextlib
 import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ DINOV2 = DINOConfig(image_size=518, patch_size=14, epsilon=1e-6, layer_scale=Tru
 SLOTS = 3  # Subject reference images.
 
 
-def networks(side):
+def networks(side: int) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """{name: (module, inputs, keyword arguments of apply)} of every network with attention.
 
     Args:
@@ -101,7 +103,7 @@ def _parameters(name, side):
 
 
 @contextlib.contextmanager
-def cudnn_to_trace():
+def cudnn_to_trace() -> Iterator[None]:
     """While a function is traced inside, JAX takes cuDNN for installed, whose version it reads."""
     checked = fused_attention_stablehlo.check_cudnn_version
     fused_attention_stablehlo.check_cudnn_version = lambda: 91000
@@ -111,7 +113,7 @@ def cudnn_to_trace():
         fused_attention_stablehlo.check_cudnn_version = checked
 
 
-def calls(name, side, target):
+def calls(name: str, side: int, target: platforms.Target) -> set[attention.Call]:
     """The `attention.Call`s of a network, forward; `partitioned` kernels are allowed, as in a run."""
     module, inputs, keywords = networks(side)[name]
     method = {key: value for key, value in keywords.items() if key == "method"}
@@ -133,7 +135,7 @@ def calls(name, side, target):
     return found
 
 
-def rows(sides):
+def rows(sides: Iterable[int]) -> list[tuple[str, attention.Call, dict[str, str]]]:
     """The table's rows: (network, call without a kernel, {device: kernel}), equal ones once."""
     found = {}
     for side in sides:
@@ -145,7 +147,7 @@ def rows(sides):
     return [(*key, kernels) for key, kernels in found.items()]
 
 
-def main():
+def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

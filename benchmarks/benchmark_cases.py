@@ -1,32 +1,20 @@
 """Configurations for benchmarks: those of `configs/`, as they stand."""
 
-import importlib.util
-import pathlib
-
 from focusdpo_jax import config as config_lib
+from focusdpo_jax import config_files
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
-
-def load_config(name, *arguments, **changes):
+def load_config(name: str, *arguments, **changes) -> config_lib.RunConfig:
     """The RunConfig of configs/<name>.py; `arguments` are what follows the colon.
 
     `changes` are other values, dots of names as double underscores; they are not checked.
     """
-    config = config_lib.parse(load_file(CONFIGS / f"{name}.py", *arguments))
+    config = config_lib.parse(config_files.load(name, *arguments))
     return changed(config, **changes)
 
 
-def changed(config, **changes):
+def changed(config: config_lib.RunConfig, **changes) -> config_lib.RunConfig:
     """A RunConfig with other values, dots of names as double underscores."""
     return config_lib.replace(
         config, {name.replace("__", "."): value for name, value in changes.items()}
     )
-
-
-def load_file(path, *arguments):
-    """The ConfigDict of a file."""
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*arguments)

@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-def make_model(folder):
+def make_model(folder: pathlib.Path) -> tuple[int, int]:
     """Writes Toybox's generator with encoders of 0.1 billion parameters, at random.
 
     Returns:
@@ -55,7 +55,9 @@ def make_model(folder):
     return sum(bytes_.values()) - rest, rest
 
 
-def run(arguments, log, metrics=None):
+def run(
+    arguments: list[str], log: pathlib.Path, metrics: pathlib.Path | None = None
+) -> tuple[float | None, int]:
     """Runs a command; returns its memory in bytes while it trained (median), and at its peak.
 
     Args:
@@ -88,12 +90,12 @@ def run(arguments, log, metrics=None):
     return statistics.median(seen) if seen else None, usage.ru_maxrss * 1024
 
 
-def losses(workdir):
+def losses(workdir: pathlib.Path) -> list[float]:
     """Loss of every step."""
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
 
 
-def main():
+def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,6 +140,7 @@ def main():
             output / f"{workdir.name}.log",
             workdir / "metrics.jsonl",
         )
+        assert training is not None, "no step was seen"
         found[name] = losses(workdir)
         print(
             f"{name:15} {training / 2**20:5.0f} MiB while it trained, {peak / 2**20:5.0f} MiB at "

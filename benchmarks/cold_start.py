@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 LIMIT = 1800
 
 
-def first_step(config, folder, workdir):
+def first_step(config: Any, folder: pathlib.Path, workdir: str):
     """Starts a run and ends it after its first step; returns seconds and counts."""
     metrics, log = folder / workdir / "metrics.jsonl", folder / f"{workdir}.log"
     metrics.unlink(missing_ok=True)  # Steps behind the checkpoint are no step of the next start.
@@ -66,7 +67,7 @@ def first_step(config, folder, workdir):
     )
 
 
-def main():
+def main() -> None:
     """Starts three times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -43,7 +43,7 @@ def with_gradients(function):
     return lambda x, kernel, outer: jax.vjp(function, x, kernel)[1](outer)
 
 
-def main(repeats=25):
+def main(repeats: int = 25) -> None:
     """Prints one line a shape and kind of pass."""
     options = compiling.default_network_options()
     print(f"{jax.devices()[0].device_kind}; {options}")

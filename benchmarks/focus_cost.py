@@ -13,6 +13,7 @@ left out. Nothing is allocated or compiled: shapes are all that a program is tra
 
 import argparse
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from focusdpo_jax.training import assembly, models
 SLOTS = 3  # Subjects that a pair may have.
 
 
-def case(name, **changes):
+def case(name: str, **changes) -> tuple[Any, GeneratorConfig]:
     """Configuration and sizes of "toybox", "debug" or "sdxl"."""
     if name == "toybox":
         return load_config("toybox_dpo", **changes), model_folder.load_config(
@@ -64,7 +65,7 @@ def case(name, **changes):
     )
 
 
-def shapes_of(generator, config):
+def shapes_of(generator: Any, config: Any) -> dict[str, Any]:
     """Shapes of all parameters, in the types in which a run keeps them."""
 
     def typed(part):
@@ -80,12 +81,12 @@ def shapes_of(generator, config):
     return {part: typed(part) for part in PARTS}
 
 
-def batch_shapes(generator, config):
+def batch_shapes(generator: Any, config: Any) -> PreferenceBatch:
     """Shapes of a PreferenceBatch."""
     count, side = config.batch_size, config.resolution
     reference = generator.config.image_encoder.image_size
 
-    def array(dtype, *shape):
+    def array(dtype, *shape) -> Any:
         return jax.ShapeDtypeStruct((count, *shape), dtype)
 
     return PreferenceBatch(
@@ -106,7 +107,7 @@ def batch_shapes(generator, config):
 class Programs:
     """The two programs of a configuration's step, traced from shapes alone."""
 
-    def __init__(self, config, sizes):
+    def __init__(self, config: Any, sizes: Any) -> None:
         generator = Generator(sizes, jnp.dtype(config.dtype))
         parameters = shapes_of(generator, config)
         mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
@@ -125,7 +126,7 @@ class Programs:
             found.setdefault(structure, (program.trace(structure, *arguments), arguments))
         return found
 
-    def update(self):
+    def update(self) -> tuple[Any, tuple[Any, ...]]:
         """The traced loss with its gradient, and its arguments."""
         (structure, params), key = next(iter(self.buckets.values())), jax.random.key(0)
         outputs, _ = jax.eval_shape(
@@ -140,7 +141,7 @@ class Programs:
         return gradient.trace(*arguments), arguments
 
 
-def seconds(programs, repeats):
+def seconds(programs: Any, repeats: int) -> np.ndarray:
     """Median times of compiled programs on zeros, [(compiled, arguments)], which run in turn."""
     programs = [
         (
@@ -162,7 +163,7 @@ def seconds(programs, repeats):
     return np.median(times[1:], axis=0)  # The first round warms up.
 
 
-def measure(name, repeats):
+def measure(name: str, repeats: int) -> None:
     """Prints a line for `dpo` and for each source and structure of `focus_dpo`."""
 
     def finished(traced, arguments):
@@ -193,7 +194,7 @@ def measure(name, repeats):
             print(line, flush=True)
 
 
-def main():
+def main() -> None:
     """Measures each case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ SMALL = UNetConfig(
 OUTPUT, RESULT = "output_{}.npy", "result_{}.json"
 
 
-def inputs(config, side):
+def inputs(config: Any, side: int) -> dict[str, np.ndarray]:
     """Arguments of the UNet for one picture."""
     rng = np.random.default_rng(0)
 
@@ -58,7 +59,7 @@ def inputs(config, side):
     )
 
 
-def theirs(folder, config, side):
+def theirs(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, dict[str, float]]:
     """Makes diffusers' model, writes it and runs it: the output, and what took how long."""
     import diffusers
     import torch
@@ -66,7 +67,8 @@ def theirs(folder, config, side):
     torch.manual_seed(0)
     values = diffusers_configs.write_unet(config, side)
     start = time.monotonic()
-    model = diffusers.UNet2DConditionModel.from_config(values).eval().requires_grad_(False)
+    unet: Any = diffusers.UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    model = unet.from_config(values).eval().requires_grad_(False)
     # Small files: while one is written, its tensors are in memory twice.
     model.save_pretrained(folder / "unet", max_shard_size="1GB")
     seconds = {"make and write": time.monotonic() - start}
@@ -81,7 +83,7 @@ def theirs(folder, config, side):
     return output.permute(0, 2, 3, 1).numpy(), seconds | {"run": time.monotonic() - start}
 
 
-def ours(folder, config, side):
+def ours(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, dict[str, float]]:
     """Reads the files and runs our model: the output, and what took how long."""
     import jax
 
@@ -111,7 +113,7 @@ def ours(folder, config, side):
     return output, seconds | {"run": time.monotonic() - start}
 
 
-def compare(folder, small):
+def compare(folder: pathlib.Path, small: bool) -> float:
     """Runs both sides in processes of their own; prints and returns the relative error."""
     outputs = {}
     for side in ("theirs", "ours"):
@@ -123,14 +125,14 @@ def compare(folder, small):
         name = "diffusers" if side == "theirs" else "focusdpo_jax"
         print(f"{name}: {seconds}; peak {result['peak'] / 1e9:.2f} GB", flush=True)
     difference = np.linalg.norm(outputs["ours"] - outputs["theirs"])
-    error = difference / np.linalg.norm(outputs["theirs"])
+    error = float(difference / np.linalg.norm(outputs["theirs"]))
     print(f"relative error of the output: {error:.3g}")
     return error
 
 
-def main():
+def main() -> None:
     """Flags; `--side` is for the script's own processes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a tiny model, in seconds")
     parser.add_argument("--folder", help="for the weights; default: a temporary one")
     parser.add_argument("--side", choices=("theirs", "ours"), help=argparse.SUPPRESS)

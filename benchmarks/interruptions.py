@@ -19,6 +19,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +39,7 @@ class Command:
       before: commands whose finished results lie in the round's folder when it begins.
     """
 
-    arguments: object
+    arguments: Callable[[pathlib.Path, pathlib.Path], list[str]]
     result: str
     before: tuple[str, ...] = ()
 
@@ -83,7 +85,7 @@ COMMANDS = {
 }
 
 
-def write_pairs(folder):
+def write_pairs(folder: pathlib.Path) -> None:
     """A manifest of Toybox scenes with its pictures, and one of the chosen ones of some."""
     from focusdpo_jax import toybox
 
@@ -133,7 +135,7 @@ def start(arguments, shared):
     )
 
 
-def names(folder):
+def names(folder: pathlib.Path):
     """Paths of all that lies in a folder."""
     return {
         os.path.join(where, name)
@@ -142,7 +144,7 @@ def names(folder):
     }
 
 
-def watch(process, folder, until=float("inf")):
+def watch(process: subprocess.Popen, folder: pathlib.Path, until=float("inf")):
     """Waits for the end of a process, or until its folder has changed so often.
 
     Returns:
@@ -157,14 +159,14 @@ def watch(process, folder, until=float("inf")):
     return changes
 
 
-def finish(process):
+def finish(process: subprocess.Popen) -> None:
     """Raises SystemExit unless a process has ended well."""
     errors = process.communicate()[1]
     if process.returncode:
         raise SystemExit(f"the command failed:\n{errors[-3000:]}")
 
 
-def contents(folder):
+def contents(folder: pathlib.Path):
     """{path: bytes} of a folder's files."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -173,7 +175,7 @@ def contents(folder):
     }
 
 
-def disturb(name, shared, changes, kills, draw):
+def disturb(name: str, shared, changes, kills: int, draw):
     """Kills a command until there were enough kills; returns whether the result was always right.
 
     Args:
@@ -207,7 +209,7 @@ def disturb(name, shared, changes, kills, draw):
     return equal == total
 
 
-def begin(command, shared, round_):
+def begin(command: Any, shared, round_) -> None:
     """Makes a round's folder, with what the commands before have left in it."""
     round_.mkdir()
     for other in command.before:
@@ -215,7 +217,7 @@ def begin(command, shared, round_):
         shutil.copytree(shared / f"calm {other}" / result, round_ / result)
 
 
-def main():
+def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -35,7 +35,7 @@ SETTINGS = {
 }
 
 
-def start(output, workdir):
+def start(output: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
     """A process of the run, with compiled programs and data shared by all of them."""
     overrides = SETTINGS | {"data.path": str(output / "data")}
     cache = {
@@ -58,7 +58,7 @@ def start(output, workdir):
     )
 
 
-def logged(workdir):
+def logged(workdir: pathlib.Path):
     """{step: loss} of what a run has logged so far."""
     path, losses = workdir / "metrics.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -70,7 +70,7 @@ def logged(workdir):
     return losses
 
 
-def saving(workdir):
+def saving(workdir: pathlib.Path):
     """Whether a checkpoint is being written: Orbax writes under a temporary name."""
     folder = workdir / "checkpoints"
     try:
@@ -79,7 +79,7 @@ def saving(workdir):
         return False
 
 
-def kill(process, workdir, draw, while_saving):
+def kill(process: subprocess.Popen, workdir: pathlib.Path, draw, while_saving):
     """Ends a process at a random moment of its steps; returns the step, or None if it was done."""
     before, start = len(logged(workdir)), time.monotonic()
     wanted = before + draw.randint(1, 4)
@@ -99,14 +99,14 @@ def kill(process, workdir, draw, while_saving):
     return max(logged(workdir), default=0)
 
 
-def finish(process):
+def finish(process: subprocess.Popen) -> None:
     """Waits for the end of a run that nobody kills."""
     errors = process.communicate()[1]
     if process.returncode:
         raise SystemExit(f"the run failed:\n{errors[-3000:]}")
 
 
-def main():
+def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -28,7 +28,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(gigabytes=5.0):
+def main(gigabytes: float = 5.0) -> None:
     """Prints size, peak and their ratio."""
     example, size = {}, 0
     while size < gigabytes * 1e9:
@@ -50,7 +50,7 @@ def main(gigabytes=5.0):
     print(f"{held / 1e9:.2f} GB read, peak {used / 1e9:.2f} GB: {used / held:.3f} of its size")
 
 
-def write_sparse(path, example):
+def write_sparse(path: str, example) -> None:
     """A safetensors file of zeros for `example`, without writing the zeros."""
     header, position = {}, 0
     for name, layer in example.items():

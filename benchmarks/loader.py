@@ -23,6 +23,7 @@ import resource
 import shutil
 import time
 import types
+from typing import Any, cast
 
 import cv2
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ CAPTION = "a thing and another thing beside it"
 TERAFLOP = (2 * (1 + 1 + 2) + 2) * 6.76
 
 
-def noise(draw, side):
+def noise(draw, side: int):
     """uint8 [side, side, 3], rough and smooth as photographs are: every octave has its share."""
     total, cell = np.full((side, side, 3), 128, np.float32), side
     while cell >= 2:
@@ -47,7 +48,7 @@ def noise(draw, side):
     return np.clip(total, 0, 255).astype(np.uint8)
 
 
-def disc(side, y, x, radius):
+def disc(side: int, y, x, radius: int):
     """bool [side, side]."""
     return np.hypot(*np.mgrid[-y : side - y, -x : side - x]) < radius
 
@@ -57,7 +58,8 @@ def make_record(draw):
     chosen = noise(draw, SIDE)
     rejected, prior, subjects = chosen.copy(), np.zeros((SIDE, SIDE), bool), []
     for _ in range(SUBJECTS):
-        mask = disc(SIDE, *draw.integers(200, 800, 2), 180)
+        x, y = draw.integers(200, 800, 2)
+        mask = disc(SIDE, x, y, 180)
         rejected[mask] = 255 - rejected[mask]
         prior |= mask
         subjects.append(
@@ -80,7 +82,7 @@ def make_record(draw):
     }
 
 
-def write_files(record, folder, encode):
+def write_files(record, folder: pathlib.Path, encode) -> None:
     """The record's pictures and masks as PNG files; `encode` makes their contents."""
     folder.mkdir(parents=True)
     named = {f"{name}.png": record[name] for name in ("chosen", "rejected", "prior_mask")}
@@ -102,10 +104,10 @@ def by_pil(pixels):
 class Files:
     """What PyTorch's DataLoader reads: a folder of files a pair, by PIL."""
 
-    def __init__(self, folders):
+    def __init__(self, folders) -> None:
         self.folders = folders
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.folders)
 
     def __getitem__(self, index):
@@ -133,14 +135,14 @@ class Files:
         }
 
 
-def encoded(folder, count):
+def encoded(folder: pathlib.Path, count: int):
     """A source of pairs as SDXL's encoders leave them: random numbers of the same shapes."""
     from focusdpo_jax.models.generator import ImageView
     from focusdpo_jax.training import encoding, encoding_cache
 
     draw, side = np.random.default_rng(0), SIDE // 8
 
-    def normal(*shape, dtype=np.float32):
+    def normal(*shape, dtype=np.float32) -> Any:
         return draw.normal(size=(1, *shape)).astype(dtype)
 
     def encode(parameters, batch):
@@ -176,7 +178,7 @@ def itself(entry):
     return entry
 
 
-def ours(source, workers, batch_size, transform=None):
+def ours(source, workers: int, batch_size: int, transform=None):
     """Our loader: an iterator over batches, and what ends it."""
     from focusdpo_jax.data import loader
 
@@ -189,12 +191,12 @@ def ours(source, workers, batch_size, transform=None):
     return batches, batches.close
 
 
-def pytorch(folders, workers, batch_size):
+def pytorch(folders, workers: int, batch_size: int):
     """PyTorch's: the same, epoch after epoch."""
     import torch
 
-    loader = torch.utils.data.DataLoader(
-        Files(folders),
+    loader: Any = torch.utils.data.DataLoader(
+        cast(Any, Files(folders)),
         batch_size,
         shuffle=True,
         num_workers=workers,
@@ -224,7 +226,7 @@ def children():
     return [process.pid for process in multiprocessing.active_children()]
 
 
-def measure(make, batches, batch_size):
+def measure(make, batches, batch_size: int):
     """(pictures a second, pictures a second of CPU time) of a loader that has warmed up."""
     iterator, close = make()
     for _ in range(4):
@@ -238,7 +240,7 @@ def measure(make, batches, batch_size):
     return pictures / seconds, pictures / used
 
 
-def main():
+def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

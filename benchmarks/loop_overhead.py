@@ -20,6 +20,7 @@ import cProfile
 import pstats
 import tempfile
 import time
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -38,10 +39,11 @@ class Stretches:
       seconds: [[of the loop, of bare steps, of the loop alone]] a step, a row for each round.
     """
 
-    def __init__(self, length, profile):
-        self.seconds, self._length, self._profile = [], length, profile
+    def __init__(self, length: int, profile: Any) -> None:
+        self.seconds: list[list[float]] = []
+        self._length, self._profile = length, profile
         self._call, self._seen, self._metrics = Step.__call__, [], {}
-        self._count, self._start = 0, None
+        self._count, self._start = 0, 0.0
 
     def __call__(self, step, structure, state, *arguments):
         """The step's result, or what it looks like; where a stretch ends, its time is taken."""
@@ -71,28 +73,28 @@ class Stretches:
         return state, self._metrics[structure]
 
 
-def run(config, length, profile):
+def run(config: Any, length: int, profile: Any) -> np.ndarray:
     """Seconds [rounds, 3] a step of the loop, of bare steps and of the loop alone."""
-    stretches = Stretches(length, profile)
+    stretches, of_class = Stretches(length, profile), cast(Any, Step)
     call = Step.__call__
-    Step.__call__ = lambda *arguments: stretches(*arguments)
+    of_class.__call__ = lambda *arguments: stretches(*arguments)
     try:
         with tempfile.TemporaryDirectory() as folder:
             loop.run(changed(config, data__path=f"{folder}/data"), f"{folder}/run")
     finally:
-        Step.__call__ = call
+        of_class.__call__ = call
         profile.disable()
     return np.array(stretches.seconds)[WARMUP:]
 
 
-def with_interval(statistic, seconds, draws=2000):
+def with_interval(statistic, seconds, draws=2000) -> str:
     """A statistic of rounds, as "median (low to high)" in percent."""
     rows = np.random.default_rng(0).integers(len(seconds), size=(draws, len(seconds)))
     low, high = np.percentile([statistic(seconds[drawn]) for drawn in rows], [2.5, 97.5])
     return f"{statistic(seconds):.1%} ({low:.1%} to {high:.1%})"
 
 
-def main():
+def main() -> None:
     """Prints what the loop adds to its steps."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,7 +120,7 @@ def main():
         evaluation__pictures=0,
         evaluation__scenes=0,
     )
-    profile = cProfile.Profile()
+    profile: Any = cProfile.Profile()
     if not arguments.profile:
         profile.enable = profile.disable = lambda: None
     seconds = run(config, arguments.length, profile)

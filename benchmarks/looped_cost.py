@@ -8,7 +8,7 @@ benchmark's means, not a library's.
 import itertools
 
 import jax
-from jaxlib import _hlo, _jax
+from jaxlib import _hlo, _jax  # pyright: ignore[reportAttributeAccessIssue]: compiled modules
 
 from focusdpo_jax.profiling import hlo
 

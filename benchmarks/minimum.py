@@ -21,13 +21,14 @@ differently for a CPU.
 
 import argparse
 import dataclasses
+from typing import Any
 
 from benchmark_cases import load_config
 
-from focusdpo_jax.planning import chips, shapes
+from focusdpo_jax.planning import chips
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models
+from focusdpo_jax.training import models, shapes
 from focusdpo_jax.training.step import trace_step
 
 CASES = {
@@ -61,13 +62,13 @@ class Cost:
     adapter: float = 0
     adapter_backward: float = 0
 
-    def layer(self, cost, reached, *, remat=True):
+    def layer(self, cost, reached, *, remat: bool = True) -> None:
         """A frozen layer; `reached` is the share of its input that depends on what is trained."""
         self.forward += cost
         self.backward += cost * reached
         self.again += cost * remat
 
-    def step(self, remat):
+    def step(self, remat: bool):
         """Of a pair's whole step."""
         return (
             2 * (2 * self.forward + self.backward + remat * self.again)
@@ -88,7 +89,7 @@ class Features:
     reached: bool = False
 
 
-def unet(cost, config, side, text_tokens, image_tokens):
+def unet(cost, config: Any, side: int, text_tokens: int, image_tokens: int) -> None:
     """Adds the UNet's, for latents of `side` x `side`."""
     widths, last = config.block_out_channels, len(config.block_out_channels) - 1
     embedding = 4 * widths[0]
@@ -166,7 +167,7 @@ def unet(cost, config, side, text_tokens, image_tokens):
     cost.layer(2 * pixels[0] * 9 * widths[0] * config.out_channels, x.reached, remat=False)
 
 
-def resampler(cost, config, slots, patches):
+def resampler(cost, config: Any, slots: int, patches) -> None:
     """Adds the subject adapter's, all of which is trained."""
     width, inner, queries = config.width, config.num_heads * config.head_dim, config.num_tokens
     first = 2 * patches * config.input_dim * width
@@ -183,7 +184,7 @@ def resampler(cost, config, slots, patches):
     cost.adapter_backward += slots * (first + 2 * rest)  # The features are given.
 
 
-def counted(generator, batch):
+def counted(generator: Any, batch):
     """The minimum of a pair, as a Cost; `batch` is EncodedPairs of shapes."""
     if generator.config.adapter.kind != "resampler":
         raise SystemExit("only a resampler is counted here")
@@ -200,7 +201,7 @@ def counted(generator, batch):
     return cost
 
 
-def case(name, remat):
+def case(name: str, remat: bool):
     """The configuration of a case, of `dpo` with an adapter."""
     file, argument, side = CASES[name]
     return load_config(
@@ -215,7 +216,7 @@ def case(name, remat):
     )
 
 
-def ours(config, topology):
+def ours(config: Any, topology: str):
     """Operations of our reference pass and our update for a pair, and the minimum as a Cost."""
     mesh = meshes.make_mesh(config.mesh.sizes, 1, chips.devices(topology)[0][:1])
     step = shapes.abstract_step(config, mesh)
@@ -226,7 +227,7 @@ def ours(config, topology):
     return done, counted(models.abstract_model(config, mesh)[0], step.batch)
 
 
-def main():
+def main() -> None:
     """Prints a line for each case, with and without remat."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -148,7 +148,7 @@ def printed(line):
     return shlex.join(["python", *line[1:]])
 
 
-def commit():
+def commit() -> str:
     """The commit of the checkout, marked where what is planned has changes that are in none."""
 
     def git(*arguments):
@@ -171,13 +171,13 @@ def versions():
     return found
 
 
-def path_of(folder, group, row, commit_hash):
+def path_of(folder: pathlib.Path, group, row, commit_hash):
     """Where a row is kept."""
     key = hashlib.sha256(json.dumps(command(*row)[2:]).encode()).hexdigest()[:8]
     return folder / f"{commit_hash}-{group}-{row[0].replace(':', '_')}-{row[1]}-{key}.json"
 
 
-def make(path, row, prefix):
+def make(path: pathlib.Path, row, prefix) -> None:
     """Plans a row and keeps it; says what went wrong otherwise."""
     line, start = command(*row), time.monotonic()
     print(printed(line), flush=True)
@@ -201,7 +201,7 @@ def make(path, row, prefix):
     )
 
 
-def gigabytes(size):
+def gigabytes(size: float) -> str:
     """A number of bytes in a cell."""
     return f"{size / 1e9:.1f}"
 
@@ -305,7 +305,7 @@ def step_table(found):
 TABLES = {"gpus": peaks_table, "tpus": step_table, "chips": step_table}
 
 
-def write(found, document, commit_hash):
+def write(found, document, commit_hash) -> None:
     """Puts the tables of rows ({group: list of plans}) between the markers of a document."""
     text = document.read_text()
     for group, made in found.items():
@@ -327,7 +327,7 @@ def write(found, document, commit_hash):
     document.write_text(text)
 
 
-def main():
+def main() -> None:
     """Plans what is missing, then writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

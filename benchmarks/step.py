@@ -31,6 +31,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -43,37 +44,40 @@ HERE = pathlib.Path(__file__).parent
 class Side:
     """A process that steps when it is told to."""
 
-    def __init__(self, script, *arguments):
+    def __init__(self, script, *arguments) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / script), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._script, self._stdin, self._stdout = script, self._process.stdin, self._process.stdout
 
     def ask(self, request):
         """The JSON answer to "ready", "step" or "memory"."""
         self.send(request)
         return self.receive()
 
-    def send(self, request):
+    def send(self, request) -> None:
         """Asks without waiting; `receive` gives answers in the order of requests."""
-        self._process.stdin.write(request + "\n")
-        self._process.stdin.flush()
+        self._stdin.write(request + "\n")
+        self._stdin.flush()
 
     def receive(self):
         """The answer to the first request that has had none."""
-        answer = self._process.stdout.readline()
+        answer = self._stdout.readline()
         if not answer:
-            raise SystemExit(f"{self._process.args[1]} stopped; its error is above")
+            raise SystemExit(f"{HERE / self._script} stopped; its error is above")
         return json.loads(answer)
 
-    def close(self):
-        self._process.stdin.close()
+    def close(self) -> None:
+        """Ends the process."""
+        self._stdin.close()
         self._process.wait()
 
 
-def serve(make_step, memory, reset_memory):
+def serve(make_step, memory, reset_memory) -> None:
     """A side's loop: answers on stdout what `Side.ask` asks on stdin.
 
     Args:
@@ -94,7 +98,7 @@ def serve(make_step, memory, reset_memory):
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def reset_resident():
+def reset_resident() -> None:
     """Forgets how much memory this process had at most."""
     # What making the step took and gave back is not the step's.
     gc.collect()
@@ -112,7 +116,7 @@ def most_resident():
     return 1024 * int(line.split()[1])
 
 
-def step_in_turn(sides, rounds, warmup):
+def step_in_turn(sides, rounds: int, warmup: int):
     """[[(seconds, loss) of every step]] and [bytes] of sides, which are closed then."""
     found = [[side.ask("step") for _ in range(warmup)] for side in sides]
     for side in sides:
@@ -126,7 +130,7 @@ def step_in_turn(sides, rounds, warmup):
     return found, memory
 
 
-def measure(case, peers, rounds, warmup, dtype, *, apart, remat):
+def measure(case, peers: Any, rounds: int, warmup: int, dtype: str, *, apart, remat: bool) -> None:
     """Prints a line for each side."""
     with tempfile.TemporaryDirectory() as folder:
 
@@ -181,7 +185,7 @@ def measure(case, peers, rounds, warmup, dtype, *, apart, remat):
         )
 
 
-def main():
+def main() -> None:
     """Measures each case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -13,13 +13,14 @@ names, since other versions trace and fuse differently.
 import argparse
 import json
 import pathlib
+from typing import Any
 
 import jax
 from benchmark_cases import load_config
 
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import shapes
 from focusdpo_jax.training.step import trace_step
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
@@ -30,7 +31,7 @@ TOLERANCE = 0.02
 CURE = "if that is meant, record it: python benchmarks/step_cost.py --record"
 
 
-def traced(name):
+def traced(name: str):
     """{program: jax.stages.Traced} of a case's step."""
     config = load_config(*CASES[name])
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
@@ -57,7 +58,7 @@ def measure():
         cases[name] = {program: flops.count(found)._asdict() for program, found in programs.items()}
         if name == COMPILED:
             # How well the code is compiled changes no byte, but the time that it takes.
-            compiled = (
+            compiled: Any = (
                 programs["update"]
                 .lower()
                 .compile(compiler_options={"xla_backend_optimization_level": 0})
@@ -69,7 +70,7 @@ def measure():
     return {"jax": jax.__version__, "cases": cases}
 
 
-def differences(record, found):
+def differences(record, found) -> list[str]:
     """Lines that say what no longer is as recorded; none if all is."""
     lines, same_jax = [], record["jax"] == found["jax"]
     for case, programs in record["cases"].items():
@@ -93,7 +94,7 @@ def differences(record, found):
     return lines
 
 
-def main():
+def main() -> None:
     """Compares or records."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

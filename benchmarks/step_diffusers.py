@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,10 +26,11 @@ class Given(torch.nn.Module):
     """In the place of the UNet's projection of images: the tokens are made already."""
 
     def forward(self, tokens):
+        """Returns the tokens unchanged."""
         return tokens
 
 
-def load_unet(sizes, folder):
+def load_unet(sizes: Any, folder: pathlib.Path):
     """diffusers' UNet with IP-Adapter's attention."""
     depths = sizes["transformer_layers_per_block"]
     # Copies lie in memory as kernels like it, which the file's bytes need not.
@@ -44,7 +46,8 @@ def load_unet(sizes, folder):
 def _unet(sizes, depths, tensors):
     """The module, whose attention has an image branch where `tensors` have one."""
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
-    model = diffusers.UNet2DConditionModel(
+    unet: Any = diffusers.UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    model = unet(
         in_channels=sizes["in_channels"],
         out_channels=sizes["out_channels"],
         down_block_types=down,
@@ -76,7 +79,7 @@ def _unet(sizes, depths, tensors):
     return model
 
 
-def load_adapter(sizes, folder):
+def load_adapter(sizes: Any, folder: pathlib.Path):
     """diffusers' resampler."""
     model = embeddings.IPAdapterPlusImageProjection(
         embed_dims=sizes["input_dim"],
@@ -92,7 +95,7 @@ def load_adapter(sizes, folder):
     return model
 
 
-def make(folder, how, dtype, remat, device):
+def make(folder: pathlib.Path, how, dtype: str, remat: bool, device):
     """The function that does the next step."""
     settings = json.loads((folder / "sizes.json").read_text())
     kind = getattr(torch, dtype)
@@ -183,13 +186,13 @@ def make(folder, how, dtype, remat, device):
     return step
 
 
-def wait(device):
+def wait(device) -> None:
     """Until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def main():
+def main() -> None:
     """Serves."""
     _, folder, how, dtype, remat = sys.argv[1:]
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import sys
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,8 @@ from benchmark_cases import changed, load_config
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import Generator, ImageView
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import assembly, generator_step, models
+from focusdpo_jax.training import assembly, generator_step, models, shapes
 
 PARTS = ("unet", "adapter")
 # Widths of SDXL over four; as many heads, since a quarter of five is none.
@@ -37,7 +37,7 @@ QUARTER = {
 }
 
 
-def configuration(case, dtype, remat):
+def configuration(case, dtype: str, remat: bool):
     """The run's configuration and the generator's for a case of `step.CASES`."""
     if case == "toybox":
         config = load_config("toybox_dpo")
@@ -72,7 +72,7 @@ def configuration(case, dtype, remat):
     return config, sizes
 
 
-def make_objective(config, sizes):
+def make_objective(config: Any, sizes: Any):
     """`dpo` with the generator of these sizes."""
     return generator_step.GeneratorStep(
         Generator(sizes, jnp.dtype(config.dtype)),
@@ -90,7 +90,7 @@ def draw(path, leaf):
     return rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(summed), dtype=np.float32)
 
 
-def inputs(config, generator):
+def inputs(config: Any, generator: Any):
     """EncodedPairs at random."""
     _, encode = assembly.make_encoder(generator, config, assembly.focus_buckets(config))
     return filled(
@@ -107,7 +107,7 @@ def inputs(config, generator):
     )
 
 
-def filled(shape, config, unet):
+def filled(shape, config: Any, unet):
     """Random EncodedPairs on the host, all references present.
 
     Args:
@@ -117,7 +117,7 @@ def filled(shape, config, unet):
     rng = np.random.default_rng(0)
     count, length = shape.text.shape[:2]
 
-    def normal(leaf, *size):
+    def normal(leaf, *size) -> Any:
         return rng.standard_normal(size or leaf.shape, np.float32).astype(leaf.dtype)
 
     side = config.resolution
@@ -128,11 +128,11 @@ def filled(shape, config, unet):
         text=normal(shape.text, count, length, unet.cross_attention_dim),
         pooled=normal(shape.pooled, count, unet.pooled_dim),
         present=np.ones(shape.present.shape, bool),
-        time_ids=np.tile(np.float32([side, side, 0, 0, side, side]), (count, 1)),
+        time_ids=np.tile(np.array([side, side, 0, 0, side, side], np.float32), (count, 1)),
     )
 
 
-def write_sizes(folder, config, sizes):
+def write_sizes(folder: pathlib.Path, config: Any, sizes: Any) -> None:
     """What `step_diffusers` reads of a GeneratorConfig and of the run's."""
     (folder / "sizes.json").write_text(
         json.dumps(
@@ -149,7 +149,7 @@ def write_sizes(folder, config, sizes):
     )
 
 
-def write_conditioning(folder, pairs):
+def write_conditioning(folder: pathlib.Path, pairs) -> None:
     """EncodedPairs, of numpy arrays, as `step_diffusers` reads them."""
     np.savez(
         folder / "conditioning.npz",
@@ -165,7 +165,7 @@ def write_conditioning(folder, pairs):
     )
 
 
-def main():
+def main() -> None:
     """Writes sizes, weights under diffusers' names, conditioning, and the noise of every step."""
     case, folder, steps, dtype, remat = sys.argv[1:]
     folder = pathlib.Path(folder)

@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import sys
 import time
+from typing import Any
 
 from focusdpo_jax import command
 
@@ -27,7 +28,7 @@ from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import StepDefinition, compile_step
 
 
-def load(config, sizes, folder, mesh):
+def load(config: Any, sizes: Any, folder: pathlib.Path, mesh):
     """The parameters {part: tree}, in the types of a run."""
     parameters = {}
     for part in PARTS:
@@ -48,7 +49,7 @@ def load(config, sizes, folder, mesh):
     return parameters
 
 
-def make(case, folder, dtype, remat):
+def make(case, folder: pathlib.Path, dtype: str, remat: bool):
     """The function that does the next step."""
     config, sizes = configuration(case, dtype, remat)
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
@@ -82,7 +83,7 @@ def make(case, folder, dtype, remat):
     return step
 
 
-def main():
+def main() -> None:
     """Serves."""
     case, folder, dtype, remat = sys.argv[1:]
     device = jax.devices()[0]

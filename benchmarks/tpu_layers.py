@@ -90,12 +90,12 @@ def measure(module, inputs, trained, mesh):
 
         arguments = (parameters, inputs[0], inputs[0], *inputs[1:])
     traced = jax.jit(program).trace(*placed(arguments))
-    estimate = estimates.read(hlo.Program(traced.lower().compile().as_text()))
+    estimate = estimates.read(hlo.Program(traced.lower().compile().as_text() or ""))
     work = flops.count(traced)
     return estimate.cycles, work.matmul_flops - work.kernels
 
 
-def main():
+def main() -> None:
     """Prints a line of each layer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -22,12 +22,13 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 PROGRAMS = ("forward", "gradient")
 SIDES = ("ours", "dot_product", "flash")
 
 
-def compiled(network, program, side, topology):
+def compiled(network, program, side: int, topology: str):
     """Compiles and describes one program; what `main` prints a line of."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     import jax
@@ -76,10 +77,10 @@ def compiled(network, program, side, topology):
         traced = jax.jit({"forward": forward, "gradient": gradient}[program]).trace(
             parameters, *arguments
         )
-        compiled_program = traced.lower().compile()
+        compiled_program: Any = traced.lower().compile()
     seconds, use = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF)
     operations, accessed = looped_cost.count(compiled_program)
-    estimate = estimates.read(hlo.Program(compiled_program.as_text()))
+    estimate = estimates.read(hlo.Program(compiled_program.as_text() or ""))
     kernels = traced_operations.count(traced).kernels / count
     chip = chips.TPUS[topology.partition(":")[0]]
     return {
@@ -135,7 +136,9 @@ def peers(network, mesh, example):
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
-    from maxdiffusion.models.unet_2d_condition_flax import FlaxUNet2DConditionModel
+    from maxdiffusion.models.unet_2d_condition_flax import (  # pyright: ignore[reportMissingImports]
+        FlaxUNet2DConditionModel,
+    )
 
     unet = FlaxUNet2DConditionModel(
         sample_size=example[0].shape[1],
@@ -172,7 +175,7 @@ def peers(network, mesh, example):
     return nn.unbox(shapes), apply
 
 
-def main():
+def main() -> None:
     """Compiles each program in a process of its own and prints a line of each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

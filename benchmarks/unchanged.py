@@ -17,6 +17,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEEDS = ("pairs_per_second", "teraflops_per_device", "utilisation")
@@ -28,7 +30,7 @@ RUNS = {
 DEFAULT = {"default": ("configs/toybox_dpo.py",)}
 
 
-def commit(checkout):
+def commit(checkout: pathlib.Path) -> str | None:
     """The commit of a checkout, or None if tracked files differ from it."""
 
     def git(*arguments):
@@ -40,7 +42,9 @@ def commit(checkout):
     return None if changed else git("rev-parse", "--short=10", "HEAD")
 
 
-def run(checkout, name, config, fields, output):
+def run(
+    checkout: pathlib.Path, name: str, config: str, fields: Iterable[str], output: pathlib.Path
+) -> pathlib.Path:
     """The folder of a finished run of a checkout."""
     revision = commit(checkout)
     folder = output / (revision or "changed") / name
@@ -68,7 +72,7 @@ def run(checkout, name, config, fields, output):
     return folder
 
 
-def numbers(folder):
+def numbers(folder: pathlib.Path) -> Any:
     """{name: value} of all that a run has written."""
     found = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -82,8 +86,9 @@ def numbers(folder):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main() -> None:
+    """Compares each run, prints the differences and exits with 1 if there are any."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--before", required=True, help="checkout to compare with")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/unchanged"))
     parser.add_argument("--default", action="store_true", help="compare the whole default run too")

@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import pathlib
+from typing import Any
 
 import cv2
 import jax
@@ -41,7 +42,7 @@ LAYERS = (8, 9, 10)
 class Photos:
     """The subjects of a folder, their classes and their photographs."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: pathlib.Path) -> None:
         self.folder = pathlib.Path(folder)
         self.classes = {}
         for line in (self.folder / "prompts_and_classes.txt").read_text().splitlines():
@@ -68,7 +69,8 @@ class Photos:
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         picture, mask = Image.fromarray(picture[box]), Image.fromarray(mask[box])
         scale = OBJECT / max(picture.size)
-        size = tuple(max(1, round(scale * length)) for length in picture.size)
+        width, height = (max(1, round(scale * length)) for length in picture.size)
+        size = width, height
         mask = mask.convert("L").resize(size, Image.Resampling.BILINEAR)
         return np.asarray(picture.resize(size, Image.Resampling.BICUBIC)), np.asarray(mask) > 127
 
@@ -103,7 +105,7 @@ def composite(photos, pair, draw, plain):
     return picture, masks
 
 
-def make_features(folder):
+def make_features(folder: pathlib.Path):
     """The function pictures uint8 [B, 448, 448, 3] -> patch features [B, 32, 32, D].
 
     Those of several layers, each of length 1, side by side: a cosine is the mean of theirs.
@@ -114,9 +116,10 @@ def make_features(folder):
     @jax.jit
     def features(parameters, pictures):
         pictures = (pictures / 255.0 - mean) / deviation
-        captured = model.apply(
+        found: Any = model.apply(
             {"params": parameters}, pictures.astype(jnp.float32), capture=LAYERS
-        ).captured
+        )
+        captured = found.captured
         states = [
             captured[layer] / jnp.linalg.norm(captured[layer], axis=-1, keepdims=True)
             for layer in LAYERS
@@ -134,7 +137,7 @@ def on_patches(masks):
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def match_by_contest(references, reference_masks, target, area, count=0):
+def match_by_contest(references, reference_masks, target, area, count: int = 0):
     """SPAF's match [S, h, w] as `focus.correspondence` makes it.
 
     Args:
@@ -179,7 +182,7 @@ def hits(match, references, target, masks):
     return inside.mean(), masks.mean()
 
 
-def measure(photos, features, count, seed, matches):
+def measure(photos, features, count: int, seed: int, matches):
     """Yields (name, rows of (inside, chance) by match) of the three settings."""
 
     def seen(picture, mask):
@@ -207,7 +210,7 @@ def measure(photos, features, count, seed, matches):
         yield title, rows
 
 
-def main():
+def main() -> None:
     """Prints a line a setting."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

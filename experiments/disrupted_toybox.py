@@ -17,23 +17,24 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax import toybox
-from focusdpo_jax.data.images import decode_mask, decode_picture, encode_png
+from focusdpo_jax.data.images import decode_image, decode_mask, encode_png
 from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.files import replace_file
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import runs
 
 CONFIG = "configs/toybox_dpo.py"
 
 
-def write_scenes(folder, split, count):
+def write_scenes(folder: pathlib.Path, split: str, count: int):
     """Toybox scenes as a manifest for `disrupt`; returns its path."""
     world, lines = toybox.World(), []
     for index in range(count):
@@ -64,7 +65,7 @@ def write_scenes(folder, split, count):
     return manifest
 
 
-def call(command, *flags):
+def call(command: Any, *flags) -> None:
     """Runs a command of the package."""
     subprocess.run([sys.executable, "-m", f"focusdpo_jax.{command}", *flags], check=True)
 
@@ -72,13 +73,13 @@ def call(command, *flags):
 class Reader:
     """What the probe says of one subject of a picture."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parameters = jax.device_put(runs.load_folder("toybox").probe)
         self._read = jax.jit(self._reading)
 
     @staticmethod
     def _reading(parameters, picture, mask):
-        maps = Probe(TOYBOX).apply({"params": parameters}, picture[None] / 255.0)
+        maps: Any = Probe(TOYBOX).apply({"params": parameters}, picture[None] / 255.0)
         grid = maps.class_logits.shape[1]
         inside = mask.reshape(grid, len(mask) // grid, grid, -1).any((1, 3))
         nothing = jnp.where(jnp.arange(maps.class_logits.shape[-1]) < TOYBOX.classes, -1e9, 0.0)
@@ -97,11 +98,11 @@ class Reader:
         of_class = {name: getattr(reading, name)[own.class_id].item() for name in toybox.LOOKS}
         if toybox.PATTERNS[of_class["pattern"]] == "plain":
             of_class["pattern_hue"] = of_class["hue"]
-        kept = reading.area[own.class_id] >= measures.MIN_AREA
+        kept = reading.area[own.class_id] >= toybox_metrics.MIN_AREA
         return bool(kept), toybox.visibly_different(own, toybox.Subject(own.class_id, **of_class))
 
 
-def measure(folder, split):
+def measure(folder: pathlib.Path, split: str) -> None:
     """Counts what is right about the pairs in a folder."""
     reader, world, outside = Reader(), toybox.World(), 0
     kinds = ("disrupted", "original")
@@ -109,7 +110,7 @@ def measure(folder, split):
     for index, text in enumerate((folder / "manifest.jsonl").read_text().splitlines()):
         pair, record = json.loads(text), world.record(split, index)
         chosen, rejected = (
-            decode_picture((folder / pair[name]).read_bytes())[0] for name in ("chosen", "rejected")
+            decode_image((folder / pair[name]).read_bytes())[0] for name in ("chosen", "rejected")
         )
         assert np.array_equal(chosen, record["chosen"])
         masks = [decode_mask((folder / s["mask"]).read_bytes()) for s in pair["subjects"]]
@@ -135,7 +136,7 @@ def measure(folder, split):
             print(f"  {kind:9} {name:22} {told.mean:6.1%} [{told.low:.1%}, {told.high:.1%}]")
 
 
-def train(folder, measured, steps):
+def train(folder: pathlib.Path, measured, steps: int) -> None:
     """Prepares the pairs, trains on them, measures base and policy on Toybox's test scenes."""
     call(
         "prepare",
@@ -164,7 +165,7 @@ def train(folder, measured, steps):
     )
 
 
-def main():
+def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -43,7 +43,7 @@ SETTINGS = {
 }
 
 
-def main():
+def main() -> None:
     """Prints the table of the flags."""
     from experiments import gradients
     from focusdpo_jax import config as config_lib

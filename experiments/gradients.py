@@ -1,6 +1,7 @@
 """Gradients of preference objectives at the reference parameters; see `gradient_gate`, the command."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def cosine(first, second):
     return float(first @ second / np.sqrt((first @ first) * (second @ second)))
 
 
-def gradients(config, model, batches, structure, params, seed):
+def gradients(config: Any, model: Any, batches, structure, params, seed: int):
     """The gradient of a setting's loss at the reference parameters, one vector a batch.
 
     Args:
@@ -53,7 +54,7 @@ def gradients(config, model, batches, structure, params, seed):
     ]
 
 
-def compare(config, settings, *, pairs, seed, batch_size=16):
+def compare(config: Any, settings: Any, *, pairs, seed: int, batch_size: int = 16):
     """Compares the gradients of settings.
 
     Args:

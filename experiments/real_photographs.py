@@ -10,13 +10,14 @@ folder with trained weights in transformers' layout. Three questions:
    whole photographs, and of subjects cut out, also for each half of the subjects by itself, since
    the layer that tells cut-out subjects apart was chosen on the first half.
 2. Composites of two cut-out subjects on one background, a third of them of two subjects of one
-   class, with their places known: is leakage negative where each subject stands in its own place,
-   and positive where the two have changed places? Shares of composites; both subjects must pass.
-3. On the same composites, without telling the places: are the subjects found? Share of places that
+   class, with their regions known: is leakage negative where each subject stands in its own place,
+   and positive where the two have changed regions? Shares of composites; both subjects must pass.
+3. On the same composites, without telling the regions: are the subjects found? Share of regions that
    overlap the right one by half and more, and leakage again.
 """
 
 import itertools
+import pathlib
 import sys
 
 import numpy as np
@@ -25,14 +26,14 @@ from PIL import Image
 
 from focusdpo_jax.data import images
 from focusdpo_jax.evaluation import dreambench, scoring
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.vision import encoders
-from focusdpo_jax.vision import places as subject_places
+from focusdpo_jax.vision import regions as subject_regions
 
 SIDE, HEIGHT = 512, 230  # Of a composite, and of a subject in it, in pixels.
 
 
-def main(folder, weights, pairs=60):
+def main(folder: str, weights: str, pairs: int = 60) -> None:
     """Prints the figures."""
     whole, subject, patches = encoders.load_dino("dinov2", weights, batch_size=4)
     subject = Remembering(subject)
@@ -48,11 +49,12 @@ def main(folder, weights, pairs=60):
 class Remembering:
     """An encoder that sees no picture twice: the questions share most of theirs."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder) -> None:
         self.name, self.digest = encoder.name, encoder.digest
         self._encoder, self._known = encoder, {}
 
     def __call__(self, pictures):
+        """Returns the features of images, computed once for each."""
         keys = [(picture.shape, picture.tobytes()) for picture in pictures]
         new = {key: p for key, p in zip(keys, pictures) if key not in self._known}
         if new:
@@ -60,14 +62,14 @@ class Remembering:
         return np.stack([self._known[key] for key in keys])
 
 
-def alike(whole, subject, photos):
+def alike(whole, subject, photos) -> None:
     """Question 1."""
     names = np.array([name for name, paths in photos.items() for _ in paths])
-    pictures = [(path, images.read_picture(path)) for paths in photos.values() for path in paths]
+    pictures = [(path, images.read_image(path)) for paths in photos.values() for path in paths]
     print_alike("whole photographs", whole([picture for _, picture in pictures]), names)
     vectors = subject(
         [
-            subject_places.cut(picture, subject_places.of_photograph(path, picture))
+            subject_regions.crop_subject(picture, subject_regions.photograph_region(path, picture))
             for path, picture in pictures
         ]
     )
@@ -77,7 +79,7 @@ def alike(whole, subject, photos):
         print_alike(f"subjects cut out, {kind} half", vectors[chosen], names[chosen])
 
 
-def print_alike(kind, vectors, names):
+def print_alike(kind, vectors, names) -> None:
     """How often the own subject's mean similarity is above the others'."""
     similarity = vectors @ vectors.T
     subjects, passed = list(dict.fromkeys(names)), []
@@ -93,7 +95,7 @@ def print_alike(kind, vectors, names):
     )
 
 
-def composites(encoder, patches, folder, photos, count):
+def composites(encoder, patches, folder: pathlib.Path, photos, count: int) -> None:
     """Questions 2 and 3."""
     table = (epath.Path(folder) / "prompts_and_classes.txt").read_text()
     kinds = dreambench.dreambench.classes(table, photos)
@@ -103,23 +105,25 @@ def composites(encoder, patches, folder, photos, count):
     unlike = [pair for pair in every if kinds[pair[0]] != kinds[pair[1]]]
     chosen = [same_class[i % len(same_class)] for i in range(count // 3)]
     chosen += [unlike[i] for i in draw.choice(len(unlike), count - len(chosen), replace=False)]
-    scenes, pictures, places = [], [], []
+    scenes, pictures, regions = [], [], []
     for number, pair in enumerate(chosen):
         # What is pasted is not among what it is compared with.
         shown = [photos[name][draw.integers(len(photos[name]))] for name in pair]
         subjects = tuple(
-            Subject(name, name, str(path), tuple(str(p) for p in photos[name] if p != path))
+            BenchmarkSubject(
+                name, name, str(path), tuple(str(p) for p in photos[name] if p != path)
+            )
             for name, path in zip(pair, shown)
         )
         background = photos[list(photos)[draw.integers(len(photos))]][0]
         picture, masks = paste(shown, background)
-        scenes.append(Scene(f"{number}", "", subjects, 0, "+".join(pair)))
+        scenes.append(BenchmarkScene(f"{number}", "", subjects, 0, "+".join(pair)))
         pictures.append(picture)
-        places.append([subject_places.Place.of_mask(mask) for mask in masks])
-    boxes = [[subject_places.Place(p.box) for p in row] for row in places]
+        regions.append([subject_regions.Region.from_mask(mask) for mask in masks])
+    boxes = [[subject_regions.Region(p.box) for p in row] for row in regions]
     scorer = scoring.SimilarityScorer(encoder)
     same = np.array([kinds[a] == kinds[b] for a, b in chosen])
-    for kind, given in (("masks given", places), ("boxes given", boxes)):
+    for kind, given in (("masks given", regions), ("boxes given", boxes)):
         true = leakage(scorer, scenes, pictures, given)
         changed = leakage(scorer, scenes, pictures, [row[::-1] for row in given])
         print(
@@ -129,13 +133,13 @@ def composites(encoder, patches, folder, photos, count):
             flush=True,
         )
     found = [
-        [box and subject_places.Place(tuple(box)) for box in score["boxes"]]
-        for score in scoring.PlaceScorer(patches).score(scenes, pictures, None)
+        [box and subject_regions.Region(tuple(box)) for box in score["boxes"]]
+        for score in scoring.RegionScorer(patches).score(scenes, pictures, None)
     ]
     overlaps = np.array(
         [
             0.0 if a is None else overlap(a.box, b.box)
-            for rows in zip(found, places)
+            for rows in zip(found, regions)
             for a, b in zip(*rows)
         ]
     )
@@ -150,13 +154,13 @@ def composites(encoder, patches, folder, photos, count):
     )
 
 
-def leakage(scorer, scenes, pictures, places):
+def leakage(scorer, scenes, pictures, regions):
     """[scenes, 2], NaN where a subject has no place."""
-    scores = scorer.score(scenes, pictures, places)
+    scores = scorer.score(scenes, pictures, regions)
     return np.array([score["dinov2_leakage"] for score in scores], np.float64)
 
 
-def report(what, passed, same):
+def report(what, passed, same) -> str:
     """Shares of all composites and of those of one class."""
     return (
         f"{what} {100 * passed.mean():.1f} % of {len(passed)} "
@@ -166,12 +170,14 @@ def report(what, passed, same):
 
 def paste(paths, background):
     """Two subjects side by side on a blurred photograph, and their masks."""
-    canvas = images.read_picture(background)
+    canvas = images.read_image(background)
     canvas = Image.fromarray(canvas).resize((16, 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     canvas, masks = np.array(canvas), []
     for i, path in enumerate(paths):
-        picture = images.read_picture(path)
-        place = subject_places.of_photograph(path, picture)
+        picture = images.read_image(path)
+        place = subject_regions.photograph_region(path, picture)
+        if place is None or place.mask is None:
+            raise SystemExit(f"{path}: no subject found")
         rows, columns = np.nonzero(place.mask)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         scale = HEIGHT / max(box[2] - box[0], box[3] - box[1])
@@ -198,4 +204,4 @@ def overlap(a, b):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])

@@ -1,11 +1,13 @@
 """The report of `toybox_study.py`: a table, curves over the steps, and a page of pictures."""
 
 import json
+import pathlib
+from typing import Any
 
 import numpy as np
 
 from focusdpo_jax.evaluation import statistics
-from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 from focusdpo_jax.visualization import grids
 
 SHOWN = ("fidelity", "leakage", "hue_leakage", "missing", "class_accuracy", "background_accuracy")
@@ -13,7 +15,7 @@ CURVES = ("fidelity", "leakage")
 _ARRAYS = ("pictures", "chosen", "references", "present")  # What a measurement holds besides.
 
 
-def load(trial, output, step=None):
+def load(trial: Any, output: pathlib.Path, step=None):
     """A measurement of a trial, at its last step unless told otherwise.
 
     Returns:
@@ -33,10 +35,10 @@ def score(measures):
         name: statistics.bootstrap_mean(measures[name], seed=0, resamples=1).mean for name in CURVES
     }
     # Without a single subject found there is no leakage to speak of, and no fidelity.
-    return means["fidelity"] - (means["leakage"] or 0.0)
+    return (means["fidelity"] or 0.0) - (means["leakage"] or 0.0)
 
 
-def pooled(trials, output, step=None):
+def pooled(trials, output: pathlib.Path, step=None):
     """Measures of all seeds side by side: {name: [scenes, seeds * values a scene]}.
 
     A scene is one unit of the bootstrap, with what every seed makes of it.
@@ -50,7 +52,7 @@ def pooled(trials, output, step=None):
     }
 
 
-def estimates(trials, output, step=None):
+def estimates(trials, output: pathlib.Path, step=None):
     """{measure: Estimate as a dict, with `seeds`, the mean of each}."""
     result = {}
     for name, values in pooled(trials, output, step).items():
@@ -65,7 +67,7 @@ def estimates(trials, output, step=None):
     return result
 
 
-def write(output, reported, chosen, scores):
+def write(output: pathlib.Path, reported, chosen, scores) -> None:
     """Writes study.json, study.md, curves.png and grids.png into `output`.
 
     Args:
@@ -142,7 +144,7 @@ def table(results):
     return "\n".join(lines)
 
 
-def apart(name, first, second):
+def apart(name: str, first, second) -> str:
     """How the second of two estimates (dicts) is: "better", "worse", or "" where intervals overlap."""
     if not first["n"] or not second["n"]:
         return ""
@@ -153,7 +155,7 @@ def apart(name, first, second):
     return ""
 
 
-def plot(path, curves, base):
+def plot(path: pathlib.Path, curves, base) -> None:
     """Fidelity and leakage against steps, with their intervals, from the base on."""
     import matplotlib  # Here, so that a study can be run where it is not installed.
 
@@ -189,7 +191,7 @@ def plot(path, curves, base):
     plt.close(figure)
 
 
-def page(output, reported, chosen):
+def page(output: pathlib.Path, reported, chosen):
     """The same scenes from the same noise by every model of the first seed."""
     drawn = {
         name: load(trials[0], output)
@@ -197,6 +199,7 @@ def page(output, reported, chosen):
         if name == "base" or name in chosen
     }
     base = drawn["base"]
+    assert base is not None, "the base was measured"
     return grids.model_grid(
         [
             grids.ModelRow(

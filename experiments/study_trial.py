@@ -13,19 +13,20 @@ import io
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from benchmarks.benchmark_cases import load_file
 from focusdpo_jax import config as config_lib
+from focusdpo_jax import config_files
 from focusdpo_jax.data import loader
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.inference.generate import generate_all, make_generate
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import encoding, loop, models, run_data, runs
 
@@ -34,7 +35,7 @@ PICTURES = 8  # Kept of every measurement.
 
 def load_config(path, overrides):
     """The configuration of a file with some fields replaced."""
-    config = config_lib.parse(load_file(path))
+    config = config_lib.parse(config_files.load(path))
     try:
         config = config_lib.replace(config, overrides)
     except KeyError as error:
@@ -43,7 +44,7 @@ def load_config(path, overrides):
     return config
 
 
-def scenes_of(config, split, count):
+def scenes_of(config: Any, split: str, count: int):
     """The measured scenes: their own data set of two and three subjects, none of them trained on.
 
     Returns:
@@ -77,7 +78,7 @@ def scenes_of(config, split, count):
     return batches
 
 
-def measure(model, config, batches):
+def measure(model: Any, config: Any, batches):
     """Toybox's measures of what a model draws, {name: [scenes, ...]}, and all pictures."""
     generator, parameters = model.generator, jax.device_put(model.parameters)
     # Only references and captions are read.
@@ -112,17 +113,17 @@ def measure(model, config, batches):
     ]
     readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
     raw = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(images)], *batches)
-    return measures.measure(readings, raw.truth, raw.present), images, raw
+    return toybox_metrics.compute(readings, raw.truth, raw.present), images, raw
 
 
-def save(path, arrays):
+def save(path: pathlib.Path, arrays) -> None:
     """Writes an npz file in one move."""
     content = io.BytesIO()
     np.savez(content, **arrays)
     replace_file(path, content.getvalue())
 
 
-def run(folder):
+def run(folder: str | pathlib.Path) -> None:
     """Does what `folder/trial.json` says."""
     folder = pathlib.Path(folder)
     trial = json.loads((folder / "trial.json").read_text())

@@ -9,6 +9,7 @@ and in the rejected picture, where another individual stands in the subject's pl
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from focusdpo_jax.models.generator import split_parameters
 from focusdpo_jax.training import assembly, generator_step, models, run_data
 
 
-def measure(config, model, batches):
+def measure(config: Any, model: Any, batches):
     """Yields (bucket, share on the right subject, chance, alignments of chosen and rejected)."""
     buckets = assembly.focus_buckets(config)
     source, encode = assembly.make_encoder(model.generator, config, buckets)
@@ -53,7 +54,7 @@ def measure(config, model, batches):
         )
 
 
-def main():
+def main() -> None:
     """Prints a line for each source and bucket."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

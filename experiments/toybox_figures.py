@@ -1,15 +1,17 @@
 """Figures of Toybox's small generators: see `toybox_report`, the command that prints them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from focusdpo_jax.data import dataset, loader
-from focusdpo_jax.evaluation import statistics
+from focusdpo_jax.evaluation import toybox_results
 from focusdpo_jax.evaluation.tables import aligned
 from focusdpo_jax.inference.generate import make_generate, scene_noise
-from focusdpo_jax.toybox import measures
-from focusdpo_jax.toybox.measures import LOWER_IS_BETTER
+from focusdpo_jax.toybox import metrics as toybox_metrics
+from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 
 
@@ -18,7 +20,7 @@ def psnr(squared_error):
     return float(-10 * np.log10(squared_error))
 
 
-def reconstruct(generator, parameters, images, batch_size):
+def reconstruct(generator: Any, parameters, images, batch_size: int):
     """uint8 images [N, H, W, 3] through the autoencoder, without noise: float32 in [0, 1]."""
 
     @jax.jit
@@ -31,7 +33,7 @@ def reconstruct(generator, parameters, images, batch_size):
     )
 
 
-def draw(model, scenes, *, steps, guidance, seed, batch_size):
+def draw(model: Any, scenes, *, steps: int, guidance: float, seed: int, batch_size: int):
     """Generated pictures uint8 [N, H, W, 3] of N scenes, a `PreferenceBatch`."""
     generator = model.generator
     generate = make_generate(
@@ -56,7 +58,7 @@ def draw(model, scenes, *, steps, guidance, seed, batch_size):
     return np.concatenate(drawn)
 
 
-def report(model, config, *, split, count, seed, batch_size, parts):
+def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_size: int, parts):
     """Measures a model.
 
     Args:
@@ -65,7 +67,7 @@ def report(model, config, *, split, count, seed, batch_size, parts):
       parts: of "autoencoder", "probe" and "generator".
 
     Returns:
-      ({figure: value}, {source of pictures: `statistics.summarize`}, the scenes, their captions, generated
+      ({figure: value}, {source of pictures: `toybox_results.summarize`}, the scenes, their captions, generated
       pictures or None).
     """
     source = dataset.ToyboxSource(dataset.toybox_world(config), split, count)
@@ -87,8 +89,8 @@ def report(model, config, *, split, count, seed, batch_size, parts):
             look(model.probe, images[i : i + batch_size]) for i in range(0, count, batch_size)
         ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
-        return statistics.summarize(
-            measures.measure(readings, scenes.truth, scenes.present), seed=seed
+        return toybox_results.summarize(
+            toybox_metrics.compute(readings, scenes.truth, scenes.present), seed=seed
         )
 
     chosen = scenes.chosen.astype(np.float32) / 255

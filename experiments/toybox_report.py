@@ -35,7 +35,7 @@ _PARTS = flags.DEFINE_multi_enum(
 )
 
 
-def main():
+def main() -> None:
     """Measures the model of the flags, and writes what was found."""
     # After the flags, so that --help is quick.
     from experiments import toybox_figures

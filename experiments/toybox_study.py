@@ -26,6 +26,7 @@ import queue
 import subprocess
 import sys
 import threading
+from typing import Any
 
 from absl import logging
 
@@ -137,7 +138,7 @@ def parse(arguments):
     return study
 
 
-def tuning_trials(study):
+def tuning_trials(study: Any):
     """One trial for each point of an objective's grid; only preferences have beta and anchor."""
     for objective in study.objectives:
         grid = [study.learning_rates]
@@ -159,7 +160,7 @@ def _tag(setting):
     return "_".join(f"{name[0]}{setting[name]:g}" for name in TUNED if name in setting)
 
 
-def reported_trials(study, chosen):
+def reported_trials(study: Any, chosen):
     """The base, each objective and each ablation at the chosen settings, on the test split.
 
     Args:
@@ -191,7 +192,7 @@ def reported_trials(study, chosen):
     return found
 
 
-def spread(study, trials):
+def spread(study: Any, trials):
     """Runs this machine's share of the trials that are not done yet, `study.workers` at once.
 
     Returns:
@@ -249,7 +250,7 @@ def spread(study, trials):
     return all(done(trial, study.output) for trial in trials)
 
 
-def done(trial, output):
+def done(trial: Any, output: pathlib.Path):
     """Whether all measurements of a trial are there, or its training was given up."""
     folder = output / "trials" / trial.name
     return (folder / "gave_up.txt").exists() or all(
@@ -257,7 +258,7 @@ def done(trial, output):
     )
 
 
-def choose(study, trials):
+def choose(study: Any, trials):
     """The best setting of each objective, {objective: setting}, and {trial's name: score}."""
     best, scores = {}, {}
     for trial in trials:
@@ -281,7 +282,7 @@ def choose(study, trials):
     }, scores
 
 
-def main(arguments=None):
+def main(arguments=None) -> None:
     """Tunes, trains, measures and reports."""
     study = parse(arguments)
     tuning = list(tuning_trials(study))

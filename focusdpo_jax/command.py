@@ -13,7 +13,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from etils import epath
 
-from focusdpo_jax import interrupts
+from focusdpo_jax import config_files, interrupts
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import no_room
 
@@ -43,8 +43,21 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(" ".join(str(error).split()))
 
 
+class _FoundByName(flags.ArgumentParser):
+    """Reads a configuration by its path or its name; see `config_files.find`."""
+
+    def __init__(self, reader: flags.ArgumentParser):
+        self._reader = reader
+
+    def parse(self, argument: str):
+        return self._reader.parse(config_files.find(argument))
+
+    def flag_type(self) -> str:
+        return self._reader.flag_type()
+
+
 def config_parser(holder: flags.FlagHolder) -> Parser:
-    """Returns a parser for `run` for commands with a configuration file.
+    """Returns a parser for `run` for commands with a configuration file, by path or by name.
 
     A configuration is Python code, so that a mistake in it or in --config.FIELD can raise any
     exception. The parser ends the program with one line for all of them.
@@ -52,6 +65,8 @@ def config_parser(holder: flags.FlagHolder) -> Parser:
     Args:
       holder: of the flag, from `config_flags.DEFINE_config_file`; the flag may be optional.
     """
+    flag = flags.FLAGS[holder.name]
+    flag.parser = _FoundByName(flag.parser)
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -72,7 +87,7 @@ def config_parser(holder: flags.FlagHolder) -> Parser:
 
 
 def default_workdir(config_file: str) -> epath.Path:
-    """Returns the default folder of a run: runs/toybox_dpo for configs/toybox_dpo.py.
+    """Returns the default folder of a run: runs/toybox_dpo for toybox_dpo.
 
     An argument after a colon is appended: runs/sdxl_dpo_debug for configs/sdxl_dpo.py:debug.
     """
@@ -91,8 +106,7 @@ def run(main: Callable[[], None], parser: Parser = parse_flags, *, resumable: bo
       resumable: whether the same command line resumes after an interrupt, for the message.
     """
     interrupted = interrupts.Interrupts(
-        "interrupted (Ctrl-C)"
-        + ("; run the same command again to resume" if resumable else "")
+        "interrupted (Ctrl-C)" + ("; run the same command again to resume" if resumable else "")
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_compiled_programs()

@@ -1,24 +1,31 @@
-"""Makes rejected pictures of good ones: `python -m focusdpo_jax.disrupt --manifest=scenes.jsonl`.
+"""Makes rejected images of good ones: `python -m focusdpo_jax.disrupt --manifest=scenes.jsonl`.
 
-Every subject is drawn anew inside its mask, from its phrase alone: same kind, same place, another
-individual. A manifest has one JSON object a line, paths relative to its folder:
+Every subject is inpainted inside its mask from its phrase alone: same class, same position, another
+individual. A manifest has one JSON object a line, with paths relative to its folder:
 
     {"caption": "a dog on grass", "chosen": "1/good.png",
      "subjects": [{"phrase": "a dog", "mask": "1/dog_mask.png",
                    "reference": "dog.jpg", "reference_mask": "dog_mask.png"}]}
 
-Without a reference the subject's own cut-out becomes one. OUTPUT/manifest.jsonl is what
-`prepare --manifest` takes, and contact_sheet.png what to look at. The same line goes on where an
-interrupted start stopped. docs/data.md has the rest.
+A missing reference is replaced by the subject's cut-out. OUTPUT/manifest.jsonl is the input of
+`prepare --manifest`; inspect OUTPUT/contact_sheet.png first. Run the same command again to continue
+an interrupted run. docs/data.md has the details.
 """
+
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from focusdpo_jax.disruption.runner import Settings
+    from focusdpo_jax.disruption.selection import CandidateScorer
+    from focusdpo_jax.training.models import Model
+
 _MANIFEST = flags.DEFINE_string(
-    "manifest", None, "File of JSON lines that describes the good pictures. May be gs://."
+    "manifest", None, "File of JSON lines that describes the good images. May be gs://."
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -29,86 +36,87 @@ _OUTPUT = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     "base",
-    "What draws: the folder of a run, or a model: a run's model/, a pipeline of "
-    "diffusers, its UNet one for inpainting (9 channels) or not (4), or base, the small Toybox "
+    "The generator: the folder of a run, or a model: a run's model/, a pipeline of "
+    "diffusers, with an inpainting UNet (9 channels) or another (4), or base, the small Toybox "
     "generator that ships with the package.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
     "phrase",
     ["phrase", "leak"],
-    "phrase: each subject is drawn from its phrase alone. "
-    "leak: under the reference of another subject of its scene, so that it wears that one's looks "
+    "phrase: each subject is inpainted from its phrase alone. "
+    "leak: with the reference of another subject of its scene, whose looks it takes "
     "(needs a model with an image adapter, and two subjects a line).",
 )
 _STRENGTH = flags.DEFINE_float(
     "strength",
     0.75,
-    "How little stays of the subject, in (0, 1]: the share of the steps that is "
-    "made. The lower, the more pose and shape stay, and looks as well.",
+    "Strength of the change, in (0, 1]: the fraction of the steps that is run. Lower values keep "
+    "more of the pose and shape, and of the looks as well.",
 )
 _CANDIDATES = flags.DEFINE_integer(
     "candidates",
     8,
-    "Drawn for each subject. The quarter that resembles it most is dropped; of "
-    "the others the one that fits its phrase best is taken.",
+    "Candidates for each subject. The quarter most similar to it is dropped; of "
+    "the others the one that matches its phrase best is used.",
     lower_bound=1,
 )
 _DINOV2 = flags.DEFINE_string(
     "dinov2",
     None,
-    "Folder of DINOv2 in transformers' layout, to measure resemblance with. "
+    "Folder of DINOv2 in transformers' layout, to measure the similarity with the subject. "
     "Default: the patches of the model's own image encoder.",
 )
 _CLIP = flags.DEFINE_string(
     "clip",
     None,
-    "Folder of CLIP in transformers' layout, to measure with how well candidates fit "
-    "their phrase. Default: by how much the phrase helps the model to denoise them.",
+    "Folder of CLIP in transformers' layout, to measure how well candidates match "
+    "their phrase. Default: the decrease of the model's denoising error due to the phrase.",
 )
 _SEGMENTER = flags.DEFINE_string(
     "segmenter",
     None,
-    "Name of an entry point of the group focusdpo_jax.segmenters, which finds "
-    "the masks that are missing.",
+    "Name of an entry point of the group focusdpo_jax.segmenters, which computes missing masks.",
 )
 _CAPTIONER = flags.DEFINE_string(
     "captioner",
     None,
     "Name of an entry point of the group focusdpo_jax.captioners, which writes "
-    "the phrases and captions that are missing.",
+    "missing phrases and captions.",
 )
 _ON_ERROR = flags.DEFINE_enum(
     "on-error",
     "fail",
     ["fail", "skip"],
-    "What to do about lines that cannot be used: draw nothing, or leave them out.",
+    "What to do about lines that cannot be used: stop before any inpainting, or leave them out.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Another one, other individuals.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the new individuals.")
 _STEPS = flags.DEFINE_integer(
     "steps",
     30,
-    "Denoiser calls of a whole picture; of them the share --strength is made.",
+    "Denoiser calls of a whole image; the fraction --strength of them is run.",
     lower_bound=1,
 )
-_GUIDANCE = flags.DEFINE_float("guidance", 5.0, "Classifier-free guidance; 1 or less is none.")
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", 5.0, "Classifier-free guidance scale; 1 or less disables guidance."
+)
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp_2m.")
 _RESOLUTION = flags.DEFINE_integer(
     "resolution",
     None,
-    "Side in pixels of the squares that the model draws: 1024 for SDXL. Default: the run's.",
+    "Side in pixels of the squares that the model generates: 1024 for SDXL. Default: the run's.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Candidates drawn at once, divided among the devices.", lower_bound=1
+    "batch_size", 8, "Candidates generated at once, divided among the devices.", lower_bound=1
 )
 _MAX_SUBJECTS = flags.DEFINE_integer(
-    "max_subjects", 3, "The most subjects that a line may have.", lower_bound=1
+    "max_subjects", 3, "Largest number of subjects of a line.", lower_bound=1
 )
 
 
-def main():
-    """Flags, then `disruption.runner.disrupt`."""
-    # After the flags, so that --help is quick.
+def main() -> None:
+    """Reads the flags and runs `disruption.runner.disrupt`."""
+    # Imported after the flags are parsed, so that --help is fast.
     from focusdpo_jax.data.scene_manifest import Hooks
     from focusdpo_jax.disruption import hooks, runner
     from focusdpo_jax.disruption.inpainting import Inpainter
@@ -138,7 +146,7 @@ def main():
         _OUTPUT.value,
         settings,
         inpainter,
-        make_judge(model, settings),
+        make_scorer(model, settings),
         identity={
             "model": digest_of(model.parameters),
             "segmenter": _SEGMENTER.value,
@@ -150,8 +158,8 @@ def main():
         skip=_ON_ERROR.value == "skip",
     )
     print(
-        f"{report['scenes']} of {report['lines']} lines, {report['subjects']} subjects drawn "
-        f"anew; look at {_OUTPUT.value}/contact_sheet.png, then:"
+        f"{report['scenes']} of {report['lines']} lines, {report['subjects']} subjects "
+        f"inpainted; inspect {_OUTPUT.value}/contact_sheet.png, then run:"
     )
     print(
         f"python -m focusdpo_jax.prepare --manifest={_OUTPUT.value}/manifest.jsonl "
@@ -159,43 +167,33 @@ def main():
     )
 
 
-def open_model():
-    """The model that draws, and the side of its pictures."""
-    from focusdpo_jax.checkpoints import pretrained
-    from focusdpo_jax.training import runs
+def open_model() -> "tuple[Model, int]":
+    """Returns the generator, and the side of its images."""
+    from focusdpo_jax import pipeline
 
-    name, resolution = _WORKDIR.value, _RESOLUTION.value
-    if resolution is not None:
-        sizes = (
-            runs.folder_sizes("toybox")
-            if name == "base"
-            else runs.folder_sizes(name, inpainting=True)
-            if pretrained.is_model(name)
-            else runs.Run(name).sizes()
+    opened = pipeline.open_pipeline(_WORKDIR.value, inpainting=True)
+    if _RESOLUTION.value is not None:
+        opened.sizes().check_resolution(_RESOLUTION.value, "--resolution=")
+    resolution = _RESOLUTION.value or opened.resolution
+    if resolution is None:
+        raise UserError(
+            f"--workdir={opened.name} does not state the size of its images; give --resolution."
         )
-        sizes.check_resolution(resolution, "--resolution=")
-    if name == "base":
-        return runs.load_folder("toybox"), resolution or 64
-    if pretrained.is_model(name):
-        if resolution is None:
-            raise UserError(
-                f"--workdir={name} does not say how large its pictures are; give --resolution."
-            )
-        return runs.load_folder(name, inpainting=True), resolution
-    run = runs.Run(name)
-    return run.policy(), resolution or run.config.resolution
+    return opened.load(), resolution
 
 
-def make_judge(model, settings):
-    """What chooses among candidates."""
-    from focusdpo_jax.disruption.choice import Judge, own_encoder
+def make_scorer(model: "Model", settings: "Settings") -> "CandidateScorer":
+    """Returns the scorer of candidates."""
+    from focusdpo_jax.disruption.selection import CandidateScorer, patch_encoder
     from focusdpo_jax.vision import encoders
 
     batch_size = settings.batch_size
-    encode = own_encoder(model, batch_size)
+    encode = patch_encoder(model, batch_size)
     if _DINOV2.value:
         encode = encoders.load_dino("dinov2", _DINOV2.value, batch_size)[1]
-    return Judge(encode, encoders.load_clip(_CLIP.value, batch_size) if _CLIP.value else None)
+    return CandidateScorer(
+        encode, encoders.load_clip(_CLIP.value, batch_size) if _CLIP.value else None
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Writes a run's result for diffusers: `python -m focusdpo_jax.export --workdir=RUN --output=OUT`.
 
-What lies in OUT, of which step it is, and how to load it, stands in its README.md. Of a run that is not
-finished, or that went on afterwards, the newest checkpoint is written.
+OUT/README.md describes the files, their training step, and how to load them. If a run is unfinished,
+or was continued later, the newest checkpoint is exported.
 """
 
 import os
@@ -25,40 +25,40 @@ _WHOLE = flags.DEFINE_bool(
 _CHECK = flags.DEFINE_bool(
     "check",
     False,
-    "Then open what was written with diffusers, as the README.md says, draw one picture "
-    "there and one here from the same noise, and print how far they differ; more than 2/255, or 0.1/255 in "
-    "the mean, is an error. "
-    "Needs diffusers and PyTorch (and PEFT for LoRA), which nothing else here does. Exports without "
+    "Then open the export with diffusers, as its README.md describes, generate one image with diffusers "
+    "and one with this package from the same noise, and print their difference; more than 2/255, or "
+    "0.1/255 in the mean, is an error. "
+    "Needs diffusers and PyTorch (and PEFT for LoRA). Exports without "
     "--whole are checked on the model that the run started from.",
 )
 
 
-def main():
-    """Flags, then `run_export.export_run` and `export_check.check`."""
-    from focusdpo_jax.checkpoints import (
-        run_export,  # After the flags, so that --help is quick.
-    )
+def main() -> None:
+    """Reads the flags and runs `run_export.export_run` and `export_check.check`."""
+    # Imported after the flags are parsed, so that --help is fast.
+    from focusdpo_jax.checkpoints import run_export
     from focusdpo_jax.training import runs
 
-    if _CHECK.value:
-        from focusdpo_jax.evaluation import export_check
-
-        export_check.require_packages()  # Before anything is written.
-    names = run_export.export_run(
-        _WORKDIR.value,
-        _OUTPUT.value,
-        whole=_WHOLE.value,
-        read_checkpoint=lambda: runs.Run(_WORKDIR.value).checkpoint(),
-    )
-    if _CHECK.value:
-        print(
-            export_check.describe(
-                export_check.check(_WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value), names
-            )
+    def export():
+        return run_export.export_run(
+            _WORKDIR.value,
+            _OUTPUT.value,
+            whole=_WHOLE.value,
+            read_checkpoint=lambda: runs.Run(_WORKDIR.value).checkpoint(),
         )
+
+    if not _CHECK.value:
+        export()
+        return
+    from focusdpo_jax.evaluation import export_check
+
+    export_check.require_packages()  # Before anything is written.
+    names = export()
+    difference = export_check.check(_WORKDIR.value, _OUTPUT.value, names, whole=_WHOLE.value)
+    print(export_check.describe(difference, names))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Little is computed, if anything.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Exporting needs almost no computation.
     flags.mark_flags_as_required(["workdir", "output"])
     command.run(main)

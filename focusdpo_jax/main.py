@@ -18,7 +18,7 @@ _LARGE = 16 * 64**2
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Configuration file, such as configs/toybox_dpo.py. Some take an argument "
+    "Configuration file, such as configs/toybox_dpo.py, or its name, toybox_dpo. Some take an argument "
     "after a colon: configs/toybox_base.py:probe. Override fields by --config.FIELD=VALUE.",
 )
 _WORKDIR = flags.DEFINE_string(

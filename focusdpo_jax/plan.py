@@ -24,7 +24,7 @@ from focusdpo_jax import command
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Configuration file, such as configs/sdxl_dpo.py; override fields by "
+    "Configuration file, such as configs/sdxl_dpo.py, or its name, sdxl_dpo; override fields by "
     "--config.FIELD=VALUE, for example --config.mesh.fsdp=16.",
 )
 _TOPOLOGY = flags.DEFINE_string(

@@ -1,17 +1,18 @@
-"""Makes a data set of your own pictures: `python -m focusdpo_jax.prepare --manifest=pairs.jsonl`.
+"""Builds a data set of your own images: `python -m focusdpo_jax.prepare --manifest=pairs.jsonl`.
 
-A manifest has one JSON object a line, paths relative to its folder:
+A manifest has one JSON object a line, with paths relative to its folder:
 
     {"caption": "a dog on grass", "chosen": "1/good.png", "rejected": "1/spoilt.png",
      "subjects": [{"phrase": "a dog", "reference": "dog.jpg", "reference_mask": "dog_mask.png",
                    "mask": "1/dog_mask.png"}]}
 
-Every line is checked before anything is written; docs/data.md has all fields and all checks. The
-same line goes on where an interrupted start stopped. Then train on it with
+All lines are checked before anything is written; docs/data.md lists all fields and checks. Run the
+same command again to continue an interrupted build. Then train with
 --config.data.source=prepared --config.data.path=DATA.
 """
 
 import os
+from collections.abc import Callable
 
 from absl import flags
 from etils import epath
@@ -26,8 +27,8 @@ _DREAMBENCH = flags.DEFINE_string(
     "dreambench",
     None,
     "Instead of a manifest, a folder in DreamBench's layout: a folder a "
-    "subject with 00.jpg, 00_mask.png and so on, and prompts_and_classes.txt. Pairs are made of "
-    "its photographs under OUTPUT/source, with a manifest.",
+    "subject with 00.jpg, 00_mask.png and so on, and prompts_and_classes.txt. Pairs of "
+    "its photographs are written to OUTPUT/source, with a manifest.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -35,36 +36,38 @@ _OUTPUT = flags.DEFINE_string(
     "Folder for the data set, report.json and contact_sheet.png; created if missing. May be gs://.",
 )
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", 512, "Side in pixels of the square pictures to train on: 1024 for SDXL."
+    "resolution", 512, "Side in pixels of the square images to train on: 1024 for SDXL."
 )
 _ON_ERROR = flags.DEFINE_enum(
     "on-error",
     "fail",
     ["fail", "skip"],
-    "What to do about lines that cannot be used: write nothing but the report, or leave them out.",
+    "What to do about lines that cannot be used: write the report alone, or leave them out.",
 )
-_MAX_SUBJECTS = flags.DEFINE_integer("max_subjects", 3, "The most subjects that a line may have.")
+_MAX_SUBJECTS = flags.DEFINE_integer("max_subjects", 3, "Largest number of subjects of a line.")
 _VALIDATION = flags.DEFINE_float(
-    "validation", 0.05, "Share of the groups of pairs that is kept from training, to be drawn."
+    "validation",
+    0.05,
+    "Fraction of the groups of pairs that is held out from training, for sample images.",
 )
 _TEST = flags.DEFINE_float(
-    "test", 0.05, "Share of the groups that is kept from training, to be measured."
+    "test", 0.05, "Fraction of the groups that is held out from training, for evaluation."
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
     "Folder with CLIP's vocab.json and merges.txt, or tokenizer.json, as in a model's "
-    "tokenizer/: captions that are too long for CLIP are then found exactly. Without it only those are found "
-    "that have too many words in any vocabulary.",
+    "tokenizer/: captions that are too long for CLIP are then detected exactly. Without it, only captions "
+    "with too many words under any vocabulary are detected.",
 )
 _WORKERS = flags.DEFINE_integer(
-    "workers", os.cpu_count(), "Processes that read, check and resize pictures.", lower_bound=1
+    "workers", os.cpu_count(), "Processes that read, check and resize images.", lower_bound=1
 )
 
 
-def main():
-    """Flags, then `data.prepare.prepare`."""
-    # After the flags, so that --help is quick.
+def main() -> None:
+    """Reads the flags and runs `data.prepare.prepare`."""
+    # Imported after the flags are parsed, so that --help is fast.
     from focusdpo_jax.data import dreambench, prepare, report
     from focusdpo_jax.visualization import contact_sheet
 
@@ -93,8 +96,8 @@ def main():
     print(f"data set, report.json and contact_sheet.png: {output}")
 
 
-def token_counter():
-    """The function that counts a caption's tokens, or None without --tokenizer."""
+def token_counter() -> Callable[[str], int] | None:
+    """Returns the function that counts a caption's tokens, or None without --tokenizer."""
     if _TOKENIZER.value is None:
         return None
     from focusdpo_jax.models.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Draws pictures of your subjects: a prompt, and one to three pictures of what it names.
+"""Generates images of your subjects from a prompt and one to three reference images.
 
     python -m focusdpo_jax.sample --workdir=base --prompt="a star and a ball on grass" \\
         --reference=star.png:"a star" --reference=ball.png:"a ball" --output=out.png
@@ -8,12 +8,21 @@ Several prompts: --prompts=FILE, one JSON object a line, {"prompt": ..., "refere
 
 import dataclasses
 import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 from etils import epath
 
 from focusdpo_jax import command
 from focusdpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from focusdpo_jax.array_types import RGBImage
+    from focusdpo_jax.inference.prompts import Prompt
+    from focusdpo_jax.models.generator import GeneratorConfig
+    from focusdpo_jax.training.models import Model
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -24,16 +33,16 @@ _WORKDIR = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string(
     "prompt",
     None,
-    "What to draw, naming every subject. A model reads so many tokens (SDXL 77, "
-    "base 16); a warning lists what is beyond them.",
+    "Text prompt, with every subject. A model reads a limited number of tokens (SDXL 77, "
+    "base 16); a warning lists the text that is cut off.",
 )
 _REFERENCES = flags.DEFINE_multi_string(
     "reference",
     [],
-    "Picture of a subject, as PATH:PHRASE (a.png:a star); give one for each "
+    "Image of a subject, as PATH:PHRASE (a.png:a star); give one for each "
     "subject, in the order of the prompt. PATH:PHRASE@x0,y0,x1,y1 (shares of width and height) or "
-    "PATH:PHRASE@MASK.png keeps its looks to a part of the picture, and *0.7 behind all of that is "
-    "its own weight. Pictures and masks are read as prepare reads them (docs/data.md): transparent "
+    "PATH:PHRASE@MASK.png restricts it to a region of the generated image, and a final *0.7 sets "
+    "its weight. Images and masks are read as by prepare (docs/data.md): transparent "
     "parts count as white, so that a cut-out shows the subject alone, and are black in a mask.",
 )
 _PROMPTS = flags.DEFINE_string(
@@ -43,21 +52,21 @@ _PROMPTS = flags.DEFINE_string(
     "--reference, or objects with path, phrase, box, mask, scale), seed.",
 )
 _NEGATIVE = flags.DEFINE_string(
-    "negative_prompt", "", "What guidance leads away from; needs --guidance above 1."
+    "negative_prompt", "", "Text prompt to avoid; needs --guidance above 1."
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     "sample.png",
-    "The picture; for several, a folder for 0000.png and so on, and all.png.",
+    "The image; for several, a folder for 0000.png and so on, and all.png.",
 )
 _COMPARE = flags.DEFINE_boolean(
     "compare",
     False,
-    "Also draw with the model the run started from, from the same noise; the "
-    "page shows references, base and policy side by side.",
+    "Also generate with the model that the run started from, from the same noise; the "
+    "grid shows references, base and policy side by side.",
 )
-_SAMPLES = flags.DEFINE_integer("samples", 1, "Pictures of each prompt.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; each further one has one more.")
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image; image i has seed + i.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Denoiser calls.", lower_bound=1)
 _SAMPLER = flags.DEFINE_string(
     "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer steps)."
@@ -65,18 +74,18 @@ _SAMPLER = flags.DEFINE_string(
 _GUIDANCE = flags.DEFINE_float(
     "guidance",
     None,
-    "Classifier-free guidance; 1 or less (0, as in diffusers) is none: one pass "
-    "under prompt and references. Default: the run's, 2 for base, 5 for other models.",
+    "Classifier-free guidance scale; 1 or less disables guidance (as 0 in diffusers): one conditional "
+    "pass a step. Default: the run's, 2 for base, 5 for other models.",
 )
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", None, "Side of the pictures in pixels. Default: the run's."
+    "resolution", None, "Side of the images in pixels. Default: the run's."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images generated at once.", lower_bound=1)
 
 
-def main():
-    """Flags, then `inference.sampler.Sampler`."""
+def main() -> None:
+    """Reads the flags and runs `inference.sampler.Sampler`."""
     from focusdpo_jax.inference import prompts
     from focusdpo_jax.inference.sampler import Sampler
     from focusdpo_jax.models import truncation
@@ -93,8 +102,7 @@ def main():
             settings[flag.name] = flag.value
     if "resolution" not in settings:
         raise UserError(
-            f"--workdir={_WORKDIR.value} does not say how large its pictures are; give "
-            "--resolution."
+            f"--workdir={_WORKDIR.value} does not state the size of its images; give --resolution."
         )
     sampler = Sampler(
         model,
@@ -112,7 +120,7 @@ def main():
     truncation.warn(model.tokenizer, [(_NEGATIVE.value, ())], "--negative_prompt")
     if _NEGATIVE.value and settings["guidance"] <= 1:
         logging.warning(
-            "--negative_prompt is not read: guidance is %s, and only above 1 is there any",
+            "--negative_prompt has no effect: guidance is %s, which is disabled at 1 or less",
             settings["guidance"],
         )
     policy = list(sampler.draw(wanted))
@@ -120,8 +128,12 @@ def main():
     write(wanted, policy, list(sampler.draw(wanted, base.parameters)) if base else None, settings)
 
 
-def read_wanted(prompts):
-    """Every picture to draw, as a list of `inference.prompts.Prompt`."""
+def read_wanted(prompts: ModuleType) -> "list[Prompt]":
+    """Returns a prompt for every image to generate.
+
+    Args:
+      prompts: the module `inference.prompts`, imported after the flags are parsed.
+    """
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise UserError("give --prompt, or --prompts with a file of several.")
     references = tuple(prompts.parse_reference(text) for text in _REFERENCES.value)
@@ -136,39 +148,38 @@ def read_wanted(prompts):
     ]
 
 
-def open_models():
-    """The model to draw with, the base to compare it with or None, and default settings."""
-    from focusdpo_jax.checkpoints import pretrained
-    from focusdpo_jax.training import runs
+def open_models() -> "tuple[Model, Model | None, dict[str, Any]]":
+    """Returns the model, the base model for --compare or None, and default settings of the sampler."""
+    from focusdpo_jax import pipeline
 
-    name = _WORKDIR.value
-    if name != "base" and not pretrained.is_model(name):
-        run = runs.Run(name)
-        check_resolution(run.sizes)
-        base = run.base() if _COMPARE.value else None
-        return (
-            run.policy(),
-            base,
-            {"guidance": run.config.sampling.guidance, "resolution": run.config.resolution},
-        )
-    if _COMPARE.value:
+    opened = pipeline.open_pipeline(_WORKDIR.value)
+    if _COMPARE.value and opened.run is None:
         raise UserError(
-            f"--workdir={name} is a model and not a run: --compare has nothing to compare it with."
+            f"--workdir={opened.name} is a model and not a run: --compare has nothing to compare it with."
         )
-    check_resolution(lambda: runs.folder_sizes("toybox" if name == "base" else name))
-    if name == "base":
-        return runs.load_folder("toybox"), None, {"guidance": 2.0, "resolution": 64}
-    return runs.load_folder(name), None, {"guidance": 5.0}
+    check_resolution(opened.sizes)
+    base = opened.run.base() if opened.run and _COMPARE.value else None
+    settings = {"guidance": 2.0 if opened.name == pipeline.BASE else 5.0}
+    if opened.config:
+        settings = {"guidance": opened.config.sampling.guidance}
+    if opened.resolution:
+        settings["resolution"] = opened.resolution
+    return opened.load(), base, settings
 
 
-def check_resolution(sizes):
-    """Checks the flag against the `GeneratorConfig` that `sizes` reads, before any weights are read."""
+def check_resolution(sizes: "Callable[[], GeneratorConfig]") -> None:
+    """Checks --resolution against the `GeneratorConfig` that `sizes` reads, before weights are read."""
     if _RESOLUTION.value is not None:
         sizes().check_resolution(_RESOLUTION.value, "--resolution=")
 
 
-def write(wanted, policy, base, settings):
-    """Writes the pictures, their settings inside, and for several or a comparison a page."""
+def write(
+    wanted: "list[Prompt]",
+    policy: "list[RGBImage]",
+    base: "list[RGBImage] | None",
+    settings: dict[str, Any],
+) -> None:
+    """Writes the images with their settings as metadata; for several or a comparison, also a grid."""
     from focusdpo_jax.inference import prompts
     from focusdpo_jax.visualization import grids
 
@@ -176,11 +187,11 @@ def write(wanted, policy, base, settings):
     rows = [
         grids.SampleRow(
             caption=f"{prompt.text} (seed {prompt.seed})",
-            references=[prompts.load_reference(r.path, len(picture)) for r in prompt.references],
-            generated=picture,
+            references=[prompts.load_reference(r.path, len(image)) for r in prompt.references],
+            generated=image,
             base=None if base is None else base[i],
         )
-        for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True))
+        for i, (prompt, image) in enumerate(zip(wanted, policy, strict=True))
     ]
 
     def text(prompt):
@@ -192,12 +203,12 @@ def write(wanted, policy, base, settings):
         grids.save_png(output, image, text(wanted[0]))
         logging.info("%s", output)
         return
-    for i, (prompt, picture) in enumerate(zip(wanted, policy, strict=True)):
-        grids.save_png(output / f"{i:04d}.png", picture, text(prompt))
+    for i, (prompt, image) in enumerate(zip(wanted, policy, strict=True)):
+        grids.save_png(output / f"{i:04d}.png", image, text(prompt))
         if base is not None:
             grids.save_png(output / f"{i:04d}_base.png", base[i], text(prompt))
     grids.save_png(output / "all.png", grids.sample_grid(rows, scale=scale))
-    logging.info("%d pictures and all.png in %s", len(wanted), output)
+    logging.info("%d images and all.png in %s", len(wanted), output)
 
 
 if __name__ == "__main__":

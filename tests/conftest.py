@@ -1,5 +1,6 @@
 """Shared by all tests: where compiled programs are kept, and a tiny model and data set."""
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -18,6 +19,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 ).strip()
+
+# Checks the public signatures of these packages on every call, or trace: a wrong shape fails there. In a
+# conftest and not as an option, since the workers of pytest-xdist do not read `addopts`. Without beartype
+# tests/focus/test_signatures.py fails.
+if importlib.util.find_spec("beartype"):
+    import jaxtyping
+
+    jaxtyping.install_import_hook(
+        ["focusdpo_jax.focus", "focusdpo_jax.diffusion"],
+        # An int is a float, as type checkers have it.
+        "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+    )
 
 
 def pytest_sessionfinish():

@@ -1,4 +1,4 @@
-"""The disrupt command, with hooks of a package that lies on the path."""
+"""The disrupt command, with hooks of an installed package."""
 
 import json
 import os
@@ -30,8 +30,8 @@ for arguments in json.loads(sys.argv[1]):
         print("REASON", str(error).replace(chr(10), " "))
 """
 MODULE = """
-def segment(picture, phrase, box):
-    mask = picture[..., 0] > 255
+def segment(image, phrase, box):
+    mask = image[..., 0] > 255
     mask[10:30, 10:30] = True
     return mask
 
@@ -56,7 +56,7 @@ MISTAKES = [
     ({"segmenter": "number"}, "hooks_of_a_test:number is int and not a function"),
     ({"manifest": "gone.jsonl"}, "--manifest=gone.jsonl cannot be read"),
     ({"strength": 0.0}, "strength is 0.0 of 2 steps; choose a share of 1 step or more: 0.5 to 1"),
-    ({"resolution": None}, "does not say how large its pictures are; give --resolution"),
+    ({"resolution": None}, "does not state the size of its images; give --resolution"),
     (
         {"resolution": 33},
         "--resolution=33: a latent of this model covers 4 pixels in each direction; give a "
@@ -110,7 +110,7 @@ def test_a_segmenter_fills_in_masks_and_mistakes_are_named(tiny_folder, installe
         },
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 of 2 lines, 2 subjects drawn anew" in result.stdout
+    assert "2 of 2 lines, 2 subjects inpainted" in result.stdout
     report = json.loads((tmp_path / "pairs" / "report.json").read_text())
     assert (report["status"], report["settings"]["segmenter"]) == ("complete", "most")
     assert (tmp_path / "pairs" / "contact_sheet.png").exists()

@@ -1,4 +1,4 @@
-"""The evaluate command: mistakes, each named in one line."""
+"""The evaluate command: one-line messages for user errors."""
 
 import json
 import os
@@ -81,7 +81,7 @@ MISTAKES = [
     (["--output=OUT", "--images=OUT", "--dreambench=nowhere"], "give --dinov2, --dino or --clip"),
     (
         ["--output=OUT", "--images=OUT", "--dreambench=nowhere", "--dinov2=x"],
-        "--dreambench=nowhere is no folder",
+        "--dreambench=nowhere is not a folder",
     ),
     (["--compare", "OUT", "OUT"], "results.json cannot be read"),
 ]

@@ -1,4 +1,4 @@
-"""The sample command, on the small model that ships and on a run."""
+"""The sample command, with the packaged model and with a run."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ if not sample.flags.FLAGS.is_parsed():
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A picture of a red disc on nothing."""
+    """An image of a red disc on nothing."""
     rows, columns = np.mgrid[-20:20, -20:20]
     pixels = np.zeros((40, 40, 4), np.uint8)
     pixels[rows**2 + columns**2 < 300] = (255, 0, 0, 255)
@@ -35,7 +35,7 @@ def draw(**values):
         sample.main()
 
 
-def test_base_draws_one_picture_with_its_settings(reference, tmp_path):
+def test_base_generates_one_image_with_its_settings(reference, tmp_path):
     draw(
         prompt="a ball on grass",
         reference=[f"{reference}:a ball"],
@@ -51,7 +51,7 @@ def test_base_draws_one_picture_with_its_settings(reference, tmp_path):
     ]
 
 
-def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):
+def test_a_seed_gives_the_same_image_alone_and_in_a_batch(reference, tmp_path):
     draw(
         prompt="a ball on grass",
         reference=[reference],
@@ -77,7 +77,7 @@ def test_a_seed_draws_the_same_alone_and_in_company(reference, tmp_path):
     assert Image.open(tmp_path / "three" / "all.png").size[0] > 256
 
 
-def test_a_reference_is_weighed_and_kept_to_its_place(reference, tiny_folder, tmp_path):
+def test_a_reference_has_a_weight_and_a_region(reference, tiny_folder, tmp_path):
     kept = {"everywhere": "", "box": "@0,0,1,1", "left": "@0,0,0.5,1", "less": "*0"}
     (tmp_path / "prompts.jsonl").write_text(
         "".join(
@@ -99,13 +99,13 @@ def test_a_reference_is_weighed_and_kept_to_its_place(reference, tiny_folder, tm
     drawn = dict(
         zip(kept, (np.asarray(Image.open(tmp_path / f"000{i}.png"), np.int32) for i in range(4)))
     )
-    # A box of the whole picture is none, though another program draws it.
+    # A box of the whole image is none, though another program draws it.
     assert np.abs(drawn["box"] - drawn["everywhere"]).max() <= 2
     assert np.abs(drawn["left"] - drawn["everywhere"]).mean() > 0.5
     assert np.abs(drawn["less"] - drawn["everywhere"]).mean() > 0.5
 
 
-def test_a_prompt_that_is_cut_is_told_once(reference, run_folder, tmp_path, caplog):
+def test_a_truncated_prompt_is_reported_once(reference, run_folder, tmp_path, caplog):
     """Of the program of the comparison below."""
     long = "a ball and a star and a ring and a cross and a heart and a box on grass"
     draw(
@@ -122,7 +122,7 @@ def test_a_prompt_that_is_cut_is_told_once(reference, run_folder, tmp_path, capl
     assert cut[0].startswith("--prompt: 1 of 1 texts are longer than the 16 tokens")
     assert "loses 'and a box on grass'. The model does not read 'a box'" in cut[0]
     assert cut[1].startswith("--negative_prompt: 1 of 1") and cut[1].endswith("loses 'snow'")
-    assert "--negative_prompt is not read: guidance is 1.0" in caplog.text
+    assert "--negative_prompt has no effect: guidance is 1.0" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def run_folder(tiny_folder, tmp_path_factory):
     return folder
 
 
-def test_compare_draws_base_and_policy_from_one_noise(reference, run_folder, tmp_path):
+def test_compare_generates_base_and_policy_from_the_same_noise(reference, run_folder, tmp_path):
     draw(
         workdir=str(run_folder),
         prompt="a ball on grass",
@@ -145,12 +145,12 @@ def test_compare_draws_base_and_policy_from_one_noise(reference, run_folder, tmp
     )
     first = [np.asarray(Image.open(tmp_path / f"0000{name}.png")) for name in ("", "_base")]
     assert first[0].shape == (32, 32, 3)
-    # Two steps of training move a picture, and not far.
+    # Two steps of training move an image, and not far.
     difference = np.abs(first[0].astype(int) - first[1])
     assert 0 < difference.mean() < 40
 
 
-def test_unfinished_run_gives_its_newest_checkpoint(run_folder, tmp_path):
+def test_unfinished_run_uses_its_newest_checkpoint(run_folder, tmp_path):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.json").write_text((run_folder / "config.json").read_text())

@@ -70,7 +70,7 @@ def parsed(arguments=None):
     return flags
 
 
-def work(flags):
+def work(flags) -> None:
     """A job's process: prints its rows."""
     # Before jax is imported: a peer wants memory, too, and alone we may have nearly all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -89,7 +89,7 @@ def work(flags):
         print(running.MARK + json.dumps(row), file=rows, flush=True)
 
 
-def coordinate(flags):
+def coordinate(flags) -> None:
     """Runs the jobs, which alone touch the device."""
     start = time.monotonic()
     record = running.Record(flags.output)
@@ -120,12 +120,12 @@ def coordinate(flags):
     )
 
 
-def say(line):
+def say(line) -> None:
     """To whoever waits."""
     print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
-def main():
+def main() -> None:
     """Either of the two."""
     flags = parsed()
     flags.output = str(pathlib.Path(flags.output).absolute())

@@ -11,7 +11,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
     trained: bool
 
 
-def attention_shapes(sizes, resolutions, references, others=True):
+def attention_shapes(sizes: Any, resolutions, references, others=True):
     """The Shapes of a generator's networks, each once, in the order of `resolutions`.
 
     Args:
@@ -160,7 +160,7 @@ def _others():
         yield f"DINOv2, {side} px", DINO(base), (1, side, side, 3)
 
 
-def measure(settings, context):
+def measure(settings: Any, context: Any):
     """Yields a row for each shape and use, "inference" or "training"."""
     target = platforms.target_of(jax.devices()[0])
     wide = cases.generator_sizes(settings["size"])

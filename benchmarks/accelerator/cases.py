@@ -1,5 +1,7 @@
 """Configurations of the cases: SDXL with IP-Adapter-Plus, or its anatomy at debugging sizes."""
 
+from typing import Any
+
 import jax
 from benchmark_cases import changed, load_config
 
@@ -16,7 +18,7 @@ _FEWEST = {
 }
 
 
-def configuration(settings):
+def configuration(settings: Any):
     """The complete configuration of a step or of sampling.
 
     Args:
@@ -26,7 +28,9 @@ def configuration(settings):
     debug = settings["size"] == "debug"
     config = load_config("sdxl_dpo", *(["debug"] if debug else []))
     trainable = settings.get("trainable", "adapter")
-    changes = {"model__lora_rank": 4 if debug else 32} if trainable == "lora" else {}
+    changes: dict[str, Any] = (
+        {"model__lora_rank": 4 if debug else 32} if trainable == "lora" else {}
+    )
     if debug:
         sizes = dict(config.model.sizes)
         sizes["unet"] = {**sizes["unet"], **_FEWEST}
@@ -57,12 +61,12 @@ def configuration(settings):
     )
 
 
-def one_device(config):
+def one_device(config: Any):
     """The mesh of this process's first device."""
     return meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
 
 
-def generator_sizes(size):
+def generator_sizes(size: str):
     """The GeneratorConfig of a size."""
     config = configuration({"size": size, "resolution": 64})
     return models.abstract_model(config, one_device(config))[0].config

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from typing import Any
 
 import jax
 
@@ -10,7 +11,7 @@ from focusdpo_jax.profiling.peak_flops import matmul_peak
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "numpy")
 
 
-def measure(settings, context):
+def measure(settings: Any, context: Any):
     """Yields the one row."""
     del settings, context
     device = jax.devices()[0]

@@ -7,6 +7,7 @@ resolutions beside diffusers', then an image, then what changes the step's cost.
 
 import dataclasses
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 PARTS = ("attention", "step", "sampling", "variants")
@@ -31,7 +32,7 @@ class Job:
     module: str
     settings: dict[str, Any]
 
-    def measure(self, context):
+    def measure(self, context: Any):
         """Yields rows, dicts of JSON values; see `Context`."""
         module = importlib.import_module(f".{self.module}", __package__)
         yield from module.measure(self.settings, context)
@@ -53,7 +54,7 @@ class Context:
 DEVICE = Job("device", "device", 90, "device", {})
 
 
-def all_jobs(size, peers):
+def all_jobs(size: str, peers: Any) -> list[Job]:
     """Every Job of "full", which is SDXL, or "debug", its anatomy for a rehearsal on a CPU.
 
     Args:
@@ -62,7 +63,7 @@ def all_jobs(size, peers):
     return _full(list(peers)) if size == "full" else _debug(list(peers))
 
 
-def chosen(jobs, names):
+def chosen(jobs: list[Job], names: Iterable[str]) -> list[Job]:
     """Those of `jobs` whose part or name is in `names`, in order of value.
 
     Raises:

@@ -32,7 +32,7 @@ class Record:
     of an attempt before the last.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: pathlib.Path) -> None:
         """Takes the folder; what it holds already is kept."""
         self.folder = pathlib.Path(folder)
         self._path = self.folder / "accelerator.json"
@@ -50,7 +50,7 @@ class Record:
         found = self.values["jobs"].get(job.name, {})
         return found.get("status") == "done" and found["settings"] == job.settings
 
-    def start(self, job):
+    def start(self, job) -> None:
         """A job runs. What it found before stays until it finds the same again, or is done."""
         before = self.values["jobs"].pop(job.name, {})
         rows = before["rows"] if before.get("settings") == job.settings else []
@@ -62,7 +62,7 @@ class Record:
         }
         self.save()
 
-    def add(self, job, row):
+    def add(self, job, row) -> None:
         """A row of a job; one of the same "key" takes the place of the earlier."""
         if job.part == "device":
             self._on(row, job)
@@ -79,7 +79,7 @@ class Record:
             self.values["jobs"] = {job.name: self.values["jobs"][job.name]}
         self.values["device"] = device
 
-    def end(self, job, status, seconds, error=None):
+    def end(self, job, status, seconds, error=None) -> None:
         """What became of a job."""
         found = self.values["jobs"][job.name]
         if status == "done":
@@ -89,13 +89,13 @@ class Record:
         )
         self.save()
 
-    def save(self):
+    def save(self) -> None:
         """Writes both files, each in one move."""
         replace_file(self._path, json.dumps(self.values, indent=1) + "\n")
         replace_file(self.folder / "accelerator.md", table.of(self.values))
 
 
-def run(command, seconds, log, add):
+def run(command: list[str], seconds, log: pathlib.Path, add):
     """Runs a job's process, with all that it starts, for so long at most.
 
     Args:
@@ -116,9 +116,11 @@ def run(command, seconds, log, add):
             command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
         )
     lines = queue.Queue()
+    output = process.stdout
+    assert output is not None
 
     def read():
-        for line in process.stdout:
+        for line in output:
             lines.put(line)
         lines.put(None)
 
@@ -154,7 +156,7 @@ def _end(process):
     process.wait()
 
 
-def run_all(jobs, record, command_of, seconds, *, again=False, say=print):
+def run_all(jobs, record, command_of, seconds, *, again: bool = False, say=print) -> None:
     """Runs jobs one after the other as long as there is time; the record has what they found.
 
     Args:

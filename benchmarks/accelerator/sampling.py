@@ -2,6 +2,7 @@
 
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,14 @@ from focusdpo_jax import compiling
 from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import ImageView
-from focusdpo_jax.planning import memory
 from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding.trace_context import trace_context
-from focusdpo_jax.training import models
+from focusdpo_jax.training import memory, models
 
 from . import cases, weights
 
 
-def measure(settings, context):
+def measure(settings: Any, context: Any):
     """Yields a row of the whole image, and one of the decoder."""
     del context
     config = cases.configuration(settings)
@@ -74,7 +74,7 @@ def measure(settings, context):
             "compile_seconds": time.monotonic() - start,
             "matmul_peak": peak,
             "held": memory.bytes_per_device(parameters),
-            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,  # pyright: ignore[reportOptionalMemberAccess]
         }
         seconds = []
         for _ in range(1 + settings["repeats"]):

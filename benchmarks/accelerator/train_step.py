@@ -1,6 +1,6 @@
 """A preference step at a time: seconds, share of the device, memory beside what was planned, and peers.
 
-The step is built from shapes alone (`planning.shapes`), as `plan` builds it; its parameters are drawn on
+The step is built from shapes alone (`training.shapes`), as `plan` builds it; its parameters are drawn on
 the device. At step 0 policy and reference have the same parameters and their difference should be zero,
 but they are computed by two programs: what it is, is measured by the step itself.
 
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,10 @@ from step_inputs import PARTS, filled, write_conditioning, write_sizes
 
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models.generator import merge_parameters
-from focusdpo_jax.planning import memory as device_memory
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.profiling.peak_flops import matmul_peak
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import assembly
+from focusdpo_jax.training import assembly, shapes
+from focusdpo_jax.training import memory as device_memory
 from focusdpo_jax.training.state import create_state
 from focusdpo_jax.training.step import compile_beside
 
@@ -56,7 +56,7 @@ class Ours:
       metrics: what the last step measured, {name: float}.
     """
 
-    def __init__(self, compiled, structure, params, state, frozen, pairs):
+    def __init__(self, compiled, structure, params, state, frozen, pairs) -> None:
         self.compiled, self.losses, self.metrics = compiled, [], {}
         self._structure, self._params = structure, params
         self._state, self._frozen, self._pairs = state, frozen, pairs
@@ -74,7 +74,7 @@ class Ours:
         return seconds
 
 
-def measure(settings, context):
+def measure(settings: Any, context: Any):
     """Yields a row of our step, and one for each peer."""
     config = cases.configuration(settings)
     mesh, device = cases.one_device(config), jax.devices()[0]
@@ -200,7 +200,7 @@ def planned(compiled, held):
 class _MostMemory:
     """Bytes that there were at most: on the device, or on a CPU in the process."""
 
-    def __init__(self, device):
+    def __init__(self, device) -> None:
         self._device = device if device.memory_stats() else None
 
     def reset(self):

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def draw(shapes):
     Returns:
       The tree of arrays.
     """
-    flat = traverse_util.flatten_dict(shapes)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(shapes)
     kinds = {(leaf.shape, leaf.dtype, leaf.sharding) for leaf in flat.values()}
     # One program for each shape: one for all of them would compile for minutes.
     with concurrent.futures.ThreadPoolExecutor() as pool:

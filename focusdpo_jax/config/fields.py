@@ -19,6 +19,7 @@ class Check:
     cure: str
 
     def __call__(self, value):
+        """Returns whether the condition holds."""
         try:
             return bool(self.holds(value))
         except TypeError:
@@ -42,10 +43,13 @@ def setting(default, check, meaning, *, before=dataclasses.MISSING, may_change=F
 
 
 def one_of(*choices):
+    """Requires one of some values."""
     return Check(lambda v: v in choices, "choose one of " + ", ".join(map(repr, choices)))
 
 
 def number(low, high=float("inf"), *, above=False):
+    """Requires a number from `low` (exclusive if `above`) to `high`."""
+
     def holds(value):
         return (
             isinstance(value, numbers.Real)
@@ -59,6 +63,7 @@ def number(low, high=float("inf"), *, above=False):
 
 
 def integer(low):
+    """Requires an integer of at least `low`."""
     return Check(
         lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
         f"give a whole number >= {low}",
@@ -66,6 +71,7 @@ def integer(low):
 
 
 def devices():
+    """Requires a number of devices, or -1."""
     return Check(
         lambda v: integer(-1)(v) and v != 0,
         "give a number of devices, or -1 for all that are left",
@@ -73,14 +79,17 @@ def devices():
 
 
 def flag():
+    """Requires True or False."""
     return Check(lambda v: isinstance(v, bool), "give True or False")
 
 
 def text():
+    """Requires a string."""
     return Check(lambda v: isinstance(v, str), "give a text")
 
 
 def shares():
+    """Requires probabilities that add up to 1."""
     return Check(
         lambda v: len(v) >= 1 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6,
         "give probabilities that add up to 1",
@@ -88,6 +97,7 @@ def shares():
 
 
 def radii():
+    """Requires positive numbers."""
     return Check(
         lambda v: len(v) >= 1 and all(number(0, above=True)(radius) for radius in v),
         "give a number > 0 for each number of subjects",
@@ -95,6 +105,8 @@ def radii():
 
 
 def dropout():
+    """Requires one chance, or three whose sum is at most 1."""
+
     def holds(value):
         chances = value if isinstance(value, (tuple, list)) else (value,)
         return (
@@ -111,6 +123,7 @@ def dropout():
 
 
 def mean_and_deviation():
+    """Requires (), or a mean and a positive deviation."""
     mean, deviation = number(-float("inf")), number(0, above=True)
     return Check(
         lambda v: (
@@ -122,4 +135,5 @@ def mean_and_deviation():
 
 
 def anything():
+    """Accepts every value."""
     return Check(lambda v: True, "")

@@ -1,1 +1,1 @@
-"""Preference records: what they hold, where they come from, and how they reach a training step."""
+"""Preference records: their fields and checks, their sources, and the loader that batches them."""

@@ -1,8 +1,8 @@
-"""Colours of a picture that brings an ICC profile, converted to sRGB.
+"""Conversion of images with an embedded ICC profile to sRGB.
 
-Everything here and every published generator takes sRGB for granted. A picture in Adobe RGB or
-Display P3 looks dull without its profile, and the colours of a CMYK picture are defined by its profile
-alone. The conversion is Pillow's own, LittleCMS with its default, the perceptual intent.
+All code here and all published generators assume sRGB. Without its profile an image in Adobe RGB or
+Display P3 looks dull, and the colours of a CMYK image are undefined. Pillow's ImageCms (LittleCMS)
+does the conversion with its default rendering intent, perceptual.
 """
 
 import functools
@@ -13,24 +13,24 @@ from PIL import Image, ImageCms
 
 CONVERTED, IGNORED = "colour profile", "unusable colour profile"
 
-# Colour space of a profile to the mode of the pictures that it describes.
+# Maps a profile's colour space to the Pillow mode of the images that it describes.
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _GREYS = ("1", "L", "LA", "La", "I;16", "I;16B")
 _UNUSABLE = (ImageCms.PyCMSError, OSError, ValueError, KeyError)
-_SAME = 1  # Of 255: a profile that changes no colour by more than this counts as sRGB.
+_SAME = 1  # In 1/255: a profile that changes no colour by more than this counts as sRGB.
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """Converts a picture's colours by its profile.
+    """Converts an image to sRGB by its ICC profile.
 
     Args:
-      image: without transparency, 8 bits a channel.
-      profile: its ICC profile.
+      image: 8 bits a channel, without transparency.
+      profile: content of its ICC profile.
 
     Returns:
-      The picture, and `CONVERTED` or `IGNORED`, or nothing: a picture in sRGB stays as it is, bit
-      for bit. A profile that is damaged, or is of another colour space than the picture, is
-      ignored, as browsers do.
+      The image, and a tuple with `CONVERTED`, with `IGNORED`, or empty. An image that is already in
+      sRGB is returned unchanged, bit for bit. A profile that is damaged, or that belongs to another
+      colour space than the image, is ignored, as in browsers.
     """
     try:
         found = _conversion(image.mode, profile)
@@ -43,28 +43,28 @@ def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str,
 
 
 def converts(mode: str, profile: bytes) -> bool:
-    """Whether `to_srgb` would change the colours of a picture of one of Pillow's modes."""
+    """Returns whether `to_srgb` would change the colours of an image of this Pillow mode."""
     try:
         return _conversion(mode, profile) is not None
     except _UNUSABLE:
         return False
 
 
-def _conversion(mode, profile):
-    """(mode to convert from, transform), or None where nothing is to be done."""
+def _conversion(mode: str, profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+    """Returns (mode to convert from, transform), or None where no conversion is needed."""
     if mode == "LAB":
-        return None  # Says by itself what its colours are.
+        return None  # LAB is device-independent and needs no profile.
     space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space
-    # Grey with the profile of an RGB space is common; the other ways round mean nothing.
+    # A grey image with the profile of an RGB space is common; other mismatches are invalid.
     if space == "GRAY" and mode not in _GREYS or (space == "CMYK") != (mode == "CMYK"):
-        raise ValueError(f"a profile of {space} in a picture of {mode}")
+        raise ValueError(f"a profile of {space} in an image of {mode}")
     transform = _transform(profile, _MODES[space])
     return None if transform is None else (_MODES[space], transform)
 
 
 @functools.lru_cache(maxsize=8)
-def _transform(profile, mode):
-    """From pictures of the mode to sRGB; None where it would change nothing."""
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Returns the transform from images of this mode to sRGB, or None if it changes nothing."""
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
     )

@@ -1,10 +1,10 @@
-"""Data sets of preference records: rendered on the fly, or built once with TFDS and read back.
+"""Data sets of preference records: rendered on demand, or built once with TFDS and read back.
 
-What `prepare` makes of people's own pictures lies where they want it, in the same form.
-Neither building nor reading imports TensorFlow: TFDS has its own protocol buffers, numpy decoding
-and ArrayRecord. A built data set is a directory
-`<data_dir>/preference_pairs/<name>-<fingerprint>/<version>/`, whose fingerprint covers the settings
-that made it, so that another seed or size never reads the wrong files.
+`prepare` writes data sets of the user's own images in the same form. Neither building nor reading
+imports TensorFlow: TFDS has its own protocol buffers, NumPy decoding and ArrayRecord files. A built
+data set is a directory `<data_dir>/preference_pairs/<name>-<fingerprint>/<version>/`. The
+fingerprint covers the settings that produced it, so that another seed or size never reads the
+wrong files.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import json
 import logging as python_logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from etils import epath
@@ -25,16 +25,19 @@ from focusdpo_jax import toybox
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import no_room
 
-# Modules of `toybox` on which its records depend.
+if TYPE_CHECKING:
+    from focusdpo_jax.config import RunConfig
+
+# Modules of `toybox` that determine its records; their source is part of the fingerprint.
 _WORLD = ("world", "subjects", "rendering", "silhouettes", "backgrounds", "nuisances")
 _PACKAGE = str(epath.Path(__file__).parent.parent)
 PAIRS = "pairs"
-"""Folder of the data set in a folder that `prepare` left."""
+"""Name of the data set's folder in the output folder of `prepare`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyboxSource:
-    """The first `size` records of a split of a Toybox world, rendered when asked for."""
+    """The first `size` records of a split of a Toybox world, rendered on access."""
 
     world: toybox.World
     split: str
@@ -49,8 +52,12 @@ class ToyboxSource:
         return self.world.record(self.split, int(index))
 
 
-def toybox_world(config) -> toybox.World:
-    """The world that the fields of a run's configuration (`config.RunConfig`) describe."""
+def toybox_world(config: "RunConfig") -> toybox.World:
+    """Returns the Toybox world that a run's configuration describes.
+
+    Args:
+      config: RunConfig, of which `resolution` and `data` are read.
+    """
     data = config.data
     return toybox.World(
         data.seed,
@@ -70,7 +77,14 @@ def toybox_world(config) -> toybox.World:
 def build_toybox(
     data_dir: epath.PathLike, world: toybox.World, sizes: Mapping[str, int]
 ) -> epath.Path:
-    """Builds a Toybox data set with `sizes` records a split, unless it is there; returns its path."""
+    """Builds a Toybox data set with `sizes[split]` records a split, unless it exists.
+
+    Returns:
+      The data set's directory.
+
+    Raises:
+      UserError: as `build`, or a size is below 1.
+    """
     for split, size in sizes.items():
         if size < 1:
             raise UserError(f"size of Toybox split {split!r} is {size}; it must be at least 1")
@@ -80,7 +94,7 @@ def build_toybox(
 
 
 def _world_fingerprint() -> str:
-    """Changes when the renderer does, so that stale images are never read."""
+    """Returns a hash of the renderer's source code, so that outdated images are never read."""
     folder = epath.Path(toybox.__file__).parent
     sources = ((folder / f"{name}.py").read_bytes() for name in _WORLD)
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
@@ -94,23 +108,23 @@ def build(
     *,
     max_subjects: int,
 ) -> epath.Path:
-    """Writes records as a TFDS data set of ArrayRecord files, unless it is already complete.
+    """Writes records as a TFDS data set of ArrayRecord files, unless a complete one exists.
 
-    TFDS writes under a temporary name and renames at the end: a build that was killed leaves nothing
-    that reads as a data set, and running it again starts afresh.
+    TFDS writes under a temporary name and renames at the end. A build that was killed leaves nothing
+    that is read as a data set; the next build starts from the beginning.
 
     Args:
-      data_dir: parent of all data sets; may be on any file system that `epath` knows.
-      name: a word for the directory's name.
+      data_dir: parent directory of all data sets, on any file system that `epath` supports.
+      name: first part of the directory's name.
       sources: split name to records (`__len__` and `__getitem__`), checked as they are written.
-      settings: JSON values that determine the records; kept in the data set's metadata.
-      max_subjects: the most subjects that a record may have.
+      settings: JSON values that determine the records; stored in the data set's metadata.
+      max_subjects: largest number of subjects of a record.
 
     Returns:
       The directory, for `open_source`.
 
     Raises:
-      UserError: a record fails its check or the directory cannot be written.
+      UserError: a record fails its check, or the directory cannot be written.
     """
     from focusdpo_jax.data import (
         preference_pairs,  # TFDS takes most of a second to import.
@@ -136,8 +150,8 @@ def build(
                 config=preference_pairs.config(config, settings),
             )
             builder.download_and_prepare(download_dir=downloads)  # Stays empty.
-    except Exception as error:  # The library that writes the files has errors of its own.
-        # TFDS leaves what it has written; only what it has renamed at its end is a data set.
+    except Exception as error:  # ArrayRecord raises its own exception types.
+        # TFDS does not remove its temporary directories after a failure.
         for unfinished in set(path.parent.glob("incomplete*")) - others:
             unfinished.rmtree(missing_ok=True)
         reason = no_room(error)
@@ -156,8 +170,8 @@ def build(
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Without TFDS's banners and bars, which speak of downloads that do not happen."""
+def _quiet() -> Iterator[None]:
+    """Suppresses TFDS's messages and progress bars, which refer to downloads that do not happen."""
     import tensorflow_datasets as tfds
 
     def passes(record):
@@ -175,10 +189,19 @@ def _quiet():
 
 
 class StoredSource:
-    """Random access to the records of one split of a built data set, through TFDS."""
+    """Random access to the records of one split of a built data set, through TFDS.
+
+    Attributes:
+      splits: names of all splits of the data set.
+      settings: the settings that it was built with.
+    """
 
     def __init__(self, path: epath.PathLike, split: str):
-        """Opens a directory that `build` returned; raises UserError where there is none."""
+        """Opens a split of a directory that `build` returned.
+
+        Raises:
+          UserError: there is no data set, or no such split.
+        """
         import tensorflow_datasets as tfds
 
         from focusdpo_jax.data import preference_pairs
@@ -198,14 +221,18 @@ class StoredSource:
         )
         self.settings = dict(builder.info.metadata or {})
 
-    def __reduce__(self):
-        return StoredSource, (self._path, self._split)  # Worker processes open it again.
+    def __reduce__(self) -> tuple[type["StoredSource"], tuple[epath.Path, str]]:
+        return StoredSource, (self._path, self._split)  # Worker processes reopen it.
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
-        """Reads one record; a UserError names the file and the record where that fails."""
+        """Reads one record.
+
+        Raises:
+          UserError: the record is corrupt; the message has its file and index.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
@@ -218,9 +245,12 @@ class StoredSource:
             ) from error
 
     def texts(self, seconds: float = 10) -> list[tuple[str, list[str]]]:
-        """Captions with the phrases of their subjects, of the records that can be read in a time.
+        """Reads captions and the phrases of their subjects, for at most `seconds`.
 
-        Pictures are not decoded. Damaged records end the list; `__getitem__` names them.
+        Images are not decoded. The list ends at the first damaged record; `__getitem__` reports it.
+
+        Returns:
+          A list of (caption, phrases), in the order of the records.
         """
         import tensorflow_datasets as tfds
 
@@ -256,10 +286,13 @@ def open_source(path: epath.PathLike, split: str) -> StoredSource:
 
 
 def open_prepared(path: epath.PathLike) -> dict[str, StoredSource]:
-    """Opens every split of what `prepare` left in a folder: "train", often others.
+    """Opens every split of the output folder of `prepare`.
+
+    Returns:
+      {split: source}; "train" is always present.
 
     Raises:
-      UserError: there is no finished data set.
+      UserError: there is no complete data set.
     """
     pairs = epath.Path(path) / PAIRS
     if not (pairs / "dataset_info.json").exists():
@@ -274,7 +307,7 @@ def open_prepared(path: epath.PathLike) -> dict[str, StoredSource]:
 
 
 def _record(stored: dict) -> dict:
-    """From what TFDS decodes to a record as in `record`: strings, and a list of subjects."""
+    """Converts a record that TFDS decoded to the form of `record`: strings, and a list of subjects."""
     columns = stored["subjects"]
     count = len(columns["phrase"])
     subjects = [{name: column[i] for name, column in columns.items()} for i in range(count)]

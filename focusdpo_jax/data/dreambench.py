@@ -1,46 +1,55 @@
-"""Preference pairs from photographs in DreamBench's layout, as a manifest with its pictures.
+"""Preference pairs from photographs in DreamBench's layout, written as a manifest with its images.
 
     <subject>/00.jpg, 00_mask.png, 01.jpg, ...    prompts_and_classes.txt ("subject_name,class")
 
-Every photograph of a subject is chosen twice, with another photograph of the same subject as its
-reference. It is preferred to:
+Every photograph of a subject is the chosen image of two pairs, with another photograph of the same
+subject as the reference. The rejected images are:
 
-- a *photograph* of another subject of the class, where there is one: everything differs;
+- a *photograph* of another subject of the class, if there is one: everything differs;
 - a *composite*: the photograph itself with its subject replaced, by another subject of the class
-  that is pasted over a filled hole, or, where the class has no other, by itself in another colour.
+  that is pasted over a filled hole, or, if the class has no other, by itself in another colour.
 
 The layout is that of github.com/google/dreambooth's data set, with a mask beside every photograph.
 """
 
 import json
 import re
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
 from absl import logging
 from etils import epath
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import geometry
 from focusdpo_jax.data.images import (
     UnreadableImage,
+    decode_image,
     decode_mask,
-    decode_picture,
     encode_png,
 )
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 
 PHOTO = re.compile(r"(?!.*_mask\.).*\.(jpe?g|png|webp)$", re.IGNORECASE)
-"""The names of photographs, which those of masks are not."""
+"""Matches the file names of photographs, and not those of masks."""
 
 _SEAM = 9  # Pixels over which a pasted subject fades into its background.
 
 
 def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path:
-    """Writes `target`/manifest.jsonl and the pictures that it names; returns the manifest's path.
+    """Writes `target`/manifest.jsonl and the images that it refers to.
+
+    Args:
+      folder: the DreamBench data set.
+      target: output folder; made if missing.
+
+    Returns:
+      The manifest's path.
 
     Raises:
-      UserError: the folder is not laid out so, or a photograph cannot be used.
+      UserError: the folder has another layout, or a photograph cannot be used.
     """
     folder, target = epath.Path(folder), epath.Path(target)
     photos = _find(folder)
@@ -72,10 +81,10 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
     return manifest
 
 
-def _find(folder):
-    """Subject to its photographs that have a mask, of all subjects with at least two."""
+def _find(folder: epath.Path) -> dict[str, list[epath.Path]]:
+    """Returns {subject: its photographs that have a mask}, for subjects with at least two of them."""
     if not folder.is_dir():
-        raise UserError(f"--dreambench={folder} is no folder; give one with a folder a subject")
+        raise UserError(f"--dreambench={folder} is not a folder; give one with a folder a subject")
     photos = {}
     for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = sorted(
@@ -93,12 +102,12 @@ def _find(folder):
     return photos
 
 
-def classes(listing, subjects):
-    """Subject to class.
+def classes(listing: str, subjects: Iterable[str]) -> dict[str, str]:
+    """Returns {subject: class}.
 
     Args:
-      listing: text of prompts_and_classes.txt, or "". What is not in it has its folder's name
-        without numbers.
+      listing: text of prompts_and_classes.txt, or "". A subject that it does not list gets its folder's
+        name without digits as its class.
       subjects: names of folders.
     """
     rows = listing.splitlines()
@@ -106,19 +115,21 @@ def classes(listing, subjects):
     return {s: table.get(s) or s.rstrip("0123456789").replace("_", " ") for s in subjects}
 
 
-def with_article(kind):
-    """A class as captions name it: "a dog", "an apple", "glasses"."""
+def with_article(kind: str) -> str:
+    """Returns a class as captions write it: "a dog", "an apple", "glasses"."""
     article = "" if re.search(r"[^s]s$", kind) else "an " if kind[0] in "aeiou" else "a "
     return article + kind
 
 
-def mask_path(photo):
-    """Where the mask of a photograph lies, if there is one."""
+def mask_path(photo: epath.Path) -> epath.Path:
+    """Returns the path of a photograph's mask, which need not exist."""
     return photo.with_name(f"{photo.stem}_mask.png")
 
 
-def _pairs(path, reference, other, kind, target):
-    """The two lines in which the photograph `path` is chosen; writes what they need besides."""
+def _pairs(
+    path: epath.Path, reference: epath.Path, other: epath.Path | None, kind: str, target: epath.Path
+) -> list[dict]:
+    """Returns the manifest lines whose chosen image is the photograph `path`; writes their files."""
     subject = path.parent.name
     chosen, mask = _load(path)
     name = f"{subject}/{path.stem}"
@@ -139,9 +150,9 @@ def _pairs(path, reference, other, kind, target):
     if other is None:
         lines, (composite, prior) = [], _tinted(chosen, mask)
     else:
-        picture, other_mask = _load(other)
+        image, other_mask = _load(other)
         everywhere = np.ones(mask.shape, bool)
-        replace_file(target / f"{name}_rejected.png", encode_png(_covering(picture, mask.shape)))
+        replace_file(target / f"{name}_rejected.png", encode_png(_covering(image, mask.shape)))
         replace_file(target / f"{name}_everywhere.png", encode_png(everywhere))
         lines = [
             line
@@ -151,7 +162,7 @@ def _pairs(path, reference, other, kind, target):
                 "prior_mask": f"{name}_everywhere.png",
             }
         ]
-        composite, prior = _replaced(chosen, mask, picture, other_mask)
+        composite, prior = _replaced(chosen, mask, image, other_mask)
     replace_file(target / f"{name}_composite.png", encode_png(composite))
     replace_file(target / f"{name}_prior.png", encode_png(prior))
     return [
@@ -165,37 +176,41 @@ def _pairs(path, reference, other, kind, target):
     ]
 
 
-def _load(path):
-    """A photograph and its mask."""
+def _load(path: epath.Path) -> tuple[RGBImage, Mask]:
+    """Reads a photograph and its mask."""
     file = path
     try:
-        picture = decode_picture(path.read_bytes())[0]
+        image = decode_image(path.read_bytes())[0]
         file = mask_path(path)
         mask = decode_mask(file.read_bytes())
     except UnreadableImage as error:
         raise UserError(f"{file} {error}") from error
-    if mask.shape != picture.shape[:2] or not mask.any():
-        raise UserError(f"{file} is empty or of another size than {path.name}; mend it")
-    return picture, mask
+    if mask.shape != image.shape[:2] or not mask.any():
+        raise UserError(
+            f"{file} is empty, or its size differs from that of {path.name}; correct it"
+        )
+    return image, mask
 
 
-def _covering(picture, shape):
-    """The middle of a picture, as large as fits, in another shape (height, width)."""
-    height, width = picture.shape[:2]
+def _covering(image: RGBImage, shape: tuple[int, int]) -> RGBImage:
+    """Crops the centre of an image to the aspect ratio of `shape` and resizes it to `shape`."""
+    height, width = image.shape[:2]
     scale = min(height / shape[0], width / shape[1])
     inner = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-    part = picture[top : top + inner[0], left : left + inner[1]]
+    part = image[top : top + inner[0], left : left + inner[1]]
     return cv2.resize(part, shape[::-1], interpolation=cv2.INTER_AREA)
 
 
-def _replaced(picture, mask, other, other_mask):
-    """The picture with the other's subject in the place of its own, and where that changed it."""
+def _replaced(
+    image: RGBImage, mask: Mask, other: RGBImage, other_mask: Mask
+) -> tuple[RGBImage, Mask]:
+    """Replaces an image's subject by that of another; returns the result and the changed region."""
     hole = cv2.dilate(mask.astype(np.uint8), np.ones((_SEAM, _SEAM), np.uint8))
-    background = _filled(picture, hole)
+    background = _filled(image, hole)
     (y0, y1), (x0, x1) = geometry.bounds(mask)
     (v0, v1), (u0, u1) = geometry.bounds(other_mask)
-    # As large as what it replaces; its middle where that had its own.
+    # Scaled to the area of the replaced subject, and centred on it.
     scale = (mask.sum() / other_mask[v0:v1, u0:u1].sum()) ** 0.5
     move = np.array(
         [
@@ -213,29 +228,29 @@ def _replaced(picture, mask, other, other_mask):
     return result, (hole > 0) | (soft[..., 0] > 0)
 
 
-def _tinted(picture, mask):
-    """The picture with its subject in the opposite colour, and where that changed it."""
+def _tinted(image: RGBImage, mask: Mask) -> tuple[RGBImage, Mask]:
+    """Gives an image's subject the opposite colour; returns the result and the changed region."""
     soft = cv2.GaussianBlur(mask.astype(np.uint8) * 255, (_SEAM, _SEAM), 0)[..., None] / 255
-    mean = picture[mask].mean(0)
+    mean = image[mask].mean(0)
     tint = mean.max() + mean.min() - mean  # The opposite hue of the same strength.
     if np.ptp(tint) < 40:
-        tint = np.array([200.0, 60.0, 60.0])  # What is grey has none.
-    light = picture.astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
+        tint = np.array([200.0, 60.0, 60.0])  # A grey subject has no opposite hue.
+    light = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     light = (40 + 0.85 * light)[..., None] / 128
     colored = np.clip(light * tint, 0, 255)
-    result = np.rint(picture * (1 - soft) + colored * soft).astype(np.uint8)
+    result = np.rint(image * (1 - soft) + colored * soft).astype(np.uint8)
     return result, soft[..., 0] > 0
 
 
-def _filled(picture, hole):
-    """The picture with the hole closed smoothly from its border, at a quarter of the size."""
-    size = picture.shape[1::-1]
+def _filled(image: RGBImage, hole: np.ndarray) -> RGBImage:
+    """Inpaints the hole smoothly from its border, at a quarter of the resolution (Telea)."""
+    size = image.shape[1::-1]
     small = tuple(max(1, side // 4) for side in size)
     rough = cv2.inpaint(
-        cv2.resize(picture, small, interpolation=cv2.INTER_AREA),
+        cv2.resize(image, small, interpolation=cv2.INTER_AREA),
         (cv2.resize(hole * 255, small, interpolation=cv2.INTER_AREA) > 0).astype(np.uint8),
         5,
         cv2.INPAINT_TELEA,
     )
     smooth = cv2.resize(rough, size, interpolation=cv2.INTER_CUBIC)
-    return np.where(hole[..., None] > 0, smooth, picture)
+    return np.where(hole[..., None] > 0, smooth, image)

@@ -1,26 +1,29 @@
-"""From a picture of any shape to a square one: what is cut off, and where everything then lies.
+"""Crops, resizes and pads images of any shape to squares.
 
-A `Window` is a square part of a picture. Pictures, masks and boxes go through one and the same, so
-that they stay on top of each other to a fraction of a pixel.
+A `Window` is a square part of an image. Images, masks and boxes are cropped by the same window, so
+that they stay aligned to a fraction of a pixel.
 """
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image
+
+from focusdpo_jax.array_types import Mask, RGBImage
 
 WHITE = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A square of a picture, and the size at which it is kept.
+    """A square part of an image, and the resolution to which it is resized.
 
     Attributes:
-      height, width: of the whole picture, in its pixels.
+      height, width: of the whole image, in its pixels.
       size: side of the result, in pixels.
-      top, left: where the square begins, counted in pixels of the *resized* picture, whose
-        shorter side is `size`: SDXL's crop coordinates.
+      top, left: offset of the square in pixels of the *resized* image, whose shorter side is `size`:
+        SDXL's crop coordinates.
     """
 
     height: int
@@ -31,33 +34,33 @@ class Window:
 
     @property
     def scale(self) -> float:
-        """Pixels of the picture for one of the result, in both directions alike."""
+        """Pixels of the image per pixel of the result, the same in both directions."""
         return min(self.height, self.width) / self.size
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, upper, right and lower bound in pixels of the whole picture."""
+        """Left, upper, right and lower bound in pixels of the whole image."""
         left, top = self.left * self.scale, self.top * self.scale
         side = min(self.height, self.width)
         # The last digits of a product may reach beyond the border.
         return left, top, min(left + side, self.width), min(top + side, self.height)
 
-    def picture(self, pixels: np.ndarray) -> np.ndarray:
-        """The window's part of uint8 [height, width, 3] as uint8 [size, size, 3]."""
+    def image(self, pixels: RGBImage) -> RGBImage:
+        """Crops and resizes uint8 [height, width, 3] to uint8 [size, size, 3]."""
         return _resize(pixels, (self.size, self.size), Image.Resampling.LANCZOS, self.box)
 
-    def mask(self, mask: np.ndarray) -> np.ndarray:
-        """The same of bool [height, width]: a pixel belongs to it if at least half of it does."""
+    def mask(self, mask: Mask) -> Mask:
+        """Crops and resizes bool [height, width]: a pixel is True if at least half of its area is."""
         return _resize_mask(mask, (self.size, self.size), self.box)
 
 
-def window(height: int, width: int, size: int, region: np.ndarray) -> Window:
-    """The largest square of a picture that has `region` in its middle, as far as the border allows.
+def window(height: int, width: int, size: int, region: Mask) -> Window:
+    """Returns the largest square of an image, centred on `region` as far as the border allows.
 
     Args:
-      height, width: of the picture.
+      height, width: of the image.
       size: side of the result.
-      region: bool [height, width], what matters; must not be empty.
+      region: bool [height, width], not empty.
     """
     side = min(height, width)
     room = np.floor((np.array([height, width]) - side) * size / side + 1e-9).astype(int)
@@ -67,15 +70,15 @@ def window(height: int, width: int, size: int, region: np.ndarray) -> Window:
     return Window(height, width, size, int(top), int(left))
 
 
-def square_around(region: np.ndarray, side: int) -> tuple[slice, slice]:
-    """The square of a picture that has `region` in its middle, as far as the border allows.
+def square_around(region: Mask, side: int) -> tuple[slice, slice]:
+    """Returns a square of an image, centred on `region` as far as the border allows.
 
     Args:
       region: bool [H, W], not empty.
       side: in pixels, at most H and W.
 
     Returns:
-      Its rows and columns.
+      Its slices of rows and columns.
     """
     slices = []
     for (low, high), length in zip(bounds(region), region.shape, strict=True):
@@ -84,8 +87,8 @@ def square_around(region: np.ndarray, side: int) -> tuple[slice, slice]:
     return tuple(slices)
 
 
-def bounds(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right)) of a mask that is not empty; the ends are exclusive."""
+def bounds(mask: Mask) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns ((top, bottom), (left, right)) of a mask that is not empty; the ends are exclusive."""
     ranges = []
     for axis in (1, 0):
         where = np.flatnonzero(mask.any(axis))
@@ -93,15 +96,20 @@ def bounds(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
     return tuple(ranges)
 
 
-def mask_box(mask: np.ndarray) -> np.ndarray:
-    """float32 x0, y0, x1, y1 in [0, 1], the bounds of a mask that is not empty."""
+def mask_box(mask: Mask) -> Float32[np.ndarray, "4"]:
+    """Returns the bounding box of a mask that is not empty: float32 (x0, y0, x1, y1) in [0, 1]."""
     (top, bottom), (left, right) = bounds(mask)
     height, width = mask.shape
     return np.array([left / width, top / height, right / width, bottom / height], np.float32)
 
 
-def box_mask(box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """bool [height, width], true in every pixel that the box (shares of the sides) touches."""
+def box_mask(box: tuple[float, float, float, float], height: int, width: int) -> Mask:
+    """Returns bool [height, width], True in every pixel that the box touches.
+
+    Args:
+      box: x0, y0, x1, y1 in [0, 1], fractions of width and height.
+      height, width: of the result.
+    """
     x0, y0, x1, y1 = box
     mask = np.zeros((height, width), bool)
     rows = slice(int(y0 * height), int(np.ceil(y1 * height)))
@@ -110,13 +118,14 @@ def box_mask(box: tuple[float, float, float, float], height: int, width: int) ->
 
 
 def pad_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The whole picture, scaled to fit and centred on white.
+    """Scales a whole image to fit a square and centres it on white.
 
     Args:
-      pixels: uint8 [H, W, 3], or a mask, bool [H, W], whose border is False.
+      pixels: uint8 [H, W, 3], or a mask, bool [H, W], whose padding is False.
+      size: side of the result.
 
     Returns:
-      The same kind of array, [size, size(, 3)].
+      An array of the same kind, [size, size] or [size, size, 3].
     """
     height, width = pixels.shape[:2]
     longer = max(height, width)
@@ -131,14 +140,21 @@ def pad_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
     return result
 
 
-def _resize(pixels, size, filter_, box=None):
-    """Pillow's resize, which averages over all that a pixel of the result covers."""
+def _resize(
+    pixels: np.ndarray,
+    size: tuple[int, int],
+    filter_: Image.Resampling,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resizes with Pillow, whose filters average over all pixels that a result pixel covers."""
     whole = (0, 0, pixels.shape[1], pixels.shape[0])
     if size == pixels.shape[:2] and box in (None, whole):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], filter_, box))
 
 
-def _resize_mask(mask, size, box=None):
+def _resize_mask(
+    mask: Mask, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> Mask:
     grey = mask.astype(np.uint8) * 255
     return _resize(grey, size, Image.Resampling.BILINEAR, box) >= 128

@@ -1,30 +1,33 @@
-"""Files of pictures and masks to arrays, and back: whatever people bring, and nothing unsafe.
+"""Reads image and mask files into arrays, and writes PNG.
 
-A picture becomes sRGB of 8 bits as its owner sees it: turned as its EXIF data says, converted by its
-ICC profile, transparency over white. Its size is checked before its pixels are decoded, so that a
-small file cannot become a huge array. Every command reads pictures and masks by this module alone.
+A decoded image is 8-bit sRGB as its owner sees it: EXIF orientation applied, ICC profile converted,
+transparency blended over white. The size is checked before pixels are decoded, so that a small file
+cannot become a huge array. All commands read images and masks with this module.
 """
 
 import io
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import colours
 from focusdpo_jax.errors import UserError
 
 MAX_PIXELS = 64_000_000
-"""Most pixels of a picture; 192 MB as RGB."""
+"""Largest number of pixels of an image; 192 MB as RGB."""
 
-# What cameras, editors and networks write. Pillow knows more, some of it by calling other programs.
+# Common formats. Pillow supports more, some of them by running external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 _GREYS = ("1", "L", "LA", "La")
-_PICTURE = (
+_RGB = (
     cv2.IMWRITE_PNG_FILTER,
     cv2.IMWRITE_PNG_FILTER_UP,
     cv2.IMWRITE_PNG_STRATEGY,
@@ -33,17 +36,20 @@ _PICTURE = (
 _MASK = (cv2.IMWRITE_PNG_BILEVEL, 1)
 
 
+_Decoded = TypeVar("_Decoded")
+
+
 class UnreadableImage(Exception):
-    """Its message describes what is wrong with a file, without naming the file."""
+    """Raised for files that cannot be decoded. The message describes the fault, without the file's name."""
 
 
 class _Opened(NamedTuple):
-    """A decoded and turned image of 8 bits a channel.
+    """A decoded image with 8 bits a channel, EXIF orientation applied.
 
     Attributes:
-      image: of any of Pillow's modes with 8 bits or fewer.
-      profile: its ICC profile, empty where there is none.
-      changes: what was changed so far.
+      image: in any Pillow mode with 8 bits or fewer.
+      profile: its ICC profile, or empty.
+      changes: names of the conversions so far; see `decode_image`.
     """
 
     image: Image.Image
@@ -51,15 +57,15 @@ class _Opened(NamedTuple):
     changes: list[str]
 
 
-def decode_picture(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The picture in a file's content.
+def decode_image(content: bytes) -> tuple[RGBImage, tuple[str, ...]]:
+    """Decodes the content of an image file.
 
     Returns:
-      uint8 [H, W, 3], and what had to be changed to get there: any of "rotated", "alpha",
-      "palette", "cmyk", "16 bit", "grey", "other mode", `colours.CONVERTED`, `colours.IGNORED`.
+      uint8 [H, W, 3], and the conversions that were needed: any of "rotated", "alpha", "palette",
+      "cmyk", "16 bit", "grey", "other mode", `colours.CONVERTED`, `colours.IGNORED`.
 
     Raises:
-      UnreadableImage: it is no picture, damaged, too large, or of several frames.
+      UnreadableImage: the content is not an image, or is damaged, too large, or has several frames.
     """
     image, profile, changes = _open(content)
     alpha = None
@@ -78,23 +84,23 @@ def decode_picture(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.asarray(image), tuple(changes)
 
 
-def decode_mask(content: bytes) -> np.ndarray:
-    """The mask in a file's content: where it is lighter than middle grey.
+def decode_mask(content: bytes) -> Mask:
+    """Decodes the content of a mask file: True where it is lighter than middle grey.
 
-    Where the file has transparent parts, transparency is the mask instead: a cut-out's is.
+    If the file has transparent parts, its alpha channel is the mask instead, as in a cut-out.
 
     Returns:
       bool [H, W].
 
     Raises:
-      UnreadableImage: as in `decode_picture`; also where a mask is marked with small numbers.
+      UnreadableImage: as in `decode_image`; also if the mask's lightest value is above 0 and below 128.
     """
     return decode_mask_levels(content) >= 128
 
 
-def decode_mask_levels(content: bytes) -> np.ndarray:
-    """As `decode_mask`, but how light the mask is: uint8 [H, W]."""
-    image = _open(content).image  # A mask is no colour: profiles do not change it.
+def decode_mask_levels(content: bytes) -> UInt8[np.ndarray, "_ _"]:
+    """Decodes a mask as `decode_mask` does, but returns its grey levels, uint8 [H, W]."""
+    image = _open(content).image  # Colour profiles do not apply to masks.
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = np.asarray(image.getchannel("A"))
@@ -104,46 +110,48 @@ def decode_mask_levels(content: bytes) -> np.ndarray:
     grey = np.asarray(image.convert("L"))
     if 0 < grey.max() < 128:
         raise UnreadableImage(
-            f"is no mask: its lightest value is {grey.max()}; white (128 to 255) marks the subject"
+            f"is not a mask: its lightest value is {grey.max()}; white (128 to 255) marks the subject"
         )
     return grey
 
 
-def read_picture(path: epath.PathLike, kind: str = "") -> np.ndarray:
-    """The picture in a file, uint8 [H, W, 3]; logs where its colour profile is damaged.
+def read_image(path: epath.PathLike, kind: str = "") -> RGBImage:
+    """Reads an image file; logs a warning if its colour profile is unusable.
 
     Args:
       path: of the file.
-      kind: what it is, for messages ("reference").
+      kind: what the file is ("reference"), for error messages.
+
+    Returns:
+      uint8 [H, W, 3].
 
     Raises:
-      UserError: names the file and what is wrong with it.
+      UserError: the message has the file's path and the fault.
     """
-    picture, changes = _read(path, kind, decode_picture)
+    image, changes = _read(path, kind, decode_image)
     warn_of_profiles(path, changes)
-    return picture
+    return image
 
 
-def read_mask_levels(path: epath.PathLike, kind: str = "") -> np.ndarray:
-    """The mask in a file by `decode_mask_levels`; see `read_picture` for the rest."""
+def read_mask_levels(path: epath.PathLike, kind: str = "") -> UInt8[np.ndarray, "_ _"]:
+    """Reads a mask file with `decode_mask_levels`; see `read_image` for arguments and errors."""
     return _read(path, kind, decode_mask_levels)
 
 
 def warn_of_profiles(path: epath.PathLike, changes: tuple[str, ...]) -> None:
-    """Logs a file whose colour profile could not be used."""
+    """Logs a warning for a file whose colour profile could not be used."""
     if colours.IGNORED in changes:
         logging.warning(
-            "%s: its ICC colour profile is damaged or of another kind of picture; it "
-            "is read as sRGB",
+            "%s: its ICC colour profile is damaged or of another kind of image; it is read as sRGB",
             path,
         )
 
 
 def is_converted(content: bytes) -> bool:
-    """Whether a file's content has a colour profile that changes its colours; False if unreadable.
+    """Returns whether a file has a colour profile that changes its colours; False if it is unreadable.
 
-    Such files were read without their profiles once: what was made of them then is no longer what
-    would be made now. No pixel is decoded.
+    Earlier versions ignored profiles, so stored results for such files are outdated. No pixel is
+    decoded.
     """
     try:
         with warnings.catch_warnings():
@@ -151,11 +159,11 @@ def is_converted(content: bytes) -> bool:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 profile = image.info.get("icc_profile")
                 return bool(profile) and colours.converts(image.mode, profile)
-    except Exception:  # As in `_open`, which says what is wrong.
+    except Exception:  # `_open` reports the fault.
         return False
 
 
-def _read(path, kind, decode):
+def _read(path: epath.PathLike, kind: str, decode: Callable[[bytes], _Decoded]) -> _Decoded:
     name = f"{kind} {path}".strip()
     try:
         return decode(epath.Path(path).read_bytes())
@@ -167,25 +175,25 @@ def _read(path, kind, decode):
         raise UserError(f"{name} {error}.") from error
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """A uint8 [H, W, 3] picture or a bool [H, W] mask as a PNG file's content, without loss.
+def encode_png(image: RGBImage | Mask) -> bytes:
+    """Encodes uint8 [H, W, 3] or a bool [H, W] mask as the content of a PNG file, losslessly.
 
-    Written to be read often: a picture's rows as differences from the row above in runs of equal
-    bytes, which is read in two thirds of the time of what PNG writers choose and takes no more
-    room; a mask with one bit a pixel.
+    The encoding favours reading speed. Rows of an image are stored as differences from the row above,
+    run-length encoded: such files are decoded in two thirds of the time of those with default settings,
+    and are no larger. A mask has one bit a pixel.
     """
     if image.dtype == bool:
         image, how = image.astype(np.uint8) * 255, _MASK
     else:
-        image, how = image[..., ::-1], _PICTURE  # OpenCV's order of channels is BGR.
+        image, how = image[..., ::-1], _RGB  # OpenCV's order of channels is BGR.
     return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1, *how])[1].tobytes()
 
 
-def decode_png(content: bytes) -> np.ndarray:
-    """What `encode_png` was given: uint8 [H, W, 3], or bool [H, W].
+def decode_png(content: bytes) -> RGBImage | Mask:
+    """Decodes what `encode_png` returned: uint8 [H, W, 3], or bool [H, W].
 
     Raises:
-      UnreadableImage: it is no PNG, or damaged.
+      UnreadableImage: the content is not a PNG file, or is damaged.
     """
     # The header's colour type is 2 for RGB and 0 for the greys of a mask.
     mask = content[25:26] == b"\0"
@@ -198,14 +206,14 @@ def decode_png(content: bytes) -> np.ndarray:
 
 
 def _open(content: bytes) -> _Opened:
-    """The decoded and turned image, with 16 bits brought to 8, and what was changed."""
+    """Decodes an image, converts 16 bits to 8, and applies the EXIF orientation."""
     changes = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit is in `_check_size`.
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 _check_size(image)
-                # An MPO is a JPEG that brings its own preview.
+                # An MPO file is a JPEG image followed by its own preview.
                 if image.format != "MPO" and _has_second_frame(image):
                     raise UnreadableImage("has several frames; save one of them")
                 orientation = image.getexif().get(0x0112, 1)
@@ -219,10 +227,10 @@ def _open(content: bytes) -> _Opened:
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
-        raise UnreadableImage("is far too large for a picture; scale it down") from error
+        raise UnreadableImage("has far too many pixels; scale it down") from error
     except MemoryError as error:
         raise UnreadableImage("does not fit into memory; scale it down") from error
-    except Exception as error:  # Every format of Pillow's raises its own.
+    except Exception as error:  # Each of Pillow's format plugins raises its own exceptions.
         raise UnreadableImage(_describe(content, error)) from error
     return _Opened(_eight_bits(image, changes), profile, changes)
 
@@ -232,8 +240,8 @@ def _describe(content: bytes, error: Exception) -> str:
         return "is an empty file; copy it again"
     if isinstance(error, Image.UnidentifiedImageError):
         if content[:4] in (b"II*\0", b"MM\0*"):
-            return "is a TIFF of a kind that is not read, such as floats; save it with 8 bits"
-        return "is no picture in PNG, JPEG, WebP, TIFF, BMP or GIF; convert it"
+            return "is a TIFF of an unsupported kind, such as floats; save it with 8 bits"
+        return "is not an image in PNG, JPEG, WebP, TIFF, BMP or GIF; convert it"
     if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return "is truncated; copy it again"
     reason = " ".join(str(error).split())[:80] or type(error).__name__
@@ -241,7 +249,7 @@ def _describe(content: bytes, error: Exception) -> str:
 
 
 def _has_second_frame(image: Image.Image) -> bool:
-    """Without counting all of them, of which there may be millions."""
+    """Returns whether there is a second frame, without counting all frames: there may be millions."""
     try:
         image.seek(1)
     except EOFError:

@@ -1,80 +1,84 @@
-"""From a line of a manifest to a preference record: its files, checked against each other.
+"""Builds a preference record from a line of a manifest and the content of its files.
 
-What cannot be used is refused here, with the field and the cure; what can be used leaves as a
-record of square pictures (`record`), whose masks went through the same window as the pictures did.
+Lines that cannot be used raise `LineError` with the field and the cure. The others become records of
+square images (`record`); masks are cropped by the same window as the images.
 """
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import geometry
 from focusdpo_jax.data.images import (
     UnreadableImage,
+    decode_image,
     decode_mask,
-    decode_picture,
     warn_of_profiles,
 )
-from focusdpo_jax.data.manifest import Line, Refused
+from focusdpo_jax.data.manifest import LineError, PairLine
 
 VISIBLE = 16
-"""A pixel counts as different from this difference of a channel on: JPEG's noise stays below."""
+"""Smallest difference of a channel, in 1/255, that counts as visible; JPEG noise stays below."""
 
 MISSED = 0.05
-"""Largest share of the visible difference that may lie outside `prior_mask`."""
+"""Largest share of the visibly different pixels that may be outside `prior_mask`."""
 
 KEPT = 0.5
 """Smallest share of a subject's mask that must be inside the square window."""
 
 MAGNIFIED = 4
-"""How many times a picture may be enlarged."""
+"""Largest factor by which an image may be enlarged."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What the pictures of a data set have in common, in pixels.
+class ImageSizes:
+    """Sides of the images of a data set, in pixels.
 
     Attributes:
-      resolution: side of chosen, rejected and the masks in them.
-      reference: side of the references.
+      resolution: of chosen, rejected and the masks in them.
+      reference: of the references.
     """
 
     resolution: int
     reference: int
 
 
-def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[dict, dict]:
-    """The record of a line.
+def make_record(
+    line: PairLine, contents: Mapping[str, bytes], sizes: ImageSizes
+) -> tuple[dict, dict]:
+    """Builds the record of a line.
 
     Args:
-      line: what the manifest says.
-      contents: field to content of every file of `line.files()`.
+      line: the parsed line.
+      contents: {field: content} of every file of `line.files()`.
       sizes: of the result.
 
     Returns:
-      The record, as in `record` but for `index`, with original_size int32 [2] (height, width) and
-      crop int32 [2] (top, left), as SDXL's time ids take them; and facts about it for the report.
+      The record, as in `record` but without `index`, with original_size int32 [2] (height, width) and
+      crop int32 [2] (top, left), as SDXL's time ids expect them; and facts about it for the report.
 
     Raises:
-      Refused: names the field, what is wrong and what would be right.
+      LineError: the message has the field, the fault and the cure.
     """
-    pictures, masks, changes = decode_files(line.files(), contents)
-    chosen, rejected = pictures["chosen"], pictures["rejected"]
-    shape = chosen.shape[:2]
+    images, masks, changes = decode_files(line.files(), contents)
+    chosen, rejected = images["chosen"], images["rejected"]
+    shape = height, width = chosen.shape[:2]
     _same_size("rejected", rejected, shape, "chosen")
     check_resolution(shape, sizes.resolution)
-    check_masks(masks, pictures)
+    check_masks(masks, images)
     difference = _difference(chosen, rejected)
     prior, subject_masks = _masks(line, masks, difference)
 
-    view = geometry.window(*shape, sizes.resolution, _region(prior, subject_masks))
+    view = geometry.window(height, width, sizes.resolution, _region(prior, subject_masks))
     record = {
         "caption": line.caption,
-        "chosen": view.picture(chosen),
-        "rejected": view.picture(rejected),
-        "prior_mask": _seen("prior_mask", prior, view),
+        "chosen": view.image(chosen),
+        "rejected": view.image(rejected),
+        "prior_mask": _crop_mask("prior_mask", prior, view),
         "original_size": np.array(shape, np.int32),
         "crop": np.array([view.top, view.left], np.int32),
         "subjects": [],
@@ -83,12 +87,12 @@ def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[d
         where = f"subjects[{i}]."
         reference_mask = geometry.pad_to_square(masks[where + "reference_mask"], sizes.reference)
         if not reference_mask.any():
-            raise Refused(where + "reference_mask", "is too small; mark the subject's pixels")
-        mask = _seen(where + "mask", mask, view)
+            raise LineError(where + "reference_mask", "is too small; mark the subject's pixels")
+        mask = _crop_mask(where + "mask", mask, view)
         record["subjects"].append(
             {
                 "phrase": subject.phrase,
-                "reference": geometry.pad_to_square(pictures[where + "reference"], sizes.reference),
+                "reference": geometry.pad_to_square(images[where + "reference"], sizes.reference),
                 "reference_mask": reference_mask,
                 "mask": mask,
                 "box": geometry.mask_box(mask),
@@ -97,55 +101,57 @@ def make_record(line: Line, contents: dict[str, bytes], sizes: Sizes) -> tuple[d
     return record, _facts(line, record, contents, changes)
 
 
-def decode_files(files: dict[str, str], contents: dict[str, bytes]):
-    """The pictures and masks of a line.
+def decode_files(
+    files: Mapping[str, str], contents: Mapping[str, bytes]
+) -> tuple[dict[str, RGBImage], dict[str, Mask], list[str]]:
+    """Decodes the images and masks of a line.
 
     Args:
-      files: field to path, as `Line.files()`; the fields of masks end in "mask".
-      contents: field to content.
+      files: {field: path}, as `PairLine.files()`; the fields of masks end in "mask".
+      contents: {field: content}.
 
     Returns:
-      {field: uint8 [H, W, 3]}, {field: bool [H, W]}, and what had to be changed
-      (`images.decode_picture`).
+      {field: uint8 [H, W, 3]}, {field: bool [H, W]}, and the names of the conversions
+      (`images.decode_image`).
 
     Raises:
-      Refused: a file is no picture.
+      LineError: a file is not an image.
     """
-    pictures, masks, changes = {}, {}, []
+    images, masks, changes = {}, {}, []
     for field, content in contents.items():
         try:
             if field.endswith("mask"):
                 masks[field] = decode_mask(content)
             else:
-                pictures[field], changed = decode_picture(content)
+                images[field], changed = decode_image(content)
                 warn_of_profiles(files[field], changed)
                 changes.extend(changed)
         except UnreadableImage as error:
-            raise Refused(field, f"= {files[field][:80]!r} {error}") from error
-    return pictures, masks, changes
+            raise LineError(field, f"= {files[field][:80]!r} {error}") from error
+    return images, masks, changes
 
 
-def check_masks(masks: dict[str, np.ndarray], pictures: dict[str, np.ndarray]) -> None:
-    """Refuses a mask that is empty or of another size than its picture."""
+def check_masks(masks: Mapping[str, Mask], images: Mapping[str, RGBImage]) -> None:
+    """Raises LineError if a mask is empty, or if its size differs from that of its image."""
     for field, mask in masks.items():
-        picture = field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen"
-        _same_size(field, mask, pictures[picture].shape[:2], picture)
+        image = field.removesuffix("_mask") if field.endswith("reference_mask") else "chosen"
+        _same_size(field, mask, images[image].shape[:2], image)
         if not mask.any():
-            raise Refused(field, "is empty; make the subject's pixels white")
+            raise LineError(field, "is empty; make the subject's pixels white")
 
 
 def check_resolution(shape: tuple[int, int], resolution: int) -> None:
-    """Refuses a chosen picture, of (height, width), that would be enlarged too much."""
+    """Raises LineError if a chosen image, of (height, width), would be enlarged by too large a factor."""
     if min(shape) * MAGNIFIED < resolution:
-        raise Refused(
+        raise LineError(
             "chosen",
             f"is {_size(shape)} pixels, too small for {resolution}; give "
             f"at least {-(-resolution // MAGNIFIED)} on the shorter side",
         )
 
 
-def _facts(line, record, contents, changes):
-    """What the report counts, as JSON values."""
+def _facts(line: PairLine, record: dict, contents: Mapping[str, bytes], changes: list[str]) -> dict:
+    """Returns the JSON values of a line that the report aggregates."""
     pair = hashlib.sha256(line.caption.encode())
     for field in ("chosen", "rejected"):
         pair.update(hashlib.sha256(contents[field]).digest())
@@ -160,22 +166,22 @@ def _facts(line, record, contents, changes):
     }
 
 
-def _difference(chosen, rejected):
-    """bool [H, W], where the two differ visibly."""
+def _difference(chosen: RGBImage, rejected: RGBImage) -> Mask:
+    """Returns bool [H, W], True where the two images differ visibly."""
     if np.array_equal(chosen, rejected):
-        raise Refused("rejected", "equals chosen; a pair without a difference teaches nothing")
+        raise LineError("rejected", "equals chosen; a pair needs a difference to learn from")
     difference = np.abs(chosen.astype(np.int16) - rejected).max(-1) >= VISIBLE
     if not difference.any():
-        raise Refused(
+        raise LineError(
             "rejected",
             f"differs from chosen nowhere by {VISIBLE} of 255 or more; "
-            "nobody can see why it is rejected",
+            "there is no visible reason for the rejection",
         )
     return difference
 
 
-def _masks(line, masks, difference):
-    """M_prior and every subject's mask in the whole picture; fall-backs as in docs/data.md."""
+def _masks(line: PairLine, masks: Mapping[str, Mask], difference: Mask) -> tuple[Mask, list[Mask]]:
+    """Returns M_prior and every subject's mask in the whole image; docs/data.md has the fall-backs."""
     own = []
     for i, subject in enumerate(line.subjects):
         field = f"subjects[{i}].mask"
@@ -184,60 +190,60 @@ def _masks(line, masks, difference):
             boxed = geometry.box_mask(subject.box, *difference.shape)
             inside = 1.0 if mask is None else (mask & boxed).sum() / mask.sum()
             if inside < KEPT:
-                raise Refused(
-                    f"subjects[{i}].box", f"holds {inside:.0%} of the mask; mend one of the two"
+                raise LineError(
+                    f"subjects[{i}].box", f"holds {inside:.0%} of the mask; correct one of the two"
                 )
             mask = boxed if mask is None else mask
         own.append(mask)
-    prior, told = masks.get("prior_mask"), "prior_mask"
+    prior, origin = masks.get("prior_mask"), "prior_mask"
     if prior is None and all(mask is not None for mask in own):
-        prior, told = np.any(own, axis=0), "the union of the subjects' masks"
+        prior, origin = np.any(own, axis=0), "the union of the subjects' masks"
     if prior is None:
-        prior = _grown(difference)
+        prior = _dilate(difference)
         return prior, [prior if mask is None else mask for mask in own]
-    missed = (difference & ~_grown(prior)).sum() / difference.sum()
+    missed = (difference & ~_dilate(prior)).sum() / difference.sum()
     if missed > MISSED:
-        raise Refused(
+        raise LineError(
             "prior_mask",
             f"misses {missed:.0%} of where chosen and rejected differ "
-            f"({told}); mark all of it, or leave all masks in the target out",
+            f"({origin}); mark all of it, or leave all masks in the target out",
         )
     return prior, [prior if mask is None else mask for mask in own]
 
 
-def _region(prior, subject_masks):
-    """What the square window is centred on."""
+def _region(prior: Mask, subject_masks: list[Mask]) -> Mask:
+    """Returns the region on which the square window is centred."""
     return np.any([prior, *subject_masks], axis=0)
 
 
-def _grown(mask):
-    """The mask and two pixels around it: pictures that were blended differ on the seam too."""
+def _dilate(mask: Mask) -> Mask:
+    """Dilates a mask by two pixels: blended images also differ on the seam."""
     return cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
 
 
-def _seen(field, mask, view):
-    """The mask in the window, of which enough must be left."""
+def _crop_mask(field: str, mask: Mask, view: geometry.Window) -> Mask:
+    """Crops a mask to the window; raises LineError if too little of it remains."""
     left, top, right, bottom = np.rint(view.box).astype(int)
     kept = mask[top:bottom, left:right].sum() / mask.sum()
     if kept < KEPT:
-        raise Refused(
+        raise LineError(
             field,
             f"has only {kept:.0%} of its pixels inside the square that is kept of "
-            "chosen; crop the pictures around the subjects yourself",
+            "chosen; crop the images around the subjects yourself",
         )
-    seen = view.mask(mask)
-    if not seen.any():
-        raise Refused(field, f"is too small: nothing of it is left at {view.size} pixels")
-    return seen
+    cropped = view.mask(mask)
+    if not cropped.any():
+        raise LineError(field, f"is too small: nothing of it is left at {view.size} pixels")
+    return cropped
 
 
-def _same_size(field, array, shape, other):
+def _same_size(field: str, array: np.ndarray, shape: tuple[int, ...], other: str) -> None:
     if array.shape[:2] != shape:
-        raise Refused(
+        raise LineError(
             field,
             f"is {_size(array.shape)} pixels and {other} is {_size(shape)}; give both one size",
         )
 
 
-def _size(shape):
+def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} x {shape[1]}"

@@ -1,8 +1,8 @@
-"""A manifest's line, made into a record by a worker process and kept until the data set is built.
+"""Converts manifest lines to records in worker processes and stores them until the data set is built.
 
-A line that is ready lies in a zip file named after all that went into it, the contents of its
-pictures included. So a second start finds what the first one did, and nothing that has changed
-since. Imports neither jax nor TFDS: every worker starts with it.
+A converted line is a zip file named after a hash of everything it depends on, including the content
+of its images. A restart reuses the lines that earlier runs converted, unless they have changed.
+Imports neither JAX nor TFDS, because every worker process imports this module.
 """
 
 import dataclasses
@@ -17,23 +17,23 @@ from etils import epath
 
 from focusdpo_jax.data import manifest
 from focusdpo_jax.data.images import encode_png, is_converted
-from focusdpo_jax.data.line_record import Sizes, make_record
-from focusdpo_jax.data.manifest import Refused
+from focusdpo_jax.data.line_record import ImageSizes, make_record
+from focusdpo_jax.data.manifest import LineError
 from focusdpo_jax.files import new_file
 
-_FORMAT = 2  # Changes when the same line would make another record.
+_FORMAT = 2  # Increment when the same line would give another record.
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A line to work on.
+class LineJob:
+    """A line to convert.
 
     Attributes:
       number: of the line, from 1.
       text: its bytes.
-      tokens: of its caption, or None.
+      tokens: number of tokens of its caption, or None.
       root: the folder that its paths are relative to.
-      store: folder of the lines that are ready; None asks for the digest alone.
+      store: folder of converted lines; None computes the digest alone.
       sizes, max_subjects: as `make_record` and `parse_line` take them.
     """
 
@@ -42,60 +42,58 @@ class Task:
     tokens: int | None
     root: str
     store: str | None
-    sizes: Sizes
+    sizes: ImageSizes
     max_subjects: int
 
 
-def work(task: Task) -> dict:
-    """Makes a line's record, unless it is ready.
+def process_line(job: LineJob) -> dict:
+    """Builds and stores a line's record, unless it is stored already.
 
     Returns:
-      line (number), digest (of all that went in), and either refused ([field, reason]) or facts
-      (see `line_record`), as JSON values.
+      JSON values: line (its number), digest (hash of its inputs), and either refused ([field, reason])
+      or facts (see `line_record`); neither if `job.store` is None.
     """
-    outcome = {"line": task.number, "digest": hashlib.sha256(task.text).hexdigest()}
+    outcome = {"line": job.number, "digest": hashlib.sha256(job.text).hexdigest()}
     try:
-        line = manifest.parse_line(task.text, max_subjects=task.max_subjects)
-        manifest.check_tokens(line.caption, task.tokens)
+        line = manifest.parse_line(job.text, max_subjects=job.max_subjects)
+        manifest.check_tokens(line.caption, job.tokens)
         contents = {
-            field: manifest.read_file(task.root, path, field)
-            for field, path in line.files().items()
+            field: manifest.read_file(job.root, path, field) for field, path in line.files().items()
         }
-        settings = [_FORMAT, *dataclasses.astuple(task.sizes)]
+        settings = [_FORMAT, *dataclasses.astuple(job.sizes)]
         parts = [hashlib.sha256(content).hexdigest() for content in contents.values()]
         if any(map(is_converted, contents.values())):
-            settings.append("colour profiles")  # Records from before they were read differ.
+            settings.append("colour profiles")  # Earlier versions ignored profiles.
         outcome["digest"] = hashlib.sha256(
             json.dumps([settings, outcome["digest"], parts]).encode()
         ).hexdigest()
-        if task.store is None:
+        if job.store is None:
             return outcome
-        path = location(task.store, outcome["digest"])
+        path = entry_path(job.store, outcome["digest"])
         facts = _facts(path)
         if facts is None:
-            record, facts = make_record(line, contents, task.sizes)
+            record, facts = make_record(line, contents, job.sizes)
             _write(path, record, facts)
         return outcome | {"facts": facts}
-    except Refused as error:
+    except LineError as error:
         return outcome | {"refused": [error.field, error.reason]}
     except MemoryError:
         return outcome | {
             "refused": [
                 "",
-                "has pictures that do not fit into memory; scale them "
-                "down, or give fewer --workers",
+                "has images that do not fit into memory; scale them down, or give fewer --workers",
             ]
         }
 
 
 def start_worker() -> None:
-    """Leaves Ctrl-C to the process that started this one, and the cores to the other workers."""
+    """Ignores SIGINT, which the parent process handles, and limits OpenCV to one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
 
 
-def location(store: epath.PathLike, digest: str) -> epath.Path:
-    """Where a line that is ready lies."""
+def entry_path(store: epath.PathLike, digest: str) -> epath.Path:
+    """Returns the path at which a converted line is stored."""
     return epath.Path(store) / digest[:2] / f"{digest}.zip"
 
 
@@ -106,11 +104,11 @@ def _facts(path: epath.Path) -> dict | None:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return json.loads(archive.read("facts.json"))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return None  # Cut off by a machine that went down: made again.
+        return None  # Truncated by a crash: the line is converted again.
 
 
 def _write(path: epath.Path, record: dict, facts: dict) -> None:
-    pictures, values = {}, {"subjects": [{} for _ in record["subjects"]]}
+    images, values = {}, {"subjects": [{} for _ in record["subjects"]]}
     for entry, target, prefix in [
         (record, values, ""),
         *(
@@ -120,19 +118,19 @@ def _write(path: epath.Path, record: dict, facts: dict) -> None:
     ]:
         for name, value in entry.items():
             if isinstance(value, np.ndarray) and value.ndim > 1:
-                pictures[prefix + name] = encode_png(value)
+                images[prefix + name] = encode_png(value)
             elif name != "subjects":
                 target[name] = value.tolist() if isinstance(value, np.ndarray) else value
     with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr("facts.json", json.dumps(facts))
         archive.writestr("record.json", json.dumps(values))
-        for name, content in pictures.items():
+        for name, content in images.items():
             archive.writestr(f"{name}.png", content)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadySource:
-    """Records of lines that are ready, their pictures as contents of PNG files."""
+class LineStoreSource:
+    """Records of converted lines, with images as the content of PNG files."""
 
     paths: list[epath.Path]
 

@@ -1,9 +1,11 @@
-"""From a source of records to batches: shuffled, sharded by process, resumable; through grain.
+"""Batches of training data: shuffled, sharded by process, resumable; built on Grain.
 
-The order is that of one global stream, determined by the seed alone. Of every batch of it process p of
-P takes the p-th of P equal parts, so that a step's global batch is the same on any number of processes.
+All processes share one global stream whose order depends on the seed alone. Process p of P reads the
+p-th of P equal parts of every batch, so that a step's global batch is the same on any number of
+processes.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -38,33 +40,32 @@ def make_loader(
     threads: int = 2,
     prefetch: int = 4,
 ) -> "Batches":
-    """An iterator over training batches.
+    """Returns an iterator over training batches.
 
-    Every epoch has an order of its own. Batches run on across the ends of epochs; only after the last
-    of a finite number of epochs are leftovers dropped. The batches are the same whoever reads them,
-    threads or any number of processes.
+    Every epoch has its own order. Batches span the ends of epochs; only the last of a finite number of
+    epochs drops a remainder. The batches do not depend on the number of threads or workers.
 
     Args:
-      source: entries by position (`__len__` and `__getitem__`, called from several threads). Where
-        there are worker processes, each gets a pickled copy, and one of `transform`.
-      batch_size: pairs a step over all processes; this one yields its share of it.
+      source: entries by position (`__len__` and `__getitem__`, called from several threads). Worker
+        processes each get a pickled copy, and one of `transform`.
+      batch_size: pairs a step over all processes; this process yields its share of them.
       seed: determines the order.
-      transform: from an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
-        preference records, `pair_transform`. None where the entries are trees already.
-      batch_transform: from such a batch to the one that is given, where that is not the same.
+      transform: maps an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
+        preference records, `pair_transform`. None if the entries are such trees already.
+      batch_transform: maps such a batch to the one that is yielded. None for the identity.
       process_index, process_count: which part of every batch this process reads.
       shuffle: False keeps the order of the source.
-      epochs: passes over the source; None goes on for ever.
-      workers: processes that read; 0 reads in this one, by threads.
-      threads: how many of them, in this process alone: a worker has one. 0 reads a batch when it is
-        asked for, without any.
-      prefetch: how many batches threads, or each worker, read ahead.
+      epochs: passes over the source; None repeats it forever.
+      workers: number of reader processes; 0 reads in this process with threads.
+      threads: number of reader threads in this process; a worker has one. 0 reads a batch when it is
+        requested, without threads.
+      prefetch: number of batches that the threads, or each worker, read ahead.
 
     Raises:
-      UserError: the sizes do not fit together; while iterating, a record is corrupt or unfit, or a
+      UserError: the sizes do not fit together; while iterating, a record is corrupt or invalid, or a
         worker has died.
     """
-    # Slow to import, so only where batches are read: planning, sampling and benchmarks have none.
+    # Slow to import: planning, sampling and benchmarks read no batches and should not pay for it.
     import grain
 
     from focusdpo_jax.data import order
@@ -76,7 +77,7 @@ def make_loader(
     if shuffle:
         dataset = order.Shuffled(dataset, len(source), seed)
     if process_count > 1:
-        dataset = order.Share(dataset, batch_size, local_size, process_index)
+        dataset = order.ProcessShard(dataset, batch_size, local_size, process_index)
     if transform is not None:
         dataset = dataset.map(transform)
     dataset = dataset.batch(local_size, drop_remainder=True)
@@ -90,20 +91,20 @@ def make_loader(
 
 
 class Batches:
-    """Batches of a data set in order; their position is all the state there is.
+    """Batches of a data set in order. The position is the only state.
 
-    Nothing is read, and no process started, before the first batch is asked for.
+    Nothing is read, and no process is started, before the first batch is requested.
     """
 
     def __init__(self, dataset: "grain.MapDataset", workers: int, options: "grain.ReadOptions"):
-        """Of a data set of batches; see `make_loader` for the rest."""
+        """Takes a data set of batches, the number of workers and Grain's options; see `make_loader`."""
         self._dataset, self._workers, self._options = dataset, workers, options
         self._given, self._iterator = 0, None
 
-    def __iter__(self):
+    def __iter__(self) -> "Batches":
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         try:
             if self._iterator is None:
                 with interrupts.children_without_sigint():
@@ -115,33 +116,35 @@ class Batches:
             if "Worker process" not in str(error):
                 raise
             raise UserError(
-                f"a process that reads data has died ({error}), perhaps for want of memory or of "
-                f"room in /dev/shm; give fewer than config.data.workers = {self._workers}"
+                f"a process that reads data has died ({error}), perhaps from a lack of memory or of "
+                f"space in /dev/shm; give fewer than config.data.workers = {self._workers}"
             ) from error
         self._given += 1
         return batch
 
     def get_state(self) -> dict:
-        """What `set_state` needs to go on behind the last batch, as JSON values."""
+        """Returns the position after the last batch, as JSON values for `set_state`."""
         return {"next_index": self._given}
 
     def set_state(self, state: dict) -> None:
-        """Goes on where another iterator of the same data set was, with any number of workers."""
+        """Continues from a state of another iterator of the same data set, with any number of workers."""
         self.close()
         self._given = state["next_index"]
 
     def close(self) -> None:
-        """Ends worker processes, until another batch is asked for."""
+        """Stops the worker processes; the next request for a batch starts new ones."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
 
-    def _open(self):
+    def _open(self) -> Iterator[Any]:
         rest = self._dataset.slice(slice(self._given, None)).to_iter_dataset(self._options)
         if self._workers:
             import grain
 
-            if not flags.FLAGS.is_parsed():  # Grain looks at its own, also without a command line.
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain reads its own flags, even without a command line.
                 flags.FLAGS.mark_as_parsed()
             rest = rest.mp_prefetch(
                 grain.MultiprocessingOptions(self._workers, self._options.prefetch_buffer_size),
@@ -151,38 +154,40 @@ class Batches:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leaves accelerators and signals to the process that trains, and the cores to other workers."""
+    """Keeps accelerators and signals with the training process, and limits OpenCV to one thread."""
     import cv2
 
     del index, count
     jax.config.update("jax_platforms", "cpu")
-    for number in (signal.SIGINT, signal.SIGTERM):  # Many are sent to all processes of a run.
+    for number in (signal.SIGINT, signal.SIGTERM):  # Often sent to all processes of a run.
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Grain's workers would wait for ever for one that was killed."""
-    multiprocessing.parent_process().join()
+    """Exits when the parent has ended: Grain's workers would otherwise wait forever for a killed parent."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os._exit(1)
 
 
 class Prefetcher:
-    """Batches as a step takes them, each made while the step before it runs.
+    """Prepares the next batch while the current step runs.
 
     Attributes:
-      batch: the one that is to be trained on now.
-      state: of the loader, before that batch.
+      batch: the batch of the current step.
+      state: the loader's state before that batch.
     """
 
     def __init__(self, batches: Batches, prepare: Callable[[Any], Any]):
-        """Takes a loader, and what brings its batches to the device without waiting for it."""
+        """Takes a loader, and a function that starts the transfer of a batch to the device."""
         self._batches, self._prepare = batches, prepare
         self.advance()
 
     def advance(self) -> None:
-        """Goes on to the next batch; to be called when the step with this one has been started."""
+        """Moves on to the next batch; call it after the current step has been dispatched."""
         self.state = self._batches.get_state()
         self.batch = self._prepare(next(self._batches))
 
@@ -190,11 +195,11 @@ class Prefetcher:
 def pair_transform(
     *, tokenize: Tokenize, num_subjects: int, reference_size: int | None = None
 ) -> Callable[[dict], PreferenceBatch]:
-    """From a record to one example, a `PreferenceBatch` without the batch axis.
+    """Returns a function from a record to one example, a `PreferenceBatch` without the batch axis.
 
     Args:
-      tokenize: from a caption to token ids, int32 [text encoders, length].
-      num_subjects: slots a batch has (S); a record with more subjects is an error.
+      tokenize: maps a caption to token ids, int32 [text encoders, length].
+      num_subjects: subject slots of a batch (S); a record with more subjects raises UserError.
       reference_size: side of the references in a batch (R), the image encoder's; None keeps theirs.
     """
 
@@ -215,10 +220,15 @@ def evaluation_batches(
     batch_size: int,
     transform: Callable[[dict], PreferenceBatch],
 ) -> Iterator[PreferenceBatch]:
-    """One pass in the order of the source, in full batches of one shape.
+    """Yields one pass over the source in its order, in full batches of one shape.
 
-    The last batch is filled up with copies of the last record, whose `index` is -1: leave those rows
-    out. Every process yields whole batches. `transform` is as `pair_transform` makes it.
+    The last batch is padded with copies of the last record, with `index` -1: exclude those rows. Every
+    process yields whole batches.
+
+    Args:
+      source: records.
+      batch_size: rows of a batch.
+      transform: as `pair_transform` returns it.
     """
     last = len(source) - 1
     for start in range(0, len(source), batch_size):
@@ -226,7 +236,7 @@ def evaluation_batches(
         for position in range(start, start + batch_size):
             example = transform(source[min(position, last)])
             if position > last:
-                example = example.replace(index=np.int64(-1))
+                example = dataclasses.replace(example, index=np.int64(-1))
             examples.append(example)
         yield jax.tree.map(lambda *rows: np.stack(rows), *examples)
 

@@ -1,6 +1,6 @@
-"""The TFDS builder that writes preference records as ArrayRecord. See `dataset` for how to use it.
+"""The TFDS builder that writes preference records as ArrayRecord; `dataset` calls it.
 
-Reading needs no code of ours: `tfds.builder_from_directory(path).as_data_source('train')`.
+Reading needs no code of this package: `tfds.builder_from_directory(path).as_data_source('train')`.
 """
 
 import io
@@ -17,43 +17,43 @@ from focusdpo_jax.data.images import decode_png, encode_png
 from focusdpo_jax.data.record import TRUTH, check_record
 from focusdpo_jax.progress import ItemProgress
 
-VERSION = "1.0.0"  # Of the format on disk.
+VERSION = "1.0.0"  # Version of the format on disk.
 
 
 def config(name: str, settings: Mapping[str, Any]) -> tfds.core.BuilderConfig:
-    """TFDS's name for a data set made with these settings; its directory is called so."""
+    """Returns the TFDS config of a data set with these settings; its name is part of the directory."""
     return tfds.core.BuilderConfig(name=name, description=json.dumps(settings, sort_keys=True))
 
 
 class _Decoder(tfds.decode.Decoder):
-    """Decodes pictures and masks at once to what a record has, in a third less time than TFDS."""
+    """Decodes images and masks directly to the arrays of a record, a third faster than TFDS."""
 
-    def __init__(self, decode=True):
+    def __init__(self, decode: bool = True):
         super().__init__()
         self._decode = decode_png if decode else bytes
 
-    def decode_example(self, example):
-        """TensorFlow's part, which nobody needs here."""
+    def decode_example(self, example: Any) -> Any:
+        """Unsupported: TensorFlow tensors are not used."""
         raise NotImplementedError
 
-    def decode_example_np(self, example):
+    def decode_example_np(self, example: bytes) -> np.ndarray | bytes:
         return self._decode(example)
 
-    def decode_batch_example_np(self, examples):
+    def decode_batch_example_np(self, examples: Sequence[bytes]) -> list[np.ndarray | bytes]:
         return [self._decode(example) for example in examples]
 
 
 def decoders(features: tfds.features.FeaturesDict) -> dict[str, Any]:
-    """For `as_data_source`: how to read the images and masks of a data set with these features."""
+    """Returns the decoders of images and masks for `as_data_source`."""
     return _for_images(features, _Decoder())
 
 
 def skipping_images(features: tfds.features.FeaturesDict) -> dict[str, Any]:
-    """For `as_data_source`: leaves images and masks as the contents of files."""
+    """Returns decoders for `as_data_source` that leave images and masks as file contents."""
     return _for_images(features, _Decoder(decode=False))
 
 
-def _for_images(features, decode):
+def _for_images(features: tfds.features.FeaturesDict, decode: _Decoder) -> dict[str, Any]:
     names = ("chosen", "rejected", "prior_mask", "changed_mask")
     return {
         **{name: decode for name in names if name in features},
@@ -65,8 +65,8 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
     """Preference pairs for personalised generation: chosen and rejected image, references, masks."""
 
     VERSION = tfds.core.Version(VERSION)
-    # TFDS would look for download checksums beside the source; there are none, and the search needs
-    # importlib_resources, which tensorflow-datasets 4.9.10 does not ask pip for.
+    # Keeps TFDS from looking for download checksums beside the source. There are none, and the search
+    # needs importlib_resources, which tensorflow-datasets 4.9.10 does not declare as a dependency.
     code_path = None
 
     def __init__(
@@ -75,12 +75,12 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
         sources: Mapping[str, Sequence[dict]],
         settings: Mapping[str, Any],
         max_subjects: int,
-        **kwargs,
+        **kwargs: Any,
     ):
-        """Takes one source of records a split, and what identifies them, kept as metadata.
+        """Takes the records of every split, and the settings that identify them, stored as metadata.
 
-        A record may have its pictures and masks as contents of PNG files: then they are stored as
-        they are, unchecked.
+        A record may have its images and masks as the content of PNG files: these are stored unchanged and
+        unchecked.
         """
         self._sources = sources
         self._settings = settings
@@ -124,7 +124,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
             metadata=tfds.core.MetadataDict(self._settings),
-            # Records keep their order, so that `index` is the position in the file. Training shuffles.
+            # Records keep their order, so that `index` is the position in the file; the loader shuffles.
             disable_shuffling=True,
         )
 
@@ -148,8 +148,8 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
 class _SortedWriter(tfds.core.writer.ExampleWriter):
     """Writes the features of every record sorted by name.
 
-    A protocol buffer's map has an order that changes from process to process, and with it the bytes
-    of a data set would.
+    The map of a protocol buffer has another order in every process, and so would the bytes of a data
+    set.
     """
 
     def write(self, path, examples):
@@ -161,7 +161,7 @@ def _sorted(record: bytes) -> bytes:
 
 
 def _with_png(record: dict, features: tfds.features.FeaturesDict, position: int) -> dict:
-    """The fields that are stored, images as PNG streams."""
+    """Returns the stored fields of a record, with images as PNG streams."""
     stored = {name: record[name] for name in features if name != "index"}
     stored["index"] = position
     for name in stored.keys() & {"chosen", "rejected", "prior_mask", "changed_mask"}:
@@ -180,7 +180,9 @@ def _png(image: np.ndarray | bytes) -> io.BytesIO:
 
 
 def _shape(image: np.ndarray | bytes) -> tuple[int, int]:
-    """(height, width) of a picture or of a PNG file's content."""
+    """Returns (height, width) of an image or of the content of a PNG file."""
     if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image)).size[::-1]
-    return image.shape[:2]
+        width, height = Image.open(io.BytesIO(image)).size
+        return height, width
+    height, width = image.shape[:2]
+    return height, width

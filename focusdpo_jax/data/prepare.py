@@ -1,9 +1,9 @@
-"""From a manifest to a data set: every line checked in parallel, then written through TFDS.
+"""Builds a data set from a manifest: checks the lines in parallel, then writes records through TFDS.
 
-What `--output` holds afterwards: `pairs/` (the data set), `report.json`, `contact_sheet.png`. On
-the way there is `.work/`, with the lines that are ready. The report is written last and says
-"complete": whatever an interrupted start has left is used by the next one or thrown away, and the
-result is the same to the byte.
+The output folder has `pairs/` (the data set), `report.json` and `contact_sheet.png`. During the build
+it also has `.work/`, with the converted lines. The report with status "complete" is written last. An
+interrupted build can be repeated: valid intermediate results are reused, others are removed, and
+the result is the same to the byte.
 """
 
 import collections
@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 from etils import epath
@@ -25,27 +25,30 @@ from tqdm import tqdm
 from focusdpo_jax import interrupts
 from focusdpo_jax.data import dataset, line_store, manifest
 from focusdpo_jax.data.dataset import PAIRS
-from focusdpo_jax.data.line_record import Sizes
-from focusdpo_jax.data.report import complaint, summarize
+from focusdpo_jax.data.line_record import ImageSizes
+from focusdpo_jax.data.report import refused_lines_message, summarize
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
 
 REFERENCE_SIZE = 518
-"""Largest side of a stored reference: no published image encoder looks at more pixels."""
+"""Largest side of a stored reference; no published image encoder has a larger input."""
 
 REPORT, SHEET = "report.json", "contact_sheet.png"
 _SHEET_ROWS = 12
-_IN_FLIGHT = 4  # Lines handed to each worker ahead.
+_IN_FLIGHT = 4  # Jobs queued for each worker.
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines a data set besides the manifest and its pictures.
+    """What determines a data set besides the manifest and its images.
 
     Attributes:
-      resolution: side of the square pictures, in pixels.
-      max_subjects: the most subjects that a line may have.
-      validation, test: shares of the groups that go to these splits.
+      resolution: side of the square images, in pixels.
+      max_subjects: largest number of subjects of a line.
+      validation, test: fractions of the groups that go to these splits.
+
+    Raises:
+      UserError: a value is out of its range.
     """
 
     resolution: int = 512
@@ -59,7 +62,7 @@ class Settings:
         if self.resolution % 4:
             nearest = max(8, round(self.resolution / 8) * 8)
             raise UserError(
-                f"--resolution={self.resolution}: no model draws squares of that side; give a "
+                f"--resolution={self.resolution}: no model generates squares of that side; give a "
                 f"multiple of 8, such as {nearest} (Toybox's model also takes multiples of 4)"
             )
         if self.max_subjects < 1:
@@ -74,9 +77,9 @@ class Settings:
             )
 
     @property
-    def sizes(self) -> Sizes:
-        """Sides of the pictures that are stored."""
-        return Sizes(self.resolution, min(self.resolution, REFERENCE_SIZE))
+    def sizes(self) -> ImageSizes:
+        """Returns the sides of the stored images."""
+        return ImageSizes(self.resolution, min(self.resolution, REFERENCE_SIZE))
 
 
 def prepare(
@@ -89,35 +92,35 @@ def prepare(
     workers: int = 1,
     count_tokens: Callable[[str], int] | None = None,
 ) -> dict:
-    """Makes the data set of a manifest, or finds that it is there.
+    """Builds the data set of a manifest, or verifies the one that exists.
 
     Args:
       path: the manifest.
       output: folder of the data set; made if missing.
-      settings: what the result depends on.
-      draw_sheet: writes a picture of some records to a path.
-      skip: leave out lines that cannot be used; otherwise one of them stops everything.
-      workers: processes; 1 works in this one.
-      count_tokens: tokens of a caption, by the tokenizer of the model to train.
+      settings: what the result depends on besides the manifest and its images.
+      draw_sheet: writes an image of some records to a path.
+      skip: leave out lines that cannot be used; otherwise one of them stops the build.
+      workers: number of processes; 1 works in this process.
+      count_tokens: number of tokens of a caption, by the tokenizer of the model to train.
 
     Returns:
       The report, as JSON values; see `report`.
 
     Raises:
-      UserError: lines were refused, nothing is left, or `output` holds another data set.
+      UserError: lines were refused, no line is left, or `output` has another data set.
     """
     path, output = epath.Path(path), epath.Path(output)
     work = output / ".work"
-    make = _Tasks(path, settings, count_tokens)
+    jobs = _LineJobs(path, settings, count_tokens)
     total = sum(1 for _ in manifest.read_lines(path))
     if not total:
         raise UserError(f"--manifest={path} is empty; write one JSON object a line (docs/data.md)")
     try:
         if (output / PAIRS).exists():
             if _read_report(output).get("status") == "complete":
-                if work.exists():  # All that an earlier start had left to do was to remove it.
+                if work.exists():  # The earlier run was interrupted before its last clean-up.
                     work.rmtree()
-                return _finished(output, make, total, workers)
+                return _finished(output, jobs, total, workers)
             if not work.exists():
                 raise UserError(
                     f"--output={output} has a folder {PAIRS} that `prepare` did not "
@@ -125,13 +128,13 @@ def prepare(
                 )
         work.mkdir(parents=True, exist_ok=True)
         remove_unfinished(output)
-        outcomes = list(_run(make(work / "lines"), total, workers))
-        report = summarize(outcomes, make.identity(outcomes))
+        outcomes = list(_run(jobs(work / "lines"), total, workers))
+        report = summarize(outcomes, jobs.identity(outcomes))
         refused = report["refused"]
         if len(refused) == total or refused and not skip:
             work.rmtree()
             _write_report(output, report | {"status": "refused"})
-            raise UserError(complaint(refused, total, output / REPORT, skip))
+            raise UserError(refused_lines_message(refused, total, output / REPORT, skip))
         _build(output, work, outcomes, report, settings, draw_sheet)
         _write_report(output, report | {"status": "complete"})
         work.rmtree()
@@ -143,15 +146,17 @@ def prepare(
     return report | {"status": "complete"}
 
 
-class _Tasks:
-    """The tasks of a manifest, read afresh for every pass over it."""
+class _LineJobs:
+    """The jobs of a manifest, which is read again for every pass."""
 
-    def __init__(self, path, settings, count_tokens):
+    def __init__(
+        self, path: epath.Path, settings: Settings, count_tokens: Callable[[str], int] | None
+    ):
         self._path, self._settings, self._count = path, settings, count_tokens
 
-    def __call__(self, store) -> Iterator[line_store.Task]:
+    def __call__(self, store: epath.Path | None) -> Iterator[line_store.LineJob]:
         for number, text in manifest.read_lines(self._path):
-            yield line_store.Task(
+            yield line_store.LineJob(
                 number=number,
                 text=text,
                 tokens=self._tokens(text),
@@ -161,28 +166,28 @@ class _Tasks:
                 max_subjects=self._settings.max_subjects,
             )
 
-    def _tokens(self, text):
+    def _tokens(self, text: bytes) -> int | None:
         if self._count is None:
             return None
         try:
             line = manifest.parse_line(text, max_subjects=self._settings.max_subjects)
-        except manifest.Refused:
-            return None  # The worker refuses it again, and says why.
+        except manifest.LineError:
+            return None  # The worker reports the error.
         return self._count(line.caption)
 
-    def identity(self, outcomes) -> dict:
-        """What the report and the data set keep of where they come from."""
+    def identity(self, outcomes: list[dict]) -> dict:
+        """Returns the values of the report that identify the inputs: a digest and the settings."""
         digest = hashlib.sha256("".join(o["digest"] for o in outcomes).encode())
         return {"content": digest.hexdigest(), "settings": dataclasses.asdict(self._settings)}
 
 
-def _run(tasks, total, workers) -> Iterator[dict]:
-    """The outcome of every task in order, with progress shown."""
+def _run(jobs: Iterator[line_store.LineJob], total: int, workers: int) -> Iterator[dict]:
+    """Yields the outcome of every job in order; shows progress."""
     with contextlib.ExitStack() as stack:
         if workers == 1:
-            outcomes = map(line_store.work, tasks)
+            outcomes = map(line_store.process_line, jobs)
         else:
-            outcomes = _in_processes(tasks, workers, stack)
+            outcomes = _in_processes(jobs, workers, stack)
         bar = stack.enter_context(
             tqdm(total=total, unit="line", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         )
@@ -197,22 +202,24 @@ def _run(tasks, total, workers) -> Iterator[dict]:
             yield outcome
 
 
-def _in_processes(tasks, workers, stack):
-    """Works on a few tasks a worker ahead, so that a long manifest is never in memory."""
-    # Fresh interpreters: forking a process that has threads may hang.
+def _in_processes(
+    jobs: Iterator[line_store.LineJob], workers: int, stack: contextlib.ExitStack
+) -> Iterator[dict]:
+    """Yields outcomes of worker processes; queues a few jobs a worker, so that memory is bounded."""
+    # "spawn", since forking a process that has threads may hang.
     pool = stack.enter_context(
         concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), line_store.start_worker
         )
     )
-    # Entered later and so left first: what waits is dropped when this process stops.
+    # Registered later and so run first: cancels queued jobs when this process stops.
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
 
-    def submit(task):
-        with interrupts.children_without_sigint():  # It may start another one.
-            return pool.submit(line_store.work, task)
+    def submit(job):
+        with interrupts.children_without_sigint():  # `submit` may start a process.
+            return pool.submit(line_store.process_line, job)
 
-    futures = map(submit, tasks)
+    futures = map(submit, jobs)
     waiting = collections.deque(itertools.islice(futures, _IN_FLIGHT * workers))
     try:
         while waiting:
@@ -220,13 +227,20 @@ def _in_processes(tasks, workers, stack):
             waiting.extend(itertools.islice(futures, 1))
     except concurrent.futures.BrokenExecutor as error:
         raise UserError(
-            "a worker process died, perhaps for want of memory; run the same line "
-            "again with fewer --workers, it goes on from here"
+            "a worker process died, perhaps from a lack of memory; run the same command "
+            "again with fewer --workers, it continues from here"
         ) from error
 
 
-def _build(output, work, outcomes, report, settings, draw_sheet):
-    """Writes the data set and the contact sheet, each under its final name when it is whole."""
+def _build(
+    output: epath.Path,
+    work: epath.Path,
+    outcomes: list[dict],
+    report: dict,
+    settings: Settings,
+    draw_sheet: Callable[[epath.Path, list[dict]], None],
+) -> None:
+    """Writes the data set and the contact sheet; each gets its final name when it is complete."""
     splits = assign_splits(
         {o["line"]: o["facts"]["group"] for o in outcomes if "facts" in o}, settings
     )
@@ -234,12 +248,12 @@ def _build(output, work, outcomes, report, settings, draw_sheet):
     sources = {}
     for split in ("train", "validation", "test"):
         paths = [
-            line_store.location(work / "lines", o["digest"])
+            line_store.entry_path(work / "lines", o["digest"])
             for o in outcomes
             if splits.get(o["line"]) == split
         ]
         if paths:
-            sources[split] = line_store.ReadySource(paths)
+            sources[split] = line_store.LineStoreSource(paths)
     for leftover in (work / "build", output / PAIRS):
         if leftover.exists():
             leftover.rmtree()
@@ -256,16 +270,17 @@ def _build(output, work, outcomes, report, settings, draw_sheet):
 
 
 def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
-    """Which split every line belongs to, by a hash of its group that other lines do not change.
+    """Assigns every line to a split by a hash of its group, so that other lines do not matter.
 
-    A split that would stay empty gets the one group that is nearest to it, where three groups or
-    more are there: small sets are to have pictures to look at too.
+    If there are three groups or more, a split that would be empty gets the group whose hash is nearest,
+    so that small data sets have validation images too.
 
     Args:
-      groups: line to group.
+      groups: {line: group}.
+      settings: with the fractions of the splits.
 
     Returns:
-      Line to "train", "validation" or "test".
+      {line: "train", "validation" or "test"}.
     """
     place = {
         group: int(hashlib.sha256(group.encode()).hexdigest()[:12], 16) / 16**12
@@ -286,31 +301,31 @@ def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     return {line: split[group] for line, group in groups.items()}
 
 
-def _spread(source):
-    """Some records, from all over the source."""
+def _spread(source: Sequence[dict]) -> list[dict]:
+    """Returns some records, evenly spaced over the source."""
     count = min(_SHEET_ROWS, len(source))
     return [source[i * len(source) // count] for i in range(count)]
 
 
-def _finished(output, make, total, workers):
-    """The report of a data set that is there, if it is the one that is asked for."""
+def _finished(output: epath.Path, jobs: _LineJobs, total: int, workers: int) -> dict:
+    """Returns the report of an existing data set, after comparing it with the manifest and settings."""
     report = _read_report(output)
-    logging.info("%s is complete; comparing it with the manifest and its pictures", output)
-    identity = make.identity(list(_run(make(None), total, workers)))
+    logging.info("%s is complete; comparing it with the manifest and its images", output)
+    identity = jobs.identity(list(_run(jobs(None), total, workers)))
     if identity == {name: report.get(name) for name in identity}:
         return report
     raise UserError(
-        f"--output={output} holds another data set: its manifest, pictures or settings "
-        "were others. Give another --output, or remove the folder"
+        f"--output={output} holds another data set: its manifest, images or settings "
+        "differ. Give another --output, or remove the folder"
     )
 
 
-def _read_report(output):
+def _read_report(output: epath.Path) -> dict:
     try:
         return json.loads((output / REPORT).read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _write_report(output, report):
+def _write_report(output: epath.Path, report: dict) -> None:
     replace_file(output / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")

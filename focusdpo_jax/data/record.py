@@ -1,26 +1,26 @@
-"""The preference record: one pair of images with the subjects they show, its checks, and batches.
+"""The preference record: a pair of images with the subjects they show, its checks, and batches.
 
-A *record* is a plain dict, as every source gives it:
+A *record* is a dict; all sources return this form:
 
     index       int, position in the data set
     caption     str
     chosen      uint8 [H, W, 3], shows the reference subjects
-    rejected    uint8 [H, W, 3], the same picture with other individuals
+    rejected    uint8 [H, W, 3], the same scene with other individuals
     prior_mask  bool [H, W], where the two may differ
-    original_size  int32 [2], optional: height and width before the picture was resized and cropped
-    crop        int32 [2], optional: top and left of the crop, in the resized picture
-    background, changed_mask  int, and bool [H, W]: optional, Toybox's truth
+    original_size  int32 [2], optional: height and width before the image was resized and cropped
+    crop        int32 [2], optional: top and left of the crop, in the resized image
+    background, changed_mask  int, and bool [H, W]: optional, Toybox's ground truth
     subjects    a list of 1 to S dicts:
       phrase          str, a noun phrase: "a star"
-      reference       uint8 [R, R, 3], the subject, on white where the picture was not square
+      reference       uint8 [R, R, 3], the subject; padded with white if the image was not square
       reference_mask  bool [R, R], the subject's pixels in it
       mask            bool [H, W], the subject's pixels in `chosen`
       box             float32 [4], x0, y0, x1, y1 in [0, 1], bounds of `mask`
       class_id, hue, pattern, pattern_hue, part, rejected_<each of these>, disrupted: optional,
-                      Toybox's truth
+                      Toybox's ground truth
 
-An *example* is what `encode` makes of it for training: arrays of fixed shape, subjects padded to S
-slots. Stacked examples make a `PreferenceBatch`.
+An *example* is a record encoded for training by `encode`: arrays of fixed shape, with subjects padded
+to S slots. Stacked examples form a `PreferenceBatch`.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,10 @@ TRUTH = {
     "pattern_hue": np.float32,
     "part": np.int32,
 }
-"""The attributes of a Toybox subject and the types that hold them; see `toybox.Subject`."""
+"""The attributes of a Toybox subject and their dtypes; see `toybox.Subject`."""
 
 Tokenize = Callable[[str], np.ndarray]
-"""From a caption to token ids, int32 [text encoders, length]."""
+"""Maps a caption to token ids, int32 [text encoders, length]."""
 
 
 @struct.dataclass
@@ -53,12 +53,12 @@ class PreferenceBatch:
       references: uint8 [B, S, R, R, 3], white in absent slots.
       reference_masks: bool [B, S, R, R], the subjects' pixels in `references`; empty where absent.
       masks: bool [B, S, H, W], the subjects' pixels in `chosen`; empty where absent.
-      present: bool [B, S], which slots hold a subject. They come first, in the order of the caption.
+      present: bool [B, S], which slots hold a subject. Subjects come first, in the order of the caption.
       prior_mask: bool [B, H, W], where chosen and rejected may differ.
       time_ids: float32 [B, 6], SDXL's size conditioning in pixels: original height and width, top and
         left of the crop, target height and width.
       token_ids: int32 [B, text encoders, length].
-      index: int64 [B], positions in the data set; -1 in rows that only fill up an evaluation batch.
+      index: int64 [B], positions in the data set; -1 in rows that pad an evaluation batch.
       truth: for Toybox, `class_id`, `hue`, `pattern`, `pattern_hue`, `part`, the same as
         `rejected_<name>`, and `disrupted`, each [B, S] with -1 (or False) where absent, and
         `background` [B]. Empty for photographs.
@@ -80,12 +80,12 @@ class PreferenceBatch:
 def encode(
     record: dict, *, tokenize: Tokenize, num_subjects: int, reference_size: int | None = None
 ) -> dict:
-    """Makes an example of a record: fields as in `PreferenceBatch`, without the batch axis.
+    """Encodes a record as an example: fields as in `PreferenceBatch`, without the batch axis.
 
     Args:
-      record: as `check_record` accepts it.
-      tokenize: from a caption to token ids.
-      num_subjects: slots (S).
+      record: one that `check_record` accepts.
+      tokenize: maps a caption to token ids.
+      num_subjects: number of slots (S).
       reference_size: side of the references (R), the image encoder's; None keeps the record's.
     """
     height, width = record["chosen"].shape[:2]
@@ -136,10 +136,9 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
     """Returns the record unchanged if training can use it.
 
     Raises:
-      UserError: names the record's index, the field, what is wrong with it and what would be right.
+      UserError: the message has the record's index, the field, the fault and the cure.
     """
-
-    sizes = {}  # Of each kind of picture, the one that the others of the kind are compared with.
+    sizes = {}  # The first image of each kind, whose size the others must have.
 
     def fail(field: str, problem: str):
         raise UserError(f"record {record.get('index', '?')}: {field} {problem}")
@@ -172,11 +171,11 @@ def check_record(record: dict, *, max_subjects: int) -> dict:
         if field not in record:
             fail(field, "is missing")
     if not record["caption"].strip():
-        fail("caption", "is empty; say what the picture shows")
+        fail("caption", "is empty; describe the image")
     image("chosen", record["chosen"])
     image("rejected", record["rejected"])
     if np.array_equal(record["chosen"], record["rejected"]):
-        fail("rejected", "equals chosen; a pair without a difference teaches nothing, leave it out")
+        fail("rejected", "equals chosen; a pair needs a difference to learn from, leave it out")
     mask("prior_mask", record["prior_mask"])
     count = len(record["subjects"])
     if not 1 <= count <= max_subjects:

@@ -1,27 +1,30 @@
-"""What `prepare` tells about a data set: what is in it, and what was refused and why."""
+"""The report of `prepare`: statistics of a data set, and the refused lines with reasons."""
 
 import collections
 import statistics
+from collections.abc import Iterable
+
+from etils import epath
 
 
 def summarize(outcomes: list[dict], identity: dict) -> dict:
-    """The report of all lines.
+    """Returns the report of all lines.
 
     Args:
-      outcomes: of `line_store.work`, in the order of the manifest.
-      identity: what else the report holds.
+      outcomes: of `line_store.process_line`, in the order of the manifest.
+      identity: further entries of the report.
 
     Returns:
       JSON values: `identity` and
         lines, accepted: counts.
         refused: a list of {line, field, reason}.
-        duplicates: a list of {line, same_as}: caption, chosen and rejected are those of an earlier
+        duplicates: a list of {line, same_as}: caption, chosen and rejected equal those of an earlier
           line; both are kept.
         subjects_per_scene: {number of subjects: lines}.
         sizes: {"height x width" of the originals: lines}.
-        enlarged: lines whose originals are smaller than the resolution.
-        changes: {what was done to a picture's colours or orientation: lines}.
-        prior_area, subject_area: {least, median, most}, shares of the square picture.
+        enlarged: number of lines whose originals are smaller than the resolution.
+        changes: {conversion of an image's colours or orientation: lines}.
+        prior_area, subject_area: {least, median, most}, fractions of the square image.
     """
     accepted = [(o["line"], o["facts"]) for o in outcomes if "facts" in o]
     first, duplicates = {}, []
@@ -48,18 +51,18 @@ def summarize(outcomes: list[dict], identity: dict) -> dict:
     }
 
 
-def _count(values):
+def _count(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(collections.Counter(values).items()))
 
 
-def _spread(values):
+def _spread(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
 def describe(report: dict) -> str:
-    """The report in a few lines for a terminal."""
+    """Formats the report as a few lines of text for a terminal."""
 
     def listed(counts, unit=""):
         return ", ".join(f"{n} with {name}{unit}" for name, n in counts.items()) or "none"
@@ -68,7 +71,7 @@ def describe(report: dict) -> str:
     lines = [
         f"{report['accepted']} of {report['lines']} lines accepted ({splits})",
         f"subjects: {listed(report['subjects_per_scene'])}",
-        "subject area: {least:.1%} to {most:.1%} of the picture, median {median:.1%}".format(
+        "subject area: {least:.1%} to {most:.1%} of the image, median {median:.1%}".format(
             **report["subject_area"]
         ),
     ]
@@ -92,19 +95,19 @@ def describe(report: dict) -> str:
     return "\n".join(lines)
 
 
-def complaint(refused: list[dict], total: int, path, skip: bool) -> str:
-    """What a command says when it stops over refused lines.
+def refused_lines_message(refused: list[dict], total: int, path: epath.Path, skip: bool) -> str:
+    """Returns the error message of a command that stops because of refused lines.
 
     Args:
       refused: as in `summarize`.
-      total: lines there are.
-      path: of the report that lists them all.
-      skip: whether refused lines were to be left out, and nothing is left.
+      total: number of lines.
+      path: of the report that lists all refused lines.
+      skip: True if refused lines were to be left out, and no line is left.
     """
     first = refused[0]
     where = f"line {first['line']}: " + (f"{first['field']} " if first["field"] else "")
     count = "line is" if total == 1 else f"{total} lines are"
     start = f"{len(refused)} of {count} refused" + (", nothing is left" if skip else "")
     return f"{start}; {where}{first['reason']}. All reasons are in {path}" + (
-        "" if skip else ". Mend the lines, or leave them out with --on-error=skip"
+        "" if skip else ". Correct the lines, or leave them out with --on-error=skip"
     )

@@ -1,36 +1,37 @@
-"""A line of the manifest that `disrupt` reads: a good picture and its subjects (docs/data.md).
+"""Parses the manifest of `disrupt`: images with their subjects, without rejected images (docs/data.md).
 
-It is a line of `manifest` without what is to be made, the rejected picture. What else it may lack
-is made up for: masks by a segmenter and texts by a captioner, where there are such; a reference by
-what the mask cuts out.
+A line has the fields of a line of `manifest` except `rejected` and `prior_mask`. Missing masks come
+from a segmenter and missing texts from a captioner, if these are given; a missing reference is the
+subject's cut-out.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import geometry, line_record, manifest
-from focusdpo_jax.data.manifest import Refused
+from focusdpo_jax.data.manifest import LineError
 
 _FIELDS = ("caption", "chosen", "subjects", "group", "info")
 _SUBJECT_FIELDS = ("reference", "reference_mask", "phrase", "mask", "box", "info")
 _WORDS = re.compile(r"[^\W\d_]+")
-# Words that say nothing of what a phrase names.
+# Function words, which do not identify the noun of a phrase.
 _SMALL = frozenset("a an the of with and in on at to my his her its their this that".split())
 
 Segmenter = Callable[[np.ndarray, str, tuple[float, float, float, float] | None], np.ndarray]
-"""(picture uint8 [H, W, 3], phrase, box (x0, y0, x1, y1) in shares of the sides, or None) -> bool
-[H, W]: the pixels of what the phrase names. With a box the phrase may be empty."""
+"""(image uint8 [H, W, 3], phrase, box (x0, y0, x1, y1) in [0, 1], or None) -> bool [H, W]: the pixels
+of the object that the phrase names. With a box the phrase may be empty."""
 
 Captioner = Callable[[np.ndarray, np.ndarray], str]
-"""(picture uint8 [H, W, 3], mask bool [H, W]) -> a text that says what is inside the mask."""
+"""(image uint8 [H, W, 3], mask bool [H, W]) -> a text that describes the content of the mask."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What fills in masks and texts that are missing; None where nothing does."""
+    """Functions that supply missing masks and texts, or None."""
 
     segment: Segmenter | None = None
     describe: Captioner | None = None
@@ -38,7 +39,7 @@ class Hooks:
 
 @dataclasses.dataclass(frozen=True)
 class SubjectLine:
-    """A subject as the line has it; paths are relative to the manifest's folder."""
+    """A subject as written in the line; paths are relative to the manifest's folder."""
 
     phrase: str | None
     mask: str | None
@@ -50,7 +51,7 @@ class SubjectLine:
 
 @dataclasses.dataclass(frozen=True)
 class SceneLine:
-    """A line whose text is in order."""
+    """A line with valid text."""
 
     caption: str | None
     chosen: str
@@ -59,7 +60,7 @@ class SceneLine:
     info: object
 
     def files(self) -> dict[str, str]:
-        """Field to path, of every file that the line names."""
+        """Returns {field: path} of every file that the line refers to."""
         named = {"chosen": self.chosen}
         for i, subject in enumerate(self.subjects):
             for field in ("reference", "reference_mask", "mask"):
@@ -69,51 +70,51 @@ class SceneLine:
 
 
 @dataclasses.dataclass
-class Subject:
-    """A subject with nothing missing.
+class LoadedSubject:
+    """A subject with its decoded images. Missing parts are None until `fill` supplies them.
 
     Attributes:
-      phrase: what it is called.
-      mask: bool [H, W], its pixels in the picture.
+      phrase: noun phrase of the subject.
+      mask: bool [H, W], its pixels in the image.
       reference, reference_mask: uint8 [h, w, 3] and bool [h, w].
     """
 
     phrase: str | None
-    mask: np.ndarray | None
-    reference: np.ndarray | None
-    reference_mask: np.ndarray | None
+    mask: Mask | None
+    reference: RGBImage | None
+    reference_mask: Mask | None
 
 
 @dataclasses.dataclass
-class Scene:
-    """A line's pictures. Before `fill` what the line lacks is None.
+class LoadedScene:
+    """A line with its decoded images. Missing parts are None until `fill` supplies them.
 
     Attributes:
-      caption: what the picture shows.
-      picture: uint8 [H, W, 3].
+      caption: text that describes the image.
+      image: uint8 [H, W, 3].
       subjects: in the order of the line.
     """
 
     caption: str | None
-    picture: np.ndarray
-    subjects: list[Subject]
+    image: RGBImage
+    subjects: list[LoadedSubject]
 
 
 def parse_line(text: bytes, *, max_subjects: int, hooks: Hooks) -> SceneLine:
-    """The line's content, every field checked on its own.
+    """Parses a line and checks every field on its own.
 
     Args:
       text: of the line.
-      max_subjects: the most that a line may have.
-      hooks: what may be missing is what one of these fills in.
+      max_subjects: largest number of subjects of a line.
+      hooks: decide which fields may be missing.
 
     Raises:
-      Refused: names the field and what would be right.
+      LineError: the message has the field and the cure.
     """
     values = manifest.parse_object(text, _FIELDS)
     subjects = manifest.read_subjects(values, max_subjects)
     return SceneLine(
-        caption=_told(values, "caption", manifest.CAPTION, hooks),
+        caption=_read_or_none(values, "caption", manifest.CAPTION, hooks),
         chosen=manifest.read_path(values, "chosen"),
         subjects=tuple(_subject(s, f"subjects[{i}]", hooks) for i, s in enumerate(subjects)),
         group=manifest.read_group(values),
@@ -125,153 +126,159 @@ def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
     manifest.check_subject(values, _SUBJECT_FIELDS, where)
     where += "."
     subject = SubjectLine(
-        phrase=_told(values, "phrase", manifest.PHRASE, hooks, where),
-        mask=manifest.read_path(values, "mask", where, optional=True),
+        phrase=_read_or_none(values, "phrase", manifest.PHRASE, hooks, where),
+        mask=manifest.read_optional_path(values, "mask", where),
         box=manifest.read_box(values, where),
-        reference=manifest.read_path(values, "reference", where, optional=True),
-        reference_mask=manifest.read_path(values, "reference_mask", where, optional=True),
+        reference=manifest.read_optional_path(values, "reference", where),
+        reference_mask=manifest.read_optional_path(values, "reference_mask", where),
         info=values.get("info"),
     )
     if subject.mask is None and subject.box is None and hooks.segment is None:
-        raise Refused(
+        raise LineError(
             where + "mask",
             "is missing; give the file of a mask, a box, or a --segmenter that finds it",
         )
     if subject.mask is None and subject.box is None and subject.phrase is None:
-        raise Refused(
+        raise LineError(
             where + "phrase",
-            "is missing like the mask; give one of the two, by which the other can be found",
+            "is missing, and so is the mask; give one of the two, from which the other is derived",
         )
     if subject.reference is None and subject.reference_mask is not None:
-        raise Refused(
+        raise LineError(
             where + "reference",
             "is missing beside a reference_mask; give both, or none to take what the mask cuts out",
         )
     if subject.reference is not None and subject.reference_mask is None and hooks.segment is None:
-        raise Refused(
+        raise LineError(
             where + "reference_mask",
             "is missing; give the file of a mask, or a --segmenter that finds it",
         )
     return subject
 
 
-def _told(values, name, cure, hooks, where=""):
-    """A text, None where a captioner will find it."""
+def _read_or_none(values: dict, name: str, cure: str, hooks: Hooks, where: str = "") -> str | None:
+    """Returns the text of a field; None if it is missing and a captioner will write it."""
     if values.get(name) is None and hooks.describe is not None:
         return None
     if name not in values:
-        raise Refused(where + name, f"is missing; {cure}, or give a --captioner that does")
+        raise LineError(where + name, f"is missing; {cure}, or give a --captioner that does")
     return manifest.read_text(values, name, cure, where)
 
 
-def open_scene(line: SceneLine, contents: dict[str, bytes], resolution: int) -> Scene:
-    """The pictures of a line, checked against each other.
+def load_scene(line: SceneLine, contents: Mapping[str, bytes], resolution: int) -> LoadedScene:
+    """Decodes the images of a line and checks them against each other.
 
     Args:
-      line: what the manifest says.
-      contents: field to content of every file of `line.files()`.
-      resolution: side of the pictures that the generator draws.
+      line: the parsed line.
+      contents: {field: content} of every file of `line.files()`.
+      resolution: side of the images that the generator draws.
 
     Raises:
-      Refused: names the field, what is wrong and what would be right.
+      LineError: the message has the field, the fault and the cure.
     """
-    pictures, masks, _ = line_record.decode_files(line.files(), contents)
-    shape = pictures["chosen"].shape[:2]
+    images, masks, _ = line_record.decode_files(line.files(), contents)
+    shape = images["chosen"].shape[:2]
     line_record.check_resolution(shape, resolution)
-    line_record.check_masks(masks, pictures)
+    line_record.check_masks(masks, images)
     subjects = [
-        Subject(
+        LoadedSubject(
             subject.phrase,
             *(
                 kind.get(f"subjects[{i}].{field}")
                 for kind, field in (
                     (masks, "mask"),
-                    (pictures, "reference"),
+                    (images, "reference"),
                     (masks, "reference_mask"),
                 )
             ),
         )
         for i, subject in enumerate(line.subjects)
     ]
-    scene = Scene(line.caption, pictures["chosen"], subjects)
+    scene = LoadedScene(line.caption, images["chosen"], subjects)
     for i, subject in enumerate(subjects):
         _check_subject(scene, subject, f"subjects[{i}].")
     return scene
 
 
-def _check_subject(scene, subject, where):
-    """Refuses a mask that no square holds, and a phrase that the caption does not know."""
-    height, width = scene.picture.shape[:2]
+def _check_subject(scene: LoadedScene, subject: LoadedSubject, where: str) -> None:
+    """Raises LineError for a mask that no square contains, or a phrase unrelated to the caption."""
+    height, width = scene.image.shape[:2]
     if subject.mask is not None:
         extent = max(high - low for low, high in geometry.bounds(subject.mask))
         if extent > min(height, width):
-            raise Refused(
+            raise LineError(
                 where + "mask",
                 f"is {extent} pixels long and the shorter side of chosen "
-                f"{min(height, width)}; crop the picture so that a square holds the "
+                f"{min(height, width)}; crop the image so that a square contains the "
                 "subject",
             )
     if None not in (scene.caption, subject.phrase):
         caption = scene.caption.casefold()
         words = [w for w in _WORDS.findall(subject.phrase.casefold()) if w not in _SMALL]
         if words and not any(word in caption for word in words):
-            raise Refused(
+            raise LineError(
                 where + "phrase",
                 f"= {subject.phrase[:60]!r} has no word in common with "
-                "the caption, which is to name every subject; mend one of the two",
+                "the caption, which must name every subject; correct one of the two",
             )
 
 
 def fill(
-    scene: Scene,
+    scene: LoadedScene,
     line: SceneLine,
     hooks: Hooks,
     cut: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Makes up for what a scene lacks, in place.
+    """Supplies the missing parts of a scene, in place.
 
     Args:
-      scene: as `open_scene` gave it.
-      line: where it came from.
+      scene: as `load_scene` returned it.
+      line: the line that it was loaded from.
       hooks: the same that the line was parsed with.
-      cut: from a picture and a mask to the subject alone and its mask.
+      cut: maps an image and a mask to the cut-out subject and its mask.
 
     Raises:
-      Refused: what a hook gave cannot be used.
+      LineError: the result of a hook cannot be used.
     """
-    shape = scene.picture.shape[:2]
-    for i, (subject, told) in enumerate(zip(scene.subjects, line.subjects, strict=True)):
+    shape = scene.image.shape[:2]
+    for i, (subject, written) in enumerate(zip(scene.subjects, line.subjects, strict=True)):
         where = f"subjects[{i}]."
         if subject.mask is None and hooks.segment is not None:
             subject.mask = _segmented(
-                hooks, scene.picture, subject.phrase, told.box, where + "mask"
+                hooks, scene.image, subject.phrase, written.box, where + "mask"
             )
-        elif subject.mask is None:
-            subject.mask = geometry.box_mask(told.box, *shape)
+        elif subject.mask is None and written.box is not None:
+            subject.mask = geometry.box_mask(written.box, *shape)
         if subject.phrase is None:
-            subject.phrase = _described(hooks, scene.picture, subject.mask, where + "phrase")
+            subject.phrase = _described(hooks, scene.image, subject.mask, where + "phrase")
         if subject.reference is None:
-            subject.reference, subject.reference_mask = cut(scene.picture, subject.mask)
+            subject.reference, subject.reference_mask = cut(scene.image, subject.mask)
         elif subject.reference_mask is None:
             subject.reference_mask = _segmented(
                 hooks, subject.reference, subject.phrase, None, where + "reference_mask"
             )
     if scene.caption is None:
-        scene.caption = _described(hooks, scene.picture, np.ones(shape, bool), "caption")
+        scene.caption = _described(hooks, scene.image, np.ones(shape, bool), "caption")
     for i, subject in enumerate(scene.subjects):
         _check_subject(scene, subject, f"subjects[{i}].")
 
 
-def _segmented(hooks, picture, phrase, box, field):
-    mask = np.asarray(hooks.segment(picture, phrase or "", box))
-    if mask.dtype != bool or mask.shape != picture.shape[:2]:
-        raise Refused(
+def _segmented(
+    hooks: Hooks,
+    image: RGBImage,
+    phrase: str | None,
+    box: tuple[float, float, float, float] | None,
+    field: str,
+) -> Mask:
+    mask = np.asarray(hooks.segment(image, phrase or "", box))
+    if mask.dtype != bool or mask.shape != image.shape[:2]:
+        raise LineError(
             field,
             f"by --segmenter is {mask.dtype} {list(mask.shape)}; it has to return "
-            f"bool {list(picture.shape[:2])}, the picture's size",
+            f"bool {list(image.shape[:2])}, the image's size",
         )
     if not mask.any():
-        raise Refused(
+        raise LineError(
             field,
             f"by --segmenter is empty: it finds no {phrase or 'subject'!r}; give "
             "the file of a mask",
@@ -279,8 +286,8 @@ def _segmented(hooks, picture, phrase, box, field):
     return mask
 
 
-def _described(hooks, picture, mask, field):
-    text = hooks.describe(picture, mask)
+def _described(hooks: Hooks, image: RGBImage, mask: Mask, field: str) -> str:
+    text = hooks.describe(image, mask)
     if not isinstance(text, str) or not text.strip():
-        raise Refused(field, f"by --captioner is {text!r:.60}; it has to return a text")
+        raise LineError(field, f"by --captioner is {text!r:.60}; it has to return a text")
     return text.strip()

@@ -1,1 +1,9 @@
-"""Diffusion without a model: noise schedule, prediction types, samplers, guidance."""
+"""Discrete-time diffusion: noise schedules, samplers and guidance. Needs jax, numpy and jaxtyping alone."""
+
+from focusdpo_jax.diffusion import samplers, schedule
+from focusdpo_jax.diffusion.samplers import SAMPLERS, Spacing, classifier_free_guidance, sample
+from focusdpo_jax.diffusion.schedule import (
+    NoiseSchedule,
+    logit_normal_timesteps,
+    scaled_linear_schedule,
+)

@@ -41,11 +41,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from focusdpo_jax.array_types import AnyArray, IntScalar, Scalar
 from focusdpo_jax.diffusion.schedule import NoiseSchedule
 from focusdpo_jax.errors import UserError
 
-Latents = Float[Array, "batch height width channels"]
-DenoiseFn = Callable[[Latents, Int[Array, "batch"]], Latents]
+Latents = Float[AnyArray, "batch height width channels"]
+# Fractions where a sampler visits them; see `sampling_timesteps`.
+Timesteps = Int[AnyArray, "batch"] | Float[AnyArray, "batch"]
+DenoiseFn = Callable[[Latents, Timesteps], Latents]
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -222,7 +225,7 @@ def guides(scale: float) -> bool:
     return scale > 1
 
 
-def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Float[Array, ""] | float) -> DenoiseFn:
+def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Scalar) -> DenoiseFn:
     """A denoiser of B latents from one of 2B: one call on [conditional, unconditional].
 
         prediction = unconditional + scale (conditional - unconditional)
@@ -235,7 +238,7 @@ def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Float[Array, ""] | fl
       scale: >= 0; may be traced.
     """
 
-    def guided(latents: Latents, t: Int[Array, "batch"]) -> Latents:
+    def guided(latents: Latents, t: Timesteps) -> Latents:
         both = denoise_fn(jnp.concatenate([latents, latents]), jnp.concatenate([t, t]))
         conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)
         return unconditional + scale * (conditional - unconditional)
@@ -257,7 +260,7 @@ class Known:
     """
 
     latents: Latents
-    kept: Float[Array, "batch height width 1"] | None = None
+    kept: Float[AnyArray, "kept_batch height width 1"] | None = None
     strength: float = 1.0
 
 
@@ -276,9 +279,7 @@ def first_step(steps: int, strength: float) -> int:
     return steps - made
 
 
-def step_noise(
-    keys: Key[Array, "batch"], step: Int[Array, ""] | int, shape: tuple[int, ...]
-) -> Latents:
+def step_noise(keys: Key[Array, "batch"], step: IntScalar, shape: tuple[int, ...]) -> Latents:
     """The fresh noise of one ancestral step, [B, *shape]; a row depends on its own key alone."""
 
     def draw(key):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from focusdpo_jax.array_types import AnyArray
 from focusdpo_jax.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -34,7 +35,7 @@ class NoiseSchedule:
       prediction_type: one of `PREDICTION_TYPES`.
     """
 
-    alphas_cumprod: Float[Array, "timesteps"]
+    alphas_cumprod: Float[AnyArray, "timesteps"]
     prediction_type: str = dataclasses.field(metadata={"static": True})
 
     @property
@@ -43,7 +44,7 @@ class NoiseSchedule:
         return self.alphas_cumprod.shape[0]
 
     def signal_and_noise(
-        self, t: Int[Array, "batch"]
+        self, t: Int[AnyArray, "batch"]
     ) -> tuple[Float[Array, "batch 1 1 1"], Float[Array, "batch 1 1 1"]]:
         """alpha_t and sigma_t, shaped to multiply [B, h, w, c]."""
         abar = jnp.asarray(self.alphas_cumprod)[t][:, None, None, None]
@@ -51,9 +52,9 @@ class NoiseSchedule:
 
     def add_noise(
         self,
-        latents: Float[Array, "batch height width channels"],
-        noise: Float[Array, "batch height width channels"],
-        t: Int[Array, "batch"],
+        latents: Float[AnyArray, "batch height width channels"],
+        noise: Float[AnyArray, "batch height width channels"],
+        t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
         """z_t = alpha_t z + sigma_t e."""
         alpha, sigma = self.signal_and_noise(t)
@@ -61,12 +62,12 @@ class NoiseSchedule:
 
     def target(
         self,
-        latents: Float[Array, "batch height width channels"],
-        noise: Float[Array, "batch height width channels"],
-        t: Int[Array, "batch"],
+        latents: Float[AnyArray, "batch height width channels"],
+        noise: Float[AnyArray, "batch height width channels"],
+        t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
         """What a perfect denoiser predicts for z_t, by prediction type."""
-        latents, noise = latents.astype(jnp.float32), noise.astype(jnp.float32)
+        latents, noise = jnp.asarray(latents, jnp.float32), jnp.asarray(noise, jnp.float32)
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -76,34 +77,48 @@ class NoiseSchedule:
 
     def to_x0(
         self,
-        prediction: Float[Array, "batch height width channels"],
-        noisy: Float[Array, "batch height width channels"],
-        t: Int[Array, "batch"],
+        prediction: Float[AnyArray, "batch height width channels"],
+        noisy: Float[AnyArray, "batch height width channels"],
+        t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
         """The clean latents that a prediction for `noisy` = z_t implies."""
         return self.x0_at(prediction, noisy, *self.signal_and_noise(t))
 
     def to_epsilon(
         self,
-        prediction: Float[Array, "batch height width channels"],
-        noisy: Float[Array, "batch height width channels"],
-        t: Int[Array, "batch"],
+        prediction: Float[AnyArray, "batch height width channels"],
+        noisy: Float[AnyArray, "batch height width channels"],
+        t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
         """The noise that a prediction for `noisy` = z_t implies."""
         return self.epsilon_at(prediction, noisy, *self.signal_and_noise(t))
 
-    def x0_at(self, prediction, noisy, alpha, sigma):
+    def x0_at(
+        self,
+        prediction: Float[AnyArray, "batch height width channels"],
+        noisy: Float[AnyArray, "batch height width channels"],
+        alpha: Float[AnyArray, "..."],
+        sigma: Float[AnyArray, "..."],
+    ) -> Float[Array, "batch height width channels"]:
         """As `to_x0`, at alpha_t and sigma_t, of a broadcastable shape, that may lie between two t."""
-        prediction, noisy = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
+        prediction = jnp.asarray(prediction, jnp.float32)
+        noisy = jnp.asarray(noisy, jnp.float32)
         if self.prediction_type == "sample":
             return prediction
         if self.prediction_type == "epsilon":
             return (noisy - sigma * prediction) / alpha
         return alpha * noisy - sigma * prediction
 
-    def epsilon_at(self, prediction, noisy, alpha, sigma):
+    def epsilon_at(
+        self,
+        prediction: Float[AnyArray, "batch height width channels"],
+        noisy: Float[AnyArray, "batch height width channels"],
+        alpha: Float[AnyArray, "..."],
+        sigma: Float[AnyArray, "..."],
+    ) -> Float[Array, "batch height width channels"]:
         """As `to_epsilon`, at alpha_t and sigma_t; see `x0_at`."""
-        prediction, noisy = prediction.astype(jnp.float32), noisy.astype(jnp.float32)
+        prediction = jnp.asarray(prediction, jnp.float32)
+        noisy = jnp.asarray(noisy, jnp.float32)
         if self.prediction_type == "epsilon":
             return prediction
         if self.prediction_type == "sample":

@@ -1,1 +1,1 @@
-"""Instance disruption: rejected pictures by drawing the subjects of good ones anew."""
+"""Instance disruption: makes rejected images by inpainting the subjects of chosen images."""

@@ -1,6 +1,6 @@
-"""Segmenters and captioners of other packages, found by their entry points.
+"""Loads segmenters and captioners of other packages by their entry points.
 
-A package that has one says so in its own setup.cfg:
+A package declares them in its setup.cfg:
 
     [options.entry_points]
     focusdpo_jax.segmenters =
@@ -8,11 +8,12 @@ A package that has one says so in its own setup.cfg:
     focusdpo_jax.captioners =
         blip = my_package.texts:describe
 
-and `disrupt --segmenter=sam --captioner=blip` uses them. What they are called with, and what they
-have to return, is `data.scene_manifest.Segmenter` and `data.scene_manifest.Captioner`.
+and `disrupt --segmenter=sam --captioner=blip` uses them. Their arguments and results are documented
+at `data.scene_manifest.Segmenter` and `data.scene_manifest.Captioner`.
 """
 
 import importlib.metadata
+from collections.abc import Callable
 
 from focusdpo_jax.errors import UserError
 
@@ -20,16 +21,16 @@ SEGMENTERS = "focusdpo_jax.segmenters"
 CAPTIONERS = "focusdpo_jax.captioners"
 
 
-def load(flag, group, name):
-    """The function of an entry point; None for no name.
+def load(flag: str, group: str, name: str | None) -> Callable | None:
+    """Loads the function of an entry point; returns None for an empty name.
 
     Args:
-      flag: where the name comes from, for messages.
+      flag: the command's flag, for error messages.
       group: SEGMENTERS or CAPTIONERS.
       name: of the entry point.
 
     Raises:
-      UserError: no installed package has it, it cannot be imported, or it is no function.
+      UserError: no installed package has it, it cannot be imported, or it is not a function.
     """
     if not name:
         return None
@@ -44,7 +45,7 @@ def load(flag, group, name):
     entry = found[name]
     try:
         function = entry.load()
-    except Exception as error:  # Whatever importing somebody's module raises.
+    except Exception as error:  # Importing a third-party module can raise anything.
         reason = " ".join(str(error).split())
         raise UserError(
             f"--{flag}={name}: {entry.value} cannot be loaded ({type(error).__name__}: {reason})"

@@ -1,40 +1,47 @@
-"""A part of a picture drawn anew: mask-blended denoising, or an inpainting UNet."""
+"""Inpaints a region of an image: mask-blended denoising, or an inpainting UNet."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import geometry
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.inference.generate import conditioned_denoiser, scene_noise
+from focusdpo_jax.inference.sampler import SamplingModel
+from focusdpo_jax.models.generator import Generator
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 
 CONTEXT = 2
-"""Side of the square that the generator sees, in lengths of the mask, unless more pixels fit."""
+"""Smallest side of the square that is given to the generator, in lengths of the mask."""
 
-# Where the phrase is weighed: shares of the noise schedule, between which subjects take shape.
+# Timesteps of the phrase score, as fractions of the noise schedule: those at which subjects form.
 _FIT_RANGE, _FIT_STEPS = (0.5, 0.8), 6
 
 
-def inpaints(generator):
-    """Whether the UNet is an inpainting one, which reads mask and masked picture.
+def is_inpainting_unet(generator: Generator) -> bool:
+    """Returns whether the UNet is an inpainting one, with mask and masked image as further inputs.
 
     Raises:
-      UserError: it reads neither latents alone nor these three.
+      UserError: its number of input channels fits neither kind.
     """
     channels, read = generator.config.vae.latent_channels, generator.config.unet.in_channels
     if read not in (channels, 2 * channels + 1):
         raise UserError(
             f"the UNet reads {read} channels; disruption needs one that reads the "
             f"{channels} of the latents, or {2 * channels + 1} with mask and masked "
-            "picture"
+            "image"
         )
     return read != channels
 
 
-def latent_mask(mask, factor):
-    """The latents that are to be drawn: those with a pixel of the mask under them.
+def latent_mask(mask: Bool[Array, "H W"] | Mask, factor: int) -> Float[Array, "1 h w 1"]:
+    """Returns the latents to inpaint: those with at least one masked pixel.
 
     Args:
       mask: bool [H, W].
@@ -49,37 +56,45 @@ def latent_mask(mask, factor):
 
 
 def make_inpaint(
-    generator, *, steps, strength, guidance, negative_token_ids, sampler="ddim", image_scale=1.0
-):
-    """Builds the jitted function that draws several candidates for one place.
+    generator: Generator,
+    *,
+    steps: int,
+    strength: float,
+    guidance: float,
+    negative_token_ids: Int[Any, "2 L"],
+    sampler: str = "ddim",
+    image_scale: float = 1.0,
+) -> Callable[..., UInt8[Array, "K H W 3"]]:
+    """Builds the jitted function that inpaints several candidates for one region.
 
-    With a UNet that reads latents alone, those outside the mask are put back after every step
-    (`samplers.Known`). An inpainting UNet reads at every step, behind the latents, the mask and the
-    latents of the picture whose masked pixels are grey; nothing is put back.
+    With a UNet that takes latents alone, the latents outside the mask are restored after every step
+    (`samplers.Known`). An inpainting UNet takes, concatenated to the latents, the mask and the latents of
+    the image with grey masked pixels; nothing is restored.
 
     Args:
+      generator: the model's pure functions.
       steps, guidance, negative_token_ids, sampler, image_scale: see `generate.make_generate`.
-      strength: in (0, 1], the share of the steps that is made: how little stays of what was there.
-
-    Raises:
-      UserError: there is no such sampler, the steps are none, or the UNet is another kind.
+      strength: in (0, 1], the fraction of the steps that is run: 1 keeps nothing of the original.
 
     Returns:
-      inpaint(parameters, picture, mask, token_ids, time_ids, reference, present, noise, keys) ->
-      uint8 [K, H, W, 3], K candidates, of which only what lies inside the mask counts. Of picture
-      uint8 [H, W, 3], mask bool [H, W], token_ids [2, L], time_ids [6], reference (float
-      [R, R, 3] in [0, 1], of the image encoder's size) and present (bool, whether the reference
-      is looked at) there is one for all; noise is [K, h, w, C], keys [K].
+      inpaint(parameters, image, mask, token_ids, time_ids, reference, present, noise, keys) ->
+      uint8 [K, H, W, 3], K candidates, valid inside the mask only. The arguments image uint8 [H, W, 3],
+      mask bool [H, W], token_ids [2, L], time_ids [6], reference (float [R, R, 3] in [0, 1], of the
+      image encoder's size) and present (bool, whether the reference is used) are shared by all
+      candidates; noise is [K, h, w, C], keys [K].
+
+    Raises:
+      UserError: the sampler does not exist, no step would be run, or the UNet is of another kind.
     """
-    reads_mask, spacing = inpaints(generator), generator.config.spacing
+    reads_mask, spacing = is_inpainting_unet(generator), generator.config.spacing
     guided = samplers.guides(guidance)
-    # Once more when it is traced; here it is early enough to tell the user.
+    # Also checked when the function is traced; here it fails before the first call.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
     samplers.first_step(steps, strength)
 
     @jax.jit
-    def inpaint(parameters, picture, mask, token_ids, time_ids, reference, present, noise, keys):
-        pixels = picture[None].astype(jnp.float32) / 255
+    def inpaint(parameters, image, mask, token_ids, time_ids, reference, present, noise, keys):
+        pixels = image[None].astype(jnp.float32) / 255
         drawn = latent_mask(mask, generator.latent_factor)
         clean, _ = generator.encode_latents(parameters, pixels)
 
@@ -88,7 +103,7 @@ def make_inpaint(
 
         inpainting = None
         if reads_mask:
-            inpainting = for_all(_for_inpainting(generator, parameters, pixels, mask, drawn))
+            inpainting = for_all(_inpainting_channels(generator, parameters, pixels, mask, drawn))
         view = generator.encode_reference(parameters, reference[None, None])
         denoise = conditioned_denoiser(
             generator,
@@ -121,30 +136,42 @@ def make_inpaint(
     return inpaint
 
 
-def _for_inpainting(generator, parameters, pixels, mask, drawn):
-    """What an inpainting UNet reads behind the latents: [1, h, w, 1 + C]."""
+def _inpainting_channels(
+    generator: Generator,
+    parameters: Any,
+    pixels: Float[Array, "1 H W 3"],
+    mask: Bool[Array, "H W"],
+    drawn: Float[Array, "1 h w 1"],
+) -> Float[Array, "1 h w channels"]:
+    """Returns the inputs of an inpainting UNet besides the latents: [1, h, w, 1 + C]."""
     rest, _ = generator.encode_latents(parameters, jnp.where(mask[None, :, :, None], 0.5, pixels))
     return jnp.concatenate([drawn, rest], axis=-1)
 
 
-def make_fit(generator, negative_token_ids):
-    """Builds the jitted function that says how well a phrase explains what was drawn.
+def make_phrase_score(
+    generator: Generator, negative_token_ids: Int[Any, "2 L"]
+) -> Callable[..., Float[Array, " K"]]:
+    """Builds the jitted function that scores how well a phrase explains the inpainted region.
 
-    The measure is that of diffusion classifiers (Li et al. 2023, arXiv 2303.16203): by how much the
-    phrase lowers the denoising error inside the mask, here against the empty prompt, averaged over
-    a few timesteps of the noisier half. Timesteps and noise are the same for all pictures.
+    The score is that of diffusion classifiers (Li et al. 2023, arXiv 2303.16203): the decrease of the
+    denoising error inside the mask due to the phrase, here relative to the empty prompt, averaged over a
+    few timesteps of the noisier half. Timesteps and noise are the same for all images.
+
+    Args:
+      generator: the model's pure functions.
+      negative_token_ids: int [2, L], the empty prompt.
 
     Returns:
-      fit(parameters, pictures, mask, token_ids, time_ids) -> float32 [K], higher is better, of
-      pictures uint8 [K, H, W, 3] and the other arguments as in `make_inpaint`.
+      score(parameters, images, mask, token_ids, time_ids) -> float32 [K], higher is better, for images
+      uint8 [K, H, W, 3] and the other arguments as in `make_inpaint`.
     """
-    reads_mask, schedule = inpaints(generator), generator.schedule
+    reads_mask, schedule = is_inpainting_unet(generator), generator.schedule
     timesteps = np.linspace(*_FIT_RANGE, _FIT_STEPS) * schedule.timesteps
     size = generator.config.image_encoder.image_size
 
     @jax.jit
-    def fit(parameters, pictures, mask, token_ids, time_ids):
-        pixels = pictures.astype(jnp.float32) / 255
+    def fit(parameters, images, mask, token_ids, time_ids):
+        pixels = images.astype(jnp.float32) / 255
         count, drawn = len(pixels), latent_mask(mask, generator.latent_factor)
         clean, _ = generator.encode_latents(parameters, pixels)
 
@@ -153,14 +180,16 @@ def make_fit(generator, negative_token_ids):
 
         inpainting = None
         if reads_mask:
-            inpainting = for_all(_for_inpainting(generator, parameters, pixels[:1], mask, drawn))
-        nobody = generator.encode_reference(parameters, jnp.ones((1, 1, size, size, 3)))
+            inpainting = for_all(
+                _inpainting_channels(generator, parameters, pixels[:1], mask, drawn)
+            )
+        empty_reference = generator.encode_reference(parameters, jnp.ones((1, 1, size, size, 3)))
         denoise = conditioned_denoiser(
             generator,
             parameters,
             for_all(token_ids[None]),
             for_all(time_ids[None]),
-            jax.tree.map(for_all, nobody),
+            jax.tree.map(for_all, empty_reference),
             jnp.zeros((count, 1), bool),
             negative_token_ids=negative_token_ids,
             inpainting=inpainting,
@@ -187,60 +216,75 @@ def make_fit(generator, negative_token_ids):
 
 
 class Inpainter:
-    """Draws candidates for a place in a picture, a batch at a time, on devices that share it."""
+    """Inpaints candidates for a region of an image in batches, on all devices that divide a batch evenly."""
 
     def __init__(
-        self, model, *, resolution, steps, strength, guidance, sampler="ddim", batch_size=8
+        self,
+        model: SamplingModel,
+        *,
+        resolution: int,
+        steps: int,
+        strength: float,
+        guidance: float,
+        sampler: str = "ddim",
+        batch_size: int = 8,
     ):
-        """Builds the programs.
+        """Builds the jitted functions.
 
         Args:
-          model: a `training.models.Model`.
-          resolution: side in pixels of the squares that the generator draws.
+          model: that generates the candidates.
+          resolution: side in pixels of the squares that are generated.
           steps, strength, guidance, sampler: see `make_inpaint`.
           batch_size: candidates at once.
 
         Raises:
-          UserError: as `make_inpaint`, or the resolution does not suit the generator.
+          UserError: as `make_inpaint`, or the generator does not support the resolution.
         """
         model.generator.config.check_resolution(resolution, "--resolution=")
         self._generator, self._tokenizer = model.generator, model.tokenizer
         self._resolution, self._batch_size = resolution, batch_size
         self._mesh = inference_mesh(batch_size)
         self._parameters = replicate(model.parameters, self._mesh)
-        nothing = model.tokenizer("")
+        empty_prompt = model.tokenizer("")
         self._inpaint = make_inpaint(
             model.generator,
             steps=steps,
             strength=strength,
             guidance=guidance,
             sampler=sampler,
-            negative_token_ids=nothing,
+            negative_token_ids=empty_prompt,
         )
-        self._fit = make_fit(model.generator, nothing)
+        self._phrase_score = make_phrase_score(model.generator, empty_prompt)
 
-    def draw(self, picture, mask, phrase, seeds, reference=None):
-        """Draws what is inside a mask anew.
+    def draw(
+        self,
+        image: RGBImage,
+        mask: Mask,
+        phrase: str,
+        seeds: Sequence[int],
+        reference: RGBImage | None = None,
+    ) -> tuple[list[RGBImage], Float[np.ndarray, " K"]]:
+        """Inpaints candidates inside a mask.
 
-        The generator sees a square around the mask: of its own resolution or, for a larger subject,
-        of `CONTEXT` times the mask's length, at most the picture's shorter side; only then pixels
-        are resampled. Every candidate depends on its own seed and on nothing beside it.
+        The generator's input is a square around the mask, of its own resolution or, for larger subjects, of
+        `CONTEXT` times the mask's length, at most the image's shorter side. Pixels are resampled only in
+        the second case. Every candidate depends on its own seed and not on the others of its batch.
 
         Args:
-          picture: uint8 [H, W, 3].
-          mask: bool [H, W], not empty and not longer than the picture's shorter side.
-          phrase: what to draw.
+          image: uint8 [H, W, 3].
+          mask: bool [H, W], not empty and not longer than the image's shorter side.
+          phrase: of the new subject.
           seeds: one for each candidate.
-          reference: uint8 [h, w, 3], whom to draw; None draws from the phrase alone.
+          reference: uint8 [h, w, 3], image of the new subject; None uses the phrase alone.
 
         Returns:
-          A list of uint8 [H, W, 3] with the candidates in their place, every pixel outside the mask
-          as it was; and how well the phrase explains each (`make_fit`), float32 [K].
+          A list of uint8 [H, W, 3], the image with each candidate, unchanged outside the mask; and the
+          phrase score of each (`make_phrase_score`), float32 [K].
         """
         side = self._resolution
         extent = max(high - low for low, high in geometry.bounds(mask))
-        square = geometry.square_around(mask, min(max(side, CONTEXT * extent), *picture.shape[:2]))
-        small, inside = (geometry.pad_to_square(x[square], side) for x in (picture, mask))
+        square = geometry.square_around(mask, min(max(side, CONTEXT * extent), *image.shape[:2]))
+        small, inside = (geometry.pad_to_square(x[square], side) for x in (image, mask))
         size = self._generator.config.image_encoder.image_size
         shown = (
             np.full((size, size, 3), 255, np.uint8)
@@ -248,18 +292,24 @@ class Inpainter:
             else geometry.pad_to_square(reference, size)
         )
         shared = replicate(
-            (small, inside, self._tokenizer(phrase), np.float32([side, side, 0, 0, side, side])),
+            (
+                small,
+                inside,
+                self._tokenizer(phrase),
+                np.array([side, side, 0, 0, side, side], np.float32),
+            ),
             self._mesh,
         )
         shown = replicate((np.float32(shown) / 255, np.array(reference is not None)), self._mesh)
-        pictures, fits = [], []
+        images, phrase_scores = [], []
         for start in range(0, len(seeds), self._batch_size):
             batch = list(seeds[start : start + self._batch_size])
-            filled = batch + batch[-1:] * (self._batch_size - len(batch))  # One shape, one program.
+            # Padded to one shape, so that one program is compiled.
+            filled = batch + batch[-1:] * (self._batch_size - len(batch))
             noise = jnp.concatenate(
                 [scene_noise(seed, [0], self._generator.latent_shape(side)) for seed in filled]
             )
-            # The noise on the way must not repeat that of the start, which folds in 0.
+            # The initial noise folds in 0; the noise of later steps needs another key.
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
                 jnp.asarray(filled)
             )
@@ -269,14 +319,14 @@ class Inpainter:
                 )
             )
             seen = np.where(inside[..., None], drawn, small)
-            fits.append(
-                np.asarray(self._fit(self._parameters, shard_batch(seen, self._mesh), *shared[1:]))[
-                    : len(batch)
-                ]
+            phrase_scores.append(
+                np.asarray(
+                    self._phrase_score(self._parameters, shard_batch(seen, self._mesh), *shared[1:])
+                )[: len(batch)]
             )
             for candidate in drawn[: len(batch)]:
-                result = picture.copy()
-                part = result[square]  # A view: what is put there is put into the result.
+                result = image.copy()
+                part = result[square]  # A view: assignments change `result`.
                 part[mask[square]] = geometry.pad_to_square(candidate, len(part))[mask[square]]
-                pictures.append(result)
-        return pictures, np.concatenate(fits)
+                images.append(result)
+        return images, np.concatenate(phrase_scores)

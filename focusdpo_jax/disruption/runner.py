@@ -1,56 +1,48 @@
-"""From a manifest of good pictures to one of pairs: every subject drawn anew, the best of several.
+"""Converts a manifest of images to a manifest of pairs: inpaints every subject, keeps the best candidate.
 
-What `--output` holds afterwards: `scenes/<line>/` with the pictures of a pair and `line.json`, its
-line of the manifest; `manifest.jsonl`, which `prepare` takes; `contact_sheet.png`; `report.json`.
-A scene's `line.json` is written last, so that a killed start is gone on with, and the result is
-the same to the byte.
+`output_folder` describes the output. A scene's `line.json` is written last, so that an interrupted run
+can be continued, and the result is the same to the byte.
 """
 
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable
 
 import numpy as np
 from etils import epath
 
-from focusdpo_jax.data import geometry, manifest, scene_manifest
-from focusdpo_jax.data.images import (
-    decode_mask,
-    decode_picture,
-    encode_png,
-    is_converted,
-)
-from focusdpo_jax.data.manifest import Refused
-from focusdpo_jax.data.report import complaint
-from focusdpo_jax.disruption.choice import Judge, choose
+from focusdpo_jax.array_types import Mask, RGBImage
+from focusdpo_jax.data import manifest, scene_manifest
+from focusdpo_jax.data.images import is_converted
+from focusdpo_jax.data.manifest import LineError
+from focusdpo_jax.data.report import refused_lines_message
+from focusdpo_jax.disruption import output_folder
 from focusdpo_jax.disruption.inpainting import Inpainter
+from focusdpo_jax.disruption.output_folder import MANIFEST, REPORT, SHEET
+from focusdpo_jax.disruption.selection import CandidateScorer, select_candidate
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.progress import ItemProgress
-from focusdpo_jax.vision import places
+from focusdpo_jax.vision import regions
 
 MODES = ("phrase", "leak")
-MANIFEST, REPORT, SHEET = "manifest.jsonl", "report.json", "contact_sheet.png"
-_COMMAND = "disrupt"
-_FORMAT = 1  # Changes when the same line would make another pair.
+_FORMAT = 1  # Increment when the same line would give another pair.
 _SHEET_ROWS = 12
-_ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines the pairs besides the manifest, its pictures, the model and the judge.
+    """What determines the pairs besides the manifest, its images, the model and the scorer.
 
     Attributes:
-      mode: "phrase" draws each subject from its phrase alone; "leak" under the reference of another
-        subject of its scene, so that it wears that one's looks.
-      candidates: drawn for each subject, of which one is taken.
-      seed: of the whole; a candidate's own follows from it, the picture and the subject's place in
-        the line.
+      mode: "phrase" inpaints each subject from its phrase alone; "leak" with the reference of another
+        subject of its scene, whose looks it takes.
+      candidates: number of candidates of each subject, one of which is selected.
+      seed: base seed; a candidate's seed depends on it, on the image and on the subject's index in the
+        line.
       resolution, steps, strength, guidance, sampler, batch_size: as `Inpainter` takes them.
-      max_subjects: the most that a line may have.
+      max_subjects: largest number of subjects of a line.
     """
 
     mode: str = "phrase"
@@ -65,7 +57,7 @@ class Settings:
     max_subjects: int = 3
 
     def inpainting(self) -> dict:
-        """The arguments of `Inpainter`."""
+        """Returns the keyword arguments of `Inpainter`."""
         names = "resolution", "steps", "strength", "guidance", "sampler", "batch_size"
         return {name: getattr(self, name) for name in names}
 
@@ -75,7 +67,7 @@ def disrupt(
     output: epath.PathLike,
     settings: Settings,
     inpainter: Inpainter,
-    judge: Judge,
+    scorer: CandidateScorer,
     *,
     identity: dict,
     count_tokens: Callable[[str], tuple[int, int]],
@@ -83,41 +75,42 @@ def disrupt(
     hooks: scene_manifest.Hooks = scene_manifest.Hooks(),
     skip: bool = False,
 ) -> dict:
-    """Makes the pairs of a manifest, or what is missing of them.
+    """Builds the pairs of a manifest, or those that are missing.
 
     Args:
       path: the manifest.
       output: folder of the pairs; made if missing.
-      settings, inpainter, judge: how.
-      identity: of model and hooks, as JSON values: what a second start must have in common with
-        the first besides the settings.
-      count_tokens: (tokens of a text, the most that the model reads).
-      draw_sheet: writes a picture of some records to a path.
-      hooks: what fills in masks and texts.
-      skip: leave out lines that cannot be used; otherwise one of them stops everything.
+      settings: what the result depends on.
+      inpainter: generates candidates.
+      scorer: scores candidates.
+      identity: JSON values that identify model and hooks; a continued run must have the same.
+      count_tokens: (number of tokens of a text, largest number that the model takes).
+      draw_sheet: writes an image of some records to a path.
+      hooks: supply missing masks and texts.
+      skip: leave out lines that cannot be used; otherwise one of them stops the run.
 
     Returns:
       The report: settings, lines, scenes, subjects, refused (a list of {line, field, reason}), and
-      the mean of the chosen candidates' scores.
+      the mean scores of the selected candidates.
 
     Raises:
-      UserError: lines were refused, nothing is left, or `output` holds something else.
+      UserError: lines were refused, no line is left, or `output` has other content.
     """
     path, output = epath.Path(path), epath.Path(output)
     identity = json.loads(
-        json.dumps({**dataclasses.asdict(settings), **identity, **judge.name, "format": _FORMAT})
+        json.dumps({**dataclasses.asdict(settings), **identity, **scorer.name, "format": _FORMAT})
     )
-    work = _Work(path, output, settings, inpainter, judge, hooks, count_tokens)
+    work = _Work(path, output, settings, inpainter, scorer, hooks, count_tokens)
     texts = dict(manifest.read_lines(path))
     if not texts:
         raise UserError(f"--manifest={path} is empty; write one JSON object a line (docs/data.md)")
     try:
-        _claim(output, identity)
+        output_folder.claim(output, identity)
         refused = {}
         for number, text in texts.items():
             try:
                 work.read(text)
-            except Refused as error:
+            except LineError as error:
                 refused[number] = error
         _complain(refused, texts, output, identity, skip)
         progress = ItemProgress("scenes disrupted", len(texts) - len(refused))
@@ -127,7 +120,7 @@ def disrupt(
                 continue
             try:
                 lines[number] = work.finish(number, text)
-            except Refused as error:  # By what a hook gave.
+            except LineError as error:  # From the result of a hook.
                 refused[number] = error
                 _complain(refused, texts, output, identity, skip)
             progress.add(1)
@@ -140,85 +133,102 @@ def disrupt(
 
 
 class _Work:
-    """What is done to a line."""
+    """Processes single lines."""
 
-    def __init__(self, path, output, settings, inpainter, judge, hooks, count_tokens):
+    def __init__(
+        self,
+        path: epath.Path,
+        output: epath.Path,
+        settings: Settings,
+        inpainter: Inpainter,
+        scorer: CandidateScorer,
+        hooks: scene_manifest.Hooks,
+        count_tokens: Callable[[str], tuple[int, int]],
+    ):
         self._root, self._output, self._settings = path.parent, output, settings
-        self._inpainter, self._judge, self._hooks = inpainter, judge, hooks
+        self._inpainter, self._scorer, self._hooks = inpainter, scorer, hooks
         self._count_tokens = count_tokens
 
-    def read(self, text):
-        """A line, the contents of its files, and its `Scene`; refuses what cannot be used."""
+    def read(
+        self, text: bytes
+    ) -> tuple[scene_manifest.SceneLine, dict[str, bytes], scene_manifest.LoadedScene]:
+        """Parses a line and reads its files; returns the line, their contents and the loaded scene.
+
+        Raises:
+          LineError: the line cannot be used.
+        """
         line = scene_manifest.parse_line(
             text, max_subjects=self._settings.max_subjects, hooks=self._hooks
         )
         if self._settings.mode == "leak" and len(line.subjects) < 2:
-            raise Refused(
+            raise LineError(
                 "subjects",
-                "has 1 entry and --mode=leak needs another one, whose looks "
-                "it can wear; use --mode=phrase",
+                "has 1 entry and --mode=leak needs another subject, whose looks "
+                "are transferred; use --mode=phrase",
             )
         contents = {
             field: manifest.read_file(self._root, name, field)
             for field, name in line.files().items()
         }
-        opened = scene_manifest.open_scene(line, contents, self._settings.resolution)
-        self._check_tokens(opened)
-        return line, contents, opened
+        scene = scene_manifest.load_scene(line, contents, self._settings.resolution)
+        self._check_tokens(scene)
+        return line, contents, scene
 
-    def _check_tokens(self, opened):
-        for i, subject in enumerate(opened.subjects):
+    def _check_tokens(self, scene: scene_manifest.LoadedScene) -> None:
+        for i, subject in enumerate(scene.subjects):
             if subject.phrase is not None:
                 tokens, most = self._count_tokens(subject.phrase)
                 if tokens > most:
-                    raise Refused(
+                    raise LineError(
                         f"subjects[{i}].phrase",
                         f"has {tokens} tokens and the model reads {most}; shorten it",
                     )
 
-    def finish(self, number, text):
-        """The line of the pair; draws it unless it is there."""
-        line, contents, opened = self.read(text)
+    def finish(self, number: int, text: bytes) -> dict:
+        """Returns the pair's line of the manifest; builds the pair unless it exists."""
+        line, contents, scene = self.read(text)
         folder = self._output / "scenes" / f"{number:06d}"
         digests = [hashlib.sha256(content).hexdigest() for content in (text, *contents.values())]
         if any(map(is_converted, contents.values())):
-            digests.append("colour profiles")  # Pairs from before they were read differ.
+            digests.append("colour profiles")  # Earlier versions ignored profiles.
         digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-        made = _read_json(folder / "line.json")
+        made = output_folder.read_json(folder / "line.json")
         if made.get("digest") == digest:
             return made["line"]
-        scene_manifest.fill(opened, line, self._hooks, _cut)
-        self._check_tokens(opened)
-        rejected, told = self._rejected(opened, contents["chosen"])
+        scene_manifest.fill(scene, line, self._hooks, _cut)
+        self._check_tokens(scene)
+        rejected, records = self._rejected(scene, contents["chosen"])
         (folder / "line.json").unlink(missing_ok=True)
         made = {
             "digest": digest,
-            "line": _write_pair(folder, line, contents, opened, rejected, told),
+            "line": output_folder.write_pair(folder, line, contents, scene, rejected, records),
         }
         replace_file(folder / "line.json", json.dumps(made, indent=2) + "\n")
         return made["line"]
 
-    def _rejected(self, opened, chosen):
-        """The picture with all subjects drawn anew, one by one, and how each came about."""
-        picture, told, settings = opened.picture, [], self._settings
-        for i, subject in enumerate(opened.subjects):
+    def _rejected(
+        self, scene: scene_manifest.LoadedScene, chosen: bytes
+    ) -> tuple[RGBImage, list[dict]]:
+        """Inpaints all subjects one after another; returns the image and the scores of each subject."""
+        image, records, settings = scene.image, [], self._settings
+        for i, subject in enumerate(scene.subjects):
             first = _first_seed(settings.seed, chosen, i)
             seeds = range(first, first + settings.candidates)
             donor = None
             if settings.mode == "leak":
-                others = [j for j in range(len(opened.subjects)) if j != i]
+                others = [j for j in range(len(scene.subjects)) if j != i]
                 donor = others[first % len(others)]
-            candidates, fits = self._inpainter.draw(
-                picture,
+            candidates, phrase_scores = self._inpainter.draw(
+                image,
                 subject.mask,
                 subject.phrase,
                 seeds,
-                None if donor is None else opened.subjects[donor].reference,
+                None if donor is None else scene.subjects[donor].reference,
             )
-            instance, caption = self._judge.scores(
-                opened.picture, candidates, subject.mask, subject.phrase, fits
+            instance, caption = self._scorer.scores(
+                scene.image, candidates, subject.mask, subject.phrase, phrase_scores
             )
-            best = choose(instance, caption)
+            best = select_candidate(instance, caption)
             scored = [
                 {
                     "seed": seed,
@@ -227,7 +237,7 @@ class _Work:
                 }
                 for seed, a, b in zip(seeds, instance, caption, strict=True)
             ]
-            told.append(
+            records.append(
                 {
                     "mode": settings.mode,
                     "strength": settings.strength,
@@ -236,200 +246,73 @@ class _Work:
                 }
                 | ({} if donor is None else {"donor": donor})
             )
-            picture = candidates[best]
-        return picture, told
+            image = candidates[best]
+        return image, records
 
 
-def _first_seed(seed, chosen, subject):
-    """The seed of a subject's first candidate, whatever stands beside its line."""
+def _first_seed(seed: int, chosen: bytes, subject: int) -> int:
+    """Returns the seed of a subject's first candidate, independent of the other lines."""
     text = f"{seed} {hashlib.sha256(chosen).hexdigest()} {subject}"
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) % 2**30
 
 
-def _cut(picture, mask):
-    """The subject alone on white, and where it is there."""
-    place = places.Place.of_mask(mask)
+def _cut(image: RGBImage, mask: Mask) -> tuple[RGBImage, Mask]:
+    """Returns the subject alone on white, and its mask."""
+    region = regions.Region.from_mask(mask)
     black = np.repeat(np.where(mask, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-    return places.cut(picture, place), places.cut(black, place)[..., 0] < 128
+    return regions.crop_subject(image, region), regions.crop_subject(black, region)[..., 0] < 128
 
 
-def _write_pair(folder, line, contents, opened, rejected, told):
-    """Writes the pictures of a pair; returns its line of the manifest."""
-    named = line.files()
-
-    def put(field, name, made):
-        """The user's own file where there is one, as it is; otherwise what was made."""
-        if field in contents:
-            name, made = name + _ending(named[field]), contents[field]
-        else:
-            name, made = name + ".png", encode_png(made)
-        replace_file(folder / name, made)
-        return f"scenes/{folder.name}/{name}"
-
-    union = np.any([subject.mask for subject in opened.subjects], axis=0)
-    pair = {
-        "caption": opened.caption,
-        "chosen": put("chosen", "chosen", None),
-        "rejected": put("rejected", "rejected", rejected),
-        "prior_mask": put("prior_mask", "prior_mask", union),
-        "subjects": [],
-    }
-    for i, (subject, own) in enumerate(zip(opened.subjects, line.subjects, strict=True)):
-        pair["subjects"].append(
-            {
-                "phrase": subject.phrase,
-                **{
-                    field: put(f"subjects[{i}].{field}", f"{field}{i}", getattr(subject, field))
-                    for field in ("reference", "reference_mask", "mask")
-                },
-                "info": _info(own.info) | {"disruption": told[i]},
-            }
-        )
-    if line.group is not None:
-        pair["group"] = line.group
-    if line.info is not None:
-        pair["info"] = line.info
-    return pair
-
-
-def _info(given):
-    """What the user keeps with a subject, as an object."""
-    if given is None:
-        return {}
-    return given if isinstance(given, dict) else {"info": given}
-
-
-def _ending(name):
-    match = _ENDING.search(name)
-    return match[0].lower() if match else ""
-
-
-def _claim(output, identity):
-    """Notes what the folder is for; refuses one that is for something else."""
-    found = _read_json(output / REPORT)
-    if found.get("command") != _COMMAND:
-        for name in (MANIFEST, REPORT, SHEET, "scenes"):
-            if (output / name).exists():
-                raise UserError(
-                    f"--output={output} has a {name} that `disrupt` did not make; give "
-                    "another --output"
-                )
-    elif (output / "scenes").exists():
-        before = found["settings"]
-        other = sorted(
-            name for name in {*before, *identity} if before.get(name) != identity.get(name)
-        )
-        if other:
-            raise UserError(
-                f"--output={output} holds pairs with another {', '.join(other)}; give "
-                "another --output, or remove the folder"
-            )
-        return
-    _write_report(output, "begun", identity)
-
-
-def _complain(refused, texts, output, identity, skip):
-    """Stops over refused lines, if that is wanted, with all of them in the report."""
+def _complain(
+    refused: dict[int, LineError],
+    texts: dict[int, bytes],
+    output: epath.Path,
+    identity: dict,
+    skip: bool,
+) -> None:
+    """Writes the report and raises UserError if refused lines stop the run."""
     if len(refused) == len(texts) or refused and not skip:
         listed = _listed(refused)
-        _write_report(output, "refused", identity, refused=listed)
-        raise UserError(complaint(listed, len(texts), output / REPORT, skip))
+        output_folder.write_report(output, "refused", identity, refused=listed)
+        raise UserError(refused_lines_message(listed, len(texts), output / REPORT, skip))
 
 
-def _listed(refused):
+def _listed(refused: dict[int, LineError]) -> list[dict]:
     return [
         {"line": number, "field": error.field, "reason": error.reason}
         for number, error in sorted(refused.items())
     ]
 
 
-def _sum_up(output, lines, refused, texts, identity, draw_sheet):
-    """Writes what stands beside the scenes, and removes what earlier starts have left."""
+def _sum_up(
+    output: epath.Path,
+    lines: dict[int, dict],
+    refused: dict[int, LineError],
+    texts: dict[int, bytes],
+    identity: dict,
+    draw_sheet: Callable[[epath.Path, list[dict]], None],
+) -> dict:
+    """Writes manifest, contact sheet and report, and removes outdated files."""
     pairs = list(lines.values())
     replace_file(output / MANIFEST, "".join(json.dumps(pair) + "\n" for pair in pairs))
     count = min(_SHEET_ROWS, len(pairs))
     draw_sheet(
-        output / SHEET, [_record(output, pairs[i * len(pairs) // count]) for i in range(count)]
+        output / SHEET,
+        [output_folder.load_record(output, pairs[i * len(pairs) // count]) for i in range(count)],
     )
-    told = [s["info"]["disruption"] for pair in pairs for s in pair["subjects"]]
-    report = _write_report(
+    records = [s["info"]["disruption"] for pair in pairs for s in pair["subjects"]]
+    report = output_folder.write_report(
         output,
         "complete",
         identity,
         lines=len(texts),
         scenes=len(pairs),
-        subjects=len(told),
+        subjects=len(records),
         refused=_listed(refused),
         **{
-            name: round(float(np.mean([t[name] for t in told])), 5)
+            name: round(float(np.mean([t[name] for t in records])), 5)
             for name in ("instance_similarity", "caption_similarity")
         },
     )
-    _sweep(output, lines)
-    return report
-
-
-def _record(output, pair):
-    """A pair as a contact sheet takes it: all pictures brought to squares."""
-
-    def picture(name):
-        return _square(decode_picture((output / name).read_bytes())[0])
-
-    def mask(name):
-        return _square(decode_mask((output / name).read_bytes()))
-
-    return {
-        "caption": pair["caption"],
-        "chosen": picture(pair["chosen"]),
-        "rejected": picture(pair["rejected"]),
-        "prior_mask": mask(pair["prior_mask"]),
-        "subjects": [
-            {
-                "reference": picture(s["reference"]),
-                "mask": mask(s["mask"]),
-                "reference_mask": mask(s["reference_mask"]),
-            }
-            for s in pair["subjects"]
-        ],
-    }
-
-
-def _square(pixels):
-    return geometry.pad_to_square(pixels, max(pixels.shape[:2]))
-
-
-def _sweep(output, lines):
-    """Removes scenes that are no longer in the manifest, and files that were half written."""
-    for folder in (output / "scenes").iterdir():
-        if not folder.name.isdigit():
-            continue  # Not ours.
-        if int(folder.name) not in lines:
-            folder.rmtree()
-            continue
-        pair = lines[int(folder.name)]
-        named = {pair[name] for name in ("chosen", "rejected", "prior_mask")} | {
-            s[name] for s in pair["subjects"] for name in ("reference", "reference_mask", "mask")
-        }
-        keep = {epath.Path(name).name for name in named} | {"line.json"}
-        for file in folder.iterdir():
-            if file.name not in keep:
-                file.unlink()
-    for name in (MANIFEST, SHEET, REPORT):
-        for file in output.glob(f"{name}.*.tmp"):
-            file.unlink()
-
-
-def _read_json(path):
-    """The object in a file, an empty one where there is none."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _write_report(output, status, identity, **values):
-    """Writes report.json; returns what is in it."""
-    report = {"command": _COMMAND, "status": status, "settings": identity, **values}
-    replace_file(output / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")
+    output_folder.remove_outdated(output, lines)
     return report

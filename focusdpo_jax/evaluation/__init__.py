@@ -1,1 +1,1 @@
-"""Measuring generated images."""
+"""Benchmarks, scorers, statistics and reports of generated images."""

@@ -1,45 +1,79 @@
-"""The benchmarks: which scenes each asks for, and who scores them.
+"""The benchmarks: Toybox's test scenes, and DreamBench or lists of scenes with photographs.
 
-A benchmark has `settings`, all that its scenes depend on; `about`, a sentence for people;
-`scorers` and `place_scorer` (or None), as `scoring` describes them; and `scenes`, which takes the
-output folder. What is wrong with it is found when it is made, before anything is drawn.
+All inputs are checked in the constructors, before any image is generated.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from etils import epath
+
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import dreambench, scoring, toybox_scenes
 from focusdpo_jax.evaluation import scenes as scene_files
+from focusdpo_jax.evaluation.output_folder import OutputFolder
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
 from focusdpo_jax.models import truncation
 from focusdpo_jax.vision import encoders
 
 
-class Toybox:
-    """Test scenes of the procedural world, whose truth is known."""
+class Benchmark(Protocol):
+    """What `runner.run` needs of a benchmark.
 
-    place_scorer = None
+    Attributes:
+      settings: JSON values that determine the scenes.
+      about: one sentence for the report.
+      scorers: compute the metrics.
+      region_scorer: finds the regions of subjects, or None.
+    """
 
-    def __init__(self, config, probe, *, samples, seed, limit, batch_size):
+    settings: dict[str, Any]
+    about: str
+    scorers: list[scoring.Scorer]
+    region_scorer: scoring.RegionScorer | None
+
+    def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
+        """Returns the scenes; may write their references to `folder`."""
+        ...
+
+
+class ToyboxBenchmark:
+    """Test scenes of the procedural world, whose ground truth is known."""
+
+    region_scorer: scoring.RegionScorer | None = None
+
+    def __init__(
+        self,
+        config: RunConfig,
+        probe: dict | None,
+        *,
+        samples: int,
+        seed: int,
+        limit: int | None,
+        batch_size: int,
+    ):
         """Takes the world and the number of scenes from a run's configuration.
 
         Args:
           config: RunConfig; it reads `data`, `resolution` and `evaluation`.
           probe: parameters of the probe network, or None.
-          samples: pictures of each scene.
+          samples: images of each scene.
           seed: of the noise.
-          limit: the first so many pictures alone, or None.
-          batch_size: pictures scored at once.
+          limit: largest number of images, or None.
+          batch_size: images scored at once.
 
         Raises:
-          UserError: the configuration is not about Toybox, or has no scenes, or there is no probe.
+          UserError: the configuration's data source is not Toybox, it has no scenes, or there is no probe.
         """
         if config.data.source != "toybox":
             raise UserError(
-                f"config.data.source = {config.data.source!r}: of people's own "
-                "pictures the truth is not known; give --dreambench or --scenes."
+                f"config.data.source = {config.data.source!r}: there is no ground truth for "
+                "your own images; give --dreambench or --scenes."
             )
         if not config.evaluation.scenes:
             raise UserError(
@@ -49,7 +83,7 @@ class Toybox:
         if probe is None:
             raise UserError(
                 f"config.model.pretrained = {config.model.pretrained!r} has no "
-                "probe.safetensors, which reads Toybox's pictures; start from a model "
+                "probe.safetensors, which reads Toybox's images; start from a model "
                 "that has it, such as toybox."
             )
         self._world = dataset.toybox_world(config)
@@ -58,10 +92,10 @@ class Toybox:
             self._count = min(self._count, -(-limit // samples))
         self._source = dataset.ToyboxSource(self._world, "test", self._count)
         self._samples, self._seed, self._limit = samples, seed, limit
-        self.scorers = [
+        self.scorers: list[scoring.Scorer] = [
             toybox_scenes.ToyboxScorer(probe, self._source, self._world.max_subjects, batch_size)
         ]
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "benchmark": "toybox",
             "world": dataclasses.asdict(self._world),
             "scenes": self._count,
@@ -74,8 +108,8 @@ class Toybox:
             "by the probe network; a group is a scene."
         )
 
-    def scenes(self, folder):
-        """A list of Scene; writes their references to `folder`."""
+    def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
+        """Returns the scenes; writes their references to `folder`."""
         return toybox_scenes.write_scenes(
             self._source,
             self._count,
@@ -85,27 +119,38 @@ class Toybox:
         )[: self._limit]
 
 
-class Photographs:
+class PhotographBenchmark:
     """DreamBench's subjects, one or several in a scene, compared with their photographs."""
 
-    def __init__(self, folder, scenes, *, protocol, samples, seed, limit, networks, batch_size):
-        """Reads what the benchmark asks for.
+    def __init__(
+        self,
+        folder: epath.PathLike | None,
+        scenes: epath.PathLike | None,
+        *,
+        protocol: str,
+        samples: int,
+        seed: int,
+        limit: int | None,
+        networks: Mapping[str, str | None],
+        batch_size: int,
+    ):
+        """Reads the scenes and loads the networks.
 
         Args:
-          folder: DreamBench's dataset folder; may be None where `scenes` is given.
+          folder: DreamBench's dataset folder; may be None if `scenes` is given.
           scenes: JSON file in UNO's layout, or None for every subject with every prompt.
           protocol, samples, seed: see `dreambench.single`.
-          limit: the first so many pictures alone, or None.
+          limit: largest number of images, or None.
           networks: {"dino", "dinov2", "clip": folder or None}; at least one.
-          batch_size: pictures scored at once.
+          batch_size: images scored at once.
 
         Raises:
-          UserError: the benchmark cannot be read, or there is no network to measure with.
+          UserError: the scenes cannot be read, or no network is given.
         """
         if not any(networks.values()):
             raise UserError(
                 "give --dinov2, --dino or --clip, the folder of a network to measure "
-                "with; docs/evaluation.md says where they come from."
+                "with; docs/evaluation.md lists where to get them."
             )
         how = {"protocol": protocol, "samples": samples, "seed": seed}
         if scenes is None:
@@ -113,11 +158,11 @@ class Photographs:
         else:
             self._scenes = dreambench.listed(scenes, folder, **how)
         self._scenes = self._scenes[:limit]
-        self.scorers, self.place_scorer = _load_scorers(networks, batch_size, self._scenes)
+        self.scorers, self.region_scorer = _load_scorers(networks, batch_size, self._scenes)
         digest = hashlib.sha256(
             json.dumps([dataclasses.asdict(scene) for scene in self._scenes]).encode()
         ).hexdigest()[:12]
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "benchmark": "dreambench" if scenes is None else f"scenes of {scenes}",
             "scenes": len(self._scenes),
             "limit": limit,
@@ -131,31 +176,35 @@ class Photographs:
         )
         groups = len({scene.group for scene in self._scenes})
         self.about = (
-            f"{len(self._scenes)} pictures of {groups} subjects or combinations of them "
+            f"{len(self._scenes)} images of {groups} subjects or combinations of them "
             f"(the groups), compared with {compared}."
         )
 
-    def scenes(self, folder):
-        """A list of Scene; their references are the user's files."""
+    def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
+        """Returns the scenes; their references are the user's files."""
         return self._scenes
 
 
-def _load_scorers(networks, batch_size, scenes):
-    """One a network; and where scenes have several subjects one that finds them, or None."""
-    scorers, places, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
+def _load_scorers(
+    networks: Mapping[str, str | None], batch_size: int, scenes: list[BenchmarkScene]
+) -> tuple[list[scoring.Scorer], scoring.RegionScorer | None]:
+    """Loads a scorer a network; and, if scenes have several subjects, one that finds their regions."""
+    scorers, region_scorer, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
     for name in ("dinov2", "dino"):
         if networks[name]:
             whole, subject, patches = encoders.load_dino(name, networks[name], batch_size)
-            if several and places is None:
-                places = scoring.PlaceScorer(patches)
-            scorers.append(scoring.SimilarityScorer(whole, subject, places and places.name))
+            if several and region_scorer is None:
+                region_scorer = scoring.RegionScorer(patches)
+            scorers.append(
+                scoring.SimilarityScorer(whole, subject, region_scorer and region_scorer.name)
+            )
     if networks["clip"]:
         image, text = encoders.load_clip(networks["clip"], batch_size)
         truncation.warn(text.tokenize, scene_files.texts(scenes), "clip_t")
         scorers += [
-            scoring.SimilarityScorer(image, needs=places and places.name),
+            scoring.SimilarityScorer(image, needs=region_scorer and region_scorer.name),
             scoring.PromptScorer(image, text),
         ]
-    if places:
-        scorers.append(scoring.MissingScorer(places.name))
-    return scorers, places
+    if region_scorer:
+        scorers.append(scoring.MissingScorer(region_scorer.name))
+    return scorers, region_scorer

@@ -1,25 +1,31 @@
-"""Several evaluations side by side: one table, and how each differs from the first."""
+"""Comparison of several evaluations: one table, with differences from the first."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import statistics, summaries
 from focusdpo_jax.evaluation.output_folder import OutputFolder
-from focusdpo_jax.evaluation.tables import format_table
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
+from focusdpo_jax.evaluation.tables import format_estimates
 
 
-def compare(paths):
+def compare(paths: Sequence[epath.PathLike]) -> dict[str, Any]:
     """Compares evaluations on the scenes that all of them have.
 
     Args:
-      paths: two or more output folders of finished evaluations. Of each the policy is taken, or the
-        base where it has no policy.
+      paths: two or more output folders of finished evaluations. The policy's scores are used, or the
+        base's if there is no policy.
 
     Returns:
       {"columns": [{"folder", "side"}], "scenes": number of them,
-       "metrics": {measure: {"estimates": [an estimate a column], "differences": [the same of each
+       "metrics": {metric: {"estimates": [an estimate a column], "differences": [estimates of each
        further column minus the first, on the same scenes]}}}.
 
     Raises:
-      UserError: a folder is no finished evaluation, or they do not measure the same.
+      UserError: a folder is not a finished evaluation, or the metrics are not comparable.
     """
     if len(paths) < 2:
         raise UserError("--compare: give two or more output folders of evaluations.")
@@ -28,7 +34,7 @@ def compare(paths):
     for folder, result in zip(folders, results):
         if not isinstance(result.get("settings"), dict) or "scores" not in result["settings"]:
             raise UserError(
-                f"{folder.path}/results.json is not of focusdpo_jax.evaluate; evaluate "
+                f"{folder.path}/results.json was not written by focusdpo_jax.evaluate; evaluate "
                 "that run first."
             )
     sides = ["policy" if "policy" in r["settings"]["scores"] else "base" for r in results]
@@ -49,11 +55,11 @@ def compare(paths):
                 f"({', '.join(sorted(names))}); evaluate again with the same."
             )
     if not kinds:
-        raise UserError("--compare: the folders have no measure in common.")
+        raise UserError("--compare: the folders have no metric in common.")
     seed = results[0]["settings"]["seed"]
     tables = [
-        summaries.grouped(
-            scenes, summaries.joined(scores[kind][1] for kind in scores if kind in kinds)
+        summaries.values_by_group(
+            scenes, summaries.merge_scores(scores[kind][1] for kind in scores if kind in kinds)
         )
         for *_, scores in columns
     ]
@@ -81,8 +87,10 @@ def compare(paths):
     }
 
 
-def _common(columns):
-    """The scenes that all have, which must be the same ones."""
+def _common(
+    columns: list[tuple[OutputFolder, dict[str, BenchmarkScene], dict]],
+) -> list[BenchmarkScene]:
+    """Returns the scenes that all columns have; raises UserError if two of one name differ."""
     first, known, _ = columns[0]
     scenes = [
         scene for name, scene in known.items() if all(name in others for _, others, _ in columns)
@@ -100,12 +108,14 @@ def _common(columns):
     return scenes
 
 
-def format_comparison(compared):
-    """What `compare` returned, as text."""
+def format_comparison(compared: Mapping[str, Any]) -> str:
+    """Formats the result of `compare` as text."""
     names = [column["folder"] for column in compared["columns"]]
     columns = [*names, *(f"{name} - {names[0]}" for name in names[1:])]
     rows = [
         (name, [*values["estimates"], *values["differences"]], len(values["differences"]))
         for name, values in compared["metrics"].items()
     ]
-    return f"{compared['scenes']} scenes; mean and 95 % interval\n" + format_table(columns, rows)
+    return f"{compared['scenes']} scenes; mean and 95 % interval\n" + format_estimates(
+        columns, rows
+    )

@@ -1,48 +1,52 @@
-"""DreamBench's scenes, from the user's copy: subjects with prompts, or scenes in UNO's layout.
+"""Scenes from the user's copy of DreamBench, or from a list in UNO's layout.
 
-The benchmark (DreamBooth, arXiv 2208.12242) is github.com/google/dreambooth's `dataset` folder: a
-folder of photographs for each of 30 subjects, and `prompts_and_classes.txt` with 25 prompts for
-objects and 25 for animals. Scenes of several subjects come as github.com/bytedance/UNO has them: a
-JSON list of {"prompt", "image_paths"}, paths relative to the file.
+The benchmark (DreamBooth, arXiv 2208.12242) is the `dataset` folder of github.com/google/dreambooth:
+a folder of photographs for each of 30 subjects, and `prompts_and_classes.txt` with 25 prompts for
+objects and 25 for animals. Scenes of several subjects have the layout of github.com/bytedance/UNO: a
+JSON list of {"prompt", "image_paths"}, with paths relative to the file.
 """
 
 import collections
 import json
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 from etils import epath
 
 from focusdpo_jax.data import dreambench
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.inference.prompts import Reference
 
 PROTOCOLS = ("all", "one")
-"""What pictures are compared with: every photograph of the subject, as DreamBooth does it, or the
-one that the generator was given, as Kosmos-G (arXiv 2310.02992) does it."""
+"""The photographs that images are compared with: all of the subject, as in DreamBooth, or the one that
+is the reference, as in Kosmos-G (arXiv 2310.02992)."""
 
 _LIVE = ("cat", "dog")  # Classes with the prompts for living subjects.
 _PROMPT = re.compile(r"""^\s*(['"])(?P<text>.*\{1\}.*)\1\s*\.format""")
 _FIELDS = {"prompt", "image_paths", "image_tgt_path", "boxes"}
 
 
-def single(folder, *, protocol, samples, seed):
-    """Every subject of a folder with every prompt.
+def single(
+    folder: epath.PathLike, *, protocol: str, samples: int, seed: int
+) -> list[BenchmarkScene]:
+    """Returns scenes of every subject of a folder with every prompt.
 
     Args:
-      folder: the benchmark's `dataset` folder, `prompts_and_classes.txt` in it or beside it.
+      folder: the benchmark's `dataset` folder, with `prompts_and_classes.txt` in it or beside it.
       protocol: one of PROTOCOLS.
-      samples: pictures of each subject and prompt.
-      seed: of the first picture; each further one has one more.
+      samples: images of each subject and prompt.
+      seed: of the first image; image i has seed + i.
 
     Returns:
-      A list of Scene, a group a subject. The generator is given a subject's first photograph. The
-      prompts are without the unique token, which only fine-tuned generators know.
+      A list of BenchmarkScene, one group a subject. The reference is a subject's first photograph. The
+      prompts omit the unique token, which only fine-tuned generators have learned.
 
     Raises:
-      UserError: the folder is not laid out so.
+      UserError: the folder has another layout.
     """
     folder = epath.Path(folder)
     photos = _photographs(folder)
@@ -57,31 +61,33 @@ def single(folder, *, protocol, samples, seed):
             text = " ".join(prompt.format("", kind).split())
             for sample in range(samples):
                 scenes.append(
-                    Scene(
+                    BenchmarkScene(
                         f"{subject}/{i:02d}_{sample}", text, (given,), seed + len(scenes), subject
                     )
                 )
     return scenes
 
 
-def listed(path, folder, *, protocol, samples, seed):
-    """The scenes of a JSON file in UNO's layout.
+def listed(
+    path: epath.PathLike, folder: epath.PathLike | None, *, protocol: str, samples: int, seed: int
+) -> list[BenchmarkScene]:
+    """Returns the scenes of a JSON file in UNO's layout.
 
     Args:
-      path: of the file: a list of objects with `prompt`, `image_paths` (one to N pictures in the
-        order of the prompt, relative to the file) and, our addition, `boxes` (for each of them x0,
-        y0, x1, y1 in [0, 1], where it is to stand).
-      folder: the benchmark's folder, where pictures that are not where `path` says are looked for
-        by their last two names (dog/00.jpg); None for no such folder.
+      path: of the file: a list of objects with `prompt`, `image_paths` (one to N images in the order of
+        the prompt, relative to the file) and, as an extension, `boxes` (for each of them x0, y0, x1, y1
+        in [0, 1], the region of the subject in the generated image).
+      folder: the benchmark's folder, searched for images that are missing at their path, by the last two
+        parts of the path (dog/00.jpg); None for no such folder.
       protocol, samples, seed: as in `single`.
 
     Returns:
-      A list of Scene; scenes of the same subjects are one group. The pictures of a folder are
-      photographs of one subject, its name is the folder's; or each shows a subject of its own,
-      with its file's name (see `_is_flat`).
+      A list of BenchmarkScene; scenes of the same subjects are one group. The images of a folder are
+      photographs of one subject with the folder's name; or each shows a subject of its own with the
+      file's name (see `_is_flat`).
 
     Raises:
-      UserError: names the entry and what is wrong with it.
+      UserError: the message has the entry's number and the fault.
     """
     path = epath.Path(path)
     try:
@@ -108,7 +114,7 @@ def listed(path, folder, *, protocol, samples, seed):
         given = tuple(subjects(reference, box) for reference, box in references)
         for sample in range(samples):
             scenes.append(
-                Scene(
+                BenchmarkScene(
                     f"{number:04d}_{sample}",
                     entry["prompt"],
                     given,
@@ -119,8 +125,10 @@ def listed(path, folder, *, protocol, samples, seed):
     return scenes
 
 
-def _entry(entry, base, folder):
-    """[(path, box or None)] of the references of an entry."""
+def _entry(
+    entry: Any, base: epath.Path, folder: epath.PathLike | None
+) -> list[tuple[epath.Path, tuple | None]]:
+    """Returns [(path, box or None)] of the references of an entry."""
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise UserError("it has no prompt.")
     if set(entry) - _FIELDS:
@@ -141,46 +149,46 @@ def _entry(entry, base, folder):
         found = next((path for path in candidates if path.exists()), None)
         if found is None:
             raise UserError(
-                f"{name} is not there; give --dreambench with the folder of the "
+                f"{name} does not exist; give --dreambench with the folder of the "
                 "subjects, or paths relative to the file."
             )
         box = None if box is None else tuple(box) if isinstance(box, list) else (box,)
-        Reference(str(found), box=box)  # Names a box that is none.
+        Reference(str(found), box=box)  # Raises UserError for an invalid box.
         references.append((found, box))
     return references
 
 
 class _Subjects:
-    """From the references of a list to subjects: whose photographs lie beside them."""
+    """Maps the references of a list to subjects, with the photographs beside them."""
 
     def __init__(self, path, table, entries, found, protocol):
         self._table, self._protocol = table, protocol
-        uses = collections.defaultdict(list)  # Folder to [(prompt, its pictures in the entry)].
+        uses = collections.defaultdict(list)  # Folder to [(prompt, its images in the entry)].
         for entry, references in zip(entries, found):
             inside = collections.defaultdict(set)
             for reference, _ in references:
                 inside[_key(reference.parent)].add(reference)
-            for key, pictures in inside.items():
-                uses[key].append((entry["prompt"], pictures))
+            for key, images in inside.items():
+                uses[key].append((entry["prompt"], images))
         self._flat = {
             key
             for key, used in uses.items()
             if _is_flat(key, used, table) or key == _key(path.parent)
         }
-        # {what is one subject: its name}, longer where two have one name.
+        # {identity of a subject: its name}; names are extended by the parent folder if ambiguous.
         keys = {self._identity(reference) for references in found for reference, _ in references}
         named = collections.Counter(map(_name, keys))
         self._names = {key: _name(key) if named[_name(key)] == 1 else _name(key, 2) for key in keys}
         for key, used in uses.items():
-            pictures = sorted({p.name for _, pictures in used for p in pictures})
+            images = sorted({p.name for _, images in used for p in images})
             if key in self._flat:
-                logging.info("--scenes: every picture in %s is a subject of its own", key)
-            elif len(pictures) > 1:
+                logging.info("--scenes: every image in %s is treated as a separate subject", key)
+            elif len(images) > 1:
                 logging.warning(
-                    "--scenes: the pictures in %s (%s and others) are taken for photographs of one "
-                    "subject; if they show several, name each after what it shows",
+                    "--scenes: the images in %s (%s and others) are treated as photographs of one "
+                    "subject; if they show several, name each file after its subject",
                     key,
-                    " and ".join(pictures[:2]),
+                    " and ".join(images[:2]),
                 )
 
     def _identity(self, reference):
@@ -189,7 +197,7 @@ class _Subjects:
 
     def __call__(self, reference, box):
         flat = _key(reference.parent) in self._flat
-        around = [] if flat else _pictures(reference.parent)
+        around = [] if flat else _images(reference.parent)
         if reference not in around:
             around = [reference, *around]
         own = reference.stem if flat else reference.parent.name
@@ -199,54 +207,61 @@ class _Subjects:
         )
 
 
-def _is_flat(folder, used, table):
-    """Whether each picture of a folder shows a subject of its own, rather than all the same one.
+def _is_flat(folder: str, used: list[tuple[str, set[epath.Path]]], table: str) -> bool:
+    """Returns whether each image of a folder shows a subject of its own, rather than all the same one.
 
-    The list's layout does not state it. It is so if an entry names two pictures of the folder. Otherwise
-    it is not where every prompt has the folder's name; and it is if the pictures that are named
-    differ by more than numbers (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the
-    file's name ("a dog", references/dog.png). A folder that prompts_and_classes.txt lists is one
-    subject's.
+    The layout does not state it. Rules, in this order: a folder that prompts_and_classes.txt lists is one
+    subject's; it is flat if an entry has two images of the folder; it is not flat if every prompt
+    has the folder's name; it is flat if the names of the listed images differ by more than numbers
+    (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the file's name ("a dog",
+    references/dog.png).
 
     Args:
       folder: its path.
-      used: [(prompt, set of the folder's pictures that the entry names)].
+      used: [(prompt, set of the folder's images that the entry refers to)].
       table: text of prompts_and_classes.txt, or "".
     """
     name = os.path.basename(folder)
     if re.search(rf"^\s*{re.escape(name)},", table, re.MULTILINE):
         return False
-    if any(len(pictures) > 1 for _, pictures in used):
+    if any(len(images) > 1 for _, images in used):
         return True
     if all(_words(name) & _words(prompt) for prompt, _ in used):
         return False
-    if len({_words(p.stem) for _, pictures in used for p in pictures}) > 1:
+    if len({_words(p.stem) for _, images in used for p in images}) > 1:
         return True
     return any(
         _words(p.stem) and _words(p.stem) <= _words(prompt)
-        for prompt, pictures in used
-        for p in pictures
+        for prompt, images in used
+        for p in images
     )
 
 
-def _words(text):
-    """The words in a name or a prompt, without numbers."""
+def _words(text: str) -> frozenset[str]:
+    """Returns the words of a name or a prompt, without numbers."""
     return frozenset(re.findall(r"[^\W\d_]+", text.lower()))
 
 
-def _key(path):
-    """A path as text, the same for `a/../b` and `b`."""
+def _key(path: epath.PathLike) -> str:
+    """Returns a path as normalised text, the same for `a/../b` and `b`."""
     text = os.fspath(path)
     return text if "://" in text else os.path.normpath(text)
 
 
-def _name(key, parts=1):
+def _name(key: str, parts: int = 1) -> str:
     return "/".join(epath.Path(key).parts[-parts:])
 
 
-def _subject(photos, reference, kind, protocol, box=None, name=None):
+def _subject(
+    photos: Sequence[epath.Path],
+    reference: epath.Path,
+    kind: str,
+    protocol: str,
+    box: tuple | None = None,
+    name: str | None = None,
+) -> BenchmarkSubject:
     compared = photos if protocol == "all" else [reference]
-    return Subject(
+    return BenchmarkSubject(
         name or reference.parent.name,
         dreambench.with_article(kind),
         str(reference),
@@ -255,11 +270,11 @@ def _subject(photos, reference, kind, protocol, box=None, name=None):
     )
 
 
-def _photographs(folder):
+def _photographs(folder: epath.Path) -> dict[str, list[epath.Path]]:
     if not folder.is_dir():
-        raise UserError(f"--dreambench={folder} is no folder; give DreamBench's dataset folder.")
+        raise UserError(f"--dreambench={folder} is not a folder; give DreamBench's dataset folder.")
     photos = {
-        subject.name: _pictures(subject) for subject in sorted(folder.iterdir()) if subject.is_dir()
+        subject.name: _images(subject) for subject in sorted(folder.iterdir()) if subject.is_dir()
     }
     photos = {subject: paths for subject, paths in photos.items() if paths}
     if not photos:
@@ -270,12 +285,12 @@ def _photographs(folder):
     return photos
 
 
-def _pictures(folder):
+def _images(folder: epath.Path) -> list[epath.Path]:
     return sorted(path for path in folder.iterdir() if dreambench.PHOTO.match(path.name))
 
 
-def _listing(folder):
-    """The text of prompts_and_classes.txt in or beside the folder, or ""."""
+def _listing(folder: epath.PathLike | None) -> str:
+    """Returns the text of prompts_and_classes.txt in or beside the folder, or ""."""
     if folder is not None:
         for place in (epath.Path(folder), epath.Path(folder).parent):
             if (place / "prompts_and_classes.txt").exists():
@@ -283,8 +298,8 @@ def _listing(folder):
     return ""
 
 
-def _prompts(listing):
-    """(prompts for objects, prompts for animals), with {0} for the token and {1} for the class."""
+def _prompts(listing: str) -> tuple[list[str], list[str]]:
+    """Returns the prompts for objects and for animals, with {0} for the token and {1} for the class."""
     lists, current = ([], []), None
     for line in listing.splitlines():
         if "live subject prompts" in line.lower():

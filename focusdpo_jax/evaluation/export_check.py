@@ -1,18 +1,21 @@
-"""Whether diffusers draws of an export what the run draws: `export --check`.
+"""Compares an image that diffusers generates from an export with one of the run: `export --check`.
 
-One picture is drawn by diffusers, from the files as their model card says, and one here, by the run's own
-model, from the same noise, prompt, reference, scheduler and steps, both in float32. PyTorch and diffusers are
-imported here and nowhere else in the package.
+Diffusers loads the files as their model card describes; this package uses the run's own model. Noise,
+prompt, reference, scheduler and number of steps are the same, and both use float32. No other module
+of the package imports PyTorch and diffusers.
 """
 
 import dataclasses
 import importlib.util
 import tempfile
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.checkpoints import diffusers_folder, ip_adapter, run_export
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.inference.generate import make_generate, scene_noise
@@ -20,22 +23,23 @@ from focusdpo_jax.models.generator import PARTS, merge_parameters, split_paramet
 from focusdpo_jax.training import runs
 
 LARGEST, MEAN = 2, 0.1
-"""Of a picture's values, in 1/255: what differs by more, at one place or in the mean, is no rounding."""
+"""Largest differences of an image's values, at one position and in the mean, that rounding explains;
+in 1/255."""
 
 _PROMPT, _STEPS, _SEED = "a star on grass", 4, 0
 _NEEDS = (
-    "--check draws with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
+    "--check generates with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
     "pip install -e '.[test]', or leave --check out."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of two pictures, in 1/255.
+    """Absolute differences of two images, in 1/255.
 
     Attributes:
-      largest, mean: of the absolute differences of all values.
-      reference: whether the image adapter took part.
+      largest, mean: over all values.
+      reference: whether the image adapter was used.
     """
 
     largest: int
@@ -43,22 +47,21 @@ class Difference:
     reference: bool
 
 
-def check(workdir, output, names, *, whole):
-    """Draws one picture with diffusers and one here.
+def check(
+    workdir: epath.PathLike, output: epath.PathLike, names: Collection[str], *, whole: bool
+) -> Difference:
+    """Generates one image with diffusers and one with this package, and compares them.
 
     Args:
       workdir: folder of the run.
       output: folder of its export.
-      names: what was written, as `run_export.export_run` returns it.
-      whole: whether the folder is a complete pipeline. Of other exports the rest is what the run started
-        from.
-
-    Returns:
-      A `Difference`.
+      names: the parts that were written, as `run_export.export_run` returns them.
+      whole: whether the folder is a complete pipeline. For other exports the remaining parts are those of
+        the run's base model.
 
     Raises:
-      UserError: a package is missing, diffusers cannot open or draw the files, they have nothing that can be
-        drawn, or the pictures differ by more than `LARGEST` somewhere or `MEAN` in all.
+      UserError: a package is missing, diffusers cannot open or use the files, they contain nothing that
+        can be tested, or the images differ by more than `LARGEST` somewhere or `MEAN` on average.
     """
     require_packages(names)
     run = runs.Run(workdir)
@@ -68,11 +71,11 @@ def check(workdir, output, names, *, whole):
     reads = "adapter" in names and ip_adapter.diffusers_mismatch(config.adapter) is None
     if not reads and not whole and set(names) <= {"adapter"}:
         raise UserError(
-            f"--check: {ip_adapter.diffusers_mismatch(config.adapter)}, so that diffusers cannot draw "
-            f"with {epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check"
+            f"--check: {ip_adapter.diffusers_mismatch(config.adapter)}, so that diffusers cannot use "
+            f"{epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check"
         )
     if not whole:
-        # What was not trained as the base has it: a bfloat16 run has rounded it.
+        # Parts that were not trained come from the base: a bfloat16 run has rounded them.
         base = run.base()
         trained, _ = split_parameters(model.parameters, run.config.trainable)
         _, rest = split_parameters(base.parameters, run.config.trainable)
@@ -80,7 +83,7 @@ def check(workdir, output, names, *, whole):
     resolution = run.config.resolution
     noise = scene_noise(_SEED, [0], model.generator.latent_shape(resolution))
     size = config.image_encoder.image_size
-    reference = _smooth_picture(size) if reads else None
+    reference = _test_image(size) if reads else None
     # diffusers guides an adapter without a blank image differently (docs/checkpoints.md).
     guidance = 1.0 if reads and config.adapter.dropped == "absent" else 4.0
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,7 +104,7 @@ def check(workdir, output, names, *, whole):
         generate(
             model.parameters,
             model.tokenizer(_PROMPT)[None],
-            np.float32([[resolution, resolution, 0, 0, resolution, resolution]]),
+            np.array([[resolution, resolution, 0, 0, resolution, resolution]], np.float32),
             view,
             np.array([[reads]]),
             noise,
@@ -111,32 +114,32 @@ def check(workdir, output, names, *, whole):
     found = Difference(int(apart.max()), float(apart.mean()), reads)
     if found.largest > LARGEST or found.mean > MEAN:
         raise UserError(
-            f"--check: diffusers draws of {output} something else than the run: one picture "
+            f"--check: diffusers generates another image from {output} than the run: one image "
             f"differs by up to {found.largest}/255, {found.mean:.3g}/255 in the mean; "
-            f"rounding makes up to {LARGEST}/255 and {MEAN}/255. The files do not hold "
-            "what was trained, or diffusers reads them otherwise: export again, and report it if "
-            "it stays."
+            f"rounding causes up to {LARGEST}/255 and {MEAN}/255. The files do not have "
+            "the trained weights, or diffusers reads them differently: export again, and report it "
+            "if the error persists."
         )
     return found
 
 
-def require_packages(names=()):
-    """Raises a UserError where a package is missing that checking an export of `names` needs."""
+def require_packages(names: Collection[str] = ()) -> None:
+    """Raises UserError if a package is missing that checking an export of `names` needs."""
     for package in ("torch", "diffusers", *(("peft",) if run_export.LORA in names else ())):
         if importlib.util.find_spec(package) is None:
             raise UserError(_NEEDS.format(package))
 
 
-def _smooth_picture(size):
-    """uint8 [size, size, 3] of a few colours, the same at every call."""
+def _test_image(size: int) -> RGBImage:
+    """Returns a test image of a few colours, uint8 [size, size, 3], the same at every call."""
     draw = np.random.default_rng(_SEED)
     cells = draw.integers(0, 256, (4, 4, 3), np.uint8)
     side = -(-size // 4)
     return np.repeat(np.repeat(cells, side, 0), side, 1)[:size, :size]
 
 
-def _open(output, base, names, reads):
-    """The pipeline, opened as the model card says (`model_card`); `base` is `output` where that is whole."""
+def _open(output: epath.Path, base: epath.Path, names: Collection[str], reads: bool) -> Any:
+    """Opens the pipeline as the model card describes (`model_card`); `base` is `output` if that is complete."""
     import diffusers
     import transformers
 
@@ -158,7 +161,7 @@ def _open(output, base, names, reads):
             )
         if run_export.LORA in names:
             pipe.load_lora_weights(output)
-    except Exception as error:  # What diffusers raises over files is not documented.
+    except Exception as error:  # Diffusers does not document the exceptions of its loaders.
         raise UserError(
             f"--check: diffusers {diffusers.__version__} cannot open {output}: {_line(error)}"
         ) from error
@@ -166,10 +169,10 @@ def _open(output, base, names, reads):
     return pipe
 
 
-def _write_base(folder, base, config, resolution):
-    """Writes the model that a run started from as a pipeline without image adapter and LoRA.
+def _write_base(folder: epath.Path, base: Any, config: Any, resolution: int) -> None:
+    """Writes the run's base model as a pipeline without image adapter and LoRA.
 
-    Scheduler and tokenizers are written as those of the trained model, whose configuration is `config`.
+    Scheduler and tokenizers are those of the trained model, whose configuration is `config`.
     """
     for part in PARTS:
         if part != "adapter":
@@ -179,8 +182,15 @@ def _write_base(folder, base, config, resolution):
     diffusers_folder.save_pipeline_files(folder, config, base.tokenizer)
 
 
-def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
-    """int32 [H, W, 3] of a pipeline."""
+def _draw_theirs(
+    pipe: Any,
+    output: epath.PathLike,
+    noise: np.ndarray,
+    reference: RGBImage | None,
+    resolution: int,
+    guidance: float,
+) -> np.ndarray:
+    """Generates an image with a diffusers pipeline, int32 [H, W, 3]."""
     import diffusers
     import torch
     from PIL import Image
@@ -188,7 +198,7 @@ def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
     shown = {} if reference is None else {"ip_adapter_image": Image.fromarray(reference)}
     try:
         with torch.no_grad():
-            picture = pipe(
+            image = pipe(
                 _PROMPT,
                 **shown,
                 height=resolution,
@@ -200,26 +210,26 @@ def _draw_theirs(pipe, output, noise, reference, resolution, guidance):
             ).images[0]
     except Exception as error:
         raise UserError(
-            f"--check: diffusers {diffusers.__version__} opens {output}, but cannot draw with "
-            f"it: {_line(error)}"
+            f"--check: diffusers {diffusers.__version__} opens {output}, but cannot generate an "
+            f"image with it: {_line(error)}"
         ) from error
-    return np.round(picture * 255).astype(np.int32)
+    return np.round(image * 255).astype(np.int32)
 
 
-def _line(error):
-    """An exception in one line."""
+def _line(error: Exception) -> str:
+    """Formats an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
-def describe(found, names):
-    """One line about a `Difference` that is small enough, of an export of `names`."""
+def describe(found: Difference, names: Collection[str]) -> str:
+    """Formats a `Difference` within the limits as one line, for an export of `names`."""
     left_out = (
         ""
         if found.reference or "adapter" not in names
-        else (f" ({diffusers_folder.ADAPTER} is not for diffusers and took no part)")
+        else (f" ({diffusers_folder.ADAPTER} is not readable by diffusers and was not used)")
     )
     how = "with" if found.reference else "without"
     return (
-        f"checked: diffusers draws the same picture {how} a reference{left_out}, "
+        f"checked: diffusers generates the same image {how} a reference{left_out}, "
         f"largest difference {found.largest}/255, mean {found.mean:.3g}/255"
     )

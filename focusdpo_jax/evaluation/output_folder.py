@@ -1,45 +1,49 @@
-"""The folder of an evaluation: what it was asked, its pictures, their scores.
+"""The output folder of an evaluation: its settings, images and scores.
 
-    settings.json                   what all of the rest depends on
-    scenes.jsonl                    what to draw; another program may draw the same
-    references/                     subject reference images that are no files of the user's
+    settings.json                   all settings that the other files depend on
+    scenes.jsonl                    the scenes; another program may generate the images
+    references/                     subject reference images that are not the user's files
     pictures/<side>/<scene>.png     side: base or policy
-    scores/<side>/<scorer>/         a file a batch: {scene: {measure: value or values}}
-    results.json, report.html       made of the above
+    scores/<side>/<scorer>/         a file a batch: {scene: {metric: value or values}}
+    results.json, report.html       computed from the above
 
-Every file appears under its name when it is complete, so that a killed evaluation is gone on with.
+Every file gets its name when it is complete, so that an interrupted evaluation can be continued.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
+from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.evaluation import scenes
+from focusdpo_jax.evaluation import scenes as scene_files
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
 from focusdpo_jax.files import cannot_write, replace_file
-from focusdpo_jax.vision import places
+from focusdpo_jax.vision import regions
 from focusdpo_jax.visualization import grids
 
 
 class OutputFolder:
-    """One such folder."""
+    """The output folder of an evaluation."""
 
-    def __init__(self, path):
+    def __init__(self, path: epath.PathLike):
         """Opens the folder, which need not exist."""
         self.path = epath.Path(path)
 
-    def claim(self, settings):
-        """Notes what files of this folder depend on.
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Records the settings that the folder's files depend on.
 
         Raises:
-          UserError: the folder holds pictures or scores of something else, or cannot be written.
+          UserError: the folder has images or scores of other settings, or cannot be written.
         """
         path = self.path / "settings.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = json.loads(path.read_text()) if path.exists() else {}
-            # As JSON has it, where tuples are lists.
+            # Through JSON, which turns tuples into lists.
             settings = json.loads(json.dumps(settings))
             other = [key for key, value in settings.items() if stored.get(key, value) != value]
             if other:
@@ -53,13 +57,13 @@ class OutputFolder:
         except OSError as error:
             raise cannot_write(f"--output={self.path}", error) from error
 
-    def write(self, name, values):
-        """Writes a file of JSON, under a temporary name first."""
+    def write(self, name: str, values: Any) -> None:
+        """Writes a JSON file atomically."""
         text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
         replace_file(self.path / name, text + "\n")
 
-    def read(self, name):
-        """The values in a file of JSON.
+    def read(self, name: epath.PathLike) -> Any:
+        """Reads a JSON file.
 
         Raises:
           UserError: it is missing or damaged.
@@ -75,25 +79,25 @@ class OutputFolder:
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate again.") from error
 
-    def scenes(self):
-        """The scenes of the evaluation; see `scenes.read`."""
-        return scenes.read(self.path / "scenes.jsonl")
+    def scenes(self) -> list[BenchmarkScene]:
+        """Reads the scenes of the evaluation; see `scenes.read`."""
+        return scene_files.read(self.path / "scenes.jsonl")
 
-    def picture_path(self, side, scene):
-        """Where a scene's picture lies."""
+    def image_path(self, side: str, scene: BenchmarkScene) -> epath.Path:
+        """Returns the path of a scene's image."""
         return self.path / "pictures" / side / f"{scene.name}.png"
 
-    def save_picture(self, side, scene, picture):
-        """Writes a scene's picture, uint8 [H, W, 3]."""
-        grids.save_png(self.picture_path(side, scene), picture)
+    def save_image(self, side: str, scene: BenchmarkScene, image: RGBImage) -> None:
+        """Writes a scene's image, uint8 [H, W, 3]."""
+        grids.save_png(self.image_path(side, scene), image)
 
-    def save_scores(self, side, scorer, number, scores):
-        """Writes the scores of a batch, {scene: {measure: value}}."""
+    def save_scores(self, side: str, scorer: str, number: int, scores: Mapping[str, Any]) -> None:
+        """Writes the scores of a batch, {scene: {metric: value}}."""
         path = self._scores(side, scorer) / f"{number:06d}.json"
         replace_file(path, json.dumps(scores, allow_nan=False) + "\n")
 
-    def load_scores(self, side, scorer):
-        """{scene: {measure: value}} of all batches that are there."""
+    def load_scores(self, side: str, scorer: str) -> dict[str, dict[str, Any]]:
+        """Reads the scores of all finished batches, {scene: {metric: value}}."""
         folder, scores = self._scores(side, scorer), {}
         if folder.exists():
             for path in sorted(folder.iterdir()):
@@ -101,42 +105,43 @@ class OutputFolder:
                     scores |= self.read(path.relative_to(self.path))
         return scores
 
-    def _scores(self, side, scorer):
+    def _scores(self, side: str, scorer: str) -> epath.Path:
         return self.path / "scores" / side / scorer
 
 
-class ImagesFolder:
-    """Pictures that another program drew, named after the scenes.
+class ExternalImages:
+    """Images that another program generated, named after the scenes.
 
-    Beside <scene>.png (or .jpg, .jpeg, .webp) may lie <scene>_mask0.png, <scene>_mask1.png and so
-    on: where its subjects are, in their order.
+    Beside <scene>.png (or .jpg, .jpeg, .webp) there may be <scene>_mask0.png, <scene>_mask1.png and so
+    on: the masks of its subjects, in their order.
     """
 
-    def __init__(self, path, wanted):
-        """Finds the picture of every scene.
+    def __init__(self, path: epath.PathLike, wanted: Sequence[BenchmarkScene]):
+        """Finds the image of every scene.
 
         Raises:
           UserError: some are missing.
         """
         self._path = epath.Path(path)
         if not self._path.is_dir():
-            raise UserError(f"--images={path} is no folder.")
-        self._files = {scene.name: self._find(scene.name) for scene in wanted}
-        missing = [name for name, file in self._files.items() if file is None]
+            raise UserError(f"--images={path} is not a folder.")
+        found = {scene.name: self._find(scene.name) for scene in wanted}
+        self._files = {name: file for name, file in found.items() if file is not None}
+        missing = [name for name, file in found.items() if file is None]
         if missing:
             raise UserError(
-                f"--images={path} lacks {len(missing)} of {len(wanted)} pictures, such as "
-                f"{missing[0]}.png; scenes.jsonl in --output names all and what they show."
+                f"--images={path} lacks {len(missing)} of {len(wanted)} images, such as "
+                f"{missing[0]}.png; scenes.jsonl in --output lists all scenes."
             )
 
-    def _find(self, name):
+    def _find(self, name: str) -> epath.Path | None:
         for ending in ("png", "jpg", "jpeg", "webp"):
             if (self._path / f"{name}.{ending}").exists():
                 return self._path / f"{name}.{ending}"
         return None
 
-    def digest(self):
-        """A short text that changes when a picture or a mask does."""
+    def digest(self) -> str:
+        """Returns a short hash of all images and masks."""
         digest = hashlib.sha256()
         for name, file in self._files.items():
             masks = sorted(self._path.glob(f"{name}_mask*.png"))
@@ -144,15 +149,15 @@ class ImagesFolder:
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:12]
 
-    def picture_path(self, side, scene):
-        """Where a scene's picture lies, whatever the side."""
+    def image_path(self, side: str, scene: BenchmarkScene) -> epath.Path:
+        """Returns the path of a scene's image, for any side."""
         return self._files[scene.name]
 
-    def places(self, scene, picture):
-        """The `places.Place` of each subject; None where there is no mask, or an empty one."""
+    def regions(self, scene: BenchmarkScene, image: RGBImage) -> list[regions.Region | None]:
+        """Returns the `regions.Region` of each subject; None for a missing or empty mask."""
         found = []
         for i in range(len(scene.subjects)):
             path = self._path / f"{scene.name}_mask{i}.png"
-            mask = places.read_mask(path, picture.shape[:2]) if path.exists() else None
-            found.append(None if mask is None else places.Place.of_mask(mask))
+            mask = regions.read_mask(path, image.shape[:2]) if path.exists() else None
+            found.append(None if mask is None else regions.Region.from_mask(mask))
         return found

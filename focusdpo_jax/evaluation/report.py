@@ -1,38 +1,41 @@
-"""report.html: an evaluation on one page that needs no network, no script and no other file."""
+"""report.html: an evaluation as one self-contained page without scripts."""
 
 import base64
 import dataclasses
 import html
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from focusdpo_jax.data.images import read_picture
-from focusdpo_jax.evaluation import measures
+from focusdpo_jax.array_types import RGBImage
+from focusdpo_jax.data.images import read_image
+from focusdpo_jax.evaluation import metric_names
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
 from focusdpo_jax.evaluation.tables import certain
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.visualization import charts
 
-_SIDE = 224  # Longest side of a picture on the page, in pixels.
-_SMALL = 128  # Up to this side a picture is kept pixel by pixel.
-_PAGE_SIDE = 1800  # Longest side of the run's own pages, in pixels.
-# The run's pages of samples, and what they show.
+_SIDE = 224  # Longest side of an image on the page, in pixels.
+_SMALL = 128  # Images up to this side are embedded without resampling.
+_PAGE_SIDE = 1800  # Longest side of the run's sample grids, in pixels.
+# Prefixes of the run's sample grids, and their descriptions on the page.
 _PAGES = {
     "step": (
-        "scenes that the run drew: references, the pair, base and policy, and the weight that "
-        "the run's objective gives to every place of the chosen picture in its cleanest range "
+        "scenes of the run: references, the pair, base and policy, and the weight that "
+        "the run's objective gives to every position of the chosen image in its least noisy range "
         "of timesteps (lighter is more)."
     ),
     "focus": (
-        "how that weight comes about in every range of timesteps: similarity with each "
-        "reference, what matches, what does not, detail, and the weight."
+        "how that weight is computed in every range of timesteps: similarity with each "
+        "reference, matched and unmatched regions, detail, and the weight."
     ),
 }
-_CURVES = ("loss", "implicit_accuracy", "margin", "policy_error")  # First, where there are any.
+_CURVES = ("loss", "implicit_accuracy", "margin", "policy_error")  # Shown first, if logged.
 _MOST_CURVES = 12
 _MOST_BARS = 40
 
@@ -88,29 +91,35 @@ svg .line { stroke: var(--policy); fill: none; stroke-width: 1.5; }
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the page is made of.
+    """The content of the page.
 
     Attributes:
       title: heading.
-      about: what was measured on what, a sentence or two.
+      about: a sentence or two about the benchmark.
       results: the values of results.json.
-      scenes: list of `scenes.Scene`.
-      scores: {side: {scene: {measure: value or list of values}}}.
-      picture: from side and scene to the path of the picture.
+      scenes: of the benchmark.
+      scores: {side: {scene: {metric: value or list of values}}}.
+      image_path: maps side and scene to the path of the image.
       workdir: of the run, for its curves and focus maps, or None.
     """
 
     title: str
     about: str
     results: dict
-    scenes: list
+    scenes: list[BenchmarkScene]
     scores: dict
-    picture: Callable
+    image_path: Callable[[str, BenchmarkScene], epath.Path]
     workdir: epath.Path | None = None
 
 
-def write(path, report, *, cases=6):
-    """Writes the page; `cases` best and as many worst scenes are shown."""
+def write(path: epath.PathLike, report: Report, *, cases: int = 6) -> None:
+    """Writes the page.
+
+    Args:
+      path: of the file.
+      report: its content.
+      cases: number of best and of worst scenes to show.
+    """
     body = [
         f"<h1>{html.escape(report.title)}</h1>",
         f"<p>{html.escape(report.about)}</p>",
@@ -131,8 +140,8 @@ def write(path, report, *, cases=6):
     replace_file(path, page)
 
 
-def _summary(report):
-    """The table of all measures."""
+def _summary(report: Report) -> str:
+    """Formats the table of all metrics."""
     metrics = report.results["metrics"]
     sides = [
         side
@@ -144,13 +153,13 @@ def _summary(report):
     )
     rows = []
     for name, estimates in metrics.items():
-        arrow = "↓" if measures.lower_is_better(name) else "↑"
-        cells = [f'<th scope="row">{html.escape(measures.title(name))} {arrow}</th>']
+        arrow = "↓" if metric_names.lower_is_better(name) else "↑"
+        cells = [f'<th scope="row">{html.escape(metric_names.title(name))} {arrow}</th>']
         for side in sides:
             estimate = estimates.get(side)
             kind, text = "", "-"
             if estimate is not None and estimate["n"]:
-                text, _, ends = measures.interval(
+                text, _, ends = metric_names.format_interval(
                     name, estimate, signed=side == "difference"
                 ).partition(" [")
                 text = f"{html.escape(text)} <small>[{html.escape(ends)}</small>"
@@ -175,17 +184,17 @@ def _summary(report):
     )
 
 
-def _verdict(name, difference):
+def _verdict(name: str, difference: Mapping[str, Any] | None) -> str:
     if difference is None or not certain(difference):
         return ""
-    better = (difference["mean"] < 0) == measures.lower_is_better(name)
+    better = (difference["mean"] < 0) == metric_names.lower_is_better(name)
     return ' class="better"' if better else ' class="worse"'
 
 
-def _subjects(report):
-    """Bars for every subject: the headline measure, leakage by the same eyes, and the prompt."""
+def _subjects(report: Report) -> str:
+    """Formats bar charts by subject: the headline metric, leakage by the same encoder, and the prompt."""
     names = list(report.results["metrics"])
-    first = measures.headline(names)
+    first = metric_names.headline(names)
     others = (first.removesuffix("_crop") + "_leakage", "leakage", "clip_t", "missing")
     chosen = [first, *(name for name in others if name in names and name != first)]
     parts = []
@@ -197,11 +206,11 @@ def _subjects(report):
         ordered = sorted(rows.items())
         if not ordered:
             continue
-        title = f"{measures.title(name)}, by subject"
+        title = f"{metric_names.title(name)}, by subject"
         chart = charts.bars(
             ordered[:_MOST_BARS],
             title=title,
-            number=lambda value, name=name: measures.number(name, value),
+            number=lambda value, name=name: metric_names.format_value(name, value),
         )
         rest = len(ordered) - _MOST_BARS
         more = f'<p class="soft">and {rest} more in scores/</p>' if rest > 0 else ""
@@ -213,8 +222,8 @@ def _subjects(report):
     return f'<h2>Subjects</h2>\n<p class="soft">{key}</p>\n<div class="grid">{"".join(parts)}</div>'
 
 
-def _by_subject(report, side, name):
-    """{subject: mean of a measure}; a scene's single value counts for all of its subjects."""
+def _by_subject(report: Report, side: str, name: str) -> dict[str, float]:
+    """Returns {subject: mean of a metric}; a scene's single value counts for all of its subjects."""
     values = {}
     for scene in report.scenes:
         score = report.scores.get(side, {}).get(scene.name, {}).get(name)
@@ -225,20 +234,22 @@ def _by_subject(report, side, name):
     return {subject: float(np.mean(each)) for subject, each in values.items()}
 
 
-def _cases(report, count):
-    """The scenes where the policy gains and loses most, or where the one side is best and worst."""
-    name = measures.headline(list(report.results["metrics"]))
+def _cases(report: Report, count: int) -> str:
+    """Formats the scenes with the largest gain and loss of the policy, or the best and worst of one side."""
+    name = metric_names.headline(list(report.results["metrics"]))
     sides = [side for side in charts.SIDES if side in report.scores]
     ranked = []
     for scene in report.scenes:
         values = [report.scores[side][scene.name].get(name) for side in sides]
-        # A subject that is not found resembles nothing; otherwise two of one would be a best case.
+        # Subjects that are not found count as 0; otherwise an image with two copies of one subject
+        # could rank best.
         ranks = [
             _mean(value, 0.0 if name.endswith("_crop") and value else None) for value in values
         ]
-        if None not in ranks:
-            rank = ranks[-1] - ranks[0] if len(sides) == 2 else ranks[0]
-            ranked.append((-rank if measures.lower_is_better(name) else rank, scene, values))
+        first, last = ranks[0], ranks[-1]
+        if first is not None and last is not None:
+            rank = last - first if len(sides) == 2 else first
+            ranked.append((-rank if metric_names.lower_is_better(name) else rank, scene, values))
     ranked.sort(key=lambda entry: (entry[0], entry[1].name))
     both = len(sides) == 2
     if both:
@@ -257,25 +268,25 @@ def _cases(report, count):
             continue
         cards = "".join(_case(report, name, sides, scene, values) for _, scene, values in entries)
         parts.append(
-            f"<h3>{heading}, by {html.escape(measures.title(name))}</h3>"
+            f"<h3>{heading}, by {html.escape(metric_names.title(name))}</h3>"
             f'<div class="grid">{cards}</div>'
         )
     if not parts:
         return ""
-    note = "The subject reference images, and below them what was drawn" + (
-        ", both sides from one noise." if both else "."
+    note = "The subject reference images, and below them the generated images" + (
+        ", both sides from the same noise." if both else "."
     )
     return f'<h2>Cases</h2>\n<p class="soft">{note}</p>\n' + "\n".join(parts)
 
 
-def _case(report, name, sides, scene, values):
-    references = [_tile(read_picture(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
+def _case(report: Report, name: str, sides: list[str], scene: BenchmarkScene, values: list) -> str:
+    references = [_tile(read_image(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
     drawn = []
     for side, value in zip(sides, values):
-        text = f"{side}: {measures.number(name, _mean(value))}"
+        text = f"{side}: {metric_names.format_value(name, _mean(value))}"
         if name.endswith("_crop") and None in value:
             text += f", {value.count(None)} not found"
-        drawn.append(_tile(read_picture(report.picture(side, scene)), text))
+        drawn.append(_tile(read_image(report.image_path(side, scene)), text))
     return (
         f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
         f"({html.escape(scene.name)})</span></p>"
@@ -284,41 +295,41 @@ def _case(report, name, sides, scene, values):
     )
 
 
-def _tile(picture, caption):
+def _tile(image: RGBImage, caption: str) -> str:
     caption = html.escape(caption)
-    kind = ' class="pixels"' if max(picture.shape[:2]) <= _SMALL else ""
+    kind = ' class="pixels"' if max(image.shape[:2]) <= _SMALL else ""
     return (
-        f'<figure><img{kind} src="{data_url(picture, _SIDE)}" alt="{caption}">'
+        f'<figure><img{kind} src="{data_url(image, _SIDE)}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def data_url(picture, side):
-    """A picture as a data: address: PNG where it is small, otherwise JPEG of at most `side`.
+def data_url(image: RGBImage, side: int) -> str:
+    """Encodes an image as a data: URL: PNG if it is small, otherwise JPEG of at most `side`.
 
     Args:
-      picture: uint8 [H, W, 3].
+      image: uint8 [H, W, 3].
       side: longest side in pixels.
     """
-    content, image = io.BytesIO(), Image.fromarray(picture)
-    if max(image.size) <= _SMALL:
-        image.save(content, format="PNG", optimize=True)
+    content, page = io.BytesIO(), Image.fromarray(image)
+    if max(page.size) <= _SMALL:
+        page.save(content, format="PNG", optimize=True)
         kind = "png"
     else:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        image.save(content, format="JPEG", quality=85)
+        page.thumbnail((side, side), Image.Resampling.LANCZOS)
+        page.save(content, format="JPEG", quality=85)
         kind = "jpeg"
     return f"data:image/{kind};base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _focus(workdir):
-    """The run's newest pages of samples and of how their focus maps come about."""
-    folder, parts = workdir and workdir / "samples", []
+def _focus(workdir: epath.Path | None) -> str:
+    """Formats the run's newest sample and focus map grids."""
+    folder, parts = workdir / "samples" if workdir else None, []
     for kind, text in _PAGES.items():
         pages = sorted(folder.glob(f"{kind}_*.png")) if folder and folder.exists() else []
         if pages:
             step = int(pages[-1].stem.partition("_")[2])
-            url = data_url(read_picture(pages[-1]), _PAGE_SIDE)
+            url = data_url(read_image(pages[-1]), _PAGE_SIDE)
             parts.append(
                 f'<p>Step {step}: {text}</p>\n<div class="wide"><img class="page" '
                 f'src="{url}" alt="{html.escape(text)}"></div>'
@@ -326,9 +337,9 @@ def _focus(workdir):
     return "\n".join(["<h2>Focus maps</h2>", *parts]) if parts else ""
 
 
-def _curves(workdir):
-    """What the run logged, a chart a metric."""
-    path = workdir and workdir / "metrics.jsonl"
+def _curves(workdir: epath.Path | None) -> str:
+    """Formats a chart for each logged metric of the run."""
+    path = workdir / "metrics.jsonl" if workdir else None
     if not path or not path.exists():
         return ""
     points = {}
@@ -336,7 +347,7 @@ def _curves(workdir):
         try:
             values = json.loads(line)
         except ValueError:
-            continue  # The line that a running training is writing.
+            continue  # An incomplete line: training is still running.
         for name, value in values.items():
             if "/" not in name and name != "step" and not name.endswith("_per_second"):
                 points.setdefault(name, []).append((values["step"], value))
@@ -353,7 +364,7 @@ def _curves(workdir):
     return f'<h2>Training</h2>\n<div class="grid">{parts}</div>'
 
 
-def _settings(settings):
+def _settings(settings: Mapping[str, Any]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th><td class="free">'
         f"{html.escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
@@ -362,8 +373,8 @@ def _settings(settings):
     return f'<h2>Settings</h2>\n<div class="wide"><table><tbody>{rows}</tbody></table></div>'
 
 
-def _mean(value, undefined=None):
-    """A score as one number, or None where nothing of it is defined; see `_cases`."""
+def _mean(value: Any, undefined: float | None = None) -> float | None:
+    """Returns the mean of a score's values, or None if none is defined; see `_cases` for `undefined`."""
     values = [
         undefined if v is None else v for v in (value if isinstance(value, list) else [value])
     ]

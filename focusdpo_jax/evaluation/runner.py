@@ -1,89 +1,111 @@
-"""Draws and scores the scenes of a benchmark, and sums up; each step goes on where it was stopped.
+"""Runs a benchmark: generates and scores images, and writes the results; each step can be resumed.
 
-Scenes are worked on in batches whose members never change, so that a picture or a score is the same
-bit for bit whether or not the evaluation was interrupted. Shares of the batches can be given to
-several processes that see one folder.
+Batches always have the same members, so that an image or a score is the same bit for bit whether or
+not the evaluation was interrupted. Several processes that share a folder can each work on a share of
+the batches.
 """
 
-from absl import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from focusdpo_jax.data.images import read_picture
+from absl import logging
+from etils import epath
+
+from focusdpo_jax.array_types import RGBImage
+from focusdpo_jax.data.images import read_image
 from focusdpo_jax.evaluation import report, summaries
 from focusdpo_jax.evaluation import scenes as scene_files
-from focusdpo_jax.evaluation.output_folder import ImagesFolder
+from focusdpo_jax.evaluation.benchmarks import Benchmark
+from focusdpo_jax.evaluation.output_folder import ExternalImages, OutputFolder
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
+from focusdpo_jax.evaluation.scoring import RegionScorer, Scorer
+from focusdpo_jax.inference.prompts import Prompt
 from focusdpo_jax.inference.sampler import Sampler
 from focusdpo_jax.models import truncation
 from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.vision.encoders import digest_of
-from focusdpo_jax.vision.places import Place
+from focusdpo_jax.vision.regions import Region
+
+RegionLookup = Callable[[BenchmarkScene, RGBImage], list[Region | None]]
+"""Maps a scene and its image to the region of each subject."""
 
 
 def run(
-    folder,
-    benchmark,
-    sides,
-    sampling,
+    folder: OutputFolder,
+    benchmark: Benchmark,
+    sides: Mapping[str, Callable[[], Any]],
+    sampling: Mapping[str, Any] | None,
     *,
-    batch_size,
-    share=(0, 1),
-    images=None,
-    workdir=None,
-    cases=6,
-):
-    """Draws, scores, sums up and reports.
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+    images: epath.PathLike | None = None,
+    workdir: epath.Path | None = None,
+    cases: int = 6,
+) -> dict[str, Any] | None:
+    """Generates, scores, aggregates and reports.
 
     Args:
-      folder: an `OutputFolder`.
-      benchmark: one of `benchmarks`.
-      sides: {"base" or "policy": function that loads a model (`training.models.Model`)}; empty
-        where `images` are given. All have one architecture.
-      sampling: keyword arguments of `sampling.Sampler`: resolution, steps, guidance, sampler.
-      batch_size: pictures drawn or scored at once.
-      share: (i, n), see `batches`; of a share no results are made.
-      images: folder of pictures that another program drew, or None.
+      folder: the output folder.
+      benchmark: the benchmark.
+      sides: {"base" or "policy": function that loads a model}; empty if `images` is given. All models
+        have one architecture.
+      sampling: keyword arguments of `Sampler`: resolution, steps, guidance, sampler; None if `images` is
+        given.
+      batch_size: images generated or scored at once.
+      share: (i, n), see `batches`; a single share writes no results.
+      images: folder of images that another program generated, or None.
       workdir: folder of the run, for the report, or None.
-      cases: best and worst scenes each in the report.
+      cases: number of best and of worst scenes in the report.
 
     Returns:
-      The values of results.json, or None where pictures of other shares are still missing.
+      The values of results.json, or None if images of other shares are still missing.
     """
     folder.claim({**benchmark.settings, "batch_size": batch_size})
     scenes = benchmark.scenes(folder)
     scene_files.write(folder.path / "scenes.jsonl", scenes)
-    given, pictures = None, folder
+    given, image_source = None, folder
     if images is not None:
-        given = pictures = ImagesFolder(images, scenes)
+        given = image_source = ExternalImages(images, scenes)
         folder.claim({"images": str(images), "digest of images": given.digest()})
     else:
         sampler = None
         for side, load in sides.items():
             sampler = _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
-    place_scorer, scores = benchmark.place_scorer, {}
+    region_scorer, scores = benchmark.region_scorer, {}
     for side in sides or ("policy",):
-        how = {"pictures": pictures, "batch_size": batch_size, "share": share}
+        how = {"image_source": image_source, "batch_size": batch_size, "share": share}
         boxes = {}
-        if place_scorer:
-            score(folder, side, scenes, place_scorer, places=known_places({}), **how)
-            boxes = folder.load_scores(side, place_scorer.name)
-        places = known_places(boxes, given)
+        if region_scorer:
+            score(folder, side, scenes, region_scorer, regions=region_lookup({}), **how)
+            boxes = folder.load_scores(side, region_scorer.name)
+        regions = region_lookup(boxes, given)
         for scorer in benchmark.scorers:
-            score(folder, side, scenes, scorer, places=places, **how)
+            score(folder, side, scenes, scorer, regions=regions, **how)
         scores[side] = {
             scorer.name: folder.load_scores(side, scorer.name) for scorer in benchmark.scorers
         }
     missing = {name for values in scores.values() for name in summaries.unscored(scenes, values)}
     if missing:
         logging.info(
-            "%d of %d scenes belong to other shares; the line without --share makes the report",
+            "%d of %d scenes belong to other shares; the command without --share writes the report",
             len(missing),
             len(scenes),
         )
         return None
-    return _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases)
+    return _sum_up(folder, benchmark, scenes, scores, image_source, workdir, cases)
 
 
-def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share):
-    """Draws with one model and lets go of it; returns the sampler, which needs none of its own."""
+def _draw_side(
+    folder: OutputFolder,
+    side: str,
+    scenes: list[BenchmarkScene],
+    load: Callable[[], Any],
+    sampler: Sampler | None,
+    sampling: Mapping[str, Any],
+    batch_size: int,
+    share: tuple[int, int],
+) -> Sampler:
+    """Generates with one model and releases it; returns the sampler, for the models that follow."""
     model = load()
     if sampler is None:
         sampler = Sampler(
@@ -93,9 +115,9 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
             slots=max(len(scene.subjects) for scene in scenes),
         )
         truncation.warn(model.tokenizer, scene_files.texts(scenes), "the scenes")
-    # Not before the sampler is there, which refuses what cannot be.
+    # After the sampler's construction, which checks the settings.
     folder.claim({"sampling": sampling, f"{side} model": digest_of(model.parameters)})
-    parameters = sampler.place(model.parameters)
+    parameters = sampler.replicate(model.parameters)
     draw(
         folder,
         side,
@@ -107,13 +129,23 @@ def _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
     return sampler
 
 
-def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
-    """results.json and report.html."""
-    values = {side: summaries.joined(by_scorer.values()) for side, by_scorer in scores.items()}
+def _sum_up(
+    folder: OutputFolder,
+    benchmark: Benchmark,
+    scenes: list[BenchmarkScene],
+    scores: dict,
+    image_source: OutputFolder | ExternalImages,
+    workdir: epath.Path | None,
+    cases: int,
+) -> dict[str, Any]:
+    """Writes results.json and report.html; returns the results."""
+    values = {
+        side: summaries.merge_scores(by_scorer.values()) for side, by_scorer in scores.items()
+    }
     settings = folder.read("settings.json")
     results = {
         "metrics": summaries.summarize(
-            {side: summaries.grouped(scenes, own) for side, own in values.items()},
+            {side: summaries.values_by_group(scenes, own) for side, own in values.items()},
             seed=settings["seed"],
         ),
         "settings": {
@@ -132,7 +164,7 @@ def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
             results=results,
             scenes=scenes,
             scores=values,
-            picture=pictures.picture_path,
+            image_path=image_source.image_path,
             workdir=workdir,
         ),
         cases=cases,
@@ -140,53 +172,74 @@ def _sum_up(folder, benchmark, scenes, scores, pictures, workdir, cases):
     return results
 
 
-def batches(scenes, size, share=(0, 1)):
-    """(number, scenes) of the batches of process i of n, `share` = (i, n)."""
+def batches(
+    scenes: Sequence[BenchmarkScene], size: int, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[int, Sequence[BenchmarkScene]]]:
+    """Yields (number, scenes) of the batches of process i of n, `share` = (i, n)."""
     index, count = share
     for number, start in enumerate(range(0, len(scenes), size)):
         if number % count == index:
             yield number, scenes[start : start + size]
 
 
-def draw(folder, side, scenes, drawer, *, batch_size, share=(0, 1)):
-    """Draws every picture that is missing.
+def draw(
+    folder: OutputFolder,
+    side: str,
+    scenes: Sequence[BenchmarkScene],
+    drawer: Callable[[list[Prompt]], Iterable[RGBImage]],
+    *,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+) -> int:
+    """Generates the images that are missing.
 
     Args:
-      folder: an `OutputFolder`.
+      folder: the output folder.
       side: "base" or "policy".
-      drawer: from a list of `prompts.Prompt` to an iterable of pictures.
+      scenes: of the benchmark.
+      drawer: maps a list of prompts to an iterable of images.
       batch_size: scenes given to `drawer` at once.
       share: see `batches`.
 
     Returns:
-      How many were drawn.
+      The number of generated images.
     """
     work = [
-        (batch, [s for s in batch if not folder.picture_path(side, s).exists()])
+        (batch, [s for s in batch if not folder.image_path(side, s).exists()])
         for _, batch in batches(scenes, batch_size, share)
     ]
     total = sum(len(missing) for _, missing in work)
-    progress = ItemProgress(f"{side}: pictures drawn", total)
+    progress = ItemProgress(f"{side}: images drawn", total)
     for batch, missing in work:
         if missing:
-            # The whole batch, so that what is missing is drawn as it would have been.
+            # The whole batch, so that the missing images are the same as without an interruption.
             drawn = drawer([scene.as_prompt() for scene in batch])
-            for scene, picture in zip(batch, drawn, strict=True):
+            for scene, image in zip(batch, drawn, strict=True):
                 if scene in missing:
-                    folder.save_picture(side, scene, picture)
+                    folder.save_image(side, scene, image)
             progress.add(len(missing))
     return total
 
 
-def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(0, 1)):
-    """Scores every picture that has no score yet.
+def score(
+    folder: OutputFolder,
+    side: str,
+    scenes: Sequence[BenchmarkScene],
+    scorer: Scorer | RegionScorer,
+    *,
+    image_source: OutputFolder | ExternalImages,
+    regions: RegionLookup,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Scores the images that have no score yet.
 
     Args:
-      folder, side, share: as in `draw`.
-      scorer: see `scoring`.
-      pictures: what has the pictures: the folder, or an `ImagesFolder`.
-      places: from a scene and its picture to the places of its subjects.
-      batch_size: pictures at once.
+      folder, side, scenes, share: as in `draw`.
+      scorer: computes the scores.
+      image_source: has the paths of the images: the folder, or an `ExternalImages`.
+      regions: maps a scene and its image to the regions of its subjects.
+      batch_size: images at once.
     """
     known = folder.load_scores(side, scorer.name)
     work = [
@@ -195,12 +248,12 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
         if not all(scene.name in known for scene in batch)
     ]
     progress = ItemProgress(
-        f"{side}: pictures scored by {scorer.name.rpartition('-')[0]}",
+        f"{side}: images scored by {scorer.name.rpartition('-')[0]}",
         sum(len(batch) for _, batch in work),
     )
     for number, batch in work:
-        images = [read_picture(pictures.picture_path(side, s)) for s in batch]
-        found = [places(scene, image) for scene, image in zip(batch, images)]
+        images = [read_image(image_source.image_path(side, s)) for s in batch]
+        found = [regions(scene, image) for scene, image in zip(batch, images)]
         values = scorer.score(batch, images, found)
         folder.save_scores(
             side, scorer.name, number, {scene.name: value for scene, value in zip(batch, values)}
@@ -208,23 +261,23 @@ def score(folder, side, scenes, scorer, *, pictures, places, batch_size, share=(
         progress.add(len(batch))
 
 
-def known_places(boxes, given=None):
-    """The function of a scene and a picture to the places of its subjects.
+def region_lookup(boxes: Mapping[str, Any], given: ExternalImages | None = None) -> RegionLookup:
+    """Returns the function from a scene and its image to the regions of its subjects.
 
-    A mask that lies beside a picture comes first, then the box that the scene asks for, then what
+    The order of precedence is: a mask beside the image, the box that the scene requests, the box that
     was found.
 
     Args:
-      boxes: {scene: {"boxes": a list}} as `scoring.PlaceScorer` finds them; may be empty.
-      given: an `ImagesFolder`, or None.
+      boxes: {scene: {"boxes": a list}} as `scoring.RegionScorer` returns them; may be empty.
+      given: an `ExternalImages`, or None.
     """
 
-    def places(scene, picture):
+    def regions(scene, image):
         found = boxes.get(scene.name, {"boxes": [None] * len(scene.subjects)})["boxes"]
-        masks = given.places(scene, picture) if given else [None] * len(scene.subjects)
+        masks = given.regions(scene, image) if given else [None] * len(scene.subjects)
         return [
-            mask or (Place(subject.box) if subject.box else box and Place(tuple(box)))
+            mask or (Region(subject.box) if subject.box else Region(tuple(box)) if box else None)
             for mask, subject, box in zip(masks, scene.subjects, found)
         ]
 
-    return places
+    return regions

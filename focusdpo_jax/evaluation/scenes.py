@@ -1,7 +1,8 @@
-"""What a benchmark asks for: scenes, prompts with subjects, in a file that others can read."""
+"""Scenes of a benchmark: prompts with subjects, stored in a file that other programs can read."""
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -11,15 +12,15 @@ from focusdpo_jax.inference.prompts import Prompt, Reference
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class BenchmarkSubject:
     """A subject of a scene.
 
     Attributes:
-      name: of the individual ("dog6"), or of its kind where there are only kinds.
-      phrase: as captions name it ("a dog").
-      reference: file of the picture that the generator is given.
-      photographs: files that pictures are compared with.
-      box: x0, y0, x1, y1 in [0, 1], where in the picture it is to stand; None where that is free.
+      name: of the individual ("dog6"), or of its class if individuals have no names.
+      phrase: noun phrase in captions ("a dog").
+      reference: file of the reference image.
+      photographs: files that generated images are compared with.
+      box: x0, y0, x1, y1 in [0, 1], the requested region in the generated image; None for any.
     """
 
     name: str
@@ -30,25 +31,25 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
-    """One picture to draw and to score.
+class BenchmarkScene:
+    """One image to generate and to score.
 
     Attributes:
-      name: of its file, without ending; unique, may have folders in it.
-      prompt: what the generator is told.
+      name: file name without extension; unique, may contain folders.
+      prompt: of the generator.
       subjects: in the order of the prompt.
       seed: of the noise.
-      group: scenes of one group are resampled together for intervals.
+      group: scenes of one group are resampled together for confidence intervals.
     """
 
     name: str
     prompt: str
-    subjects: tuple[Subject, ...]
+    subjects: tuple[BenchmarkSubject, ...]
     seed: int
     group: str
 
-    def as_prompt(self):
-        """The scene as `sampling.Sampler` takes it."""
+    def as_prompt(self) -> Prompt:
+        """Returns the scene as a prompt for `inference.sampler.Sampler`."""
         return Prompt(
             self.prompt,
             tuple(Reference(s.reference, s.phrase, box=s.box) for s in self.subjects),
@@ -56,18 +57,18 @@ class Scene:
         )
 
 
-def texts(scenes):
-    """[(prompt, phrases of its subjects)] of scenes, as `models.truncation.warn` takes them."""
+def texts(scenes: Iterable[BenchmarkScene]) -> list[tuple[str, list[str]]]:
+    """Returns [(prompt, phrases of its subjects)] of scenes, for `models.truncation.warn`."""
     return [(scene.prompt, [s.phrase for s in scene.subjects]) for scene in scenes]
 
 
-def write(path, scenes):
-    """Writes scenes as JSON lines, with the fields of `Scene`."""
+def write(path: epath.PathLike, scenes: Iterable[BenchmarkScene]) -> None:
+    """Writes scenes as JSON lines, with the fields of `BenchmarkScene`."""
     replace_file(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in scenes))
 
 
-def read(path):
-    """Reads what `write` wrote.
+def read(path: epath.PathLike) -> list[BenchmarkScene]:
+    """Reads a file that `write` wrote.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -77,7 +78,7 @@ def read(path):
         for line in epath.Path(path).read_text().splitlines():
             values = json.loads(line)
             subjects = tuple(
-                Subject(
+                BenchmarkSubject(
                     **{
                         **s,
                         "photographs": tuple(s["photographs"]),
@@ -86,7 +87,7 @@ def read(path):
                 )
                 for s in values.pop("subjects")
             )
-            scenes.append(Scene(subjects=subjects, **values))
+            scenes.append(BenchmarkScene(subjects=subjects, **values))
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}). Give the --output "

@@ -1,44 +1,82 @@
-"""Scorers: from pictures and the scenes that they should show to the values of measures.
-
-A scorer has a `name`, which changes with all that its values depend on, and `score(scenes,
-pictures, places)`: a list with, for each picture, {measure: value, or a list with a value a
-subject}; None where a measure is not defined.
-"""
+"""Scorers: compute metrics of generated images and their scenes."""
 
 import functools
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float32
 
-from focusdpo_jax.data.images import read_picture
-from focusdpo_jax.vision import places as subject_places
+from focusdpo_jax.array_types import RGBImage
+from focusdpo_jax.data.images import read_image
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
+from focusdpo_jax.vision import regions as subject_regions
+from focusdpo_jax.vision.encoders import TextEncoder, VisionEncoder
+
+Scores = dict[str, Any]
+"""{metric: a value, or a list with a value a subject}; None where a metric is not defined."""
+
+Regions = Sequence[Sequence[subject_regions.Region | None]]
+"""For each scene, the region of each of its subjects, or None."""
 
 
-class Photographs:
-    """Photographs as one encoder sees them, and their subjects as another, each encoded once."""
+class Scorer(Protocol):
+    """Computes metrics of images.
 
-    def __init__(self, encoder, subject_encoder):
+    Attributes:
+      name: changes with everything that the scores depend on; part of the names of score files.
+    """
+
+    name: str
+
+    def score(
+        self,
+        scenes: Sequence[BenchmarkScene],
+        images: Sequence[RGBImage],
+        regions: Regions,
+    ) -> list[Scores]:
+        """Returns the scores of each image.
+
+        Args:
+          scenes: the scene of each image.
+          images: uint8 [H, W, 3] each.
+          regions: of the subjects in each image.
+        """
+        ...
+
+
+class PhotographEmbeddings:
+    """Cached embeddings of photographs and of their subjects, each by its own encoder."""
+
+    def __init__(self, encoder: VisionEncoder, subject_encoder: VisionEncoder):
         self._encoder, self._subject_encoder = encoder, subject_encoder
         self._whole, self._subjects = {}, {}
 
-    def whole(self, paths):
-        """Unit vectors [len(paths), ...] of whole photographs."""
+    def whole(self, paths: Sequence[str]) -> Float32[np.ndarray, "N ..."]:
+        """Returns unit vectors [len(paths), ...] of whole photographs."""
         return self._encoded(
             self._encoder, self._whole, paths, lambda path: read_photograph(path)[0]
         )
 
-    def subjects(self, paths):
-        """The same of their subjects alone, where there are masks to cut them out by."""
+    def subjects(self, paths: Sequence[str]) -> Float32[np.ndarray, "N ..."]:
+        """Returns unit vectors [len(paths), ...] of the subjects, cut out by their masks if there are any."""
         return self._encoded(
             self._subject_encoder,
             self._subjects,
             paths,
-            lambda path: subject_places.cut(*read_photograph(path)),
+            lambda path: subject_regions.crop_subject(*read_photograph(path)),
         )
 
-    def _encoded(self, encoder, known, paths, read):
+    def _encoded(
+        self,
+        encoder: VisionEncoder,
+        known: dict[str, np.ndarray],
+        paths: Sequence[str],
+        read: Callable[[str], RGBImage],
+    ) -> np.ndarray:
         missing = [path for path in dict.fromkeys(paths) if path not in known]
         if missing:
             known |= zip(missing, encoder([read(path) for path in missing]))
@@ -46,37 +84,44 @@ class Photographs:
 
 
 class SimilarityScorer:
-    """How much pictures resemble the photographs of their subjects, by one network.
+    """Similarity of images with the photographs of their subjects, by one network.
 
-    With `x` the network's name:
-      x: mean cosine of the picture with the photographs, averaged over subjects.
-      x_crop: in scenes of several, for each subject that has a place: mean cosine of what stands
-        there with the subject's photographs, all cut out as far as masks are there.
-      x_leakage: for each of them, the same cosine with another subject's photographs minus that
-        with its own, of the other that is nearest. Above 0 it looks more like the other.
+    Metrics, with `x` the network's name:
+      x: mean cosine of the image with the photographs, averaged over subjects.
+      x_crop: in scenes of several subjects, for each subject with a region: mean cosine of the region
+        with the subject's photographs, all cut out by their masks if there are any.
+      x_leakage: for each of these, the largest mean cosine with another subject's photographs minus
+        x_crop. Above 0 the region resembles the other subject more.
     """
 
-    def __init__(self, encoder, subject_encoder=None, needs=None):
-        """Takes encoders of whole pictures and of cut-outs, and what the places depend on."""
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        subject_encoder: VisionEncoder | None = None,
+        needs: str | None = None,
+    ):
+        """Takes the encoders of whole images and of cut-outs, and the name of the source of regions."""
         self._encoder, self._subject_encoder = encoder, subject_encoder or encoder
         digests = [encoder.digest, self._subject_encoder.digest, needs]
         self.name = f"{encoder.name}-{_short(digests)}"
-        self._photographs = Photographs(encoder, self._subject_encoder)
+        self._photographs = PhotographEmbeddings(encoder, self._subject_encoder)
 
-    def score(self, scenes, pictures, places):
-        """See the module; `places` has a list of Place or None for each scene's subjects."""
+    def score(
+        self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
+    ) -> list[Scores]:
+        """Scores images; see `Scorer.score`."""
         name, values = self._encoder.name, []
-        vectors = self._encoder(pictures)
-        # Of a subject that is alone in its scene the whole picture speaks.
-        places = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, places)]
+        vectors = self._encoder(images)
+        # A subject alone in its scene is scored by the whole image.
+        regions = [row if len(scene.subjects) > 1 else [] for scene, row in zip(scenes, regions)]
         cuts = [
-            subject_places.cut(picture, place)
-            for picture, row in zip(pictures, places)
-            for place in row
-            if place
+            subject_regions.crop_subject(image, region)
+            for image, row in zip(images, regions)
+            for region in row
+            if region
         ]
         crops = iter(self._subject_encoder(cuts) if cuts else ())
-        for scene, vector, row in zip(scenes, vectors, places):
+        for scene, vector, row in zip(scenes, vectors, regions):
             own = [
                 float((self._photographs.whole(s.photographs) @ vector).mean())
                 for s in scene.subjects
@@ -85,10 +130,10 @@ class SimilarityScorer:
             if not row:
                 continue
             table = []
-            for place in row:
-                crop = next(crops) if place else None
+            for region in row:
+                crop = next(crops) if region else None
                 table.append(
-                    place
+                    region
                     and [
                         float((self._photographs.subjects(s.photographs) @ crop).mean())
                         for s in scene.subjects
@@ -105,77 +150,85 @@ class SimilarityScorer:
 
 
 class PromptScorer:
-    """clip_t: cosine of the picture and its prompt."""
+    """clip_t: cosine of the image and its prompt."""
 
-    def __init__(self, encoder, encode_text):
+    def __init__(self, encoder: VisionEncoder, encode_text: TextEncoder):
         self.name = f"clip_t-{encoder.digest}"
         self._encoder = encoder
         self._text = functools.cache(lambda prompt: encode_text([prompt])[0])
 
-    def score(self, scenes, pictures, places):
-        """See the module."""
-        vectors = self._encoder(pictures)
+    def score(
+        self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
+    ) -> list[Scores]:
+        """Scores images; see `Scorer.score`."""
+        vectors = self._encoder(images)
         return [
             {"clip_t": float(vector @ self._text(scene.prompt))}
             for scene, vector in zip(scenes, vectors)
         ]
 
 
-class PlaceScorer:
-    """boxes: where subjects stand, found by patch features (`places.find`); no measure."""
+class RegionScorer:
+    """boxes: regions of subjects, found by patch features (`regions.find_regions`); not a metric."""
 
-    def __init__(self, encode_patches):
+    def __init__(self, encode_patches: VisionEncoder):
         self.name = f"places-{encode_patches.name}-{encode_patches.digest}"
         self._encode = encode_patches
         self._prototypes = {}
 
-    def _prototype(self, paths):
-        """Unit vector of what a subject's photographs have in common."""
+    def _prototype(self, paths: Sequence[str]) -> Float32[np.ndarray, " D"]:
+        """Returns the mean patch feature of a subject's photographs, a unit vector [D]."""
         for path in paths:
             if path not in self._prototypes:
-                picture, place = read_photograph(path)
-                self._prototypes[path] = subject_places.prototype(
-                    self._encode([picture])[0], place and place.mask
+                image, region = read_photograph(path)
+                self._prototypes[path] = subject_regions.subject_prototype(
+                    self._encode([image])[0], region and region.mask
                 )
         mean = np.mean([self._prototypes[path] for path in paths], axis=0)
         return mean / np.linalg.norm(mean)
 
-    def score(self, scenes, pictures, places):
-        """See the module."""
+    def score(
+        self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
+    ) -> list[Scores]:
+        """Returns {"boxes": a box or None a subject} for each image; see `Scorer.score`."""
         return [
             {
-                "boxes": subject_places.find(
+                "boxes": subject_regions.find_regions(
                     features, [self._prototype(s.photographs) for s in scene.subjects]
                 )
             }
-            for scene, features in zip(scenes, self._encode(pictures))
+            for scene, features in zip(scenes, self._encode(images))
         ]
 
 
 class MissingScorer:
-    """missing: in scenes of several, 1 for each subject that has no place, otherwise 0.
+    """missing: in scenes of several subjects, 1 for each subject without a region, otherwise 0.
 
-    The similarities of subjects leave these out, so that they say nothing alone.
+    The similarities of subjects exclude missing subjects and must be read together with this metric.
     """
 
-    def __init__(self, needs):
-        """`needs` names what the places depend on."""
+    def __init__(self, needs: str | None):
+        """Takes the name of the source of regions."""
         self.name = f"missing-{_short([needs])}"
 
-    def score(self, scenes, pictures, places):
-        """See the module."""
+    def score(
+        self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
+    ) -> list[Scores]:
+        """Scores images; see `Scorer.score`."""
         return [
-            {"missing": [float(place is None) for place in row]} if len(scene.subjects) > 1 else {}
-            for scene, row in zip(scenes, places)
+            {"missing": [float(region is None) for region in row]}
+            if len(scene.subjects) > 1
+            else {}
+            for scene, row in zip(scenes, regions)
         ]
 
 
-def read_photograph(path):
-    """The picture of a file and its subject's `Place`, None without a mask beside it."""
+def read_photograph(path: epath.PathLike) -> tuple[RGBImage, subject_regions.Region | None]:
+    """Reads a photograph and its subject's `Region`, which is None without a mask beside it."""
     path = epath.Path(path)
-    picture = read_picture(path)
-    return picture, subject_places.of_photograph(path, picture)
+    image = read_image(path)
+    return image, subject_regions.photograph_region(path, image)
 
 
-def _short(values):
+def _short(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

@@ -1,12 +1,19 @@
-"""From the scores of pictures to estimates: tables of values by group, and their means."""
+"""Aggregates the scores of images: tables of values by group, and their estimates."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from focusdpo_jax.evaluation import statistics
+from focusdpo_jax.evaluation.scenes import BenchmarkScene
 
 
-def unscored(scenes, scores):
-    """Names of scenes that one of `scores`, {name: {scene: ...}}, lacks."""
+def unscored(
+    scenes: Sequence[BenchmarkScene], scores: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Returns the names of scenes that are missing in one of `scores`, {scorer: {scene: ...}}."""
     return [
         scene.name
         for scene in scenes
@@ -14,8 +21,8 @@ def unscored(scenes, scores):
     ]
 
 
-def joined(scores):
-    """{scene: {measure: value}} of several scorers' {scene: {measure: value}}."""
+def merge_scores(scores: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Merges {scene: {metric: value}} of several scorers."""
     whole = {}
     for values in scores:
         for scene, measures in values.items():
@@ -23,15 +30,17 @@ def joined(scores):
     return whole
 
 
-def grouped(scenes, scores):
-    """Values by measure, a row a group of scenes.
+def values_by_group(
+    scenes: Sequence[BenchmarkScene], scores: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Float64[np.ndarray, "groups values"]]:
+    """Arranges values by metric, with one row a group of scenes.
 
     Args:
-      scenes: list of Scene.
-      scores: {scene: {measure: a value or a list of values, None where not defined}}.
+      scenes: of the benchmark.
+      scores: {scene: {metric: a value or a list of values, None where not defined}}.
 
     Returns:
-      {measure: float64 [groups, values]}, NaN where not defined; groups in the order of `scenes`.
+      {metric: float64 [groups, values]}, NaN where not defined; groups in the order of `scenes`.
     """
     names = dict.fromkeys(name for scene in scenes for name in scores[scene.name])
     tables = {}
@@ -48,16 +57,18 @@ def grouped(scenes, scores):
     return tables
 
 
-def summarize(tables, *, seed):
-    """Estimates of every measure, of each side and of how they differ.
+def summarize(
+    tables: Mapping[str, Mapping[str, Float64[np.ndarray, "groups _"]]], *, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Estimates every metric of each side, and the difference of the sides.
 
     Args:
-      tables: {side: what `grouped` returned, of the same scenes}.
+      tables: {side: the result of `values_by_group` for the same scenes}.
       seed: of the bootstrap.
 
     Returns:
-      {measure: {side: {"mean", "low", "high", "n"}}}; with both base and policy also "difference",
-      policy minus base on the same scenes. Measures that no side defines are left out.
+      {metric: {side: {"mean", "low", "high", "n"}}}; with both base and policy also "difference",
+      policy minus base on the same scenes. Metrics that no side defines are left out.
     """
     metrics = {}
     for name in dict.fromkeys(name for table in tables.values() for name in table):

@@ -1,12 +1,18 @@
-"""Toybox's test scenes as a benchmark: their references as files, and the probe as the scorer."""
+"""Toybox's test scenes as a benchmark: reference files, and the probe as a scorer."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.array_types import RGBImage
+from focusdpo_jax.data.dataset import ToyboxSource
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
+from focusdpo_jax.evaluation.scoring import Regions, Scores
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.vision import encoders
 from focusdpo_jax.visualization import grids
@@ -14,17 +20,25 @@ from focusdpo_jax.visualization import grids
 _TRUTH = ("class_id", "hue", "pattern", "pattern_hue", "part")
 
 
-def write_scenes(source, count, folder, *, samples, seed):
-    """The first `count` scenes of a source of Toybox records.
+def write_scenes(
+    source: Sequence[dict] | ToyboxSource,
+    count: int,
+    folder: epath.PathLike,
+    *,
+    samples: int,
+    seed: int,
+) -> list[BenchmarkScene]:
+    """Returns the first `count` scenes of a source of Toybox records; writes their references.
 
     Args:
       source: of records (`data.dataset.ToyboxSource`).
-      folder: where the references are written as PNG, unless they are there.
-      samples: pictures of each scene.
-      seed: of the first picture; each further one has one more.
+      count: number of scenes.
+      folder: of the references as PNG files; existing files are kept.
+      samples: images of each scene.
+      seed: of the first image; image i has seed + i.
 
     Returns:
-      A list of Scene; every scene is a group of its own.
+      A list of BenchmarkScene; every scene is its own group.
     """
     folder, scenes = epath.Path(folder), []
     for index in range(count):
@@ -33,10 +47,12 @@ def write_scenes(source, count, folder, *, samples, seed):
             path = folder / f"{index:04d}_{i}.png"
             if not path.exists():
                 grids.save_png(path, subject["reference"])
-            subjects.append(Subject(subject["phrase"], subject["phrase"], str(path), (str(path),)))
+            subjects.append(
+                BenchmarkSubject(subject["phrase"], subject["phrase"], str(path), (str(path),))
+            )
         for sample in range(samples):
             scenes.append(
-                Scene(
+                BenchmarkScene(
                     f"{index:04d}_{sample}",
                     record["caption"],
                     tuple(subjects),
@@ -48,23 +64,34 @@ def write_scenes(source, count, folder, *, samples, seed):
 
 
 class ToyboxScorer:
-    """What the probe reads off pictures, compared with the truth (see `toybox_measures`)."""
+    """Compares the probe's readings with the ground truth (see `toybox.metrics`)."""
 
-    def __init__(self, probe, source, slots, batch_size):
-        """Args: the probe's parameters; the source of records; the most subjects of a scene."""
+    def __init__(
+        self, probe: Any, source: Sequence[dict] | ToyboxSource, slots: int, batch_size: int
+    ):
+        """Takes the probe's parameters.
+
+        Args:
+          probe: parameters of the probe network.
+          source: of the records of the scenes.
+          slots: largest number of subjects of a scene.
+          batch_size: images at once.
+        """
         self.name = f"probe-{encoders.digest_of(probe)}"
         self._mesh, self._source = inference_mesh(batch_size), source
         self._probe = replicate(probe, self._mesh)
         self._slots, self._batch_size = slots, batch_size
         self._read = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x / 255.0)))
 
-    def score(self, scenes, drawn, places):
-        """{measure: list of a value a subject, or a value}, None where it is not defined."""
+    def score(
+        self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
+    ) -> list[Scores]:
+        """Scores images; see `scoring.Scorer.score`. Regions are not used."""
         side = self._batch_size
-        images = np.stack(drawn)
-        images = np.concatenate([images, np.repeat(images[-1:], side - len(images), axis=0)])
-        readings = self._read(self._probe, shard_batch(images, self._mesh))
-        readings = jax.tree.map(lambda x: np.asarray(x)[: len(drawn)], readings)
+        batch = np.stack(images)
+        batch = np.concatenate([batch, np.repeat(batch[-1:], side - len(batch), axis=0)])
+        readings = self._read(self._probe, shard_batch(batch, self._mesh))
+        readings = jax.tree.map(lambda x: np.asarray(x)[: len(images)], readings)
         records = [self._source[int(scene.group)] for scene in scenes]
         present = np.array([[i < len(r["subjects"]) for i in range(self._slots)] for r in records])
         truth = {
@@ -77,14 +104,14 @@ class ToyboxScorer:
             for name in _TRUTH
         }
         truth["background"] = np.array([r["background"] for r in records])
-        measured = measures.measure(readings, truth, present)
+        measured = toybox_metrics.compute(readings, truth, present)
         return [
             {name: _plain(values[row]) for name, values in measured.items()}
             for row in range(len(scenes))
         ]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if np.ndim(value):
         return [_plain(v) for v in value]
     return None if np.isnan(value) else float(value)

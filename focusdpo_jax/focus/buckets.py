@@ -7,8 +7,7 @@ never traced.
 
     buckets = make_buckets(count=4)                                  # 4 buckets, 2 structures
     bucket = buckets[bucket_for_step(seed, step, len(buckets))]      # the same on every host
-    step_fn = jax.jit(train_step, static_argnames="structure")
-    step_fn(state, batch, structure=bucket.structure, params=bucket.params)
+    state = jax.jit(train_step)(state, batch, bucket)                # compiled once a structure
 
 That the focus moves with the timestep, and that detail comes in only at the clean end, is [known]
 (FocusDPO, arXiv 2509.01181, pipeline figure). Buckets, their schedules and their order are [ours].
@@ -22,17 +21,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
+from focusdpo_jax.array_types import IntScalar, Scalar
 from focusdpo_jax.errors import UserError
 
 # Keeps the order of buckets apart from whatever else is drawn from the same seed.
 _ROLE = int.from_bytes(b"buckets", "big")
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class BucketStructure:
-    """Which terms a bucket's weight has. Hashable: pass it to `jax.jit` as a static argument.
+    """Which terms a bucket's weight has. Hashable, and static wherever `jax.jit` meets it.
 
     Attributes:
       spaf: match target patches with the references; unmatched ones weigh more.
@@ -66,17 +67,17 @@ class BucketParams(NamedTuple):
       matched_weight: weight, in place of 1, of prior locations in M' while the gate is shut, in [0, 1].
     """
 
-    index: Int[Array, ""]
-    t_low: Int[Array, ""]
-    t_high: Int[Array, ""]
-    rho: Float[Array, ""]
-    lambda_s: Float[Array, ""]
-    lambda_d: Float[Array, ""]
-    lambda_c: Float[Array, ""]
-    tau: Float[Array, ""]
-    gate_width: Float[Array, ""]
-    background: Float[Array, ""]
-    matched_weight: Float[Array, ""]
+    index: IntScalar
+    t_low: IntScalar
+    t_high: IntScalar
+    rho: Scalar
+    lambda_s: Scalar
+    lambda_d: Scalar
+    lambda_c: Scalar
+    tau: Scalar
+    gate_width: Scalar
+    background: Scalar
+    matched_weight: Scalar
 
 
 class Bucket(NamedTuple):
@@ -100,7 +101,7 @@ def make_buckets(
     lambda_c: float = 0.0,
     tau: float = 0.5,
     gate_width: float = 0.0,
-    background: float = 0.1,
+    background: float = 0.5,
     matched: float = 0.5,
 ) -> tuple[Bucket, ...]:
     """Splits [0, timesteps) into equal buckets, in the order of denoising: the noisiest first.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from focusdpo_jax.array_types import AnyArray
 from focusdpo_jax.focus.grids import average_to_grid
 
 # Share of a bin's width over which membership passes to the neighbouring bin.
@@ -22,7 +23,7 @@ _FLAT = 0.02
 
 
 def luminance(
-    image: Float[Array, "batch rows columns 3"],
+    image: Float[AnyArray, "batch rows columns 3"],
 ) -> Float[Array, "batch rows columns"]:
     """Luma of an RGB image by ITU-R Rec. 601 (as in JPEG): 0.299 R + 0.587 G + 0.114 B, in [0, 1].
 
@@ -32,7 +33,7 @@ def luminance(
     return jnp.sum(image.astype(jnp.float32) * jnp.array([0.299, 0.587, 0.114]), axis=-1)
 
 
-def bin_membership(values: Float[Array, "*shape"], bins: int) -> Float[Array, "*shape bins"]:
+def bin_membership(values: Float[AnyArray, "*shape"], bins: int) -> Float[Array, "*shape bins"]:
     """Spreads values in [0, 1] over `bins` equal bins with short ramps in place of hard edges.
 
     Memberships are >= 0 and sum to 1. A value further than a quarter of a bin from every edge
@@ -57,7 +58,7 @@ def gaussian_window(size: int, sigma: float) -> Float[np.ndarray, "size size"]:
 
 
 def local_entropy(
-    image: Float[Array, "batch rows columns 3"], bins: int = 16, sigma: float = 4.0
+    image: Float[AnyArray, "batch rows columns 3"], bins: int = 16, sigma: float = 4.0
 ) -> Float[Array, "batch rows columns"]:
     """Information density of the grey levels around every pixel, in [0, 1].
 
@@ -92,7 +93,7 @@ def local_entropy(
 
 
 def normalise_inside(
-    detail: Float[Array, "batch height width"], prior: Float[Array, "batch height width"]
+    detail: Float[AnyArray, "batch height width"], prior: Float[AnyArray, "batch height width"]
 ) -> Float[Array, "batch height width"]:
     """Scales a map so that its largest value inside the prior is 1 [ours]; result in [0, 1].
 
@@ -106,8 +107,8 @@ def normalise_inside(
 
 
 def complexity(
-    image: Float[Array, "batch rows columns 3"],
-    prior: Float[Array, "batch height width"],
+    image: Float[AnyArray, "batch rows columns 3"],
+    prior: Float[AnyArray, "batch height width"],
     bins: int = 16,
     sigma: float = 4.0,
 ) -> Float[Array, "batch height width"]:

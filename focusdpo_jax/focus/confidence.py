@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from focusdpo_jax.array_types import AnyArray
+
 
 def smoothed(
-    maps: Float[Array, "batch height width"], radius: int = 1
+    maps: Float[AnyArray, "batch height width"], radius: int = 1
 ) -> Float[Array, "batch height width"]:
     """Means over square windows of 2 radius + 1 locations, cut off at the border."""
     side = 2 * radius + 1
@@ -25,7 +27,7 @@ def smoothed(
 
 
 def uncertainty(
-    error: Float[Array, "batch height width"], prior: Float[Array, "batch height width"]
+    error: Float[AnyArray, "batch height width"], prior: Float[AnyArray, "batch height width"]
 ) -> Float[Array, "batch height width"]:
     """U: the smoothed error, over its largest value inside the prior and at most 1 [ours].
 

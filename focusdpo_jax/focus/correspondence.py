@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from focusdpo_jax.array_types import AnyArray, Scalar
 from focusdpo_jax.focus.grids import nearest_on_grid
 
 _ROUNDING = 1e-5  # Cosines this close are equal, within float32.
@@ -45,16 +46,16 @@ class Match(NamedTuple):
     budget: Float[Array, "batch"]
 
 
-def _unit(vectors: Array) -> Array:
+def _unit(vectors: AnyArray) -> Array:
     """Vectors of length 1 along the last axis; zero stays zero."""
     squared = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
 
 
 def prototypes(
-    reference_features: Float[Array, "batch subjects patches features"],
-    reference_masks: Float[Array, "batch subjects patches"],
-    present: Bool[Array, "batch subjects"],
+    reference_features: Float[AnyArray, "batch subjects patches features"],
+    reference_masks: Float[AnyArray, "batch subjects patches"],
+    present: Bool[AnyArray, "batch subjects"],
     count: int = 1,
     iterations: int = 8,
 ) -> Float[Array, "batch subjects count features"]:
@@ -109,9 +110,9 @@ def prototypes(
 
 
 def subject_and_background_prototypes(
-    reference_features: Float[Array, "batch subjects patches features"],
-    reference_masks: Float[Array, "batch subjects patches"],
-    present: Bool[Array, "batch subjects"],
+    reference_features: Float[AnyArray, "batch subjects patches features"],
+    reference_masks: Float[AnyArray, "batch subjects patches"],
+    present: Bool[AnyArray, "batch subjects"],
     count: int,
 ) -> Float[Array, "batch subjects 2 count features"]:
     """`prototypes` of each subject, then of what surrounds it in its reference image."""
@@ -125,8 +126,8 @@ def subject_and_background_prototypes(
 
 
 def cosine_similarity(
-    prototype: Float[Array, "batch subjects count features"],
-    target_features: Float[Array, "batch height width features"],
+    prototype: Float[AnyArray, "batch subjects count features"],
+    target_features: Float[AnyArray, "batch height width features"],
 ) -> Float[Array, "batch subjects height width"]:
     """Cosine of every target patch with the nearest of each subject's prototypes, in [-1, 1].
 
@@ -145,10 +146,10 @@ def cosine_similarity(
 
 
 def patch_quality(
-    reference_features: Float[Array, "batch subjects patches features"],
-    reference_masks: Float[Array, "batch subjects patches"],
-    target_features: Float[Array, "batch height width features"],
-    present: Bool[Array, "batch subjects"],
+    reference_features: Float[AnyArray, "batch subjects patches features"],
+    reference_masks: Float[AnyArray, "batch subjects patches"],
+    target_features: Float[AnyArray, "batch height width features"],
+    present: Bool[AnyArray, "batch subjects"],
 ) -> Float[Array, "batch height width"]:
     """How well each target patch is found on some subject's reference: PatchDPO's quality.
 
@@ -170,9 +171,9 @@ def patch_quality(
 
 
 def budget(
-    area: Float[Array, "batch subjects"],
-    present: Bool[Array, "batch subjects"],
-    rho: Float[Array, ""] | float,
+    area: Float[AnyArray, "batch subjects"],
+    present: Bool[AnyArray, "batch subjects"],
+    rho: Scalar,
     patches: int,
 ) -> Int[Array, "batch subjects"]:
     """How many patches each subject may match: `k = round(rho * area)`, halves upwards [ours].
@@ -184,11 +185,11 @@ def budget(
 
 
 def match(
-    similarity: Float[Array, "batch subjects height width"],
-    present: Bool[Array, "batch subjects"],
-    area: Float[Array, "batch subjects"],
-    rho: Float[Array, ""] | float,
-    background: Float[Array, "batch height width"] | None = None,
+    similarity: Float[AnyArray, "batch subjects height width"],
+    present: Bool[AnyArray, "batch subjects"],
+    area: Float[AnyArray, "batch subjects"],
+    rho: Scalar,
+    background: Float[AnyArray, "batch height width"] | None = None,
 ) -> Match:
     """Turns similarities into M': competition, then each subject's k clearest patches.
 
@@ -238,8 +239,8 @@ def match(
 
 
 def prototype_similarity(
-    described: Float[Array, "batch subjects 2 count features"],
-    target_features: Float[Array, "batch height width features"],
+    described: Float[AnyArray, "batch subjects 2 count features"],
+    target_features: Float[AnyArray, "batch height width features"],
 ) -> tuple[Float[Array, "batch subjects height width"], Float[Array, "batch height width"]]:
     """Similarity of a target with each subject, and with the backgrounds of all references.
 
@@ -261,7 +262,7 @@ def to_grid(match: Match, grid: tuple[int, int]) -> Match:
     )
 
 
-def inside_own(match: Match, masks: Float[Array, "batch subjects height width"]) -> Match:
+def inside_own(match: Match, masks: Float[AnyArray, "batch subjects height width"]) -> Match:
     """Keeps the matches that lie on their own subject, and drops those on another or on none [ours].
 
     Otherwise a subject that wears looks of its neighbour is matched by the neighbour's reference, and has low
@@ -276,7 +277,7 @@ def inside_own(match: Match, masks: Float[Array, "batch subjects height width"])
 
 
 def unmatched(
-    prior: Float[Array, "batch height width"], matched: Float[Array, "batch height width"]
+    prior: Float[AnyArray, "batch height width"], matched: Float[AnyArray, "batch height width"]
 ) -> Float[Array, "batch height width"]:
     """`M_s = M_prior and not M'` [known]: the subjects' part that no reference explains yet.
 
@@ -284,10 +285,10 @@ def unmatched(
       prior: M_prior as the share of each location covered, in [0, 1].
       matched: M', 0 or 1, on the same grid.
     """
-    return prior * (1 - matched)
+    return jnp.asarray(prior * (1 - matched))
 
 
-def alignment(match: Match, prior: Float[Array, "batch height width"]) -> Float[Array, "batch"]:
+def alignment(match: Match, prior: Float[AnyArray, "batch height width"]) -> Float[Array, "batch"]:
     """How much of the match lies where it should: `|M' and M_prior| / min(k, |M_prior|)` [ours].
 
     Args:

@@ -1,14 +1,16 @@
 """Maps between grids: pixels, latent locations, and the patches of a feature extractor."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from focusdpo_jax.array_types import AnyArray
 from focusdpo_jax.errors import UserError
 
 
 def average_to_grid(
-    maps: Float[Array, "*batch rows columns"], grid: tuple[int, int]
+    maps: Float[AnyArray, "*batch rows columns"], grid: tuple[int, int]
 ) -> Float[Array, "*batch height width"]:
     """Averages maps over the cells of a coarser grid: a binary mask becomes the share covered.
 
@@ -34,8 +36,8 @@ def average_to_grid(
 
 
 def nearest_on_grid(
-    maps: Float[Array, "*batch rows columns"], grid: tuple[int, int]
-) -> Float[Array, "*batch height width"]:
+    maps: Float[AnyArray, "*batch rows columns"], grid: tuple[int, int]
+) -> Float[AnyArray, "*batch height width"]:
     """Reads maps at the centres of another grid's cells, whatever the ratio of the two.
 
     Nearest neighbour, because a match is a yes or a no: averaging would invent half matches.
@@ -45,3 +47,18 @@ def nearest_on_grid(
     nearest_row = ((np.arange(height) + 0.5) * rows / height).astype(int)
     nearest_column = ((np.arange(width) + 0.5) * columns / width).astype(int)
     return maps[..., nearest_row[:, None], nearest_column]
+
+
+def share_on_grid(
+    masks: Float[AnyArray, "*batch rows columns"] | Bool[AnyArray, "*batch rows columns"],
+    grid: tuple[int, int],
+) -> Float[Array, "*batch height width"]:
+    """Share of each cell of a grid (h, w) that masks cover, whatever the ratio of the two.
+
+    `average_to_grid` where the grid divides the masks, and an antialiased resize elsewhere.
+    """
+    masks = masks.astype(jnp.float32)
+    rows, columns = masks.shape[-2:]
+    if rows % grid[0] or columns % grid[1]:
+        return jax.image.resize(masks, (*masks.shape[:-2], *grid), "linear", antialias=True)
+    return average_to_grid(masks, grid)

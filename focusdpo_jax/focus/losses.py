@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from focusdpo_jax.array_types import AnyArray, Scalar
+
 # Per-pair figures, each [B]; their mean over the batch is what a log shows.
 Diagnostics = dict[str, Float[Array, "batch"]]
 
 
-def _at_least_float32(x: Array) -> Array:
+def _at_least_float32(x: AnyArray) -> AnyArray:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def error_map(
-    target: Float[Array, "batch height width channels"],
-    prediction: Float[Array, "batch height width channels"],
+    target: Float[AnyArray, "batch height width channels"],
+    prediction: Float[AnyArray, "batch height width channels"],
 ) -> Float[Array, "batch height width"]:
     """A denoiser's squared error at each location: `d[i] = mean_c (target - prediction)[i, c]^2`.
 
@@ -37,8 +39,8 @@ def error_map(
 
 
 def weighted_mean(
-    weights: Float[Array, "batch height width"],
-    values: Float[Array, "batch height width"],
+    weights: Float[AnyArray, "batch height width"],
+    values: Float[AnyArray, "batch height width"],
 ) -> Float[Array, "batch"]:
     """`<W, d> = sum(W d) / sum(W)`, one number an example. No gradient reaches the weights.
 
@@ -52,13 +54,13 @@ def weighted_mean(
 
 
 def diffusion_dpo(
-    policy_chosen: Float[Array, "batch height width"],
-    reference_chosen: Float[Array, "batch height width"],
-    policy_rejected: Float[Array, "batch height width"],
-    reference_rejected: Float[Array, "batch height width"],
-    weights_chosen: Float[Array, "batch height width"],
-    weights_rejected: Float[Array, "batch height width"],
-    beta: Float[Array, ""] | float,
+    policy_chosen: Float[AnyArray, "batch height width"],
+    reference_chosen: Float[AnyArray, "batch height width"],
+    policy_rejected: Float[AnyArray, "batch height width"],
+    reference_rejected: Float[AnyArray, "batch height width"],
+    weights_chosen: Float[AnyArray, "batch height width"],
+    weights_rejected: Float[AnyArray, "batch height width"],
+    beta: Scalar,
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
     """Diffusion-DPO under a weight map for each image of the pair.
 
@@ -113,9 +115,9 @@ def diffusion_dpo(
 
 
 def anchor(
-    policy_chosen: Float[Array, "batch height width"],
-    reference_chosen: Float[Array, "batch height width"],
-    beta: Float[Array, ""] | float,
+    policy_chosen: Float[AnyArray, "batch height width"],
+    reference_chosen: Float[AnyArray, "batch height width"],
+    beta: Scalar,
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
     """What is added to a preference loss to keep the chosen image likely as a whole.
 
@@ -140,9 +142,7 @@ def anchor(
     return 0.25 * beta * difference, {"chosen_error_difference": jax.lax.stop_gradient(difference)}
 
 
-def preference_slope(
-    margin: Float[Array, "batch"], beta: Float[Array, ""] | float
-) -> Float[Array, "batch"]:
+def preference_slope(margin: Float[AnyArray, "batch"], beta: Scalar) -> Float[Array, "batch"]:
     """`2 sigmoid((beta / 2) margin)`: how steep the preference loss is, over its slope at margin 0.
 
     An anchor multiplied by this factor fades with the preference. A constant anchor becomes the larger part of
@@ -158,8 +158,8 @@ def preference_slope(
 
 
 def sft(
-    policy_chosen: Float[Array, "batch height width"],
-    weights_chosen: Float[Array, "batch height width"],
+    policy_chosen: Float[AnyArray, "batch height width"],
+    weights_chosen: Float[AnyArray, "batch height width"],
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
     """Supervised fine-tuning: the weighted denoising error of the chosen image alone.
 
@@ -177,10 +177,10 @@ def sft(
 
 
 def patch_dpo(
-    policy_chosen: Float[Array, "batch height width"],
-    policy_rejected: Float[Array, "batch height width"],
-    weights_chosen: Float[Array, "batch height width"],
-    weights_rejected: Float[Array, "batch height width"],
+    policy_chosen: Float[AnyArray, "batch height width"],
+    policy_rejected: Float[AnyArray, "batch height width"],
+    weights_chosen: Float[AnyArray, "batch height width"],
+    weights_rejected: Float[AnyArray, "batch height width"],
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
     """PatchDPO (arXiv 2412.03177): a denoising error of both images, no reference model.
 
@@ -208,17 +208,17 @@ def patch_dpo(
     return loss, jax.lax.stop_gradient(diagnostics)
 
 
-def scale_gradient(value: Float[Array, "*axes"], scale: Float[Array, "*factors"]) -> Array:
+def scale_gradient(value: Float[AnyArray, "*axes"], scale: Float[AnyArray, "*factors"]) -> Array:
     """Returns `value` with its gradient multiplied by `scale`, which broadcasts to it."""
     constant = jax.lax.stop_gradient(value)
     return constant + jax.lax.stop_gradient(scale) * (value - constant)
 
 
 def winner_preserving_scale(
-    residual_chosen: Float[Array, "batch height width channels"],
-    residual_rejected: Float[Array, "batch height width channels"],
-    weights_chosen: Float[Array, "batch height width"],
-    weights_rejected: Float[Array, "batch height width"],
+    residual_chosen: Float[AnyArray, "batch height width channels"],
+    residual_rejected: Float[AnyArray, "batch height width channels"],
+    weights_chosen: Float[AnyArray, "batch height width"],
+    weights_rejected: Float[AnyArray, "batch height width"],
     mu: float = 0.0,
 ) -> Float[Array, "batch"]:
     """The factor of the loser's gradient under which a step does not raise the winner's error.

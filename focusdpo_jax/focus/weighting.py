@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from focusdpo_jax.array_types import AnyArray, Scalar
 from focusdpo_jax.focus import correspondence
 from focusdpo_jax.focus.buckets import BucketParams, BucketStructure
 from focusdpo_jax.focus.correspondence import Match
@@ -26,21 +27,21 @@ Diagnostics = dict[str, Float[Array, "batch"]]
 
 
 def uniform_weights(
-    prior: Float[Array, "batch height width"],
+    prior: Float[AnyArray, "batch height width"],
 ) -> Float[Array, "batch height width"]:
     """W = 1: plain Diffusion-DPO, or the plain denoising loss. Only the prior's shape is used."""
     return jnp.ones(prior.shape, jnp.float32)
 
 
 def prior_weights(
-    prior: Float[Array, "batch height width"], background: Float[Array, ""] | float
+    prior: Float[AnyArray, "batch height width"], background: Scalar
 ) -> Float[Array, "batch height width"]:
     """W = background + M_prior: the mask alone, what FocusDPO must beat to be worth its name."""
-    return background + prior
+    return jnp.asarray(background + prior)
 
 
 def quality_weights(
-    quality: Float[Array, "batch height width"],
+    quality: Float[AnyArray, "batch height width"],
 ) -> tuple[Float[Array, "batch height width"], Float[Array, "batch height width"]]:
     """PatchDPO's weights of chosen and rejected image: `W^w = 1 - q`, `W^l = q`.
 
@@ -48,13 +49,14 @@ def quality_weights(
     authors' public training code weighs its target by 1 - r and its contrast image by r; that r is
     this quality, and that one map serves both since a pair shares its layout, is [ours].
     """
-    return jax.lax.stop_gradient((1 - quality, quality))
+    quality = jax.lax.stop_gradient(jnp.asarray(quality))
+    return 1 - quality, quality
 
 
 def gate(
-    alignment: Float[Array, "batch"],
-    tau: Float[Array, ""] | float,
-    gate_width: Float[Array, ""] | float,
+    alignment: Float[AnyArray, "batch"],
+    tau: Scalar,
+    gate_width: Scalar,
 ) -> Float[Array, "batch"]:
     """How far the detail term is switched on, in [0, 1] [ours].
 
@@ -70,10 +72,10 @@ def gate(
 def focus_weights(
     structure: BucketStructure,
     params: BucketParams,
-    prior: Float[Array, "batch height width"],
+    prior: Float[AnyArray, "batch height width"],
     match: Match | None = None,
-    detail: Float[Array, "batch height width"] | None = None,
-    uncertainty: Float[Array, "batch height width"] | None = None,
+    detail: Float[AnyArray, "batch height width"] | None = None,
+    uncertainty: Float[AnyArray, "batch height width"] | None = None,
 ) -> tuple[Float[Array, "batch height width"], Diagnostics]:
     """The weight map W of FocusDPO for one bucket, as the module's formula states it.
 

@@ -1,1 +1,1 @@
-"""Draws images with a generator: the jitted sampler, batches of prompts, and how prompts are read."""
+"""Sampling of images: the jitted generation loop, batches of prompts, and parsing of prompts."""

@@ -1,43 +1,55 @@
-"""Pictures from a generator: one compiled program for all prompts and all parameters."""
+"""The jitted generation loop: one compiled program for all prompts and all parameters."""
 
+import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from focusdpo_jax import compiling
 from focusdpo_jax.diffusion import samplers
-from focusdpo_jax.models.generator import Conditioning
+from focusdpo_jax.models.generator import Conditioning, Generator
 from focusdpo_jax.progress import ItemProgress
 from focusdpo_jax.sharding import mesh as meshes
 
 
 def make_generate(
-    generator, *, steps, guidance, negative_token_ids, image_scale=1.0, sampler="ddim"
-):
+    generator: Generator,
+    *,
+    steps: int,
+    guidance: float,
+    negative_token_ids: Int[Any, "2 L"],
+    image_scale: float = 1.0,
+    sampler: str = "ddim",
+) -> Callable[..., UInt8[Array, "B H W 3"]]:
     """Builds the jitted sampler.
 
     Args:
-      steps: denoiser calls.
-      guidance: classifier-free guidance scale; 1 or less is none, as in diffusers, and costs half.
-      negative_token_ids: int [2, L], what guidance leads away from: the empty prompt, or one that
-        says what not to show. The references are dropped there (see `SubjectAdapterConfig`).
+      generator: the model's pure functions.
+      steps: number of denoiser calls.
+      guidance: classifier-free guidance scale; 1 or less disables guidance, as in diffusers, at half the
+        cost.
+      negative_token_ids: int [2, L], the prompt of the unconditional branch: the empty prompt or a
+        negative prompt. References are dropped in that branch (see `SubjectAdapterConfig`).
       image_scale: weight of the references' part of cross-attention.
       sampler: one of `samplers.SAMPLERS`.
-
-    Raises:
-      UserError: there is no such sampler, or it cannot take so many steps.
 
     Returns:
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
       present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
-      uint8 [B, H, W, 3]. The references are what `Generator.encode_reference` says of them. The last three may
-      be left out: the keys, one a picture, are for samplers that draw noise on the way, scales
-      and masks are those of `Conditioning`.
+      uint8 [B, H, W, 3]. The references are outputs of `Generator.encode_reference`. The last three
+      arguments are optional: keys, one an image, for samplers that add noise at every step; scales and
+      masks as in `Conditioning`.
+
+    Raises:
+      UserError: the sampler does not exist, or does not support this number of steps.
     """
     spacing, guided = generator.config.spacing, samplers.guides(guidance)
-    # Once more when it is traced; here it is early enough to tell the user.
+    # Also checked when the function is traced; here it fails before the first call.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
     @functools.partial(jax.jit, compiler_options=compiling.default_network_options())
@@ -76,28 +88,31 @@ def make_generate(
 
 
 def conditioned_denoiser(
-    generator,
-    parameters,
-    token_ids,
-    time_ids,
-    references,
-    present,
+    generator: Generator,
+    parameters: Any,
+    token_ids: Int[Any, "B 2 L"],
+    time_ids: Float[Any, "B 6"],
+    references: Any,
+    present: Bool[Any, "B S"],
     *,
-    negative_token_ids=None,
-    image_scale=1.0,
-    scales=None,
-    masks=None,
-    inpainting=None,
-):
-    """The denoiser of B prompts with their references, without guidance.
+    negative_token_ids: Int[Any, "2 L"] | None = None,
+    image_scale: float = 1.0,
+    scales: Float[Any, "B S"] | None = None,
+    masks: Float[Any, "B S y x"] | None = None,
+    inpainting: Float[Array, "B h w channels"] | None = None,
+) -> samplers.DenoiseFn:
+    """Returns the denoiser of B prompts with their references, before guidance.
 
     Args:
+      generator: the model's pure functions.
+      parameters: of the generator.
       token_ids, time_ids, references, present, scales, masks: as `generate` of `make_generate`.
-      negative_token_ids: int [2, L]. With them the denoiser is one of 2B latents, for
-        `samplers.classifier_free_guidance`: B with prompts and references, then B with these alone.
+      negative_token_ids: int [2, L]. If given, the denoiser takes 2B latents, for
+        `samplers.classifier_free_guidance`: B with prompts and references, then B with the negative
+        prompt.
       image_scale: see `make_generate`.
-      inpainting: [B, h, w, 1 + C], mask and latents of the masked picture, which an inpainting UNet
-        reads behind the latents.
+      inpainting: [B, h, w, 1 + C], mask and latents of the masked image, concatenated to the latents
+        for an inpainting UNet.
 
     Returns:
       (latents [B or 2B, h, w, C], timesteps [B or 2B]) -> prediction.
@@ -118,7 +133,8 @@ def conditioned_denoiser(
         )
         without = generator.drop_references(
             parameters,
-            conditioning.replace(
+            dataclasses.replace(
+                conditioning,
                 text=jnp.broadcast_to(other_text, text.shape),
                 pooled=jnp.broadcast_to(other_pooled, pooled.shape),
             ),
@@ -139,26 +155,40 @@ def conditioned_denoiser(
     return denoise
 
 
-def scene_noise(seed, indices, shape):
-    """Starting noise [B, h, w, C] that depends on the seed and each scene's index alone."""
+def scene_noise(
+    seed: int, indices: Sequence[int] | np.ndarray, shape: tuple[int, ...]
+) -> Float[Array, "B h w C"]:
+    """Returns initial noise [B, *shape] that depends on the seed and each scene's index alone."""
     key = jax.random.key(seed)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(indices))
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
 
 
-def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size, place):
-    """Generates a picture for each of `scenes`.
+def generate_all(
+    generate: Callable[..., UInt8[Array, "B H W 3"]],
+    parameters: Any,
+    scenes: Any,
+    *,
+    seed: int,
+    latent_shape: tuple[int, ...],
+    batch_size: int,
+    place: Callable[[Any], Any],
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Generates an image for each of `scenes`.
 
     Args:
       generate: from `make_generate`.
-      scenes: EncodedPairs of numpy arrays; the references and captions are used.
-      batch_size: pictures at once; the last batch is filled up.
-      place: puts a tree of arrays [batch_size, ...] where the parameters are.
+      parameters: of the generator, on the devices.
+      scenes: EncodedPairs of NumPy arrays, of which captions and references are used.
+      seed: of the initial noise.
+      latent_shape: (h, w, C).
+      batch_size: images of a batch; the last batch is padded.
+      place: puts a tree of arrays [batch_size, ...] on the devices.
 
     Returns:
       uint8 [len(scenes), H, W, 3], on the host.
     """
-    count, pictures = len(scenes.present), []
+    count, images = len(scenes.present), []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         noise = scene_noise(seed, scenes.index[rows], latent_shape)
@@ -166,9 +196,9 @@ def generate_all(generate, parameters, scenes, *, seed, latent_shape, batch_size
             lambda x, rows=rows: x[rows],
             (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present),
         )
-        pictures.append(generate(parameters, *place((*inputs, noise))))
-    progress = ItemProgress("pictures drawn", count)
-    for row, picture in enumerate(pictures):
-        pictures[row] = meshes.fetch(picture)
+        images.append(generate(parameters, *place((*inputs, noise))))
+    progress = ItemProgress("images drawn", count)
+    for row, image in enumerate(images):
+        images[row] = meshes.fetch(image)
         progress.add(min(batch_size, count - row * batch_size))
-    return np.concatenate(pictures)[:count]
+    return np.concatenate(images)[:count]

@@ -1,15 +1,19 @@
-"""What a user asks for: a prompt and pictures of its subjects, from the command line or a file."""
+"""Prompts and reference images for sampling, parsed from the command line or from a file."""
 
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float32
 from PIL import Image, ImageOps
 
+from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.data.geometry import box_mask
-from focusdpo_jax.data.images import read_mask_levels, read_picture
+from focusdpo_jax.data.images import read_image, read_mask_levels
 from focusdpo_jax.errors import UserError
 
 _KEYS = ("path", "phrase", "box", "mask", "scale")
@@ -21,15 +25,18 @@ _MASK = re.compile(r".*\.(png|jpe?g|webp|bmp|tiff?)$", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A picture of a subject.
+    """A reference image of a subject.
 
     Attributes:
       path: of the file.
-      phrase: for people to read, what it shows ("a star").
-      box: x0, y0, x1, y1 in [0, 1], shares of width and height: where in the picture to draw the
-        subject may show itself; None for everywhere.
-      mask: file that says the same by its light pixels; "" for none. Not with a box.
+      phrase: description of the subject ("a star"), for display only.
+      box: x0, y0, x1, y1 in [0, 1], fractions of width and height: the region of the generated image
+        that attends to this reference; None for the whole image.
+      mask: file of a mask of that region instead of a box; "" for none.
       scale: weight of this reference, >= 0.
+
+    Raises:
+      UserError: a field is invalid, or both box and mask are given.
     """
 
     path: str
@@ -38,10 +45,10 @@ class Reference:
     mask: str = ""
     scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path or not isinstance(self.phrase, str):
             raise UserError(
-                f"reference {self.path!r}: give the path of a picture, and a text as its phrase."
+                f"reference {self.path!r}: give the path of an image, and a text as its phrase."
             )
         if not isinstance(self.scale, (int, float)) or not 0 <= self.scale < float("inf"):
             raise UserError(f"reference {self.path}: scale = {self.scale!r}: give a number >= 0.")
@@ -61,28 +68,28 @@ class Reference:
             )
 
     @property
-    def placed(self):
-        """Whether it may show itself in a part of the picture alone."""
+    def has_region(self) -> bool:
+        """Whether the reference is restricted to a region of the image."""
         return bool(self.box or self.mask)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One picture to draw; `seed` alone decides its noise."""
+    """One image to generate; its noise depends on `seed` alone."""
 
     text: str
     references: tuple[Reference, ...]
     seed: int
 
 
-def parse_reference(text):
-    """`a.png:a star@0,0,0.5,1*0.8` as a Reference: path, phrase, place and scale.
+def parse_reference(text: str) -> Reference:
+    """Parses `a.png:a star@0,0,0.5,1*0.8`: path, phrase, region and scale.
 
-    All but the path may be left out. The place is a box or the file of a mask. The last colon
-    divides path and phrase, so that `gs://bucket/a.png` needs nothing special.
+    All parts but the path are optional. The region is a box or the file of a mask. The last colon
+    separates path and phrase, so that `gs://bucket/a.png` is a path.
 
     Raises:
-      UserError: a box is no box, or a scale is negative.
+      UserError: the box or the scale is invalid.
     """
     path, colon, rest = text.rpartition(":")
     if not colon or rest.startswith("//"):
@@ -90,21 +97,21 @@ def parse_reference(text):
     scale = _SCALE.match(rest)
     if scale:
         rest = scale[1]
-    head, _, place = rest.rpartition("@")
-    # Without a phrase the rest is the path, in which an @ may be part of a name.
-    box, mask = head and _BOX.match(place), head and path and _MASK.match(place)
+    head, _, region = rest.rpartition("@")
+    # Without a phrase the rest is the path, whose name may contain an @.
+    box, mask = head and _BOX.match(region), head and path and _MASK.match(region)
     if box or mask:
         rest = head
     values = {
         "scale": float(scale[2]) if scale else 1.0,
-        "mask": place if mask else "",
-        "box": tuple(map(float, place.split(","))) if box else None,
+        "mask": region if mask else "",
+        "box": tuple(map(float, region.split(","))) if box else None,
     }
     return Reference(path, rest.strip(), **values) if path else Reference(rest, **values)
 
 
-def _read_reference(entry):
-    """A reference in a line of a file: the text of the flag, or an object of its parts."""
+def _read_reference(entry: Any) -> Reference:
+    """Parses a reference of a file's line: a text as on the command line, or an object of its fields."""
     if not isinstance(entry, dict):
         return parse_reference(entry)
     unknown = set(entry) - set(_KEYS)
@@ -114,21 +121,23 @@ def _read_reference(entry):
     return Reference(**{**entry, "box": None if box is None else tuple(box)})
 
 
-def read_prompts(path, default_references=(), seed=0):
-    """Prompts from a file of JSON lines.
+def read_prompts(
+    path: epath.PathLike, default_references: Sequence[Reference] = (), seed: int = 0
+) -> list[Prompt]:
+    """Reads prompts from a file of JSON lines.
 
     Args:
-      path: each line an object with `prompt` and, if wanted, `references` (a list of texts as for
-        `parse_reference`, or of objects with the fields of `Reference`; paths relative to the file)
-        and `seed`.
-      default_references: of lines that name none.
-      seed: of the first line that gives none, the next such line has one more, and so on.
+      path: of the file. Each line is an object with `prompt` and, optionally, `references` (a list of
+        texts for `parse_reference`, or of objects with the fields of `Reference`; paths relative to the
+        file) and `seed`.
+      default_references: for lines without references.
+      seed: of line i (from 0) without a seed: seed + i.
 
     Returns:
       A list of Prompt.
 
     Raises:
-      UserError: names the line and what is wrong with it.
+      UserError: the message has the line's number and the fault.
     """
     path = epath.Path(path)
     try:
@@ -168,23 +177,23 @@ def read_prompts(path, default_references=(), seed=0):
     return prompts
 
 
-def load_reference(path, size):
-    """A reference as the image encoder takes it: uint8 [size, size, 3].
+def load_reference(path: epath.PathLike, size: int) -> RGBImage:
+    """Loads a reference for the image encoder, padded with white to uint8 [size, size, 3].
 
-    It is read by `data.images`, as `prepare` reads; white fills up to a square.
+    The file is read by `data.images`, as in `prepare`.
 
     Raises:
       UserError: the file is missing or cannot be used.
     """
-    picture = Image.fromarray(read_picture(path, "reference"))
-    return np.asarray(ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color="white"))
+    image = Image.fromarray(read_image(path, "reference"))
+    return np.asarray(ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white"))
 
 
-def load_place(reference, side):
-    """Where a reference may show itself in a square picture: float32 [side, side] in [0, 1].
+def load_region_mask(reference: Reference, side: int) -> Float32[np.ndarray, "side side"]:
+    """Returns a reference's region in a square image, float32 [side, side] in [0, 1].
 
     Raises:
-      UserError: its mask is missing, cannot be used, or is black all over.
+      UserError: its mask is missing, cannot be used, or is black everywhere.
     """
     if not reference.mask:
         inside = box_mask(reference.box or (0, 0, 1, 1), side, side)
@@ -193,7 +202,6 @@ def load_place(reference, side):
     mask = np.asarray(levels.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
     if mask.max() < 0.5:
         raise UserError(
-            f"mask {reference.mask} is dark all over; its light pixels say where the "
-            "subject may be."
+            f"mask {reference.mask} is dark everywhere; make the region of the subject white."
         )
     return mask

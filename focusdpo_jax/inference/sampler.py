@@ -1,51 +1,80 @@
-"""Draws prompts with a model: all of one size by one compiled program."""
+"""Generates images for lists of prompts; all prompts of one image size share one compiled program."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, UInt8
 
+from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.inference.generate import make_generate, scene_noise
-from focusdpo_jax.inference.prompts import load_place, load_reference
+from focusdpo_jax.inference.prompts import Prompt, Reference, load_reference, load_region_mask
+from focusdpo_jax.models.generator import Generator
+from focusdpo_jax.models.tokenizer import Tokenizer
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 
-_MASK_SIDE = 128  # Of the masks that say where references may be, in pixels.
+_MASK_SIDE = 128  # Side of the region masks of references, in pixels.
+
+
+class SamplingModel(Protocol):
+    """The parts of a model that sampling needs; `training.models.Model` has them."""
+
+    @property
+    def generator(self) -> Generator:
+        """The model's pure functions."""
+        ...
+
+    @property
+    def parameters(self) -> Any:
+        """Parameters of the generator."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Maps a text to token ids, int32 [text encoders, length]."""
+        ...
 
 
 class Sampler:
-    """Draws pictures from prompts; models of one architecture share its compiled program.
+    """Generates images from prompts; models of one architecture share its compiled program.
 
-    Prompts that place their references have a second one, since masks change how references are
-    attended to. A batch is divided among as many devices as share it equally.
+    Prompts with regions for their references use a second program, since masks change the attention over
+    references. A batch is divided among the devices that divide it evenly.
     """
 
     def __init__(
         self,
-        model,
+        model: SamplingModel,
         *,
-        resolution,
-        slots,
-        steps,
-        guidance,
-        negative="",
-        image_scale=1.0,
-        sampler="ddim",
-        batch_size=8,
+        resolution: int,
+        slots: int,
+        steps: int,
+        guidance: float,
+        negative: str = "",
+        image_scale: float = 1.0,
+        sampler: str = "ddim",
+        batch_size: int = 8,
     ):
-        """Builds the program.
+        """Builds the jitted functions.
 
         Args:
-          model: a `training.models.Model`.
-          resolution: side of the pictures in pixels.
-          slots: the largest number of references of a prompt.
+          model: to sample from.
+          resolution: side of the images in pixels.
+          slots: largest number of references of a prompt.
           steps, guidance, image_scale, sampler: see `make_generate`.
           negative: the negative prompt.
-          batch_size: pictures drawn at once.
+          batch_size: images of a batch.
+
+        Raises:
+          UserError: the model does not support the resolution, or as `make_generate`.
         """
         model.generator.config.check_resolution(resolution, "--resolution=")
         self._model, self._resolution, self._slots = model, resolution, slots
         self._batch_size = batch_size
         self._mesh = inference_mesh(batch_size)
-        self._view = jax.jit(model.generator.encode_reference)
+        self._encode_reference = jax.jit(model.generator.encode_reference)
         self._generate = make_generate(
             model.generator,
             steps=steps,
@@ -55,58 +84,67 @@ class Sampler:
             negative_token_ids=model.tokenizer(negative),
         )
 
-    def place(self, parameters):
-        """Parameters on the devices, where `draw` needs them."""
+    def replicate(self, parameters: Any) -> Any:
+        """Replicates parameters on the devices, for `draw`."""
         return replicate(parameters, self._mesh)
 
-    def draw(self, prompts, parameters=None):
+    def draw(self, prompts: Sequence[Prompt], parameters: Any = None) -> Iterator[RGBImage]:
         """Yields one uint8 [H, W, 3] for each of `prompts`, in their order.
 
         Args:
-          prompts: a list of `inference.prompts.Prompt`.
+          prompts: to generate.
           parameters: other than the model's own, such as those of the base.
         """
-        # Once: parameters that lie on the host would go to the device with every batch.
-        parameters = self.place(self._model.parameters if parameters is None else parameters)
+        # Once: parameters on the host would be transferred with every batch.
+        parameters = self.replicate(self._model.parameters if parameters is None else parameters)
         references = {r for prompt in prompts for r in prompt.references}
         size = self._model.generator.config.image_encoder.image_size
-        pictures = {path: load_reference(path, size) for path in {r.path for r in references}}
-        places = {r: load_place(r, _MASK_SIDE) for r in references}
-        # Whether a prompt places its references decides its program, whoever is beside it.
-        kinds = [any(r.placed for r in prompt.references) for prompt in prompts]
+        images = {path: load_reference(path, size) for path in {r.path for r in references}}
+        regions = {r: load_region_mask(r, _MASK_SIDE) for r in references}
+        # A prompt with regions always uses the program with masks, so that its image does not depend
+        # on the other prompts of the batch.
+        kinds = [any(r.has_region for r in prompt.references) for prompt in prompts]
         drawn = {}
         for first, kind in enumerate(kinds):
             if first not in drawn:
-                # A batch that is not full repeats its last prompt: one shape, one program.
+                # Padded with the last prompt to one shape, so that one program is compiled.
                 rows = [i for i in range(first, len(prompts)) if kinds[i] == kind]
                 rows = rows[: self._batch_size]
                 filled = rows + rows[-1:] * (self._batch_size - len(rows))
                 batch = self._draw_batch(
-                    parameters, [prompts[i] for i in filled], pictures, places if kind else None
+                    parameters, [prompts[i] for i in filled], images, regions if kind else None
                 )
                 drawn |= dict(zip(rows, np.asarray(batch)))
             yield drawn.pop(first)
 
-    def _draw_batch(self, parameters, prompts, pictures, places):
+    def _draw_batch(
+        self,
+        parameters: Any,
+        prompts: Sequence[Prompt],
+        images: Mapping[str, RGBImage],
+        regions: Mapping[Reference, np.ndarray] | None,
+    ) -> UInt8[Array, "B H W 3"]:
         generator, side = self._model.generator, self._resolution
         size = generator.config.image_encoder.image_size
         references = np.full((len(prompts), self._slots, size, size, 3), 255, np.uint8)
         present = np.zeros((len(prompts), self._slots), bool)
         scales = np.ones(present.shape, np.float32)
-        masks = np.ones((*present.shape, _MASK_SIDE, _MASK_SIDE), np.float32) if places else None
+        masks = None
+        if regions is not None:
+            masks = np.ones((*present.shape, _MASK_SIDE, _MASK_SIDE), np.float32)
         for row, prompt in enumerate(prompts):
             for slot, reference in enumerate(prompt.references):
-                references[row, slot] = pictures[reference.path]
+                references[row, slot] = images[reference.path]
                 present[row, slot] = True
                 scales[row, slot] = reference.scale
-                if places:
-                    masks[row, slot] = places[reference]
+                if regions is not None and masks is not None:
+                    masks[row, slot] = regions[reference]
         token_ids = np.stack([self._model.tokenizer(prompt.text) for prompt in prompts])
-        time_ids = np.tile(np.float32([side, side, 0, 0, side, side]), (len(prompts), 1))
+        time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.float32), (len(prompts), 1))
         noise = jnp.concatenate(
             [scene_noise(prompt.seed, [0], generator.latent_shape(side)) for prompt in prompts]
         )
-        # The noise on the way must not repeat that of the start, which folds in 0.
+        # The initial noise folds in 0; the noise of later steps needs another key.
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
             jnp.asarray([prompt.seed for prompt in prompts])
         )
@@ -114,7 +152,7 @@ class Sampler:
             (references, token_ids, time_ids, present, noise, keys, scales, masks), self._mesh
         )
         token_ids, time_ids, present, noise, keys, scales, masks = inputs
-        views = self._view(parameters, references.astype(jnp.float32) / 255)
+        encoded = self._encode_reference(parameters, references.astype(jnp.float32) / 255)
         return self._generate(
-            parameters, token_ids, time_ids, views, present, noise, keys, scales, masks
+            parameters, token_ids, time_ids, encoded, present, noise, keys, scales, masks
         )

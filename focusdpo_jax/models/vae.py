@@ -192,6 +192,7 @@ class VAE(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
+        """Creates the layers."""
         config = self.config
         self.encoder = Encoder(config, jnp.float32)
         self.decoder = Decoder(config, self.dtype)

@@ -1,12 +1,14 @@
-"""What a run over many pairs would take: arithmetic on a plan, with every assumption in one place."""
+"""Cost of a run over many pairs: arithmetic on a plan, with every assumption in one place."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What no plan knows.
+    """Quantities that a plan does not determine.
 
     Attributes:
       pairs: that are trained on.
@@ -23,13 +25,16 @@ class Assumptions:
     records_per_file: int = 1000
 
 
-def cost(made, chips_per_host, assumptions=Assumptions()):
-    """Chip-hours of a run over `assumptions.pairs`, each seen once.
+def cost(
+    made: Mapping[str, Any], chips_per_host: int, assumptions: Assumptions = Assumptions()
+) -> dict[str, Any]:
+    """Returns the chip-hours of a run over `assumptions.pairs`, each seen once.
 
     Args:
-      made: of `planner.plan`: "chips", "batch_size", "accumulate", "checkpoint_every",
+      made: result of `planner.plan`: "chips", "batch_size", "accumulate", "checkpoint_every",
         "pairs_per_second", "record_bytes", "checkpoint_bytes" and "checkpoint_bytes_per_chip" are used.
       chips_per_host: chips of one machine.
+      assumptions: number of pairs, bandwidths and file sizes.
 
     Returns:
       A dict: "hosts", "chip_hours", "hours", their parts in seconds ("training", "waiting_for_data",
@@ -37,7 +42,7 @@ def cost(made, chips_per_host, assumptions=Assumptions()):
       a host, and "files".
 
     Raises:
-      ValueError: the plan does not know how fast the run is.
+      ValueError: the plan has no estimate of the speed.
     """
     if not made["pairs_per_second"]:
         raise ValueError("a plan without pairs_per_second")

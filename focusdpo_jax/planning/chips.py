@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -21,7 +22,7 @@ class Chip:
     """One accelerator.
 
     Attributes:
-      name: as people call it.
+      name: common name.
       memory: bytes that a run can use.
       flops: floating point operations a second in bfloat16, dense, by its data sheet.
       bandwidth: bytes a second from and to its memory, by its data sheet.
@@ -29,7 +30,7 @@ class Chip:
       network: the same from other machines, where that is another network.
       clock: cycles a second, to which the TPU compiler's estimates refer; 0 for GPUs.
       per_host: chips of one machine.
-      memory_note: how `memory` comes about, where that is not plain.
+      memory_note: how `memory` is derived, where that is not obvious.
     """
 
     name: str
@@ -60,10 +61,10 @@ _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """What XLA's compiler for GPUs has to know of one, and its speeds.
+    """The parameters of a GPU that XLA's compiler needs, and its speeds.
 
     Attributes:
-      description: what the driver calls it.
+      description: name that the driver reports.
       capability: compute capability, (major, minor).
       cores: streaming multiprocessors.
       fpus: float32 units of one.
@@ -96,17 +97,35 @@ class GPU:
     network: float
 
 
-_HOPPER = {"capability": (9, 0), "fpus": 128, "shared": 233472, "block": 232448, "threads": 2048}
-_AMPERE = {"capability": (8, 0), "fpus": 64, "shared": 167936, "block": 166912, "threads": 2048}
-_ADA = {"capability": (8, 9), "fpus": 128, "shared": 102400, "block": 101376, "threads": 1536}
-_BLACKWELL = {
+_HOPPER: dict[str, Any] = {
+    "capability": (9, 0),
+    "fpus": 128,
+    "shared": 233472,
+    "block": 232448,
+    "threads": 2048,
+}
+_AMPERE: dict[str, Any] = {
+    "capability": (8, 0),
+    "fpus": 64,
+    "shared": 167936,
+    "block": 166912,
+    "threads": 2048,
+}
+_ADA: dict[str, Any] = {
+    "capability": (8, 9),
+    "fpus": 128,
+    "shared": 102400,
+    "block": 101376,
+    "threads": 1536,
+}
+_BLACKWELL: dict[str, Any] = {
     "capability": (10, 0),
     "fpus": 128,
     "shared": 233472,
     "block": 232448,
     "threads": 2048,
 }
-_BLACKWELL_RTX = {
+_BLACKWELL_RTX: dict[str, Any] = {
     "capability": (12, 0),
     "fpus": 128,
     "shared": 131072,
@@ -201,7 +220,7 @@ GPUS = {
         flops=154.8e12,
         link=_PCIE4,
         network=_SHARED_NETWORK,
-        **(_ADA | {"capability": (8, 6)}),
+        **{**_ADA, "capability": (8, 6)},
     ),
     "l4": GPU(
         "NVIDIA L4",
@@ -296,8 +315,8 @@ device_description_str: "{description}"
 """
 
 
-def target_config(gpu):
-    """XLA's description of a `GPU` to compile for: a GpuTargetConfigProto in text form."""
+def target_config(gpu: GPU) -> str:
+    """Returns XLA's description of a GPU to compile for: a GpuTargetConfigProto in text form."""
     accelerated = gpu.capability in ((9, 0), (10, 0))  # Instructions of that architecture alone.
     return _PROTO.format(
         **dataclasses.asdict(gpu),
@@ -305,8 +324,8 @@ def target_config(gpu):
     )
 
 
-def devices(topology):
-    """The devices to compile for, and the Chip.
+def devices(topology: str) -> tuple[list[jax.Device], Chip]:
+    """Returns the devices to compile for, and their `Chip`.
 
     Args:
       topology: such as "v5e:4x4", "v5p:2x2x1", "v5e:1x1"; "h100" or "h100:16", which is two machines of
@@ -330,17 +349,17 @@ def devices(topology):
             f"such as v5e:4x4; GPUs, {', '.join(GPUS)} and how many, such as h100:8; or "
             "local"
         )
-    options = dict(_TPU_OPTIONS.get(kind, {}))
+    options: dict[str, Any] = dict(_TPU_OPTIONS.get(kind, {}))
     if shape == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:  # Of the plugin, of several kinds.
         raise _no_compiler(topology, "libtpu", "plan", error) from error
-    return described.devices, TPUS[kind]
+    return list(described.devices), TPUS[kind]
 
 
-def _gpus(topology, kind, shape):
+def _gpus(topology: str, kind: str, shape: str) -> tuple[list[jax.Device], Chip]:
     count = int(shape) if shape.isdecimal() else 0 if shape else 1
     if not count or count > PER_HOST and count % PER_HOST:
         raise UserError(
@@ -364,7 +383,7 @@ def _gpus(topology, kind, shape):
     except Exception as error:
         raise _no_compiler(topology, "jax's CUDA plugin", "plan-gpu", error) from error
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_SHARE))
-    return described.devices, Chip(
+    return list(described.devices), Chip(
         gpu.description,
         share * gpu.memory,
         gpu.flops,
@@ -377,7 +396,7 @@ def _gpus(topology, kind, shape):
     )
 
 
-def _no_compiler(topology, name, extra, error):
+def _no_compiler(topology: str, name: str, extra: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(
         f"--topology={topology}: no compiler for it. It comes with {name} (pip install "

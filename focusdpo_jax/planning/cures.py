@@ -1,7 +1,10 @@
-"""What would make a program fit: changes of fields, tried from the cheapest to the dearest."""
+"""Finds changes of configuration fields that make a program fit, trying cheap ones first."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
 
 # What remat leaves of the update's temporaries, at best: a guess that only decides what is compiled.
@@ -10,10 +13,12 @@ _REMAT = 0.2
 _MOST = 3
 # Share of a chip that has to stay free, in proportion to what was compiled, to spare the compilation.
 _SPARE = 0.2
+# {field of the configuration, with dots: value}.
+Changes = dict[str, Any]
 
 
-def candidates(config, name, chips):
-    """Changes that may make a program fit, each {field: value}; first each alone, then together.
+def candidates(config: RunConfig, name: str, chips: int) -> list[Changes]:
+    """Returns changes that may make a program fit; first each alone, then together.
 
     Args:
       config: of the run.
@@ -34,20 +39,21 @@ def candidates(config, name, chips):
         for size in range(2, shares + 1)
         if shares % size == 0 and size > max(config.mesh.fsdp, 1)
     ]
-    last = [{"accumulate": 1}] if config.accumulate > 1 else []
+    last: list[Changes] = [{"accumulate": 1}] if config.accumulate > 1 else []
     if config.trainable != "lora":
         last.append({"trainable": "lora", "model.lora_rank": config.model.lora_rank or 32})
     alone = [*own, *divided, *last]
     # Together: of each field the furthest, one after the other.
-    together, combined = {}, []
+    together: Changes = {}
+    combined: list[Changes] = []
     for change in (*_furthest(own), *divided[-1:], *last):
         together = together | change
         combined.append(together)
     return [*alone, *(change for change in combined if change not in alone)]
 
 
-def _fewer_rows(field, count, shares):
-    """Smaller values of a field, and one row for each chip where all chips do all rows now."""
+def _fewer_rows(field: str, count: int, shares: int) -> list[Changes]:
+    """Smaller values of a field, and one row for each chip where each chip computes all rows now."""
     options = [{field: shares}] if shares > 1 and count % shares else []
     while count > 1:
         count //= 2
@@ -55,8 +61,8 @@ def _fewer_rows(field, count, shares):
     return options
 
 
-def _of_a_step(config, name, shares):
-    options = []
+def _of_a_step(config: RunConfig, name: str, shares: int) -> list[Changes]:
+    options: list[Changes] = []
     if name == "update" and not config.model.remat:
         options.append({"model.remat": True})
     if not config.data.cache:
@@ -69,22 +75,27 @@ def _of_a_step(config, name, shares):
     return options
 
 
-def _furthest(options):
-    """Of changes that name the same fields the last, in the order of their first."""
+def _furthest(options: Iterable[Changes]) -> Iterable[Changes]:
+    """Of changes to the same fields the last, in the order of their first."""
     return {tuple(change): change for change in options}.values()
 
 
-def find(options, made, limit, try_out):
-    """The first of some changes with which a program fits.
+def find(
+    options: Iterable[Changes],
+    made: Mapping[str, Any],
+    limit: float,
+    try_out: Callable[[Changes], tuple[float, int, Callable[[], float | None]]],
+) -> dict[str, Any] | None:
+    """Returns the first of some changes with which a program fits.
 
-    It is compiled with them unless it would fit easily if temporaries grow with the rows.
+    The changed program is compiled, unless it fits easily even if temporaries grow with the rows.
 
     Args:
       options: of `candidates`.
-      made: what `planner.plan` says of the program as it is.
+      made: entry of `planner.plan` for the program without changes.
       limit: bytes of a chip.
-      try_out: from changes to (bytes held, rows a chip, function that compiles it and returns the peak
-        or None where the compiler refuses it).
+      try_out: maps changes to (bytes held, rows a chip, function that compiles the program and
+        returns its peak, or None where the compiler refuses it).
 
     Returns:
       {"changes": {field: value}, "peak": bytes, "compiled": bool}, or None.
@@ -117,8 +128,8 @@ def find(options, made, limit, try_out):
     return None
 
 
-def in_words(name, made, limit):
-    """One sentence on a program that does not fit."""
+def in_words(name: str, made: Mapping[str, Any], limit: float) -> str:
+    """Returns one sentence on a program that does not fit: what it needs, and what makes it fit."""
     if made["peak"] is None:
         needs = f"it needs more than {(made['needs_at_least'] or made['held']) / 1e9:.1f} GB"
     else:

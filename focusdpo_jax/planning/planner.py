@@ -1,20 +1,24 @@
-"""Compiles a run's programs ahead of time and reads off what they would need."""
+"""Compiles a run's programs ahead of time and reports their memory, operations and time."""
 
 import itertools
 import math
 import re
 import resource
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from focusdpo_jax import config as config_lib
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import chips, cures, programs
-from focusdpo_jax.planning.memory import bytes_per_device
 from focusdpo_jax.profiling import collectives, estimates, flops, hlo
 from focusdpo_jax.sharding.mesh import AXES, make_mesh
+from focusdpo_jax.training.memory import bytes_per_device
 
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])|required[^(]*\(([\d.]+)([KMG])\)")
 _HELD_ALONE = "what is held alone has no room"
@@ -26,8 +30,16 @@ _SAVED = ("trained parameters", "optimizer")
 MOST_EXPENSIVE = 10
 
 
-def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cure=True):
-    """What each chip would hold and do.
+def plan(
+    config: RunConfig,
+    topology: str,
+    *,
+    utilisation: float = 0.4,
+    only: Sequence[str] | None = None,
+    unless_held: bool = False,
+    cure: bool = True,
+) -> dict[str, Any]:
+    """Plans a run: the memory, operations and time of its programs on each chip.
 
     Args:
       config: of a generator's objective.
@@ -65,7 +77,10 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
             f"{_split(mesh)}: parameters, optimiser and batch alone take "
             f"{held['update']['total'] / 1e9:.1f} GB of a chip's {chip.memory / 1e9:.0f}"
         )
-    start, found, texts, work = time.monotonic(), {}, {}, {}
+    start = time.monotonic()
+    found: dict[str, dict[str, Any]] = {}
+    texts: dict[str, hlo.Program | None] = {}
+    work: dict[str, flops.Operations | None] = {}
     for name, program in of_run.items():
         if only is None or name in only:
             found[name], texts[name], work[name] = _compiled(program, chip, mesh.size)
@@ -85,11 +100,10 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
     verdicts = [made["fits"] for made in found.values()]
     fits = None if None in verdicts else all(verdicts)
 
-    if not work.get("update"):
-        work["update"] = flops.count(of_run["update"].trace())
+    update_work = work.get("update") or flops.count(of_run["update"].trace())
     passes_flops = [flops.count(trace()).matmul_flops for trace in passes]
     reference_flops = sum(passes_flops) / len(passes_flops)
-    model_update = work["update"].matmul_flops
+    model_update = update_work.matmul_flops
     if config.model.remat:
         plain = config_lib.replace(config, {"model.remat": False})
         model_update = flops.count(
@@ -97,7 +111,7 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
         ).matmul_flops
     flops_per_pair, model_flops = (
         (update + reference_flops) / config.batch_size
-        for update in (work["update"].matmul_flops, model_update)
+        for update in (update_work.matmul_flops, model_update)
     )
     result = {
         "topology": topology,
@@ -127,7 +141,7 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
             chip,
             mesh.size,
             found,
-            work["update"].matmul_flops,
+            update_work.matmul_flops,
             reference_flops,
             model_flops,
             flops_per_pair,
@@ -142,14 +156,21 @@ def plan(config, topology, *, utilisation=0.4, only=None, unless_held=False, cur
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if cure and fits is False:
-        _add_cures(config, topology, chip, result, of_run)
+        _add_cures(config, topology, chip, result)
     return result
 
 
-def _compiled(program, chip, devices):
-    """Compiles a RunProgram: what `plan` says of it, its `hlo.Program` and its Operations."""
+def _compiled(
+    program: programs.RunProgram, chip: chips.Chip, devices: int
+) -> tuple[dict[str, Any], hlo.Program | None, flops.Operations | None]:
+    """Compiles a program.
+
+    Returns:
+      (its entry in the "programs" of `plan`, its text, its operations). The last two are None where
+      the compiler refuses it, or where it is not compiled because the bytes held alone do not fit.
+    """
     held, start = _bytes_per_chip(program.held), time.monotonic()
-    made = {
+    made: dict[str, Any] = {
         "when": program.when,
         "rows_per_chip": program.rows_per_chip,
         "field": f"config.{program.field}",
@@ -181,19 +202,22 @@ def _compiled(program, chip, devices):
         # The compiler itself refuses what is larger than the chip.
         reason = " ".join(str(error).split())
         used = _USED.search(reason)
-        used = used and float(used[1] or used[3]) * _UNITS[used[2] or used[4]]
+        size = float(used[1] or used[3]) * _UNITS[used[2] or used[4]] if used else None
         return (
             made
             | refused
             | {
-                "needs_at_least": used,
+                "needs_at_least": size,
                 "refused": reason[:300],
                 "compile_seconds": time.monotonic() - start,
             },
             None,
             work,
         )
-    memory, text = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise RuntimeError(f"{program.name}: the compiler gives neither memory analysis nor text")
+    text = hlo.Program(text)
     made |= {
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -201,15 +225,17 @@ def _compiled(program, chip, devices):
         "padding": max(memory.argument_size_in_bytes - text.parameter_bytes, 0),
         "code": memory.generated_code_size_in_bytes,
     }
-    made["peak"] = sum((held["total"], made["temporaries"], made["outputs"], made["padding"]))
+    made["peak"] = held["total"] + made["temporaries"] + made["outputs"] + made["padding"]
     made["fits"] = bool(made["peak"] <= chip.memory) if chip.memory else None
     made["estimate"] = _estimate(chip, devices, text, work)
     made["compile_seconds"] = time.monotonic() - start
     return made, text, work
 
 
-def _estimate(chip, devices, text, work):
-    """What is known about a program's time on one chip.
+def _estimate(
+    chip: chips.Chip, devices: int, text: hlo.Program, work: flops.Operations
+) -> dict[str, Any]:
+    """Estimates the time of a program on one chip.
 
     Returns:
       "products" (floating-point operations), "bytes" (that one chip gets from others), "links" (seconds
@@ -219,7 +245,7 @@ def _estimate(chip, devices, text, work):
     """
     told = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link
-    found = {
+    found: dict[str, Any] = {
         "matmul_flops": work.matmul_flops / devices,
         "bytes": told,
         "links": told / speed if speed else None,
@@ -254,18 +280,18 @@ def _estimate(chip, devices, text, work):
 
 
 def _speed(
-    config,
-    chip,
-    devices,
-    found,
-    update_work,
-    reference_flops,
-    model_flops,
-    flops_per_pair,
-    utilisation,
-):
-    """Seconds of a batch, and how fast that is."""
-    nothing = {
+    config: RunConfig,
+    chip: chips.Chip,
+    devices: int,
+    found: Mapping[str, Mapping[str, Any]],
+    update_work: float,
+    reference_flops: float,
+    model_flops: float,
+    flops_per_pair: float,
+    utilisation: float,
+) -> dict[str, Any]:
+    """Returns the seconds of a batch, the speed that follows, and the source of both."""
+    nothing: dict[str, Any] = {
         "seconds_per_batch": None,
         "pairs_per_second": None,
         "model_flops_utilisation": None,
@@ -309,11 +335,16 @@ def _speed(
     }
 
 
-def _fullest(found, held, code, chip):
-    """`bytes_per_chip` of a plan."""
+def _fullest(
+    found: Mapping[str, Mapping[str, Any]],
+    held: Mapping[str, Mapping[str, int]],
+    code: int,
+    chip: chips.Chip,
+) -> dict[str, Any]:
+    """Returns the "bytes_per_chip" of a plan."""
     name = max(found, key=lambda name: found[name]["peak"] or math.inf)
     made = found[name]
-    kinds = {kind: size for kind, size in held[name].items() if kind != "total"}
+    kinds: dict[str, Any] = {kind: size for kind, size in held[name].items() if kind != "total"}
     kinds |= {
         "activations and temporaries": made["temporaries"] or 0,
         "outputs": made["outputs"] or 0,
@@ -324,12 +355,12 @@ def _fullest(found, held, code, chip):
     return {**kinds, "peak": peak, "limit": chip.memory or None}
 
 
-def _add_cures(config, topology, chip, result, of_run):
-    """Finds for each program that does not fit what would make it fit, and says so in `result`."""
+def _add_cures(config: RunConfig, topology: str, chip: chips.Chip, result: dict[str, Any]) -> None:
+    """Finds changes that make each program fit that does not, and adds them to `result`."""
     devices = chips.devices(topology)[0]
 
-    def try_out(name, changes):
-        """(held bytes, function that compiles and returns the peak or None) of a changed run."""
+    def try_out(name: str, changes: cures.Changes) -> tuple[float, int, Callable[[], float | None]]:
+        """(held bytes, rows a chip, function that compiles and returns the peak) of a changed run."""
         tried = config_lib.replace(config, changes)
         config_lib.check(tried)
         mesh = make_mesh(tried.mesh.sizes, tried.batch_size, devices)
@@ -342,7 +373,7 @@ def _add_cures(config, topology, chip, result, of_run):
             lambda: _compiled(program, chip, mesh.size)[0]["peak"],
         )
 
-    before = []
+    before: list[dict[str, Any]] = []
     for name, made in result["programs"].items():
         if made["fits"] is not False:
             continue
@@ -356,10 +387,20 @@ def _add_cures(config, topology, chip, result, of_run):
         made["cure"] = cures.find(
             options, made, chip.memory, lambda changes, name=name: try_out(name, changes)
         )
-        before += [made["cure"]] if made["cure"] else []
+        if made["cure"]:
+            before.append(made["cure"])
 
 
-def search(config, topology, *, batches, splits=None, remats=(False, True), report, **options):
+def search(
+    config: RunConfig,
+    topology: str,
+    *,
+    batches: Iterable[int],
+    splits: list[dict[str, int]] | None = None,
+    remats: Sequence[bool] = (False, True),
+    report: Callable[[dict[str, Any] | Exception], None],
+    **options: Any,
+) -> list[dict[str, Any]]:
     """Plans what may be best and returns all plans that were made, the recommended one first.
 
     Memory grows with the batch and shrinks where parameters are divided more or activations are
@@ -367,8 +408,8 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
     first: if that does not fit, neither does a larger batch; if it does, fewer parts are tried, until
     they no longer fit. Where nothing fits, the next lever is taken: remat, then encoders that are not
     held (config.data.cache), then no sum of gradients beside the optimiser (config.accumulate = 1).
-    Recommended is, of what fits, what promises most pairs a second, and of equals what chips exchange
-    least for a pair.
+    Of the plans that fit, the recommended one has most pairs a second, and of equal ones the one with
+    the least exchange between chips for each pair.
 
     Args:
       batches: pairs a chip, each an int.
@@ -384,9 +425,9 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
         {"data": count // n, "fsdp": n, "tensor": 1} for n in range(1, count + 1) if count % n == 0
     ]
     splits = sorted(splits, key=lambda split: -split["fsdp"] * split["tensor"])
-    found = []
+    found: list[dict[str, Any]] = []
 
-    def fits(split, per_chip, levers):
+    def fits(split: dict[str, int], per_chip: int, levers: dict[str, Any]) -> bool:
         changes = levers | {f"mesh.{axis}": size for axis, size in split.items()}
         changes["batch_size"] = per_chip * count
         try:
@@ -404,7 +445,7 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
         made["changes"] = changes
         report(made)
         found.append(made)
-        return made["fits"]
+        return bool(made["fits"])
 
     for levers in _levers(config, remats):
         for per_chip in sorted(batches):
@@ -429,10 +470,12 @@ def search(config, topology, *, batches, splits=None, remats=(False, True), repo
     return good + [made for made in found if not made["fits"]]
 
 
-def plan_recommended(config, topology, changes, **options):
-    """The plan of all programs of a run with the changes that `search` recommends.
+def plan_recommended(
+    config: RunConfig, topology: str, changes: Mapping[str, Any], **options: Any
+) -> dict[str, Any]:
+    """Plans all programs of a run with the changes that `search` recommends.
 
-    Where a program does not fit, what makes it fit is added to the changes. They are in "changes".
+    Where a program does not fit, the fields that make it fit are added. "changes" has them all.
     """
     made = plan(config_lib.replace(config, changes), topology, **options)
     cured = [
@@ -440,14 +483,14 @@ def plan_recommended(config, topology, changes, **options):
     ]
     if cured:
         for more in cured:
-            changes = changes | more
+            changes = {**changes, **more}
         made = plan(config_lib.replace(config, changes), topology, **options)
     return made | {"changes": changes}
 
 
-def _levers(config, remats):
+def _levers(config: RunConfig, remats: Iterable[bool]) -> list[dict[str, Any]]:
     """Changes that `search` tries one after the other, each with those before it."""
-    levers = [{"model.remat": remat} for remat in remats]
+    levers: list[dict[str, Any]] = [{"model.remat": remat} for remat in remats]
     if not config.data.cache:
         levers.append(levers[-1] | {"data.cache": True})
     if config.accumulate > 1:
@@ -455,7 +498,7 @@ def _levers(config, remats):
     return levers
 
 
-def _exchanged(made):
+def _exchanged(made: Mapping[str, Any]) -> float:
     """Bytes of collectives for each pair."""
     return (
         sum(kind["bytes"] for kinds in made["collectives"].values() for kind in kinds.values())
@@ -463,24 +506,22 @@ def _exchanged(made):
     )
 
 
-def _split(mesh):
-    """A mesh (or its {axis: size}) in words."""
-    sizes = getattr(mesh, "shape", mesh)
-    return "mesh " + " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+def _split(mesh: Mesh) -> str:
+    return "mesh " + " x ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
 
 
-def _bytes(tree):
+def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _record_bytes(config, of_run):
-    """What is read of the data for a pair: its encoding, or its images, not compressed."""
+def _record_bytes(config: RunConfig, of_run: Mapping[str, programs.RunProgram]) -> float:
+    """Bytes that are read for a pair: its encoding, or its uncompressed images."""
     if config.data.cache:
         return _bytes(of_run["update"].held["batch"][0]) / config.batch_size
     return _bytes(of_run["encoding"].held["inputs"]) / of_run["encoding"].rows
 
 
-def _bytes_per_chip(held):
+def _bytes_per_chip(held: Mapping[str, Any]) -> dict[str, int]:
     """{kind: bytes} of {kind: tree of shapes with shardings}, and their "total"."""
     sizes = {kind: bytes_per_device(tree) for kind, tree in held.items()}
     return sizes | {"total": sum(sizes.values())}

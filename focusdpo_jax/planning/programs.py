@@ -1,7 +1,7 @@
-"""The programs of a whole run, and what lies on the chips while each of them runs.
+"""The programs of a whole run, and the arrays on the chips while each of them runs.
 
-They are the run's own functions, traced from shapes: encoding, the two halves of a step, and what is
-drawn and looked at in between and at the end.
+These are the run's own functions, traced from shapes: encoding, the two programs of a step, sampling,
+focus maps, and the probe.
 """
 
 import dataclasses
@@ -12,20 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from focusdpo_jax import compiling
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.inference.generate import make_generate
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding.trace_context import trace_context
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
-from focusdpo_jax.training import pair_batches, run_data
+from focusdpo_jax.training import pair_batches, run_data, shapes
 from focusdpo_jax.training.step import trace_step
 
-# Without a device XLA cannot try out tile sizes of its own kernels for matrix products, and for some finds
-# none: cuBLAS's are taken.
+# Without a device XLA cannot tune the tile sizes of its own kernels for matrix products, and for some it
+# finds none; cuBLAS serves instead.
 _ON_ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
-# In the order in which they are compiled: what most often decides comes first.
+# In the order in which they are compiled: first those that most often decide whether a run fits.
 NAMES = ("update", "sampling", "encoding", "reference pass", "focus maps", "probe")
 
 
@@ -35,13 +36,14 @@ class RunProgram:
 
     Attributes:
       name: one of `NAMES`.
-      when: what of a run it is.
+      when: when a run executes it, such as "of every batch".
       trace: () -> `jax.stages.Traced`.
-      held: {kind: tree of shapes with shardings} of all that lies on the chips while it runs, its
+      held: {kind: tree of shapes with shardings} of all arrays on the chips while it runs, its
         arguments included.
       options: for the compiler.
-      field: of the configuration that says how many rows it takes, and `rows`, how many.
-      rows_per_chip: of these, how many each chip has.
+      field: of the configuration, which sets the number of rows.
+      rows: number of rows that it takes.
+      rows_per_chip: number of these rows on each chip.
     """
 
     name: str
@@ -54,15 +56,17 @@ class RunProgram:
     rows_per_chip: int
 
 
-def run_programs(config, mesh):
-    """({name: RunProgram} of a run, [function that traces a reference pass, for every structure]).
+def run_programs(
+    config: RunConfig, mesh: Mesh
+) -> tuple[dict[str, RunProgram], list[Callable[[], jax.stages.Traced]]]:
+    """Returns ({name: RunProgram}, [function that traces a reference pass, for each structure]).
 
-    Of a run's reference passes, and of the programs of their focus maps, the one with most terms stands for all;
-    they differ in what is done with the reference model's pass, which takes most memory.
+    Of a run's reference passes, and of the programs of their focus maps, the one with most terms
+    represents all; they differ after the reference model's forward pass, which takes most memory.
 
     Args:
-      config: of a generator's objective, complete.
-      mesh: of devices that may not be there.
+      config: of a generator's objective.
+      mesh: of devices, which may be absent.
     """
     step = shapes.abstract_step(config, mesh)
     assembly, definition = step.assembly, step.assembly.definition
@@ -83,17 +87,26 @@ def run_programs(config, mesh):
         "reference": frozen.get("reference", {}),
         "trained parameters": (step.state.trainable, step.state.average),
         "optimizer": step.state.optimizer,
-        # This one, and the next, which is made while this one is trained on.
+        # The current one, and the next, which is prepared while the current one is trained on.
         "batch": (step.batch, step.batch),
     }
     drawing = resident | {"encoders": step.others}
     platform = mesh.devices.flat[0].platform
     networks = compiling.network_options(platform)
-    found, shares = {}, math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+    found: dict[str, RunProgram] = {}
+    shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
 
     absent = platform == "gpu" and mesh.devices.flat[0] not in jax.devices()
 
-    def add(name, when, trace, held, field, rows, options=networks):
+    def add(
+        name: str,
+        when: str,
+        trace: Callable[[], jax.stages.Traced],
+        held: Mapping[str, Any],
+        field: str,
+        rows: int,
+        options: Mapping[str, Any] = networks,
+    ) -> None:
         found[name] = RunProgram(
             name,
             when,
@@ -115,7 +128,7 @@ def run_programs(config, mesh):
         config.batch_size,
     )
 
-    # Of encoding: over the data before training, or of every batch; and of scenes to draw.
+    # Encoding runs once over the data before training, or for every batch; and for sampled scenes.
     evaluated, encode = config.evaluation.batch_size, assembly.encode
     if config.data.cache:
         encode = pair_batches.encoder_to_keep(config, assembly)
@@ -186,29 +199,29 @@ def run_programs(config, mesh):
     return {name: found[name] for name in NAMES if name in found}, list(passes.values())
 
 
-def _first_of(buckets, structure):
+def _first_of(buckets: Mapping[str, Any], structure: Any) -> str:
     return next(name for name, (other, _) in buckets.items() if other == structure)
 
 
-def _rows_sharding(mesh, rows):
-    """Where `meshes.shard_rows` puts so many rows."""
+def _rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """The sharding that `meshes.shard_rows` gives to this number of rows."""
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
     return meshes.replicated(mesh) if rows % shares else meshes.batch_sharding(mesh)
 
 
-def _raw(config, mesh, step, rows):
+def _raw(config: RunConfig, mesh: Mesh, step: Any, rows: int) -> Any:
     return meshes.placed_shapes(
         shapes.raw_batch(config, step.assembly.generator, rows), _rows_sharding(mesh, rows)
     )
 
 
-def _at_start(step):
+def _at_start(step: Any) -> Any:
     """The parameters that encoding reads."""
     return step.assembly.initial_parameters()
 
 
-def _encoded(config, step, rows):
-    """EncodedPairs of so many scenes, as shapes."""
+def _encoded(config: RunConfig, step: Any, rows: int) -> Any:
+    """EncodedPairs of `rows` scenes, as shapes."""
     return jax.eval_shape(
         step.assembly.encode,
         _at_start(step),
@@ -216,8 +229,8 @@ def _encoded(config, step, rows):
     )
 
 
-def _drawn(config, mesh, step):
-    """What the sampler takes besides parameters."""
+def _drawn(config: RunConfig, mesh: Mesh, step: Any) -> Any:
+    """The sampler's arguments after the parameters."""
     rows = config.evaluation.batch_size
     scenes = _encoded(config, step, rows)
     noise = jax.ShapeDtypeStruct(
@@ -229,17 +242,19 @@ def _drawn(config, mesh, step):
     )
 
 
-def _unjitted(function):
-    """What a run jits for this machine's devices."""
+def _unjitted(function: Any) -> Callable[..., Any]:
+    """The function inside `jax.jit`, which a run compiles for this machine's devices."""
     return function.__wrapped__
 
 
-def _trace_encoding(config, mesh, step, encode, rows):
+def _trace_encoding(
+    config: RunConfig, mesh: Mesh, step: Any, encode: Callable[..., Any], rows: int
+) -> jax.stages.Traced:
     with trace_context(mesh):
         return jax.jit(_unjitted(encode)).trace(_at_start(step), _raw(config, mesh, step, rows))
 
 
-def _trace_sampling(config, mesh, step, inputs):
+def _trace_sampling(config: RunConfig, mesh: Mesh, step: Any, inputs: Any) -> jax.stages.Traced:
     generate = make_generate(
         step.assembly.generator,
         steps=config.sampling.steps,
@@ -251,7 +266,7 @@ def _trace_sampling(config, mesh, step, inputs):
         return jax.jit(_unjitted(generate)).trace(parameters, *inputs)
 
 
-def _trace_maps(mesh, step, structure, pairs):
+def _trace_maps(mesh: Mesh, step: Any, structure: Any, pairs: Any) -> jax.stages.Traced:
     definition = step.assembly.definition
     params = definition.buckets[_first_of(definition.buckets, structure)][1]
     with trace_context(mesh):

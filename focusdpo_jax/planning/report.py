@@ -1,11 +1,14 @@
-"""A plan as text."""
+"""Formats a plan as text."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from focusdpo_jax.planning import cures
 from focusdpo_jax.sharding.mesh import AXES
 
 
-def table(found):
-    """A plan (`planner.plan`) as lines of text."""
+def table(found: Mapping[str, Any]) -> str:
+    """Formats the result of `planner.plan` as lines of text."""
     memory = found["bytes_per_chip"]
     mesh = " x ".join(f"{axis} {found['mesh'][axis]}" for axis in AXES)
     lines = [
@@ -55,15 +58,15 @@ def table(found):
     return "\n".join(lines)
 
 
-def _on(flag):
+def _on(flag: bool) -> str:
     return "on" if flag else "off"
 
 
-def _gb(size):
+def _gb(size: float | None) -> str:
     return f"{size / 1e9:.3f}" if size is not None else "?"
 
 
-def _program_row(name, made):
+def _program_row(name: str, made: Mapping[str, Any]) -> str:
     estimate = made.get("estimate", {})
     seconds = estimate.get("seconds")
     if seconds is None and "roofline" in estimate:
@@ -78,12 +81,12 @@ def _program_row(name, made):
     )
 
 
-def _number(value):
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _speed(found):
-    """What is known of the time."""
+def _speed(found: Mapping[str, Any]) -> list[str]:
+    """The lines on operations and time."""
     lines = [
         f"  {found['flops_per_pair'] / 1e12:.4g} TFLOP a pair"
         + (
@@ -129,8 +132,8 @@ def _speed(found):
     return lines
 
 
-def refusal(found):
-    """One line on what does not fit and what would make it fit; None where all fits."""
+def refusal(found: Mapping[str, Any]) -> str | None:
+    """Returns one line on the programs that do not fit and their cures; None where all fit."""
     failed = [
         cures.in_words(name, made, found["bytes_per_chip"]["limit"])
         for name, made in found["programs"].items()

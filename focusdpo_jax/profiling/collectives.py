@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 from focusdpo_jax.profiling import hlo
 
@@ -39,8 +40,8 @@ class Collective:
     times: int = 1
     group: int = 0
 
-    def received(self, devices):
-        """Bytes that one device gets from others each time, by the ring algorithms.
+    def received(self, devices: int) -> float:
+        """Returns the bytes that one device receives from others each time, by the ring algorithms.
 
         Args:
           devices: of the mesh, for a group of unknown size.
@@ -59,8 +60,8 @@ class Collective:
         )
 
 
-def read(program):
-    """The collectives of a program in the order in which it runs them, a list of Collective.
+def read(program: hlo.Program | str) -> list[Collective]:
+    """Returns the collectives of a program in the order in which it runs them.
 
     Args:
       program: `hlo.Program`, or its text.
@@ -89,7 +90,7 @@ def read(program):
     return found
 
 
-def _group(attributes):
+def _group(attributes: str) -> int:
     """Devices of a replica group, in one of the ways in which XLA writes them; 0 if in none."""
     if listed := _LISTED.search(attributes):
         return len(listed[1].split(","))
@@ -101,8 +102,9 @@ def _group(attributes):
     return 0
 
 
-def summary(found):
-    """{kind: {"count": how often one runs, "bytes": of all of them}} of a list of Collective."""
+def summary(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+    """Returns {kind: {"count": number of executions, "bytes": of all of them}}."""
+    found = list(found)
     return {
         kind: {
             "count": sum(c.times for c in of_kind),
@@ -113,6 +115,6 @@ def summary(found):
     }
 
 
-def received(found, devices):
-    """Bytes that one of `devices` gets from others in a run of the program; see `Collective`."""
+def received(found: Iterable[Collective], devices: int) -> float:
+    """Returns the bytes that one of `devices` receives in a run of the program; see `Collective`."""
     return sum(c.times * c.received(devices) for c in found)

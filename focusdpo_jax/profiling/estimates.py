@@ -13,6 +13,12 @@ full bandwidth, as if no cache served any, whichever takes longer.
 import collections
 import dataclasses
 import re
+from typing import TYPE_CHECKING
+
+from focusdpo_jax.profiling import hlo
+
+if TYPE_CHECKING:
+    from focusdpo_jax.planning.chips import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -59,10 +65,12 @@ class Estimate:
     unknown_loops: int
 
 
-def read(program):
-    """The Estimate of a `hlo.Program`."""
-    kinds, sources, kernels = (collections.Counter() for _ in range(3))
-    counts = collections.Counter()
+def read(program: hlo.Program) -> Estimate:
+    """Returns the Estimate of a program compiled for a TPU."""
+    kinds: collections.Counter[str] = collections.Counter()
+    sources: collections.Counter[str] = collections.Counter()
+    kernels: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for instruction, times in program.runs:
         found = _CYCLES.search(instruction.attributes)
         if found:
@@ -83,15 +91,15 @@ def read(program):
     )
 
 
-def _kind(program, instruction):
+def _kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
     opcodes = {instruction.opcode} | {each.opcode for each in program.inside(instruction)}
     if opcodes & set(_PRODUCTS):
         return "products"
     return "fusions" if instruction.opcode == "fusion" else instruction.opcode
 
 
-def source(program, instruction):
-    """Where an instruction comes from, equal for equal layers.
+def source(program: hlo.Program, instruction: hlo.Instruction) -> str:
+    """Returns the layer and operation that an instruction was compiled from, equal for equal layers.
 
     Such as "backward: up_blocks_N/attentions_N/transformer_blocks_N/attn1/to_q/dot_general". What the
     compiler made by itself is named after most of what is fused in it, or else after its opcode.
@@ -105,8 +113,8 @@ def source(program, instruction):
     return short_name(name) or f"({instruction.opcode} of the compiler's)"
 
 
-def short_name(operation):
-    """An `op_name` without JAX's wrappers and layers' numbers, and with its pass or program in front."""
+def short_name(operation: str) -> str:
+    """Strips JAX's wrappers and layer numbers from an `op_name` and prepends its pass or program."""
     if "/" not in operation:
         return ""
     parts = _split(operation)
@@ -128,7 +136,7 @@ def short_name(operation):
     return f"{when}: {path}"
 
 
-def _split(operation):
+def _split(operation: str) -> list[str]:
     """The parts of a name between slashes that are in no parenthesis."""
     parts, depth, part = [], 0, ""
     for letter in operation:
@@ -141,8 +149,8 @@ def _split(operation):
     return [*parts, part]
 
 
-def seconds(estimate, chip, kernel_products):
-    """Seconds of a program on one TPU chip, transfers aside.
+def seconds(estimate: Estimate, chip: "Chip", kernel_products: float) -> float:
+    """Returns the seconds of a program on one TPU chip, without transfers.
 
     Args:
       estimate: of the program.
@@ -152,8 +160,8 @@ def seconds(estimate, chip, kernel_products):
     return estimate.cycles / chip.clock + kernel_products / chip.flops
 
 
-def roofline(chip, products, accessed):
-    """What a program's products and bytes would take on one chip, each at full speed.
+def roofline(chip: "Chip", products: float, accessed: float) -> dict[str, float]:
+    """Returns the time of a program's products and of its bytes on one chip, each at full speed.
 
     Args:
       products: floating-point operations on one chip.

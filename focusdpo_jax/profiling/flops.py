@@ -6,8 +6,9 @@ depends on counts nothing, and a multiplication with an addition is two operatio
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -46,7 +47,7 @@ _FREE = frozenset(
 
 
 class Operations(NamedTuple):
-    """How many a program does.
+    """Counts of floating-point operations.
 
     Attributes:
       matmul_flops: of matrix products and convolutions.
@@ -61,15 +62,15 @@ class Operations(NamedTuple):
     kernels: float = 0.0
 
     @property
-    def total(self):
-        """Of both kinds."""
+    def total(self) -> float:
+        """`matmul_flops` and `others` together."""
         return self.matmul_flops + self.others
 
 
-def count(traced):
-    """The Operations of a `jax.stages.Traced`, over all devices.
+def count(traced: jax.stages.Traced) -> Operations:
+    """Counts the operations of a traced program, over all devices.
 
-    Of a conditional the branch of the most counts. Convolutions over dilated inputs are counted
+    A conditional counts as its most expensive branch. Convolutions over dilated inputs are counted
     without the products with the zeros in between.
 
     Raises:
@@ -80,12 +81,12 @@ def count(traced):
     return _of_jaxpr(used)
 
 
-def _of_jaxpr(jaxpr):
+def _of_jaxpr(jaxpr: core.Jaxpr) -> Operations:
     counts = [_of_equation(equation) for equation in jaxpr.eqns]
     return Operations(*(math.fsum(kind) for kind in zip(*counts))) if counts else Operations(0, 0)
 
 
-def _of_equation(equation):
+def _of_equation(equation: Any) -> Operations:
     name, inner = equation.primitive.name, list(core.jaxprs_in_params(equation.params))
     if name.startswith("dot_product_attention_"):
         matmul_flops = _of_cudnn(equation, backward="_bwd" in name)
@@ -119,8 +120,8 @@ def _of_equation(equation):
     return Operations(0, largest)
 
 
-def _trips(equation):
-    """How often what an equation holds is run."""
+def _trips(equation: Any) -> int:
+    """Returns how often the body of an equation runs."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "pallas_call":
@@ -131,7 +132,7 @@ def _trips(equation):
     return 1
 
 
-def _of_convolution(equation):
+def _of_convolution(equation: Any) -> float:
     numbers = equation.params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
     # Of the kernel's axes: output features, input features (of one group), then its window.
@@ -140,10 +141,9 @@ def _of_convolution(equation):
     return 2 * matmul_flops / math.prod(equation.params["lhs_dilation"])
 
 
-def _of_cudnn(equation, backward):
-    """Of cuDNN's fused attention: two products forward, five backward, which makes the logits again."""
+def _of_cudnn(equation: Any, backward: bool) -> int:
+    """cuDNN's fused attention: two products forward; five backward, which recomputes the logits."""
     query, key = (v.aval.shape for v in equation.invars[:2])
-    lengths = (
-        2 if equation.params["layout"] else 1
-    )  # Their axis: layout 0 is [B, N, H, d], 1 [B, H, N, d].
+    # The axis of lengths: layout 0 is [B, N, H, d], layout 1 is [B, H, N, d].
+    lengths = 2 if equation.params["layout"] else 1
     return (5 if backward else 2) * 2 * math.prod(query) * key[lengths]

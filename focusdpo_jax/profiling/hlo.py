@@ -8,6 +8,7 @@ import collections
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _BITS = {
@@ -91,18 +92,18 @@ class Instruction(NamedTuple):
     root: bool
 
     @property
-    def operation(self):
-        """Where it comes from, such as "jit(update)/jvp(UNet)/mid_block/..."; "" if unknown."""
+    def operation(self) -> str:
+        """The traced operation that it comes from, such as "jit(update)/jvp(UNet)/mid_block/..."; "" if unknown."""
         found = _OPERATION.search(self.attributes)
         return found[1] if found else ""
 
     @property
-    def size(self):
+    def size(self) -> int:
         """Bytes of its value on one device."""
         return sum(array_sizes(self.type))
 
     @property
-    def called(self):
+    def called(self) -> str | None:
         """Name of the computation of a fusion, call, reduction or asynchronous start; None if none."""
         found = _CALLS.search(self.attributes)
         return found[1] if found else None
@@ -117,9 +118,11 @@ class Program:
       texts: {name: text of the computation}.
     """
 
-    def __init__(self, text):
+    def __init__(self, text: str):
         """Parses `compiled.as_text()`."""
-        self.computations, self.texts, self.entry = collections.defaultdict(list), {}, ""
+        self.computations: dict[str, list[Instruction]] = collections.defaultdict(list)
+        self.texts: dict[str, str] = {}
+        self.entry = ""
         inside, lines = "", text.splitlines()
         first = 0
         for number, line in enumerate(lines):
@@ -156,8 +159,8 @@ class Program:
                     )
                 )
 
-    def trips(self, loop):
-        """How often a `while` instruction runs its body; None where the text does not say."""
+    def trips(self, loop: Instruction) -> int | None:
+        """Returns how often a `while` instruction runs its body; None if the text does not give it."""
         known = _KNOWN_TRIPS.search(loop.attributes)
         if known:
             return int(known[1])
@@ -165,7 +168,7 @@ class Program:
         condition = _CONDITION.search(loop.attributes)
         bounds = {
             int(operand)
-            for name in self._reached(condition and condition[1])
+            for name in self._reached(condition[1] if condition else None)
             for instruction in self.computations[name]
             if instruction.opcode == "constant"
             for operand in instruction.operands
@@ -173,9 +176,9 @@ class Program:
         }
         return bounds.pop() if len(bounds) == 1 else None
 
-    def _reached(self, name):
+    def _reached(self, name: str | None) -> list[str]:
         """A computation and those that it calls."""
-        found = []
+        found: list[str] = []
         if name in self.computations:
             found.append(name)
             for instruction in self.computations[name]:
@@ -183,8 +186,8 @@ class Program:
         return found
 
     @functools.cached_property
-    def runs(self):
-        """[(Instruction, how often it runs)] of what is executed by itself.
+    def runs(self) -> list[tuple[Instruction, int]]:
+        """[(instruction, how often it runs)] of all instructions that are executed by themselves.
 
         That is everything but the insides of fusions and reductions. Bodies of loops count as often
         as they run, once where that is not known (`unknown_loops`), and so does each branch of a
@@ -192,7 +195,9 @@ class Program:
         """
         return list(self._runs(self.entry, 1))
 
-    def _runs(self, name, times):
+    def _runs(self, name: str | None, times: int) -> Iterator[tuple[Instruction, int]]:
+        if name is None:
+            return
         for instruction in self.computations.get(name, ()):
             yield instruction, times
             if instruction.opcode == "while":
@@ -205,7 +210,7 @@ class Program:
                 yield from self._runs(instruction.called, times)
 
     @functools.cached_property
-    def unknown_loops(self):
+    def unknown_loops(self) -> list[str]:
         """Names of the loops whose trip count is unknown; they count once."""
         return [
             instruction.name
@@ -213,8 +218,8 @@ class Program:
             if instruction.opcode == "while" and self.trips(instruction) is None
         ]
 
-    def inside(self, instruction):
-        """All instructions of a fusion, those of nested ones too; none of anything else."""
+    def inside(self, instruction: Instruction) -> list[Instruction]:
+        """Returns all instructions of a fusion, nested ones included; [] for other instructions."""
         if instruction.opcode != "fusion":
             return []
         return [
@@ -222,15 +227,15 @@ class Program:
         ]
 
     @functools.cached_property
-    def bytes_accessed(self):
-        """Bytes that instructions read and write, loops as often as they run.
+    def bytes_accessed(self) -> int:
+        """Bytes that instructions read and write, with loops counted as often as they run.
 
         Of a slice, and of a fusion's operand of which only slices are used, only they count; what
         is updated in place counts as the update. Caches are not modelled.
         """
         return sum(times * self._accessed(instruction) for instruction, times in self.runs)
 
-    def _accessed(self, instruction):
+    def _accessed(self, instruction: Instruction) -> int:
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
             return 0
         sizes = self._sizes(instruction.computation)
@@ -238,12 +243,14 @@ class Program:
             return 2 * instruction.size
         if instruction.opcode == "dynamic-update-slice":
             return 2 * sizes.get(instruction.operands[1], 0)
-        called = self.computations.get(instruction.called, ())
-        if instruction.opcode != "fusion" or not called:
+        name = instruction.called
+        called = self.computations.get(name, ()) if name else ()
+        if instruction.opcode != "fusion" or not name or not called:
             return sum(array_sizes(instruction.type)) + sum(
                 sizes.get(operand, 0) for operand in instruction.operands
             )
-        inner, users = self._sizes(instruction.called), collections.defaultdict(list)
+        inner = self._sizes(name)
+        users: dict[str, list[Instruction]] = collections.defaultdict(list)
         for each in called:
             for operand in each.operands:
                 users[operand].append(each)
@@ -271,7 +278,7 @@ class Program:
         )
         return read + written
 
-    def _sizes(self, name):
+    def _sizes(self, name: str) -> dict[str, int]:
         if name not in self._known_sizes:
             self._known_sizes[name] = {
                 each.name: each.size for each in self.computations.get(name, ())
@@ -279,11 +286,11 @@ class Program:
         return self._known_sizes[name]
 
     @functools.cached_property
-    def _known_sizes(self):
+    def _known_sizes(self) -> dict[str, dict[str, int]]:
         return {}
 
     @functools.cached_property
-    def parameter_bytes(self):
+    def parameter_bytes(self) -> int:
         """Bytes of the program's arguments on one device, without the padding of their layouts."""
         return sum(
             each.size
@@ -292,13 +299,16 @@ class Program:
         )
 
 
-def body(loop):
-    """Name of the computation that a `while` instruction repeats."""
-    return _BODY.search(loop.attributes)[1]
+def body(loop: Instruction) -> str:
+    """Returns the name of the computation that a `while` instruction repeats."""
+    found = _BODY.search(loop.attributes)
+    if not found:
+        raise ValueError(f"while instruction {loop.name} without a body: {loop.attributes[:200]}")
+    return found[1]
 
 
-def array_sizes(text):
-    """Bytes of each array of a type, in order."""
+def array_sizes(text: str) -> list[int]:
+    """Returns the bytes of each array of a type, in order."""
     return [
         math.prod(int(n) for n in dimensions.split(",") if n) * _BITS[dtype] // 8
         for dtype, dimensions in _ARRAY.findall(text)

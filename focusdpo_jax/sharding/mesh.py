@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from focusdpo_jax.errors import UserError
@@ -21,6 +21,9 @@ from focusdpo_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 # The axes that shard a batch.
 BATCH_AXES = ("data", "fsdp")
+# XLA places what the program does not constrain. With explicit axes (the default of some constructors
+# and jax versions) `shard_map` refuses inputs that are placed otherwise than its `in_specs`.
+_AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(
@@ -58,8 +61,8 @@ def make_mesh(
     shape = tuple(filled[axis] for axis in AXES)
     if devices[0].platform == "tpu":
         # Orders devices so that neighbours in the mesh are neighbours in the interconnect.
-        return Mesh(mesh_utils.create_device_mesh(shape, devices[:count]), AXES)
-    return Mesh(np.asarray(devices[:count]).reshape(shape), AXES)
+        return Mesh(mesh_utils.create_device_mesh(shape, devices[:count]), AXES, _AXIS_TYPES)
+    return Mesh(np.asarray(devices[:count]).reshape(shape), AXES, _AXIS_TYPES)
 
 
 def _resolve_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -92,7 +95,7 @@ def inference_mesh(batch_size: int) -> Mesh:
     """
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-    return Mesh(np.asarray(devices[:count]).reshape(count, 1, 1), AXES)
+    return Mesh(np.asarray(devices[:count]).reshape(count, 1, 1), AXES, _AXIS_TYPES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

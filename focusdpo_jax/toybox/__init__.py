@@ -1,8 +1,9 @@
-"""Toybox: a procedural world of subjects with exactly known looks, for training and measuring.
+"""Toybox: a procedural world of subjects with known attributes, for training and evaluation.
 
-`subjects` draws individuals, `rendering` paints them, `World` arranges scenes as preference records. `probe`
-reads the looks off an image, `measures` counts what is right, and `pretraining` has the losses that train
-Toybox's own encoders and probe; these need JAX, the rest numpy alone.
+`subjects` samples individuals, `rendering` draws them, and `World` arranges scenes as preference
+records. `probe` reads the attributes from an image, `metrics` compares them with the truth, and
+`pretraining` has the losses that train Toybox's encoders and probe; these three need JAX, the other
+modules NumPy alone.
 """
 
 from focusdpo_jax.toybox.rendering import bounding_box, render_reference, render_subject

@@ -1,23 +1,24 @@
-"""Backgrounds of Toybox scenes: a muted colour and a light texture each.
+"""Backgrounds of Toybox scenes: a muted colour with a low-contrast texture each.
 
-Saturation stays low and contrast small, so that subjects stand out and a background can still be
-named from any part of it. Texture geometry scales with the picture; its phase is random.
+Saturation and contrast are low, so that subjects stand out and the background can be recognised from
+any part of it. Texture geometry scales with the image; its phase is random.
 """
 
 import functools
 
 import numpy as np
+from jaxtyping import Float32
 
 
 @functools.cache
 def _grid(resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates x [1, R] and y [R, 1] of pixels, in units of 1/64 of the picture."""
+    """Returns pixel coordinates x [1, R] and y [R, 1], in units of 1/64 of the image."""
     line = np.arange(resolution, dtype=np.float32) * np.float32(64 / resolution)
     return line[None, :], line[:, None]
 
 
 def _speckles(rng, x, y, spacing, share):
-    """Random square cells of about `spacing` units, `share` of them 1 and the others 0."""
+    """Returns random square cells of about `spacing` units; a fraction `share` of them is 1, the rest 0."""
     cells = (rng.random((int(64 / spacing) + 1,) * 2) < share).astype(np.float32)
     return cells[(y / spacing).astype(int), (x / spacing).astype(int)]
 
@@ -61,6 +62,7 @@ def _asphalt(rng, x, y):
     return 22 * _speckles(rng, x, y, 1.5, 0.12) - 14 * _speckles(rng, x, y, 1.5, 0.12)
 
 
+# Background name to (mean colour, texture function).
 PAINTERS = {
     "grass": ((142, 172, 122), _grass),
     "sand": ((228, 212, 168), _sand),
@@ -73,8 +75,14 @@ PAINTERS = {
 }
 
 
-def paint(rng: np.random.Generator, name: str, resolution: int) -> np.ndarray:
-    """A square background, float32 [3, R, R] in [0, 255]."""
+def paint(rng: np.random.Generator, name: str, resolution: int) -> Float32[np.ndarray, "3 R R"]:
+    """Paints a square background, float32 [3, R, R] in [0, 255].
+
+    Args:
+      rng: source of the texture's phase and noise.
+      name: a key of PAINTERS.
+      resolution: side R in pixels.
+    """
     color, texture = PAINTERS[name]
     x, y = _grid(resolution)
     dx, dy = rng.integers(0, 64, 2).tolist()

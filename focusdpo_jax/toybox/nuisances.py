@@ -1,14 +1,20 @@
-"""Traces that inpainting leaves over all of its mask, for the rejected images of Toybox.
+"""Inpainting artefacts for the rejected images of Toybox, over the whole of a mask.
 
-Real rejected images differ from the chosen ones wherever they were inpainted, not only where the subject's
-looks differ. Each function takes a canvas, float32 [3, R, R] in [0, 255], and a bool mask [R, R], and
-returns a new canvas that is the same outside the mask. Needs numpy and nothing else.
+Real rejected images differ from the chosen ones wherever they were inpainted, not only where the
+subject's attributes differ. Each function takes a random generator, a canvas, float32 [3, R, R] in
+[0, 255], and a bool mask [R, R], and returns a new canvas that is equal outside the mask. NumPy only.
 """
 
 import numpy as np
+from jaxtyping import Float32
+
+from focusdpo_jax.array_types import Mask
+
+Canvas = Float32[np.ndarray, "3 _ _"]
+"""An image while it is painted: float32 [3, R, R] in [0, 255]."""
 
 
-def dilated(mask: np.ndarray, pixels: int) -> np.ndarray:
+def dilate(mask: Mask, pixels: int) -> Mask:
     """Dilates a bool mask [H, W] by a square of side 2 `pixels` + 1."""
     for axis in (0, 1):
         line = mask
@@ -23,8 +29,8 @@ def dilated(mask: np.ndarray, pixels: int) -> np.ndarray:
     return mask
 
 
-def blur(rng, canvas, mask):
-    """Averages by a triangular window, 1, 2, 1 on each axis at 64 pixels and wider in proportion."""
+def blur(rng: np.random.Generator, canvas: Canvas, mask: Mask) -> Canvas:
+    """Smooths with a triangular window: 1, 2, 1 on each axis at 64 pixels, wider in proportion."""
     del rng
     width = 2 * max(1, canvas.shape[1] // 64)
     window = np.convolve(np.ones(width), np.ones(width)).astype(np.float32) / width**2
@@ -38,21 +44,21 @@ def blur(rng, canvas, mask):
     return np.where(mask, smooth, canvas)
 
 
-def tint(rng, canvas, mask):
-    """Each colour channel is up to a tenth brighter or darker."""
+def tint(rng: np.random.Generator, canvas: Canvas, mask: Mask) -> Canvas:
+    """Scales each colour channel by a random factor of 0.9 to 1.1."""
     factors = rng.uniform(0.9, 1.1, (3, 1, 1)).astype(np.float32)
     return np.where(mask, np.clip(canvas * factors, 0, 255), canvas)
 
 
-def seam(rng, canvas, mask):
-    """The mask's inner border is lighter or darker."""
-    border = mask & dilated(~mask, max(1, canvas.shape[1] // 64))
+def seam(rng: np.random.Generator, canvas: Canvas, mask: Mask) -> Canvas:
+    """Brightens or darkens the mask's inner border."""
+    border = mask & dilate(~mask, max(1, canvas.shape[1] // 64))
     shade = np.float32(rng.choice((-30.0, 30.0)))
     return np.where(border, np.clip(canvas + shade, 0, 255), canvas)
 
 
-def grain(rng, canvas, mask):
-    """Noise of a deviation of 10, the same in all colour channels."""
+def grain(rng: np.random.Generator, canvas: Canvas, mask: Mask) -> Canvas:
+    """Adds noise with a standard deviation of 10, equal in all colour channels."""
     noise = rng.normal(0, 10, canvas.shape[1:]).astype(np.float32)
     return np.where(mask, np.clip(canvas + noise, 0, 255), canvas)
 
@@ -60,6 +66,6 @@ def grain(rng, canvas, mask):
 KINDS = (blur, tint, seam, grain)
 
 
-def leave(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """One of KINDS, drawn at random, over the mask."""
+def apply_random(rng: np.random.Generator, canvas: Canvas, mask: Mask) -> Canvas:
+    """Applies one of KINDS, chosen at random, inside the mask."""
     return KINDS[rng.integers(len(KINDS))](rng, canvas, mask)

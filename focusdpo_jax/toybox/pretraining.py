@@ -1,38 +1,64 @@
-"""Tasks that give a small generator its encoders before it learns to generate.
+"""Losses that train Toybox's autoencoder, image encoder and probe.
 
-`autoencode` trains the autoencoder on scenes and references; `attributes` trains either the image
-encoder, by reading attributes off its patch features, or the probe that evaluation uses. Published
-models come with all of this; Toybox's are made here (`configs/toybox_base.py`).
+`autoencoder_loss` trains the autoencoder on scenes and references. `image_encoder_loss` trains the
+image encoder to predict attributes from its patch features. `probe_loss` trains the probe that
+evaluation uses. Published models include such encoders; Toybox's are trained here
+(`configs/toybox_base.py`).
+
+Each builder returns `loss(trainable, frozen, batch, guidance, numbers, key) -> (loss, terms)`, the
+signature of all training losses; these ignore the reference model's outputs (`guidance`) and the
+bucket's parameters (`numbers`).
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from focusdpo_jax.models.generator import Generator
 from focusdpo_jax.toybox.probe import TOYBOX, AttributeHeads, Probe, attribute_loss
 
-# Weight of the divergence from a unit normal, small as in latent diffusion (arXiv 2112.10752).
+if TYPE_CHECKING:
+    from focusdpo_jax.data.record import PreferenceBatch
+
+# Weight of the KL divergence from a unit normal, small as in latent diffusion (arXiv 2112.10752).
 _DIVERGENCE_WEIGHT = 1e-6
 
+Loss = Callable[..., tuple[Array, dict[str, Array]]]
+"""(trainable, frozen, batch, guidance, numbers, key) -> (scalar loss, {name: scalar term})."""
 
-def first_reference(batch):
-    """Each record's first subject reference, which is always there: [B, H, W, 3]."""
+
+def first_reference(batch: "PreferenceBatch") -> Array:
+    """Returns each record's first reference, which always exists: [B, R, R, 3]."""
     return batch.references[:, 0]
 
 
-def pixels(images):
-    """uint8 pictures as float32 in [0, 1]."""
+def pixels(images: Array | np.ndarray) -> Float[Array, "..."]:
+    """Converts uint8 images to float32 in [0, 1]."""
     return jnp.asarray(images, jnp.float32) / 255
 
 
-def crops_around(images, masks, key, size):
-    """Square crops [B, size, size, 3] of images [B, H, W, 3] near what bool `masks` [B, H, W] mark.
+def crops_around(
+    images: Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"],
+    masks: Bool[Array, "B H W"],
+    key: PRNGKeyArray,
+    size: int,
+) -> Array:
+    """Crops squares near the regions that masks mark.
 
-    A crop's middle is the mask's, moved at random by a few pixels and kept inside the picture.
+    Args:
+      images: [B, H, W, 3].
+      masks: bool [B, H, W].
+      key: of the random offset, whose standard deviation is size / 8 pixels.
+      size: side of the crops.
+
+    Returns:
+      [B, size, size, 3]: crops centred on the mask's centroid plus the offset, inside the image.
     """
     marked = masks.astype(jnp.float32)
     total = jnp.maximum(marked.sum((1, 2)), 1.0)
@@ -53,13 +79,15 @@ def crops_around(images, masks, key, size):
     return jax.vmap(crop)(images, offsets)
 
 
-def _reconstruction(generator, parameters, images, key):
-    """Loss and terms of one pass of `images` [B, H, W, 3] in [0, 1] through the autoencoder."""
+def _reconstruction(
+    generator: Generator, parameters: Any, images: Float[Array, "B H W 3"], key: PRNGKeyArray
+) -> tuple[Array, dict[str, Array]]:
+    """Returns loss and terms of one pass of `images` [B, H, W, 3] in [0, 1] through the autoencoder."""
     mean, deviation = generator.encode_latents(parameters, images)
     decoded = generator.decode_latents(
         parameters, mean + deviation * jax.random.normal(key, mean.shape)
     )
-    # An absolute error keeps edges sharp, a squared one keeps colours true.
+    # The absolute error favours sharp edges, the squared error accurate colours.
     absolute, squared = jnp.abs(decoded - images).mean(), jnp.square(decoded - images).mean()
     scale = generator.config.vae.scaling_factor
     mean, deviation = mean / scale, deviation / scale
@@ -77,12 +105,12 @@ def _reconstruction(generator, parameters, images, key):
     }
 
 
-def autoencoder_loss(generator):
-    """The loss of a variational autoencoder on crops around subjects, and a few whole scenes.
+def autoencoder_loss(generator: Generator) -> Loss:
+    """Returns the loss of a variational autoencoder on crops around subjects and on a few whole scenes.
 
-    The subjects are what is hard about the pictures: crops around them, in scenes and references,
-    teach as much as whole pictures do in a fraction of the time. Whole ones keep the statistics of
-    the group normalisations true.
+    Subjects are the difficult part of the images: crops around them, in scenes and references, are as
+    informative as whole images at a fraction of the cost. Whole images keep the statistics of the
+    group normalisations correct.
     """
 
     def loss(trainable, frozen, batch, guidance, numbers, key):
@@ -110,8 +138,17 @@ def autoencoder_loss(generator):
     return loss
 
 
-def with_latent_scale(model, parameters, images):
-    """The model with VAEConfig.scaling_factor such that the latents of uint8 `images` vary by 1."""
+def with_latent_scale(model: Any, parameters: Any, images: np.ndarray) -> Any:
+    """Sets VAEConfig.scaling_factor so that the latents of `images` have unit variance.
+
+    Args:
+      model: a `training.models.Model`.
+      parameters: of the trained autoencoder.
+      images: uint8 [N, H, W, 3].
+
+    Returns:
+      The model with the new configuration.
+    """
     generator = model.generator
     mean, deviation = jax.jit(generator.encode_latents)(parameters, pixels(images))
     scale = generator.config.vae.scaling_factor
@@ -122,11 +159,11 @@ def with_latent_scale(model, parameters, images):
     return dataclasses.replace(model, generator=Generator(config))
 
 
-def image_encoder_loss(generator):
-    """Reads attributes off the image encoder's penultimate patches, in scenes and references.
+def image_encoder_loss(generator: Generator) -> Loss:
+    """Returns the loss of predicting attributes from the image encoder's penultimate patch features.
 
-    The last layer learns the classes and the background of the whole picture, so that its pooled
-    embedding says what CLIP's would.
+    Scenes and references are both used. The last layer learns the classes and the background of the
+    whole image, so that the pooled embedding has the role of CLIP's.
     """
     heads, side = AttributeHeads(TOYBOX), generator.patch_grid
 
@@ -146,7 +183,7 @@ def image_encoder_loss(generator):
         scene_loss, terms = attribute_loss(
             read(scenes), truth, batch.masks, batch.present, truth["background"]
         )
-        # A reference shows one subject on white, which is no background of a scene.
+        # A reference shows one subject on white, which is not one of the backgrounds.
         first = {name: values[:, :1] for name, values in truth.items() if name != "background"}
         alone_loss, alone_terms = attribute_loss(
             read(alone),
@@ -172,8 +209,8 @@ def image_encoder_loss(generator):
     return loss
 
 
-def init_heads(generator, key):
-    """Parameters of the read-outs that `image_encoder_loss` trains along and then drops."""
+def init_heads(generator: Generator, key: PRNGKeyArray) -> dict[str, Any]:
+    """Returns initial parameters of the prediction heads, which are discarded after training."""
     config = generator.config.image_encoder
     side = generator.patch_grid
     heads = AttributeHeads(TOYBOX).init(key, jnp.zeros((1, side, side, config.hidden_size)))[
@@ -184,11 +221,11 @@ def init_heads(generator, key):
     return heads
 
 
-def probe_loss(generator):
-    """Trains the probe on scenes as they are and, one half, through the autoencoder with noise.
+def probe_loss(generator: Generator) -> Loss:
+    """Returns the probe's loss on scenes: half of them autoencoded with noise, half with pixel noise.
 
-    Generated pictures carry the autoencoder's traces and the sampler's small errors; a probe that
-    has seen only clean renders would read those as attributes.
+    Generated images have artefacts of the autoencoder and small errors of the sampler. A probe trained
+    on clean renders alone would misread these as attributes.
     """
     probe = Probe(TOYBOX)
 
@@ -211,6 +248,6 @@ def probe_loss(generator):
     return loss
 
 
-def init_probe(key):
-    """Fresh parameters of the probe."""
+def init_probe(key: PRNGKeyArray) -> dict[str, Any]:
+    """Returns initial parameters of the probe."""
     return Probe(TOYBOX).init(key, jnp.zeros((1, 64, 64, 3)))["params"]

@@ -1,11 +1,12 @@
-"""A network that reads the attributes of Toybox subjects off a picture, generated or rendered.
+"""A network that reads the attributes of Toybox subjects from a generated or rendered image.
 
-It answers at every cell of a grid: which class is here, and what does that subject look like. A
-subject is then read as the average over the cells of its class, which holds for scenes without two
-subjects of one class.
+It predicts at every cell of a grid which class is there, and the attributes of that subject. The
+reading of a subject is the average over the cells of its class, so at most one subject of a class
+can be read.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Int
 
 from focusdpo_jax import toybox
 from focusdpo_jax.models import layers
@@ -20,7 +22,7 @@ from focusdpo_jax.models import layers
 
 @dataclasses.dataclass(frozen=True)
 class AttributeSpace:
-    """How many values each attribute of the world has (hues are continuous)."""
+    """The number of values of each attribute; hues are continuous."""
 
     classes: int
     patterns: int
@@ -38,32 +40,32 @@ TOYBOX = AttributeSpace(
 
 @flax.struct.dataclass
 class AttributeMaps:
-    """What is seen at each cell of a g x g grid, for B pictures.
+    """Predictions at each cell of a g x g grid, for B images.
 
     Attributes:
       class_logits: [B, g, g, classes + 1]; the last is "no subject".
       hue, pattern_hue: [B, g, g, 2], the hue as (cos, sin) on its circle, not normalised.
       pattern_logits: [B, g, g, patterns].
       part_logits: [B, g, g, parts].
-      background_logits: [B, backgrounds], of the whole picture.
+      background_logits: [B, backgrounds], of the whole image.
     """
 
-    class_logits: jax.Array
-    hue: jax.Array
-    pattern_hue: jax.Array
-    pattern_logits: jax.Array
-    part_logits: jax.Array
-    background_logits: jax.Array
+    class_logits: Float[Array, "B g g classes_and_none"]
+    hue: Float[Array, "B g g 2"]
+    pattern_hue: Float[Array, "B g g 2"]
+    pattern_logits: Float[Array, "B g g patterns"]
+    part_logits: Float[Array, "B g g parts"]
+    background_logits: Float[Array, "B backgrounds"]
 
 
 class AttributeHeads(nn.Module):
-    """Linear read-outs of every attribute from a grid of features."""
+    """Linear heads for every attribute on a grid of features."""
 
     space: AttributeSpace
 
     @nn.compact
-    def __call__(self, features):
-        """Maps [B, g, g, D] to AttributeMaps."""
+    def __call__(self, features: Float[Array, "B g g D"]) -> AttributeMaps:
+        """Maps features [B, g, g, D] to AttributeMaps."""
         space = self.space
         return AttributeMaps(
             class_logits=nn.Dense(space.classes + 1, name="class")(features),
@@ -84,13 +86,13 @@ class Probe(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, pixels):
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> AttributeMaps:
         """Maps [B, H, W, 3] in [0, 1] to AttributeMaps on an H/4 x W/4 grid."""
         x = pixels * 2 - 1
         x = nn.silu(nn.Conv(self.width // 2, (4, 4), (2, 2), name="stem_0")(x))
         x = nn.Conv(self.width, (4, 4), (2, 2), name="stem_1")(x)
         for i in range(self.depth):
-            # One block in two looks far, so that a cell sees all of its subject.
+            # Every second block is dilated, so that the receptive field covers a whole subject.
             dilation = 1 + i % 2
             h = nn.silu(layers.GroupNorm(8, name=f"norm_{i}_0")(x))
             h = layers.Conv(self.width, dtype=self.dtype, name=f"conv_{i}_0")(h)
@@ -102,25 +104,31 @@ class Probe(nn.Module):
         )
 
 
-def hue_vector(hue):
-    """Hue in [0, 1) as (cos, sin): [...] to [..., 2]."""
+def hue_vector(hue: Float[Array, "..."]) -> Float[Array, "... 2"]:
+    """Maps a hue in [0, 1) to (cos, sin): [...] to [..., 2]."""
     angle = 2 * jnp.pi * hue
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def attribute_loss(maps, truth, masks, present, background):
-    """How wrong `maps` are about pictures whose truth is known.
+def attribute_loss(
+    maps: AttributeMaps,
+    truth: Mapping[str, Array],
+    masks: Bool[Array, "B S H W"],
+    present: Bool[Array, "B S"],
+    background: Int[Array, " B"],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Computes the loss of predicted attributes against the ground truth.
 
     Args:
       maps: AttributeMaps on a g x g grid.
       truth: dict of [B, S] arrays: class_id, hue, pattern, pattern_hue, part.
-      masks: [B, S, H, W], each subject's place; H and W are multiples of g.
+      masks: [B, S, H, W], each subject's pixels; H and W are multiples of g.
       present: bool [B, S].
       background: int [B].
 
     Returns:
-      The loss, a scalar: cross-entropies and squared errors, each averaged over the cells that a
-      subject covers (the class over all cells), and a dict of its terms.
+      The loss, a scalar: the sum of cross-entropies and squared errors, each averaged over the cells
+      that subjects cover (the class over all cells), and a dict of its terms.
     """
     grid = maps.class_logits.shape[1]
     batch, slots, height, width = masks.shape
@@ -134,7 +142,7 @@ def attribute_loss(maps, truth, masks, present, background):
     losses = {"class": optax.softmax_cross_entropy(maps.class_logits, labels).mean()}
 
     def over_subjects(values, weights=1.0):
-        """Mean of [B, S, g, g] over what the subjects cover."""
+        """Averages [B, S, g, g] over the cells that subjects cover."""
         weight = coverage * weights
         return (values * weight).sum() / jnp.maximum(weight.sum(), 1e-6)
 
@@ -161,27 +169,27 @@ def attribute_loss(maps, truth, masks, present, background):
 
 @flax.struct.dataclass
 class Readings:
-    """What a picture shows, class by class: what each class's subject would look like.
+    """The attributes read from B images, by class.
 
     Attributes:
-      area: [B, classes], share of the picture that the class covers.
+      area: [B, classes], fraction of the image that the class covers.
       hue, pattern_hue: [B, classes] in [0, 1).
       pattern, part: int [B, classes].
       background: int [B].
     """
 
-    area: jax.Array
-    hue: jax.Array
-    pattern_hue: jax.Array
-    pattern: jax.Array
-    part: jax.Array
-    background: jax.Array
+    area: Float[Array, "B classes"]
+    hue: Float[Array, "B classes"]
+    pattern_hue: Float[Array, "B classes"]
+    pattern: Int[Array, "B classes"]
+    part: Int[Array, "B classes"]
+    background: Int[Array, " B"]
 
 
-def read(maps):
-    """Sums up AttributeMaps into Readings: every class's cells vote, weighted by certainty."""
+def read(maps: AttributeMaps) -> Readings:
+    """Reduces AttributeMaps to Readings: averages over each class's cells, weighted by probability."""
     certainty = jax.nn.softmax(maps.class_logits)[..., :-1]
-    certainty = jnp.where(certainty > 0.5, certainty, 0.0)  # A cell shows one class or none.
+    certainty = jnp.where(certainty > 0.5, certainty, 0.0)  # A cell counts for one class or none.
     area = certainty.mean((1, 2))
 
     def vote(values):

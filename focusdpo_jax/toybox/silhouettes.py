@@ -1,9 +1,9 @@
 """Outlines, patterns and parts of Toybox subjects, as signed distances.
 
-Every function takes coordinates `x` (right) and `y` (down), two arrays of one shape, in units of
-the subject's radius: a body fills about [-1, 1] x [-1, 1]. It returns a signed distance in the same
-units: negative inside, zero on the edge, positive outside. The distance is exact near most of the
-edge and a bound of it at corners, which is all that antialiasing asks for.
+Every function takes coordinates `x` (right) and `y` (down), float32 arrays that broadcast to one
+shape, in units of the subject's radius: a body fills about [-1, 1] x [-1, 1]. It returns a signed
+distance in the same units: negative inside, zero on the edge, positive outside. The distance is exact
+near most of the edge and a bound at corners, which suffices for antialiasing.
 """
 
 import math
@@ -11,22 +11,33 @@ import math
 import numpy as np
 
 
-def length(x, y):
-    """Distance from the origin."""
-    return np.sqrt(x * x + y * y)  # Several times faster than np.hypot, and nothing overflows here.
+def length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns the distance from the origin."""
+    return np.sqrt(
+        x * x + y * y
+    )  # Several times faster than np.hypot; values cannot overflow here.
 
 
-def repeat(x, period):
+def repeat(x: np.ndarray, period: float) -> np.ndarray:
     """Folds a line into [-period / 2, period / 2), centred on the multiples of the period."""
     return x - period * np.floor(x / period + 0.5)
 
 
-def circle(x, y, center_x, center_y, radius):
+def circle(
+    x: np.ndarray, y: np.ndarray, center_x: float, center_y: float, radius: float
+) -> np.ndarray:
     """A disc."""
     return length(x - center_x, y - center_y) - radius
 
 
-def rectangle(x, y, center_x, center_y, half_width, half_height):
+def rectangle(
+    x: np.ndarray,
+    y: np.ndarray,
+    center_x: float,
+    center_y: float,
+    half_width: float,
+    half_height: float,
+) -> np.ndarray:
     """A rectangle with sides along the axes."""
     dx = np.abs(x - center_x) - half_width
     dy = np.abs(y - center_y) - half_height
@@ -36,18 +47,18 @@ def rectangle(x, y, center_x, center_y, half_width, half_height):
 # --- Bodies --------------------------------------------------------------------------------------
 
 
-def ball(x, y):
+def ball(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A disc."""
     return circle(x, y, 0, 0, 0.95)
 
 
-def box(x, y):
+def box(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A square."""
     return rectangle(x, y, 0, 0, 0.82, 0.82)
 
 
-def star(x, y):
-    """Five points. Polar folding maps every half arm onto one, which has a single straight edge."""
+def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A star of five points; polar folding maps every half arm onto one with a single straight edge."""
     tip, notch = 1.08, 0.52
     y = y - 0.08
     radius, angle = length(x, y), np.abs(repeat(np.arctan2(x, -y), 2 * math.pi / 5))
@@ -57,7 +68,7 @@ def star(x, y):
     return ((along - tip) * normal[0] + across * normal[1]) / math.hypot(*normal)
 
 
-def heart(x, y):
+def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A square on its corner with a half disc on each of its upper sides."""
     side = 1.12
     x, y = np.abs(x), y - 0.08
@@ -66,24 +77,24 @@ def heart(x, y):
     return np.minimum(square, lobe)
 
 
-def tent(x, y):
+def tent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A triangle that stands on its base."""
     slope = math.hypot(1.7, 0.98)
     return np.maximum((np.abs(x) * 1.7 - (y + 0.95) * 0.98) / slope, y - 0.78)
 
 
-def ring(x, y):
+def ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A thick ring."""
     return np.abs(length(x, y) - 0.66) - 0.31
 
 
-def cross(x, y):
+def cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Two broad bars at right angles."""
     x, y = np.abs(x), np.abs(y)
     return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.37)
 
 
-def moon(x, y):
+def moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A thick crescent, open to the upper right."""
     return np.maximum(circle(x, y, 0, 0, 0.97), -circle(x, y, 0.47, -0.42, 0.66))
 
@@ -103,18 +114,18 @@ BODIES = {
 # --- Patterns: negative where the second colour shows; coarse enough to survive a small VAE. ------
 
 
-def stripes(x, y):
+def stripes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Horizontal stripes."""
     del x
     return np.abs(repeat(y, 0.72)) - 0.15
 
 
-def dots(x, y):
+def dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Discs on a square lattice."""
     return length(repeat(x, 0.76), repeat(y, 0.76)) - 0.26
 
 
-def checks(x, y):
+def checks(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A chessboard."""
     u = 0.25 - np.abs(repeat(x, 1.0))
     v = 0.25 - np.abs(repeat(y, 1.0))
@@ -126,8 +137,8 @@ PATTERNS = {"plain": None, "stripes": stripes, "dots": dots, "checks": checks}
 
 # --- Parts ---------------------------------------------------------------------------------------
 
-# Where a part sits on each body: the foot of the hat, the middle of the eyes, the middle of the
-# handle, and the height at which legs leave the body.
+# Position of each part on each body: the bottom of the hat, the centre of the eyes, the centre of the
+# handle, and the y coordinate at which the legs start.
 ANCHORS = {
     "ball": dict(hat=(0.0, -0.84), eyes=(0.0, -0.12), handle=(0.95, 0.0), legs=0.7),
     "box": dict(hat=(0.0, -0.78), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.7),
@@ -140,31 +151,31 @@ ANCHORS = {
 }
 
 
-def hat(x, y, anchor):
+def hat(x: np.ndarray, y: np.ndarray, anchor: tuple[float, float]) -> np.ndarray:
     """A top hat: brim and crown."""
     x, y = x - anchor[0], y - anchor[1]
     return np.minimum(rectangle(x, y, 0, 0, 0.62, 0.10), rectangle(x, y, 0, -0.28, 0.36, 0.28))
 
 
-def handle(x, y, anchor):
+def handle(x: np.ndarray, y: np.ndarray, anchor: tuple[float, float]) -> np.ndarray:
     """A mug's handle; its inner half hides behind the body."""
-    return np.abs(circle(x, y, *anchor, 0.34)) - 0.12
+    return np.abs(circle(x, y, anchor[0], anchor[1], 0.34)) - 0.12
 
 
-def legs(x, y, anchor):
+def legs(x: np.ndarray, y: np.ndarray, anchor: float) -> np.ndarray:
     """Two legs with feet pointing outwards."""
     x = np.abs(x)
     leg = rectangle(x, y, 0.34, 0.5 * (anchor + 1.3), 0.12, 0.5 * (1.3 - anchor))
     return np.minimum(leg, rectangle(x, y, 0.44, 1.2, 0.24, 0.10))
 
 
-def eyes(x, y, anchor):
+def eyes(x: np.ndarray, y: np.ndarray, anchor: tuple[float, float]) -> np.ndarray:
     """The whites of two eyes, side by side."""
     return circle(np.abs(x - anchor[0]), y - anchor[1], 0.29, 0, 0.27)
 
 
-def pupils(x, y, anchor):
-    """What is dark in the eyes."""
+def pupils(x: np.ndarray, y: np.ndarray, anchor: tuple[float, float]) -> np.ndarray:
+    """The pupils of the eyes."""
     return circle(np.abs(x - anchor[0]), y - anchor[1], 0.25, 0.05, 0.14)
 
 

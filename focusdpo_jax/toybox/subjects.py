@@ -1,15 +1,17 @@
-"""Individuals of Toybox: their looks, which split they belong to, and how a scene's subjects are disrupted.
+"""Individuals of Toybox: their attributes, the split they belong to, and how scenes are disrupted.
 
-Held-out subjects: the looks are divided into cells (class, hue bin, pattern, pattern hue bin, part)
-and a fixed hash gives every cell to one split. So no subject of validation or test, nor another of
-its cell, is ever seen in training, while every single class, hue, pattern and part occurs in all
-splits. The rule binds chosen and rejected subjects alike and does not depend on the seed. (Two
-subjects of different splits may still be near each other across the border of two cells.)
+Held-out subjects: the attribute space is divided into cells (class, hue bin, pattern, pattern hue
+bin, part), and a fixed hash assigns every cell to one split. No subject of validation or test, nor
+another subject of its cell, occurs in training, while every single class, hue, pattern and part
+occurs in all splits. The rule applies to chosen and rejected subjects alike and does not depend on
+the seed. (Two subjects of different splits may still be close to each other across the border of two
+cells.)
 """
 
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +21,10 @@ CLASSES = tuple(silhouettes.BODIES)
 PATTERNS = tuple(silhouettes.PATTERNS)
 PARTS = silhouettes.PARTS
 ATTRIBUTES = ("class_id", "hue", "pattern", "pattern_hue", "part")
-LOOKS = ATTRIBUTES[1:]  # What tells one individual of a class from another.
+LOOKS = ATTRIBUTES[1:]  # The attributes that distinguish individuals of a class.
 
 HUE_BINS = 12
-# Hues this far apart (on a circle of length 1) are seen as different.
+# Smallest visible difference of hues, on a circle of length 1.
 VISIBLE_HUE_DIFFERENCE = 0.15
 MIN_PATTERN_CONTRAST = 0.2  # Between the hues of body and pattern.
 MIN_NEIGHBOUR_CONTRAST = 0.12  # Between the body hues of a scene.
@@ -30,7 +32,7 @@ MIN_NEIGHBOUR_CONTRAST = 0.12  # Between the body hues of a scene.
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One individual. `pattern` and `part` index PATTERNS and PARTS; hues lie in [0, 1).
+    """One individual. `pattern` and `part` index PATTERNS and PARTS; hues are in [0, 1).
 
     The pattern hue of a plain subject has no effect and is stored as equal to the hue.
     """
@@ -43,25 +45,26 @@ class Subject:
 
     @property
     def phrase(self) -> str:
+        """The subject's noun phrase in captions: "a star"."""
         return f"a {CLASSES[self.class_id]}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pose:
-    """How a subject stands: radius of the body in pixels, rotation in degrees, mirrored or not."""
+    """A subject's pose: radius of the body in pixels, rotation in degrees, mirrored or not."""
 
     radius: float
     degrees: float
     mirrored: bool
 
 
-def hue_distance(a, b):
-    """Distance on the hue circle, in [0, 0.5]; works on arrays."""
+def hue_distance(a: Any, b: Any) -> Any:
+    """Returns the distance on the hue circle, in [0, 0.5], elementwise."""
     return abs((a - b + 0.5) % 1 - 0.5)
 
 
 def visibly_different(a: Subject, b: Subject) -> bool:
-    """Whether a viewer can tell two individuals of one class apart."""
+    """Returns whether a viewer can distinguish two individuals of one class."""
     if a.pattern != b.pattern or a.part != b.part:
         return True
     if hue_distance(a.hue, b.hue) >= VISIBLE_HUE_DIFFERENCE:
@@ -75,7 +78,7 @@ def visibly_different(a: Subject, b: Subject) -> bool:
 
 
 def cell(subject: Subject) -> tuple[int, int, int, int, int]:
-    """The cell of looks that holds a subject; the unit in which looks are given to splits."""
+    """Returns a subject's cell, the unit in which the attribute space is divided among the splits."""
     plain = PATTERNS[subject.pattern] == "plain"
     pattern_bin = 0 if plain else int(subject.pattern_hue * HUE_BINS)
     return (
@@ -94,12 +97,12 @@ def _split_of_cell(key: tuple[int, ...]) -> str:
 
 
 def split_of(subject: Subject) -> str:
-    """The one split that a subject may occur in: train (80 % of cells), validation or test."""
+    """Returns the split of a subject: train (80 % of cells), validation or test."""
     return _split_of_cell(cell(subject))
 
 
 def sample_subject(rng: np.random.Generator, split: str, class_id: int) -> Subject:
-    """Draws an individual of a class, among those that belong to `split`."""
+    """Samples an individual of a class that belongs to `split`."""
     while True:
         hue, contrast = rng.random(2).tolist()
         pattern = int(rng.integers(len(PATTERNS)))
@@ -114,9 +117,13 @@ def sample_subject(rng: np.random.Generator, split: str, class_id: int) -> Subje
 def sample_subjects(
     rng: np.random.Generator, split: str, count: int, same_class_probability: float = 0.0
 ) -> tuple[Subject, ...]:
-    """Draws the subjects of one scene: different classes, body hues that can be told apart.
+    """Samples the subjects of one scene, of different classes and with distinguishable body hues.
 
-    With `same_class_probability` the first two subjects of several are of one class.
+    Args:
+      rng: random generator.
+      split: "train", "validation" or "test".
+      count: number of subjects.
+      same_class_probability: probability that the first two of several subjects share a class.
     """
     classes = rng.permutation(len(CLASSES))[:count].tolist()
     if same_class_probability and count > 1 and rng.random() < same_class_probability:
@@ -135,18 +142,18 @@ def sample_subjects(
 
 
 def leaked_looks(subject: Subject, donors: tuple[Subject, ...], split: str) -> list[Subject]:
-    """Every individual of `split` that `subject` becomes by wearing looks of one of the donors.
+    """Returns all individuals of `split` that `subject` becomes by taking looks of one of the donors.
 
-    All non-empty subsets of hue, pattern, pattern hue and part are tried. Only visible changes count,
-    and body and pattern keep their contrast.
+    All non-empty subsets of hue, pattern, pattern hue and part are tried. Results that are not visibly
+    different, or whose pattern lacks contrast with the body, are left out.
     """
     leaks = []
     for donor in donors:
         for subset in range(1, 2 ** len(LOOKS)):
-            wears = [getattr(donor if subset >> i & 1 else subject, n) for i, n in enumerate(LOOKS)]
-            if PATTERNS[wears[1]] == "plain":
-                wears[2] = wears[0]
-            leak = Subject(subject.class_id, *wears)
+            looks = [getattr(donor if subset >> i & 1 else subject, n) for i, n in enumerate(LOOKS)]
+            if PATTERNS[looks[1]] == "plain":
+                looks[2] = looks[0]
+            leak = Subject(subject.class_id, *looks)
             if leak.pattern and hue_distance(leak.hue, leak.pattern_hue) < MIN_PATTERN_CONTRAST:
                 continue
             if leak not in leaks and visibly_different(leak, subject) and split_of(leak) == split:
@@ -155,9 +162,9 @@ def leaked_looks(subject: Subject, donors: tuple[Subject, ...], split: str) -> l
 
 
 def changed_looks(a: Subject, b: Subject) -> tuple[str, ...]:
-    """Names of the looks in which two individuals differ.
+    """Returns the names of the looks in which two individuals differ.
 
-    The pattern hue counts where both are patterned; otherwise it comes and goes with the pattern.
+    The pattern hue counts only if both are patterned; otherwise it is part of the pattern.
     """
     patterned = "plain" not in (PATTERNS[a.pattern], PATTERNS[b.pattern])
     return tuple(
@@ -168,9 +175,9 @@ def changed_looks(a: Subject, b: Subject) -> tuple[str, ...]:
 
 
 def with_one_other_look(rng: np.random.Generator, subject: Subject, split: str) -> Subject | None:
-    """Another individual of `split` that differs from `subject` in one look, visibly.
+    """Samples another individual of `split` that differs from `subject` visibly in exactly one look.
 
-    Returns None where a hundred draws find none.
+    Returns None if a hundred draws find none.
     """
     for _ in range(100):
         name = LOOKS[rng.integers(len(LOOKS))]
@@ -200,9 +207,14 @@ def disrupt(
 ) -> tuple[Subject, ...]:
     """Replaces a random non-empty subset of subjects by other individuals of their classes.
 
-    With `leak_probability` a disrupted subject wears looks of another subject of the scene, where
-    there is one and the split allows it; otherwise a new individual takes its place. With
-    `one_look_probability` it differs from the subject in one look alone, a neighbour's or a new one.
+    Args:
+      rng: random generator.
+      subjects: of the scene.
+      split: to which the replacements must belong.
+      leak_probability: probability that a disrupted subject takes looks of another subject of the scene,
+        if there is one and the split allows it; otherwise a new individual replaces it.
+      one_look_probability: probability that it differs from the subject in exactly one look, taken from
+        a neighbour or new.
     """
     chosen_ones = int(rng.integers(1, 2 ** len(subjects)))
     result = []

@@ -1,26 +1,28 @@
-"""Toybox worlds: scenes of subjects with exactly known looks, as preference records.
+"""Toybox worlds: scenes of subjects with known attributes, as preference records.
 
-A *subject* has a class (its outline), a body hue, a pattern with a hue of its own and a small part.
-A *reference* shows it alone on white. A *scene* shows one to three subjects on a background, of
-different classes unless the world has scenes with two of one class; its caption names classes and
-background but no looks, so that identity can come from the references alone. The *rejected* scene is
-the same picture with some subjects disrupted: same class, pose and place, another individual, which may
-wear a look leaked from its neighbour. The disrupted region may also carry what inpainting leaves: a
-blur, a tint, a seam or a grain.
+A *subject* has a class (its outline), a body hue, a pattern with its own hue, and a small part. A
+*reference* shows it alone on white. A *scene* shows one to three subjects on a background, of
+different classes unless `same_class_probability` is set. Its caption has the classes and the
+background but no looks, so that identity comes from the references alone. The *rejected* scene is the
+same image with some subjects disrupted: same class, pose and position, another individual, which may
+have a look that leaked from its neighbour. The disrupted region may also have an inpainting artefact:
+blur, tint, a seam or grain.
 
-Everything is determined by `(seed, split, index)`. Needs numpy and nothing else.
+Records depend only on the settings and on `(seed, split, index)`. NumPy only.
 """
 
 import dataclasses
 
 import numpy as np
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.toybox import backgrounds, nuisances
 from focusdpo_jax.toybox.rendering import (
+    Crop,
     bounding_box,
     covered_pixels,
-    find_places,
+    find_offsets,
     paste,
     render_reference,
     render_subject,
@@ -38,18 +40,18 @@ from focusdpo_jax.toybox.subjects import (
 SPLITS = ("train", "validation", "test")
 BACKGROUNDS = tuple(backgrounds.PAINTERS)
 PRIOR_MASKS = ("exact", "dilated", "box")
-_MARGIN = 3  # By which a generous prior mask is wider than a subject, in pixels of 64.
+_MARGIN = 3  # Dilation of "dilated" and "box" prior masks, in pixels at resolution 64.
 
 
 def caption(subjects: tuple[Subject, ...], background: int) -> str:
-    """Names classes in order and the background, no looks: "a star, a ball and a heart on sand"."""
+    """Returns the caption: classes in order and the background: "a star, a ball and a heart on sand"."""
     phrases = [s.phrase for s in subjects]
     names = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
     return f"{names} on {BACKGROUNDS[background]}"
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every token of every caption: words, and the comma."""
+    """Returns every token of every caption: words, and the comma."""
     return tuple(sorted({"a", "and", "on", ",", *CLASSES, *BACKGROUNDS}))
 
 
@@ -58,24 +60,27 @@ def vocabulary() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The settings of a Toybox world; `record` gives its records one by one, in any order.
+    """The settings of a Toybox world; `record` returns its records, in any order.
 
     Attributes:
-      seed: another seed, other records; which subjects are held out does not depend on it.
+      seed: of the records; which subjects are held out does not depend on it.
       resolution: side of all images, in pixels.
-      count_probabilities: chance of a scene with 1, 2, ... subjects; at most three.
-      leak_probability: chance that a disrupted subject wears looks of another subject of its scene.
-      subject_radii: largest radius of a subject's body in scenes of 1, 2 and 3 subjects, in pixels of 64; all
-        of a scene become smaller where they find no place.
-      pattern_scale: enlarges patterns.
-      same_class_probability: chance that a scene of several has two subjects of one class.
-      one_look_probability: chance that a disrupted subject differs in one look alone.
-      nuisance_probability: chance that a rejected image has a trace of inpainting (`nuisances`) over
-        all of the prior mask.
-      prior_mask: that of a disrupted subject: "exact", "dilated" by 3 pixels of 64, or the "box"
-        around that.
-      second_reference_probability: chance that one subject of a scene with a free slot has a second
-        reference, which comes last.
+      count_probabilities: probabilities of scenes with 1, 2, ... subjects; at most three.
+      leak_probability: probability that a disrupted subject has looks of another subject of its scene.
+      subject_radii: largest radius of a subject's body in scenes of 1, 2 and 3 subjects, in pixels at
+        resolution 64; all subjects of a scene shrink until they fit.
+      pattern_scale: magnification of patterns.
+      same_class_probability: probability that a scene of several has two subjects of one class.
+      one_look_probability: probability that a disrupted subject differs in one look alone.
+      nuisance_probability: probability that a rejected image has an inpainting artefact (`nuisances`)
+        inside all of the prior mask.
+      prior_mask: form of a disrupted subject's prior mask: "exact", "dilated" by 3 pixels at resolution
+        64, or the "box" around that.
+      second_reference_probability: probability that one subject of a scene with a free slot has a second
+        reference, in the last slot.
+
+    Raises:
+      UserError: a value is out of its range.
     """
 
     seed: int = 0
@@ -111,25 +116,30 @@ class World:
 
     @property
     def max_subjects(self) -> int:
+        """Largest number of subjects of a scene."""
         return len(self.count_probabilities)
 
     def record(self, split: str, index: int) -> dict:
-        """The record at `index` (any non-negative integer) of a split.
+        """Returns the record at `index` (any non-negative integer) of a split.
 
-        Returns a dict:
-          index: int. caption: str. background: int, an index into BACKGROUNDS.
-          chosen, rejected: uint8 [R, R, 3].
-          prior_mask: bool [R, R], the pixels that a disrupted subject touches in either image, or more
-            where the world's `prior_mask` is generous; outside it the two images are equal.
-          changed_mask: bool [R, R], the pixels in which another look changes the image; without what
-            nuisances change.
-          subjects: a list of dicts, in the order of the caption; a second reference of a subject is a
-            further dict, equal but for the reference:
-            phrase: str. reference: uint8 [R, R, 3]. reference_mask, mask: bool [R, R], the pixels that
-              the subject touches in its reference and in `chosen`.
-            box: float32 [4], bounds of `mask` as x0, y0, x1, y1 in [0, 1].
-            class_id, hue, pattern, pattern_hue, part: as in `Subject`; and `rejected_<name>` of each,
-              for the individual that `rejected` shows. disrupted: bool, whether that is another one.
+        Returns:
+          A dict:
+            index: int. caption: str. background: int, an index into BACKGROUNDS.
+            chosen, rejected: uint8 [R, R, 3].
+            prior_mask: bool [R, R], the pixels that a disrupted subject covers in either image, or a larger
+              region, depending on the world's `prior_mask`; outside it the two images are equal.
+            changed_mask: bool [R, R], the pixels that differ because of other looks, without those changed
+              by nuisances.
+            subjects: a list of dicts, in the order of the caption; a second reference of a subject is a
+              further dict that differs in the reference alone:
+              phrase: str. reference: uint8 [R, R, 3]. reference_mask, mask: bool [R, R], the pixels that
+                the subject covers in its reference and in `chosen`.
+              box: float32 [4], bounds of `mask` as x0, y0, x1, y1 in [0, 1].
+              class_id, hue, pattern, pattern_hue, part: as in `Subject`; and `rejected_<name>` of each,
+                for the individual in `rejected`. disrupted: bool, whether that is another individual.
+
+        Raises:
+          UserError: there is no such split.
         """
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
@@ -183,7 +193,7 @@ class World:
         chosen, other = to_uint8(chosen), to_uint8(rejected)
         changed_mask = (chosen != other).any(-1)
         if self.nuisance_probability and rng.random() < self.nuisance_probability:
-            other = to_uint8(nuisances.leave(rng, rejected, prior_mask))
+            other = to_uint8(nuisances.apply_random(rng, rejected, prior_mask))
         return {
             "index": index,
             "caption": caption(subjects, background),
@@ -195,15 +205,19 @@ class World:
             "subjects": entries,
         }
 
-    def _region(self, mask):
-        """The prior mask of a disrupted subject that touches the pixels of a mask."""
+    def _region(self, mask: Mask) -> Mask:
+        """Returns the prior mask of a disrupted subject that covers the pixels of `mask`."""
         if self.prior_mask == "exact":
             return mask
-        mask = nuisances.dilated(mask, round(_MARGIN * self.resolution / 64))
-        return mask.any(1)[:, None] & mask.any(0) if self.prior_mask == "box" else mask
+        mask = nuisances.dilate(mask, round(_MARGIN * self.resolution / 64))
+        if self.prior_mask == "dilated":
+            return mask
+        return np.any(mask, axis=1)[:, None] & np.any(mask, axis=0)
 
-    def _arrange(self, rng, subjects, others):
-        """Poses and places the subjects of a scene; both individuals of a slot share pose and place."""
+    def _arrange(
+        self, rng: np.random.Generator, subjects: tuple[Subject, ...], others: tuple[Subject, ...]
+    ) -> tuple[list[list[Crop]], list[tuple[int, int]]]:
+        """Draws poses and offsets of a scene; both individuals of a slot share pose and offset."""
         largest = self.subject_radii[len(subjects) - 1] * self.resolution / 64
         while True:
             groups = []
@@ -221,19 +235,17 @@ class World:
                     )
                 )
             for _ in range(10):
-                offsets = find_places(rng, groups, self.resolution)
+                offsets = find_offsets(rng, groups, self.resolution)
                 if offsets is not None:
                     return groups, offsets
-            largest *= (
-                0.95  # These shapes are too bulky for one picture: paint them a little smaller.
-            )
+            largest *= 0.95  # The shapes do not fit into one image: shrink them.
 
 
-# --- Looking at it --------------------------------------------------------------------------------
+# --- Visualization --------------------------------------------------------------------------------
 
 
-def contact_sheet(records: list[dict]) -> np.ndarray:
-    """One row a record: references | chosen | rejected | prior mask; uint8 [height, width, 3]."""
+def contact_sheet(records: list[dict]) -> RGBImage:
+    """Draws one row a record: references, chosen, rejected, prior mask; uint8 [height, width, 3]."""
     size = len(records[0]["chosen"])
     columns = max(len(r["subjects"]) for r in records)
     blank = np.full((size, size, 3), 255, np.uint8)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: state and loader position together, written by Orbax in the background.
 
-A checkpoint appears under its final name only when it is complete, so a killed process leaves
-either a whole checkpoint or none.
+A checkpoint appears under its final name only when it is complete, so that a killed process
+leaves either a whole checkpoint or none.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Checkpoints:
         Args:
           workdir: folder of the run.
           keep: number of newest checkpoints that stay; None keeps all.
-          read_only: changes nothing, so that a run can be looked at while it goes on.
+          read_only: changes nothing, so that the run may be training meanwhile.
         """
         self.folder = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
@@ -43,12 +43,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step, state, loader_state):
-        """Starts to write a checkpoint; training goes on while the files are written.
+        """Starts writing a checkpoint; training continues while the files are written.
 
         Args:
           step: its name.
           state: a pytree of arrays.
-          loader_state: what the loader's `get_state` gave, JSON-serialisable.
+          loader_state: of the loader's `get_state`, JSON-serialisable.
         """
         with self._written():
             self._manager.save(
@@ -59,11 +59,11 @@ class Checkpoints:
             )
 
     def restore(self, example, *, release=False):
-        """The newest checkpoint.
+        """Reads the newest checkpoint.
 
         Args:
-          example: a state of the same structure, whose shapes, types and shardings are taken.
-          release: whether to delete the example's arrays first, so that both need not fit.
+          example: a state of the same structure; the result has its shapes, types and shardings.
+          release: whether to delete the example's arrays first, so that memory holds one state.
 
         Returns:
           (state, loader_state).
@@ -92,7 +92,7 @@ class Checkpoints:
         return restored.state, restored.loader
 
     def close(self):
-        """Waits for what is still being written."""
+        """Waits until all checkpoints are written."""
         with self._written():
             self._manager.wait_until_finished()
         self._manager.close()

@@ -19,7 +19,7 @@ def _summary_writer(*arguments, **fields):
 
 if "clu.metric_writers" not in sys.modules:
     stub = types.ModuleType(_SUMMARY_WRITER, "Stands in for a module that imports TensorFlow.")
-    stub.SummaryWriter = _summary_writer
+    vars(stub)["SummaryWriter"] = _summary_writer
     sys.modules.setdefault(_SUMMARY_WRITER, stub)
 
 from clu import metric_writers, periodic_actions  # noqa: E402

@@ -1,9 +1,8 @@
-"""What the frozen encoders say of a batch of pairs: everything that can be computed once.
+"""Precomputed frozen-encoder features for a batch of pairs: everything that can be computed once.
 
-A step needs latents, reference features and maps on the latent grid, not pictures. `encoder` makes
-the function that turns the one into the other, and `cached` runs it over a data set and keeps the
-result in memory, so that later epochs pay nothing. Nothing is rounded: training on what was kept is
-training on the pictures.
+A step needs latents, reference features and maps on the latent grid, not images. `encoder` returns the
+function that computes them, and `cached` runs it over a data set and keeps the result in memory for all
+epochs. Values are kept unrounded, so that training on them equals training on the images.
 """
 
 import functools
@@ -25,31 +24,30 @@ from focusdpo_jax.training.sources import masks_on_grid
 
 @flax.struct.dataclass
 class EncodedPairs:
-    """B pairs with S reference slots, as the loss takes them. Grids: latents h x w, patches g x g.
+    """B encoded pairs with S reference slots, the input of the loss. Grids: latents h x w, patches g x g.
 
     Attributes:
-      latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); where the
-        objective is supervised, and learns nothing from rejected, [B, 1, h, w, C] of chosen alone.
+      latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); [B, 1, h, w, C]
+        of chosen alone where the objective never reads rejected images.
       token_ids: int [B, 2, L], the caption for each text encoder.
-      text, pooled: [B, L, D] and [B, P], what the text encoders say of it; None where they are
-        trained (`text_is_frozen`).
+      text, pooled: [B, L, D] and [B, P], text embeddings of the caption; None where the
+        text encoders are trained (`text_is_frozen`).
       time_ids: [B, 6], SDXL's size conditioning.
-      references: the image encoder's view [B, S] of every reference.
+      references: ImageView [B, S], image-encoder features of every reference.
       present: bool [B, S].
-      prior: [B, h, w], M_prior as the share of each location that is covered; where the objective
-        is supervised, and nothing is compared, all subjects.
-      prototypes: [B, K, S, 2, P, D], what each subject and what surrounds it looks like in each of
-        K buckets, for a source that compares them with features of the step.
-      similarity: [B, 2, S + 1, g, g], of the patches of (chosen, rejected) with each subject and,
-        last, with what surrounds the subjects, for a source that knows it beforehand.
-      area: [B, S], share of the picture that each subject takes inside M_prior: where nothing was
-        disrupted there is nothing to match.
-      subject_masks: [B, S, h, w], share of each location that each subject covers in the chosen picture.
+      prior: [B, h, w], M_prior as the covered share of each location; the mask of all subjects where
+        the objective reads chosen images alone.
+      prototypes: [B, K, S, 2, P, D], prototypes of each subject and of its surroundings for each
+        of K buckets, for a source that compares them with features of the step.
+      similarity: [B, 2, S + 1, g, g], similarity of the patches of (chosen, rejected) with each
+        subject and, last, with the surroundings of all, for a source that does not depend on the step.
+      area: [B, S], share of the image that each subject covers inside M_prior.
+      subject_masks: [B, S, h, w], share of each location that each subject covers in the chosen image.
       detail: [B, 2, h, w], M_d of (chosen, rejected).
-      quality: [B, h, w], PatchDPO's patch quality of the rejected picture, in [0, 1].
+      quality: [B, h, w], PatchDPO's patch quality of the rejected image, in [0, 1].
       index: [B], positions in the data set.
 
-    The six before `index` are None where the objective does not look at them.
+    The six fields before `index` are None where the objective does not use them.
     """
 
     latents_mean: jax.Array
@@ -71,21 +69,21 @@ class EncodedPairs:
 
 
 def learns_from_chosen_alone(config):
-    """Whether a run never looks at rejected pictures."""
+    """Returns whether a run never reads rejected images."""
     return not (objectives.get(config.objective).reads_rejected or config.rejected_share)
 
 
 def text_is_frozen(config):
-    """Whether a run leaves the text encoders as they are, so that captions are encoded once."""
+    """Returns whether the text encoders are frozen, so that captions can be encoded once."""
     return not TRAINABLE[config.trainable](("text_encoder", "kernel"))
 
 
 def encoder(generator, config, source=None, *, dpce=False, quality=False):
-    """The jitted function (parameters, PreferenceBatch) -> EncodedPairs.
+    """Returns the jitted function (parameters, PreferenceBatch) -> EncodedPairs.
 
     Args:
-      source: of SPAF's similarity, from `sources.make_source`; None leaves out what SPAF needs.
-      dpce, quality: whether DPCE and PatchDPO look at the pairs.
+      source: of SPAF's similarity, from `sources.make_source`; None without SPAF.
+      dpce, quality: whether to compute the maps of DPCE and PatchDPO.
     """
     supervised = not objectives.get(config.objective).reads_rejected
     chosen_alone = learns_from_chosen_alone(config)
@@ -156,7 +154,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
 
 
 def patch_quality(generator, parameters, batch, rejected, references, grid):
-    """PatchDPO's quality [B, h, w] of the rejected pictures, by the frozen image encoder."""
+    """PatchDPO's quality [B, h, w] of the rejected images, by the frozen image encoder."""
     side = generator.patch_grid
     seen = generator.encode_reference(parameters, rejected).features[:, 1:]
     quality = correspondence.patch_quality(
@@ -169,10 +167,10 @@ def patch_quality(generator, parameters, batch, rejected, references, grid):
 
 
 class EncodedSource:
-    """A data set that was encoded once, in memory; records by position, also several at once."""
+    """An encoded data set in memory; indexing takes one position or several."""
 
     def __init__(self, encoded):
-        """`encoded` is an EncodedPairs of numpy arrays over the whole data set."""
+        """Takes EncodedPairs of numpy arrays over the whole data set."""
         self.encoded = encoded
 
     def __len__(self):
@@ -183,7 +181,7 @@ class EncodedSource:
 
 
 def in_memory(records):
-    """The EncodedSource of encoded records by position."""
+    """Returns the EncodedSource of a sequence of encoded records."""
     if isinstance(records, EncodedSource):
         return records
     return EncodedSource(
@@ -192,7 +190,7 @@ def in_memory(records):
 
 
 def cached(encode, parameters, batches, count):
-    """Encodes a finite pass over a data set, and keeps it in memory.
+    """Encodes a data set once, and keeps the result in memory.
 
     Args:
       encode: from `encoder`.

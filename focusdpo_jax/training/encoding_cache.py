@@ -1,9 +1,8 @@
-"""What the frozen encoders say of a prepared data set, kept on disk beside it.
+"""Encoded pairs on disk, beside their data set.
 
-A file a record, and `key.json`, which says what the files depend on: the encoders' parameters and
-precision, the tokenizer, the pictures, their size, and the settings of SPAF's source and of DPCE.
-Another run with the same key reads them instead of asking the encoders again, which then need not
-be in memory; one with another key is refused.
+One file a record, and `key.json` with everything that the files depend on: the encoders' parameters and
+precision, the tokenizer, the images, their size, and the settings of SPAF's source and of DPCE. A later run
+with the same key reads the files, so that it loads no encoder; a run with another key is refused.
 """
 
 import dataclasses
@@ -25,12 +24,12 @@ from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
 
-_FORMAT = 3  # Changes when the same encoders and pictures would make other files.
+_FORMAT = 3  # Increased when the same encoders and images give other files.
 _NAMELESS = np.dtype("V2")
 
 
 def parts_read(config, source):
-    """Parts of the generator whose parameters the encoded records depend on, sorted.
+    """Returns the sorted parts of the generator whose parameters the encoded records depend on.
 
     Args:
       source: of SPAF's similarity (see `sources`), or None.
@@ -42,10 +41,10 @@ def parts_read(config, source):
 
 
 def make_key(model, config, content, source):
-    """What encoded records depend on besides parameters, as JSON values.
+    """Returns what encoded records depend on besides parameters, as JSON values.
 
     Args:
-      model: a `models.Model`; its parameters are not looked at.
+      model: a `models.Model`; its parameters are not read.
       content: digest of the data set, from its metadata.
       source: of SPAF's similarity (see `sources`), or None.
     """
@@ -63,7 +62,7 @@ def make_key(model, config, content, source):
 
 
 def digest(sizes, tree):
-    """Of a part's configuration and parameters, wherever they lie."""
+    """Returns the SHA-256 of a part's configuration and parameters, on any devices."""
     found = hashlib.sha256(repr(sizes).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         leaf = np.asarray(meshes.fetch(leaf))
@@ -73,9 +72,9 @@ def digest(sizes, tree):
 
 
 def folder_name(config, source):
-    """Where a data set keeps its encoded records.
+    """Returns the name of the folder of encoded records.
 
-    A supervised objective has other masks than a preference, and may need the chosen alone.
+    Supervised objectives use other masks than preferences, and may need the chosen images alone.
     """
     if objectives.get(config.objective).reads_rejected:
         return f"encoded_pairs_{source.settings[0]}"
@@ -83,10 +82,10 @@ def folder_name(config, source):
 
 
 class StoredEncodings:
-    """Encoded records in files; a random-access source for the loader."""
+    """Encoded records in files, a random-access source for the loader."""
 
     def __init__(self, folder, count):
-        """Of `count` records, all of which are there."""
+        """Takes the folder and its number of records, all of which exist."""
         self._folder, self._count = folder, count
 
     def __len__(self):
@@ -110,16 +109,16 @@ class StoredEncodings:
 
 
 def cached(folder, key, parts, files, parameters, encode, batches, count):
-    """Encodes what is not there yet, and opens the result.
+    """Encodes the records that have no file yet, and returns all as StoredEncodings.
 
-    Where everything is there, and the encoders' files are those that made it, no parameter is asked
-    for. Other files may hold the same parameters: then these are compared.
+    If all exist and the encoders' files have not changed, no parameter is loaded. If the encoders' files have
+    changed, their parameters are compared, which may still be equal.
 
     Args:
-      folder: epath.Path for the files; made if missing.
+      folder: epath.Path for the files; created if missing.
       key: of `make_key`.
       parts: {part: its configuration} of all whose parameters `encode` reads.
-      files: part -> digest of the files that it is read from, or None where it is in no file.
+      files: part -> digest of the files that it is read from, or None if it is in no file.
       parameters: () -> {part: tree}.
       encode: from `encoding.encoder`.
       batches: iterable of PreferenceBatch over the whole data set in order; rows of index -1 are
@@ -127,7 +126,7 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
       count: records of the data set.
 
     Raises:
-      UserError: the files that are there depend on something else, or cannot be written.
+      UserError: existing files have another key, or files cannot be written.
     """
     try:
         _check(folder, key, parts, files, parameters)
@@ -164,24 +163,24 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
 
 
 def complete(folder, key, parts, files, count):
-    """The records, where `cached` would open them without asking for a parameter; else None."""
-    there = False
+    """Returns the StoredEncodings if `cached` would load no parameter; None otherwise."""
+    found = False
     if processes.is_first() and (folder / "key.json").exists():
         old = json.loads((folder / "key.json").read_text())
         encoders = old.pop("encoders")
-        there = (
+        found = (
             old == key
             and _same(encoders, {part: files(part) for part in parts})
             and all(_file(folder, index).exists() for index in range(count))
         )
-    if not processes.broadcast_from_first(there):
+    if not processes.broadcast_from_first(found):
         return None
     logging.info("encoded before: %d records in %s", count, folder)
     return StoredEncodings(folder, count)
 
 
 def _check(folder, key, parts, files, parameters):
-    """Writes the key, or compares it with the one that is there."""
+    """Writes the key, or compares it with the existing one."""
     path, old, found, same = folder / "key.json", None, {}, False
     if processes.is_first():
         old = json.loads(path.read_text()) if path.exists() else None
@@ -195,17 +194,19 @@ def _check(folder, key, parts, files, parameters):
     values = {part: digest(sizes, tree[part]) for part, sizes in parts.items()}
     if processes.is_first():
         if old is not None:
-            _refuse(folder, {n: told["values"] for n, told in old["encoders"].items()}, values)
+            _refuse(
+                folder, {n: digests["values"] for n, digests in old["encoders"].items()}, values
+            )
         encoders = {part: {"files": found[part], "values": values[part]} for part in parts}
         content = key | {"encoders": encoders}
         replace_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _same(encoders, found):
-    """Whether the files are those that the key tells of."""
-    # A part that lies in no file has to be looked at itself.
+    """Whether the encoders' files are those of the key; a part without a file has to be compared itself."""
     return all(
-        found[part] is not None and found[part] == told["files"] for part, told in encoders.items()
+        found[part] is not None and found[part] == digests["files"]
+        for part, digests in encoders.items()
     )
 
 
@@ -224,7 +225,7 @@ def _file(folder, index):
 
 
 def _plain(x):
-    """bfloat16 as numpy's files have it: two bytes without a name."""
+    """bfloat16 as two bytes without a name, since numpy's files have no such type."""
     return x.view(_NAMELESS) if x.dtype == jnp.bfloat16 else x
 
 

@@ -53,7 +53,8 @@ def repeat_for_pair(tree):
 
 def condition(generator, parameters, encoded):
     """The conditioning [B] of a batch: by the subject adapter of `parameters`, and by its text
-    encoders where the captions are not encoded yet."""
+    encoders where the captions are not encoded yet.
+    """
     text, pooled = encoded.text, encoded.pooled
     if text is None:
         text, pooled = generator.encode_text(parameters, encoded.token_ids)

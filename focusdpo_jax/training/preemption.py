@@ -1,7 +1,7 @@
 """Saves and ends a run at SIGTERM, as schedulers send before preemption, or at Ctrl-C.
 
-A run saves after the step that it is in, and leaves. A second Ctrl-C does not wait for that; a second
-SIGTERM changes nothing, since schedulers send several.
+A run finishes its step, saves, and exits. A second Ctrl-C exits at once; a second SIGTERM has no effect, since
+schedulers send several.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ class Preempted(Exception):
     """A run has received SIGTERM or Ctrl-C, and has saved its state.
 
     Attributes:
-      status: exit status, what a shell reports of a process that the signal has ended: 143 or 130.
-        Schedulers start such a run again.
+      status: exit status, 143 or 130, as a shell reports a process that the signal ended. Schedulers
+        start such a run again.
     """
 
     def __init__(self, number, step, total):
-        """Of a signal's number, noted in step `step` of `total`."""
+        """Takes the signal's number, received in step `step` of `total`."""
         super().__init__(
             f"asked to leave ({_NAMES.get(number, number)}) after step {step} of {total}, which "
             "is saved; the same command goes on from there"
@@ -35,15 +35,14 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def watch():
-    """While it is open, SIGTERM and the first Ctrl-C are noted and not obeyed.
+    """Records SIGTERM and the first Ctrl-C instead of ending the process.
 
     Yields:
-      asked(step) -> the number of the signal, if the run is to save and leave after this step, or 0; to be
-      called after every step. Of several processes all get an answer for the same step, which none of them
-      has passed.
+      asked(step) -> the number of the signal if the run has to save and exit after this step, or 0. Call it
+      after every step. With several processes, all get the signal at the same step.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: 0  # Python gives signals to the main thread alone.
+        yield lambda step: 0  # Python delivers signals to the main thread alone.
         return
     noted = []
 

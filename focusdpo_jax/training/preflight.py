@@ -10,9 +10,8 @@ from absl import logging
 from focusdpo_jax import objectives
 from focusdpo_jax.data import dataset
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import memory
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models, run_data
+from focusdpo_jax.training import memory, models, run_data
 
 
 def check(config):

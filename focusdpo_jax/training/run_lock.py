@@ -213,7 +213,7 @@ def _is_alive(found):
 
 
 def _machine():
-    """This start of this machine, and the container whose process numbers are ours."""
+    """The current start of this machine, and the container whose process numbers are ours."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"

@@ -17,12 +17,12 @@ from absl import logging
 
 from focusdpo_jax import objectives
 from focusdpo_jax.data import loader
-from focusdpo_jax.evaluation import statistics
+from focusdpo_jax.evaluation import toybox_results
 from focusdpo_jax.files import replace_file
 from focusdpo_jax.inference.generate import generate_all
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import encoding
 from focusdpo_jax.training.writers import EVALUATION, VALIDATION
@@ -250,8 +250,8 @@ class Showcase:
         if not processes.is_first():
             return
         policy, base = self._measure(drawn, raw), self._measure(base, raw)
-        results = statistics.summarize(base, policy, seed=seed)
-        ceiling = statistics.summarize(self._measure(raw.chosen, raw), seed=seed)
+        results = toybox_results.summarize(base, policy, seed=seed)
+        ceiling = toybox_results.summarize(self._measure(raw.chosen, raw), seed=seed)
         results["settings"] = {
             "scenes": len(encoded.prior),
             "split": "test",
@@ -276,7 +276,7 @@ class Showcase:
             f"\nToybox, {len(encoded.prior)} test scenes with subjects never trained on; "
             "mean and 95 % interval"
         )
-        print(statistics.format_table(results))
+        print(toybox_results.format_table(results))
         print(
             "The probe that reads the pictures, on renders of the same scenes: "
             + ", ".join(
@@ -300,4 +300,4 @@ class Showcase:
             for i in range(0, len(images), size)
         ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
-        return measures.measure(readings, raw.truth, raw.present)
+        return toybox_metrics.compute(readings, raw.truth, raw.present)

@@ -1,18 +1,17 @@
-"""Where SPAF's similarity of subject and place comes from: three sources behind one interface.
+"""Feature sources of SPAF: three ways to compute the similarity of subjects and image locations.
 
-`config.focus.features` names one of
+`config.focus.features` selects one of
 
-    vit        the frozen image encoder's features of clean pictures. Their similarity is made with
-               the data, once, and the timestep moves rho alone.
-    unet       features of a block of the reference model. The references are denoised once with the
-               data, at the noise of each bucket, and pooled to prototypes; the pictures' features
-               are those of the reference model's pass over the pair.
-    attention  how strongly the image branch of cross-attention looks at a subject's tokens, in the
-               same pass. The references are in it already, as tokens.
+    vit        features of the frozen image encoder on clean images. The similarity is computed once,
+               with the data; the timestep only changes rho.
+    unet       features of a block of the reference model. The references are denoised once, with the
+               data, at the noise of each bucket, and pooled to prototypes. The features of the images
+               are captured in the reference pass of the step.
+    attention  the cross-attention of image locations to a subject's tokens, captured in the same pass,
+               which reads the references as tokens.
 
-That pass runs in every step of a preference objective; a source only asks it to keep what it
-computes anyway. The paper takes the attention of its generator [known]; these readings for a UNet
-are [ours].
+The reference pass runs in every step of a preference objective, so that capturing costs nothing. The paper
+uses the attention of its generator [known]; these readings for a UNet are [ours].
 """
 
 import jax
@@ -22,32 +21,31 @@ from focusdpo_jax.focus import correspondence
 from focusdpo_jax.focus.grids import average_to_grid
 from focusdpo_jax.models.generator import Conditioning
 
-# Keeps the noise on reference images apart from whatever else is drawn from the same seed.
+# Separates the noise on references from other draws of the same seed.
 _ROLE = int.from_bytes(b"refs", "big")
 
 
 def make_source(generator, config, params):
-    """The source that `config.focus.features` names.
+    """Returns the source that `config.focus.features` selects.
 
     Args:
       params: BucketParams of the run's buckets, in the order of their index.
 
     Returns:
       An object with
-        capture: names of what the reference model's pass must keep (`Generator.denoise`).
-        parts: of the generator, whose parameters `encode` reads.
-        settings: JSON values; what `encode` depends on besides parameters and pictures.
-        reads_references: whether what it captures depends on the references that the pass is
-          given, so that where they are dropped there is nothing to match.
-        encode(parameters, batch, pictures, references) -> (prototypes, similarity): of a
-          PreferenceBatch, its pictures [B * P, H, W, 3] in [0, 1], those of a pair one after the
-          other, and the `ImageView` [B, S] of its references. [B, K, S, 2, count, D] for K buckets
-          and [B * P, S + 1, g, g], the subjects' and last the backgrounds'; None for what is not
-          made with the data.
+        capture: names of activations that the reference pass captures (`Generator.denoise`).
+        parts: parts of the generator whose parameters `encode` reads.
+        settings: JSON values that `encode` depends on besides parameters and images.
+        reads_references: whether the captured activations depend on the references of the pass, so that
+          dropped references leave nothing to match.
+        encode(parameters, batch, images, references) -> (prototypes, similarity): takes a
+          PreferenceBatch, its images [B * P, H, W, 3] in [0, 1], those of a pair in succession, and the
+          `ImageView` [B, S] of its references. Returns [B, K, S, 2, count, D] for K buckets and
+          [B * P, S + 1, g, g], of the subjects and last of the backgrounds; None for what is computed in
+          the step.
         similarity(encoded, captured, index) -> (similarity [B * P, S, h, w] with the subjects,
-          [B * P, h, w] with the references' backgrounds or None, bool [B, S]): of EncodedPairs,
-          what was captured, and the bucket's index. The last says for which slots there is
-          anything to match.
+          [B * P, h, w] with the references' backgrounds or None, bool [B, S]): takes EncodedPairs, the
+          captured activations and the bucket's index. The last output marks slots that can be matched.
     """
     if config.focus.features == "vit":
         return EncoderSource(generator, config.focus.prototypes)
@@ -58,19 +56,20 @@ def make_source(generator, config, params):
 
 
 class EncoderSource:
-    """Features of the frozen image encoder on clean pictures."""
+    """Features of the frozen image encoder on clean images."""
 
     capture, parts = (), ("image_encoder",)
     reads_references = False
 
     def __init__(self, generator, count):
-        """`count` is the number of prototypes a subject."""
+        """Takes the number of prototypes a subject."""
         self._generator, self._count = generator, count
         self.settings = ["vit", count, "similarity"]
 
-    def encode(self, parameters, batch, pictures, references):
+    def encode(self, parameters, batch, images, references):
+        """See `make_source`."""
         side = self._generator.patch_grid
-        features = self._generator.encode_reference(parameters, pictures).features[:, 1:]
+        features = self._generator.encode_reference(parameters, images).features[:, 1:]
         prototypes = correspondence.subject_and_background_prototypes(
             references.features[:, :, 1:],
             masks_on_grid(batch.reference_masks, (side, side)),
@@ -83,36 +82,37 @@ class EncoderSource:
         return None, jnp.concatenate([subjects, background[:, None]], axis=1)
 
     def similarity(self, encoded, captured, index):
-        del captured, index  # They know no timestep.
+        """See `make_source`."""
+        del captured, index  # Independent of the timestep.
         both = encoded.similarity.reshape(-1, *encoded.similarity.shape[2:])
-        # Of a subject without prototypes `compare` says -1 everywhere.
+        # The similarity of a subject without prototypes is -1 everywhere.
         known = jnp.any(encoded.similarity[:, 0, :-1] > -1, axis=(2, 3))
         return both[:, :-1], both[:, -1], known
 
 
 class UNetSource:
-    """Features of a block of the reference model, both sides at like noise."""
+    """Features of a block of the reference model, references and images at similar noise."""
 
     parts = ("unet", "adapter", "text_encoder", "text_encoder_2", "vae", "image_encoder")
     reads_references = False
 
     def __init__(self, generator, timesteps, count, seed):
-        """`timesteps` has one timestep for each bucket; `count` prototypes stand for a subject."""
+        """Takes a timestep for each bucket and the number of prototypes a subject."""
         self._generator, self._count, self._seed = generator, count, seed
         self._timesteps = jnp.asarray(timesteps)
         self._block = generator.match_captures["unet"]
         self.capture = (self._block,)
         self.settings = ["unet", count, *timesteps, seed]
 
-    def encode(self, parameters, batch, pictures, references):
-        """Denoises every reference once in each bucket; memory is that of one bucket.
+    def encode(self, parameters, batch, images, references):
+        """Denoises every reference once for each bucket, one bucket at a time.
 
-        A reference is shown under its pair's caption, with itself as the only subject. All slots of
-        a pair share one noise, so that their order does not matter.
+        The conditioning is the pair's caption and the reference itself as the only subject. All slots of a
+        pair share one noise, so that their order has no effect.
         """
         generator = self._generator
         count, slots = batch.present.shape
-        size = pictures.shape[1:3]
+        size = images.shape[1:3]
         pixels = jax.image.resize(
             batch.references.astype(jnp.float32) / 255,
             (count, slots, *size, 3),
@@ -161,6 +161,7 @@ class UNetSource:
         return jnp.moveaxis(jax.lax.map(at, self._timesteps), 0, 1), None
 
     def similarity(self, encoded, captured, index):
+        """See `make_source`."""
         prototypes = jax.lax.dynamic_index_in_dim(encoded.prototypes, index, 1, keepdims=False)
         return _compare(prototypes, captured[self._block])
 
@@ -168,8 +169,8 @@ class UNetSource:
 class AttentionSource:
     """The image branch of the UNet's cross-attention, at the finest level that has one.
 
-    The mass before normalisation: shares of the attention tell two subjects apart, but are 1
-    everywhere for a picture's only subject.
+    Attention is taken before normalisation: normalised shares would be 1 everywhere for the only subject of
+    an image.
     """
 
     parts, settings = (), ["attention"]
@@ -179,17 +180,19 @@ class AttentionSource:
         self._name = generator.match_captures["attention"]
         self.capture = (self._name,)
 
-    def encode(self, parameters, batch, pictures, references):
-        del parameters, batch, pictures, references  # They are in the reference model's pass.
+    def encode(self, parameters, batch, images, references):
+        """See `make_source`."""
+        del parameters, batch, images, references  # The reference pass reads them.
         return None, None
 
     def similarity(self, encoded, captured, index):
+        """See `make_source`."""
         del index
         return jnp.moveaxis(captured[self._name], -1, 1), None, encoded.present
 
 
 def masks_on_grid(masks, grid):
-    """The share of each cell of a grid (h, w) that masks [B, S, R, R] cover: [B, S, h * w]."""
+    """Returns the share of each cell of a grid (h, w) that masks [B, S, R, R] cover: [B, S, h * w]."""
     masks = masks.astype(jnp.float32)
     rows, columns = masks.shape[2:]
     if rows % grid[0] or columns % grid[1]:
@@ -200,7 +203,7 @@ def masks_on_grid(masks, grid):
 
 
 def _compare(prototypes, targets):
-    """Of prototypes [B, S, 2, count, D] and target features [B * P, h, w, D]."""
+    """Similarities of prototypes [B, S, 2, count, D] and target features [B * P, h, w, D]."""
     each = jnp.repeat(prototypes, len(targets) // len(prototypes), axis=0)
     subjects, background = correspondence.prototype_similarity(each, targets)
     return subjects, background, jnp.any(prototypes[:, :, 0] != 0, axis=(2, 3))

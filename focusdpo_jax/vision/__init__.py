@@ -1,1 +1,1 @@
-"""Frozen vision encoders that measure images, their preprocessing, and where a subject is in an image."""
+"""Frozen vision encoders, their preprocessing, and the regions of subjects in images."""

@@ -1,4 +1,4 @@
-"""DINO, DINOv2 and CLIP as DreamBench uses them: pictures and prompts to unit vectors."""
+"""DINO, DINOv2 and CLIP encoders, as DreamBench uses them: images and prompts to unit vectors."""
 
 import dataclasses
 import functools
@@ -9,28 +9,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Float32
 
+from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.checkpoints import clip as clip_folder
 from focusdpo_jax.checkpoints import dino as dino_folder
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 from focusdpo_jax.vision import preprocess
 
-# The patches that tell one individual from another: of the output of which layer, as a share of
-# their number, and of a picture of which side in pixels (experiments/real_photographs.py).
+# Patch features that distinguish individuals best (experiments/real_photographs.py): the layer, as a
+# fraction of the number of layers, and the side of the input image in pixels.
 _PATCH_DEPTH, _PATCH_SIDE = 0.75, 448
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureEncoder:
-    """Pictures to vectors.
+class VisionEncoder:
+    """Maps images to feature vectors.
 
     Attributes:
-      name: prefix of its measures (`measures.ENCODERS`).
-      apply: jitted function of parameters and [B, h, w, 3] to [B, ...].
+      name: prefix of its metrics (`metric_names.ENCODERS`).
+      apply: jitted function of parameters and pixels [B, h, w, 3] that returns [B, ...].
       parameters: of `apply`, on the host.
-      settings: how pictures are prepared.
-      digest: changes when the parameters or the layer do.
-      batch_size: pictures at once, divided among as many devices as share them equally.
+      settings: preprocessing of the images.
+      digest: changes with the parameters and the layer.
+      batch_size: images of a batch, which is divided among the devices that divide it evenly.
     """
 
     name: str
@@ -41,18 +44,18 @@ class PictureEncoder:
     batch_size: int = 16
 
     @functools.cached_property
-    def _placed(self):
-        """The mesh, and the parameters on each of its devices."""
+    def _placed(self) -> tuple[jax.sharding.Mesh, Any]:
+        """The mesh, and the parameters replicated on its devices."""
         mesh = inference_mesh(self.batch_size)
         return mesh, replicate(self.parameters, mesh)
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Vectors of length 1 along the last axis, float32 [N, ...], of uint8 [H, W, 3] each."""
+    def __call__(self, images: Sequence[RGBImage]) -> Float32[np.ndarray, "N ..."]:
+        """Encodes N images, uint8 [H, W, 3] each; returns float32 [N, ...] of unit length on the last axis."""
         (mesh, parameters), vectors = self._placed, []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = pictures[start : start + self.batch_size]
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
             pixels = np.stack([preprocess.preprocess(p, self.settings) for p in batch])
-            # One shape, one program.
+            # Padded to one shape, so that one program is compiled.
             pixels = np.pad(pixels, [(0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
             encoded = self.apply(parameters, shard_batch(pixels, mesh))
             vectors.append(np.asarray(encoded)[: len(batch)])
@@ -61,14 +64,14 @@ class PictureEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """Prompts to vectors in the space of CLIP's pictures; attributes as of `PictureEncoder`."""
+    """Maps prompts to vectors in the embedding space of CLIP's images; attributes as in `VisionEncoder`."""
 
     apply: Callable
     parameters: Any
     tokenize: Callable
 
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Vectors of length 1, float32 [N, D]."""
+    def __call__(self, prompts: Sequence[str]) -> Float32[np.ndarray, "N D"]:
+        """Encodes N prompts; returns unit vectors, float32 [N, D]."""
         return np.concatenate(
             [
                 np.asarray(self.apply(self.parameters, self.tokenize(prompt)[None, 0]))
@@ -77,21 +80,27 @@ class TextEncoder:
         )
 
 
-def load_dino(name, folder, batch_size=16):
-    """DINO or DINOv2 from transformers' folder: encoders of pictures, of subjects and of patches.
-
-    The first gives the class token of the last layer [N, D] of the middle 224 of 256 pixels, as the
-    original's evaluation does. The second, for subjects that are cut out, gives that of the layer
-    before [ours]: the last may have been trained on to tell kinds and not individuals
-    (experiments/real_photographs.py). The third gives the patches of a layer before that,
-    [N, g, g, D], of the whole picture.
+def load_dino(
+    name: str, folder: epath.PathLike, batch_size: int = 16
+) -> tuple[VisionEncoder, VisionEncoder, VisionEncoder]:
+    """Loads DINO or DINOv2 from a folder in transformers' layout.
 
     Args:
       name: "dino" or "dinov2".
+      folder: of the checkpoint.
+      batch_size: images of a batch.
+
+    Returns:
+      Three encoders. The first returns the class token of the last layer, [N, D], for the centre 224 of
+      256 pixels, as the original evaluation does. The second, for cut-out subjects, returns that of the
+      layer before [ours]: the last layer may have been trained to distinguish classes rather than
+      individuals (experiments/real_photographs.py). The third returns the patch features of an earlier
+      layer, [N, g, g, D], for the whole image.
 
     Raises:
-      UserError: the folder is not readable as such.
+      UserError: the folder cannot be read as such a model.
     """
+    model: Any  # flax types `apply` as returning a tuple, whatever the module returns.
     model, parameters = dino_folder.load(folder)
     before, inner = model.config.num_layers - 1, round(_PATCH_DEPTH * model.config.num_layers)
     side = _PATCH_SIDE - _PATCH_SIDE % model.config.patch_size
@@ -115,21 +124,24 @@ def load_dino(name, folder, batch_size=16):
 
     square = dataclasses.replace(preprocess.DINO, resize=(side, side), crop=None)
     return (
-        PictureEncoder(name, whole, parameters, preprocess.DINO, digest, batch_size),
-        PictureEncoder(
+        VisionEncoder(name, whole, parameters, preprocess.DINO, digest, batch_size),
+        VisionEncoder(
             name, subject, parameters, preprocess.DINO, f"{digest} layer {before}", batch_size
         ),
-        PictureEncoder(name, patches, parameters, square, digest, max(1, batch_size // 4)),
+        VisionEncoder(name, patches, parameters, square, digest, max(1, batch_size // 4)),
     )
 
 
-def load_clip(folder, batch_size=16):
-    """CLIP from transformers' folder: (encoder of pictures, encoder of prompts).
+def load_clip(folder: epath.PathLike, batch_size: int = 16) -> tuple[VisionEncoder, TextEncoder]:
+    """Loads CLIP from a folder in transformers' layout.
+
+    Returns:
+      The encoder of images and the encoder of prompts.
 
     Raises:
-      UserError: the folder is not readable as such.
+      UserError: the folder cannot be read as such a model.
     """
-    clip = clip_folder.load(folder)
+    clip: Any = clip_folder.load(folder)  # As `model` in `load_dino`.
     side = clip.image.config.image_size
     settings = dataclasses.replace(preprocess.CLIP, resize=side, crop=(side, side))
 
@@ -143,13 +155,13 @@ def load_clip(folder, batch_size=16):
 
     digest = digest_of((clip.image_parameters, clip.text_parameters))
     return (
-        PictureEncoder("clip_i", image, clip.image_parameters, settings, digest, batch_size),
+        VisionEncoder("clip_i", image, clip.image_parameters, settings, digest, batch_size),
         TextEncoder(text, jax.device_put(clip.text_parameters), clip.tokenizer),
     )
 
 
-def digest_of(tree):
-    """A short text that changes when a tree of arrays does."""
+def digest_of(tree: Any) -> str:
+    """Returns a short hash of the paths, dtypes, shapes and values of a tree of arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         leaf = np.asarray(leaf)
@@ -158,6 +170,6 @@ def digest_of(tree):
     return digest.hexdigest()[:12]
 
 
-def _unit(vectors):
+def _unit(vectors: jax.Array) -> Float[Array, "N ..."]:
     vectors = vectors.astype(jnp.float32)
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -1,33 +1,38 @@
-"""Pictures as CLIP and DINO expect them: resized, cropped and normalised like the originals.
+"""Image preprocessing for CLIP and DINO: resize, centre crop and normalisation like the originals.
 
-The steps are those of torchvision's transforms on Pillow images, from which CLIP's and DINO's
-authors built theirs, and of transformers' image processors: Pillow's resize, which filters over as
-many pixels as one of the result covers (antialiasing) and rounds to uint8, then the centre, then
-mean and deviation.
+The steps are those of torchvision's transforms on Pillow images, which CLIP's and DINO's authors used,
+and of transformers' image processors. Pillow's resize filters over all pixels that a result pixel
+covers (antialiasing) and rounds to uint8; then follow the centre crop and the normalisation.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image
 
+from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.errors import UserError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-# transformers' processors; True where one number for the size means a square.
+# Prefixes of transformers' image processors; True if a size given as one number means a square.
 _PROCESSORS = {"CLIP": False, "Bit": False, "ViT": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What is done to a picture.
+    """Settings of the preprocessing.
 
     Attributes:
-      resize: the shorter side, the other keeping its ratio; or (height, width). In pixels.
-      crop: (height, width) kept around the centre; None for all.
-      mean, deviation: of the channels of a picture in [0, 1].
+      resize: length of the shorter side, with the aspect ratio kept; or (height, width). In pixels.
+      crop: (height, width) of the centre crop; None for no crop.
+      mean, deviation: of the channels of an image in [0, 1].
       resample: Pillow's filter.
+
+    Raises:
+      UserError: the crop is larger than the resized image.
     """
 
     resize: int | tuple[int, int]
@@ -48,17 +53,14 @@ CLIP = Preprocessing(224, (224, 224), *_OPENAI)
 DINO = Preprocessing(256, (224, 224), *_IMAGENET)
 
 
-def from_config(values):
-    """Reads the values of a `preprocessor_config.json` of transformers.
+def from_config(values: dict[str, Any]) -> Preprocessing:
+    """Converts a transformers `preprocessor_config.json` to `Preprocessing`.
 
     Args:
-      values: dict, of a processor for CLIP, ViT (DINO) or BiT (DINOv2).
-
-    Returns:
-      A `Preprocessing`.
+      values: dict of the file, of a processor for CLIP, ViT (DINO) or BiT (DINOv2).
 
     Raises:
-      UserError: the file asks for another processor or leaves out a step that all of these have.
+      UserError: the file requires another processor, or omits a step that all of these have.
     """
     kind = values.get("image_processor_type", values.get("feature_extractor_type", ""))
     family = next((name for name in _PROCESSORS if kind.startswith(name)), None)
@@ -91,12 +93,14 @@ def from_config(values):
         raise UserError(f"preprocessor_config.json has no {error}") from error
 
 
-def preprocess(image, settings):
-    """One picture as an encoder expects it.
+def preprocess(
+    image: RGBImage | Image.Image, settings: Preprocessing
+) -> Float32[np.ndarray, "height width 3"]:
+    """Preprocesses one image for an encoder.
 
     Args:
       image: uint8 [H, W, 3], or a Pillow image of any mode.
-      settings: a `Preprocessing`.
+      settings: of the encoder.
 
     Returns:
       float32 [height, width, 3].
@@ -112,7 +116,7 @@ def preprocess(image, settings):
         height, width = settings.resize
     pixels = np.asarray(image.resize((width, height), settings.resample))
     if settings.crop is not None:
-        # Of an odd margin the smaller part is above and on the left, as in transformers.
+        # The smaller half of an odd margin is above and on the left, as in transformers.
         top, left = (height - settings.crop[0]) // 2, (width - settings.crop[1]) // 2
         pixels = pixels[top : top + settings.crop[0], left : left + settings.crop[1]]
     pixels = pixels.astype(np.float32) / 255

@@ -1,1 +1,1 @@
-"""Images for people: grids, contact sheets, charts."""
+"""Image grids, contact sheets and charts."""

@@ -1,23 +1,26 @@
-"""Charts as inline SVG: bars by subject, curves of a run; each one element, without script."""
+"""Charts as inline SVG without scripts: bars by subject, and curves of a run."""
 
 import html
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 SIDES = ("base", "policy")
-_WIDTH = 360  # Of a chart in its own units: as many pixels as a phone is wide.
+_WIDTH = 360  # Width of a chart in SVG units, about the width of a phone in pixels.
 _ROW, _BAR, _LABEL, _VALUE = 13, 9, 118, 52
 
 
-def bars(rows, *, number, title):
-    """Horizontal bars, a group of them a row, from a common zero.
+def bars(
+    rows: Sequence[tuple[str, Mapping[str, float]]], *, number: Callable[[float], str], title: str
+) -> str:
+    """Draws horizontal bars from a common zero, a group of bars a row.
 
     Args:
-      rows: [(label, {side: value})], values finite, in the order wanted.
-      number: from a value to its text.
-      title: what is shown, for readers who do not see it.
+      rows: [(label, {side: value})], values finite, in the order of display.
+      number: formats a value.
+      title: description for screen readers.
 
     Returns:
-      An svg element as text.
+      An SVG element as text.
     """
     values = [value for _, row in rows for value in row.values()]
     low, high = min(0.0, *values), max(0.0, *values)
@@ -41,15 +44,15 @@ def bars(rows, *, number, title):
     return _svg(_WIDTH, y + 4, parts, title)
 
 
-def curve(points, *, title):
-    """A line through (step, value) points, with its least and greatest value at the side.
+def curve(points: Sequence[tuple[int, float]], *, title: str) -> str:
+    """Draws a line through (step, value) points, labelled with its minimum and maximum.
 
     Args:
-      points: two or more, finite, by rising step.
+      points: two or more, finite, with increasing steps.
       title: heading of the chart.
 
     Returns:
-      An svg element as text.
+      An SVG element as text.
     """
     steps, values = zip(*points)
     low, high = min(values), max(values)
@@ -64,7 +67,7 @@ def curve(points, *, title):
             f"{bottom - (value - low) / (high - low) * (bottom - top):.1f}"
         )
 
-    line = "L".join(place(*point) for point in thinned(points, _WIDTH))
+    line = "L".join(place(*point) for point in subsample(points, _WIDTH))
     parts = [
         _text(left, 12, title, "start", "head"),
         f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>',
@@ -77,20 +80,20 @@ def curve(points, *, title):
     return _svg(_WIDTH, bottom + 22, parts, f"{title} from step {steps[0]} to {steps[-1]}")
 
 
-def thinned(points, most):
-    """At most `most` points and their last one, evenly taken."""
+def subsample(points: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    """Returns at most `most` evenly spaced points, and the last point."""
     stride = math.ceil(len(points) / most)
     return [*points[::stride], *([points[-1]] if (len(points) - 1) % stride else [])]
 
 
-def _svg(width, height, parts, title):
+def _svg(width: float, height: float, parts: list[str], title: str) -> str:
     return (
         f'<svg viewBox="0 0 {width} {height:.0f}" role="img" '
         f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
     )
 
 
-def _text(x, y, text, anchor, kind=""):
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
     kind = f' class="{kind}"' if kind else ""
     return (
         f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
@@ -98,5 +101,5 @@ def _text(x, y, text, anchor, kind=""):
     )
 
 
-def _shortened(text, most):
+def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,20 +1,24 @@
-"""A page that shows what a prepared data set holds, to be looked at before it is trained on."""
+"""An image of some records of a prepared data set, for inspection before training."""
+
+from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
+from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.visualization import grids
 
-_SIDE = 160  # Of a picture on the page, in pixels.
+_SIDE = 160  # Side of an image on the page, in pixels.
 _GREY = 110
 _TINTS = np.array([(255, 70, 70), (60, 140, 255), (70, 200, 90), (240, 180, 40)])
 
 
-def draw(path, records):
-    """Writes the page as PNG.
+def draw(path: epath.PathLike, records: Sequence[dict]) -> None:
+    """Writes the contact sheet as PNG.
 
-    A row a record: its references, what their masks leave out in grey; chosen; rejected; and the
-    masks: chosen in grey outside `prior_mask`, subjects tinted in the order of the references.
+    Each row shows one record: its references, greyed outside their masks; chosen; rejected; and the
+    masks: chosen greyed outside `prior_mask`, with subjects tinted in the order of the references.
 
     Args:
       path: of the file.
@@ -35,19 +39,19 @@ def draw(path, records):
     grids.save_png(path, grids.preference_grid(rows, scale=1))
 
 
-def _masks(record):
-    picture = _marked(record["chosen"], record["prior_mask"]).astype(np.float32)
+def _masks(record: dict) -> RGBImage:
+    image = _marked(record["chosen"], record["prior_mask"]).astype(np.float32)
     for i, subject in enumerate(record["subjects"]):
         mask = subject["mask"]
-        picture[mask] = 0.6 * picture[mask] + 0.4 * _TINTS[i % len(_TINTS)]
-    return picture.astype(np.uint8)
+        image[mask] = 0.6 * image[mask] + 0.4 * _TINTS[i % len(_TINTS)]
+    return image.astype(np.uint8)
 
 
-def _marked(picture, mask):
-    """The picture, dim and without colour outside the mask."""
-    dim = (picture.mean(-1, keepdims=True) * 0.3 + _GREY).astype(np.uint8)
-    return np.where(mask[..., None], picture, dim)
+def _marked(image: RGBImage, mask: Mask) -> RGBImage:
+    """Returns the image, dim and grey outside the mask."""
+    dim = (image.mean(-1, keepdims=True) * 0.3 + _GREY).astype(np.uint8)
+    return np.where(mask[..., None], image, dim)
 
 
-def _fit(picture):
-    return np.asarray(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.BOX))
+def _fit(image: RGBImage) -> RGBImage:
+    return np.asarray(Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX))

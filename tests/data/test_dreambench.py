@@ -1,4 +1,4 @@
-"""Photographs in DreamBench's layout become pairs with the right partners and masks."""
+"""Pairs from photographs in DreamBench's layout: their partners and masks."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from shared import shared
 
 from focusdpo_jax.data import dreambench, prepare
-from focusdpo_jax.data.images import decode_mask, decode_picture
+from focusdpo_jax.data.images import decode_image, decode_mask
 from focusdpo_jax.errors import UserError
 
 COLORS = {"dog": (200, 40, 40), "dog2": (40, 40, 200), "soup_can": (120, 120, 120)}
@@ -56,8 +56,8 @@ def test_pairs_of_photographs(folder, tmp_path):
         source, subject = tmp_path / "source", line["subjects"][0]
         assert line["chosen"] != subject["reference"]
         assert line["chosen"].split("/")[0] == subject["reference"].split("/")[0] == line["group"]
-        chosen = decode_picture(read(source, line["chosen"]))[0].astype(int)
-        rejected = decode_picture(read(source, line["rejected"]))[0].astype(int)
+        chosen = decode_image(read(source, line["chosen"]))[0].astype(int)
+        rejected = decode_image(read(source, line["rejected"]))[0].astype(int)
         mask = decode_mask(read(source, subject["mask"]))
         prior = decode_mask(read(source, line["prior_mask"]))
         assert chosen[mask].mean(0) == pytest.approx(COLORS[line["group"]])
@@ -99,8 +99,8 @@ def test_real_photographs(tmp_path):
             (tmp_path / "photos" / subject / path.name).write_bytes(path.read_bytes())
     manifest = dreambench.write_manifest(tmp_path / "photos", tmp_path / "source")
     assert len(manifest.read_text().splitlines()) == 8
-    composite = decode_picture(read(tmp_path / "source", "dog/00_composite.png"))[0].astype(int)
-    chosen = decode_picture(read(tmp_path / "source", "dog/00.jpg"))[0]
+    composite = decode_image(read(tmp_path / "source", "dog/00_composite.png"))[0].astype(int)
+    chosen = decode_image(read(tmp_path / "source", "dog/00.jpg"))[0]
     prior = decode_mask(read(tmp_path / "source", "dog/00_prior.png"))
     mask = decode_mask(read(tmp_path / "source", "dog/00_mask.png"))
     np.testing.assert_array_equal(composite[~prior], chosen[~prior])

@@ -1,4 +1,4 @@
-"""Pictures, masks and boxes go through one window and stay on top of each other."""
+"""Images, masks and boxes are cropped by one window and stay aligned."""
 
 import numpy as np
 import pytest
@@ -15,10 +15,10 @@ def scene(height, width, top, left, bottom, right):
 
 @pytest.mark.parametrize("size", [16, 48, 100])
 @pytest.mark.parametrize(("height", "width"), [(97, 60), (60, 97), (64, 64), (50, 333)])
-def test_mask_follows_the_picture(height, width, size):
+def test_mask_is_cropped_like_the_image(height, width, size):
     picture, mask = scene(height, width, 11, 17, 43, 49)
     view = geometry.window(height, width, size, mask)
-    seen, small = view.picture(picture), view.mask(mask)
+    seen, small = view.image(picture), view.mask(mask)
     assert seen.shape == (size, size, 3) and small.shape == (size, size)
     # Both have the rectangle's edges at the same half of every pixel.
     wrong = (seen[..., 0] >= 128) != small
@@ -43,7 +43,7 @@ def test_window_is_the_largest_square_around_what_matters():
 def test_window_of_its_own_size_changes_nothing():
     picture = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     view = geometry.window(20, 20, 20, np.ones((20, 20), bool))
-    np.testing.assert_array_equal(view.picture(picture), picture)
+    np.testing.assert_array_equal(view.image(picture), picture)
 
 
 def test_boxes_and_masks_are_inverse():

@@ -1,4 +1,4 @@
-"""Files of every kind become the picture that their owner sees."""
+"""Decoding of image files: orientation, colour, transparency, bit depth, and faults."""
 
 import io
 
@@ -11,8 +11,8 @@ from PIL import Image, ImageCms, ImageFile
 from focusdpo_jax.data import images
 from focusdpo_jax.data.images import (
     UnreadableImage,
+    decode_image,
     decode_mask,
-    decode_picture,
     encode_png,
 )
 from focusdpo_jax.errors import UserError
@@ -20,12 +20,12 @@ from focusdpo_jax.errors import UserError
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 
 
-def test_plain_pictures_are_unchanged():
+def test_plain_images_are_unchanged():
     for kind in ("PNG", "BMP", "TIFF"):
-        picture, changes = decode_picture(example_pairs.encoded(PIXELS, kind))
+        picture, changes = decode_image(example_pairs.encoded(PIXELS, kind))
         np.testing.assert_array_equal(picture, PIXELS)
         assert changes == ()
-    np.testing.assert_array_equal(decode_picture(encode_png(PIXELS))[0], PIXELS)
+    np.testing.assert_array_equal(decode_image(encode_png(PIXELS))[0], PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_plain_pictures_are_unchanged():
         (8, lambda x: np.rot90(x)),
     ],
 )
-def test_exif_turns_picture_and_mask(orientation, turn):
+def test_exif_orientation_applies_to_image_and_mask(orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture, changes = decode_picture(example_pairs.encoded(PIXELS, exif=exif))
+    picture, changes = decode_image(example_pairs.encoded(PIXELS, exif=exif))
     np.testing.assert_array_equal(picture, turn(PIXELS))
     assert changes == (() if orientation == 1 else ("rotated",))
     mask = PIXELS[..., 0] > 128
@@ -55,7 +55,7 @@ def test_exif_turns_picture_and_mask(orientation, turn):
 def test_transparency_is_over_white():
     alpha = np.full((6, 8), 255, np.uint8)
     alpha[:, :4], alpha[0, 7] = 0, 51
-    picture, changes = decode_picture(example_pairs.encoded(np.dstack([PIXELS, alpha])))
+    picture, changes = decode_image(example_pairs.encoded(np.dstack([PIXELS, alpha])))
     assert changes == ("alpha",) and (picture[:, :4] == 255).all()
     np.testing.assert_array_equal(picture[1:, 4:], PIXELS[1:, 4:])
     mixed = PIXELS[0, 7] * 0.2 + 255 * 0.8
@@ -65,20 +65,20 @@ def test_transparency_is_over_white():
 def test_palette_with_a_transparent_colour():
     image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    picture, changes = decode_picture(example_pairs.encoded(image, transparency=1))
+    picture, changes = decode_image(example_pairs.encoded(image, transparency=1))
     assert changes == ("palette", "alpha")
     assert picture.tolist() == [[[10, 20, 30], [255] * 3], [[70, 80, 90], [255] * 3]]
 
 
 def test_cmyk():
     image = Image.fromarray(np.full((2, 2, 4), (0, 255, 255, 0), np.uint8), "CMYK")
-    picture, changes = decode_picture(example_pairs.encoded(image, "TIFF"))
+    picture, changes = decode_image(example_pairs.encoded(image, "TIFF"))
     assert changes == ("cmyk",) and picture[0, 0].tolist() == [255, 0, 0]
 
 
 def test_sixteen_bits_keep_their_brightness():
     values = np.array([[0, 257 * 100, 65535, 257 * 7 + 128]], np.uint16)
-    picture, changes = decode_picture(example_pairs.encoded(Image.fromarray(values)))
+    picture, changes = decode_image(example_pairs.encoded(Image.fromarray(values)))
     assert changes == ("16 bit",)
     assert picture[0, :, 1].tolist() == [0, 100, 255, 7]
     assert decode_mask(example_pairs.encoded(Image.fromarray(values))).tolist() == [
@@ -88,7 +88,7 @@ def test_sixteen_bits_keep_their_brightness():
 
 def test_grey_and_bits():
     grey = PIXELS[..., 0]
-    picture, changes = decode_picture(example_pairs.encoded(grey))
+    picture, changes = decode_image(example_pairs.encoded(grey))
     np.testing.assert_array_equal(picture, np.repeat(grey[..., None], 3, -1))
     assert changes == ("grey",)
     np.testing.assert_array_equal(
@@ -110,13 +110,13 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 47)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(UnreadableImage, match="is 6 x 8 pixels, more than"):
-        decode_picture(content)
+        decode_image(content)
 
 
-def test_programs_are_not_pictures():
+def test_postscript_is_not_decoded():
     """Pillow would hand PostScript to Ghostscript."""
-    with pytest.raises(UnreadableImage, match="is no picture in PNG"):
-        decode_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n")
+    with pytest.raises(UnreadableImage, match="is not an image in PNG"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n")
 
 
 def by_pillow(image, profile):
@@ -139,7 +139,7 @@ def test_wide_colours_become_srgb(space, kind):
     profile = example_pairs.rgb_profile(*space)
     content = example_pairs.encoded(PIXELS, kind, icc_profile=profile)
     stored = Image.open(io.BytesIO(content)).convert("RGB")
-    picture, changes = decode_picture(content)
+    picture, changes = decode_image(content)
     np.testing.assert_array_equal(picture, by_pillow(stored, profile))
     assert changes == ("colour profile",)
     assert np.abs(picture.astype(int) - np.asarray(stored)).max() > 20
@@ -147,7 +147,7 @@ def test_wide_colours_become_srgb(space, kind):
 
 def test_adobe_rgb_by_its_formula():
     """Linear light by the gamma, to XYZ under D50 and back by sRGB's primaries and curve."""
-    picture, _ = decode_picture(
+    picture, _ = decode_image(
         example_pairs.encoded(
             PIXELS, icc_profile=example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
         )
@@ -165,23 +165,23 @@ def test_inks_and_greys_with_a_profile():
     profile = example_pairs.cmyk_profile()
     for kind in ("TIFF", "JPEG"):
         content = example_pairs.encoded(inks, kind, icc_profile=profile)
-        picture, changes = decode_picture(content)
+        picture, changes = decode_image(content)
         stored = Image.open(io.BytesIO(content))
         np.testing.assert_array_equal(picture, by_pillow(stored, profile))
         assert changes == ("cmyk", "colour profile")
         assert np.abs(picture.astype(int) - np.asarray(stored.convert("RGB"))).max() > 50
     grey, profile = Image.fromarray(PIXELS[..., 0]), example_pairs.grey_profile(1.8)
-    picture, changes = decode_picture(example_pairs.encoded(grey, icc_profile=profile))
+    picture, changes = decode_image(example_pairs.encoded(grey, icc_profile=profile))
     np.testing.assert_array_equal(picture, by_pillow(grey, profile))
     assert changes == ("grey", "colour profile")
     # Of 16 bits, the same greys; and in the profile of an RGB space.
     wide = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
     np.testing.assert_array_equal(
-        decode_picture(example_pairs.encoded(wide, icc_profile=profile))[0], picture
+        decode_image(example_pairs.encoded(wide, icc_profile=profile))[0], picture
     )
     profile = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     np.testing.assert_array_equal(
-        decode_picture(example_pairs.encoded(grey, icc_profile=profile))[0],
+        decode_image(example_pairs.encoded(grey, icc_profile=profile))[0],
         by_pillow(grey.convert("RGB"), profile),
     )
 
@@ -190,7 +190,7 @@ def test_profile_below_transparency_and_in_a_palette():
     profile = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     alpha = np.full((6, 8), 255, np.uint8)
     alpha[:, :4] = 0
-    picture, changes = decode_picture(
+    picture, changes = decode_image(
         example_pairs.encoded(np.dstack([PIXELS, alpha]), icc_profile=profile)
     )
     expected = by_pillow(Image.fromarray(PIXELS), profile).copy()
@@ -198,21 +198,21 @@ def test_profile_below_transparency_and_in_a_palette():
     np.testing.assert_array_equal(picture, expected)
     assert changes == ("alpha", "colour profile")
     image = Image.fromarray(PIXELS).quantize(8)
-    picture, changes = decode_picture(example_pairs.encoded(image, icc_profile=profile))
+    picture, changes = decode_image(example_pairs.encoded(image, icc_profile=profile))
     np.testing.assert_array_equal(picture, by_pillow(image.convert("RGB"), profile))
     assert changes == ("palette", "colour profile")
 
 
 def test_srgb_and_unusable_profiles_change_no_bit(tmp_path, caplog):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert decode_picture(example_pairs.encoded(PIXELS, icc_profile=srgb))[1] == ()
+    assert decode_image(example_pairs.encoded(PIXELS, icc_profile=srgb))[1] == ()
     for profile in (srgb, b"junk", example_pairs.grey_profile(1.8), srgb[:300]):
-        picture, changes = decode_picture(example_pairs.encoded(PIXELS, icc_profile=profile))
+        picture, changes = decode_image(example_pairs.encoded(PIXELS, icc_profile=profile))
         np.testing.assert_array_equal(picture, PIXELS)
     assert changes == ("unusable colour profile",)
     path = tmp_path / "broken.png"
     path.write_bytes(example_pairs.encoded(PIXELS, icc_profile=b"junk"))
-    np.testing.assert_array_equal(images.read_picture(path), PIXELS)
+    np.testing.assert_array_equal(images.read_image(path), PIXELS)
     assert f"{path}: its ICC colour profile is damaged" in caplog.text
 
 
@@ -226,7 +226,7 @@ def test_profile_does_not_move_a_mask():
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_of_grey(kind, order):
     values = np.linspace(0, 65535, 48).round().astype(order).reshape(6, 8)
-    picture, changes = decode_picture(example_pairs.encoded(Image.fromarray(values), kind))
+    picture, changes = decode_image(example_pairs.encoded(Image.fromarray(values), kind))
     np.testing.assert_array_equal(picture[..., 0], np.rint(values / 257))
     assert np.ptp(picture) == 255 and changes == ("16 bit",)
     np.testing.assert_array_equal(
@@ -238,12 +238,12 @@ def test_sixteen_bits_of_grey(kind, order):
 def test_sixteen_bits_of_colour(kind):
     values = np.random.default_rng(0).integers(0, 65536, (6, 8, 3), np.uint16)
     content = cv2.imencode(kind, values[..., ::-1])[1].tobytes()
-    picture, _ = decode_picture(content)
+    picture, _ = decode_image(content)
     np.testing.assert_array_equal(picture, np.asarray(Image.open(io.BytesIO(content))))
     np.testing.assert_allclose(picture, values / 257, atol=1)
 
 
-def test_numbers_that_are_no_brightness_are_refused():
+def test_values_that_are_not_brightness_are_refused():
     """Floats, 32 bits, and 8 bits that lie in 16."""
     floats = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
     for content, reason in (
@@ -254,14 +254,14 @@ def test_numbers_that_are_no_brightness_are_refused():
         ),
         (
             cv2.imencode(".tiff", np.repeat(floats[..., None], 3, -1))[1].tobytes(),
-            "is a TIFF of a kind that is not read",
+            "is a TIFF of an unsupported kind",
         ),
         (
             example_pairs.encoded(Image.fromarray(np.uint16(floats * 255))),
             "no value above 255 of 65535",
         ),
     ):
-        for decode in (decode_picture, decode_mask):
+        for decode in (decode_image, decode_mask):
             with pytest.raises(UnreadableImage, match=reason):
                 decode(content)
 
@@ -271,11 +271,11 @@ def test_a_transparent_colour_without_a_palette():
         scale = np.iinfo(dtype).max // 255
         grey = Image.fromarray(np.array([[0, 40 * scale, 255 * scale]], dtype))
         content = example_pairs.encoded(grey, transparency=40 * scale)
-        picture, changed = decode_picture(content)
+        picture, changed = decode_image(content)
         assert picture[0, :, 0].tolist() == [0, 255, 255] and changed == changes
         assert decode_mask(content).tolist() == [[True, False, True]]
     content = example_pairs.encoded(PIXELS, transparency=tuple(PIXELS[0, 0].tolist()))
-    assert decode_picture(content)[0][0, 0].tolist() == [255] * 3
+    assert decode_image(content)[0][0, 0].tolist() == [255] * 3
 
 
 def test_palette_masks():
@@ -287,7 +287,7 @@ def test_palette_masks():
         decode_mask(example_pairs.encoded(image))
 
 
-def test_what_earlier_versions_read_otherwise():
+def test_files_that_earlier_versions_decoded_differently():
     adobe = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert images.is_converted(example_pairs.encoded(PIXELS, icc_profile=adobe))
@@ -299,10 +299,10 @@ def test_what_earlier_versions_read_otherwise():
         assert not images.is_converted(content)
 
 
-def test_readers_name_the_file(tmp_path):
+def test_read_errors_contain_the_file(tmp_path):
     frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     for name, reason in (("none.png", "no such file"), ("two.gif", "has several frames")):
-        for read in (images.read_picture, images.read_mask_levels):
+        for read in (images.read_image, images.read_mask_levels):
             with pytest.raises(UserError, match=f"reference .*{name}:? {reason}"):
                 read(tmp_path / name, "reference")

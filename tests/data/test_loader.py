@@ -32,7 +32,7 @@ def indices(iterator, count=None):
     return [batch.index.tolist() for batch in itertools.islice(iterator, count)]
 
 
-def test_batches_hold_the_records_they_name():
+def test_batches_contain_the_records_of_their_indices():
     batch = next(make())
     for row, index in enumerate(batch.index):
         record = SOURCE[index]
@@ -56,7 +56,7 @@ def test_order_depends_on_the_seed_and_the_epoch_alone():
     assert one != two
 
 
-def test_rows_taken_at_once_are_those_of_the_records():
+def test_batch_transform_rows_match_the_records():
     table = np.arange(SIZE * 3).reshape(SIZE, 3)
     one_by_one = loader.make_loader(list(table), batch_size=4, seed=1)
     at_once = loader.make_loader(
@@ -75,7 +75,7 @@ def test_without_shuffling_the_order_is_that_of_the_source():
     assert indices(make(shuffle=False, epochs=1)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_leftovers_are_dropped_at_the_very_end_only():
+def test_remainder_is_dropped_after_the_last_epoch_only():
     assert len(indices(make(batch_size=5, epochs=1))) == 2
     assert len(indices(make(batch_size=5, epochs=2))) == 4
 
@@ -134,7 +134,7 @@ def test_sizes_that_do_not_fit_are_named():
         make(process_count=3)
 
 
-def test_workers_give_the_same_batches_and_go_on_where_threads_were():
+def test_workers_yield_the_same_batches_and_resume_from_threads():
     expected, state = indices(make(), 9), make().get_state()
     for start, workers in ((0, 0), (3, 2), (6, 0)):
         iterator = make(workers=workers)
@@ -144,7 +144,7 @@ def test_workers_give_the_same_batches_and_go_on_where_threads_were():
         iterator.close()
 
 
-def test_a_worker_s_mistakes_and_death_are_told():
+def test_worker_errors_and_death_are_reported():
     with pytest.raises(UserError, match=r"record \d+: subjects has 3 entries; 1 to 2 fit"):
         next(make(dataset.ToyboxSource(THREE, "train", 4), num_subjects=2, workers=1))
 

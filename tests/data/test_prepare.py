@@ -1,4 +1,4 @@
-"""What prepare makes of a manifest, whole or interrupted, and that training takes it."""
+"""Data sets that prepare builds, in one run or interrupted, and training on them."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ EXAMPLE = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "pairs" / "m
 
 
 def sheet(path, records):
-    """A contact sheet that is quick to draw."""
+    """A stand-in for the contact sheet that is fast to draw."""
     path.write_text("".join(record["caption"] + "\n" for record in records))
 
 
@@ -40,13 +40,13 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A manifest of six pairs and what an uninterrupted start makes of it."""
+    """A manifest of six pairs and the output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("good")
     manifest = example_pairs.write(folder / "pairs", *example_pairs.make(6))
     return manifest, folder / "output", run(manifest, folder / "output")
 
 
-def test_records_are_what_the_manifest_says(good):
+def test_records_match_the_manifest(good):
     _, output, told = good
     sources = dataset.open_prepared(output)
     assert {name: len(source) for name, source in sources.items()} == told["splits"]
@@ -61,7 +61,7 @@ def test_records_are_what_the_manifest_says(good):
     record = records["thing number 1"]
     assert len(record["subjects"]) == 2
     # 24 x 32 at 2/3: x from 8, less the crop. Masks are two rectangles, 6 to 18 and 8 to 15, 17 to
-    # 24, whose middle is that of the picture.
+    # 24, whose middle is that of the image.
     assert record["original_size"].tolist() == [24, 32] and record["crop"].tolist() == [0, 3]
     left = 3 * 1.5
     for j, subject in enumerate(record["subjects"]):
@@ -96,7 +96,7 @@ def test_batches_have_the_encoder_s_references_and_true_time_ids(good):
         assert mask.mean() == pytest.approx(12 * 10 / 20**2, abs=0.08)
 
 
-def test_report_tells_what_is_in_it(good, tmp_path):
+def test_report_lists_the_contents(good, tmp_path):
     _, output, told = good
     assert told == json.loads((output / "report.json").read_text())
     assert told["subjects_per_scene"] == {"1": 4, "2": 2} and told["sizes"] == {"24 x 32": 6}
@@ -108,7 +108,7 @@ def test_report_tells_what_is_in_it(good, tmp_path):
     assert len((output / "contact_sheet.png").read_text().splitlines()) == told["splits"]["train"]
 
 
-def test_bad_lines_can_be_skipped_and_duplicates_are_told(tmp_path):
+def test_bad_lines_can_be_skipped_and_duplicates_are_reported(tmp_path):
     lines, files = example_pairs.make(6)
     lines[1]["caption"] = ""
     lines = [*lines[:5], b"", lines[0], lines[5]]
@@ -130,7 +130,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("where", [0, 2, 5, "build", "sheet", "report", "clean"])
 def test_interrupted_and_repeated_is_the_same_to_the_byte(where, good, tmp_path, monkeypatch):
     manifest, expected, _ = good
-    work, done = line_store.work, []
+    work, done = line_store.process_line, []
 
     def stop(*_, **__):
         raise Stop
@@ -152,7 +152,7 @@ def test_interrupted_and_repeated_is_the_same_to_the_byte(where, good, tmp_path,
             patch.setattr(type(manifest), "rmtree", stop, raising=False)
             patch.setattr(type(prepare.epath.Path(".")), "rmtree", stop)
         elif where != "sheet":
-            patch.setattr(line_store, "work", some)
+            patch.setattr(line_store, "process_line", some)
         with pytest.raises(Stop):
             run(manifest, tmp_path / "output", draw_sheet=stop if where == "sheet" else sheet)
     if where != "clean":
@@ -170,13 +170,13 @@ def test_interrupted_and_repeated_is_the_same_to_the_byte(where, good, tmp_path,
 make_record = line_store.make_record
 
 
-def test_processes_make_the_same(good, tmp_path):
+def test_worker_processes_give_the_same_data_set(good, tmp_path):
     manifest, expected, _ = good
     run(manifest, tmp_path / "output", workers=2)
     assert tree(tmp_path / "output") == tree(expected)
 
 
-def test_second_start_changes_nothing_and_notices_changes(good, tmp_path):
+def test_second_run_changes_nothing_and_detects_changes(good, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(good[0].parent.parent, folder)
     manifest, output = folder / "pairs" / "manifest.jsonl", folder / "output"
@@ -215,13 +215,13 @@ def test_splits_depend_on_each_group_alone():
     assert set(prepare.assign_splits({0: "a", 1: "b"}, prepare.Settings()).values()) == {"train"}
 
 
-def test_tokens_are_counted_by_a_tokenizer_where_there_is_one(tmp_path):
+def test_tokens_are_counted_by_the_tokenizer_if_given(tmp_path):
     manifest = example_pairs.write(tmp_path, *example_pairs.make())
     with pytest.raises(UserError, match="caption has 78 tokens and CLIP reads 77"):
         run(manifest, tmp_path / "output", count_tokens=lambda caption: 78 if "2" in caption else 7)
 
 
-def test_training_tells_of_captions_that_the_model_does_not_read(tiny_config, tmp_path, caplog):
+def test_training_warns_about_truncated_captions(tiny_config, tmp_path, caplog):
     """Once for all splits of a data set, from the texts alone."""
     from focusdpo_jax.training import builders
 
@@ -369,11 +369,11 @@ def test_mistakes_are_named(tmp_path):
         ({}, "give --manifest, or --dreambench"),
         ({"manifest": "a", "dreambench": "b"}, "give --manifest, or --dreambench"),
         ({"manifest": "nowhere/a.jsonl"}, "--manifest=nowhere/a.jsonl cannot be read"),
-        ({"dreambench": "nowhere"}, "--dreambench=nowhere is no folder"),
+        ({"dreambench": "nowhere"}, "--dreambench=nowhere is not a folder"),
         ({"manifest": str(EXAMPLE), "resolution": 4}, "--resolution=4"),
         (
             {"manifest": str(EXAMPLE), "resolution": 33},
-            "--resolution=33: no model draws squares of that "
+            "--resolution=33: no model generates squares of that "
             "side; give a multiple of 8, such as 32",
         ),
         ({"manifest": str(EXAMPLE), "validation": 0.7, "test": 0.5}, "nothing is left to train on"),

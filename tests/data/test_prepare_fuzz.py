@@ -25,13 +25,13 @@ from focusdpo_jax.errors import UserError
 
 SETTINGS = prepare.Settings(resolution=16, max_subjects=3)
 HEIGHT, WIDTH = example_pairs.HEIGHT, example_pairs.WIDTH
-BAD_FILE = r"truncated|damaged|is no picture"
+BAD_FILE = r"truncated|damaged|is not an image"
 LONGEST = 60  # Seconds for a manifest, which takes milliseconds.
 MEMORY = 100 << 20  # Bytes that one may take; a bomb asks for 240 MB and more.
 
 
 class Case:
-    """A copy of the good manifest; every method of SPOIL breaks line `i` of it, and says how."""
+    """A copy of the good manifest; every method of SPOIL breaks line `i` and returns the message."""
 
     def __init__(self, lines, files, draw):
         self.lines, self.files, self.draw = copy.deepcopy(lines), dict(files), draw
@@ -77,7 +77,7 @@ def no_file(case):
     else:
         where[key] = "pipe"
         case.after = lambda folder: os.mkfifo(folder / "pipe")
-    return field, "is no ordinary file"
+    return field, "is not a regular file"
 
 
 def empty_file(case):
@@ -97,7 +97,7 @@ def no_picture(case):
             b"\n" * 99,
         )
     )
-    return field, "is no picture"
+    return field, "is not an image"
 
 
 def cut_off(case):
@@ -118,7 +118,7 @@ def damaged(case):
 
 
 def bomb(case):
-    """A small file that says it is a huge picture."""
+    """A small file whose header declares a huge image."""
     where, key, field = case.file_field()
     side = case.pick(9000, 40000, 65000)
     content = case.pick(
@@ -130,11 +130,11 @@ def bomb(case):
         patched("JPEG", b"\xff\xc0\x00\x11\x08", ">HH", side, side),
     )
     where[key] = case.new_file(content)
-    return field, "million|far too large"
+    return field, "million|far too many pixels"
 
 
 def compressed_text(case):
-    """A picture whose comment, when it is unpacked, has 256 MiB."""
+    """An image whose comment, when it is unpacked, has 256 MiB."""
     where, key, field = case.file_field()
     where[key] = case.new_file(
         png(16, zlib.compress(bytes(10000)), chunk(b"zTXt", b"Comment\0\0" + zeros()))
@@ -150,7 +150,7 @@ def zeros():
 
 
 def png(side, pixels, *chunks):
-    """A PNG file of a square picture, with these chunks before its pixels."""
+    """A PNG file of a square image, with these chunks before its pixels."""
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
@@ -165,7 +165,7 @@ def chunk(name, data):
 
 
 def patched(kind, where, form, *values):
-    """A picture's file with other numbers at a place, or behind bytes that occur once."""
+    """An image's file with other numbers at a place, or behind bytes that occur once."""
     content = bytearray(example_pairs.encoded(np.zeros((4, 4, 3), np.uint8), kind))
     at = where if isinstance(where, int) else content.index(where) + len(where)
     struct.pack_into(form, content, at, *values)
@@ -232,7 +232,7 @@ def mask_of_labels(case):
     content = np.zeros((20, 16), np.uint8)
     content[5:9, 5:9] = case.pick(1, 2, 100)
     case.subject["reference_mask"] = case.new_file(example_pairs.encoded(content))
-    return f"subjects[{case.slot}].reference_mask", "is no mask: its lightest"
+    return f"subjects[{case.slot}].reference_mask", "is not a mask: its lightest"
 
 
 def box_outside(case):
@@ -343,7 +343,7 @@ def escape(case):
         (folder / "folder").symlink_to(folder.parent)
 
     case.after = after
-    return field, "leads out of the manifest's folder"
+    return field, "is outside the manifest's folder"
 
 
 def not_json(case):
@@ -403,7 +403,7 @@ def empty_text(case):
 def zero_character(case):
     where, key, field = case.file_field()
     where[key] = "0/\0.png"
-    return field, "zero character"
+    return field, "NUL character"
 
 
 def misspelt(case):
@@ -496,7 +496,7 @@ ROUNDS = 9  # 39 kinds of mistakes, 351 manifests.
 
 @contextlib.contextmanager
 def bounded():
-    """Fails what hangs, or takes more memory than pictures of these sizes have a reason to."""
+    """Fails a test that hangs, or that uses more memory than images of these sizes need."""
 
     def hangs(*_):
         raise TimeoutError("this manifest keeps prepare busy")
@@ -514,7 +514,7 @@ def bounded():
 
 
 def memory(name):
-    """A line of what Linux says of this process, in bytes."""
+    """Reads a line of /proc/self/status, in bytes."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) << 10
 
@@ -567,7 +567,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("mode", ODD)
-def test_odd_pictures_are_converted_and_counted(mode, tmp_path, monkeypatch):
+def test_unusual_images_are_converted_and_counted(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_build", lambda *_: None)
     lines, files = example_pairs.make()
     case = Case(lines, files, np.random.default_rng(0))

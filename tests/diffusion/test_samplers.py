@@ -9,6 +9,8 @@ from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.diffusion.schedule import NoiseSchedule, scaled_linear_schedule
 from focusdpo_jax.errors import UserError
 
+DENOISE = lambda latents, t: latents
+
 
 def test_timesteps_by_hand():
     assert samplers.sampling_timesteps(1000, 4).tolist() == [751, 501, 251, 1]
@@ -52,13 +54,15 @@ def test_mistakes_are_named(steps, spacing, message):
 
 def test_an_unknown_sampler_is_told_the_known_ones():
     with pytest.raises(UserError, match="'heun'; choose one of ddim, euler, euler_a, dpmpp_2m"):
-        samplers.sample(None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="heun")
+        samplers.sample(
+            DENOISE, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="heun"
+        )
 
 
 def test_an_ancestral_sampler_asks_for_keys():
     with pytest.raises(ValueError, match="'euler_a' draws noise at every step; pass keys"):
         samplers.sample(
-            None, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="euler_a"
+            DENOISE, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="euler_a"
         )
 
 

@@ -1,4 +1,4 @@
-"""What disrupt makes of a manifest, whole or interrupted, alone or in company."""
+"""Pairs that disrupt makes: in one run or interrupted, and independent of other scenes."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ from example_pairs import encoded, write
 from PIL import Image
 
 from focusdpo_jax.data import manifest, prepare, scene_manifest
-from focusdpo_jax.data.images import decode_mask, decode_picture
-from focusdpo_jax.disruption import choice, runner
+from focusdpo_jax.data.images import decode_image, decode_mask
+from focusdpo_jax.disruption import runner, selection
 from focusdpo_jax.disruption.inpainting import Inpainter
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.training import runs
@@ -39,11 +39,11 @@ class Counted:
 
 @pytest.fixture(scope="module")
 def artist(tiny_folder):
-    """(inpainter, judge, tokenizer) of the tiny model."""
+    """(inpainter, scorer, tokenizer) of the tiny model."""
     model = runs.load_folder(tiny_folder / "model")
     return (
         Inpainter(model, **SETTINGS.inpainting()),
-        choice.Judge(choice.own_encoder(model, 2)),
+        selection.CandidateScorer(selection.patch_encoder(model, 2)),
         model.tokenizer,
     )
 
@@ -51,7 +51,7 @@ def artist(tiny_folder):
 @pytest.fixture
 def run(artist):
     """run(manifest, output, settings, **options); what was drawn is run.artist.drawn."""
-    inpainter, judge, tokenizer = artist
+    inpainter, scorer, tokenizer = artist
     counted = Counted(inpainter)
 
     def start(manifest, output, settings=SETTINGS, **options):
@@ -60,7 +60,7 @@ def run(artist):
             output,
             settings,
             counted,
-            judge,
+            scorer,
             identity={"model": "tiny"},
             draw_sheet=contact_sheet.draw,
             count_tokens=lambda text: (tokenizer.count(text), tokenizer.length),
@@ -78,15 +78,15 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(artist, scenes, tmp_path_factory):
-    """The folder of an uninterrupted start."""
-    inpainter, judge, tokenizer = artist
+    """The output folder of an uninterrupted run."""
+    inpainter, scorer, tokenizer = artist
     output = tmp_path_factory.mktemp("good") / "pairs"
     runner.disrupt(
         scenes,
         output,
         SETTINGS,
         inpainter,
-        judge,
+        scorer,
         identity={"model": "tiny"},
         draw_sheet=contact_sheet.draw,
         count_tokens=lambda text: (tokenizer.count(text), tokenizer.length),
@@ -99,7 +99,7 @@ def pairs(output):
 
 
 def picture(output, name):
-    return decode_picture((output / name).read_bytes())[0]
+    return decode_image((output / name).read_bytes())[0]
 
 
 def test_only_what_is_inside_the_masks_changes(good):
@@ -113,7 +113,7 @@ def test_only_what_is_inside_the_masks_changes(good):
             assert np.abs(chosen.astype(int) - rejected)[mask].mean() > 5
 
 
-def test_the_manifest_says_how_each_subject_came_about(good):
+def test_the_manifest_records_how_each_subject_was_made(good):
     first = pairs(good)[0]
     assert (first["group"], first["info"]) == ("the ball", [1, 2])
     info = first["subjects"][0]["info"]
@@ -121,7 +121,7 @@ def test_the_manifest_says_how_each_subject_came_about(good):
     told = info["disruption"]
     assert (told["mode"], told["strength"]) == ("phrase", 1.0)
     assert len({c["seed"] for c in told["candidates"]}) == 3
-    best = choice.choose(
+    best = selection.select_candidate(
         [c["instance_similarity"] for c in told["candidates"]],
         [c["caption_similarity"] for c in told["candidates"]],
     )
@@ -143,7 +143,7 @@ def test_prepare_takes_the_manifest_as_it_is(good, tmp_path):
     assert marked.sum() == 16 * 17 and (cut[~marked] == 255).all()
 
 
-def test_a_scene_is_drawn_the_same_alone_and_in_company(run, good, tmp_path):
+def test_a_scene_does_not_depend_on_the_other_scenes(run, good, tmp_path):
     lines, files = example_scenes.make()
     run(write(tmp_path / "one", lines[1:2], files), tmp_path / "pairs")
     alone = tree(tmp_path / "pairs" / "scenes" / "000001")
@@ -153,14 +153,14 @@ def test_a_scene_is_drawn_the_same_alone_and_in_company(run, good, tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 3])
-def test_an_interrupted_start_ends_as_if_nothing_had_happened(run, scenes, good, tmp_path, stop_at):
+def test_an_interrupted_run_resumes_to_the_same_result(run, scenes, good, tmp_path, stop_at):
     output = tmp_path / "pairs"
     run.artist.stop_at = stop_at
     with pytest.raises(KeyboardInterrupt):
         run(scenes, output)
     run.artist.stop_at = None
     half = output / "scenes" / "000003"
-    half.mkdir(parents=True)  # What a kill leaves: the pictures of a scene without its line.
+    half.mkdir(parents=True)  # What a kill leaves: the images of a scene without its line.
     (half / "rejected.png").write_bytes(b"half")
     (half / "mask0.png.1234abcd.tmp").write_bytes(b"half")
     (output / "report.json.1234abcd.tmp").write_bytes(b"half")
@@ -172,7 +172,7 @@ def test_an_interrupted_start_ends_as_if_nothing_had_happened(run, scenes, good,
     assert len(run.artist.drawn) == done and tree(output) == tree(good)
 
 
-def test_a_changed_scene_is_drawn_again_and_no_other(run, good, tmp_path):
+def test_only_a_changed_scene_is_inpainted_again(run, good, tmp_path):
     lines, files = example_scenes.make()
     shutil.copytree(good, tmp_path / "pairs")
     files["0.png"] = encoded(Image.fromarray(np.full((40, 52, 3), 90, np.uint8)))
@@ -184,14 +184,14 @@ def test_a_changed_scene_is_drawn_again_and_no_other(run, good, tmp_path):
     assert now["000002/rejected.png"] == before["000002/rejected.png"]
 
 
-def test_a_leak_wears_the_looks_of_another_of_its_scene(run, scenes, tmp_path):
+def test_a_leak_has_the_looks_of_another_subject_of_its_scene(run, scenes, tmp_path):
     lines, files = example_scenes.make()
     settings = dataclasses.replace(SETTINGS, mode="leak")
     run(write(tmp_path / "two", lines[1:2], files), tmp_path / "pairs", settings)
     told = [s["info"]["disruption"] for s in pairs(tmp_path / "pairs")[0]["subjects"]]
     assert [t["donor"] for t in told] == [1, 0]
     for (_, reference), donor in zip(run.artist.drawn, (1, 0)):
-        np.testing.assert_array_equal(reference, decode_picture(files[f"1_{donor}.png"])[0])
+        np.testing.assert_array_equal(reference, decode_image(files[f"1_{donor}.png"])[0])
     with pytest.raises(UserError, match="line 1: subjects has 1 entry and --mode=leak needs"):
         run(scenes, tmp_path / "others", settings)
 
@@ -238,10 +238,10 @@ REFUSED = {
     r"subjects\[0\].reference is missing beside a reference_mask": lambda line, s, f: s.pop(
         "reference"
     ),
-    r"rejected is not a field; what is your own belongs in info": lambda line, s, f: line.update(
+    r"rejected is not a field; put your own data in info": lambda line, s, f: line.update(
         rejected="0.png"
     ),
-    "caption is missing; say what the picture shows": lambda line, s, f: line.pop("caption"),
+    "caption is missing; describe the image": lambda line, s, f: line.pop("caption"),
     "chosen is 7 x 52 pixels, too small for 32; give at least 8": lambda line, s, f: f.update(
         {
             "0.png": encoded(np.zeros((7, 52, 3), np.uint8)),
@@ -252,7 +252,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_be_used_is_refused_before_anything_is_drawn(run, tmp_path, reason):
+def test_unusable_lines_are_refused_before_inpainting(run, tmp_path, reason):
     path = write(tmp_path, *changed(REFUSED[reason]))
     with pytest.raises(UserError, match="^1 of 3 lines are refused; line 1: " + reason):
         run(path, tmp_path / "pairs")
@@ -268,7 +268,7 @@ def test_refused_lines_can_be_left_out(run, good, tmp_path):
     assert pairs(tmp_path / "pairs") == pairs(good)[1:]
 
 
-def test_the_example_of_the_documentation_can_be_drawn():
+def test_the_example_of_the_documentation_runs():
     for _, text in manifest.read_lines(EXAMPLE):
         line = scene_manifest.parse_line(text, max_subjects=3, hooks=scene_manifest.Hooks())
         scene_manifest.open_scene(
@@ -346,18 +346,20 @@ def test_candidates_are_compared_with_the_subject_and_with_their_phrase():
 
     red, green, both = coloured(200, 0, 0), coloured(0, 200, 0), coloured(140, 140, 0)
     asked = mask, "green", [1.0, 2.0, 3.0]
-    alike, fit = choice.Judge(Colours()).scores(red, [red, green, both], *asked)
+    alike, fit = selection.CandidateScorer(Colours()).scores(red, [red, green, both], *asked)
     np.testing.assert_allclose(alike, [1, 0, np.sqrt(0.5)], atol=1e-6)  # The grey does not count.
     assert fit.tolist() == [1.0, 2.0, 3.0]
     clip = Colours(), lambda prompts: np.float32([[0, 1, 0]] * len(prompts))
-    judge = choice.Judge(Colours(), clip)
-    _, fit = judge.scores(red, [red, green, both], *asked)
+    scorer = selection.CandidateScorer(Colours(), clip)
+    _, fit = scorer.scores(red, [red, green, both], *asked)
     np.testing.assert_allclose(fit, [0, 1, np.sqrt(0.5)], atol=1e-6)
-    assert judge.name == {"instance_similarity": "colours 1", "caption_similarity": "clip 1"}
+    assert scorer.name == {"instance_similarity": "colours 1", "caption_similarity": "clip 1"}
 
 
-def test_the_least_alike_that_fits_best_is_chosen():
+def test_the_best_match_among_the_least_similar_is_selected():
     alike, fit = [0.9, 0.2, 0.5, 0.4], [3.0, 1.0, 2.0, 1.5]
-    assert choice.choose(alike, fit) == 2  # The first fits best, but is the subject itself.
-    assert choice.choose(alike[:3], fit[:3]) == 0  # Of three none is dropped.
-    assert choice.choose([0.3], [0.0]) == 0
+    assert (
+        selection.select_candidate(alike, fit) == 2
+    )  # The first fits best, but is the subject itself.
+    assert selection.select_candidate(alike[:3], fit[:3]) == 0  # Of three none is dropped.
+    assert selection.select_candidate([0.3], [0.0]) == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focusdpo_jax.data.images import read_picture
+from focusdpo_jax.data.images import read_image
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import dreambench, scenes, scoring
 
@@ -101,7 +101,7 @@ FLAT = [
 
 
 @pytest.mark.parametrize("entries", FLAT, ids=range(len(FLAT)))
-def test_every_picture_of_a_flat_folder_is_a_subject(tmp_path, entries):
+def test_every_image_of_a_flat_folder_is_a_subject(tmp_path, entries):
     flat(
         tmp_path,
         *(f"refs/{name}.png" for name in ("dog", "cat", "dog_1", "dog_2", "01", "02")),
@@ -133,11 +133,11 @@ def test_folders_of_one_subject(tmp_path, entries, caplog):
             f"{name}.png" for name in names
         ]
         assert scene.subjects[0].name == scene.group == "dog"
-    assert ("are taken for photographs of one" in caplog.text) == (len(entries) > 1)
+    assert ("are treated as photographs of one" in caplog.text) == (len(entries) > 1)
 
 
 class Pixels:
-    """The pixels of a picture as a unit vector."""
+    """The pixels of an image as a unit vector."""
 
     name, digest = "dinov2", "pixels"
 
@@ -155,7 +155,7 @@ def test_identical_images_score_one_in_a_flat_folder(tmp_path):
         tmp_path,
         [("a dog", "../refs/dog.png"), ("a cat", "../refs/cat.png"), ("a cup", "../refs/cup.png")],
     )
-    copies = [read_picture(scene.subjects[0].reference) for scene in scenes]
+    copies = [read_image(scene.subjects[0].reference) for scene in scenes]
     scores = scoring.SimilarityScorer(Pixels()).score(scenes, copies, [[None]] * 3)
     assert scores == [{"dinov2": pytest.approx(1.0, abs=1e-12)}] * 3
     assert [scene.group for scene in scenes] == ["dog", "cat", "cup"]
@@ -208,7 +208,7 @@ def test_a_reference_that_no_photograph_is_named_like_is_compared(tmp_path):
         ("[]", "give a list of scenes"),
         ('[{"image_paths": ["can/00.jpg"]}]', "entry 0: it has no prompt"),
         ('[{"prompt": "a", "image_paths": []}]', "list of one or more"),
-        ('[{"prompt": "a", "image_paths": ["cat/00.jpg"]}]', "cat/00.jpg is not there"),
+        ('[{"prompt": "a", "image_paths": ["cat/00.jpg"]}]', "cat/00.jpg does not exist"),
         ('[{"prompt": "a", "image_paths": ["can/00.jpg"], "boxes": [[0, 0, 2, 1]]}]', "0 <= x0"),
         ('[{"prompt": "a", "image_paths": ["can/00.jpg"], "boxes": []}]', "list of 1"),
         ('[{"prompt": "a", "image_paths": ["can/00.jpg"], "seed": 1}]', "unknown field 'seed'"),
@@ -223,7 +223,7 @@ def test_bad_lists_are_named(folder, tmp_path, content, reason):
 
 
 def test_bad_folders_are_named(folder, tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         dreambench.single(tmp_path / "none", **HOW)
     (tmp_path / "prompts_and_classes.txt").write_text("can,can")
     with pytest.raises(UserError, match="no prompts_and_classes.txt"):

@@ -1,4 +1,4 @@
-"""Evaluations in their folder: stopped and gone on with, of other people's pictures, compared."""
+"""Evaluations: interrupted and resumed, of external images, in shares, and compared."""
 
 import html.parser
 import json
@@ -22,7 +22,7 @@ from focusdpo_jax.evaluation import (
     tables,
 )
 from focusdpo_jax.evaluation.output_folder import OutputFolder
-from focusdpo_jax.evaluation.scenes import Scene, Subject
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.toybox import pretraining
 from focusdpo_jax.training import models, run_data
 
@@ -37,7 +37,7 @@ def config(tiny_folder):
 
 @pytest.fixture(scope="module")
 def probe():
-    """The probe with random weights, and biases that make it see something."""
+    """The probe with random weights, and biases that produce detections."""
     shapes = jax.eval_shape(pretraining.init_probe, jax.random.key(0))
     draw = np.random.default_rng(0)
     probe = jax.tree.map(lambda x: draw.normal(0, 0.05, x.shape).astype(np.float32), shapes)
@@ -47,14 +47,16 @@ def probe():
 
 @pytest.fixture(scope="module")
 def sides(config):
-    """A base, and a policy a little beside it."""
+    """A base model, and a policy with slightly different weights."""
     base = models.load_model(config)
     policy = base.with_parameters(jax.tree.map(lambda x: x * 1.05, base.parameters))
     return {"base": lambda: base, "policy": lambda: policy}
 
 
 def evaluate(path, config, probe, sides, sampling=SAMPLING, **how):
-    benchmark = benchmarks.Toybox(config, probe, samples=1, seed=0, limit=None, batch_size=2)
+    benchmark = benchmarks.ToyboxBenchmark(
+        config, probe, samples=1, seed=0, limit=None, batch_size=2
+    )
     return runner.run(OutputFolder(path), benchmark, sides, sampling, batch_size=2, **how)
 
 
@@ -87,7 +89,9 @@ def test_results(whole):
 
 def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
     # Another chance of leaking moves every later draw of a scene's random numbers.
-    benchmark = benchmarks.Toybox(config, probe, samples=1, seed=0, limit=None, batch_size=2)
+    benchmark = benchmarks.ToyboxBenchmark(
+        config, probe, samples=1, seed=0, limit=None, batch_size=2
+    )
     scenes = benchmark.scenes(OutputFolder(tmp_path))
     assert len(scenes) == 4
     for scene, record in zip(scenes, run_data.open_data(config)["test"], strict=True):
@@ -96,23 +100,23 @@ def test_scenes_are_those_of_the_runs_test_split(config, probe, tmp_path):
             np.testing.assert_array_equal(Image.open(subject.reference), expected["reference"])
 
 
-def test_a_stopped_evaluation_goes_on_to_the_same_results(
+def test_a_resumed_evaluation_has_the_same_results(
     config, probe, sides, whole, tmp_path, monkeypatch
 ):
-    kept, saved = OutputFolder.save_picture, []
+    kept, saved = OutputFolder.save_image, []
 
     def stop_at_the_sixth(self, side, scene, picture):
         if len(saved) == 5:
             raise KeyboardInterrupt
-        saved.append(self.picture_path(side, scene))
+        saved.append(self.image_path(side, scene))
         kept(self, side, scene, picture)
 
-    monkeypatch.setattr(OutputFolder, "save_picture", stop_at_the_sixth)
+    monkeypatch.setattr(OutputFolder, "save_image", stop_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, config, probe, sides)
-    monkeypatch.setattr(OutputFolder, "save_picture", kept)
+    monkeypatch.setattr(OutputFolder, "save_image", kept)
     written = {path: os.stat(path).st_mtime_ns for path in saved}
-    # A picture and a score that were being written are no harm.
+    # An image and a score that were being written are no harm.
     (tmp_path / "pictures" / "base" / "0000_0.png.tmp").write_text("half")
     evaluate(tmp_path, config, probe, sides)
     assert {path: os.stat(path).st_mtime_ns for path in saved} == written
@@ -135,18 +139,21 @@ def test_shares_add_up(config, probe, sides, whole, tmp_path):
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
 
 
-def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
+def test_truncated_prompts_are_reported_once(sides, tmp_path, caplog):
     """Of both sides together; a benchmark of two scenes in which nothing is found."""
     Image.new("RGB", (8, 8)).save(tmp_path / "box.png")
-    box = Subject("box", "a box", str(tmp_path / "box.png"))
+    box = BenchmarkSubject("box", "a box", str(tmp_path / "box.png"))
     long = "a ball and a star and a ring and a cross and a heart and a box on grass"
 
     class TwoScenes:
-        settings, place_scorer, about = {"seed": 0}, None, "Two scenes."
+        settings, region_scorer, about = {"seed": 0}, None, "Two scenes."
         scorers = [scoring.MissingScorer("nothing")]
 
         def scenes(self, folder):
-            return [Scene("a", long, (box, box), 0, "a"), Scene("b", "a box", (box,), 1, "b")]
+            return [
+                BenchmarkScene("a", long, (box, box), 0, "a"),
+                BenchmarkScene("b", "a box", (box,), 1, "b"),
+            ]
 
     runner.run(OutputFolder(tmp_path / "out"), TwoScenes(), sides, SAMPLING, batch_size=2)
     (message,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
@@ -154,10 +161,10 @@ def test_prompts_that_are_cut_are_told_once(sides, tmp_path, caplog):
     assert "The model does not read 'a box'" in message
 
 
-def test_pictures_of_another_program(config, probe, whole, tmp_path):
+def test_images_of_another_program(config, probe, whole, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
-    with pytest.raises(UserError, match="lacks 4 of 4 pictures, such as 0000_0.png"):
+    with pytest.raises(UserError, match="lacks 4 of 4 images, such as 0000_0.png"):
         evaluate(tmp_path / "out", config, probe, {}, images=images)
     for path in (whole / "pictures" / "policy").iterdir():
         Image.open(path).save(images / path.name)
@@ -194,13 +201,13 @@ def test_compare(whole, tmp_path):
 
 
 def scene(name, group, *subjects):
-    return Scene(name, "", tuple(Subject(s, s, "") for s in subjects), 0, group)
+    return BenchmarkScene(name, "", tuple(BenchmarkSubject(s, s, "") for s in subjects), 0, group)
 
 
 def test_values_are_grouped_and_padded():
     scenes = [scene("a", "x", "1"), scene("b", "y", "1", "2"), scene("c", "x", "1")]
     scores = {"a": {"m": 1.0}, "b": {"m": [2.0, None]}, "c": {"m": 3.0, "n": 5.0}}
-    found = summaries.grouped(scenes, scores)
+    found = summaries.values_by_group(scenes, scores)
     np.testing.assert_array_equal(found["m"], [[1, 3], [2, NAN]])
     np.testing.assert_array_equal(found["n"], [[NAN, 5], [NAN, NAN]])
 

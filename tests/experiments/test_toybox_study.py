@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import types
 
 import jax
 import numpy as np
@@ -62,7 +63,9 @@ def no_training(study, monkeypatch):
             )
         return subprocess.CompletedProcess(line, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    # Not in the module `subprocess` itself, through which matplotlib looks for fonts.
+    stand_in = types.SimpleNamespace(run=run, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(study[0], "subprocess", stand_in)
     return ran
 
 

@@ -16,7 +16,7 @@ def correspond(reference_features, reference_masks, target_features, present, ar
     described = spaf.subject_and_background_prototypes(
         reference_features, reference_masks, present, 3
     )
-    similarity, background = spaf.compare(described, target_features)
+    similarity, background = spaf.prototype_similarity(described, target_features)
     return spaf.match(similarity, present, area, rho, background)
 
 
@@ -84,7 +84,9 @@ def test_inside_and_outside_of_a_reference():
         features, jnp.array([[[1.0, 0.0, 0.0]]]), ALL(1), 1
     )
     np.testing.assert_allclose(described, [[[[[1.0, 0.0]], [[0.0, 1.0]]]]], atol=1e-6)
-    similarity, background = spaf.compare(described, jnp.array([[[[3.0, 0.0], [0.6, 0.8]]]]))
+    similarity, background = spaf.prototype_similarity(
+        described, jnp.array([[[[3.0, 0.0], [0.6, 0.8]]]])
+    )
     np.testing.assert_allclose(similarity, [[[[1.0, 0.6]]]], atol=1e-6)
     np.testing.assert_allclose(background, [[[0.0, 0.8]]], atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Prompts and reference pictures as users give them."""
+"""Parsing of prompts, and loading of reference images and masks."""
 
 import json
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focusdpo_jax.data.images import decode_picture
+from focusdpo_jax.data.images import decode_image
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.inference import prompts
 from focusdpo_jax.inference.prompts import Prompt, Reference
@@ -86,14 +86,14 @@ def test_reference_is_padded_upright_and_on_white(tmp_path):
     np.testing.assert_array_equal(loaded[2], np.tile([255, 0, 0], (4, 1)))
 
 
-def test_bad_pictures_are_named(tmp_path):
+def test_bad_images_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:5000])
     for name, reason in (
         ("none", "no such file"),
-        ("text", "is no picture in PNG"),
+        ("text", "is not an image in PNG"),
         ("half", "is truncated"),
     ):
         with pytest.raises(UserError, match=reason) as error:
@@ -102,20 +102,20 @@ def test_bad_pictures_are_named(tmp_path):
 
 
 def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
-    """16 bits were white, floats black, and a cut-out's transparency no mask."""
+    """Earlier versions decoded 16 bits as white, floats as black, and ignored a cut-out's alpha."""
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     for name in ("a.png", "a.tiff"):
         Image.fromarray(grey).save(tmp_path / name)
         loaded = prompts.load_reference(tmp_path / name, 8)
         np.testing.assert_array_equal(loaded[..., 0], np.rint(grey / 257))
-        place = prompts.load_place(Reference("a.png", mask=str(tmp_path / name)), 8)
+        place = prompts.load_region_mask(Reference("a.png", mask=str(tmp_path / name)), 8)
         np.testing.assert_array_equal(place, np.float32(np.rint(grey / 257)) / 255)
     profile = example_pairs.rgb_profile(*example_pairs.ADOBE_RGB)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     (tmp_path / "adobe.png").write_bytes(example_pairs.encoded(pixels, icc_profile=profile))
     np.testing.assert_array_equal(
         prompts.load_reference(tmp_path / "adobe.png", 8),
-        decode_picture(example_pairs.encoded(pixels, icc_profile=profile))[0],
+        decode_image(example_pairs.encoded(pixels, icc_profile=profile))[0],
     )
     Image.fromarray(np.float32(grey) / 65535).save(tmp_path / "float.tiff")
     with pytest.raises(UserError, match=r"reference .*float.tiff has 32 bits a channel"):
@@ -123,7 +123,7 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
     alpha = np.zeros((8, 8), np.uint8)
     alpha[2:5, 3:7] = 255
     Image.fromarray(np.dstack([np.zeros_like(pixels), alpha])).save(tmp_path / "cut.png")
-    place = prompts.load_place(Reference("a.png", mask=str(tmp_path / "cut.png")), 8)
+    place = prompts.load_region_mask(Reference("a.png", mask=str(tmp_path / "cut.png")), 8)
     np.testing.assert_array_equal(place, alpha / np.float32(255))
 
 
@@ -136,7 +136,7 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
         ("a.png:a star*-1", "scale = -1.0"),
     ],
 )
-def test_bad_places_and_scales_are_named(text, reason):
+def test_bad_regions_and_scales_are_named(text, reason):
     with pytest.raises(UserError, match="reference a.png") as error:
         prompts.parse_reference(text)
     assert reason in str(error.value)
@@ -159,15 +159,15 @@ def test_file_gives_references_as_objects(tmp_path):
             prompts.read_prompts(path)
 
 
-def test_places(tmp_path):
-    box = prompts.load_place(Reference("a.png", box=(0.25, 0, 1, 0.5)), 8)
+def test_region_masks(tmp_path):
+    box = prompts.load_region_mask(Reference("a.png", box=(0.25, 0, 1, 0.5)), 8)
     expected = np.zeros((8, 8))
     expected[:4, 2:] = 1
     np.testing.assert_array_equal(box, expected)
-    assert prompts.load_place(Reference("a.png"), 4).all()
+    assert prompts.load_region_mask(Reference("a.png"), 4).all()
     Image.fromarray(np.uint8(expected * 255)).save(tmp_path / "mask.png")
     mask = Reference("a.png", mask=str(tmp_path / "mask.png"))
-    np.testing.assert_array_equal(prompts.load_place(mask, 8), expected)
+    np.testing.assert_array_equal(prompts.load_region_mask(mask, 8), expected)
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match="dark all over"):
-        prompts.load_place(mask, 8)
+    with pytest.raises(UserError, match="dark everywhere"):
+        prompts.load_region_mask(mask, 8)

@@ -366,7 +366,7 @@ def test_check_of_a_whole_export(kind, request, tmp_path):
     found = export_check.check(out.parent, out, names, whole=True)
     assert found.reference and found.largest <= 1 and found.mean < 0.02
     assert export_check.describe(found, names).startswith(
-        "checked: diffusers draws the same picture with a reference, "
+        "checked: diffusers generates the same image with a reference, "
         f"largest difference {found.largest}/255, mean 0"
     )
     for file, tensor in (
@@ -404,7 +404,7 @@ def test_check_needs_packages(exported, monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "diffusers" else 1
     )
     with pytest.raises(
-        UserError, match="draws with diffusers, .*; diffusers is not installed here: pip"
+        UserError, match="generates with diffusers, .*; diffusers is not installed here: pip"
     ):
         export_check.check(exported[0].parent, exported[0], PARTS, whole=True)
 

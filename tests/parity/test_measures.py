@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from focusdpo_jax.errors import UserError  # noqa: E402
 from focusdpo_jax.evaluation import scoring
-from focusdpo_jax.evaluation.scenes import Scene, Subject  # noqa: E402
+from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject  # noqa: E402
 from focusdpo_jax.models.tokenizer import write_vocabulary  # noqa: E402
 from focusdpo_jax.vision import encoders
 from tests.parity import oracles  # noqa: E402
@@ -27,7 +27,7 @@ SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Pictures of odd sizes: three photographs and what was drawn."""
+    """Images of odd sizes: three photographs and a generated image."""
     folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     paths = []
     for i, size in enumerate([(301, 417), (150, 97), (224, 260), (80, 80)]):
@@ -38,7 +38,9 @@ def files(tmp_path_factory):
 
 
 def measured(scorer, files, prompt=""):
-    scene = Scene("a", prompt, (Subject("s", "s", files[0], tuple(files[:-1])),), 0, "s")
+    scene = BenchmarkScene(
+        "a", prompt, (BenchmarkSubject("s", "s", files[0], tuple(files[:-1])),), 0, "s"
+    )
     return scorer.score([scene], [np.asarray(Image.open(files[-1]).convert("RGB"))], [[None]])[0]
 
 

@@ -230,7 +230,7 @@ def test_the_command_checks_what_it_wrote(finished, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(
-        r"^checked: diffusers draws the same picture with a reference, largest difference [01]/255, "
+        r"^checked: diffusers generates the same image with a reference, largest difference [01]/255, "
         r"mean 0[.\d]*/255$",
         result.stdout,
         re.MULTILINE,
@@ -239,7 +239,7 @@ def test_the_command_checks_what_it_wrote(finished, tmp_path):
     tensors = {name: np.asarray(value) for name, value in tensor_file.read(path)[0].items()}
     tensors["image_proj.norm_out.weight"] = -tensors["image_proj.norm_out.weight"]
     tensor_file.write(path, tensors)
-    with pytest.raises(UserError, match="one picture differs by up to"):
+    with pytest.raises(UserError, match="one image differs by up to"):
         export_check.check(finished, tmp_path / "out", ("adapter",), whole=False)
 
 

@@ -11,10 +11,10 @@ import tiny
 from etils import epath
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import planner, programs, report, shapes
+from focusdpo_jax.planning import planner, programs, report
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import builders
+from focusdpo_jax.training import builders, shapes
 from focusdpo_jax.training.state import create_state, make_optimizer
 from focusdpo_jax.training.step import compile_step
 

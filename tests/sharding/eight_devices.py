@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tiny
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from focusdpo_jax.profiling import collectives
 from focusdpo_jax.sharding import attention
@@ -122,13 +123,20 @@ def restored(folder, workdir, mesh, saved):
 
 
 def divided_attention():
-    """Difference of partitioned and plain attention, for sizes that divide and that do not."""
+    """Largest difference between attention split over a mesh and the whole.
+
+    Batches and heads that divide among the devices and that do not; inputs on the host, and on the
+    mesh in another layout than that of the split.
+    """
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, 4)
-    found = []
+    split, found = attention.by_example_and_head(mesh, jax.nn.dot_product_attention), []
     for batch, heads in ((4, 2), (3, 2), (4, 3)):
         arrays = np.random.default_rng(0).normal(size=(3, batch, 8, heads, 4)).astype(np.float32)
-        ours = jax.jit(attention.by_example_and_head(mesh, jax.nn.dot_product_attention))(*arrays)
-        found.append(float(abs(ours - jax.nn.dot_product_attention(*arrays)).max()))
+        whole = jax.nn.dot_product_attention(*arrays)
+        by_length = NamedSharding(mesh, PartitionSpec(None, "data"))
+        placed = [jax.device_put(x, by_length) for x in arrays]
+        for ours in (jax.jit(split)(*arrays), jax.jit(split)(*placed), split(*placed)):
+            found.append(float(abs(np.asarray(ours) - np.asarray(whole)).max()))
     return found
 
 

@@ -63,7 +63,7 @@ def test_meshes_train_like_one_device(measured):
     assert gathers["largest"] < 0.05 * gathers["bytes"]
     assert gathers["alive"] < size / 3
 
-    assert max(measured["attention"]) < 1e-6
+    assert len(measured["attention"]) == 9 and max(measured["attention"]) < 1e-6
 
     # A checkpoint of one mesh is restored on another bit by bit.
     assert measured["restored"] == {"2x1x1": True, "1x1x1": True}
@@ -119,3 +119,10 @@ def test_errors_of_invalid_meshes_name_valid_sizes(sizes, batch, message):
 def test_one_axis_takes_the_remaining_devices():
     made = mesh.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, 4)
     assert dict(made.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+
+
+def test_every_axis_is_left_to_the_partitioner():
+    """Explicit axes are the default of some versions of jax, where `shard_map` refuses our inputs."""
+    sizes, devices = {"data": -1, "fsdp": 1, "tensor": 1}, [jax.devices()[0]] * 2
+    for made in (mesh.make_mesh(sizes, 4, devices), mesh.inference_mesh(4)):
+        assert made.axis_types == (jax.sharding.AxisType.Auto,) * 3

@@ -35,5 +35,5 @@ def test_dilation_by_hand():
     mask[3, 3] = True
     wide = np.zeros((7, 7), bool)
     wide[1:6, 1:6] = True
-    np.testing.assert_array_equal(nuisances.dilated(mask, 2), wide)
-    np.testing.assert_array_equal(nuisances.dilated(mask, 0), mask)
+    np.testing.assert_array_equal(nuisances.dilate(mask, 2), wide)
+    np.testing.assert_array_equal(nuisances.dilate(mask, 0), mask)

@@ -1,4 +1,4 @@
-"""The stages that make the small generator's encoders."""
+"""Losses that train the small generator's encoders."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from focusdpo_jax.toybox import pretraining
 from focusdpo_jax.training import loop
 
 
-def test_crops_lie_around_the_mask():
+def test_crops_are_centred_on_the_mask():
     rows, columns = jnp.meshgrid(jnp.arange(64), jnp.arange(64), indexing="ij")
     images = jnp.stack([rows, columns, rows * 0], axis=-1)[None]
     mask = jnp.zeros((1, 64, 64), bool).at[0, 30:35, 28:31].set(True)
@@ -25,7 +25,7 @@ def test_crops_lie_around_the_mask():
     assert 1 < np.std(middles) < 4
 
 
-def test_crops_stay_inside_the_picture():
+def test_crops_stay_inside_the_image():
     images = jnp.arange(64 * 64 * 3).reshape(1, 64, 64, 3)
     mask = jnp.zeros((1, 64, 64), bool).at[0, 0, 63].set(True)
     (crop,) = pretraining.crops_around(images, mask, jax.random.key(0), 32)

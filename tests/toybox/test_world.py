@@ -60,7 +60,7 @@ def test_disrupted_subjects_keep_class_and_change_visibly(records):
     assert 0.5 < disrupted / subjects < 0.85  # Expected: (0.2 * 1 + 0.4 * 4/3 + 0.4 * 12/7) / 2.2.
 
 
-def test_leaks_come_from_a_neighbour_and_only_when_asked_for():
+def test_leaks_come_from_a_neighbour_with_the_given_probability():
     def leaks(world):
         found = 0
         for index in range(40):
@@ -297,7 +297,7 @@ def test_pattern_scale_changes_patterned_subjects_alone():
         assert np.array_equal(usual.color, wide.color) == (name == "plain")
 
 
-def test_scenes_with_two_of_a_class_come_as_often_as_asked_for():
+def test_scenes_with_two_of_a_class_have_the_given_frequency():
     world = toybox.World(count_probabilities=(0.2, 0.4, 0.4), same_class_probability=0.5)
     several, twins = 0, 0
     for index in range(150):

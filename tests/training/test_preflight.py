@@ -21,8 +21,7 @@ from focusdpo_jax.models.clip import CLIPVisionConfig
 from focusdpo_jax.models.generator import PARTS, GeneratorConfig
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary
-from focusdpo_jax.planning import memory
-from focusdpo_jax.training import builders, loop, models, preflight, run_data
+from focusdpo_jax.training import builders, loop, memory, models, preflight, run_data
 from focusdpo_jax.training.part_shapes import part_shapes
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

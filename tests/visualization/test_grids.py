@@ -1,4 +1,4 @@
-"""Where the tiles of a page are, which columns it has, and what a focus map looks like."""
+"""Layout and columns of image grids, and colours of focus maps."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_tiles_stand_side_by_side_magnified():
     assert (page == GREEN).all(-1).sum() == 64 * 64
 
 
-def test_columns_without_pictures_are_left_out():
+def test_columns_without_images_are_left_out():
     width = lambda *rows: grids.preference_grid(list(rows)).shape[1]
     column = 64 + 4
     assert width(row(policy=flat(RED))) == width(row()) + column
@@ -104,7 +104,7 @@ def test_focus_grid_has_a_column_for_each_map():
     assert similarity[0, 0].sum() > similarity[0, -1].sum() + 300
 
 
-def test_heat_is_ordered_and_keeps_the_place():
+def test_heat_is_monotonic_and_keeps_positions():
     weights = np.linspace(0, 2, 16).reshape(4, 4)
     grey = np.full((32, 32, 3), 128, np.uint8)
     picture = grids.heat(weights, grey)
@@ -120,7 +120,7 @@ def test_heat_is_ordered_and_keeps_the_place():
     assert (grids.heat(np.zeros((4, 4)), grey) == picture[0, 0]).all()
 
 
-def test_heat_shows_the_picture_in_grey():
+def test_heat_shows_the_image_in_grey():
     image = flat(RED)
     image[:, 16:] = GREEN
     picture = grids.heat(np.zeros((3, 3)), image).astype(int)  # 3 does not divide 32.

@@ -1,21 +1,24 @@
-"""Whether a run's parameters and optimiser fit in memory, from shapes alone and before anything is built.
+"""Checks from shapes alone whether parameters and optimiser fit in memory, before anything is built.
 
-What is counted is a lower bound: what a device holds during every step. Activations and temporaries
-need the compiled program; `planner` has them.
+The count is a lower bound: the bytes that a device holds during every step. Activations and
+temporaries need the compiled program; `planner` adds them.
 """
 
 import math
 import resource
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from focusdpo_jax import config as config_lib
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import shapes
 from focusdpo_jax.sharding import mesh as meshes
-from focusdpo_jax.training import models
+from focusdpo_jax.training import models, shapes
 from focusdpo_jax.training.assembly import assemble
 from focusdpo_jax.training.state import create_state, make_optimizer
 
@@ -27,8 +30,8 @@ _PROCESS_LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmDat
 _RANK = 32
 
 
-def held(config, mesh):
-    """What each device holds during every step.
+def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
+    """Returns the bytes that each device holds during every step, by kind.
 
     Args:
       config: of a generator's objective, whose files are there.
@@ -39,7 +42,7 @@ def held(config, mesh):
       "gradient" and "images".
 
     Raises:
-      UserError: the model has nothing of what `config.trainable` names.
+      UserError: the model lacks the part that `config.trainable` names.
     """
     # The same bytes in fewer arrays.
     config = config_lib.replace(config, {"model.scan_layers": True})
@@ -73,10 +76,11 @@ def held(config, mesh):
     return sizes
 
 
-def bytes_per_device(tree, shardings=None):
-    """Bytes of the shards that each device has of a tree of arrays or shapes.
+def bytes_per_device(tree: Any, shardings: Any = None) -> int:
+    """Returns the bytes of the shards that each device has of a tree of arrays or shapes.
 
     Args:
+      tree: arrays or `jax.ShapeDtypeStruct`s.
       shardings: a tree of shardings like `tree`, or one for all; None takes the leaves' own.
     """
     leaves = jax.tree.leaves(tree)
@@ -92,10 +96,10 @@ def bytes_per_device(tree, shardings=None):
     )
 
 
-def limit(device):
-    """Bytes that a device of this process can hold, or None where that is unknown.
+def limit(device: jax.Device) -> int | None:
+    """Returns the bytes that a device of this process can hold, or None where that is unknown.
 
-    Of a CPU it is the memory of this machine that is free, under the limits of the process and of its
+    For a CPU it is the memory of this machine that is free, under the limits of the process and of its
     control group; all CPU devices of a process share it.
     """
     if device.platform != "cpu":
@@ -104,14 +108,14 @@ def limit(device):
     return min(found) if found else None
 
 
-def require_fit(config, mesh):
-    """Compares what a run holds with the memory of the devices.
+def require_fit(config: RunConfig, mesh: Mesh) -> tuple[int, int | None]:
+    """Compares the bytes that a run holds with the memory of the devices.
 
     Args:
       config, mesh: see `held`.
 
     Returns:
-      (bytes held, bytes there are or None), of each device.
+      (bytes held, bytes available or None), of each device.
 
     Raises:
       UserError: the devices hold less; it names the fields that would change that.
@@ -133,8 +137,8 @@ def require_fit(config, mesh):
     )
 
 
-def _cure(config, mesh, needed, available):
-    """The end of a message: which fields would make a run fit.
+def _cure(config: RunConfig, mesh: Mesh, needed: Mapping[str, int], available: int) -> str:
+    """Returns the end of a message: which fields would make a run fit.
 
     Args:
       config, mesh, needed: arguments and result of `held`.
@@ -149,7 +153,8 @@ def _cure(config, mesh, needed, available):
     ]
     if fitting:
         return "give " + ", or ".join(fitting)
-    together, least = {}, sum(needed.values())
+    together: dict[str, Any] = {}
+    least = sum(needed.values())
     for changes, size in alone:
         if together:
             size = _total(config_lib.replace(config, together | changes), mesh)
@@ -161,8 +166,8 @@ def _cure(config, mesh, needed, available):
     return even + "use devices with more memory, or more of them with config.mesh.fsdp"
 
 
-def _savings(config, mesh, needed):
-    """Changes of a configuration that save memory, those first that change least of what is trained."""
+def _savings(config: RunConfig, mesh: Mesh, needed: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, ordered by how little they change what is trained."""
     if not config.data.cache:
         yield {"data.cache": True}
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
@@ -182,25 +187,25 @@ def _savings(config, mesh, needed):
         yield {"trainable": "lora"} | ({} if config.model.lora_rank else {"model.lora_rank": _RANK})
 
 
-def _total(config, mesh):
-    """Bytes held by a configuration on the devices of a mesh, which it divides as it says."""
+def _total(config: RunConfig, mesh: Mesh) -> int:
+    """Bytes that a configuration holds on each device, on a mesh of its own over these devices."""
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, list(mesh.devices.flat))
     return sum(held(config, mesh).values())
 
 
-def _named(changes):
+def _named(changes: Mapping[str, Any]) -> str:
     return " and ".join(f"config.{field} = {value!r}" for field, value in changes.items())
 
 
-def _machine():
-    """Bytes of memory and swap that are free."""
+def _machine() -> Iterator[int]:
+    """Yields the free bytes of memory and swap."""
     entries = dict(_entries("/proc/meminfo"))
     if "MemAvailable" in entries:
         yield entries["MemAvailable"] + entries.get("SwapFree", 0)
 
 
-def _process():
-    """Bytes that the limits of the process (ulimit -v, ulimit -d) leave to it."""
+def _process() -> Iterator[int]:
+    """Yields the bytes that the limits of the process (ulimit -v, ulimit -d) leave."""
     used = dict(_entries("/proc/self/status"))
     for kind, name in _PROCESS_LIMITS:
         soft, _ = resource.getrlimit(kind)
@@ -208,10 +213,10 @@ def _process():
             yield max(soft - used[name], 0)
 
 
-def _control_groups():
-    """Bytes that the limits of this process's control groups, of either version, leave to it.
+def _control_groups() -> Iterator[int]:
+    """Yields the bytes that the limits of this process's control groups, of either version, leave.
 
-    Pages of files count as used there, but are given back when memory is needed.
+    The kernel counts cached pages of files as used there, but frees them when memory is needed.
     """
     swap = dict(_entries("/proc/meminfo")).get("SwapFree", 0)
     for line in _text("/proc/self/cgroup").splitlines():
@@ -239,7 +244,7 @@ def _control_groups():
             yield max(int(allowed) - int(used) + files, 0) + swap
 
 
-def _entries(path):
+def _entries(path: str) -> Iterator[tuple[str, int]]:
     """(name, bytes) of the lines of a file of Linux such as "MemTotal:  16384 kB"."""
     for line in _text(path).splitlines():
         name, _, value = line.partition(":")
@@ -247,8 +252,8 @@ def _entries(path):
             yield name, 1024 * int(value.split()[0])
 
 
-def _text(path):
-    """The content of a file, empty where there is none."""
+def _text(path: epath.PathLike) -> str:
+    """Returns the content of a file, or "" where there is none."""
     try:
         return epath.Path(path).read_text()
     except OSError:

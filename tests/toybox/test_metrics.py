@@ -1,4 +1,4 @@
-"""Every rule of the measures on scenes whose counts can be checked by hand."""
+"""Every rule of the metrics, on scenes whose counts can be checked by hand."""
 
 import types
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from focusdpo_jax import toybox
-from focusdpo_jax.toybox import measures
+from focusdpo_jax.toybox import metrics as toybox_metrics
 
 PLAIN, STRIPES, DOTS = (toybox.PATTERNS.index(name) for name in ("plain", "stripes", "dots"))
 NAN = np.nan
@@ -28,7 +28,7 @@ def truth_of(*scenes, slots=3):
 
 
 def readings_of(*scenes, classes=6):
-    """Readings of pictures that show the given subjects, each on 6 % of the picture."""
+    """Readings of images that show the given subjects, each on 6 % of the image."""
     fields = {
         name: np.zeros((len(scenes), classes), float if "hue" in name else int)
         for name in GREEN
@@ -44,9 +44,9 @@ def readings_of(*scenes, classes=6):
 
 
 def measure_one(shown, asked):
-    """Measures of one scene, without the batch axis."""
+    """Metrics of one scene, without the batch axis."""
     truth, present = truth_of(asked, slots=2)
-    result = measures.measure(readings_of(shown), truth, present)
+    result = toybox_metrics.compute(readings_of(shown), truth, present)
     return {name: values[0] for name, values in result.items()}
 
 
@@ -111,13 +111,13 @@ def test_a_missing_subject_has_no_fidelity_and_does_not_leak():
         ({"pattern": STRIPES, "pattern_hue": 0.98}, 0, 0),
     ],
 )
-def test_leakage_is_to_wear_the_neighbours_look_instead_of_the_own(change, leaks, hue_leaks):
+def test_leakage_is_a_neighbours_attribute_instead_of_its_own(change, leaks, hue_leaks):
     result = measure_one([GREEN | change, BLUE], [GREEN, BLUE])
     np.testing.assert_array_equal(result["leakage"], [leaks, 0])
     np.testing.assert_array_equal(result["hue_leakage"], [hue_leaks, 0])
 
 
-def test_a_hue_within_tolerance_of_both_is_the_own():
+def test_a_hue_within_tolerance_of_both_counts_as_its_own():
     # 0.39 is 0.06 from both.
     result = measure_one([GREEN | {"hue": 0.39}, BLUE], [GREEN, BLUE | {"hue": 0.45}])
     assert result["hue"][0] == 1 and result["hue_leakage"][0] == 0
@@ -150,12 +150,12 @@ def test_leakage_needs_a_neighbour():
     np.testing.assert_allclose(result["fidelity"], [1 / 3, NAN])
 
 
-def test_scene_measures_and_empty_rows():
+def test_scene_metrics_and_empty_rows():
     truth, present = truth_of([GREEN], [GREEN], [GREEN], [BLUE])
     readings = readings_of([GREEN], [GREEN, BLUE], [GREEN, BLUE | {"area": 0.011}], [BLUE])
     readings.background[:] = [1, 0, 1, 1]
     present[3] = False  # As for a row that only fills up a batch.
-    result = measures.measure(readings, truth, present)
+    result = toybox_metrics.compute(readings, truth, present)
     np.testing.assert_array_equal(result["class_accuracy"], [1, 0, 1, NAN])
     np.testing.assert_array_equal(result["background_accuracy"], [1, 0, 1, NAN])
     assert all(np.isnan(values[3]).all() for values in result.values())
@@ -166,14 +166,14 @@ def test_scenes_with_two_of_a_class_are_left_out():
     twin = GREEN | {"hue": 0.6}
     truth, present = truth_of([GREEN, twin, BLUE], [GREEN, BLUE])
     shown = readings_of([GREEN, BLUE], [GREEN, BLUE])
-    result = measures.measure(shown, truth, present)
+    result = toybox_metrics.compute(shown, truth, present)
     for name, values in result.items():
         assert np.isnan(values[0]).all(), name
     np.testing.assert_array_equal(result["fidelity"][1], [1, 1, NAN])
     assert result["class_accuracy"][1] == 1
 
 
-def test_renders_read_perfectly_are_perfect_and_rejected_ones_leak_when_they_do():
+def test_perfect_readings_give_perfect_metrics_and_rejected_scenes_leak():
     """On records of the world itself, with readings made of their truth."""
     world = toybox.World(seed=3)
     records = [world.record("validation", i) for i in range(30)]
@@ -182,8 +182,8 @@ def test_renders_read_perfectly_are_perfect_and_rejected_ones_leak_when_they_do(
     rejected = [[{n: s["rejected_" + n] for n in names} for s in r["subjects"]] for r in records]
     truth, present = truth_of(*chosen)
     classes = len(toybox.CLASSES)
-    clean = measures.measure(readings_of(*chosen, classes=classes), truth, present)
-    wrong = measures.measure(readings_of(*rejected, classes=classes), truth, present)
+    clean = toybox_metrics.compute(readings_of(*chosen, classes=classes), truth, present)
+    wrong = toybox_metrics.compute(readings_of(*rejected, classes=classes), truth, present)
     assert np.nanmean(clean["fidelity"]) == 1 and np.nanmean(clean["leakage"]) == 0
     assert np.nanmean(wrong["missing"]) == 0 and np.nanmean(wrong["class_accuracy"]) == 1
     disrupted = np.array(

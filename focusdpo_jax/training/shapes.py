@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from focusdpo_jax.config import RunConfig
 from focusdpo_jax.data.record import PreferenceBatch
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
@@ -23,7 +25,7 @@ class AbstractStep:
     Attributes:
       assembly: the step.
       optimizer, state, batch, key: see `trace_step`.
-      empty: int [2, L], stands for the tokens of the empty caption.
+      empty: int [2, L], in place of the tokens of the empty caption.
       others: parameters that the step does not read, whether they are held or not.
       encoders: of these, what a run holds during training, to encode its batches.
     """
@@ -38,7 +40,7 @@ class AbstractStep:
     encoders: dict
 
 
-def abstract_step(config, mesh):
+def abstract_step(config: RunConfig, mesh: Mesh) -> AbstractStep:
     """Returns the AbstractStep of a run.
 
     Args:
@@ -73,11 +75,11 @@ def abstract_step(config, mesh):
     )
 
 
-def state_shardings(state, mesh):
-    """The shardings of a TrainState: moments and averages lie as their parameters do."""
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a TrainState: moments and averages follow their parameters."""
     parts = set(state.trainable)
 
-    def sharding(path, leaf):
+    def sharding(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
         names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
         starts = [i for i, name in enumerate(names) if name in parts]
         if not starts or not leaf.shape:
@@ -87,17 +89,19 @@ def state_shardings(state, mesh):
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def raw_batch(config, generator, count=None):
-    """A PreferenceBatch of shapes, of as many subject slots as the data may need.
+def raw_batch(config: RunConfig, generator: Any, count: int | None = None) -> PreferenceBatch:
+    """Returns a PreferenceBatch of shapes, with as many subject slots as the data may need.
 
     Args:
+      config: of the run.
+      generator: gives the sizes of references and token ids.
       count: pairs; `config.batch_size` if None.
     """
     count, slots = count or config.batch_size, len(config.data.subject_counts)
     side, size = config.resolution, generator.config.image_encoder.image_size
     length = generator.config.text_encoder.max_length
 
-    def array(dtype, *shape):
+    def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((count, *shape), dtype)
 
     return PreferenceBatch(

@@ -8,8 +8,8 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import memory, shapes
 from focusdpo_jax.sharding import mesh as meshes
+from focusdpo_jax.training import memory, shapes
 
 
 def tiny_run(tmp_path, **overrides):

@@ -1,0 +1,83 @@
+"""Opens a generator by name: a run, a model folder, published weights, or a model of this package.
+
+from focusdpo_jax import pipeline
+model = pipeline.open_pipeline("runs/toybox_dpo").load()
+"""
+
+import dataclasses
+
+from etils import epath
+
+from focusdpo_jax.checkpoints import pretrained
+from focusdpo_jax.config import RunConfig
+from focusdpo_jax.models.generator import GeneratorConfig
+from focusdpo_jax.training import models, runs
+
+BASE = "base"
+_SHIPPED = "toybox"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A generator that exists under a name; nothing of its parameters is read before `load`.
+
+    Attributes:
+      name: "base", a run folder, a model folder, a folder or file of published weights, or the name of a
+        model of this package.
+      run: the `runs.Run` if it is one.
+      inpainting: whether the UNet may read more channels than latents, as one for inpainting does.
+    """
+
+    name: str
+    run: runs.Run | None
+    inpainting: bool = False
+
+    @property
+    def _model(self) -> str:
+        return _SHIPPED if self.name == BASE else self.name
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The configuration of the run; None if it is none."""
+        return self.run and self.run.config
+
+    @property
+    def resolution(self) -> int | None:
+        """Side of the images in pixels that the generator was trained on; None if that is unknown."""
+        if self.run:
+            return self.run.config.resolution
+        return 64 if self.name == BASE else None
+
+    def sizes(self) -> GeneratorConfig:
+        """Returns the sizes of the generator, from configuration files."""
+        if self.run:
+            return self.run.sizes()
+        return runs.folder_sizes(self._model, inpainting=self.inpainting)
+
+    def load(self) -> models.Model:
+        """Reads the generator: of a run, the policy by its newest weights.
+
+        Raises:
+          UserError: files are missing or damaged, or the run has no weights yet.
+        """
+        if self.run:
+            return self.run.policy()
+        return runs.load_folder(self._model, inpainting=self.inpainting)
+
+
+def open_pipeline(name, *, inpainting=False) -> Pipeline:
+    """Returns the `Pipeline` of a name.
+
+    Args:
+      name: see `Pipeline`.
+      inpainting: see `Pipeline`; a run never trains such a UNet.
+
+    Raises:
+      UserError: it is neither a model nor the folder of a run.
+    """
+    name = str(name)
+    shipped = "/" not in name and models.shipped(name).exists()
+    is_model = (
+        name == BASE or pretrained.is_model(name) or shipped and not epath.Path(name).exists()
+    )
+    return Pipeline(name=name, run=None if is_model else runs.Run(name), inpainting=inpainting)
