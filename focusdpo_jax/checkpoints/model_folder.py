@@ -1,4 +1,4 @@
-"""This package's own folder layout of a generator, written by runs and shipped with the package.
+"""The package's own folder layout of a generator, written by runs and shipped with the package.
 
     model.json                  the sizes of every part (GeneratorConfig), and the step of the run that
                                 wrote the folder; written last, so that a folder without it is incomplete
