@@ -1,7 +1,8 @@
+import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
-import types
 
 import numpy as np
 import pytest
@@ -81,9 +82,9 @@ def test_build_and_read_without_tensorflow(tmp_path):
       import importlib.util, sys
       from importlib.machinery import PathFinder
 
-      class NoTensorFlow:
-        @staticmethod
-        def find_spec(name, path=None, target=None):
+      class NoTensorFlow(PathFinder):  # Still finds the metadata of distributions.
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
           absent = name.split('.')[0] == 'tensorflow'
           return None if absent else PathFinder.find_spec(name, path, target)
 
@@ -171,16 +172,22 @@ def test_user_mistakes_are_named(path, tmp_path):
         dataset.build_toybox(file / "below", WORLD, {"train": 1})
 
 
-def test_every_module_that_renders_is_in_the_fingerprint(monkeypatch):
-    """Another renderer, another data set: stale images are never read."""
-    modules = [
-        value
-        for value in vars(toybox).values()
-        if isinstance(value, types.ModuleType) and value.__name__.startswith("focusdpo_jax.data.")
-    ]
-    assert len(modules) == 3
+def test_every_module_that_renders_is_in_the_fingerprint(monkeypatch, tmp_path):
+    """A change of the renderer's source gives another data set, so that old images are never read."""
+    imported = run(
+        """
+      import sys
+      import focusdpo_jax.toybox
+      print(*(m.split('.')[2] for m in sys.modules if m.startswith('focusdpo_jax.toybox.')))
+      """
+    ).stdout.split()
+    assert sorted(imported) == sorted(dataset._WORLD)
+    folder = tmp_path / "toybox"
+    shutil.copytree(pathlib.Path(toybox.__file__).parent, folder)
+    monkeypatch.setattr(toybox, "__file__", str(folder / "__init__.py"))
     before = dataset._world_fingerprint()
-    for module in (toybox, *modules):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "__file__", __file__)
-            assert dataset._world_fingerprint() != before, module.__name__
+    for name in dataset._WORLD:
+        source = (folder / f"{name}.py").read_bytes()
+        (folder / f"{name}.py").write_bytes(source + b"\n")
+        assert dataset._world_fingerprint() != before, name
+        (folder / f"{name}.py").write_bytes(source)

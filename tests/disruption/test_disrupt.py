@@ -271,7 +271,7 @@ def test_refused_lines_can_be_left_out(run, good, tmp_path):
 def test_the_example_of_the_documentation_runs():
     for _, text in manifest.read_lines(EXAMPLE):
         line = scene_manifest.parse_line(text, max_subjects=3, hooks=scene_manifest.Hooks())
-        scene_manifest.open_scene(
+        scene_manifest.load_scene(
             line,
             {
                 field: manifest.read_file(EXAMPLE.parent, name, field)
