@@ -433,7 +433,10 @@ def test_mistakes_on_the_command_line_are_one_line(tiny_folder, tmp_path):
         ("--config.beta=-1.0", "error: config.beta = -1.0: give a number > 0"),
         ("--config.model.pretrained=nowhere", "error: config.model.pretrained = 'nowhere'"),
         ("--config.betta=3", "error: config.betta is not a field. Did you mean"),
-        ("--config=nowhere.py", "error: --config=nowhere.py: there is no such file. Names that need no path: "),
+        (
+            "--config=nowhere.py",
+            "error: --config=nowhere.py: there is no such file. Names that need no path: ",
+        ),
         ("--config.beta=abc", "error: flag --config.beta=abc: could not convert"),
     ]:
         result = subprocess.run(
