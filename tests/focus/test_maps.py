@@ -191,10 +191,10 @@ def test_no_gradient_flows_through_a_map():
         ({"timesteps": np.zeros(3, int)}, "focus_map takes either bucket or timesteps"),
         (
             {"image_features": None},
-            "focus_map: SPAF needs image_features, reference_features and reference_masks$",
+            "focus_map: SPAF needs image_features, reference_features and reference_masks",
         ),
-        ({"subject_masks": None}, "focus_map: own_subject needs subject_masks$"),
-        ({"reference_error": None}, "focus_map: lambda_c > 0 needs reference_error$"),
+        ({"subject_masks": None}, "focus_map: own_subject needs subject_masks"),
+        ({"reference_error": None}, "focus_map: lambda_c > 0 needs reference_error"),
     ],
 )
 def test_a_missing_argument_is_named(changes, message):
