@@ -159,6 +159,7 @@ def encoded(folder: pathlib.Path, count: int):
             prototypes=None,
             similarity=normal(2, SUBJECTS + 1, 16, 16),
             area=normal(SUBJECTS),
+            subject_masks=None,
             detail=normal(2, side, side),
             quality=normal(side, side),
             index=batch.index,
