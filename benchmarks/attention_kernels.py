@@ -132,7 +132,7 @@ def calls(name: str, side: int, target: platforms.Target) -> set[attention.Call]
             inputs,
             arrays,
         )
-    return found
+    return found or set()
 
 
 def rows(sides: Iterable[int]) -> list[tuple[str, attention.Call, dict[str, str]]]:

@@ -46,7 +46,7 @@ def case(name: str, **changes) -> tuple[Any, GeneratorConfig]:
         )
     if name == "debug":
         config = load_config("sdxl_dpo", "debug", **changes)
-        return config, GeneratorConfig.from_dict(config.model.sizes)
+        return config, GeneratorConfig.from_dict(config.model.sizes or {})
     text = CLIPTextConfig()
     return load_config("sdxl_dpo", **changes), GeneratorConfig(
         unet=UNetConfig(image_context=True),

@@ -13,7 +13,7 @@ names, since other versions trace and fuse differently.
 import argparse
 import json
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 from benchmark_cases import load_config
@@ -61,7 +61,7 @@ def measure():
             compiled: Any = (
                 programs["update"]
                 .lower()
-                .compile(compiler_options={"xla_backend_optimization_level": 0})
+                .compile(compiler_options=cast(Any, {"xla_backend_optimization_level": 0}))
             )
             cases[name]["update"] |= {
                 "bytes": compiled.cost_analysis()["bytes accessed"],

@@ -153,7 +153,7 @@ def write_conditioning(folder: pathlib.Path, pairs) -> None:
     """EncodedPairs, of numpy arrays, as `step_diffusers` reads them."""
     np.savez(
         folder / "conditioning.npz",
-        **{
+        **{  # pyright: ignore[reportArgumentType]: names of arrays, none is allow_pickle
             name: np.asarray(value, np.float32)
             for name, value in {
                 "text": pairs.text,

@@ -17,7 +17,6 @@ folder with trained weights in transformers' layout. Three questions:
 """
 
 import itertools
-import pathlib
 import sys
 
 import numpy as np
@@ -95,7 +94,7 @@ def print_alike(kind, vectors, names) -> None:
     )
 
 
-def composites(encoder, patches, folder: pathlib.Path, photos, count: int) -> None:
+def composites(encoder, patches, folder: str, photos, count: int) -> None:
     """Questions 2 and 3."""
     table = (epath.Path(folder) / "prompts_and_classes.txt").read_text()
     kinds = dreambench.dreambench.classes(table, photos)
@@ -134,7 +133,7 @@ def composites(encoder, patches, folder: pathlib.Path, photos, count: int) -> No
         )
     found = [
         [box and subject_regions.Region(tuple(box)) for box in score["boxes"]]
-        for score in scoring.RegionScorer(patches).score(scenes, pictures, None)
+        for score in scoring.RegionScorer(patches).score(scenes, pictures, None)  # pyright: ignore[reportArgumentType]
     ]
     overlaps = np.array(
         [

@@ -13,7 +13,7 @@ import io
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def measure(model: Any, config: Any, batches):
         latent_shape=generator.latent_shape(config.resolution),
         place=jax.device_put,
     )
-    probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
+    probe = jax.jit(lambda p, x: read(cast(Any, Probe(TOYBOX).apply({"params": p}, x))))
     size = len(batches[0].index)
     readings = [
         probe(model.probe, jnp.asarray(images[i : i + size]) / 255)

@@ -1,6 +1,6 @@
 """Figures of Toybox's small generators: see `toybox_report`, the command that prints them."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,9 @@ def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_
     (scenes,) = loader.evaluation_batches(records, transform=transform, batch_size=count)
     figures, tables, drawn = {}, {}, None
     look = jax.jit(
-        lambda parameters, images: read(Probe(TOYBOX).apply({"params": parameters}, images))
+        lambda parameters, images: read(
+            cast(Any, Probe(TOYBOX).apply({"params": parameters}, images))
+        )
     )
 
     def measured(images):

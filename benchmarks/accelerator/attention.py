@@ -72,7 +72,7 @@ def attention_shapes(sizes: Any, resolutions, references, others=True):
             jax.eval_shape(
                 functools.partial(module.init, method=method), jax.random.key(0), *arrays
             )
-        for call in sorted(calls, reverse=True):
+        for call in sorted(calls or (), reverse=True):
             key = (call.queries, call.keys, call.heads, call.head_dim, call.masked, call.causal)
             before = found.get(key)
             found[key] = Shape(
@@ -237,7 +237,7 @@ def _compile(settings, shape, use, function):
     def program(rate, query, key, value, cotangent, mask):
         def once(carry, _):
             moved, _ = carry
-            results = made(*moved, cotangent, mask)
+            results = made(*moved, cotangent, mask)  # pyright: ignore[reportCallIssue]: jit hides the arity
             # A gradient moves its own argument, or else the result moves the query.
             steps = results[1:] or results
             moved = tuple(x + rate * step for x, step in zip(moved, steps)) + moved[len(steps) :]
@@ -283,7 +283,9 @@ def _row(settings, target, shape, use, kernels):
     cotangent[0, rows] = arguments[3][0, rows]
     exact = exact_rows(
         shape,
-        *(x[0] for x in arguments[:3]),
+        arguments[0][0],
+        arguments[1][0],
+        arguments[2][0],
         cotangent[0],
         None if arguments[4] is None else arguments[4][0],
         rows,

@@ -32,7 +32,7 @@ def configuration(settings: Any):
         {"model__lora_rank": 4 if debug else 32} if trainable == "lora" else {}
     )
     if debug:
-        sizes = dict(config.model.sizes)
+        sizes: dict[str, Any] = dict(config.model.sizes or {})
         sizes["unet"] = {**sizes["unet"], **_FEWEST}
         sizes["adapter"] = {**sizes["adapter"], "depth": 1}
         changes["model__sizes"] = sizes

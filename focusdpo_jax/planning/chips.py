@@ -324,7 +324,7 @@ def target_config(gpu: GPU) -> str:
     )
 
 
-def devices(topology: str) -> tuple[list[jax.Device], Chip]:
+def devices(topology: str) -> tuple[list[Any], Chip]:
     """Returns the devices to compile for, and their `Chip`.
 
     Args:
@@ -359,7 +359,7 @@ def devices(topology: str) -> tuple[list[jax.Device], Chip]:
     return list(described.devices), TPUS[kind]
 
 
-def _gpus(topology: str, kind: str, shape: str) -> tuple[list[jax.Device], Chip]:
+def _gpus(topology: str, kind: str, shape: str) -> tuple[list[Any], Chip]:
     count = int(shape) if shape.isdecimal() else 0 if shape else 1
     if not count or count > PER_HOST and count % PER_HOST:
         raise UserError(

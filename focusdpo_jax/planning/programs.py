@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +190,9 @@ def run_programs(
         add(
             "probe",
             "at the end",
-            lambda: jax.jit(lambda p, x: read(probe.apply({"params": p}, x))).trace(*arguments),
+            lambda: jax.jit(lambda p, x: read(cast(Any, probe.apply({"params": p}, x)))).trace(
+                *arguments
+            ),
             resident | {"inputs": arguments},
             "evaluation.batch_size",
             evaluated,

@@ -25,6 +25,7 @@ def measured(tiny_folder):
     # a TPU's or GPU's keeps memory low, as this one does.
     flags = (
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true "
         "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     )
     result = subprocess.run(
