@@ -117,10 +117,11 @@ def _is_abstract(tree):
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
-def reference_parameters(trainable, dtype, mesh):
+def reference_parameters(trainable, dtype, mesh=None):
     """Returns a copy of trainable parameters for the reference model.
 
-    Matrices are in `dtype`, in which layers use them, and the vectors of norms in float32.
+    Matrices are in `dtype`, in which layers use them, and the vectors of norms in float32. The copies of shapes are
+    placed on `mesh`; arrays keep their placement.
     """
 
     def copied(tree):

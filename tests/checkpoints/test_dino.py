@@ -155,7 +155,7 @@ def test_folders_that_do_not_fit(tmp_path):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(DINO_S16 | TINY))
     with pytest.raises(
-        UserError, match="missing: .*model.safetensors. Weights are read from safetensors"
+        UserError, match="missing: .*model.safetensors. Weights are read only from safetensors"
     ):
         dino.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -201,7 +201,7 @@ def test_missing_shards(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(DINOV2_S14 | TINY))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(
-        UserError, match="missing: .*model-00002-of-00003.safetensors. Weights are read from"
+        UserError, match="missing: .*model-00002-of-00003.safetensors. Weights are read only from"
     ):
         dino.load(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")

@@ -349,7 +349,7 @@ def test_kohyas_scale(alpha, header, scale):
             r"ss_network_alpha = 1 in its header, but .*to_q, of rank 2, has no",
         ),
         (None, {"ss_network_alpha": "x"}, "ss_network_alpha = 'x' is not a number"),
-        (np.nan, {}, "the alpha of .*to_q is nan, which is not a number"),
+        (np.nan, {}, "the alpha of .*to_q is nan, which is not a finite number"),
         (
             1,
             {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})},

@@ -145,5 +145,7 @@ def test_types_that_are_not_read_are_named(tmp_path):
     header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
-    with pytest.raises(UserError, match="x.safetensors: a is of the type F4, which is not read"):
+    with pytest.raises(
+        UserError, match="x.safetensors: a is of the type F4, which is not supported"
+    ):
         tensor_file.read(path)

@@ -158,8 +158,8 @@ def test_an_adapter_of_another_kind(refused, folder):
     message = refused(config_of(folder, model__adapter=str(adapter)), folder)
     assert message.startswith(
         f"{adapter} does not fit the model with the image encoder {folder}/sdxl/image_encoder: "
-        "adapter.input_dim = 40, but what a subject adapter of kind = 'projection' reads is "
-        "image_encoder.projection_dim = 32 wide"
+        "adapter.input_dim = 40, but a subject adapter of kind = 'projection' reads features of width "
+        "image_encoder.projection_dim = 32"
     )
     assert "sdxl_models/ip-adapter_sdxl.safetensors with sdxl_models/image_encoder" in message
     assert "Set config.model.adapter and config.model.image_encoder" in message
