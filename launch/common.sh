@@ -1,8 +1,8 @@
-# What the scripts of this folder share; they source it.
+# Functions shared by the scripts of this folder, which source this file.
 # shellcheck shell=bash
-# shellcheck disable=SC2034  # The scripts read what is set here.
+# shellcheck disable=SC2034  # The scripts read variables that are set here.
 
-# The root of the repository, also where a script is called through a symbolic link.
+# The root of the repository, also if a script is called through a symbolic link.
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 dry_run=0
 subcommand=
@@ -13,7 +13,7 @@ fail() {
   exit 2
 }
 
-# The words as a shell would read them back.
+# Prints words quoted, so that a shell reads them back unchanged.
 quote() {
   local word separator=
   for word in "$@"; do
@@ -27,7 +27,7 @@ quote() {
   done
 }
 
-# Runs a command, or prints it.
+# Runs a command; in a dry run, prints it.
 execute() {
   if ((dry_run)); then
     quote "$@"

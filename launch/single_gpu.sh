@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Trains on one GPU of this machine; --help explains.
+# Trains on one GPU of this machine. --help lists subcommands and variables.
 set -euo pipefail
 
 # Variables; the environment overrides them.
-GPU=${GPU:-0}                                 # Number or UUID of the GPU, as nvidia-smi -L says.
+GPU=${GPU:-0}                                 # Index or UUID of the GPU (nvidia-smi -L).
 VENV=${VENV:-}                                # Default: .venv of the repository.
-PYTHON=${PYTHON:-python3}                     # Python >= 3.11 that makes VENV.
-JAX_EXTRA=${JAX_EXTRA:-cuda12}                # The CUDA that install brings: cuda12 or cuda13.
-CONFIG=${CONFIG:-configs/toybox_dpo.py}       # From the root of the repository.
-WORKDIR=${WORKDIR:-}                          # Folder of the run; default: main's.
+PYTHON=${PYTHON:-python3}                     # Python >= 3.11 that creates VENV.
+JAX_EXTRA=${JAX_EXTRA:-cuda12}                # CUDA version to install: cuda12 or cuda13.
+CONFIG=${CONFIG:-configs/toybox_dpo.py}       # Relative to the root of the repository.
+WORKDIR=${WORKDIR:-}                          # Run folder; default: that of main.
 
 usage() {
   cat <<'EOF'
 Usage: [VARIABLE=value ...] launch/single_gpu.sh [--dry-run] SUBCOMMAND [flags for main]
 
-  install   makes the virtual environment VENV with this package, JAX and CUDA
-  run       trains in the foreground; run again, it resumes
+  install   creates the virtual environment VENV with this package, JAX and CUDA
+  run       trains in the foreground; if repeated, training resumes
 
-  --dry-run prints what would be done, and does nothing
+  --dry-run prints the commands, and runs none
   --help    prints this
 
 Flags for main (run), such as --config.beta=500, are added to
     python -m focusdpo_jax.main --config=CONFIG --workdir=WORKDIR
 
 Variables (default):
-  GPU (0)                          number or UUID of the GPU, as nvidia-smi -L says
+  GPU (0)                          index or UUID of the GPU, as listed by nvidia-smi -L
   VENV (.venv of the repository)   virtual environment
-  PYTHON (python3)                 Python >= 3.11 that makes VENV
+  PYTHON (python3)                 Python >= 3.11 that creates VENV
   JAX_EXTRA (cuda12)               cuda12, or cuda13 with a recent driver
   CONFIG (configs/toybox_dpo.py)   configuration file in the repository
   WORKDIR (runs/<config name>)     folder of the run
@@ -52,7 +52,7 @@ run() {
   if ! ((dry_run)); then
     require_venv
   fi
-  # With cuda among the platforms, JAX stops where it finds no GPU instead of using the CPU.
+  # With cuda among the platforms, JAX fails if it finds no GPU, instead of using the CPU.
   if ((dry_run)); then
     echo "cd $(quote "$root")"
     echo "export CUDA_VISIBLE_DEVICES=$(quote "$GPU") JAX_PLATFORMS=cuda,cpu"
@@ -61,7 +61,7 @@ run() {
   else
     cd "$root"
     export CUDA_VISIBLE_DEVICES="$GPU" JAX_PLATFORMS=cuda,cpu PATH="$VENV/bin:$PATH"
-    exec "${job[@]}" # In place of this shell, so that signals reach it.
+    exec "${job[@]}" # Replaces this shell, so that signals reach it.
   fi
 }
 

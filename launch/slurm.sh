@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on GPUs of a Slurm cluster, one process a GPU; --help explains.
+# Trains on GPUs of a Slurm cluster, one process per GPU. --help lists the variables.
 set -euo pipefail
 
 # Variables; the environment overrides them.
@@ -7,20 +7,20 @@ JOB_NAME=${JOB_NAME:-focusdpo}
 NODES=${NODES:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 CPUS_PER_GPU=${CPUS_PER_GPU:-8}
-TIME=${TIME:-24:00:00}                        # Of one stretch; the job goes on in the next.
-PARTITION=${PARTITION:-}                      # Default: the cluster's.
-ACCOUNT=${ACCOUNT:-}                          # Default: yours.
+TIME=${TIME:-24:00:00}                        # Limit of one start; then the job is queued again.
+PARTITION=${PARTITION:-}                      # Default: that of the cluster.
+ACCOUNT=${ACCOUNT:-}                          # Default: that of the user.
 VENV=${VENV:-}                                # Default: .venv of the repository.
-CONFIG=${CONFIG:-configs/toybox_dpo.py}       # From the root of the repository.
-WORKDIR=${WORKDIR:-}                          # Folder of the run; required.
+CONFIG=${CONFIG:-configs/toybox_dpo.py}       # Relative to the root of the repository.
+WORKDIR=${WORKDIR:-}                          # Run folder; required.
 
 usage() {
   cat <<'EOF'
 Usage: [VARIABLE=value ...] launch/slurm.sh [--dry-run] [flags for main]
 
-Submits a training job to Slurm: one process a GPU, on any number of nodes. The job goes back to
-the queue when it is preempted, when a node fails and when its time is up, and resumes when it
-starts again. A run that fails by itself stays ended. All nodes must see this checkout, VENV and
+Submits a training job to Slurm: one process per GPU, on any number of nodes. The job returns to
+the queue when it is preempted, when a node fails and at its time limit, and resumes when it
+starts again. If training itself fails, the job ends. All nodes must see this checkout, VENV and
 WORKDIR under the same paths.
 
   --dry-run prints the command and the batch script, and submits nothing
@@ -32,14 +32,14 @@ Flags for main, such as --config.beta=500, are added to
 Variables (default):
   JOB_NAME (focusdpo)              name of the job; its output goes to JOB_NAME-<job id>.log
   NODES (1)                        number of nodes
-  GPUS_PER_NODE (8)                ask for whole nodes, that is, for all GPUs of a node
+  GPUS_PER_NODE (8)                number of GPUs of a node; the job takes whole nodes
   CPUS_PER_GPU (8)                 CPU cores of each process
-  TIME (24:00:00)                  limit of one stretch; the job is queued again at its end
-  PARTITION, ACCOUNT               as sbatch knows them
+  TIME (24:00:00)                  time limit of one start; then the job is queued again
+  PARTITION, ACCOUNT               as for sbatch
   VENV (.venv of the repository)   virtual environment; launch/single_gpu.sh install makes it
   CONFIG (configs/toybox_dpo.py)   configuration file in the repository
   WORKDIR                          folder of the run, shared by the nodes; required
-Slurm's own SBATCH_... variables hold for everything else, such as SBATCH_QOS.
+Slurm's own SBATCH_... variables set everything else, such as SBATCH_QOS.
 
 Example:
   NODES=2 PARTITION=gpu WORKDIR=/shared/runs/dpo launch/slurm.sh
@@ -49,11 +49,13 @@ EOF
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
-# USR1 comes before the time limit, and at a preemption where the cluster sends it; only then the
-# script itself asks for another stretch. SIGTERM is a scancel, or a preemption that Slurm follows
-# up itself (--requeue): it waits for that, and so scancel ends the job for good. Processes get
-# SIGTERM by scancel, since srun would kill them when it gets one itself; and time to save, hence
-# --kill-on-bad-exit=0.
+# Signals of the batch script:
+# - USR1 arrives before the time limit, and at a preemption if the cluster sends it. Only then does
+#   the script itself queue the job again.
+# - SIGTERM is a scancel, or a preemption after which Slurm queues the job again (--requeue). The
+#   script waits for Slurm, so that scancel ends the job for good.
+# The script sends SIGTERM to the processes by scancel, since srun would kill them if it received
+# the signal itself. --kill-on-bad-exit=0 gives them time to save.
 batch_script() {
   cat <<EOF
 #!/bin/bash
@@ -62,13 +64,13 @@ cd $(quote "$root") || exit 1
 export PATH=$(quote "$VENV/bin"):"\$PATH" JAX_PLATFORMS=cuda,cpu
 echo "start \$((\${SLURM_RESTART_COUNT:-0} + 1)) on \$SLURM_JOB_NODELIST"
 again=''
-told=''
+terminated=''
 trap 'again=yes; signalled=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
-trap 'told=yes; signalled=yes' TERM
+trap 'terminated=yes; signalled=yes' TERM
 srun --kill-on-bad-exit=0 --wait=600 --cpus-per-task=$CPUS_PER_GPU \\
   $(quote "${job[@]}") &
 step=\$!
-# A signal ends wait early, not the step.
+# A signal interrupts wait; the job step goes on.
 signalled=yes
 while [ -n "\$signalled" ]; do
   signalled=''
@@ -78,7 +80,7 @@ done
 if [ "\$status" -ne 0 ] && [ -n "\$again" ]; then
   echo "interrupted with status \$status; queued again"
   scontrol requeue "\$SLURM_JOB_ID"
-elif [ "\$status" -ne 0 ] && [ -n "\$told" ]; then
+elif [ "\$status" -ne 0 ] && [ -n "\$terminated" ]; then
   echo "interrupted with status \$status; Slurm ends the job or queues it again"
   sleep 600
 fi
@@ -120,8 +122,8 @@ fi
 
 job=(python -m focusdpo_jax.main --config="$CONFIG" --workdir="$WORKDIR"
   ${arguments[@]+"${arguments[@]}"})
-# JAX expects every process to see all GPUs of its node, and takes the one of its local number:
-# hence GPUs a node, not a task.
+# JAX expects that every process sees all GPUs of its node, and uses the one of its local index:
+# so GPUs are requested per node, not per task.
 submit=(sbatch --job-name="$JOB_NAME" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE"
   --gres=gpu:"$GPUS_PER_NODE" --cpus-per-task="$CPUS_PER_GPU" --time="$TIME"
   --requeue --signal=B:USR1@180 --open-mode=append --output="$JOB_NAME-%j.log")

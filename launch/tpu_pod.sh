@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice that a queued resource brings; --help explains.
+# Trains on a Cloud TPU slice, allocated by a queued resource. --help lists the variables.
 set -euo pipefail
 
 # Variables; the environment overrides them.
-TPU_NAME=${TPU_NAME:-focusdpo}                # Of the slice, and of its queued resource.
+TPU_NAME=${TPU_NAME:-focusdpo}                # Name of the slice and of its queued resource.
 ZONE=${ZONE:-}                                # Required, such as us-west4-a.
-PROJECT=${PROJECT:-}                          # Default: gcloud's.
+PROJECT=${PROJECT:-}                          # Default: that of gcloud.
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}      # Type and size of the slice.
-RUNTIME=${RUNTIME:-}                          # Default: the one for ACCELERATOR.
+RUNTIME=${RUNTIME:-}                          # Default: by ACCELERATOR.
 PROVISIONING=${PROVISIONING:-spot}            # spot, on-demand or reserved.
-CREATE_FLAGS=${CREATE_FLAGS:-}                # More flags for create, parted by blanks.
-CONFIG=${CONFIG:-configs/toybox_dpo.py}       # From the root of the repository.
-WORKDIR=${WORKDIR:-}                          # Folder of the run, gs://...; for run and watch.
-WORKER=${WORKER:-0}                           # Whose log `logs` shows; several: all.
-POLL_SECONDS=${POLL_SECONDS:-60}              # How often watch looks.
-MAX_FAILURES=${MAX_FAILURES:-3}               # Failures in a row after which watch gives up.
+CREATE_FLAGS=${CREATE_FLAGS:-}                # More flags for create, separated by blanks.
+CONFIG=${CONFIG:-configs/toybox_dpo.py}       # Relative to the root of the repository.
+WORKDIR=${WORKDIR:-}                          # Run folder, gs://...; for run and watch.
+WORKER=${WORKER:-0}                           # Host whose log is shown; all: every host.
+POLL_SECONDS=${POLL_SECONDS:-60}              # Seconds between two checks by watch.
+MAX_FAILURES=${MAX_FAILURES:-3}               # Failures in a row that watch tolerates.
 DELETE_WHEN_DONE=${DELETE_WHEN_DONE:-0}       # 1: watch deletes the slice after the run.
 
 usage() {
@@ -23,18 +23,18 @@ Usage: [VARIABLE=value ...] launch/tpu_pod.sh [--dry-run] SUBCOMMAND [flags for 
 
 Trains on a Cloud TPU slice of any number of hosts. Needs gcloud, signed in.
 
-  create    asks for the slice; the request waits in a queue
+  create    requests the slice; the request waits in a queue
   install   copies the last commit of this checkout to all hosts and installs it there
-  run       starts training on all hosts and returns; run again, it resumes
-  watch     all of the above as needed until the run is finished: starts it again after a
+  run       starts training on all hosts and returns; if repeated, training resumes
+  watch     does all of the above as needed until the run is finished; restarts it after a
             preemption (on a new slice) or a failure
-  status    state of the request, and of the run on each host
-  logs      follows the output of host WORKER
+  status    prints the state of the request, and of the run on each host
+  logs      prints the output of host WORKER as it is written
   stop      ends the run: SIGTERM, and SIGKILL after a minute (end a watch first, or it
-            starts the run again)
+            restarts the run)
   delete    deletes the slice and its request; until then it costs money
 
-  --dry-run prints what would be done, and does nothing
+  --dry-run prints the commands, and runs none
   --help    prints this
 
 Flags for main (run and watch), such as --config.beta=500, are added to
@@ -51,8 +51,8 @@ Variables (default):
   CONFIG (configs/toybox_dpo.py)   configuration file in the repository
   WORKDIR                          folder of the run, gs://...; required for run and watch
   WORKER (0)                       host whose log is shown
-  POLL_SECONDS (60)                how often watch looks
-  MAX_FAILURES (3)                 failures in a row after which watch gives up
+  POLL_SECONDS (60)                seconds between two checks by watch
+  MAX_FAILURES (3)                 failures in a row that watch tolerates; at the next it gives up
   DELETE_WHEN_DONE (0)             1: watch deletes the slice when the run is finished
 
 Example:
@@ -67,7 +67,7 @@ say() {
   echo "$(date '+%F %T') $*"
 }
 
-# What runs on the hosts. Everything lies in the home folder: focusdpo_jax/ is the code,
+# Scripts that run on the hosts. Files are in the home folder: focusdpo_jax/ is the code,
 # focusdpo_jax.{log,pid,status} are the output, process and exit status of the run.
 
 remote_running() {
@@ -87,7 +87,7 @@ rm -rf ~/focusdpo_jax ~/focusdpo_jax.pid ~/focusdpo_jax.status
 mkdir ~/focusdpo_jax
 cd ~/focusdpo_jax
 tar -xzf ~/focusdpo_jax.tar.gz
-# The images bring an older Python than the package needs; uv brings its own.
+# The Python of the images is too old for the package; uv installs a newer one.
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet --upgrade uv
 python3 -m uv venv --quiet --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python -e . "jax[tpu]"
@@ -102,7 +102,7 @@ if running; then echo "already running"; exit 0; fi
 cat > ~/focusdpo_jax.job <<'END_OF_JOB'
 cd ~/focusdpo_jax || exit 1
 export PATH="\$HOME/focusdpo_jax/.venv/bin:\$PATH" JAX_PLATFORMS=tpu,cpu
-# Outlives the SIGTERM that also goes to training, to write down its exit status.
+# Ignores the SIGTERM that training also receives, to record its exit status.
 trap : TERM
 $(quote "${job[@]}")
 echo "\$?" > ~/focusdpo_jax.status
@@ -113,7 +113,7 @@ echo "\$!" > ~/focusdpo_jax.pid
 EOF
 }
 
-# State of a host. With a job line, what an earlier run with another line left does not count.
+# State of a host. If a job line is given, files of an earlier run with another line are ignored.
 remote_status() {
   remote_running
   if (($#)); then
@@ -197,7 +197,7 @@ describe_slice() {
   execute gcloud compute tpus tpu-vm describe "$TPU_NAME" "${location[@]}" --format='value(state)'
 }
 
-# State of the request, of the slice once there is one, MISSING, or UNKNOWN.
+# State of the request; that of the slice, if it exists; or MISSING or UNKNOWN.
 slice_state() {
   local state
   if ! state=$(describe 2>&1); then
@@ -211,7 +211,7 @@ slice_state() {
     return
   fi
   state=$(tail -n 1 <<<"$state")
-  # A preempted slice can show before its request does.
+  # The slice can be shown as preempted before its request is.
   if [[ $state == ACTIVE ]]; then
     case $(describe_slice 2>/dev/null || true) in
       *PREEMPTED) state=PREEMPTED ;;
@@ -236,7 +236,7 @@ status() {
   fi
 }
 
-# Counts a failure; gives up after too many.
+# Counts a failure; exits after too many.
 count_failure() {
   failures=$((failures + 1))
   if ((failures > MAX_FAILURES)); then
@@ -247,7 +247,7 @@ count_failure() {
   say "$1 ($failures of at most $MAX_FAILURES failures in a row)"
 }
 
-# One look at the hosts of an active slice: installs, starts, or ends the watch.
+# One check of the hosts of an active slice: installs, starts, or ends the watch.
 tend() {
   local states
   states=$(on_hosts all "$(remote_status "$(quote "${job[@]}")")") || states=
@@ -277,7 +277,7 @@ tend() {
       ;;
     *$'\n'not-started$'\n'*) say "starting the run" ;;
     *$'\n'running$'\n'*)
-      # The run has held out from one look to the next.
+      # The run has lasted from one check to the next.
       if ((was_running)); then
         failures=0
       fi
@@ -300,23 +300,23 @@ tend() {
 }
 
 dry_watch() {
-  echo "# Every $POLL_SECONDS seconds: how are the request and the slice?"
+  echo "# Every $POLL_SECONDS seconds: state of the request and of the slice"
   describe
   describe_slice
-  echo "# At first, and after a preemption once the old request is deleted:"
+  echo "# At first, and after a preemption when the old request is deleted:"
   create
   echo "# If the request was preempted, suspended or failed:"
   delete
-  echo "# If the slice is there: how is the run?"
+  echo "# If the slice exists: state of the run"
   on_hosts all "$(remote_status "$(quote "${job[@]}")")"
-  echo "# If it is not installed:"
+  echo "# If the package is not installed:"
   install
-  echo "# If it has not started, or has ended with a failure:"
+  echo "# If the run has not started, or has ended with a failure:"
   run
-  echo "# If some hosts go on while others have failed:"
+  echo "# If some hosts run while others have failed:"
   stop
   if [[ $DELETE_WHEN_DONE == 1 ]]; then
-    echo "# When it is finished:"
+    echo "# When the run is finished:"
     delete
   fi
 }
@@ -333,16 +333,16 @@ watch() {
     before=$state
     case $state in
       MISSING)
-        # Somebody deleted it: that is to stay so.
+        # The request was deleted by the user: do not make a new one.
         if ! ((wanted)); then
           say "$TPU_NAME has been deleted; the watch ends" >&2
           exit 1
         fi
-        say "asking for $ACCELERATOR"
+        say "requesting $ACCELERATOR"
         if create; then
           wanted=0
         else
-          count_failure "the request was refused; asking again"
+          count_failure "the request was refused; repeating it"
         fi
         ;;
       ACTIVE)
@@ -351,9 +351,9 @@ watch() {
         ;;
       SUSPENDED | PREEMPTED | TERMINATED | FAILED)
         if [[ $state == FAILED ]]; then
-          count_failure "the request failed; asking again"
+          count_failure "the request failed; repeating it"
         else
-          say "asking for another slice"
+          say "requesting another slice"
         fi
         was_running=0
         if delete; then
