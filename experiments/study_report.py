@@ -68,7 +68,7 @@ def estimates(trials, output: pathlib.Path, step=None):
 
 
 def write(output: pathlib.Path, reported, chosen, scores) -> None:
-    """Writes study.json, study.md, curves.png and grids.png into `output`.
+    """Writes study.json, study.md, curves.png and pictures.png into `output`.
 
     Args:
       reported: {name: list of Trial}, `base` first.
@@ -104,7 +104,7 @@ def write(output: pathlib.Path, reported, chosen, scores) -> None:
             for name, setting in chosen.items()
         )
         + "\n![Fidelity and leakage against steps](curves.png)\n\n"
-        "![References, chosen picture, and what each model draws](grids.png)\n"
+        "![References, chosen picture, and what each model draws](pictures.png)\n"
     )
     print(text)
     print(f"Report: {output / 'study.md'}")

@@ -328,8 +328,9 @@ class RunConfig:
     preserve_winner: bool = setting(
         False,
         flag(),
-        "Preference objectives: whether the gradient of the rejected image is scaled down so that, to first "
-        "order, the chosen image's error does not rise (Diffusion-SDPO, arXiv 2511.03317).",
+        "dpo, prior_dpo, focus_dpo: whether the gradient of the rejected image is scaled down so that the "
+        "chosen image's error does not rise, to first order in the predictions (Diffusion-SDPO, arXiv "
+        "2511.03317).",
     )
     condition_dropout: tuple[float, ...] = setting(
         (0.0, 0.0, 0.0),

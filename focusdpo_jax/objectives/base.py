@@ -82,7 +82,7 @@ class GeneratorObjective:
       title: for tables and model cards.
       weights: WeightInputs -> (W [N, h, w], diagnostics).
       loss: (ImageErrors of the chosen images, of the rejected ones or None, config) -> (loss [B],
-        diagnostics). `config` has `beta`, `anchor` and `anchor_fades`.
+        diagnostics). `config` has `beta`, `anchor`, `anchor_fades` and `preserve_winner`.
       reads_rejected: whether it reads both images of a pair, or the chosen one alone.
       needs_reference: whether it compares the policy with a reference model, the model at the start.
       uses_focus: whether its weights depend on the timestep: then `config.focus` defines the buckets and
