@@ -52,7 +52,8 @@ def test_rows_are_commands(tables):
     line = tables.printed(tables.command(*tables.rows("gpus")[1]))
     assert line == (
         "python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=h100 --json "
-        f"--config.model.adapter={tables.PROJECTION} --config.batch_size=1 --programs=update,reference pass"
+        f"--config.model.adapter={tables.PROJECTION} --config.batch_size=1 "
+        "'--programs=update,reference pass'"
     )
     assert "--programs" not in tables.printed(tables.command(*tables.rows("gpus")[0]))
     counts = [

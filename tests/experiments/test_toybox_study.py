@@ -143,7 +143,7 @@ def test_a_trial_trains_in_stretches_and_measures_unseen_scenes(study, tiny_fold
     path = tmp_path / "config.py"
     path.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\nimport tiny\n"
-        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(tiny_folder)!r}))\n"
+        f"def get_config():\n    return tiny.tiny_file_config(pathlib.Path({str(tiny_folder)!r}))\n"
     )
     trial = study[0].Trial("t", {"model.pretrained": str(folder)}, "test", 4, (1, 2))
     (tmp_path / "t").mkdir()
