@@ -25,7 +25,7 @@ def start(folder, workdir, devices, *arguments):
     path = folder / "tiny_processes.py"
     path.write_text(
         f"import pathlib, sys\nsys.path.insert(0, {str(TESTS)!r})\nimport tiny\n"
-        f"def get_config():\n    return tiny.tiny_config(pathlib.Path({str(folder)!r}), "
+        f"def get_config():\n    return tiny.tiny_file_config(pathlib.Path({str(folder)!r}), "
         f"steps={STEPS}, mesh__fsdp=2, objective='dpo')\n"
     )
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
