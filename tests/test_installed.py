@@ -104,6 +104,7 @@ def test_a_configuration_is_found_by_name_with_its_argument(site, tmp_path):
     assert wrong.stderr.startswith("error: config.stepz is not a field. ")
 
 
+@pytest.mark.slow
 def test_the_default_line_runs(site, tmp_path):
     changes = [f"--config.{field}={value}" for field, value in SHORT.items()]
     done = run(site, tmp_path, "focusdpo-train", "--config=toybox_dpo", *changes)

@@ -58,6 +58,7 @@ def test_focus_in_your_trainer(tmp_path):
     assert rows[-1][1] > 0.65 and rows[-1][2] < 0.62
 
 
+@pytest.mark.slow
 def test_toybox_from_data_to_table(tmp_path):
     """Two steps on 16 pairs: a table of all measures, the losses of the steps, and one of each measure again."""
     printed = run(
