@@ -38,7 +38,7 @@ def test_ci_run_refuses_a_part_that_there_is_not():
     assert os.access(script, os.X_OK)
     result = subprocess.run([script, "everything"], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: .ci/run everything: give suite, quick or lint")
+    assert result.stderr.startswith("error: .ci/run everything: give suite, quick, all or lint")
 
 
 def test_the_quick_part_is_skipped_without_python_313(tmp_path):
