@@ -44,6 +44,7 @@ def test_they_are_notebooks_without_outputs(path):
         assert set(cell) == keys
 
 
+@pytest.mark.slow
 def test_focus_in_your_trainer(tmp_path):
     """The policy starts as the reference model, and ends by preferring the chosen images."""
     printed = run("focus_in_your_trainer", tmp_path)

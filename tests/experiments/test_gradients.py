@@ -12,6 +12,7 @@ def test_cosine():
     assert gradients.cosine(np.array([1.0, 0]), np.array([3.0, 4.0])) == pytest.approx(0.6)
 
 
+@pytest.mark.slow
 def test_equal_settings_have_equal_gradients_and_others_do_not(tiny_config):
     config = tiny_config(focus__buckets=1, focus__background=0.5, trainable="full")
     found = gradients.compare(

@@ -135,6 +135,7 @@ def test_seeds_are_pooled_scene_by_scene(study, tmp_path):
     assert estimate["n"] == 2 and estimate["seeds"] == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_trial_trains_in_stretches_and_measures_unseen_scenes(study, tiny_folder, tmp_path):
     folder = tmp_path / "model"
     config = tiny.tiny_config(tiny_folder)

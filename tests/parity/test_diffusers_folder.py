@@ -479,6 +479,7 @@ def test_commands_refuse_an_inpainting_unet_in_one_line(command, arguments, chan
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_disruption_takes_unets_of_both_kinds(channels):
     """Of 9 channels and of 4; one of 8 it refuses."""
     how = {"resolution": 32, "steps": 1, "strength": 1.0, "guidance": 1.0, "batch_size": 1}
