@@ -21,7 +21,6 @@ import numpy as np
 from benchmark_cases import load_config
 
 from focusdpo_jax.checkpoints import model_folder
-from focusdpo_jax.data.record import PreferenceBatch
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from focusdpo_jax.models.generator import (
     PARTS,
@@ -34,8 +33,7 @@ from focusdpo_jax.models.vae import VAEConfig
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import assembly, models
-
-SLOTS = 3  # Subjects that a pair may have.
+from focusdpo_jax.training.shapes import raw_batch
 
 
 def case(name: str, **changes) -> tuple[Any, GeneratorConfig]:
@@ -81,29 +79,6 @@ def shapes_of(generator: Any, config: Any) -> dict[str, Any]:
     return {part: typed(part) for part in PARTS}
 
 
-def batch_shapes(generator: Any, config: Any) -> PreferenceBatch:
-    """Shapes of a PreferenceBatch."""
-    count, side = config.batch_size, config.resolution
-    reference = generator.config.image_encoder.image_size
-
-    def array(dtype, *shape) -> Any:
-        return jax.ShapeDtypeStruct((count, *shape), dtype)
-
-    return PreferenceBatch(
-        chosen=array(jnp.uint8, side, side, 3),
-        rejected=array(jnp.uint8, side, side, 3),
-        references=array(jnp.uint8, SLOTS, reference, reference, 3),
-        reference_masks=array(bool, SLOTS, reference, reference),
-        masks=array(bool, SLOTS, side, side),
-        present=array(bool, SLOTS),
-        prior_mask=array(bool, side, side),
-        time_ids=array(jnp.float32, 6),
-        token_ids=array(jnp.int32, 2, generator.config.text_encoder.max_length),
-        index=array(jnp.int32),
-        truth={},
-    )
-
-
 class Programs:
     """The two programs of a configuration's step, traced from shapes alone."""
 
@@ -115,7 +90,7 @@ class Programs:
         parts = assembly.assemble(config, generator, parameters, empty, mesh)
         self.step, self.trainable = parts.step, parts.trainable
         self.buckets, self.frozen = parts.definition.buckets, parts.definition.frozen
-        self.pairs = jax.eval_shape(parts.encode, parameters, batch_shapes(generator, config))
+        self.pairs = jax.eval_shape(parts.encode, parameters, raw_batch(config, generator))
 
     def reference_passes(self):
         """{structure: (traced reference pass, its arguments)}."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from focusdpo_jax.focus import weighting
 from focusdpo_jax.focus.buckets import BucketParams, BucketStructure
 from focusdpo_jax.focus.correspondence import Match
 
@@ -126,6 +127,16 @@ class EncoderObjective:
     needs_reference: ClassVar[bool] = False
     uses_focus: ClassVar[bool] = False
     needs_quality: ClassVar[bool] = False
+
+
+def uniform_weights(inputs: WeightInputs) -> tuple[Map, Diagnostics]:
+    """Returns W = 1 [N, h, w], and no diagnostics."""
+    return weighting.uniform_weights(inputs.prior), {}
+
+
+def prior_weights(inputs: WeightInputs) -> tuple[Map, Diagnostics]:
+    """Returns W = background + M_prior [N, h, w], and no diagnostics."""
+    return weighting.prior_weights(inputs.prior, inputs.params.background), {}
 
 
 registered: dict[str, GeneratorObjective | EncoderObjective] = {}

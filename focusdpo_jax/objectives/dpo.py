@@ -1,7 +1,12 @@
 """Diffusion-DPO (arXiv 2311.12908), uniform or under the prior mask."""
 
-from focusdpo_jax.focus import losses, weighting
-from focusdpo_jax.objectives.base import GeneratorObjective, register
+from focusdpo_jax.focus import losses
+from focusdpo_jax.objectives.base import (
+    GeneratorObjective,
+    prior_weights,
+    register,
+    uniform_weights,
+)
 
 
 def preference_loss(chosen, rejected, config):
@@ -38,7 +43,7 @@ DPO = register(
     GeneratorObjective(
         name="dpo",
         title="Diffusion-DPO",
-        weights=lambda inputs: (weighting.uniform_weights(inputs.prior), {}),
+        weights=uniform_weights,
         loss=preference_loss,
         reads_rejected=True,
         needs_reference=True,
@@ -49,10 +54,7 @@ PRIOR_DPO = register(
     GeneratorObjective(
         name="prior_dpo",
         title="DPO on the area where a pair differs",
-        weights=lambda inputs: (
-            weighting.prior_weights(inputs.prior, inputs.params.background),
-            {},
-        ),
+        weights=prior_weights,
         loss=preference_loss,
         reads_rejected=True,
         needs_reference=True,

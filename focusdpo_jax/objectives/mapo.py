@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from focusdpo_jax.focus import losses, weighting
-from focusdpo_jax.objectives.base import Diagnostics, GeneratorObjective, register
+from focusdpo_jax.focus import losses
+from focusdpo_jax.objectives.base import (
+    Diagnostics,
+    GeneratorObjective,
+    register,
+    uniform_weights,
+)
 
 _SNR = 0.5  # The paper's constant for the signal-to-noise ratio in the odds.
 _TIMESTEPS = 1000  # T, by which the log odds are multiplied.
@@ -56,7 +61,7 @@ MAPO = register(
     GeneratorObjective(
         name="mapo",
         title="MaPO",
-        weights=lambda inputs: (weighting.uniform_weights(inputs.prior), {}),
+        weights=uniform_weights,
         loss=_loss,
         reads_rejected=True,
     )

@@ -1,7 +1,12 @@
 """Supervised fine-tuning: the denoising error of the chosen images, uniform or on subjects."""
 
-from focusdpo_jax.focus import losses, weighting
-from focusdpo_jax.objectives.base import GeneratorObjective, register
+from focusdpo_jax.focus import losses
+from focusdpo_jax.objectives.base import (
+    GeneratorObjective,
+    prior_weights,
+    register,
+    uniform_weights,
+)
 
 
 def _loss(chosen, rejected, config):
@@ -13,7 +18,7 @@ SFT = register(
     GeneratorObjective(
         name="sft",
         title="supervised fine-tuning on chosen images",
-        weights=lambda inputs: (weighting.uniform_weights(inputs.prior), {}),
+        weights=uniform_weights,
         loss=_loss,
         reads_rejected=False,
     )
@@ -23,10 +28,7 @@ SUBJECT_SFT = register(
     GeneratorObjective(
         name="subject_sft",
         title="supervised fine-tuning on chosen images, subjects weighted",
-        weights=lambda inputs: (
-            weighting.prior_weights(inputs.prior, inputs.params.background),
-            {},
-        ),
+        weights=prior_weights,
         loss=_loss,
         reads_rejected=False,
     )
