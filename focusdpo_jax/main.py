@@ -51,7 +51,7 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
     "Of several processes that train together: host and port of the first, "
-    "such as 10.0.0.2:1234. Not needed on a TPU pod, GKE or Slurm, which tell by themselves.",
+    "such as 10.0.0.2:1234. Not needed on a TPU pod, GKE or Slurm, where it is detected.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many train together.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0 on.", lower_bound=0)

@@ -117,14 +117,14 @@ def _second_order(alpha, sigma):
 
 @dataclasses.dataclass(frozen=True)
 class _Sampler:
-    """What tells a sampler from another.
+    """The properties of a sampler.
 
     Attributes:
       coefficients: (alpha, sigma) [steps + 1] -> its columns of the table.
       starts_without_signal: begins at z = sigma n rather than z = n where the spacing begins at the
         noisiest timestep, which is what diffusers' `init_noise_sigma` comes to.
       lays_the_end: spreads steps + 1 timesteps, of which the last stands for the clean end.
-      steps_back: goes from t to t - T // steps, wherever the next timestep lies.
+      steps_back: goes from t to t - T // steps, whatever the next timestep is.
       between: `linspace` does not round, and levels lie between two timesteps.
     """
 
@@ -160,7 +160,7 @@ def sampling_timesteps(
       timesteps: number of training timesteps T.
       steps: number of denoiser calls, 1 to T - 1 (T - 2 with `dpmpp_2m`).
       spacing: a `Spacing`, or the name of one:
-        `leading`: multiples of T // steps, plus the offset; the noisiest lies below T - 1.
+        `leading`: multiples of T // steps, plus the offset; the noisiest is below T - 1.
         `trailing`: begins at T - 1, as few steps and zero terminal SNR need.
         `linspace`: from T - 1 to 0, rounded; with the Euler samplers not rounded, float32. (A single
         step of those and of `ddim` is at 0.)
@@ -212,7 +212,7 @@ def _levels(schedule, visited):
 
 
 def guides(scale: float) -> bool:
-    """Whether a scale asks for guidance: above 1. Otherwise the denoiser is conditional alone.
+    """Returns whether a scale means guidance: above 1. Otherwise the denoiser is conditional alone.
 
     As in diffusers, where `guidance_scale` 0 means no guidance too, rather than the unconditional
     half by itself.
@@ -311,7 +311,7 @@ def sample(
       spacing: see `sampling_timesteps`; static.
       sampler: one of `SAMPLERS`; static.
       keys: for `euler_a`, which draws noise at every step: a key for each of the latents, so that a
-        picture does not depend on its batch. The others draw nothing and look at no key.
+        image does not depend on its batch. The others draw nothing and use no key.
       known: latents to draw over; None draws from noise alone. Its `strength` is static.
 
     Returns:

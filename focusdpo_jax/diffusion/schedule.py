@@ -1,4 +1,4 @@
-"""The noise schedule of a discrete-time diffusion, and what a denoiser may be asked to predict.
+"""The noise schedule of a discrete-time diffusion, and what a denoiser may predict.
 
     z_t = alpha_t z + sigma_t e,    alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
 

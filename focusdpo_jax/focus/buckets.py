@@ -1,6 +1,6 @@
 """Timestep buckets: one step works inside one range of noise, with settings of its own.
 
-A bucket's settings come in two halves. Its *structure* says which terms of the weight exist: it is
+A bucket's settings come in two halves. Its *structure* defines which terms of the weight exist: it is
 static and decides what is compiled. Its *parameters* (timestep range, rho, lambdas, tau) are dynamic
 arguments. Buckets of equal structure share one executable, and what a structure switches off is
 never traced.
@@ -81,7 +81,7 @@ class BucketParams(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """What one step needs to know of its timestep range."""
+    """The parameters of one step's timestep range."""
 
     structure: BucketStructure
     params: BucketParams

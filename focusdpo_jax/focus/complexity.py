@@ -66,9 +66,9 @@ def local_entropy(
         M(x) = (H[p_x] - (G_sigma * H[membership])(x)) / log(bins)
 
     With hard bins the second term vanishes and this is the local entropy itself. But then a flat
-    area whose grey lies on a bin's edge turns the faintest noise into entropy log 2, and a smooth
+    area whose grey level is on a bin's edge turns the faintest noise into entropy log 2, and a smooth
     gradient into contour lines. Soft edges mend that, and subtracting the pixels' own ambiguity
-    (which leaves a Jensen-Shannon divergence) keeps a flat area at 0 wherever its grey lies. The
+    (which leaves a Jensen-Shannon divergence) keeps a flat area at 0 for every grey level. The
     price: uniform noise tops out near 0.9.
 
     Args:

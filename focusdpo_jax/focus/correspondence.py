@@ -38,7 +38,7 @@ class Match(NamedTuple):
     Attributes:
       subjects: 1 where the patch is among a subject's matches, else 0.
       union: M', 1 where any subject matches.
-      budget: how many patches of this grid were asked for, the sum of k over present subjects.
+      budget: how many patches of this grid may match, the sum of k over present subjects.
     """
 
     subjects: Float[Array, "batch subjects height width"]
@@ -289,7 +289,7 @@ def unmatched(
 
 
 def alignment(match: Match, prior: Float[AnyArray, "batch height width"]) -> Float[Array, "batch"]:
-    """How much of the match lies where it should: `|M' and M_prior| / min(k, |M_prior|)` [ours].
+    """Share of the possible match that is inside the prior: `|M' and M_prior| / min(k, |M_prior|)` [ours].
 
     Args:
       match: on the grid of `prior` (see `to_grid`); k is its budget.

@@ -98,7 +98,7 @@ def focus_weights(
         gate: how far detail is switched on; with `dpce`. Its mean is the gate rate.
 
     Raises:
-      ValueError: a map that the structure asks for is missing.
+      ValueError: a map that the structure needs is missing.
     """
     if structure.spaf and match is None:
         raise ValueError(f"structure {structure} needs `match`")

@@ -5,7 +5,7 @@
 
     python -m focusdpo_jax.objectives            # prints what each objective needs
 
-To add an objective, add one module to this package that calls `register`; modules are found by themselves.
+To add an objective, add one module to this package that calls `register`; all modules of this package are imported.
 No other module compares the name of an objective.
 """
 

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 
 from focusdpo_jax.errors import UserError
 
-# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 _GPU_SHARE = 0.75
 _GIB = 2**30
 # GPUs of one machine, in servers of eight.
@@ -44,7 +44,7 @@ class Chip:
     memory_note: str = ""
 
 
-# Memory: what the compiler says there is of it for programs. Speeds: cloud.google.com/tpu/docs. Clocks:
+# Memory: the compiler's limit for programs. Speeds: cloud.google.com/tpu/docs. Clocks:
 # such that the matrix units' operations a cycle (v4 and v5p 8 x 128 x 128 x 2, v5e 4 x 128 x 128 x 2,
 # v6e 4 x 256 x 256 x 2) give the speed of the data sheet; the compiler's estimates of a product of 4096^3
 # come to 92 %, 98 %, 96 % and 91 % of these operations a cycle (v4, v5e, v5p, v6e). Link: one axis of the
@@ -55,7 +55,7 @@ TPUS = {
     "v5p": Chip("TPU v5p", 95.74 * _GIB, 459e12, 2765e9, 180e9, 0.0, 1.75e9),
     "v6e": Chip("TPU v6e", 31.25 * _GIB, 918e12, 1640e9, 180e9, 0.0, 1.75e9),
 }
-# What the TPU compiler is asked for besides the shape. By default v4's two cores would be two devices.
+# Options of the TPU compiler besides the shape. By default v4's two cores would be two devices.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -73,7 +73,7 @@ class GPU:
       bandwidth: bytes a second of its memory.
       cache: bytes of the L2 cache.
       shared: bytes of shared memory of a multiprocessor.
-      block: bytes of it that one block may ask for.
+      block: bytes of it that one block may use.
       threads: of a multiprocessor.
       flops: dense bfloat16 operations a second with float32 sums.
       link: bytes a second that it receives from the others of its machine: NVLink, or PCIe.

@@ -59,8 +59,8 @@ def plan(
           same without what remat computes again.
         "collectives": {program: {kind: {count, bytes}}}.
         "compile_seconds", "host_bytes" (this process's peak so far).
-        "seconds_per_batch", "pairs_per_second", "model_flops_utilisation" and "speed_from", which says
-          where these come from; None where nothing is known.
+        "seconds_per_batch", "pairs_per_second", "model_flops_utilisation" and "speed_from", the source
+          of these; None where nothing is known.
         "topology", "chip", "chips", "mesh", "batch_size", "trainable", "resolution", "remat", "cache", and
           what `campaign.cost` takes: "accumulate", "checkpoint_every", "chips_per_host", "record_bytes",
           "checkpoint_bytes" and "checkpoint_bytes_per_chip".
@@ -243,12 +243,12 @@ def _estimate(
       "kernels" and "kernel_seconds" (what is added for them), "unknown_loops", "most_expensive". For GPUs:
       "roofline" (see `estimates.roofline`).
     """
-    told = collectives.received(collectives.read(text), devices)
+    received = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link
     found: dict[str, Any] = {
         "matmul_flops": work.matmul_flops / devices,
-        "bytes": told,
-        "links": told / speed if speed else None,
+        "bytes": received,
+        "links": received / speed if speed else None,
     }
     if chip.clock:
         estimate = estimates.read(text)

@@ -150,7 +150,7 @@ def encoder_task(config, workdir, mesh, sources):
         tokenize=model.tokenizer, num_subjects=run_data.subject_slots(config, sources)
     )
     trainable, frozen = objective.parameters(model, jax.random.key(config.seed))
-    # What was loaded lies on the mesh; what is new does not yet.
+    # Loaded parameters are on the mesh already; new ones are not.
     trainable = jax.device_put(trainable, rules.tree_shardings(trainable, mesh))
 
     def validation_images():

@@ -31,7 +31,7 @@ from focusdpo_jax.training.writers import import_wandb, open_writer
 
 
 def run(config, workdir, *, accept_changes=False, profile_steps=0, wandb_project=None):
-    """Trains as `config` says, or goes on where an earlier run in `workdir` stopped.
+    """Trains a model, or resumes an earlier run in `workdir`.
 
     Args:
       config: a `config.RunConfig`.
@@ -41,7 +41,7 @@ def run(config, workdir, *, accept_changes=False, profile_steps=0, wandb_project
       wandb_project: project of Weights & Biases that scalars and images are sent to as well.
 
     Raises:
-      Preempted: the process was asked to leave, and has saved.
+      Preempted: the process received a signal, and has saved.
       UserError: a mistake in the configuration, the data or the machine; another process trains in
         the folder; a loss is no longer finite. Checkpoints written before stay.
     """

@@ -52,7 +52,7 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
     trainable, frozen, parts = assembly.trainable, assembly.untrained, assembly.step.parts
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer, config.ema_decay), trainable)
-    lies = shapes.state_shardings(state, mesh)
+    shardings = shapes.state_shardings(state, mesh)
     sizes = {
         "frozen parameters": bytes_per_device(
             {part: tree for part, tree in frozen.items() if part in parts}
@@ -62,9 +62,9 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
         else bytes_per_device({part: tree for part, tree in frozen.items() if part not in parts}),
         "reference": bytes_per_device(assembly.definition.frozen.get("reference", {})),
         "trained parameters": bytes_per_device(
-            (state.trainable, state.average), (lies.trainable, lies.average)
+            (state.trainable, state.average), (shardings.trainable, shardings.average)
         ),
-        "optimizer": bytes_per_device(state.optimizer, lies.optimizer),
+        "optimizer": bytes_per_device(state.optimizer, shardings.optimizer),
         # Clipping by the global norm reads all of it before any of it is used; where gradients are
         # accumulated, the optimiser's sum of them takes its place.
         "gradient": 0 if config.accumulate > 1 else bytes_per_device(trainable),

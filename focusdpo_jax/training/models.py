@@ -33,7 +33,7 @@ _FILES = ("pretrained", "adapter", "image_encoder", "tokenizer")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A generator with its parameters, and what else lies in its folder.
+    """A generator with its parameters, and the other contents of its folder.
 
     Attributes:
       generator: the functions.

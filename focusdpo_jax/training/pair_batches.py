@@ -83,7 +83,7 @@ class PairBatches:
         return encode
 
     def encode_rows(self, parameters, batch):
-        """Encodes a PreferenceBatch of any size that lies on the host."""
+        """Encodes a PreferenceBatch of any size, on the host."""
         return self._by_rows(self.assembly.encode, parameters, batch)
 
     def _by_rows(self, encode, parameters, batch):

@@ -73,7 +73,7 @@ class Showcase:
         self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
         self._sources, self._reference = sources, reference
-        # The probe reads Toybox's attributes; of photographs nobody knows the truth.
+        # The probe reads Toybox's attributes; photographs have no ground truth.
         known = config.data.source == "toybox" and model.probe is not None
         self._measures = known and config.evaluation.scenes > 0
         self._shows = config.evaluation.pictures > 0

@@ -31,7 +31,7 @@ class TrainState:
 
     @property
     def evaluated(self):
-        """The parameters to look at and to keep: the average where there is one."""
+        """The parameters to evaluate and to save: the average if the run keeps one."""
         return self.trainable if self.average is None else self.average
 
 
