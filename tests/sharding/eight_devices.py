@@ -39,6 +39,8 @@ def make(folder, mesh):
         beta=30.0,  # More of it magnifies the errors' rounding.
         data__train_size=16,
         evaluation__pictures=1,
+        # One structure, with all maps: every mesh compiles each.
+        focus__buckets=1,
         **sizes,
     )
     task, optimizer = builders.make_task(config, epath.Path(folder)), make_optimizer(config)
