@@ -279,7 +279,9 @@ def first_step(steps: int, strength: float) -> int:
     return steps - made
 
 
-def step_noise(keys: Key[Array, "batch"], step: IntScalar, shape: tuple[int, ...]) -> Latents:
+def step_noise(
+    keys: Key[Array, "batch"], step: IntScalar, shape: tuple[int, ...]
+) -> Float[Array, "batch height width channels"]:
     """The fresh noise of one ancestral step, [B, *shape]; a row depends on its own key alone."""
 
     def draw(key):
@@ -298,7 +300,7 @@ def sample(
     sampler: str = "ddim",
     keys: Key[Array, "batch"] | None = None,
     known: Known | None = None,
-) -> Latents:
+) -> Float[Array, "batch height width channels"]:
     """Clean latents from noise; the module's docstring has the update.
 
     Args:
@@ -349,15 +351,15 @@ def sample(
         latents = alpha_next * x0 + kept * schedule.epsilon_at(prediction, latents, *here)
         if correction is not None:
             latents += correction * (x0 - x0_before)
-        if fresh is not None:
+        if fresh is not None and keys is not None:
             latents += fresh * step_noise(keys, number, latents.shape[1:])
         if known is not None and known.kept is not None:
             noised = there[0] * known.latents + there[1] * noise
             latents = known.kept * noised + (1 - known.kept) * latents
         return (latents, x0), None
 
-    start = noise.astype(jnp.float32)
-    if first:
+    start = jnp.asarray(noise, jnp.float32)
+    if known is not None and first:
         start = alpha[0] * known.latents + sigma[0] * start
     elif chosen.starts_without_signal and spacing.name != "leading":
         start = sigma[0] * start

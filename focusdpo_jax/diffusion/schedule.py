@@ -97,8 +97,8 @@ class NoiseSchedule:
         self,
         prediction: Float[AnyArray, "batch height width channels"],
         noisy: Float[AnyArray, "batch height width channels"],
-        alpha: Float[AnyArray, "..."],
-        sigma: Float[AnyArray, "..."],
+        alpha: Float[Array, "..."],
+        sigma: Float[Array, "..."],
     ) -> Float[Array, "batch height width channels"]:
         """As `to_x0`, at alpha_t and sigma_t, of a broadcastable shape, that may lie between two t."""
         prediction = jnp.asarray(prediction, jnp.float32)
@@ -113,8 +113,8 @@ class NoiseSchedule:
         self,
         prediction: Float[AnyArray, "batch height width channels"],
         noisy: Float[AnyArray, "batch height width channels"],
-        alpha: Float[AnyArray, "..."],
-        sigma: Float[AnyArray, "..."],
+        alpha: Float[Array, "..."],
+        sigma: Float[Array, "..."],
     ) -> Float[Array, "batch height width channels"]:
         """As `to_epsilon`, at alpha_t and sigma_t; see `x0_at`."""
         prediction = jnp.asarray(prediction, jnp.float32)

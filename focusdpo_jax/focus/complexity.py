@@ -125,5 +125,6 @@ def complexity(
     Raises:
       UserError: the latent grid does not divide the image.
     """
-    detail = average_to_grid(local_entropy(image, bins, sigma), prior.shape[1:])
+    _, height, width = prior.shape
+    detail = average_to_grid(local_entropy(image, bins, sigma), (height, width))
     return normalise_inside(detail, prior)

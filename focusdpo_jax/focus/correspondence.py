@@ -49,7 +49,7 @@ class Match(NamedTuple):
 def _unit(vectors: AnyArray) -> Array:
     """Vectors of length 1 along the last axis; zero stays zero."""
     squared = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
+    return jnp.asarray(vectors) * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
 
 
 def prototypes(
@@ -213,6 +213,7 @@ def match(
       The match. No gradient flows through it.
     """
     batch, subjects, height, width = similarity.shape
+    present = jnp.asarray(present)
     score = similarity.astype(jnp.float32).reshape(batch, subjects, height * width)
     score = jnp.where(present[..., None], score, -jnp.inf)
     scale = jnp.max(jnp.where(present[..., None], jnp.abs(score), 0), axis=(1, 2), keepdims=True)

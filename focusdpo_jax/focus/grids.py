@@ -37,7 +37,7 @@ def average_to_grid(
 
 def nearest_on_grid(
     maps: Float[AnyArray, "*batch rows columns"], grid: tuple[int, int]
-) -> Float[AnyArray, "*batch height width"]:
+) -> Float[Array, "*batch height width"]:
     """Reads maps at the centres of another grid's cells, whatever the ratio of the two.
 
     Nearest neighbour, because a match is a yes or a no: averaging would invent half matches.
@@ -46,7 +46,7 @@ def nearest_on_grid(
     height, width = grid
     nearest_row = ((np.arange(height) + 0.5) * rows / height).astype(int)
     nearest_column = ((np.arange(width) + 0.5) * columns / width).astype(int)
-    return maps[..., nearest_row[:, None], nearest_column]
+    return jnp.asarray(maps)[..., nearest_row[:, None], nearest_column]
 
 
 def share_on_grid(

@@ -139,7 +139,8 @@ def anchor(
       formula.
     """
     difference = jnp.mean(policy_chosen - jax.lax.stop_gradient(reference_chosen), axis=(1, 2))
-    return 0.25 * beta * difference, {"chosen_error_difference": jax.lax.stop_gradient(difference)}
+    term = jnp.asarray(0.25 * beta * difference)
+    return term, {"chosen_error_difference": jax.lax.stop_gradient(difference)}
 
 
 def preference_slope(margin: Float[AnyArray, "batch"], beta: Scalar) -> Float[Array, "batch"]:
@@ -211,7 +212,7 @@ def patch_dpo(
 def scale_gradient(value: Float[AnyArray, "*axes"], scale: Float[AnyArray, "*factors"]) -> Array:
     """Returns `value` with its gradient multiplied by `scale`, which broadcasts to it."""
     constant = jax.lax.stop_gradient(value)
-    return constant + jax.lax.stop_gradient(scale) * (value - constant)
+    return jnp.asarray(constant + jax.lax.stop_gradient(scale) * (value - constant))
 
 
 def winner_preserving_scale(

@@ -156,10 +156,11 @@ def focus_map(
         if own_subject and subject_masks is None:
             raise ValueError("focus_map: own_subject needs subject_masks")
         slots, patches = reference_features.shape[:2], image_features.shape[2:4]
+        rows, columns = reference_features.shape[2:4]
         present = jnp.ones(slots, bool) if present is None else jnp.asarray(present)
         described = correspondence.subject_and_background_prototypes(
             reference_features.reshape(*slots, -1, reference_features.shape[-1]),
-            share_on_grid(reference_masks, reference_features.shape[2:4]).reshape(*slots, -1),
+            share_on_grid(reference_masks, (rows, columns)).reshape(*slots, -1),
             present,
             prototypes,
         )

@@ -100,42 +100,48 @@ def focus_weights(
     Raises:
       ValueError: a map that the structure needs is missing.
     """
-    if structure.spaf and match is None:
-        raise ValueError(f"structure {structure} needs `match`")
-    if structure.dpce and detail is None:
-        raise ValueError(f"structure {structure} needs `detail`")
-    if structure.confidence and uncertainty is None:
-        raise ValueError(f"structure {structure} needs `uncertainty`")
+    given = (
+        ("match", structure.spaf, match),
+        ("detail", structure.dpce, detail),
+        ("uncertainty", structure.confidence, uncertainty),
+    )
+    for name, used, value in given:
+        if used and value is None:
+            raise ValueError(f"structure {structure} needs `{name}`")
+    # Not read without their term, whatever was given.
+    match = match if structure.spaf else None
+    detail = detail if structure.dpce else None
+    uncertainty = uncertainty if structure.confidence else None
 
-    prior = prior.astype(jnp.float32)
+    prior = jnp.asarray(prior, jnp.float32)
     diagnostics = {}
     opened = None  # the gate [B, 1, 1]; None is shut, and costs nothing
     # The scopes name these operations in the compiled program, where a test looks for them.
-    if structure.spaf:
+    if match is not None:
         with jax.named_scope("spaf"):
             diagnostics["alignment"] = correspondence.alignment(match, prior)
-    if structure.dpce:
+    if detail is not None:
         with jax.named_scope("dpce"):
             diagnostics["gate"] = (
                 gate(diagnostics["alignment"], params.tau, params.gate_width)
-                if structure.spaf
+                if match is not None
                 else jnp.ones(prior.shape[0], jnp.float32)
             )
             opened = diagnostics["gate"][:, None, None]
 
     inside = jnp.ones_like(prior)
-    if structure.spaf:
+    if match is not None:
         with jax.named_scope("spaf"):
             lowered = (1 - params.matched_weight) * match.union
             inside -= lowered if opened is None else (1 - opened) * lowered
             inside += params.lambda_s * (1 - match.union)
-    if structure.dpce:
+    if opened is not None and detail is not None:
         with jax.named_scope("dpce"):
             inside += opened * params.lambda_d * detail
-    if structure.confidence:
+    if uncertainty is not None:
         with jax.named_scope("confidence"):
             inside += params.lambda_c * uncertainty
-    weights = params.background + prior * inside
+    weights = jnp.asarray(params.background + prior * inside)
 
     total = jnp.sum(weights, axis=(1, 2))
 
@@ -143,7 +149,7 @@ def focus_weights(
         return jnp.sum(weights * region, axis=(1, 2)) / jnp.where(total > 0, total, 1)
 
     diagnostics["background_share"] = share(1 - prior)
-    if structure.spaf:
+    if match is not None:
         diagnostics["unmatched_share"] = share(correspondence.unmatched(prior, match.union))
         diagnostics["matched_share"] = share(prior * match.union)
     return jax.lax.stop_gradient((weights, diagnostics))
