@@ -57,12 +57,14 @@ def load(name: str, *arguments):
       arguments: of its `get_config`, in place of what follows the colon.
 
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or it is no Python file.
     """
     path, colon, argument = find(name).partition(":")
     if colon and not arguments:
         arguments = (argument,)
     spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: a configuration is a file of Python, *.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*arguments)

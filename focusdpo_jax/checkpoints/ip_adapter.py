@@ -167,7 +167,8 @@ def read_config(
                 dropped=dropped,
             )
         head_dim = int(metadata.get("head_dim", _HEAD_DIM))
-        latents, own = shapes.get("latents"), {"dropped": dropped}
+        latents = shapes.get("latents")
+        own: dict[str, Any] = {"dropped": dropped}
         if "grounding_latents" in shapes:
             latents = shapes["grounding_latents"]
             frequencies = int(metadata.get("frequencies", _FREQUENCIES))

@@ -47,9 +47,14 @@ _ENCODERS = {"autoencode": ("vae",), "attributes": ("image_encoder",), "probe": 
 class _Model(Protocol):
     """A model in memory, such as `training.models.Model`."""
 
-    generator: Generator
-    parameters: Params
-    tokenizer: Tokenizer
+    @property
+    def generator(self) -> Generator: ...
+
+    @property
+    def parameters(self) -> Params: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
 
 def export_run(
@@ -84,7 +89,8 @@ def export_run(
                 f"{weights.step}, not in model/. Run the training's command again to its end."
             )
         model = read_checkpoint()
-        config, tokenizer = model.generator.config, model.tokenizer
+        config = model.generator.config
+        tokenizer = model.tokenizer if whole else None
         read_part = functools.partial(_of_model, model.parameters)
     else:
         config = model_folder.load_config(weights.folder)
@@ -111,7 +117,7 @@ def export_run(
     try:
         output.mkdir(parents=True, exist_ok=True)
         _write(read_part, output, names, config, run["resolution"])
-        if whole:
+        if tokenizer is not None:
             diffusers_folder.save_pipeline_files(output, config, tokenizer)
         caveat = ip_adapter.diffusers_mismatch(config.adapter) if "adapter" in names else None
         if caveat:

@@ -68,7 +68,9 @@ class LazyTensor:
     @classmethod
     def of(cls, value: "np.ndarray | LazyTensor") -> "LazyTensor":
         """Wraps a numpy array; returns a `LazyTensor` unchanged."""
-        return value if isinstance(value, cls) else cls(value.shape, value.dtype, lambda: value)
+        if isinstance(value, LazyTensor):
+            return value
+        return cls(value.shape, value.dtype, lambda: value)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         value = self._read()

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-def _fields(section=RunConfig, prefix="") -> Iterator[tuple[str, dataclasses.Field]]:
+def _fields(section: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
     """(dotted name, field) of every field that is no section."""
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.type):
@@ -66,7 +66,7 @@ def _flatten(values: Mapping, prefix="") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _build(flat: Mapping[str, Any], section=RunConfig, prefix="") -> Any:
+def _build(flat: Mapping[str, Any], section: Any = RunConfig, prefix: str = "") -> Any:
     """A section of the values of `flat`, {dotted name: value}; others keep their defaults."""
     found = {}
     for field in dataclasses.fields(section):

@@ -420,5 +420,6 @@ class RunConfig:
     def dropout_chances(self) -> tuple[float, float, float]:
         """Chances of losing the caption alone, the references alone, and both (`condition_dropout`)."""
         value = self.condition_dropout
-        chances = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        return chances * (3 // len(chances))
+        chances = list(value) if isinstance(value, (tuple, list)) else [value]
+        caption, references, both = chances * (3 // len(chances))
+        return caption, references, both
