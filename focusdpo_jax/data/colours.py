@@ -7,6 +7,7 @@ does the conversion with its default rendering intent, perceptual.
 
 import functools
 import io
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -37,7 +38,9 @@ def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str,
         if found is None:
             return image, ()
         mode, transform = found
-        return ImageCms.applyTransform(image.convert(mode), transform), (CONVERTED,)
+        converted = ImageCms.applyTransform(image.convert(mode), transform)
+        assert converted is not None  # As of a conversion in place.
+        return converted, (CONVERTED,)
     except _UNUSABLE:
         return image, (IGNORED,)
 
@@ -54,7 +57,8 @@ def _conversion(mode: str, profile: bytes) -> tuple[str, ImageCms.ImageCmsTransf
     """Returns (mode to convert from, transform), or None where no conversion is needed."""
     if mode == "LAB":
         return None  # LAB is device-independent and needs no profile.
-    space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = cast(Any, opened.profile).xcolor_space
     # A grey image with the profile of an RGB space is common; other mismatches are invalid.
     if space == "GRAY" and mode not in _GREYS or (space == "CMYK") != (mode == "CMYK"):
         raise ValueError(f"a profile of {space} in an image of {mode}")

@@ -15,7 +15,7 @@ import json
 import logging as python_logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -27,6 +27,7 @@ from focusdpo_jax.files import no_room
 
 if TYPE_CHECKING:
     from focusdpo_jax.config import RunConfig
+    from focusdpo_jax.data.record import Source
 
 # Modules of `toybox` that determine its records; their source is part of the fingerprint.
 _WORLD = ("world", "subjects", "rendering", "silhouettes", "backgrounds", "nuisances")
@@ -103,7 +104,7 @@ def _world_fingerprint() -> str:
 def build(
     data_dir: epath.PathLike,
     name: str,
-    sources: Mapping[str, Sequence[dict]],
+    sources: "Mapping[str, Source]",
     settings: Mapping[str, Any],
     *,
     max_subjects: int,

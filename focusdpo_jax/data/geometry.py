@@ -150,7 +150,8 @@ def _resize(
     whole = (0, 0, pixels.shape[1], pixels.shape[0])
     if size == pixels.shape[:2] and box in (None, whole):
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size[::-1], filter_, box))
+    height, width = size
+    return np.asarray(Image.fromarray(pixels).resize((width, height), filter_, box))
 
 
 def _resize_mask(

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from focusdpo_jax import interrupts
-from focusdpo_jax.data.record import PreferenceBatch, Tokenize, check_record, encode
+from focusdpo_jax.data.record import PreferenceBatch, Source, Tokenize, check_record, encode
 from focusdpo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def make_loader(
-    source: Sequence[dict],
+    source: Source,
     *,
     batch_size: int,
     seed: int,
@@ -99,7 +99,8 @@ class Batches:
     def __init__(self, dataset: "grain.MapDataset", workers: int, options: "grain.ReadOptions"):
         """Takes a data set of batches, the number of workers and Grain's options; see `make_loader`."""
         self._dataset, self._workers, self._options = dataset, workers, options
-        self._given, self._iterator = 0, None
+        self._given = 0
+        self._iterator: Any = None
 
     def __iter__(self) -> "Batches":
         return self
@@ -215,7 +216,7 @@ def pair_transform(
 
 
 def evaluation_batches(
-    source: Sequence[dict],
+    source: Source,
     *,
     batch_size: int,
     transform: Callable[[dict], PreferenceBatch],

@@ -14,7 +14,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from focusdpo_jax.data.images import decode_png, encode_png
-from focusdpo_jax.data.record import TRUTH, check_record
+from focusdpo_jax.data.record import TRUTH, Source, check_record
 from focusdpo_jax.progress import ItemProgress
 
 VERSION = "1.0.0"  # Version of the format on disk.
@@ -72,7 +72,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
     def __init__(
         self,
         *,
-        sources: Mapping[str, Sequence[dict]],
+        sources: Mapping[str, Source],
         settings: Mapping[str, Any],
         max_subjects: int,
         **kwargs: Any,
@@ -135,7 +135,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
         del dl_manager  # Nothing is downloaded.
         return {split: self._generate_examples(source) for split, source in self._sources.items()}
 
-    def _generate_examples(self, source: Sequence[dict]) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict]]:
         progress = ItemProgress("records built", len(source))
         for position in range(len(source)):
             record = source[position]

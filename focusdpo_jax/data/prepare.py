@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from absl import logging
 from etils import epath
@@ -26,6 +26,7 @@ from focusdpo_jax import interrupts
 from focusdpo_jax.data import dataset, line_store, manifest
 from focusdpo_jax.data.dataset import PAIRS
 from focusdpo_jax.data.line_record import ImageSizes
+from focusdpo_jax.data.record import Source
 from focusdpo_jax.data.report import refused_lines_message, summarize
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import remove_unfinished, replace_file
@@ -301,7 +302,7 @@ def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     return {line: split[group] for line, group in groups.items()}
 
 
-def _spread(source: Sequence[dict]) -> list[dict]:
+def _spread(source: Source) -> list[dict]:
     """Returns some records, evenly spaced over the source."""
     count = min(_SHEET_ROWS, len(source))
     return [source[i * len(source) // count] for i in range(count)]

@@ -24,6 +24,7 @@ to S slots. Stacked examples form a `PreferenceBatch`.
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 from flax import struct
@@ -42,6 +43,14 @@ TRUTH = {
 
 Tokenize = Callable[[str], np.ndarray]
 """Maps a caption to token ids, int32 [text encoders, length]."""
+
+
+class Source(Protocol):
+    """Entries by position: a list of records, or records that are read or rendered on access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @struct.dataclass
