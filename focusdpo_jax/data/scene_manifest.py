@@ -7,7 +7,7 @@ subject's cut-out.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -69,9 +69,9 @@ class SceneLine:
         return named
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LoadedSubject:
-    """A subject with its decoded images. Missing parts are None until `fill` supplies them.
+    """A subject with its decoded images. Missing parts are None; `fill` supplies them.
 
     Attributes:
       phrase: noun phrase of the subject.
@@ -85,9 +85,19 @@ class LoadedSubject:
     reference_mask: Mask | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Subject(LoadedSubject):
+    """A subject without missing parts."""
+
+    phrase: str
+    mask: Mask
+    reference: RGBImage
+    reference_mask: Mask
+
+
+@dataclasses.dataclass(frozen=True)
 class LoadedScene:
-    """A line with its decoded images. Missing parts are None until `fill` supplies them.
+    """A line with its decoded images. Missing parts are None; `fill` supplies them.
 
     Attributes:
       caption: text that describes the image.
@@ -97,7 +107,15 @@ class LoadedScene:
 
     caption: str | None
     image: RGBImage
-    subjects: list[LoadedSubject]
+    subjects: Sequence[LoadedSubject]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene(LoadedScene):
+    """A scene without missing parts."""
+
+    caption: str
+    subjects: Sequence[Subject]
 
 
 def parse_line(text: bytes, *, max_subjects: int, hooks: Hooks) -> SceneLine:
@@ -212,7 +230,7 @@ def _check_subject(scene: LoadedScene, subject: LoadedSubject, where: str) -> No
                 f"{min(height, width)}; crop the image so that a square contains the "
                 "subject",
             )
-    if None not in (scene.caption, subject.phrase):
+    if scene.caption is not None and subject.phrase is not None:
         caption = scene.caption.casefold()
         words = [w for w in _WORDS.findall(subject.phrase.casefold()) if w not in _SMALL]
         if words and not any(word in caption for word in words):
@@ -228,8 +246,8 @@ def fill(
     line: SceneLine,
     hooks: Hooks,
     cut: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
-) -> None:
-    """Supplies the missing parts of a scene, in place.
+) -> Scene:
+    """Returns a scene with its missing parts supplied.
 
     Args:
       scene: as `load_scene` returned it.
@@ -240,27 +258,33 @@ def fill(
     Raises:
       LineError: the result of a hook cannot be used.
     """
-    shape = scene.image.shape[:2]
+    shape, subjects = scene.image.shape[:2], []
     for i, (subject, written) in enumerate(zip(scene.subjects, line.subjects, strict=True)):
         where = f"subjects[{i}]."
-        if subject.mask is None and hooks.segment is not None:
-            subject.mask = _segmented(
-                hooks, scene.image, subject.phrase, written.box, where + "mask"
-            )
-        elif subject.mask is None and written.box is not None:
-            subject.mask = geometry.box_mask(written.box, *shape)
-        if subject.phrase is None:
-            subject.phrase = _described(hooks, scene.image, subject.mask, where + "phrase")
-        if subject.reference is None:
-            subject.reference, subject.reference_mask = cut(scene.image, subject.mask)
-        elif subject.reference_mask is None:
-            subject.reference_mask = _segmented(
-                hooks, subject.reference, subject.phrase, None, where + "reference_mask"
-            )
-    if scene.caption is None:
-        scene.caption = _described(hooks, scene.image, np.ones(shape, bool), "caption")
-    for i, subject in enumerate(scene.subjects):
-        _check_subject(scene, subject, f"subjects[{i}].")
+        if subject.mask is not None:
+            mask = subject.mask
+        elif hooks.segment is not None:
+            mask = _segmented(hooks, scene.image, subject.phrase, written.box, where + "mask")
+        else:
+            assert written.box is not None  # `parse_line` requires it.
+            mask = geometry.box_mask(written.box, *shape)
+        phrase, reference = subject.phrase, subject.reference
+        if phrase is None:
+            phrase = _described(hooks, scene.image, mask, where + "phrase")
+        if reference is None:
+            reference, reference_mask = cut(scene.image, mask)
+        elif subject.reference_mask is not None:
+            reference_mask = subject.reference_mask
+        else:
+            reference_mask = _segmented(hooks, reference, phrase, None, where + "reference_mask")
+        subjects.append(Subject(phrase, mask, reference, reference_mask))
+    caption = scene.caption
+    if caption is None:
+        caption = _described(hooks, scene.image, np.ones(shape, bool), "caption")
+    filled = Scene(caption, scene.image, subjects)
+    for i, subject in enumerate(filled.subjects):
+        _check_subject(filled, subject, f"subjects[{i}].")
+    return filled
 
 
 def _segmented(
@@ -270,6 +294,7 @@ def _segmented(
     box: tuple[float, float, float, float] | None,
     field: str,
 ) -> Mask:
+    assert hooks.segment is not None  # `parse_line` requires it or a mask.
     mask = np.asarray(hooks.segment(image, phrase or "", box))
     if mask.dtype != bool or mask.shape != image.shape[:2]:
         raise LineError(
@@ -287,6 +312,7 @@ def _segmented(
 
 
 def _described(hooks: Hooks, image: RGBImage, mask: Mask, field: str) -> str:
+    assert hooks.describe is not None  # `parse_line` requires it or a text.
     text = hooks.describe(image, mask)
     if not isinstance(text, str) or not text.strip():
         raise LineError(field, f"by --captioner is {text!r:.60}; it has to return a text")

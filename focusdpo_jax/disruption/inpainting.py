@@ -52,7 +52,7 @@ def latent_mask(mask: Bool[Array, "H W"] | Mask, factor: int) -> Float[Array, "1
     """
     height, width = mask.shape
     cells = mask.reshape(height // factor, factor, width // factor, factor)
-    return cells.any((1, 3)).astype(jnp.float32)[None, :, :, None]
+    return jnp.asarray(cells.any((1, 3)), jnp.float32)[None, :, :, None]
 
 
 def make_inpaint(

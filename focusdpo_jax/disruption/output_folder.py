@@ -52,7 +52,7 @@ def write_pair(
     folder: epath.Path,
     line: scene_manifest.SceneLine,
     contents: dict[str, bytes],
-    scene: scene_manifest.LoadedScene,
+    scene: scene_manifest.Scene,
     rejected: RGBImage,
     records: list[dict],
 ) -> dict:

@@ -195,7 +195,7 @@ class _Work:
         made = output_folder.read_json(folder / "line.json")
         if made.get("digest") == digest:
             return made["line"]
-        scene_manifest.fill(scene, line, self._hooks, _cut)
+        scene = scene_manifest.fill(scene, line, self._hooks, _cut)
         self._check_tokens(scene)
         rejected, records = self._rejected(scene, contents["chosen"])
         (folder / "line.json").unlink(missing_ok=True)
@@ -206,9 +206,7 @@ class _Work:
         replace_file(folder / "line.json", json.dumps(made, indent=2) + "\n")
         return made["line"]
 
-    def _rejected(
-        self, scene: scene_manifest.LoadedScene, chosen: bytes
-    ) -> tuple[RGBImage, list[dict]]:
+    def _rejected(self, scene: scene_manifest.Scene, chosen: bytes) -> tuple[RGBImage, list[dict]]:
         """Inpaints all subjects one after another; returns the image and the scores of each subject."""
         image, records, settings = scene.image, [], self._settings
         for i, subject in enumerate(scene.subjects):

@@ -106,6 +106,7 @@ def select_candidate(instance_similarity: ArrayLike, caption_similarity: ArrayLi
     Args:
       instance_similarity, caption_similarity: [K], on any scale.
     """
-    left = len(instance_similarity) - math.floor(DROPPED * len(instance_similarity))
-    least = np.argsort(np.asarray(instance_similarity), kind="stable")[:left]
+    similarity = np.asarray(instance_similarity)
+    left = len(similarity) - math.floor(DROPPED * len(similarity))
+    least = np.argsort(similarity, kind="stable")[:left]
     return int(least[np.argmax(np.asarray(caption_similarity)[least])])
