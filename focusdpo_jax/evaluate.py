@@ -134,7 +134,7 @@ def main() -> None:
         folder,
         benchmark,
         sides,
-        sampling(config) if sides else None,
+        sampling(config) if config and sides else None,
         batch_size=batch_size,
         share=share,
         images=_IMAGES.value,

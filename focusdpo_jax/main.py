@@ -88,7 +88,7 @@ def main():
                 wandb_project=_WANDB.value,
             )
         except preemption.Preempted as reason:
-            command.leave(reason, reason.status)
+            command.leave(str(reason), reason.status)
 
 
 if __name__ == "__main__":

@@ -82,15 +82,15 @@ def main():
             f"config.objective = {config.objective!r}: a plan is for the training of a "
             f"generator; choose one of {generators}"
         )
-    options = {"utilisation": _UTILISATION.value}
+    utilisation = _UTILISATION.value
     only = ["update"] if _QUICK.value else _PROGRAMS.value
     unknown = sorted(set(only or ()) - set(programs.NAMES))
     if unknown:
         raise UserError(
-            f"--programs={','.join(only)}: {unknown[0]!r} is none of {', '.join(programs.NAMES)}"
+            f"--programs={','.join(only or ())}: {unknown[0]!r} is none of {', '.join(programs.NAMES)}"
         )
     if not _SEARCH.value:
-        _show(planner.plan(config, _TOPOLOGY.value, only=only, **options))
+        _show(planner.plan(config, _TOPOLOGY.value, only=only, utilisation=utilisation))
         return
     try:
         batches = [int(value) for value in _BATCHES.value]
@@ -108,12 +108,19 @@ def main():
             )
 
     plans = planner.search(
-        config, _TOPOLOGY.value, batches=batches, report=show, only=("update",), **options
+        config,
+        _TOPOLOGY.value,
+        batches=batches,
+        report=show,
+        only=("update",),
+        utilisation=utilisation,
     )
     best = (
         plans[0]
         if _QUICK.value
-        else planner.plan_recommended(config, _TOPOLOGY.value, plans[0]["changes"], **options)
+        else planner.plan_recommended(
+            config, _TOPOLOGY.value, plans[0]["changes"], utilisation=utilisation
+        )
     )
     if quiet:
         print(json.dumps({"recommended": best, "all": plans}, indent=2))

@@ -61,7 +61,7 @@ _TOKENIZER = flags.DEFINE_string(
     "with too many words under any vocabulary are detected.",
 )
 _WORKERS = flags.DEFINE_integer(
-    "workers", os.cpu_count(), "Processes that read, check and resize images.", lower_bound=1
+    "workers", os.cpu_count() or 1, "Processes that read, check and resize images.", lower_bound=1
 )
 
 

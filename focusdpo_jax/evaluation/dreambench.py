@@ -142,7 +142,7 @@ def _entry(
     if not isinstance(boxes, list) or len(boxes) != len(paths):
         raise UserError(f"boxes must be a list of {len(paths)}, one for each of image_paths.")
     references = []
-    for name, box in zip(paths, boxes):
+    for name, given in zip(paths, boxes):
         candidates = [base / name] + (
             [] if folder is None else [epath.Path(folder).joinpath(*epath.Path(name).parts[-2:])]
         )
@@ -152,7 +152,8 @@ def _entry(
                 f"{name} does not exist; give --dreambench with the folder of the "
                 "subjects, or paths relative to the file."
             )
-        box = None if box is None else tuple(box) if isinstance(box, list) else (box,)
+        box: Any = tuple(given) if isinstance(given, list) else (given,)
+        box = None if given is None else box
         Reference(str(found), box=box)  # Raises UserError for an invalid box.
         references.append((found, box))
     return references

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import tempfile
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -143,15 +143,16 @@ def _open(output: epath.Path, base: epath.Path, names: Collection[str], reads: b
     import diffusers
     import transformers
 
+    lazy = cast(Any, diffusers)  # It imports its classes when they are asked for.
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     try:
         parts = (
             {}
             if base == output or "unet" not in names
-            else {"unet": diffusers.UNet2DConditionModel.from_pretrained(output, subfolder="unet")}
+            else {"unet": lazy.UNet2DConditionModel.from_pretrained(output, subfolder="unet")}
         )
-        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(base, **parts)
+        pipe = lazy.StableDiffusionXLPipeline.from_pretrained(base, **parts)
         if reads:
             pipe.load_ip_adapter(
                 output,

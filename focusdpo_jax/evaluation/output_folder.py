@@ -51,7 +51,7 @@ class OutputFolder:
                     f"--output={self.path} holds an evaluation with another {', '.join(other)}. "
                     "Give another --output, or remove the folder to start again."
                 )
-            self.write("settings.json", stored | settings)
+            self.write("settings.json", {**stored, **settings})
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Remove --output={self.path}.") from error
         except OSError as error:

@@ -68,6 +68,7 @@ def run(
         given = image_source = ExternalImages(images, scenes)
         folder.claim({"images": str(images), "digest of images": given.digest()})
     else:
+        assert sampling is not None  # As `images` is.
         sampler = None
         for side, load in sides.items():
             sampler = _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)

@@ -76,9 +76,10 @@ def bootstrap_difference(
 
 def _sums(values: ArrayLike) -> Float64[np.ndarray, "scenes 2"]:
     """Returns the sum and the number of the defined values of each scene: [scenes, 2]."""
-    values = np.asarray(values, np.float64).reshape(len(values), -1)
-    defined = ~np.isnan(values)
-    return np.stack([np.where(defined, values, 0).sum(1), defined.sum(1)], axis=1)
+    given = np.asarray(values, np.float64)
+    rows = given.reshape(len(given), -1)
+    defined = ~np.isnan(rows)
+    return np.stack([np.where(defined, rows, 0).sum(1), defined.sum(1)], axis=1)
 
 
 def _resamples(scenes: int, seed: int, resamples: int) -> Float64[np.ndarray, "resamples scenes"]:

@@ -1,14 +1,14 @@
 """Toybox's test scenes as a benchmark: reference files, and the probe as a scorer."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from etils import epath
 
 from focusdpo_jax.array_types import RGBImage
-from focusdpo_jax.data.dataset import ToyboxSource
+from focusdpo_jax.data.record import Source
 from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.evaluation.scoring import Regions, Scores
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
@@ -21,7 +21,7 @@ _TRUTH = ("class_id", "hue", "pattern", "pattern_hue", "part")
 
 
 def write_scenes(
-    source: Sequence[dict] | ToyboxSource,
+    source: Source,
     count: int,
     folder: epath.PathLike,
     *,
@@ -66,9 +66,7 @@ def write_scenes(
 class ToyboxScorer:
     """Compares the probe's readings with the ground truth (see `toybox.metrics`)."""
 
-    def __init__(
-        self, probe: Any, source: Sequence[dict] | ToyboxSource, slots: int, batch_size: int
-    ):
+    def __init__(self, probe: Any, source: Source, slots: int, batch_size: int):
         """Takes the probe's parameters.
 
         Args:
@@ -81,7 +79,9 @@ class ToyboxScorer:
         self._mesh, self._source = inference_mesh(batch_size), source
         self._probe = replicate(probe, self._mesh)
         self._slots, self._batch_size = slots, batch_size
-        self._read = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x / 255.0)))
+        self._read = jax.jit(
+            lambda p, x: read(cast(Any, Probe(TOYBOX).apply({"params": p}, x / 255.0)))
+        )
 
     def score(
         self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from focusdpo_jax.checkpoints import clip as clip_folder
 from focusdpo_jax.checkpoints import dino as dino_folder
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 from focusdpo_jax.vision import preprocess
+
+if TYPE_CHECKING:
+    from focusdpo_jax.models.tokenizer import Tokenizer
 
 # Patch features that distinguish individuals best (experiments/real_photographs.py): the layer, as a
 # fraction of the number of layers, and the side of the input image in pixels.
@@ -68,7 +71,7 @@ class TextEncoder:
 
     apply: Callable
     parameters: Any
-    tokenize: Callable
+    tokenize: "Tokenizer"
 
     def __call__(self, prompts: Sequence[str]) -> Float32[np.ndarray, "N D"]:
         """Encodes N prompts; returns unit vectors, float32 [N, D]."""

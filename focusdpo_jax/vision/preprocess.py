@@ -120,4 +120,5 @@ def preprocess(
         top, left = (height - settings.crop[0]) // 2, (width - settings.crop[1]) // 2
         pixels = pixels[top : top + settings.crop[0], left : left + settings.crop[1]]
     pixels = pixels.astype(np.float32) / 255
-    return (pixels - np.float32(settings.mean)) / np.float32(settings.deviation)
+    mean, deviation = np.array(settings.mean, np.float32), np.array(settings.deviation, np.float32)
+    return (pixels - mean) / deviation

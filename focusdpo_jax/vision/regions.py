@@ -71,8 +71,9 @@ def read_mask(path: epath.PathLike, size: Sequence[int]) -> Mask | None:
       UserError: the file cannot be read.
     """
     mask = images.read_mask_levels(path) >= 128
-    if mask.shape != tuple(size):
-        mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    height, width = size
+    if mask.shape != (height, width):
+        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     return mask if mask.any() else None
 
 
@@ -149,5 +150,5 @@ def _otsu(values: np.ndarray) -> float:
     below = np.cumsum(ordered)[:-1]
     means = below / count, (ordered.sum() - below) / (len(ordered) - count)
     between = count * (len(ordered) - count) * (means[1] - means[0]) ** 2
-    cut_at = between.argmax()
+    cut_at = int(between.argmax())
     return (ordered[cut_at] + ordered[cut_at + 1]) / 2
