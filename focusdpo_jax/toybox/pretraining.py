@@ -12,7 +12,7 @@ bucket's parameters (`numbers`).
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from focusdpo_jax.models.generator import Generator
-from focusdpo_jax.toybox.probe import TOYBOX, AttributeHeads, Probe, attribute_loss
+from focusdpo_jax.toybox.probe import TOYBOX, AttributeHeads, AttributeMaps, Probe, attribute_loss
 
 if TYPE_CHECKING:
     from focusdpo_jax.data.record import PreferenceBatch
@@ -33,7 +33,7 @@ Loss = Callable[..., tuple[Array, dict[str, Array]]]
 """(trainable, frozen, batch, guidance, numbers, key) -> (scalar loss, {name: scalar term})."""
 
 
-def first_reference(batch: "PreferenceBatch") -> Array:
+def first_reference(batch: "PreferenceBatch") -> Array | np.ndarray:
     """Returns each record's first reference, which always exists: [B, R, R, 3]."""
     return batch.references[:, 0]
 
@@ -173,10 +173,10 @@ def image_encoder_loss(generator: Generator) -> Loss:
         def encode(images):
             return generator.encode_image(trainable, pixels(images))
 
-        def read(output):
+        def read(output) -> AttributeMaps:
             patches = output.penultimate[:, 1:]
             grid = patches.reshape(-1, side, side, patches.shape[-1])
-            return heads.apply({"params": trainable["heads"]}, grid)
+            return cast(Any, heads.apply({"params": trainable["heads"]}, grid))
 
         truth = batch.truth
         scenes, alone = encode(batch.chosen), encode(first_reference(batch))
@@ -213,12 +213,11 @@ def init_heads(generator: Generator, key: PRNGKeyArray) -> dict[str, Any]:
     """Returns initial parameters of the prediction heads, which are discarded after training."""
     config = generator.config.image_encoder
     side = generator.patch_grid
-    heads = AttributeHeads(TOYBOX).init(key, jnp.zeros((1, side, side, config.hidden_size)))[
-        "params"
-    ]
+    assert config.projection_dim is not None  # The loss reads projected outputs.
+    variables = AttributeHeads(TOYBOX).init(key, jnp.zeros((1, side, side, config.hidden_size)))
     names = TOYBOX.classes + TOYBOX.backgrounds
-    heads["names"] = 0.02 * jax.random.normal(key, (config.projection_dim, names))
-    return heads
+    drawn = 0.02 * jax.random.normal(key, (config.projection_dim, names))
+    return dict(variables["params"], names=drawn)
 
 
 def probe_loss(generator: Generator) -> Loss:
@@ -240,9 +239,8 @@ def probe_loss(generator: Generator) -> Loss:
         decoded = generator.decode_latents(frozen, mean)
         raw = clean[half:] + 0.05 * jax.random.normal(keys[2], clean[half:].shape)
         maps = probe.apply({"params": trainable["probe"]}, jnp.concatenate([decoded, raw]))
-
         return attribute_loss(
-            maps, batch.truth, batch.masks, batch.present, batch.truth["background"]
+            cast(Any, maps), batch.truth, batch.masks, batch.present, batch.truth["background"]
         )
 
     return loss
@@ -250,4 +248,4 @@ def probe_loss(generator: Generator) -> Loss:
 
 def init_probe(key: PRNGKeyArray) -> dict[str, Any]:
     """Returns initial parameters of the probe."""
-    return Probe(TOYBOX).init(key, jnp.zeros((1, 64, 64, 3)))["params"]
+    return dict(Probe(TOYBOX).init(key, jnp.zeros((1, 64, 64, 3)))["params"])

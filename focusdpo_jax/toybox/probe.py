@@ -7,7 +7,7 @@ can be read.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -141,7 +141,7 @@ def attribute_loss(
     labels = labels.at[..., -1].add(1.0 - coverage.sum(1))
     losses = {"class": optax.softmax_cross_entropy(maps.class_logits, labels).mean()}
 
-    def over_subjects(values, weights=1.0):
+    def over_subjects(values: Array, weights: Array | float = 1.0) -> Array:
         """Averages [B, S, g, g] over the cells that subjects cover."""
         weight = coverage * weights
         return (values * weight).sum() / jnp.maximum(weight.sum(), 1e-6)
@@ -164,7 +164,7 @@ def attribute_loss(
     losses["background"] = optax.softmax_cross_entropy_with_integer_labels(
         maps.background_logits, background
     ).mean()
-    return sum(losses.values()), losses
+    return cast(Array, sum(losses.values())), losses
 
 
 @flax.struct.dataclass

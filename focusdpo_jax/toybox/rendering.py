@@ -66,19 +66,20 @@ def render_subject(subject: Subject, pose: Pose, pattern_scale: float = 1.0) -> 
         return np.clip(share, 0, 1, out=share)
 
     name, part = CLASSES[subject.class_id], PARTS[subject.part]
-    anchor = silhouettes.ANCHORS[name][part]
+    anchors = silhouettes.ANCHORS[name]
     body = silhouettes.BODIES[name](x, y)
     coverage = covered(body)
     fill = covered(body + _OUTLINE)  # Covered pixels that are not filled have the outline's colour.
     white = np.zeros_like(fill)
     if part == "eyes":
-        whites = silhouettes.eyes(x, y, anchor)
+        whites = silhouettes.eyes(x, y, anchors["eyes"])
         rim = covered(whites - _OUTLINE)  # Separates the whites from light bodies.
         coverage = np.maximum(coverage, rim)
         fill = fill * (1 - rim)
-        white = np.maximum(covered(whites) - covered(silhouettes.pupils(x, y, anchor)), 0)
+        pupils = silhouettes.pupils(x, y, anchors["eyes"])
+        white = np.maximum(covered(whites) - covered(pupils), 0)
     else:
-        shape = covered(getattr(silhouettes, part)(x, y, anchor))
+        shape = covered(getattr(silhouettes, part)(x, y, anchors[part]))
         coverage = np.maximum(coverage, shape)
         if part == "hat":  # In front of the body; handle and legs are behind it.
             fill = fill * (1 - shape)

@@ -7,6 +7,7 @@ near most of the edge and a bound at corners, which suffices for antialiasing.
 """
 
 import math
+from typing import TypedDict
 
 import numpy as np
 
@@ -137,17 +138,31 @@ PATTERNS = {"plain": None, "stripes": stripes, "dots": dots, "checks": checks}
 
 # --- Parts ---------------------------------------------------------------------------------------
 
-# Position of each part on each body: the bottom of the hat, the centre of the eyes, the centre of the
-# handle, and the y coordinate at which the legs start.
-ANCHORS = {
-    "ball": dict(hat=(0.0, -0.84), eyes=(0.0, -0.12), handle=(0.95, 0.0), legs=0.7),
-    "box": dict(hat=(0.0, -0.78), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.7),
-    "star": dict(hat=(0.0, -0.66), eyes=(0.0, 0.0), handle=(0.62, 0.12), legs=0.4),
-    "heart": dict(hat=(0.0, -0.56), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.3),
-    "tent": dict(hat=(0.0, -0.52), eyes=(0.0, 0.30), handle=(0.60, 0.20), legs=0.7),
-    "ring": dict(hat=(0.0, -0.84), eyes=(0.0, -0.55), handle=(0.95, 0.0), legs=0.7),
-    "cross": dict(hat=(0.0, -0.84), eyes=(0.0, -0.10), handle=(0.62, 0.50), legs=0.7),
-    "moon": dict(hat=(-0.30, -0.78), eyes=(-0.28, 0.22), handle=(-0.90, 0.10), legs=0.6),
+
+class Anchors(TypedDict):
+    """Position of each part on a body.
+
+    Attributes:
+      hat: its bottom.
+      eyes, handle: their centre.
+      legs: the y coordinate at which they start.
+    """
+
+    hat: tuple[float, float]
+    eyes: tuple[float, float]
+    handle: tuple[float, float]
+    legs: float
+
+
+ANCHORS: dict[str, Anchors] = {
+    "ball": Anchors(hat=(0.0, -0.84), eyes=(0.0, -0.12), handle=(0.95, 0.0), legs=0.7),
+    "box": Anchors(hat=(0.0, -0.78), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.7),
+    "star": Anchors(hat=(0.0, -0.66), eyes=(0.0, 0.0), handle=(0.62, 0.12), legs=0.4),
+    "heart": Anchors(hat=(0.0, -0.56), eyes=(0.0, -0.12), handle=(0.86, 0.0), legs=0.3),
+    "tent": Anchors(hat=(0.0, -0.52), eyes=(0.0, 0.30), handle=(0.60, 0.20), legs=0.7),
+    "ring": Anchors(hat=(0.0, -0.84), eyes=(0.0, -0.55), handle=(0.95, 0.0), legs=0.7),
+    "cross": Anchors(hat=(0.0, -0.84), eyes=(0.0, -0.10), handle=(0.62, 0.50), legs=0.7),
+    "moon": Anchors(hat=(-0.30, -0.78), eyes=(-0.28, 0.22), handle=(-0.90, 0.10), legs=0.6),
 }
 
 
