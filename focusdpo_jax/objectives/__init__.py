@@ -45,6 +45,13 @@ def get(name: str) -> GeneratorObjective | EncoderObjective:
     return registered[name]
 
 
+def get_generator(name: str) -> GeneratorObjective:
+    """Returns the objective of this name, which has to train a generator; otherwise as `get`."""
+    objective = get(name)
+    assert isinstance(objective, GeneratorObjective), name
+    return objective
+
+
 def names() -> tuple[str, ...]:
     """Returns the names of all objectives, those of generators first."""
     _load()

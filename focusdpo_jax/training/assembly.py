@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from focusdpo_jax import objectives
 from focusdpo_jax.focus.buckets import make_buckets
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import Generator, merge_parameters, split_parameters
+from focusdpo_jax.models.parameters import flatten, unflatten
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import rules
 from focusdpo_jax.sharding.trace_context import trace_context
@@ -52,14 +52,21 @@ class Assembly:
         Args:
           others: {part: tree} of parts that are not loaded.
         """
-        return merge_parameters(trainable, self.untrained | others)
+        return merge_parameters(trainable, {**self.untrained, **others})
 
     def initial_parameters(self, others: Mapping = {}) -> dict:
         """Returns the parameters that encoding reads, those before the first step."""
         return self.all_parameters(self.definition.frozen.get("reference", {}), others)
 
 
-def assemble(config, generator, parameters, empty_token_ids, mesh, load_others=dict):
+def assemble(
+    config,
+    generator,
+    parameters,
+    empty_token_ids,
+    mesh,
+    load_others: Callable[[], Mapping[str, Any]] = dict,
+):
     """Assembles the step of a generator's objective.
 
     Args:
@@ -125,14 +132,15 @@ def reference_parameters(trainable, dtype, mesh=None):
     """
 
     def copied(tree):
-        return traverse_util.unflatten_dict(
+        return unflatten(
             {
                 path: jnp.array(x, x.dtype if stacking.is_vector(path, x.shape) else dtype)
-                for path, x in traverse_util.flatten_dict(tree).items()
+                for path, x in flatten(tree).items()
             }
         )
 
     if _is_abstract(trainable):
+        assert mesh is not None
         shapes = jax.eval_shape(copied, trainable)
         return meshes.placed_shapes(shapes, rules.tree_shardings(shapes, mesh))
     return copied(trainable)
@@ -140,7 +148,7 @@ def reference_parameters(trainable, dtype, mesh=None):
 
 def focus_buckets(config):
     """Returns {name: (StepStructure, BucketParams)} of the objective, noisiest first."""
-    focus, objective = config.focus, objectives.get(config.objective)
+    focus, objective = config.focus, objectives.get_generator(config.objective)
     follows = objective.uses_focus
     buckets = make_buckets(
         focus.buckets if follows else 1,

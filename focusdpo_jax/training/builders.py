@@ -146,6 +146,7 @@ def encoder_task(config, workdir, mesh, sources):
     model = models.load_model(config, functools.partial(rules.parameter_sharding, mesh=mesh))
     logging.info("%s", models.describe(model.parameters))
     objective = objectives.get(config.objective)
+    assert isinstance(objective, objectives.EncoderObjective), objective.name
     transform = loader.pair_transform(
         tokenize=model.tokenizer, num_subjects=run_data.subject_slots(config, sources)
     )

@@ -6,6 +6,7 @@ where TensorFlow is not installed. Here that class is imported when one is made.
 
 import sys
 import types
+from typing import Any
 
 _SUMMARY_WRITER = "clu.metric_writers.summary_writer"
 
@@ -22,6 +23,10 @@ if "clu.metric_writers" not in sys.modules:
     vars(stub)["SummaryWriter"] = _summary_writer
     sys.modules.setdefault(_SUMMARY_WRITER, stub)
 
-from clu import metric_writers, periodic_actions  # noqa: E402
+import clu.metric_writers  # noqa: E402
+import clu.periodic_actions  # noqa: E402
+
+metric_writers: Any = clu.metric_writers
+periodic_actions: Any = clu.periodic_actions
 
 __all__ = ["metric_writers", "periodic_actions"]

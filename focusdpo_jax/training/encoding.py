@@ -105,7 +105,8 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             )
         )
         marked = batch.masks.any(1) if supervised else batch.prior_mask
-        prior = average_to_grid(marked.astype(jnp.float32), mean.shape[2:4])
+        grid = mean.shape[2], mean.shape[3]
+        prior = average_to_grid(marked.astype(jnp.float32), grid)
         references = generator.encode_reference(
             parameters, batch.references.astype(jnp.float32) / 255
         )
@@ -117,7 +118,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             prototypes, similarity = source.encode(parameters, batch, flat, references)
             similarity = None if similarity is None else grouped(similarity)
             area = (batch.masks & batch.prior_mask[:, None]).mean((2, 3), dtype=jnp.float32)
-            subject_masks = average_to_grid(batch.masks.astype(jnp.float32), mean.shape[2:4])
+            subject_masks = average_to_grid(batch.masks.astype(jnp.float32), grid)
         if dpce:
             detail = grouped(
                 complexity.complexity(
@@ -128,9 +129,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
                 )
             )
         if quality:
-            found = patch_quality(
-                generator, parameters, batch, pair[:, 1], references, prior.shape[1:]
-            )
+            found = patch_quality(generator, parameters, batch, pair[:, 1], references, grid)
         return EncodedPairs(
             latents_mean=mean,
             latents_deviation=deviation,

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +99,12 @@ class StoredEncodings:
             field.name: found.pop(f"references.{field.name}", None)
             for field in dataclasses.fields(ImageView)
         }
-        return encoding.EncodedPairs(
-            references=ImageView(**references),
-            **{
-                field.name: found.get(field.name)
-                for field in dataclasses.fields(encoding.EncodedPairs)
-                if field.name != "references"
-            },
-        )
+        fields: dict[str, Any] = {
+            field.name: found.get(field.name)
+            for field in dataclasses.fields(encoding.EncodedPairs)
+            if field.name != "references"
+        }
+        return encoding.EncodedPairs(references=ImageView(**references), **fields)
 
 
 def cached(folder, key, parts, files, parameters, encode, batches, count):

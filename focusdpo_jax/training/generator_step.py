@@ -5,7 +5,7 @@ maps that weights are made of. What differs is in `focusdpo_jax.objectives`.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -147,7 +147,7 @@ class GeneratorStep:
     pair loses the same conditions in the passes of policy and reference model, for both of its images.
     """
 
-    def __init__(self, generator, config, empty_token_ids, source=None):
+    def __init__(self, generator, config, empty_token_ids, source: Any = None):
         """Initialises the step.
 
         Args:
@@ -160,7 +160,7 @@ class GeneratorStep:
         self._empty = jnp.asarray(empty_token_ids)[None]
         self._chances = config.dropout_chances
         self.drops = any(self._chances)
-        self.objective = objectives.get(config.objective)
+        self.objective = objectives.get_generator(config.objective)
         self._source = source
         # Jitted, so that passes of equal arguments are traced once, in whichever program.
         self._denoise = jax.jit(generator.denoise, static_argnames="capture")

@@ -96,8 +96,8 @@ def bytes_per_device(tree: Any, shardings: Any = None) -> int:
     )
 
 
-def limit(device: jax.Device) -> int | None:
-    """Returns the bytes that a device of this process can hold, or None where that is unknown.
+def limit(device: Any) -> int | None:
+    """Returns the bytes that a `jax.Device` of this process can hold, or None where that is unknown.
 
     For a CPU it is the memory of this machine that is free, under the limits of the process and of its
     control group; all CPU devices of a process share it.

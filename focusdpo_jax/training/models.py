@@ -22,6 +22,7 @@ from focusdpo_jax.checkpoints import (
 from focusdpo_jax.errors import MissingFiles, UserError
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import PARTS, TRAINABLE, Generator, GeneratorConfig
+from focusdpo_jax.models.parameters import flatten
 from focusdpo_jax.models.tokenizer import Tokenizer
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes, rules
@@ -382,7 +383,7 @@ def _draw(init, key, paths, types, shardings):
 
     def draw(key):
         # Of what is not returned nothing is computed.
-        flat = traverse_util.flatten_dict(init(key))
+        flat = flatten(init(key))
         return {path: flat[path].astype(types[path]) for path in paths}
 
     return jax.jit(

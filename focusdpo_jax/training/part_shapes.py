@@ -9,10 +9,10 @@ import functools
 import re
 
 import jax
-from flax import traverse_util
 
 from focusdpo_jax.models import stacking
 from focusdpo_jax.models.generator import Generator
+from focusdpo_jax.models.parameters import flatten
 
 _TOWERS = ("text_encoder", "text_encoder_2", "image_encoder")
 _FIRST = re.compile(rf"(layers|{stacking.STACKED})_0$")
@@ -73,6 +73,6 @@ def _depth(unet, stage):
 
 @functools.lru_cache(maxsize=64)
 def _traced(sizes, part):
-    return traverse_util.flatten_dict(
+    return flatten(
         jax.eval_shape(functools.partial(Generator(sizes).init_part, part), jax.random.key(0))
     )

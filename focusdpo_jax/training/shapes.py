@@ -80,7 +80,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     parts = set(state.trainable)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
-        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        names = [getattr(key, "key", getattr(key, "name", "")) for key in path]
         starts = [i for i, name in enumerate(names) if name in parts]
         if not starts or not leaf.shape:
             return meshes.replicated(mesh)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import json
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class Showcase:
         self._mesh, self._generate = mesh, generate
         self._batches, self._merged = batches, merged
         self._buckets, self._focus_maps = buckets, focus_maps
-        self._probe = jax.jit(lambda p, x: read(Probe(TOYBOX).apply({"params": p}, x)))
+        self._probe = jax.jit(lambda p, x: read(cast(Any, Probe(TOYBOX).apply({"params": p}, x))))
         self._sources, self._reference = sources, reference
         # The probe reads Toybox's attributes; photographs have no ground truth.
         known = config.data.source == "toybox" and model.probe is not None
@@ -188,7 +189,7 @@ class Showcase:
             name: meshes.fetch(self._focus_maps(structure, pairs, params, key))
             for name, (structure, params) in self._buckets.items()
         }
-        if not processes.is_first():
+        if base is None:  # Only the first process has it.
             return
         # W of the chosen pictures in the cleanest bucket.
         focus = list(maps.values())[-1].weights

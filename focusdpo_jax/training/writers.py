@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import time
+from typing import cast
 
 import numpy as np
 from absl import logging
@@ -190,25 +191,28 @@ class TensorBoardWriter(NullWriter):
 
     def write_scalars(self, step, scalars):
         """Writes scalars, each under its name."""
-        if self._events:
-            self._events.scalars(step, scalars)
+        events = cast("_Events | None", self._events)
+        if events:
+            events.scalars(step, scalars)
 
     def write_images(self, step, images):
         """Writes uint8 images [H, W, C], or [N, H, W, C] under "name/0" and so on; C is 1 or 3."""
-        if not self._events:
+        events = cast("_Events | None", self._events)
+        if not events:
             return
         for name, image in images.items():
             image = np.asarray(image)
             if image.ndim == 3:
-                self._events.image(step, name, image)
+                events.image(step, name, image)
             else:
                 for i, one in enumerate(image):
-                    self._events.image(step, f"{name}/{i}", one)
+                    events.image(step, f"{name}/{i}", one)
 
     def close(self):
         """Closes the file."""
-        if self.__dict__.get("_events"):
-            self._events.close()
+        events = self.__dict__.get("_events")
+        if events:
+            events.close()
 
 
 class _Events:
