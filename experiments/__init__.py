@@ -1,1 +1,1 @@
-"""Studies of what the method is worth; each script describes its command line."""
+"""Experiments that measure the quality of the method. Each script documents its command line."""

@@ -1,15 +1,17 @@
-r"""What `disrupt` makes of Toybox scenes, where the truth is known, and what FocusDPO learns of it.
+r"""Measures `disrupt` on Toybox, where attributes are known, and FocusDPO trained on its pairs.
 
     python -m experiments.disrupted_toybox pictures --split=validation --scenes=32 -- --strength=0.8
     python -m experiments.disrupted_toybox pictures --split=test --scenes=96
     python -m experiments.disrupted_toybox training --scenes=128 --measured=896
 
-`pictures` gives scenes of a split to the command, with the shipped base, and reads what it made by
-the probe, subject by subject and only inside its mask: is the class still there, and is it another
-individual? `training` disrupts scenes of the training split, prepares the pairs, trains FocusDPO on
-them as configs/toybox_dpo.py does, and measures base and policy on Toybox's own test scenes. What
-comes after `--` goes to the command; other flags need another --output. Every step goes on where it
-was stopped.
+`pictures` disrupts scenes of a split with the shipped base and applies the probe to the result, for
+each subject and only inside its mask: is the class preserved, and is it a different individual?
+
+`training` disrupts scenes of the training split, prepares the pairs, trains FocusDPO on them as in
+configs/toybox_dpo.py, and measures base and policy on Toybox's test scenes.
+
+Arguments after `--` are passed to `disrupt`; different ones need a different --output. Every step
+resumes after an interruption.
 """
 
 import argparse
@@ -35,24 +37,24 @@ CONFIG = "configs/toybox_dpo.py"
 
 
 def write_scenes(folder: pathlib.Path, split: str, count: int):
-    """Toybox scenes as a manifest for `disrupt`; returns its path."""
+    """Writes Toybox scenes as a manifest for `disrupt` and returns its path."""
     world, lines = toybox.World(), []
     for index in range(count):
         record = world.record(split, index)
 
-        def put(name, pixels, index=index):
+        def write_png(name, pixels, index=index):
             replace_file(folder / f"{index:04d}_{name}.png", encode_png(pixels))
             return f"{index:04d}_{name}.png"
 
         lines.append(
             {
                 "caption": record["caption"],
-                "chosen": put("chosen", record["chosen"]),
+                "chosen": write_png("chosen", record["chosen"]),
                 "subjects": [
                     {
                         "phrase": s["phrase"],
                         **{
-                            name: put(f"{name}{i}", s[name])
+                            name: write_png(f"{name}{i}", s[name])
                             for name in ("reference", "reference_mask", "mask")
                         },
                     }
@@ -66,33 +68,37 @@ def write_scenes(folder: pathlib.Path, split: str, count: int):
 
 
 def call(command: Any, *flags) -> None:
-    """Runs a command of the package."""
+    """Runs a command of the package, such as "prepare"."""
     subprocess.run([sys.executable, "-m", f"focusdpo_jax.{command}", *flags], check=True)
 
 
 class Reader:
-    """What the probe says of one subject of a picture."""
+    """The probe's reading of one subject in an image."""
 
     def __init__(self) -> None:
         self._parameters = jax.device_put(runs.load_folder("toybox").probe)
-        self._read = jax.jit(self._reading)
+        self._read_subject = jax.jit(self._read_inside)
 
     @staticmethod
-    def _reading(parameters, picture, mask):
-        maps: Any = Probe(TOYBOX).apply({"params": parameters}, picture[None] / 255.0)
+    def _read_inside(parameters, image, mask):
+        maps: Any = Probe(TOYBOX).apply({"params": parameters}, image[None] / 255.0)
         grid = maps.class_logits.shape[1]
         inside = mask.reshape(grid, len(mask) // grid, grid, -1).any((1, 3))
-        nothing = jnp.where(jnp.arange(maps.class_logits.shape[-1]) < TOYBOX.classes, -1e9, 0.0)
+        background_logits = jnp.where(
+            jnp.arange(maps.class_logits.shape[-1]) < TOYBOX.classes, -1e9, 0.0
+        )
         return read(
             maps.replace(
-                class_logits=jnp.where(inside[None, :, :, None], maps.class_logits, nothing)
+                class_logits=jnp.where(
+                    inside[None, :, :, None], maps.class_logits, background_logits
+                )
             )
         )
 
-    def __call__(self, picture, mask, subject):
-        """(whether `subject`'s class is inside the mask, whether it is another individual)."""
+    def __call__(self, image, mask, subject):
+        """Returns (the subject's class is found inside the mask, it is a different individual)."""
         reading = jax.tree.map(
-            lambda x: np.asarray(x)[0], self._read(self._parameters, picture, mask)
+            lambda x: np.asarray(x)[0], self._read_subject(self._parameters, image, mask)
         )
         own = toybox.Subject(**{name: subject[name] for name in toybox.ATTRIBUTES})
         of_class = {name: getattr(reading, name)[own.class_id].item() for name in toybox.LOOKS}
@@ -103,7 +109,7 @@ class Reader:
 
 
 def measure(folder: pathlib.Path, split: str) -> None:
-    """Counts what is right about the pairs in a folder."""
+    """Prints the shares of kept classes and of changed looks for the pairs in a folder."""
     reader, world, outside = Reader(), toybox.World(), 0
     kinds = ("disrupted", "original")
     kept, changed = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
@@ -115,29 +121,33 @@ def measure(folder: pathlib.Path, split: str) -> None:
         assert np.array_equal(chosen, record["chosen"])
         masks = [decode_mask((folder / s["mask"]).read_bytes()) for s in pair["subjects"]]
         outside += int((chosen != rejected)[~np.any(masks, axis=0)].sum())
-        for kind, picture in zip(kinds, (rejected, chosen), strict=True):
-            found = [
-                reader(picture, mask, subject)
+        for kind, image in zip(kinds, (rejected, chosen), strict=True):
+            readings = [
+                reader(image, mask, subject)
                 for mask, subject in zip(masks, record["subjects"], strict=True)
             ]
-            kept[kind].append([float(here) for here, _ in found])
-            changed[kind].append([float(other) if here else np.nan for here, other in found])
+            kept[kind].append([float(present) for present, _ in readings])
+            changed[kind].append(
+                [float(different) if present else np.nan for present, different in readings]
+            )
     scenes, subjects = len(kept["original"]), sum(map(len, kept["original"]))
     print(
         f"{scenes} {split} scenes, {subjects} subjects; values outside the masks that differ: "
         f"{outside}"
     )
     for kind in kinds:
-        for name, values in (("class kept", kept), ("look changed, of those", changed)):
+        for name, values in (("class kept", kept), ("look changed, of kept", changed)):
             rows = np.full((scenes, 3), np.nan)
             for row, value in zip(rows, values[kind]):
                 row[: len(value)] = value
-            told = statistics.bootstrap_mean(rows, seed=0)
-            print(f"  {kind:9} {name:22} {told.mean:6.1%} [{told.low:.1%}, {told.high:.1%}]")
+            estimate = statistics.bootstrap_mean(rows, seed=0)
+            print(
+                f"  {kind:9} {name:22} {estimate.mean:6.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
+            )
 
 
 def train(folder: pathlib.Path, measured, steps: int) -> None:
-    """Prepares the pairs, trains on them, measures base and policy on Toybox's test scenes."""
+    """Prepares the pairs, trains on them, and measures base and policy on Toybox's test scenes."""
     call(
         "prepare",
         f"--manifest={folder}/pairs/manifest.jsonl",
@@ -166,7 +176,7 @@ def train(folder: pathlib.Path, measured, steps: int) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Disrupts scenes, then measures the pairs or trains on them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -176,14 +186,14 @@ def main() -> None:
         "--split",
         choices=toybox.SPLITS,
         default="validation",
-        help="of pictures; training takes the training split",
+        help="split for `pictures`; `training` uses the training split",
     )
-    parser.add_argument("--scenes", type=int, default=32, help="to disrupt")
-    parser.add_argument("--steps", type=int, default=80, help="of training")
+    parser.add_argument("--scenes", type=int, default=32, help="scenes to disrupt")
+    parser.add_argument("--steps", type=int, default=80, help="training steps")
     parser.add_argument("--measured", type=int, default=896, help="test scenes after training")
     arguments = sys.argv[1:]
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    options, flags = parser.parse_args(arguments[:at]), arguments[at + 1 :]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, flags = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     split = "train" if options.part == "training" else options.split
     folder = options.output / options.part / split
     manifest = write_scenes(folder / "scenes", split, options.scenes)

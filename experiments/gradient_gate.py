@@ -1,12 +1,13 @@
-r"""How much the weights of an objective change its gradient at the base's parameters.
+r"""Compares the gradients of weighted objectives at the parameters of the base.
 
     python -m experiments.gradient_gate --config=configs/toybox_dpo.py --pairs=64
 
-For each setting and each bucket of --config: the cosine of the trained parameters' gradient with that of
-prior_dpo (the mask alone) and of dpo (no mask) on the same pairs, timesteps and noise, and the gradient's norm
-over dpo's at one beta. "of halves" is the cosine of the setting's own gradients on two disjoint halves of
-the pairs, for comparison. Training hardly distinguishes a setting from prior_dpo if their cosine is near 1. The
-anchor is left out, since it adds the same gradient to all.
+Prints, for each setting and each bucket of --config, the cosine of the gradient with the gradients
+of prior_dpo (the mask alone) and of dpo (no mask) on the same pairs, timesteps and noise, and the
+ratio of its norm to that of dpo at the same beta. The baseline "of halves" is the cosine of the
+setting's own gradients on two disjoint halves of the pairs. If the cosine with prior_dpo is near 1,
+training with the setting hardly differs from training with prior_dpo. The anchor is left out, since
+it adds the same gradient to all settings.
 """
 
 from absl import flags
@@ -15,13 +16,15 @@ from ml_collections import config_flags
 from focusdpo_jax import command
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration of the model, the pairs and FocusDPO."
+    "config", None, "Configuration of model, pairs and FocusDPO."
 )
-_PAIRS = flags.DEFINE_integer("pairs", 64, "Training pairs, an even number.", lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", 0, "Of timesteps and noise.")
-_ONLY = flags.DEFINE_multi_string("only", [], "These settings alone, beside dpo and prior_dpo.")
+_PAIRS = flags.DEFINE_integer("pairs", 64, "Number of training pairs, even.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of timesteps and noise.")
+_ONLY = flags.DEFINE_multi_string(
+    "only", [], "Settings to measure besides dpo and prior_dpo; all by default."
+)
 
-# Fields that differ from the configuration's.
+# Fields that each setting changes in the configuration.
 SETTINGS = {
     "dpo": {"objective": "dpo"},
     "prior_dpo": {"objective": "prior_dpo"},
@@ -44,7 +47,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Prints the table of the flags."""
+    """Prints the table for the settings in the flags."""
     from experiments import gradients
     from focusdpo_jax import config as config_lib
     from focusdpo_jax.errors import UserError
@@ -53,7 +56,7 @@ def main() -> None:
         raise UserError("--config is missing; see --help")
     if _PAIRS.value % 2:
         raise UserError(
-            f"--pairs={_PAIRS.value}: give an even number, of which each half is measured"
+            f"--pairs={_PAIRS.value}: give an even number, since the two halves are compared"
         )
     unknown = set(_ONLY.value) - set(SETTINGS)
     if unknown:

@@ -1,4 +1,4 @@
-"""Gradients of preference objectives at the reference parameters; see `gradient_gate`, the command."""
+"""Gradients of preference objectives at the reference parameters, for `gradient_gate`."""
 
 import dataclasses
 from typing import Any
@@ -21,13 +21,17 @@ def cosine(first, second):
 
 
 def gradients(config: Any, model: Any, batches, structure, params, seed: int):
-    """The gradient of a setting's loss at the reference parameters, one vector a batch.
+    """The gradient of a setting's loss at the reference parameters, one vector per batch.
 
     Args:
-      config: of the setting.
-      batches: encoded pairs.
-      structure, params: StepStructure and BucketParams, whose timesteps are drawn.
-      seed: of timesteps and noise; batch i draws from its i-th key whatever the setting.
+      config: RunConfig of the setting.
+      model: the model that is differentiated.
+      batches: batches of encoded pairs.
+      structure, params: StepStructure and BucketParams, which give the range of timesteps.
+      seed: of timesteps and noise. Batch i uses the same random key in every setting.
+
+    Returns:
+      A list of float64 vectors of all trained parameters.
     """
     trainable, rest = split_parameters(model.parameters, config.trainable)
     source, _ = assembly.make_encoder(model.generator, config, assembly.focus_buckets(config))
@@ -60,12 +64,12 @@ def compare(config: Any, settings: Any, *, pairs, seed: int, batch_size: int = 1
     Args:
       config: RunConfig of a run on Toybox.
       settings: {name: {field: value}}, with "dpo" and "prior_dpo" among them.
-      pairs: training pairs that are measured, an even number.
+      pairs: number of training pairs, even.
       seed: of timesteps and noise.
-      batch_size: pairs at once; a half is filled with whole batches.
+      batch_size: largest number of pairs in a batch. Reduced until it divides half of the pairs.
 
     Returns:
-      {bucket: {name: {"prior_dpo", "dpo", "halves": cosines, "norm": over dpo's}}}.
+      {bucket: {name: {"prior_dpo", "dpo", "halves": cosines, "norm": ratio to the norm of dpo}}}.
     """
     model = models.load_model(config)
     records = run_data.open_data(config)["train"]
@@ -80,10 +84,10 @@ def compare(config: Any, settings: Any, *, pairs, seed: int, batch_size: int = 1
             [records[i] for i in range(pairs)], transform=transform, batch_size=size
         )
     )
-    buckets, encoded, found = assembly.focus_buckets(config), {}, {}
+    buckets, encoded, results = assembly.focus_buckets(config), {}, {}
 
     def batches(changed):
-        """The pairs, encoded for the setting's source of similarity."""
+        """The pairs encoded for the setting's source of similarity, cached by source."""
         features = changed.focus.features
         if features not in encoded:
             full = dataclasses.replace(changed, objective="focus_dpo")
@@ -101,7 +105,7 @@ def compare(config: Any, settings: Any, *, pairs, seed: int, batch_size: int = 1
             vectors[name] = gradients(changed, model, batches(changed), structure, params, seed)
             logging.info("%s: %s", bucket, name)
         whole = {name: np.sum(parts, axis=0) for name, parts in vectors.items()}
-        found[bucket] = {
+        results[bucket] = {
             name: {
                 "prior_dpo": cosine(whole[name], whole["prior_dpo"]),
                 "dpo": cosine(whole[name], whole["dpo"]),
@@ -110,11 +114,11 @@ def compare(config: Any, settings: Any, *, pairs, seed: int, batch_size: int = 1
             }
             for name, parts in vectors.items()
         }
-    return found
+    return results
 
 
-def format_table(found):
-    """The result of `compare` as text: a row for each bucket and setting."""
+def format_table(results):
+    """Formats the result of `compare` as text, one row per bucket and setting."""
     lines = [
         [
             "timesteps",
@@ -125,13 +129,13 @@ def format_table(found):
             "norm over dpo's",
         ]
     ]
-    for bucket, settings in found.items():
-        for name, figures in settings.items():
+    for bucket, settings in results.items():
+        for name, values in settings.items():
             lines.append(
                 [
                     bucket,
                     name,
-                    *(f"{figures[key]:.3f}" for key in ("prior_dpo", "dpo", "halves", "norm")),
+                    *(f"{values[key]:.3f}" for key in ("prior_dpo", "dpo", "halves", "norm")),
                 ]
             )
     return aligned(lines)

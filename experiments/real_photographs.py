@@ -1,19 +1,19 @@
-"""The measures of subjects on photographs, as if a generator had drawn them.
+"""Reliability of the subject measures, on photographs in place of generated images.
 
     python -m experiments.real_photographs DREAMBENCH DINOV2
 
 DREAMBENCH is a folder in DreamBench's layout with a NN_mask.png beside every photograph, DINOV2 a
-folder with trained weights in transformers' layout. Three questions:
+folder with trained weights in transformers' layout. Three questions are measured:
 
 1. Is a photograph more similar to its subject's other photographs than to those of other subjects?
-   Share of photographs, against the mean of all other subjects and against the nearest of them; of
-   whole photographs, and of subjects cut out, also for each half of the subjects by itself, since
-   the layer that tells cut-out subjects apart was chosen on the first half.
-2. Composites of two cut-out subjects on one background, a third of them of two subjects of one
-   class, with their regions known: is leakage negative where each subject stands in its own place,
-   and positive where the two have changed regions? Shares of composites; both subjects must pass.
-3. On the same composites, without telling the regions: are the subjects found? Share of regions that
-   overlap the right one by half and more, and leakage again.
+   Share of photographs, compared with the mean of all other subjects and with the nearest of them,
+   for whole photographs and for cropped subjects. Cropped subjects are also measured on each half
+   of the subjects, since the layer of their features was selected on the first half.
+2. In composites of two cut-out subjects with known regions, is leakage negative for the correct
+   regions and positive for swapped ones? Share of composites in which both subjects pass. A third
+   of the composites shows two subjects of one class.
+3. In the same composites, are the regions found when they are not given? Share of regions whose
+   overlap with the correct one is at least one half, and leakage again.
 """
 
 import itertools
@@ -23,63 +23,63 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from focusdpo_jax.data import images
+from focusdpo_jax.data.images import read_image
 from focusdpo_jax.evaluation import dreambench, scoring
 from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.vision import encoders
 from focusdpo_jax.vision import regions as subject_regions
 
-SIDE, HEIGHT = 512, 230  # Of a composite, and of a subject in it, in pixels.
+SIDE, HEIGHT = 512, 230  # Side of a composite, and longer side of a subject in it, in pixels.
 
 
 def main(folder: str, weights: str, pairs: int = 60) -> None:
-    """Prints the figures."""
+    """Prints the measured shares."""
     whole, subject, patches = encoders.load_dino("dinov2", weights, batch_size=4)
-    subject = Remembering(subject)
+    subject = CachingEncoder(subject)
     photos = {
         path.name: sorted(path.glob("*.jpg"))
         for path in sorted(epath.Path(folder).iterdir())
         if path.is_dir()
     }
-    alike(whole, subject, photos)
+    compare_subjects(whole, subject, photos)
     composites(subject, patches, folder, photos, pairs)
 
 
-class Remembering:
-    """An encoder that sees no picture twice: the questions share most of theirs."""
+class CachingEncoder:
+    """Encodes each image once, since the questions share most of their images."""
 
     def __init__(self, encoder) -> None:
         self.name, self.digest = encoder.name, encoder.digest
-        self._encoder, self._known = encoder, {}
+        self._encoder, self._cache = encoder, {}
 
-    def __call__(self, pictures):
-        """Returns the features of images, computed once for each."""
-        keys = [(picture.shape, picture.tobytes()) for picture in pictures]
-        new = {key: p for key, p in zip(keys, pictures) if key not in self._known}
+    def __call__(self, images):
+        """Returns the features of images, stacked."""
+        keys = [(image.shape, image.tobytes()) for image in images]
+        new = {key: p for key, p in zip(keys, images) if key not in self._cache}
         if new:
-            self._known |= zip(new, self._encoder(list(new.values())))
-        return np.stack([self._known[key] for key in keys])
+            self._cache |= zip(new, self._encoder(list(new.values())))
+        return np.stack([self._cache[key] for key in keys])
 
 
-def alike(whole, subject, photos) -> None:
-    """Question 1."""
+def compare_subjects(whole, subject, photos) -> None:
+    """Question 1: similarity within and between subjects."""
     names = np.array([name for name, paths in photos.items() for _ in paths])
-    pictures = [(path, images.read_image(path)) for paths in photos.values() for path in paths]
-    print_alike("whole photographs", whole([picture for _, picture in pictures]), names)
+    images = [(path, read_image(path)) for paths in photos.values() for path in paths]
+    print_comparison("whole photographs", whole([image for _, image in images]), names)
     vectors = subject(
         [
-            subject_regions.crop_subject(picture, subject_regions.photograph_region(path, picture))
-            for path, picture in pictures
+            subject_regions.crop_subject(image, subject_regions.photograph_region(path, image))
+            for path, image in images
         ]
     )
-    print_alike("subjects cut out", vectors, names)
+    print_comparison("subjects cut out", vectors, names)
     half = np.isin(names, list(photos)[: len(photos) // 2])
     for kind, chosen in (("first", half), ("second", ~half)):
-        print_alike(f"subjects cut out, {kind} half", vectors[chosen], names[chosen])
+        print_comparison(f"subjects cut out, {kind} half", vectors[chosen], names[chosen])
 
 
-def print_alike(kind, vectors, names) -> None:
-    """How often the own subject's mean similarity is above the others'."""
+def print_comparison(kind, vectors, names) -> None:
+    """Prints how often the mean similarity to the own subject exceeds that to the others."""
     similarity = vectors @ vectors.T
     subjects, passed = list(dict.fromkeys(names)), []
     for i, name in enumerate(names):
@@ -95,72 +95,75 @@ def print_alike(kind, vectors, names) -> None:
 
 
 def composites(encoder, patches, folder: str, photos, count: int) -> None:
-    """Questions 2 and 3."""
+    """Questions 2 and 3: leakage and regions in composites of two subjects."""
     table = (epath.Path(folder) / "prompts_and_classes.txt").read_text()
     kinds = dreambench.dreambench.classes(table, photos)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     every = list(itertools.combinations(photos, 2))
     same_class = [pair for pair in every if kinds[pair[0]] == kinds[pair[1]]]
-    unlike = [pair for pair in every if kinds[pair[0]] != kinds[pair[1]]]
+    different_class = [pair for pair in every if kinds[pair[0]] != kinds[pair[1]]]
     chosen = [same_class[i % len(same_class)] for i in range(count // 3)]
-    chosen += [unlike[i] for i in draw.choice(len(unlike), count - len(chosen), replace=False)]
-    scenes, pictures, regions = [], [], []
+    chosen += [
+        different_class[i]
+        for i in rng.choice(len(different_class), count - len(chosen), replace=False)
+    ]
+    scenes, images, regions = [], [], []
     for number, pair in enumerate(chosen):
-        # What is pasted is not among what it is compared with.
-        shown = [photos[name][draw.integers(len(photos[name]))] for name in pair]
+        # The pasted photograph is excluded from the references.
+        pasted = [photos[name][rng.integers(len(photos[name]))] for name in pair]
         subjects = tuple(
             BenchmarkSubject(
                 name, name, str(path), tuple(str(p) for p in photos[name] if p != path)
             )
-            for name, path in zip(pair, shown)
+            for name, path in zip(pair, pasted)
         )
-        background = photos[list(photos)[draw.integers(len(photos))]][0]
-        picture, masks = paste(shown, background)
+        background = photos[list(photos)[rng.integers(len(photos))]][0]
+        image, masks = paste(pasted, background)
         scenes.append(BenchmarkScene(f"{number}", "", subjects, 0, "+".join(pair)))
-        pictures.append(picture)
+        images.append(image)
         regions.append([subject_regions.Region.from_mask(mask) for mask in masks])
     boxes = [[subject_regions.Region(p.box) for p in row] for row in regions]
     scorer = scoring.SimilarityScorer(encoder)
     same = np.array([kinds[a] == kinds[b] for a, b in chosen])
     for kind, given in (("masks given", regions), ("boxes given", boxes)):
-        true = leakage(scorer, scenes, pictures, given)
-        changed = leakage(scorer, scenes, pictures, [row[::-1] for row in given])
+        correct = leakage(scorer, scenes, images, given)
+        swapped = leakage(scorer, scenes, images, [row[::-1] for row in given])
         print(
-            f"leakage, {kind}: {report('negative for true', (true < 0).all(1), same)}; "
-            f"{report('positive for swapped', (changed > 0).all(1), same)}; "
-            f"mean {np.nanmean(true):+.3f} and {np.nanmean(changed):+.3f}",
+            f"leakage, {kind}: {shares('negative for true', (correct < 0).all(1), same)}; "
+            f"{shares('positive for swapped', (swapped > 0).all(1), same)}; "
+            f"mean {np.nanmean(correct):+.3f} and {np.nanmean(swapped):+.3f}",
             flush=True,
         )
-    found = [
+    located = [
         [box and subject_regions.Region(tuple(box)) for box in score["boxes"]]
-        for score in scoring.RegionScorer(patches).score(scenes, pictures, None)  # pyright: ignore[reportArgumentType]
+        for score in scoring.RegionScorer(patches).score(scenes, images, None)  # pyright: ignore[reportArgumentType]
     ]
     overlaps = np.array(
         [
             0.0 if a is None else overlap(a.box, b.box)
-            for rows in zip(found, regions)
+            for rows in zip(located, regions)
             for a, b in zip(*rows)
         ]
     )
     print(
         f"places found: {100 * (overlaps >= 0.5).mean():.1f} % of {len(overlaps)} overlap the "
-        f"right one by half and more, mean overlap {overlaps.mean():.2f}"
+        f"correct one by half or more, mean overlap {overlaps.mean():.2f}"
     )
-    true = leakage(scorer, scenes, pictures, found)
+    correct = leakage(scorer, scenes, images, located)
     print(
-        f"leakage, places found: {report('negative for true', (true < 0).all(1), same)}; "
-        f"mean {np.nanmean(true):+.3f}"
+        f"leakage, places found: {shares('negative for true', (correct < 0).all(1), same)}; "
+        f"mean {np.nanmean(correct):+.3f}"
     )
 
 
-def leakage(scorer, scenes, pictures, regions):
-    """[scenes, 2], NaN where a subject has no place."""
-    scores = scorer.score(scenes, pictures, regions)
+def leakage(scorer, scenes, images, regions):
+    """Leakage [scenes, 2], NaN for subjects without a region."""
+    scores = scorer.score(scenes, images, regions)
     return np.array([score["dinov2_leakage"] for score in scores], np.float64)
 
 
-def report(what, passed, same) -> str:
-    """Shares of all composites and of those of one class."""
+def shares(what, passed, same) -> str:
+    """Formats the share of all composites that pass, and of those of one class."""
     return (
         f"{what} {100 * passed.mean():.1f} % of {len(passed)} "
         f"({100 * passed[same].mean():.1f} % of {same.sum()} of one class)"
@@ -168,20 +171,24 @@ def report(what, passed, same) -> str:
 
 
 def paste(paths, background):
-    """Two subjects side by side on a blurred photograph, and their masks."""
-    canvas = images.read_image(background)
+    """Pastes two subjects side by side on a blurred photograph.
+
+    Returns:
+      Image uint8 [512, 512, 3], and the masks of the subjects, a list of bool [512, 512].
+    """
+    canvas = read_image(background)
     canvas = Image.fromarray(canvas).resize((16, 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     canvas, masks = np.array(canvas), []
     for i, path in enumerate(paths):
-        picture = images.read_image(path)
-        place = subject_regions.photograph_region(path, picture)
+        image = read_image(path)
+        place = subject_regions.photograph_region(path, image)
         if place is None or place.mask is None:
             raise SystemExit(f"{path}: no subject found")
         rows, columns = np.nonzero(place.mask)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         scale = HEIGHT / max(box[2] - box[0], box[3] - box[1])
         size = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
-        subject = np.asarray(Image.fromarray(picture).crop(box).resize(size))
+        subject = np.asarray(Image.fromarray(image).crop(box).resize(size))
         mask = np.asarray(Image.fromarray(place.mask).crop(box).resize(size))
         left, top = SIDE // 4 * (1 + 2 * i) - size[0] // 2, SIDE - 60 - size[1]
         whole = np.zeros((SIDE, SIDE), bool)
@@ -192,7 +199,7 @@ def paste(paths, background):
 
 
 def overlap(a, b):
-    """Intersection over union of two boxes."""
+    """Intersection over union of two boxes (left, top, right, bottom)."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0) * max(height, 0)

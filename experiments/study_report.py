@@ -1,4 +1,4 @@
-"""The report of `toybox_study.py`: a table, curves over the steps, and a page of pictures."""
+"""The report of `toybox_study.py`: a table, curves over the steps, and a page of images."""
 
 import json
 import pathlib
@@ -12,14 +12,19 @@ from focusdpo_jax.visualization import grids
 
 SHOWN = ("fidelity", "leakage", "hue_leakage", "missing", "class_accuracy", "background_accuracy")
 CURVES = ("fidelity", "leakage")
-_ARRAYS = ("pictures", "chosen", "references", "present")  # What a measurement holds besides.
+_ARRAYS = (
+    "pictures",
+    "chosen",
+    "references",
+    "present",
+)  # Arrays of a measurement that are no measures.
 
 
 def load(trial: Any, output: pathlib.Path, step=None):
-    """A measurement of a trial, at its last step unless told otherwise.
+    """Loads a measurement of a trial, by default that of its last step.
 
     Returns:
-      {name: array}, or None where the trial was given up before.
+      {name: array}, or None if the trial ended before that step.
     """
     step = trial.steps[-1] if step is None else step
     path = output / "trials" / trial.name / f"{trial.split}_{step:06d}.npz"
@@ -30,30 +35,30 @@ def load(trial: Any, output: pathlib.Path, step=None):
 
 
 def score(measures):
-    """What the grid is searched for: mean fidelity less mean leakage."""
+    """The criterion of the grid search: mean fidelity minus mean leakage."""
     means = {
         name: statistics.bootstrap_mean(measures[name], seed=0, resamples=1).mean for name in CURVES
     }
-    # Without a single subject found there is no leakage to speak of, and no fidelity.
+    # Both means are None if no subject is found in any image.
     return (means["fidelity"] or 0.0) - (means["leakage"] or 0.0)
 
 
 def pooled(trials, output: pathlib.Path, step=None):
-    """Measures of all seeds side by side: {name: [scenes, seeds * values a scene]}.
+    """Measures of all seeds, concatenated: {name: [scenes, seeds * values per scene]}.
 
-    A scene is one unit of the bootstrap, with what every seed makes of it.
+    The bootstrap resamples scenes; a scene contributes the values of all seeds.
     """
-    found = [load(trial, output, step) for trial in trials]
-    found = [measures for measures in found if measures is not None]
+    loaded = [load(trial, output, step) for trial in trials]
+    loaded = [measures for measures in loaded if measures is not None]
     return {
-        name: np.concatenate([m[name].reshape(len(m[name]), -1) for m in found], axis=1)
-        for name in (found[0] if found else {})
+        name: np.concatenate([m[name].reshape(len(m[name]), -1) for m in loaded], axis=1)
+        for name in (loaded[0] if loaded else {})
         if name not in _ARRAYS
     }
 
 
 def estimates(trials, output: pathlib.Path, step=None):
-    """{measure: Estimate as a dict, with `seeds`, the mean of each}."""
+    """Returns {measure: Estimate as a dict, with the mean of each seed as `seeds`}."""
     result = {}
     for name, values in pooled(trials, output, step).items():
         each = [load(trial, output, step) for trial in trials]
@@ -72,8 +77,8 @@ def write(output: pathlib.Path, reported, chosen, scores) -> None:
 
     Args:
       reported: {name: list of Trial}, `base` first.
-      chosen: {objective: setting} that the grid gave.
-      scores: {trial: score} of the grid.
+      chosen: {objective: setting}, selected by the grid search.
+      scores: {trial: score} of the grid search.
     """
     results = {name: estimates(trials, output) for name, trials in reported.items()}
     curves = {
@@ -90,7 +95,7 @@ def write(output: pathlib.Path, reported, chosen, scores) -> None:
         + "\n"
     )
     plot(output / "curves.png", curves, results["base"])
-    grids.save_png(output / "pictures.png", page(output, reported, chosen))
+    grids.save_png(output / "pictures.png", image_grid(output, reported, chosen))
     trial = next(iter(reported.values()))[0]
     text = table(results) + "\n"
     (output / "study.md").write_text(
@@ -104,16 +109,17 @@ def write(output: pathlib.Path, reported, chosen, scores) -> None:
             for name, setting in chosen.items()
         )
         + "\n![Fidelity and leakage against steps](curves.png)\n\n"
-        "![References, chosen picture, and what each model draws](pictures.png)\n"
+        "![References, chosen image, and the image of each model](pictures.png)\n"
     )
     print(text)
     print(f"Report: {output / 'study.md'}")
 
 
 def table(results):
-    """A Markdown table; `+` and `-` mark what is better and worse than FocusDPO's.
+    """Formats a Markdown table of the results.
 
-    Marks stand where the intervals do not overlap.
+    `+` and `-` mark values that are better and worse than those of `focus_dpo`, with disjoint
+    intervals.
     """
     lines = [
         "| model | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |",
@@ -122,7 +128,7 @@ def table(results):
     focus = results.get("focus_dpo")
     for model, measures in results.items():
         if not measures:
-            lines.append(f"| {model} |" + " its loss did not stay finite |" + " |" * 5)
+            lines.append(f"| {model} |" + " loss not finite |" + " |" * 5)
             continue
         cells = []
         for name in SHOWN:
@@ -133,7 +139,9 @@ def table(results):
             mark = (
                 ""
                 if focus is None or model == "focus_dpo"
-                else {"better": " +", "worse": " -", "": ""}[apart(name, focus[name], estimate)]
+                else {"better": " +", "worse": " -", "": ""}[
+                    compare_intervals(name, focus[name], estimate)
+                ]
             )
             mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
             seeds = "/".join(
@@ -144,8 +152,8 @@ def table(results):
     return "\n".join(lines)
 
 
-def apart(name: str, first, second) -> str:
-    """How the second of two estimates (dicts) is: "better", "worse", or "" where intervals overlap."""
+def compare_intervals(name: str, first, second) -> str:
+    """Returns whether the second estimate is "better", "worse", or "" if the intervals overlap."""
     if not first["n"] or not second["n"]:
         return ""
     if second["low"] > first["high"]:
@@ -156,8 +164,8 @@ def apart(name: str, first, second) -> str:
 
 
 def plot(path: pathlib.Path, curves, base) -> None:
-    """Fidelity and leakage against steps, with their intervals, from the base on."""
-    import matplotlib  # Here, so that a study can be run where it is not installed.
+    """Plots fidelity and leakage with their intervals against steps; step 0 is the base."""
+    import matplotlib  # Imported here, so that trials can run without it.
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -191,15 +199,15 @@ def plot(path: pathlib.Path, curves, base) -> None:
     plt.close(figure)
 
 
-def page(output: pathlib.Path, reported, chosen):
-    """The same scenes from the same noise by every model of the first seed."""
-    drawn = {
+def image_grid(output: pathlib.Path, reported, chosen):
+    """Images of the same scenes from the same noise, by each model of the first seed."""
+    measurements = {
         name: load(trials[0], output)
         for name, trials in reported.items()
         if name == "base" or name in chosen
     }
-    base = drawn["base"]
-    assert base is not None, "the base was measured"
+    base = measurements["base"]
+    assert base is not None, "the base has no measurement"
     return grids.model_grid(
         [
             grids.ModelRow(
@@ -207,7 +215,7 @@ def page(output: pathlib.Path, reported, chosen):
                 base["chosen"][i],
                 {
                     name: None if values is None else values["pictures"][i]
-                    for name, values in drawn.items()
+                    for name, values in measurements.items()
                 },
             )
             for i in range(len(base["pictures"]))

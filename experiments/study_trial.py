@@ -1,11 +1,11 @@
-"""One trial of `toybox_study.py`: trains, stops at some steps, and measures what the model draws.
+"""One trial of `toybox_study.py`: trains a model and measures its images at given steps.
 
     python -m experiments.study_trial FOLDER
 
-`FOLDER/trial.json` says what to do. Each measurement is a file `<split>_<step>.npz` in the folder:
-Toybox's measures, scene by scene, and the first pictures. What is there is not done again.
-Training to a further step resumes the run; with a constant learning rate all steps are those of one
-training.
+`FOLDER/trial.json` describes the trial. Each measurement is written to `<split>_<step>.npz` in the
+folder: Toybox's measures for each scene, and the first images. Existing measurements are skipped.
+Training to a later step resumes the run. Since the learning rate is constant, all steps belong to
+one training.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from focusdpo_jax.toybox import metrics as toybox_metrics
 from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import encoding, loop, models, run_data, runs
 
-PICTURES = 8  # Kept of every measurement.
+SAVED_IMAGES = 8  # Images in the file of a measurement.
 
 
 def load_config(path, overrides):
-    """The configuration of a file with some fields replaced."""
+    """Loads the configuration of a file and replaces some of its fields."""
     config = config_lib.parse(config_files.load(path))
     try:
         config = config_lib.replace(config, overrides)
@@ -45,10 +45,11 @@ def load_config(path, overrides):
 
 
 def scenes_of(config: Any, split: str, count: int):
-    """The measured scenes: their own data set of two and three subjects, none of them trained on.
+    """The measured scenes, of two and three subjects that do not occur in training.
 
     Returns:
-      `count` records of `split` as one PreferenceBatch of numpy arrays, given a model's tokenizer.
+      A function from a model to a list of PreferenceBatches of numpy arrays, with `count` scenes of
+      `split` in total.
     """
     config = config_lib.replace(
         config,
@@ -79,9 +80,14 @@ def scenes_of(config: Any, split: str, count: int):
 
 
 def measure(model: Any, config: Any, batches):
-    """Toybox's measures of what a model draws, {name: [scenes, ...]}, and all pictures."""
+    """Generates and measures images of scenes.
+
+    Returns:
+      Toybox's measures {name: [scenes, ...]}, the images uint8 [scenes, H, W, 3], and the scenes as
+      one PreferenceBatch.
+    """
     generator, parameters = model.generator, jax.device_put(model.parameters)
-    # Only references and captions are read.
+    # Sampling needs the encoded references and captions only, as the objective sft does.
     supervised = dataclasses.replace(config, objective="sft")
     encoded = encoding.cached(
         encoding.encoder(generator, supervised),
@@ -95,7 +101,7 @@ def measure(model: Any, config: Any, batches):
         guidance=config.sampling.guidance,
         negative_token_ids=model.tokenizer(""),
     )
-    # One seed for all trials: they draw a scene from the same noise.
+    # All trials generate a scene from the same noise.
     images = generate_all(
         generate,
         parameters,
@@ -117,14 +123,14 @@ def measure(model: Any, config: Any, batches):
 
 
 def save(path: pathlib.Path, arrays) -> None:
-    """Writes an npz file in one move."""
+    """Writes an npz file atomically."""
     content = io.BytesIO()
     np.savez(content, **arrays)
     replace_file(path, content.getvalue())
 
 
 def run(folder: str | pathlib.Path) -> None:
-    """Does what `folder/trial.json` says."""
+    """Runs the trial in `folder/trial.json`."""
     folder = pathlib.Path(folder)
     trial = json.loads((folder / "trial.json").read_text())
     config = load_config(trial["config"], trial["overrides"])
@@ -140,7 +146,7 @@ def run(folder: str | pathlib.Path) -> None:
             except UserError as error:
                 if "config.learning_rate" not in str(error):
                     raise
-                # A loss that is no longer finite is a result: these settings are too bold.
+                # A loss that is not finite is a valid outcome: the settings are unstable.
                 (folder / "gave_up.txt").write_text(f"{error}\n")
                 return
             model = runs.Run(folder / "run").policy()
@@ -149,7 +155,7 @@ def run(folder: str | pathlib.Path) -> None:
         if model.probe is None:
             raise UserError(
                 f"config.model.pretrained = {config.model.pretrained!r}: this model "
-                "has no probe, without which nothing can be measured"
+                "has no probe, which the measures need"
             )
         batches = batches_for(model)
         measures, images, raw = measure(model, config, batches)
@@ -157,10 +163,10 @@ def run(folder: str | pathlib.Path) -> None:
             path,
             {
                 **measures,
-                "pictures": images[:PICTURES],
-                "chosen": raw.chosen[:PICTURES],
-                "references": raw.references[:PICTURES],
-                "present": raw.present[:PICTURES],
+                "pictures": images[:SAVED_IMAGES],
+                "chosen": raw.chosen[:SAVED_IMAGES],
+                "references": raw.references[:SAVED_IMAGES],
+                "present": raw.present[:SAVED_IMAGES],
             },
         )
         logging.info("%s", path)

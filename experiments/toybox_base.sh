@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes Toybox's small generators from nothing, stage by stage (docs/toybox.md).
+# Trains Toybox's small generators from scratch, stage by stage (docs/toybox.md).
 #
 #   experiments/toybox_base.sh [SECONDS] [--config.FIELD=VALUE ...]
 #
-# With SECONDS it saves and stops after so long. Run the same line again to go on, on any machine that has
-# the folder runs/. Finished stages are skipped. The learning curve of a stage is in its run folder:
-# metrics.jsonl, and for the generators validation.jsonl.
+# With SECONDS, saves and stops after that time. Run the same command again to resume, on any
+# machine that has the folder runs/. Finished stages are skipped. The learning curve of a stage is in
+# its run folder: metrics.jsonl, and for the generators validation.jsonl.
 set -eu
 cd "$(dirname "$0")/.."
 limit=0
@@ -25,11 +25,12 @@ for stage in autoencoder image_encoder probe generator confusion; do
     fi
     echo "$stage: $workdir"
     status=0
-    # 0 is no limit.
+    # For timeout, 0 means no limit.
     timeout --preserve-status --signal=TERM $((limit ? left : 0)) \
-        python -m focusdpo_jax.main --config=configs/toybox_base.py:$stage --workdir=$workdir "$@" || status=$?
+        python -m focusdpo_jax.main --config=configs/toybox_base.py:$stage --workdir=$workdir "$@" ||
+        status=$?
     if ((status == 143)); then
-        echo "$stage: stopped after $SECONDS s; run the same line again to go on"
+        echo "$stage: stopped after $SECONDS s; run the same command again to resume"
         exit 0
     fi
     if ((status)); then

@@ -1,11 +1,12 @@
-r"""How well SPAF finds subjects on Toybox, by source of similarity and timestep bucket.
+r"""Precision of SPAF's match on Toybox, by source of similarity and timestep bucket.
 
     python -m experiments.toybox_correspondence
 
-Toybox knows where every subject stands. For validation scenes of the default configuration, each
-replaced subject and each bucket: the share of the matched locations of the chosen picture that lie
-on that subject, `chance`, what locations drawn at random would give, and `alignment` in the chosen
-and in the rejected picture, where another individual stands in the subject's place.
+Toybox provides the exact masks of all subjects. On validation scenes of the default configuration,
+for each replaced subject and each bucket, the script measures the share of the matched locations of
+the chosen image on that subject (`inside`) and its value for locations drawn at random (`chance`).
+It also measures `alignment` in the chosen image and in the rejected one, in which another
+individual replaces the subject.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from focusdpo_jax.training import assembly, generator_step, models, run_data
 
 
 def measure(config: Any, model: Any, batches):
-    """Yields (bucket, share on the right subject, chance, alignments of chosen and rejected)."""
+    """Yields (bucket, share on the subject, chance, alignment of chosen, alignment of rejected)."""
     buckets = assembly.focus_buckets(config)
     source, encode = assembly.make_encoder(model.generator, config, buckets)
     objective = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
@@ -35,15 +36,15 @@ def measure(config: Any, model: Any, batches):
     encoded = [encode(model.parameters, batch) for batch in batches]
     for name, (structure, params) in buckets.items():
         inside, chance, alignment = [], [], []
-        for number, (batch, pairs) in enumerate(zip(batches, encoded)):
-            key = jax.random.fold_in(jax.random.key(config.seed), number)
+        for index, (batch, pairs) in enumerate(zip(batches, encoded)):
+            key = jax.random.fold_in(jax.random.key(config.seed), index)
             match = focus_maps(structure, fixed, pairs, params, key).match
             replaced = (batch.masks & batch.prior_mask[:, None]).astype(jnp.float32)
-            there = average_to_grid(replaced, match.union.shape[1:])
-            found = match.subjects[::2]  # Of the chosen pictures.
-            taken, right = (np.asarray(x.sum((2, 3))) for x in (found, found * there))
-            inside.append(right[taken > 0] / taken[taken > 0])
-            chance.append(np.asarray(there.mean((2, 3)))[taken > 0])
+            coverage = average_to_grid(replaced, match.union.shape[1:])
+            matched = match.subjects[::2]  # Chosen images only.
+            area, overlap = (np.asarray(x.sum((2, 3))) for x in (matched, matched * coverage))
+            inside.append(overlap[area > 0] / area[area > 0])
+            chance.append(np.asarray(coverage.mean((2, 3)))[area > 0])
             prior = generator_step.repeat_for_pair(pairs.prior)
             alignment.append(np.asarray(correspondence.alignment(match, prior)).reshape(-1, 2).T)
         yield (
@@ -55,7 +56,7 @@ def measure(config: Any, model: Any, batches):
 
 
 def main() -> None:
-    """Prints a line for each source and bucket."""
+    """Prints one line per source and bucket."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +82,7 @@ def main() -> None:
         )
     )
     for features in ("vit", "unet", "attention"):
-        # With attention, it is the image tokens that stand for a subject.
+        # The attention map needs no prototypes: image tokens represent the subject.
         for count in arguments.prototypes if features != "attention" else [0]:
             config = benchmark_cases.changed(
                 config, focus__features=features, focus__prototypes=max(1, count)

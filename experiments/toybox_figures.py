@@ -1,4 +1,4 @@
-"""Figures of Toybox's small generators: see `toybox_report`, the command that prints them."""
+"""Measures of Toybox's small generators, for `toybox_report`."""
 
 from typing import Any, cast
 
@@ -21,31 +21,34 @@ def psnr(squared_error):
 
 
 def reconstruct(generator: Any, parameters, images, batch_size: int):
-    """uint8 images [N, H, W, 3] through the autoencoder, without noise: float32 in [0, 1]."""
+    """Encodes and decodes images, uint8 [N, H, W, 3], without noise: float32 in [0, 1]."""
 
     @jax.jit
-    def through(parameters, batch):
+    def reconstruct_batch(parameters, batch):
         mean, _ = generator.encode_latents(parameters, batch.astype(jnp.float32) / 255)
         return jnp.clip(generator.decode_latents(parameters, mean), 0, 1)
 
     return np.concatenate(
-        [through(parameters, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+        [
+            reconstruct_batch(parameters, images[i : i + batch_size])
+            for i in range(0, len(images), batch_size)
+        ]
     )
 
 
-def draw(model: Any, scenes, *, steps: int, guidance: float, seed: int, batch_size: int):
-    """Generated pictures uint8 [N, H, W, 3] of N scenes, a `PreferenceBatch`."""
+def generate_images(model: Any, scenes, *, steps: int, guidance: float, seed: int, batch_size: int):
+    """Generates images, uint8 [N, H, W, 3], of the N scenes of a `PreferenceBatch`."""
     generator = model.generator
     generate = make_generate(
         generator, steps=steps, guidance=guidance, negative_token_ids=model.tokenizer("")
     )
-    view = jax.jit(generator.encode_reference)
+    encode_reference = jax.jit(generator.encode_reference)
     shape = generator.latent_shape(scenes.chosen.shape[1])
-    drawn = []
+    generated = []
     for start in range(0, len(scenes.index), batch_size):
         rows = jax.tree.map(lambda x, s=start: x[s : s + batch_size], scenes)
-        references = view(model.parameters, rows.references.astype(np.float32) / 255)
-        drawn.append(
+        references = encode_reference(model.parameters, rows.references.astype(np.float32) / 255)
+        generated.append(
             generate(
                 model.parameters,
                 rows.token_ids,
@@ -55,20 +58,28 @@ def draw(model: Any, scenes, *, steps: int, guidance: float, seed: int, batch_si
                 scene_noise(seed, rows.index, shape),
             )
         )
-    return np.concatenate(drawn)
+    return np.concatenate(generated)
 
 
 def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_size: int, parts):
     """Measures a model.
 
     Args:
-      model: a `training.models.Model` with a probe.
+      model: `training.models.Model`, with a probe unless only the autoencoder is measured.
       config: RunConfig of the world and of sampling.
-      parts: of "autoencoder", "probe" and "generator".
+      split: split of the subjects.
+      count: number of scenes.
+      seed: of the noise and of the bootstrap.
+      batch_size: number of scenes that are processed at once.
+      parts: what to measure, of "autoencoder", "probe" and "generator".
 
     Returns:
-      ({figure: value}, {source of pictures: `toybox_results.summarize`}, the scenes, their captions, generated
-      pictures or None).
+      A tuple (figures, tables, scenes, captions, generated):
+      figures: PSNR in dB, {name: value}.
+      tables: {source of images: result of `toybox_results.summarize`}.
+      scenes: PreferenceBatch of the `count` scenes.
+      captions: caption of each scene.
+      generated: generated images, uint8 [count, H, W, 3], or None.
     """
     source = dataset.ToyboxSource(dataset.toybox_world(config), split, count)
     records = [source[i] for i in range(count)]
@@ -78,17 +89,17 @@ def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_
         reference_size=model.generator.config.image_encoder.image_size,
     )
     (scenes,) = loader.evaluation_batches(records, transform=transform, batch_size=count)
-    figures, tables, drawn = {}, {}, None
-    look = jax.jit(
+    figures, tables, generated = {}, {}, None
+    predict = jax.jit(
         lambda parameters, images: read(
             cast(Any, Probe(TOYBOX).apply({"params": parameters}, images))
         )
     )
 
-    def measured(images):
-        """Estimates of every measure of images [N, H, W, 3] in [0, 1]."""
+    def measure(images):
+        """Estimates of all measures on images [N, H, W, 3] in [0, 1]."""
         readings = [
-            look(model.probe, images[i : i + batch_size]) for i in range(0, count, batch_size)
+            predict(model.probe, images[i : i + batch_size]) for i in range(0, count, batch_size)
         ]
         readings = jax.tree.map(lambda *rows: np.concatenate(rows), *readings)
         return toybox_results.summarize(
@@ -106,9 +117,9 @@ def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_
             "psnr_background": psnr(error[~inside].mean()),
         }
     if "probe" in parts:
-        tables |= {"renders": measured(chosen), "reconstructions": measured(decoded)}
+        tables |= {"renders": measure(chosen), "reconstructions": measure(decoded)}
     if "generator" in parts:
-        drawn = draw(
+        generated = generate_images(
             model,
             scenes,
             steps=config.sampling.steps,
@@ -116,12 +127,12 @@ def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_
             seed=seed,
             batch_size=batch_size,
         )
-        tables["generated"] = measured(drawn.astype(np.float32) / 255)
-    return figures, tables, scenes, [record["caption"] for record in records], drawn
+        tables["generated"] = measure(generated.astype(np.float32) / 255)
+    return figures, tables, scenes, [record["caption"] for record in records], generated
 
 
 def format_tables(tables):
-    """One row a measure, one column a source of pictures: mean and 95 % interval in per cent."""
+    """Formats one row per measure and one column per source: mean and 95 % interval in per cent."""
     lines = [["measure", *tables]]
     for name in next(iter(tables.values()))["metrics"]:
         cells = []

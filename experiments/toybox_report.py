@@ -1,11 +1,11 @@
-r"""What one of Toybox's small generators can do: its autoencoder, the probe's ceilings, its pictures.
+r"""Measures one of Toybox's small generators: autoencoder, accuracy of the probe, generated images.
 
     python -m experiments.toybox_report --config=configs/toybox_base.py \
         --model=runs/toybox_base_generator/model --output=reports/toybox
 
-Prints the autoencoder's PSNR, and a table of what the probe reads off renders, off their reconstructions and
-off generated pictures of the same scenes. Writes report.json, and samples.png: the first 48 scenes, none
-left out. The world, the sampling steps and the guidance are those of --config.
+Prints the autoencoder's PSNR, and a table of the probe's measures on renders, on their
+reconstructions and on generated images of the same scenes. Writes report.json, and samples.png with
+the first 48 scenes, without selection. --config sets the world, the sampling steps and guidance.
 """
 
 import dataclasses
@@ -20,24 +20,26 @@ from focusdpo_jax import command
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration of the world and of sampling."
 )
-_MODEL = flags.DEFINE_string("model", None, "Model folder, or one that ships with the package.")
+_MODEL = flags.DEFINE_string("model", None, "Model folder, or name of a model in the package.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for report.json and samples.png.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Split of the subjects.")
-_SCENES = flags.DEFINE_integer("scenes", 512, "Scenes to measure.", lower_bound=1)
-_PICTURES = flags.DEFINE_integer("pictures", 48, "Scenes in samples.png.", lower_bound=0)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Scenes at once.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise, and of the bootstrap.")
+_SCENES = flags.DEFINE_integer("scenes", 512, "Number of scenes to measure.", lower_bound=1)
+_PICTURES = flags.DEFINE_integer("pictures", 48, "Number of scenes in samples.png.", lower_bound=0)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 32, "Number of scenes processed at once.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise and of the bootstrap.")
 _PARTS = flags.DEFINE_multi_enum(
     "parts",
     ["autoencoder", "probe", "generator"],
     ["autoencoder", "probe", "generator"],
-    "What to measure.",
+    "Parts to measure.",
 )
 
 
 def main() -> None:
-    """Measures the model of the flags, and writes what was found."""
-    # After the flags, so that --help is quick.
+    """Measures the model in the flags, and prints and writes the results."""
+    # Imported after parsing the flags, so that --help is fast.
     from experiments import toybox_figures
     from focusdpo_jax import config as config_lib
     from focusdpo_jax.errors import UserError
@@ -56,10 +58,10 @@ def main() -> None:
     model, parts = runs.load_folder(_MODEL.value), _PARTS.value
     if model.probe is None and parts != ["autoencoder"]:
         raise UserError(
-            f"--model={_MODEL.value} has no probe.safetensors, which reads Toybox's pictures; "
+            f"--model={_MODEL.value} has no probe.safetensors, which the measures need; "
             "give --parts=autoencoder, or train it (configs/toybox_base.py:probe)"
         )
-    figures, tables, scenes, captions, drawn = toybox_figures.report(
+    figures, tables, scenes, captions, generated = toybox_figures.report(
         model,
         config,
         split=_SPLIT.value,
@@ -97,10 +99,10 @@ def main() -> None:
         )
         + "\n",
     )
-    if drawn is not None and _PICTURES.value:
+    if generated is not None and _PICTURES.value:
         rows = [
-            grids.SampleRow(captions[i], scenes.references[i][scenes.present[i]], drawn[i])
-            for i in range(min(_PICTURES.value, len(drawn)))
+            grids.SampleRow(captions[i], scenes.references[i][scenes.present[i]], generated[i])
+            for i in range(min(_PICTURES.value, len(generated)))
         ]
         grids.save_png(folder / "samples.png", grids.sample_grid(rows, columns=3, scale=2))
 

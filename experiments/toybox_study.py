@@ -1,19 +1,22 @@
-r"""Every objective on Toybox under equal conditions: does FocusDPO do what it is for?
+r"""Compares objectives on Toybox under equal conditions.
 
     python -m experiments.toybox_study --output=runs/study
-    python -m experiments.toybox_study --output=runs/study --workers=8       # one a GPU or TPU chip
-    python -m experiments.toybox_study --output=runs/study --share=0/4       # one of four machines
+    python -m experiments.toybox_study --output=runs/study --workers=8    # one per GPU or TPU chip
+    python -m experiments.toybox_study --output=runs/study --share=0/4    # one of four machines
 
-All start from one base and see the same pairs in the same order for the same number of steps.
-Learning rate, and of preferences beta and the anchor on the chosen picture, come from one small
-grid, trained with seed 0 and measured on validation scenes, by fidelity less leakage. What is
-reported are other seeds and the test scenes: two and three subjects each, none of them trained on.
-Ablations change one thing of FocusDPO at its own best setting.
+All trainings start from the same base and use the same pairs in the same order for the same number
+of steps. A small grid search, with seed 0 and validation scenes, selects the learning rate, and for
+preference objectives also beta and the anchor, by fidelity minus leakage. Results are reported for
+other seeds and for test scenes, with two and three subjects that do not occur in training. Each
+ablation changes one setting of FocusDPO at its best grid point.
 
-Run the same line again to go on: a trial leaves a file for each measurement, and a training
-resumes from its checkpoint. Machines that share `--output` take shares of the trials; each stops
-when its share is done, and the line run after all are done writes the report. `study_trial.py` is
-one trial, `study_report.py` the report: `study.md`, `curves.png`, `pictures.png`, `study.json`.
+Run the same command again to resume after an interruption: a trial writes a file for each
+measurement, and its training resumes from a checkpoint. Machines that share `--output` can each run
+a share of the trials (`--share`) and stop when it is done. Once all are done, the same command
+writes the report.
+
+`study_trial.py` runs one trial. `study_report.py` writes the report: `study.md`, `curves.png`,
+`pictures.png` and `study.json`.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from focusdpo_jax import objectives
 from focusdpo_jax.errors import UserError
 
 OBJECTIVES = ("sft", "dpo", "prior_dpo", "patch_dpo", "focus_dpo")
-# One change each to `focus_dpo`.
+# The change of each ablation to `focus_dpo`.
 ABLATIONS = {
     "spaf alone": {"focus.dpce": False},
     "dpce alone": {"focus.spaf": False},
@@ -57,10 +60,11 @@ class Trial:
     """One training with its measurements.
 
     Attributes:
-      name: of its folder.
+      name: of the trial's folder.
       overrides: fields of the configuration, {name: value}.
-      split, scenes: what is measured.
-      steps: after how many steps, ascending.
+      split: "validation" or "test".
+      scenes: number of measured scenes.
+      steps: steps at which the model is measured, ascending.
     """
 
     name: str
@@ -71,12 +75,12 @@ class Trial:
 
 
 def parse(arguments):
-    """The command line as a namespace, with `share` as (place, count) and `common` overrides."""
+    """Parses the command line; `share` is (index, count), `common` the overrides of all trials."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def number(text):
+    def positive_integer(text):
         if int(text) < 1:
             raise ValueError
         return int(text)
@@ -86,27 +90,32 @@ def parse(arguments):
         return name, json.loads(value)
 
     def share(text):
-        place, count = map(int, text.split("/"))
-        if not 0 <= place < count:
+        index, count = map(int, text.split("/"))
+        if not 0 <= index < count:
             raise ValueError
-        return place, count
+        return index, count
 
     add = parser.add_argument
     add("--output", type=pathlib.Path, default="runs/toybox_study", help="folder of the study")
-    add("--config", default="configs/toybox_dpo.py", help="what all trials have in common")
+    add("--config", default="configs/toybox_dpo.py", help="configuration of all trials")
     add(
         "--set",
         type=assignment,
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="a field that all trials have otherwise, such as batch_size=64",
+        help="override a field in all trials, such as batch_size=64",
     )
-    add("--steps", type=number, default=80, help="optimiser steps of every trial")
-    add("--points", type=number, default=4, help="points of the curves, a divisor of --steps")
-    add("--seeds", type=number, default=3, help="seeds of what is reported")
-    add("--scenes", type=number, default=512, help="test scenes of a measurement")
-    add("--validation", type=number, default=192, help="validation scenes of a point of the grid")
+    add("--steps", type=positive_integer, default=80, help="optimiser steps of every trial")
+    add(
+        "--points",
+        type=positive_integer,
+        default=4,
+        help="measured points per curve, a divisor of --steps",
+    )
+    add("--seeds", type=positive_integer, default=3, help="number of reported seeds")
+    add("--scenes", type=positive_integer, default=512, help="test scenes per measurement")
+    add("--validation", type=positive_integer, default=192, help="validation scenes per grid point")
     add("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     add("--ablations", nargs="*", choices=list(ABLATIONS), default=list(ABLATIONS))
     add("--learning_rates", nargs="+", type=float, default=[5e-4, 1.5e-3])
@@ -114,21 +123,21 @@ def parse(arguments):
     add("--anchors", nargs="+", type=float, default=[0.0, 1.0])
     add(
         "--workers",
-        type=number,
+        type=positive_integer,
         default=1,
-        help="trials at once; with several, each sees one accelerator",
+        help="trials run at once; with several, each uses one accelerator",
     )
     add(
         "--share",
         type=share,
         default=(0, 1),
         metavar="I/N",
-        help="this machine takes every N-th trial from I on",
+        help="run every N-th trial, starting at I",
     )
     study = parser.parse_args(arguments)
     if study.steps % study.points:
         parser.error(f"--points={study.points}: give a divisor of --steps={study.steps}")
-    # The reports are made of what trials measure, so the runs' own pictures are few.
+    # Trials are measured by `study_trial`, so the runs generate as few images as possible.
     study.common = {
         "decay": "constant",
         "evaluation.scenes": 0,
@@ -139,7 +148,7 @@ def parse(arguments):
 
 
 def tuning_trials(study: Any):
-    """One trial for each point of an objective's grid; only preferences have beta and anchor."""
+    """Yields a trial per grid point; only preference objectives have beta and anchor."""
     for objective in study.objectives:
         grid = [study.learning_rates]
         if objectives.get(objective).needs_reference:
@@ -156,18 +165,18 @@ def tuning_trials(study: Any):
 
 
 def _tag(setting):
-    """A tuned setting in a few letters, which make the name of a trial that of its setting."""
+    """Abbreviates a tuned setting for the name of a trial."""
     return "_".join(f"{name[0]}{setting[name]:g}" for name in TUNED if name in setting)
 
 
 def reported_trials(study: Any, chosen):
-    """The base, each objective and each ablation at the chosen settings, on the test split.
+    """Trials on the test split: the base, the objectives and the ablations, at the chosen settings.
 
     Args:
       chosen: {objective: setting}.
 
     Returns:
-      {name in the report: list of Trial}, one a seed; of the base, which is not trained, one.
+      {name in the report: list of Trial}, one per seed, but one in total for the base.
     """
     gap = study.steps // study.points
     steps = tuple(range(gap, study.steps + 1, gap))
@@ -185,29 +194,33 @@ def reported_trials(study: Any, chosen):
             for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds)
         ]
 
-    found = {"base": trials("test", "base", {}, (0,))[:1]}
-    found |= {name: trials("test", name, chosen[name], steps) for name in study.objectives}
+    trials_by_name = {"base": trials("test", "base", {}, (0,))[:1]}
+    trials_by_name |= {name: trials("test", name, chosen[name], steps) for name in study.objectives}
     for name in study.ablations if "focus_dpo" in chosen else []:
-        found[name] = trials("ablation", name, chosen["focus_dpo"] | ABLATIONS[name], steps[-1:])
-    return found
+        setting = chosen["focus_dpo"] | ABLATIONS[name]
+        trials_by_name[name] = trials("ablation", name, setting, steps[-1:])
+    return trials_by_name
 
 
-def spread(study: Any, trials):
-    """Runs this machine's share of the trials that are not done yet, `study.workers` at once.
+def run_trials(study: Any, trials):
+    """Runs this machine's share of the unfinished trials, `study.workers` at once.
 
     Returns:
-      Whether all of them, also other machines', are done now.
+      Whether all trials are done, including those of other machines.
+
+    Raises:
+      UserError: a trial failed.
     """
-    place, count = study.share
+    index, count = study.share
     todo = queue.SimpleQueue()
-    for number, trial in enumerate(trials):
-        if number % count == place and not done(trial, study.output):
+    for i, trial in enumerate(trials):
+        if i % count == index and not done(trial, study.output):
             todo.put(trial)
-    logging.info("%d trials, %d of them to do here", len(trials), todo.qsize())
+    logging.info("%d trials, %d to run on this machine", len(trials), todo.qsize())
     failed = []
 
-    def work(worker):
-        # Each worker sees one accelerator by whatever name its runtime goes by.
+    def run_worker(worker):
+        # One accelerator per worker; the variable depends on the kind of accelerator.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(study.output / "compiled")} | os.environ
         if study.workers > 1:
             environment |= {
@@ -237,21 +250,21 @@ def spread(study: Any, trials):
             if code:
                 failed.append(folder)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(study.workers)]
+    threads = [threading.Thread(target=run_worker, args=(i,)) for i in range(study.workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if failed:
         raise UserError(
-            f"{len(failed)} trials failed, see {failed[0]}/log.txt. Run the same line "
-            "again to go on."
+            f"{len(failed)} trials failed, see {failed[0]}/log.txt. Run the same "
+            "command again to resume."
         )
     return all(done(trial, study.output) for trial in trials)
 
 
 def done(trial: Any, output: pathlib.Path):
-    """Whether all measurements of a trial are there, or its training was given up."""
+    """Whether a trial has all its measurements, or ended because its loss was not finite."""
     folder = output / "trials" / trial.name
     return (folder / "gave_up.txt").exists() or all(
         (folder / f"{trial.split}_{step:06d}.npz").exists() for step in trial.steps
@@ -259,20 +272,21 @@ def done(trial: Any, output: pathlib.Path):
 
 
 def choose(study: Any, trials):
-    """The best setting of each objective, {objective: setting}, and {trial's name: score}."""
+    """Returns the best setting of each objective, {objective: setting}, and {trial name: score}."""
     best, scores = {}, {}
     for trial in trials:
         measures = study_report.load(trial, study.output)
-        if measures is None:  # Its loss was no longer finite.
+        if measures is None:  # The loss was not finite.
             continue
         score = scores[trial.name] = study_report.score(measures)
         objective = trial.overrides["objective"]
         if objective not in best or score > scores[best[objective].name]:
             best[objective] = trial
-    lost = set(study.objectives) - set(best)
-    if lost:
+    unstable = set(study.objectives) - set(best)
+    if unstable:
         raise UserError(
-            f"no setting of {', '.join(sorted(lost))} stayed finite: give lower --learning_rates"
+            f"the loss of {', '.join(sorted(unstable))} is not finite for any setting: give lower "
+            "--learning_rates"
         )
     return {
         objective: {
@@ -286,13 +300,13 @@ def main(arguments=None) -> None:
     """Tunes, trains, measures and reports."""
     study = parse(arguments)
     tuning = list(tuning_trials(study))
-    if not spread(study, tuning):
-        logging.info("other machines are still tuning; run this line again when they are done")
+    if not run_trials(study, tuning):
+        logging.info("other machines are still tuning; run this command again when they are done")
         return
     chosen, scores = choose(study, tuning)
     reported = reported_trials(study, chosen)
-    if not spread(study, [trial for trials in reported.values() for trial in trials]):
-        logging.info("other machines are still training; run this line again when they are done")
+    if not run_trials(study, [trial for trials in reported.values() for trial in trials]):
+        logging.info("other machines are still training; run this command again when they are done")
         return
     study_report.write(study.output, reported, chosen, scores)
 

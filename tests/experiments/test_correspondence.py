@@ -46,7 +46,7 @@ def test_a_composite_shows_both_subjects_where_its_masks_say(benchmark, photos):
         assert (picture[masks[side]].argmax(-1) == channel).mean() > 0.97
     grey = picture[~masks.any(0)]
     assert np.ptp(grey) == 0
-    assert benchmark.on_patches(masks).sum() * 196 == pytest.approx(masks.sum(), rel=1e-4)
+    assert benchmark.patch_coverage(masks).sum() * 196 == pytest.approx(masks.sum(), rel=1e-4)
 
 
 def test_a_painted_over_background_shows_no_subject(photos):
@@ -54,7 +54,7 @@ def test_a_painted_over_background_shows_no_subject(photos):
     assert picture[..., 0].max() < 60 and picture[..., 2].min() > 150
 
 
-def test_hits_are_the_share_of_matched_patches_on_the_right_subject(benchmark):
+def test_the_share_of_matched_patches_on_the_right_subject(benchmark):
     # Features that say who is where; the second subject's left column looks like the first.
     masks = np.zeros((2, 4, 4), np.float32)
     masks[0, :, :2], masks[1, :, 2:] = 1, 1
@@ -67,9 +67,9 @@ def test_hits_are_the_share_of_matched_patches_on_the_right_subject(benchmark):
         features = reference.copy()
         features[:2] = np.eye(3)[channel]
         seen.append((features, np.repeat([[1.0], [1], [0], [0]], 4, 1).astype(np.float32)))
-    one = functools.partial(benchmark.match_by_contest, count=1)
-    for match in (benchmark.match_by_contest, one, benchmark.match_by_mean):
-        inside, chance = benchmark.hits(match, seen, target, masks)
+    one = functools.partial(benchmark.match_with_background, count=1)
+    for match in (benchmark.match_with_background, one, benchmark.match_by_mean):
+        inside, chance = benchmark.inside_share(match, seen, target, masks)
         # k = 4: three columns look like the first, and its first row is three hits short of one;
         # the second finds its column.
         assert inside == pytest.approx((3 / 4 + 1) / 2) and chance == 0.5
@@ -80,11 +80,11 @@ def test_the_match_of_a_dog_lies_on_the_dog_in_another_photo(benchmark):
     features = benchmark.make_features(shared("dinov2-small"))
     (reference, mask), (target, other) = (photos.read("dog", i) for i in range(2))
     seen = [np.asarray(features(picture[None])[0]) for picture in (reference, target)]
-    inside, chance = benchmark.hits(
-        benchmark.match_by_contest,
-        [(seen[0], benchmark.on_patches(mask))],
+    inside, chance = benchmark.inside_share(
+        benchmark.match_with_background,
+        [(seen[0], benchmark.patch_coverage(mask))],
         seen[1],
-        benchmark.on_patches(other)[None],
+        benchmark.patch_coverage(other)[None],
     )
     print(inside, chance)
     assert inside > 0.9 > 2 * chance

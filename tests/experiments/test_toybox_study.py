@@ -114,12 +114,12 @@ def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
 def test_what_is_done_is_not_done_again_and_shares_are_disjoint(study, tmp_path, no_training):
     tuning = list(study[0].tuning_trials(settings(study, tmp_path)))
     first, second = (settings(study, tmp_path, f"--share={i}/2") for i in (0, 1))
-    assert not study[0].spread(first, tuning)
+    assert not study[0].run_trials(first, tuning)
     assert no_training == [tuning[0].name, tuning[2].name]
-    assert study[0].spread(second, tuning)
+    assert study[0].run_trials(second, tuning)
     assert no_training[2:] == [tuning[1].name, tuning[3].name]
     (tmp_path / "trials" / tuning[1].name / "validation_000004.npz").unlink()
-    assert study[0].spread(settings(study, tmp_path), tuning)
+    assert study[0].run_trials(settings(study, tmp_path), tuning)
     assert no_training[4:] == [tuning[1].name]
 
 
