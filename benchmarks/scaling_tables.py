@@ -1,15 +1,17 @@
-r"""The tables of docs/scaling.md: plans for machines that are not here, one command, resumable.
+r"""Writes the tables of docs/scaling.md from plans for GPUs and TPUs; resumable.
 
     python benchmarks/scaling_tables.py --rows gpus tpus chips --output=FOLDER
-    python benchmarks/scaling_tables.py --rows gpus --machines h100 --trained adapter --output=FOLDER
-    python benchmarks/scaling_tables.py --rows debug --output=FOLDER    # small sizes, to try the tool
-    python benchmarks/scaling_tables.py --output=FOLDER                 # the tables of what is there
+    python benchmarks/scaling_tables.py --rows gpus --machines h100 --trained adapter \
+        --output=FOLDER
+    python benchmarks/scaling_tables.py --rows debug --output=FOLDER  # small sizes, for a test
+    python benchmarks/scaling_tables.py --output=FOLDER               # only writes the tables
 
-Every row is a plan by `python -m focusdpo_jax.plan --json`, kept in FOLDER under its arguments and the commit,
-and is not made again there. Then the tables between the markers of docs/scaling.md are written from the rows
-of that commit (`--commit` takes those of another one). SDXL's programs take minutes of a core each to compile:
-gpus about 2 h, tpus 3 h, chips 4 h of a core; nothing is lost when it is stopped. `--prefix="nice -n 5"` is
-put before each command.
+Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER under its
+arguments and the commit, and is reused if it exists. The tables between the markers of
+docs/scaling.md are then written from the rows of that commit, or of `--commit`. Each of SDXL's
+programs takes minutes of a core to compile: in total about 2 core-hours for gpus, 3 for tpus and 4
+for chips. After an interruption, finished rows are kept. `--prefix="nice -n 5"` is prepended to
+each command.
 """
 
 import argparse
@@ -28,22 +30,22 @@ from focusdpo_jax.planning import campaign
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "scaling.md"
 PROJECTION = "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors"
-# What is trained: the argument of configs/sdxl_dpo.py, and fields.
+# Trained parameters: (argument of configs/sdxl_dpo.py, fields).
 TRAINED = {
     "adapter": ("", {}),
     "projection": ("", {"model.adapter": PROJECTION}),
     "lora": ("lora", {}),
     "full": ("full", {}),
 }
-WORDS = {
+LABELS = {
     "adapter": "resampler adapter",
     "projection": "projection adapter",
     "lora": "LoRA",
     "full": "full",
 }
-# Of a step on TPUs the update alone is compiled; the reference pass is estimated in proportion to it.
+# On TPUs only the update is compiled; the reference pass is estimated in proportion to it.
 STEP = "update"
-# TPU programs with transformer blocks in a loop compile in about 10 minutes, unrolled in over an hour.
+# On TPUs, blocks in a loop compile in about 10 minutes, unrolled ones in over an hour.
 LOOPED = {"model.scan_layers": True}
 VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
@@ -53,14 +55,17 @@ def _split(data, fsdp):
 
 
 def rows(group):
-    """[(machine, trained, arguments of `plan` besides --config and --topology as {name: value})]."""
+    """Rows of a group: [(machine, trained, arguments of `plan`, {name: value})].
+
+    The arguments exclude --config and --topology.
+    """
     if group == "debug":
         return [
             ("h100", "debug", {"config.batch_size": 1, "programs": "update,encoding"}),
             ("v5e:2x2", "debug", {"programs": STEP}),
         ]
     if group == "gpus":
-        # All programs of the adapter's run; for the others, the two of a step.
+        # All programs for the adapter, the two programs of a step for the others.
         return [
             (
                 machine,
@@ -72,7 +77,7 @@ def rows(group):
             for trained in TRAINED
         ]
     if group == "tpus":
-        found = []
+        updates = []
         for machine, count, remat in (
             ("v5e:4x4", 16, True),
             ("v5p:2x2x1", 4, False),
@@ -81,7 +86,7 @@ def rows(group):
             for trained in ("adapter", "lora", "full"):
                 narrow = machine == "v5e:4x4" and trained == "adapter"
                 fsdp = count if trained == "full" else 4 if narrow else 1
-                found.append(
+                updates.append(
                     (
                         machine,
                         trained,
@@ -94,9 +99,9 @@ def rows(group):
                         | {"programs": STEP},
                     )
                 )
-        # One of them as a whole.
+        # One run with all of its programs.
         return [
-            *found,
+            *updates,
             (
                 "v5e:4x4",
                 "lora",
@@ -144,12 +149,12 @@ def command(machine, trained, arguments):
 
 
 def printed(line):
-    """A command as people type it."""
+    """A command as shell text."""
     return shlex.join(["python", *line[1:]])
 
 
 def commit() -> str:
-    """The commit of the checkout, marked where what is planned has changes that are in none."""
+    """The commit of the checkout, with "-changed" if it has uncommitted changes to planned code."""
 
     def git(*arguments):
         return subprocess.run(
@@ -161,53 +166,53 @@ def commit() -> str:
 
 
 def versions():
-    """{package: version} of what compiles."""
-    found = {}
+    """Versions of the compilers and of jax, {package: version}."""
+    installed = {}
     for name in VERSIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def path_of(folder: pathlib.Path, group, row, commit_hash):
-    """Where a row is kept."""
+    """File of a row."""
     key = hashlib.sha256(json.dumps(command(*row)[2:]).encode()).hexdigest()[:8]
     return folder / f"{commit_hash}-{group}-{row[0].replace(':', '_')}-{row[1]}-{key}.json"
 
 
 def make(path: pathlib.Path, row, prefix) -> None:
-    """Plans a row and keeps it; says what went wrong otherwise."""
+    """Plans a row and writes its file; prints the error if planning fails."""
     line, start = command(*row), time.monotonic()
     print(printed(line), flush=True)
     run = subprocess.run([*prefix, *line], cwd=ROOT, capture_output=True, text=True)
     try:
-        found = json.loads(run.stdout)
+        plan = json.loads(run.stdout)
     except json.JSONDecodeError:
         print(f"  failed ({run.returncode}): {run.stderr.strip()[-600:]}", flush=True)
         return
-    found |= {
+    plan |= {
         "command": printed(line),
         "versions": versions(),
         "row_seconds": time.monotonic() - start,
         "date": datetime.date.today().isoformat(),
     }
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(plan, indent=1) + "\n")
     print(
-        f"  {gigabytes(found['bytes_per_chip']['peak'])} GB, fits: {found['fits']}, "
-        f"{found['row_seconds']:.0f} s",
+        f"  {gigabytes(plan['bytes_per_chip']['peak'])} GB, fits: {plan['fits']}, "
+        f"{plan['row_seconds']:.0f} s",
         flush=True,
     )
 
 
 def gigabytes(size: float) -> str:
-    """A number of bytes in a cell."""
+    """Formats bytes as GB."""
     return f"{size / 1e9:.1f}"
 
 
 def peak(program):
-    """A program's peak in a cell, or what it needs at least where it was refused."""
+    """Formats a program's peak memory, or a lower bound if the compiler rejected it."""
     return (
         gigabytes(program["peak"])
         if program["peak"]
@@ -215,83 +220,84 @@ def peak(program):
     )
 
 
-def cure_of(program):
-    """What makes a program fit, in a cell."""
+def fix_of(program):
+    """Formats the fields that make a program fit."""
     if not program.get("cure"):
         return "nothing that was tried"
     return ", ".join(f"`{field} = {value}`" for field, value in program["cure"]["changes"].items())
 
 
-def peaks_table(found):
-    """Peaks of every program: rows of gpus."""
-    names = list(dict.fromkeys(name for made in found for name in made["programs"]))
+def peaks_table(plans):
+    """Table of the peak memory of every program, for gpus."""
+    names = list(dict.fromkeys(name for plan in plans for name in plan["programs"]))
     lines = [
         "| machine | trained | encoders | "
         + " | ".join(f"{name}, GB" for name in names)
         + " | usable, GB | fits | what makes it fit |",
         "| --- " * (len(names) + 6) + "|",
     ]
-    for made in found:
-        cells = [peak(made["programs"][name]) if name in made["programs"] else "" for name in names]
-        cured = "; ".join(
-            f"{name}: {cure_of(program)}"
-            for name, program in made["programs"].items()
+    for plan in plans:
+        cells = [peak(plan["programs"][name]) if name in plan["programs"] else "" for name in names]
+        fixes = "; ".join(
+            f"{name}: {fix_of(program)}"
+            for name, program in plan["programs"].items()
             if program["fits"] is False
         )
-        limit = made["bytes_per_chip"]["limit"]
+        limit = plan["bytes_per_chip"]["limit"]
         lines.append(
-            f"| {made['chips']} x {made['chip'].removeprefix('NVIDIA ')} | {made['row'][1]} | "
-            f"{'cached' if made['cache'] else 'held'} | "
+            f"| {plan['chips']} x {plan['chip'].removeprefix('NVIDIA ')} | {plan['row'][1]} | "
+            f"{'cached' if plan['cache'] else 'held'} | "
             + " | ".join(cells)
-            + f" | {gigabytes(limit)} | {'yes' if made['fits'] else 'no'} | {cured} |"
+            + f" | {gigabytes(limit)} | {'yes' if plan['fits'] else 'no'} | {fixes} |"
         )
     return lines
 
 
-def step_table(found):
-    """Memory, exchange and estimated time of a batch: rows of tpus and chips."""
+def step_table(plans):
+    """Table of memory, exchanged bytes and estimated time of a batch, for tpus and chips."""
     lines = [
-        "| machine | chips | trained | split | remat | held, GB | peak, GB | of | exchanged a chip, GB | "
-        "compute, s | links, s | pairs/s a chip | of the speed on paper | chip-hours for a million pairs |",
+        "| machine | chips | trained | split | remat | held, GB | peak, GB | usable, GB "
+        "| exchanged per chip, GB | compute, s | links, s | pairs/s per chip | utilisation "
+        "| chip-hours for a million pairs |",
         "| --- " * 14 + "|",
     ]
-    for made in found:
-        update = made["programs"]["update"]
-        told = sum(
+    for plan in plans:
+        update = plan["programs"]["update"]
+        exchanged = sum(
             program.get("estimate", {}).get("bytes", 0)
-            for program in made["programs"].values()
+            for program in plan["programs"].values()
             if program["when"] == "of every batch"
         )
-        links = made["seconds_links"] or 0
+        links = plan["seconds_links"] or 0
         compute = (
-            made["seconds_per_batch"] - links if update.get("estimate", {}).get("seconds") else None
+            plan["seconds_per_batch"] - links if update.get("estimate", {}).get("seconds") else None
         )
-        hours = campaign.cost(made, made["chips_per_host"])["chip_hours"] if compute else None
+        hours = campaign.cost(plan, plan["chips_per_host"])["chip_hours"] if compute else None
         mesh = (
-            ", ".join(f"`{axis}` = {size}" for axis, size in made["mesh"].items() if size > 1)
+            ", ".join(f"`{axis}` = {size}" for axis, size in plan["mesh"].items() if size > 1)
             or "whole"
         )
         lines.append(
             "| "
             + " | ".join(
                 [
-                    made["topology"],
-                    str(made["chips"]),
-                    made["row"][1],
-                    f"{mesh}; {made['batch_size']} pairs",
-                    "on" if made["remat"] else "off",
+                    plan["topology"],
+                    str(plan["chips"]),
+                    plan["row"][1],
+                    f"{mesh}; {plan['batch_size']} pairs",
+                    "on" if plan["remat"] else "off",
                     gigabytes(update["held"]),
                     peak(update),
-                    gigabytes(made["bytes_per_chip"]["limit"]),
-                    f"{told / 1e9:.2f}",
+                    gigabytes(plan["bytes_per_chip"]["limit"]),
+                    f"{exchanged / 1e9:.2f}",
                     *(
                         ["", "", "", "", ""]
                         if compute is None
                         else [
                             f"{compute:.3g}",
                             f"{links:.3g}",
-                            f"{made['pairs_per_second'] / made['chips']:.3g}",
-                            f"{made['model_flops_utilisation']:.0%}",
+                            f"{plan['pairs_per_second'] / plan['chips']:.3g}",
+                            f"{plan['model_flops_utilisation']:.0%}",
                             f"{hours:.0f}",
                         ]
                     ),
@@ -305,19 +311,21 @@ def step_table(found):
 TABLES = {"gpus": peaks_table, "tpus": step_table, "chips": step_table}
 
 
-def write(found, document, commit_hash) -> None:
-    """Puts the tables of rows ({group: list of plans}) between the markers of a document."""
+def write(plans_by_group, document, commit_hash) -> None:
+    """Writes the tables of {group: list of plans} between the markers of a document."""
     text = document.read_text()
-    for group, made in found.items():
-        if not made or group not in TABLES:
+    for group, plans in plans_by_group.items():
+        if not plans or group not in TABLES:
             continue
-        stamp = ", ".join(f"{name} {version}" for name, version in made[0]["versions"].items())
-        dates = sorted({each["date"] for each in made})
+        stamp = ", ".join(f"{name} {version}" for name, version in plans[0]["versions"].items())
+        dates = sorted({plan["date"] for plan in plans})
+        period = " to ".join(dict.fromkeys((dates[0], dates[-1])))
         lines = [
-            *TABLES[group](made),
+            *TABLES[group](plans),
             "",
-            f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Made by "
-            f"`python benchmarks/scaling_tables.py --rows {group} --output=FOLDER`.",
+            f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; "
+            f"{period}. Made by `python benchmarks/scaling_tables.py --rows {group} "
+            "--output=FOLDER`.",
         ]
         begin, end = f"<!-- {group}: begin -->", f"<!-- {group}: end -->"
         if begin not in text or end not in text:
@@ -328,24 +336,24 @@ def write(found, document, commit_hash) -> None:
 
 
 def main() -> None:
-    """Plans what is missing, then writes the tables."""
+    """Plans the missing rows and writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the rows")
     parser.add_argument("--rows", nargs="*", default=[], choices=["gpus", "tpus", "chips", "debug"])
-    parser.add_argument("--machines", nargs="*", help="of these alone, such as h100 v5p:2x2x4")
-    parser.add_argument("--trained", nargs="*", choices=[*TRAINED, "debug"])
     parser.add_argument(
-        "--commit", help="take and make rows under this commit; default: the checkout's"
+        "--machines", nargs="*", help="machines to plan, such as h100 v5p:2x2x4; default: all"
     )
-    parser.add_argument("--prefix", default="", help="before each command")
+    parser.add_argument("--trained", nargs="*", choices=[*TRAINED, "debug"], help="default: all")
+    parser.add_argument("--commit", help="commit of the rows; default: that of the checkout")
+    parser.add_argument("--prefix", default="", help="text before each command")
     parser.add_argument("--document", type=pathlib.Path, default=DOCUMENT)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    commit_hash, found = arguments.commit or commit(), {}
+    commit_hash, plans = arguments.commit or commit(), {}
     for group in (*TABLES, "debug"):
-        found[group] = []
+        plans[group] = []
         for row in rows(group):
             path = path_of(arguments.output, group, row, commit_hash)
             wanted = (
@@ -356,10 +364,10 @@ def main() -> None:
             if wanted and not path.exists():
                 make(path, row, shlex.split(arguments.prefix))
             if path.exists():
-                trained = WORDS.get(row[1], row[1])
-                found[group].append(json.loads(path.read_text()) | {"row": (row[0], trained)})
-    write(found, arguments.document, commit_hash)
-    for group, made in found.items():
+                trained = LABELS.get(row[1], row[1])
+                plans[group].append(json.loads(path.read_text()) | {"row": (row[0], trained)})
+    write(plans, arguments.document, commit_hash)
+    for group, made in plans.items():
         print(f"{group}: {len(made)} of {len(rows(group))} rows")
 
 

@@ -107,7 +107,7 @@ def test_steps_and_their_cost(tables):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == header.count("|") - 1
     found = dict(zip((cell.strip() for cell in header.strip("|").split("|")), cells, strict=True))
-    assert (found["compute, s"], found["links, s"], found["pairs/s a chip"]) == (
+    assert (found["compute, s"], found["links, s"], found["pairs/s per chip"]) == (
         "0.3",
         "0.1",
         "2.5",
