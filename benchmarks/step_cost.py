@@ -1,13 +1,14 @@
-"""What a step costs in counts that no machine changes, beside what it cost when that was recorded.
+"""Compares machine-independent costs of a step with recorded values.
 
-    python benchmarks/step_cost.py            # prints what differs from benchmarks/step_cost.json
-    python benchmarks/step_cost.py --record   # a change is meant: writes that file
+    python benchmarks/step_cost.py            # prints differences from benchmarks/step_cost.json
+    python benchmarks/step_cost.py --record   # writes that file, after an intended change
 
-For the step of each case, as it is traced (`profiling/flops.py`): operations of matrix products
-and convolutions, and of everything else, in the reference passes (`guide`) and in the update. For Toybox's update,
-compiled for a CPU: bytes that XLA says it reads and writes, the body of a loop once, and its
-temporary memory. A test compares them: products with any jax, the rest with the jax that the record
-names, since other versions trace and fuse differently.
+For the traced step of each case (`profiling/flops.py`), counts the operations of matrix products
+and convolutions, and all others, in the reference passes (`guide` in the file) and in the update.
+For Toybox's update, compiled for a CPU, also counts its temporary memory and the bytes that XLA
+reports as accessed, with the body of a loop once. A test compares the counts: products with any
+version of jax, the others with the recorded version, since other versions trace and fuse
+differently.
 """
 
 import argparse
@@ -28,11 +29,11 @@ CASES = {"toybox": ("toybox_dpo",), "debug": ("sdxl_dpo", "debug")}
 COMPILED = "toybox"
 # Compiled bytes may differ a little between processors.
 TOLERANCE = 0.02
-CURE = "if that is meant, record it: python benchmarks/step_cost.py --record"
+HINT = "if this is intended, record it: python benchmarks/step_cost.py --record"
 
 
 def traced(name: str):
-    """{program: jax.stages.Traced} of a case's step."""
+    """The programs of a case's step, {name: jax.stages.Traced}."""
     config = load_config(*CASES[name])
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
     step = shapes.abstract_step(config, mesh)
@@ -51,13 +52,13 @@ def traced(name: str):
 
 
 def measure():
-    """{"jax": version, "cases": {case: {program: {name: count}}}}."""
+    """Returns {"jax": version, "cases": {case: {program: {name: count}}}}."""
     cases = {}
     for name in CASES:
         programs = traced(name)
-        cases[name] = {program: flops.count(found)._asdict() for program, found in programs.items()}
+        cases[name] = {program: flops.count(trace)._asdict() for program, trace in programs.items()}
         if name == COMPILED:
-            # How well the code is compiled changes no byte, but the time that it takes.
+            # Level 0 compiles fastest and does not change the bytes.
             compiled: Any = (
                 programs["update"]
                 .lower()
@@ -70,15 +71,15 @@ def measure():
     return {"jax": jax.__version__, "cases": cases}
 
 
-def differences(record, found) -> list[str]:
-    """Lines that say what no longer is as recorded; none if all is."""
-    lines, same_jax = [], record["jax"] == found["jax"]
+def differences(record, measured) -> list[str]:
+    """Returns one line per count that differs from the record."""
+    lines, same_jax = [], record["jax"] == measured["jax"]
     for case, programs in record["cases"].items():
         for program, counts in programs.items():
             for name, old in counts.items():
-                new = found["cases"].get(case, {}).get(program, {}).get(name)
+                new = measured["cases"].get(case, {}).get(program, {}).get(name)
                 if new is None:
-                    lines.append(f"{case}, {program}: there is no such program any more; {CURE}")
+                    lines.append(f"{case}, {program}: no such program any more; {HINT}")
                     break
                 if name == "matmul_flops":
                     wrong = new != old
@@ -88,23 +89,23 @@ def differences(record, found) -> list[str]:
                     wrong = same_jax and new > old * (1 + TOLERANCE)
                 if wrong:
                     lines.append(
-                        f"{case}, {program}: {name} {old:.6g} are {new:.6g} now "
-                        f"({new / old - 1:+.2%}); {CURE}"
+                        f"{case}, {program}: {name} {old:.6g} -> {new:.6g} "
+                        f"({new / old - 1:+.2%}); {HINT}"
                     )
     return lines
 
 
 def main() -> None:
-    """Compares or records."""
+    """Compares the costs with the record, or records them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", action="store_true")
-    record, found = parser.parse_args().record, measure()
+    record, measured = parser.parse_args().record, measure()
     if record:
-        RECORD.write_text(json.dumps(found, indent=2) + "\n")
+        RECORD.write_text(json.dumps(measured, indent=2) + "\n")
         return
-    lines = differences(json.loads(RECORD.read_text()), found)
+    lines = differences(json.loads(RECORD.read_text()), measured)
     print("\n".join(lines) or "as recorded")
     raise SystemExit(bool(lines))
 

@@ -19,11 +19,11 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
 )
 from safetensors.torch import load_file
-from step import most_resident, reset_resident, serve
+from step import peak_memory, reset_peak_memory, serve
 
 
-class Given(torch.nn.Module):
-    """In the place of the UNet's projection of images: the tokens are made already."""
+class Passthrough(torch.nn.Module):
+    """Replaces the UNet's image projection, since the adapter runs outside of the UNet."""
 
     def forward(self, tokens):
         """Returns the tokens unchanged."""
@@ -31,20 +31,20 @@ class Given(torch.nn.Module):
 
 
 def load_unet(sizes: Any, folder: pathlib.Path):
-    """diffusers' UNet with IP-Adapter's attention."""
+    """Loads diffusers' UNet with IP-Adapter's attention."""
     depths = sizes["transformer_layers_per_block"]
-    # Copies lie in memory as kernels like it, which the file's bytes need not.
+    # Copies are aligned in memory, which the tensors of a mapped file need not be.
     tensors = {
         name: tensor.clone() for name, tensor in load_file(folder / "unet.safetensors").items()
     }
-    with torch.device("meta"):  # Random parameters of this size would take a minute.
+    with torch.device("meta"):  # Random initialisation would take a minute.
         model = _unet(sizes, depths, tensors)
     model.load_state_dict(tensors, assign=True)
     return model
 
 
 def _unet(sizes, depths, tensors):
-    """The module, whose attention has an image branch where `tensors` have one."""
+    """Creates the module; attention has an image branch where `tensors` have one."""
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
     unet: Any = diffusers.UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     model = unet(
@@ -74,13 +74,13 @@ def _unet(sizes, depths, tensors):
             else IPAdapterAttnProcessor2_0(key.shape[0], key.shape[1], scale=1.0)
         )
     model.set_attn_processor(processors)
-    model.encoder_hid_proj = Given()
+    model.encoder_hid_proj = Passthrough()
     model.config.encoder_hid_dim_type = "ip_image_proj"
     return model
 
 
 def load_adapter(sizes: Any, folder: pathlib.Path):
-    """diffusers' resampler."""
+    """Loads diffusers' resampler."""
     model = embeddings.IPAdapterPlusImageProjection(
         embed_dims=sizes["input_dim"],
         output_dims=sizes["output_dim"],
@@ -95,10 +95,10 @@ def load_adapter(sizes: Any, folder: pathlib.Path):
     return model
 
 
-def make(folder: pathlib.Path, how, dtype: str, remat: bool, device):
-    """The function that does the next step."""
+def make(folder: pathlib.Path, mode, dtype: str, remat: bool, device):
+    """Returns the function that runs the next step."""
     settings = json.loads((folder / "sizes.json").read_text())
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     unet, adapter = load_unet(settings["unet"], folder), load_adapter(settings["adapter"], folder)
     unet.requires_grad_(False)
     trainable = [*adapter.parameters()]
@@ -107,11 +107,11 @@ def make(folder: pathlib.Path, how, dtype: str, remat: bool, device):
             parameter.requires_grad_(True)
             trainable.append(parameter)
         elif parameter.ndim > 1:
-            parameter.data = parameter.data.to(kind)
+            parameter.data = parameter.data.to(torch_dtype)
     unet, adapter = unet.to(device), adapter.to(device)
     if remat:
         unet.enable_gradient_checkpointing()
-    # The reference has its own copy of what is trained, and shares what is not.
+    # The reference has a copy of the trained parameters and shares the frozen ones.
     shared = {id(p): p for p in unet.parameters() if not p.requires_grad}
     reference = copy.deepcopy(unet, shared).requires_grad_(False)
     reference_adapter = copy.deepcopy(adapter).requires_grad_(False)
@@ -122,18 +122,18 @@ def make(folder: pathlib.Path, how, dtype: str, remat: bool, device):
         eps=1e-8,
         weight_decay=settings["weight_decay"],
     )
-    given = {
+    conditioning = {
         name: torch.from_numpy(value).to(device)
         for name, value in np.load(folder / "conditioning.npz").items()
     }
     text, pooled, time_ids = (
-        given[name].repeat_interleave(2, 0) for name in ("text", "pooled", "time_ids")
+        conditioning[name].repeat_interleave(2, 0) for name in ("text", "pooled", "time_ids")
     )
-    features = given["features"].flatten(0, 1)
-    slots = given["features"].shape[1]
+    features = conditioning["features"].flatten(0, 1)
+    slots = conditioning["features"].shape[1]
 
     def predict(unet, adapter, latents, timesteps):
-        with torch.autocast(device, kind, enabled=kind != torch.float32):
+        with torch.autocast(device, torch_dtype, enabled=torch_dtype != torch.float32):
             tokens = adapter(features).unflatten(0, (-1, slots))
             return unet(
                 latents,
@@ -151,28 +151,28 @@ def make(folder: pathlib.Path, how, dtype: str, remat: bool, device):
 
     def loss_of(latents, timesteps, target):
         with torch.no_grad():
-            before = errors(reference, reference_adapter, latents, timesteps, target)
-        difference = errors(unet, adapter, latents, timesteps, target) - before
+            reference_errors = errors(reference, reference_adapter, latents, timesteps, target)
+        difference = errors(unet, adapter, latents, timesteps, target) - reference_errors
         chosen, rejected = difference[::2], difference[1::2]
         return torch.nn.functional.softplus(0.5 * settings["beta"] * (chosen - rejected)).mean()
 
-    if how == "compiled":
+    if mode == "compiled":
         loss_of = torch.compile(loss_of)
-    elif how == "regional":
+    elif mode == "regional":
         for model in (unet, reference):
             model.compile_repeated_blocks(dynamic=False)
-    number = 0
+    index = 0
 
     def step():
-        nonlocal number
-        noisy = np.load(folder / f"noisy_{number}.npz")
-        number += 1
+        nonlocal index
+        noisy = np.load(folder / f"noisy_{index}.npz")
+        index += 1
         latents, target = (
             torch.from_numpy(np.moveaxis(noisy[name], -1, 1).copy()).to(device)
             for name in ("latents", "target")
         )
         timesteps = torch.from_numpy(noisy["timesteps"]).to(device)
-        wait(device)
+        synchronize(device)
         start = time.perf_counter()
         loss = loss_of(latents, timesteps, target)
         loss.backward()
@@ -180,27 +180,27 @@ def make(folder: pathlib.Path, how, dtype: str, remat: bool, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         value = loss.item()
-        wait(device)
+        synchronize(device)
         return time.perf_counter() - start, value
 
     return step
 
 
-def wait(device) -> None:
-    """Until the device has done what it was given."""
+def synchronize(device) -> None:
+    """Waits until the device has finished all work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def main() -> None:
-    """Serves."""
-    _, folder, how, dtype, remat = sys.argv[1:]
+    """Answers the requests of `step.py`."""
+    _, folder, mode, dtype, remat = sys.argv[1:]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         memory, reset = torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
     else:
-        memory, reset = most_resident, reset_resident
-    serve(lambda: make(pathlib.Path(folder), how, dtype, remat == "1", device), memory, reset)
+        memory, reset = peak_memory, reset_peak_memory
+    serve(lambda: make(pathlib.Path(folder), mode, dtype, remat == "1", device), memory, reset)
 
 
 if __name__ == "__main__":

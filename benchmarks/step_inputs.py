@@ -1,8 +1,8 @@
-"""Weights and inputs of a case of `step.py`, in a folder, for all of its sides.
+"""Writes weights and inputs of a case of `step.py` to a folder, for all sides.
 
     step_inputs.py CASE FOLDER STEPS DTYPE REMAT
 
-Another process than those that step, which then hold no more than they need.
+Runs in a separate process, so that the memory of the sides contains only what their steps need.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import assembly, generator_step, models, shapes
 
 PARTS = ("unet", "adapter")
-# Widths of SDXL over four; as many heads, since a quarter of five is none.
+# A quarter of SDXL's widths, with SDXL's number of heads, since 5 is not divisible by 4.
 QUARTER = {
     "block_out_channels": (80, 160, 320),
     "num_heads": (5, 10, 20),
@@ -38,7 +38,7 @@ QUARTER = {
 
 
 def configuration(case, dtype: str, remat: bool):
-    """The run's configuration and the generator's for a case of `step.CASES`."""
+    """The RunConfig and the GeneratorConfig of a case in `step.CASES`."""
     if case == "toybox":
         config = load_config("toybox_dpo")
     else:
@@ -53,11 +53,11 @@ def configuration(case, dtype: str, remat: bool):
         accumulate=1,
         learning_rate=1e-6,
         warmup_steps=0,
-        # SDXL's beta would show what rounding does to an error 5000 times larger.
+        # SDXL's beta, 5000, would amplify rounding errors in the losses.
         beta=100.0,
         data__cache=True,
         model__remat=remat,
-        # On a CPU a loop takes less time and memory than its blocks in a row.
+        # On a CPU a loop takes less time and memory than unrolled blocks.
         model__scan_layers=jax.default_backend() == "cpu",
     )
     sizes = models.abstract_model(
@@ -73,7 +73,7 @@ def configuration(case, dtype: str, remat: bool):
 
 
 def make_objective(config: Any, sizes: Any):
-    """`dpo` with the generator of these sizes."""
+    """`GeneratorStep` of a configuration with a generator of these sizes."""
     return generator_step.GeneratorStep(
         Generator(sizes, jnp.dtype(config.dtype)),
         config,
@@ -81,8 +81,8 @@ def make_objective(config: Any, sizes: Any):
     )
 
 
-def draw(path, leaf):
-    """A parameter at the scale that keeps activations as they are; none is zero."""
+def random_parameter(path, leaf):
+    """A random parameter without zeros, scaled to preserve the variance of activations."""
     rng = np.random.default_rng(zlib.crc32("/".join(path).encode()))
     if stacking.is_vector(path, leaf.shape):
         return (path[-1] == "scale") + 0.02 * rng.standard_normal(leaf.shape, np.float32)
@@ -91,9 +91,9 @@ def draw(path, leaf):
 
 
 def inputs(config: Any, generator: Any):
-    """EncodedPairs at random."""
+    """Random EncodedPairs for a generator."""
     _, encode = assembly.make_encoder(generator, config, assembly.focus_buckets(config))
-    return filled(
+    return random_pairs(
         jax.eval_shape(
             encode,
             {
@@ -107,12 +107,13 @@ def inputs(config: Any, generator: Any):
     )
 
 
-def filled(shape, config: Any, unet):
-    """Random EncodedPairs on the host, all references present.
+def random_pairs(shape, config: Any, unet):
+    """Random EncodedPairs as numpy arrays, with all references present.
 
     Args:
-      shape: EncodedPairs of shapes.
-      unet: UNetConfig, whose widths text and pooled text have.
+      shape: EncodedPairs of `jax.ShapeDtypeStruct`.
+      config: RunConfig, for the resolution.
+      unet: UNetConfig, for the widths of text and pooled text.
     """
     rng = np.random.default_rng(0)
     count, length = shape.text.shape[:2]
@@ -133,7 +134,7 @@ def filled(shape, config: Any, unet):
 
 
 def write_sizes(folder: pathlib.Path, config: Any, sizes: Any) -> None:
-    """What `step_diffusers` reads of a GeneratorConfig and of the run's."""
+    """Writes the values of RunConfig and GeneratorConfig that `step_diffusers` reads."""
     (folder / "sizes.json").write_text(
         json.dumps(
             {
@@ -150,7 +151,7 @@ def write_sizes(folder: pathlib.Path, config: Any, sizes: Any) -> None:
 
 
 def write_conditioning(folder: pathlib.Path, pairs) -> None:
-    """EncodedPairs, of numpy arrays, as `step_diffusers` reads them."""
+    """Writes the conditioning in EncodedPairs of numpy arrays for `step_diffusers`."""
     np.savez(
         folder / "conditioning.npz",
         **{  # pyright: ignore[reportArgumentType]: names of arrays, none is allow_pickle
@@ -166,7 +167,7 @@ def write_conditioning(folder: pathlib.Path, pairs) -> None:
 
 
 def main() -> None:
-    """Writes sizes, weights under diffusers' names, conditioning, and the noise of every step."""
+    """Writes sizes, weights with diffusers' names, conditioning, and the noise of every step."""
     case, folder, steps, dtype, remat = sys.argv[1:]
     folder = pathlib.Path(folder)
     config, sizes = configuration(case, dtype, remat == "1")
@@ -175,7 +176,8 @@ def main() -> None:
     for part in PARTS:
         shape = jax.eval_shape(lambda part=part: generator.init_part(part, jax.random.key(0)))
         tree = jax.tree_util.tree_map_with_path(
-            lambda path, leaf, part=part: draw((part, *(k.key for k in path)), leaf), shape
+            lambda path, leaf, part=part: random_parameter((part, *(k.key for k in path)), leaf),
+            shape,
         )
         tensor_file.write(folder / f"{part}.safetensors", pytorch_names.from_flax(tree))
     pairs = inputs(config, generator)

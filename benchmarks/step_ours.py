@@ -16,7 +16,7 @@ command.keep_memory()
 
 import jax
 import numpy as np
-from step import most_resident, reset_resident, serve
+from step import peak_memory, reset_peak_memory, serve
 from step_inputs import PARTS, configuration, make_objective
 
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
@@ -29,7 +29,7 @@ from focusdpo_jax.training.step import StepDefinition, compile_step
 
 
 def load(config: Any, sizes: Any, folder: pathlib.Path, mesh):
-    """The parameters {part: tree}, in the types of a run."""
+    """Loads the parameters {part: tree}, with the dtypes of a run."""
     parameters = {}
     for part in PARTS:
 
@@ -50,7 +50,7 @@ def load(config: Any, sizes: Any, folder: pathlib.Path, mesh):
 
 
 def make(case, folder: pathlib.Path, dtype: str, remat: bool):
-    """The function that does the next step."""
+    """Returns the function that runs the next step."""
     config, sizes = configuration(case, dtype, remat)
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, jax.devices()[:1])
     buckets = assembly.focus_buckets(config)
@@ -66,36 +66,36 @@ def make(case, folder: pathlib.Path, dtype: str, remat: bool):
         mesh=mesh,
     )
     optimizer = make_optimizer(config)
-    held = {"state": create_state(trainable, optimizer, 0.0), "number": 0}
+    current = {"state": create_state(trainable, optimizer, 0.0), "number": 0}
     pairs = meshes.shard_batch(pickle.loads((folder / "pairs.pickle").read_bytes()), mesh)
-    compiled = compile_step(definition, optimizer, held["state"], pairs, seed=config.seed)
+    compiled = compile_step(definition, optimizer, current["state"], pairs, seed=config.seed)
 
     def step():
         start = time.perf_counter()
         state, metrics = compiled(
-            structure, held["state"], definition.frozen, pairs, params, held["number"]
+            structure, current["state"], definition.frozen, pairs, params, current["number"]
         )
         loss = metrics.compute()["loss"]
         jax.block_until_ready(state)
-        held.update(state=state, number=held["number"] + 1)
+        current.update(state=state, number=current["number"] + 1)
         return time.perf_counter() - start, loss
 
     return step
 
 
 def main() -> None:
-    """Serves."""
+    """Answers the requests of `step.py`."""
     case, folder, dtype, remat = sys.argv[1:]
     device = jax.devices()[0]
     on_host = device.platform == "cpu"
 
     def memory():
-        return most_resident() if on_host else device.memory_stats()["peak_bytes_in_use"]
+        return peak_memory() if on_host else device.memory_stats()["peak_bytes_in_use"]
 
     serve(
         lambda: make(case, pathlib.Path(folder), dtype, remat == "1"),
         memory,
-        reset_resident if on_host else lambda: None,
+        reset_peak_memory if on_host else lambda: None,
     )
 
 

@@ -1,10 +1,10 @@
-"""Every attention of SDXL's networks: the kernel that was chosen beside XLA's own, time and error.
+"""Time and error of the kernel chosen for each attention of SDXL's networks, compared with XLA's.
 
-Shapes are read off the networks themselves, which are traced from their configurations. For each, `plain`
-is `jax.nn.dot_product_attention(implementation="xla")`, `ours` is `models.attention.attend`, and `cudnn`
-is asked where it was not chosen, to see whether it should have been. The error is that of a few queries
-of the first example against float64 on the host, forward and, where the attention is trained, in all
-three gradients.
+The shapes are recorded while the networks are traced from their configurations. For each shape,
+`plain` is `jax.nn.dot_product_attention(implementation="xla")` and `ours` is
+`models.attention.attend`. `cudnn` is also measured where it was not chosen, to check the choice.
+The error of some queries of the first example is computed against float64 on the host, for the
+output and, where the attention is trained, for all three gradients.
 """
 
 import concurrent.futures
@@ -26,19 +26,20 @@ from focusdpo_jax.models.vae import VAE
 
 from . import cases
 
-# Queries whose error is taken, and shapes whose programs are compiled side by side.
-_SAMPLED, _AT_ONCE = 64, 16
-# How far an iteration moves its arguments: enough that none can be left out.
-_RATE = 1e-3
+# Queries whose error is computed, and shapes whose programs are compiled concurrently.
+_SAMPLED_QUERIES, _COMPILED_AT_ONCE = 64, 16
+# Each iteration changes its inputs by this step, so that the compiler cannot remove iterations.
+_STEP_SIZE = 1e-3
 
 
 class Shape(NamedTuple):
-    """An attention, and where it was found.
+    """The shape of an attention.
 
     Attributes:
-      network: name.
+      network: name of the first network that uses it.
       queries, keys, heads, head_dim: sizes.
-      masked, causal: whether keys are masked, or seen up to the query's position only.
+      masked: whether some keys are masked.
+      causal: whether a query attends only to keys up to its position.
       trained: whether a run differentiates it.
     """
 
@@ -53,18 +54,18 @@ class Shape(NamedTuple):
 
 
 def attention_shapes(sizes: Any, resolutions, references, others=True):
-    """The Shapes of a generator's networks, each once, in the order of `resolutions`.
+    """The distinct Shapes of a generator's networks, in the order of `resolutions`.
 
     Args:
       sizes: GeneratorConfig.
       resolutions: sides of the images in pixels.
       references: numbers of subject references.
-      others: also the networks that are not the generator's but of a run: other image encoders and
-        adapters, DINO and DINOv2. They have their published sizes.
+      others: whether to add other networks of a run at their published sizes: image encoders and
+        adapters, DINO and DINOv2.
     """
-    found = {}
+    shapes = {}
 
-    def note(network, module, *inputs, trained=False, method=None):
+    def record(network, module, *inputs, trained=False, method=None):
         arrays = [
             jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs
         ]
@@ -74,14 +75,14 @@ def attention_shapes(sizes: Any, resolutions, references, others=True):
             )
         for call in sorted(calls or (), reverse=True):
             key = (call.queries, call.keys, call.heads, call.head_dim, call.masked, call.causal)
-            before = found.get(key)
-            found[key] = Shape(
-                before.network if before else network,
+            existing = shapes.get(key)
+            shapes[key] = Shape(
+                existing.network if existing else network,
                 *key,
-                trained or bool(before and before.trained),
+                trained or bool(existing and existing.trained),
             )
 
-    # One block of each kind has all the shapes of many.
+    # One block of each kind, since blocks of a kind have equal shapes.
     unet = dataclasses.replace(
         sizes.unet,
         transformer_layers_per_block=tuple(
@@ -96,8 +97,8 @@ def attention_shapes(sizes: Any, resolutions, references, others=True):
     for side in resolutions:
         latents = side // sizes.vae.factor
         for count in references:
-            # Both images of a pair ask the same text and references.
-            note(
+            # Both images of a pair attend to the same text and references.
+            record(
                 f"UNet, {side} px",
                 UNet(unet),
                 (2, latents, latents, unet.in_channels),
@@ -110,23 +111,23 @@ def attention_shapes(sizes: Any, resolutions, references, others=True):
                 trained=True,
             )
     patches = 1 + sizes.image_encoder.num_patches
-    note(
+    record(
         "resampler",
         subject_adapter(sizes.adapter),
         (1, 1, patches, sizes.adapter.input_dim),
         trained=True,
     )
     encoder = sizes.image_encoder
-    note(
+    record(
         "CLIP, image", CLIPVision(_shallow(encoder)), (1, encoder.image_size, encoder.image_size, 3)
     )
     for part in (sizes.text_encoder, sizes.text_encoder_2):
-        note("CLIP, text", CLIPText(_shallow(part)), jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+        record("CLIP, text", CLIPText(_shallow(part)), jax.ShapeDtypeStruct((1, tokens), jnp.int32))
     for side in resolutions:
-        note(f"autoencoder, {side} px", VAE(sizes.vae), (1, side, side, 3))
+        record(f"autoencoder, {side} px", VAE(sizes.vae), (1, side, side, 3))
     for name, module, *inputs in _others() if others else ():
-        note(name, module, *inputs, trained="resampler" in name)
-    return list(found.values())
+        record(name, module, *inputs, trained="resampler" in name)
+    return list(shapes.values())
 
 
 def _shallow(tower):
@@ -134,7 +135,7 @@ def _shallow(tower):
 
 
 def _others():
-    """Networks that a run may have beside SDXL's and IP-Adapter-Plus's own: (name, module, inputs)."""
+    """Yields (name, module, *inputs) of networks that are not in SDXL or IP-Adapter-Plus."""
     big = CLIPVisionConfig(hidden_size=1664, num_layers=1, intermediate_size=8192)
     yield "CLIP bigG, image", CLIPVision(big), (1, 224, 224, 3)
     grounding = SubjectAdapterConfig(kind="grounding", depth=1)
@@ -155,19 +156,19 @@ def _others():
         intermediate_size=3072,
         layer_scale=True,
     )
-    for side in (224, 448):  # For images, and for their patches.
+    for side in (224, 448):  # Resolution for image features, and for patch features.
         yield f"DINO, {side} px", DINO(small), (1, side, side, 3)
         yield f"DINOv2, {side} px", DINO(base), (1, side, side, 3)
 
 
 def measure(settings: Any, context: Any):
-    """Yields a row for each shape and use, "inference" or "training"."""
+    """Yields one row per shape and use ("training" or "inference")."""
     target = platforms.target_of(jax.devices()[0])
-    wide = cases.generator_sizes(settings["size"])
+    sizes = cases.generator_sizes(settings["size"])
     shapes = attention_shapes(
-        wide, settings["resolutions"], settings["references"], others=settings["size"] == "full"
+        sizes, settings["resolutions"], settings["references"], others=settings["size"] == "full"
     )[:: settings["every"]]
-    asked = [
+    pending = [
         (shape, use)
         for use in ("training", "inference")
         for shape in shapes
@@ -175,29 +176,31 @@ def measure(settings: Any, context: Any):
     ]
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for first in range(0, len(asked), _AT_ONCE):
+        for first in range(0, len(pending), _COMPILED_AT_ONCE):
             if time.monotonic() - start > 0.85 * context.seconds:
-                raise TimeoutError(f"no time for {len(asked) - first} of {len(asked)}")
-            some = asked[first : first + _AT_ONCE]
+                raise TimeoutError(
+                    f"no time left for {len(pending) - first} of {len(pending)} cases"
+                )
+            group = pending[first : first + _COMPILED_AT_ONCE]
             programs = [
                 {
                     name: pool.submit(_compile, settings, shape, use, function)
                     for name, function in _kernels(target, shape).items()
                 }
-                for shape, use in some
+                for shape, use in group
             ]
-            # Nothing is measured while something compiles.
+            # Compilation would disturb the measurements.
             concurrent.futures.wait([future for kernels in programs for future in kernels.values()])
-            for (shape, use), kernels in zip(some, programs, strict=True):
+            for (shape, use), kernels in zip(group, programs, strict=True):
                 yield _row(settings, target, shape, use, kernels)
 
 
 def _kernels(target, shape):
-    """{name: attention of projected [B, N, C] and a mask}."""
+    """The kernels to measure, {name: function of query, key, value [B, N, C] and mask}."""
 
-    def of_heads(implementation, query, key, value, mask):
+    def reference_kernel(implementation, query, key, value, mask):
         heads = [attention.split_heads(x, shape.heads) for x in (query, key, value)]
-        if mask is not None:  # cuDNN takes no mask that is one for all queries.
+        if mask is not None:  # cuDNN does not broadcast a mask over queries.
             rows = shape.queries if implementation == "cudnn" else 1
             mask = jnp.broadcast_to(mask[:, None, None, :], (len(mask), 1, rows, shape.keys))
         return jax.nn.dot_product_attention(
@@ -207,13 +210,13 @@ def _kernels(target, shape):
     def ours(query, key, value, mask):
         return attention.attend(query, key, value, shape.heads, key_mask=mask, causal=shape.causal)
 
-    kernels = {"plain": functools.partial(of_heads, "xla"), "ours": ours}
-    if target.platform == "gpu" and not _chosen(target, shape).startswith("cudnn"):
-        kernels["cudnn"] = functools.partial(of_heads, "cudnn")
+    kernels = {"plain": functools.partial(reference_kernel, "xla"), "ours": ours}
+    if target.platform == "gpu" and not _chosen_kernel(target, shape).startswith("cudnn"):
+        kernels["cudnn"] = functools.partial(reference_kernel, "cudnn")
     return kernels
 
 
-def _chosen(target, shape):
+def _chosen_kernel(target, shape):
     return attention.choose_kernel(
         target,
         jnp.bfloat16,
@@ -226,26 +229,31 @@ def _chosen(target, shape):
 
 
 def _compile(settings, shape, use, function):
-    """The compiled program (rate, arguments) -> what the last of its iterations made."""
+    """Compiles the program (step size, *arguments) -> results of its last iteration."""
 
-    def made(query, key, value, cotangent, mask):
+    def results_of(query, key, value, cotangent, mask):
         if use == "inference":
             return (function(query, key, value, mask),)
         out, gradient = jax.vjp(lambda *x: function(*x, mask), query, key, value)
         return out, *gradient(cotangent)
 
-    def program(rate, query, key, value, cotangent, mask):
-        def once(carry, _):
-            moved, _ = carry
-            results = made(*moved, cotangent, mask)  # pyright: ignore[reportCallIssue]: jit hides the arity
-            # A gradient moves its own argument, or else the result moves the query.
+    def program(step_size, query, key, value, cotangent, mask):
+        def iterate(carry, _):
+            inputs, _ = carry
+            # jit hides the arity from pyright.
+            results = results_of(*inputs, cotangent, mask)  # pyright: ignore[reportCallIssue]
+            # Gradients change their own inputs; in inference, the output changes the query.
             steps = results[1:] or results
-            moved = tuple(x + rate * step for x, step in zip(moved, steps)) + moved[len(steps) :]
-            return (moved, results), None
+            inputs = (
+                tuple(x + step_size * step for x, step in zip(inputs, steps)) + inputs[len(steps) :]
+            )
+            return (inputs, results), None
 
-        shapes = jax.eval_shape(made, query, key, value, cotangent, mask)
-        nothing = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
-        carry, _ = jax.lax.scan(once, ((query, key, value), nothing), length=settings["iterations"])
+        shapes = jax.eval_shape(results_of, query, key, value, cotangent, mask)
+        initial = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
+        carry, _ = jax.lax.scan(
+            iterate, ((query, key, value), initial), length=settings["iterations"]
+        )
         return carry[1]
 
     abstract = jax.tree.map(
@@ -255,16 +263,16 @@ def _compile(settings, shape, use, function):
 
 
 def _arguments(settings, shape, seed):
-    """(query, key, value, cotangent, mask), and the queries that are looked at, on the host."""
+    """Random (query, key, value, cotangent, mask) as numpy arrays, and the sampled queries."""
     rng, batch = np.random.default_rng(seed), settings["batch"]
     width = shape.heads * shape.head_dim
 
     def normal(length):
         return rng.standard_normal((batch, length, width), np.float32).astype(jnp.bfloat16)
 
-    rows = np.sort(rng.choice(shape.queries, min(_SAMPLED, shape.queries), replace=False))
+    rows = np.sort(rng.choice(shape.queries, min(_SAMPLED_QUERIES, shape.queries), replace=False))
     mask = None
-    if shape.masked:  # As with the last of several references absent.
+    if shape.masked:  # As if the last references were absent.
         mask = np.ones((batch, shape.keys), bool)
         mask[:, max(shape.keys * 2 // 3, 1) :] = False
     return (
@@ -278,7 +286,7 @@ def _arguments(settings, shape, seed):
 
 def _row(settings, target, shape, use, kernels):
     arguments, rows = _arguments(settings, shape, 1)
-    # Gradients of the sampled queries of one example alone: the others are known to be zero.
+    # Only the sampled queries of the first example have a cotangent.
     cotangent = np.zeros_like(arguments[3])
     cotangent[0, rows] = arguments[3][0, rows]
     exact = exact_rows(
@@ -293,7 +301,7 @@ def _row(settings, target, shape, use, kernels):
     row = {
         "key": f"{shape} {use}",
         "use": use,
-        "kernel": _chosen(target, shape),
+        "kernel": _chosen_kernel(target, shape),
         **shape._asdict(),
         "batch": settings["batch"],
         "milliseconds": {},
@@ -302,16 +310,16 @@ def _row(settings, target, shape, use, kernels):
         "refused": {},
     }
     placed = jax.device_put(arguments)
-    for name, compiling in kernels.items():
+    for name, future in kernels.items():
         try:
-            program = compiling.result()
+            program = future.result()
             results = program(jnp.bfloat16(0), *placed[:3], jax.device_put(cotangent), placed[4])
             errors = _errors(results, exact, rows)
             row["forward_error"][name] = errors[0]
             if use == "training":
                 row["gradient_error"][name] = max(errors[1:])
             row["milliseconds"][name] = _milliseconds(settings, program, placed)
-        except Exception as error:  # A kernel may refuse a shape in any way; the others go on.
+        except Exception as error:  # Kernels reject shapes with any exception.
             row["refused"][name] = str(error).splitlines()[0][:200] or repr(error)
     times = row["milliseconds"]
     if {"plain", "ours"} <= times.keys():
@@ -320,32 +328,34 @@ def _row(settings, target, shape, use, kernels):
 
 
 def _milliseconds(settings, program, arguments):
-    """Of one attention, the median of a few calls of many iterations."""
-    rate, seconds = jnp.bfloat16(_RATE), []
-    jax.block_until_ready(program(rate, *arguments))
+    """Milliseconds per iteration, as the median over calls."""
+    step_size, seconds = jnp.bfloat16(_STEP_SIZE), []
+    jax.block_until_ready(program(step_size, *arguments))
     for _ in range(settings["repeats"]):
         start = time.perf_counter()
-        jax.block_until_ready(program(rate, *arguments))
+        jax.block_until_ready(program(step_size, *arguments))
         seconds.append(time.perf_counter() - start)
     return 1e3 * float(np.median(seconds)) / settings["iterations"]
 
 
 def exact_rows(shape, query, key, value, cotangent, mask, rows):
-    """Attention of some queries in float64, and its gradients.
+    """Attention of some queries in float64, with its gradients.
 
     Args:
-      query, cotangent: [Q, C] of one example; key, value: [K, C]. The cotangent is zero but at `rows`.
+      shape: Shape.
+      query, cotangent: [Q, C] of one example. The cotangent is zero except at `rows`.
+      key, value: [K, C].
       mask: bool [K] or None.
-      rows: [R], positions of queries.
+      rows: positions of the queries, [R].
 
     Returns:
-      float64 output [R, C] and gradients of query [R, C], key and value [K, C].
+      Output [R, C] and gradients of query [R, C], key [K, C] and value [K, C], in float64.
     """
 
     def heads(x):
         return x.astype(np.float64).reshape(len(x), shape.heads, shape.head_dim).transpose(1, 0, 2)
 
-    def joined(x):
+    def merge_heads(x):
         return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
 
     query, key, value, cotangent = map(heads, (query[rows], key, value, cotangent[rows]))
@@ -361,7 +371,7 @@ def exact_rows(shape, query, key, value, cotangent, mask, rows):
     to_logits = scale * weights * (to_weights - (to_weights * weights).sum(-1, keepdims=True))
     return tuple(
         map(
-            joined,
+            merge_heads,
             (
                 weights @ value,
                 to_logits @ key,
@@ -373,11 +383,11 @@ def exact_rows(shape, query, key, value, cotangent, mask, rows):
 
 
 def _errors(results, exact, rows):
-    """|result - exact| / |exact| of each result; infinite where one is not finite."""
+    """|result - exact| / |exact| of each result; infinite if it is not finite."""
     errors = []
-    for position, (result, right) in enumerate(zip(results, exact)):
-        found = np.asarray(result)[0].astype(np.float64)
-        found = found[rows] if position < 2 else found
-        error = np.linalg.norm(found - right) / np.linalg.norm(right)
+    for position, (result, expected) in enumerate(zip(results, exact)):
+        actual = np.asarray(result)[0].astype(np.float64)
+        actual = actual[rows] if position < 2 else actual
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
         errors.append(float(error) if np.isfinite(error) else float("inf"))
     return errors

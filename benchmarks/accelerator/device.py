@@ -1,4 +1,4 @@
-"""Which device and libraries there are, and how fast the device multiplies matrices."""
+"""Device, versions of libraries, and the device's speed in a large matrix product."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "numpy")
 
 
 def measure(settings: Any, context: Any):
-    """Yields the one row."""
+    """Yields a single row."""
     del settings, context
     device = jax.devices()[0]
     versions = {}

@@ -1,8 +1,8 @@
-"""The measurements in order of value, and how long each may take.
+"""The measurements in order of priority, with time limits.
 
-A job is what one process measures. The first ones answer what people ask first, should the machine be
-gone after ten minutes: whether attention is right and fast, then the step of the adapter at both
-resolutions beside diffusers', then an image, then what changes the step's cost.
+A job is measured in one process. The order matters if the machine is available for ten minutes
+only: first accuracy and speed of attention, then the adapter's step at both resolutions compared
+with diffusers, then an image, then variants of the step.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ SIZES = ("full", "debug")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One process's measurements.
+    """Measurements of one process.
 
     Attributes:
-      name: unique.
-      part: one of PARTS, or "device" for what precedes them all.
-      seconds: after which it is stopped.
-      module: of this package, whose `measure(settings, context)` yields rows.
+      name: unique name.
+      part: one of PARTS, or "device" for the first job.
+      seconds: time limit.
+      module: module of this package whose `measure(settings, context)` yields rows.
       settings: JSON values.
     """
 
@@ -33,18 +33,18 @@ class Job:
     settings: dict[str, Any]
 
     def measure(self, context: Any):
-        """Yields rows, dicts of JSON values; see `Context`."""
+        """Yields rows, which are dicts of JSON values; `context` is a Context."""
         module = importlib.import_module(f".{self.module}", __package__)
         yield from module.measure(self.settings, context)
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a job is given besides its settings.
+    """Arguments of a job besides its settings.
 
     Attributes:
-      seconds: that it has.
-      scratch: a folder for weights that two sides read; it is removed after the last job.
+      seconds: time limit of the job.
+      scratch: folder for weights that both sides of a step read; removed after the last job.
     """
 
     seconds: float
@@ -55,25 +55,26 @@ DEVICE = Job("device", "device", 90, "device", {})
 
 
 def all_jobs(size: str, peers: Any) -> list[Job]:
-    """Every Job of "full", which is SDXL, or "debug", its anatomy for a rehearsal on a CPU.
+    """Returns all jobs in order of priority.
 
     Args:
-      peers: names of `step.PEERS` to step beside the first steps, where diffusers is installed.
+      size: "full" for SDXL, or "debug" for its architecture at small sizes, for a test on a CPU.
+      peers: names in `step.PEERS` to compare some steps with, if diffusers is installed.
     """
     return _full(list(peers)) if size == "full" else _debug(list(peers))
 
 
-def chosen(jobs: list[Job], names: Iterable[str]) -> list[Job]:
-    """Those of `jobs` whose part or name is in `names`, in order of value.
+def select(jobs: list[Job], names: Iterable[str]) -> list[Job]:
+    """Selects the jobs whose part or name is in `names`, in order of priority.
 
     Raises:
-      ValueError: a name is neither.
+      ValueError: a name is neither a part nor a job.
     """
     known = {job.part for job in jobs} | {job.name for job in jobs}
     unknown = sorted(set(names) - known)
     if unknown:
         raise ValueError(
-            f"{', '.join(unknown)}: neither a part nor a job; there are "
+            f"{', '.join(unknown)}: neither a part nor a job; choose among "
             f"{', '.join(PARTS)} and {', '.join(job.name for job in jobs)}"
         )
     return [job for job in jobs if job.part in names or job.name in names]
@@ -147,7 +148,7 @@ def _debug(peers):
                 "repeats": 2,
             },
         ),
-        # In bfloat16 PyTorch takes seconds for it on a CPU, and losses differ by rounding.
+        # Not bfloat16, in which PyTorch is slow on a CPU and losses differ by rounding.
         _step("step-64", 240, peers=peers, dtype="float32", **small),
         Job(
             "sampling-64",

@@ -1,4 +1,4 @@
-"""One image from the generator, as `sample` draws it: seconds, memory, and the decoder by itself."""
+"""Generates one image as `sample` does: seconds and memory, also of the decoder by itself."""
 
 import functools
 import time
@@ -20,15 +20,15 @@ from . import cases, weights
 
 
 def measure(settings: Any, context: Any):
-    """Yields a row of the whole image, and one of the decoder."""
+    """Yields a row for the decoder and one for the whole image."""
     del context
     config = cases.configuration(settings)
     mesh, device = cases.one_device(config), jax.devices()[0]
     generator, shapes = models.abstract_model(config, mesh)
-    # What is drawn with is in the types of the computation, also what a run would train.
-    parameters = weights.draw(
+    # Sampling uses the dtype of the computation for all parameters, also for trained ones.
+    parameters = weights.random_parameters(
         jax.tree_util.tree_map_with_path(
-            functools.partial(_as_computed, generator.unet.dtype), shapes
+            functools.partial(_with_computation_dtype, generator.unet.dtype), shapes
         )
     )
     sizes, side = generator.config, settings["resolution"]
@@ -61,13 +61,13 @@ def measure(settings: Any, context: Any):
         compiler_options=compiling.default_network_options(),
     )
     peak = matmul_peak(device, config.dtype)
-    for name, function, given in (
+    for name, function, inputs in (
         ("decoder", decode, (normal(1, *latents),)),
         ("image", generate, arguments),
     ):
         start = time.monotonic()
         with trace_context(mesh):
-            compiled = function.lower(parameters, *given).compile()
+            compiled = function.lower(parameters, *inputs).compile()
         row = {
             "key": name,
             "what": name,
@@ -79,7 +79,7 @@ def measure(settings: Any, context: Any):
         seconds = []
         for _ in range(1 + settings["repeats"]):
             start = time.perf_counter()
-            image = jax.block_until_ready(compiled(parameters, *given))
+            image = jax.block_until_ready(compiled(parameters, *inputs))
             seconds.append(time.perf_counter() - start)
         image = np.asarray(image, np.float32)
         yield row | {
@@ -91,7 +91,7 @@ def measure(settings: Any, context: Any):
         }
 
 
-def _as_computed(dtype, path, leaf):
+def _with_computation_dtype(dtype, path, leaf):
     names = tuple(key.key for key in path)
     kind = jnp.float32 if stacking.is_vector(names, leaf.shape) else dtype
     return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)

@@ -1,10 +1,10 @@
-"""The record as one page of Markdown."""
+"""Formats the record as Markdown."""
 
 import math
 
 
-def of(values):
-    """The page; `values` is as `running.Record` has them."""
+def render(values):
+    """Formats the page; `values` are those of `running.Record`."""
     device, jobs = values["device"], values["jobs"]
     lines = [f"# {device.get('name', 'An unknown device')}", ""]
     if device:
@@ -21,15 +21,15 @@ def of(values):
         ("At step 0", _at_start),
         ("Sampling", _sampling),
     ):
-        found = list(part(jobs))
-        if len(found) > 2:
-            lines += [f"## {title}", "", *found, ""]
-    told = [
+        table = list(part(jobs))
+        if len(table) > 2:  # More than the header.
+            lines += [f"## {title}", "", *table, ""]
+    errors = [
         f"- {name}: {job['status']} after {job['seconds']:.0f} s: {job['error']}"
         for name, job in jobs.items()
         if job.get("error")
     ]
-    return "\n".join(lines + (["## Not done", "", *told, ""] if told else []))
+    return "\n".join(lines + (["## Unfinished jobs", "", *errors, ""] if errors else []))
 
 
 def _row(*cells):
@@ -41,7 +41,7 @@ def _head(*cells):
 
 
 def _rows(jobs, part):
-    """(name, settings, row) of all rows of jobs of some parts."""
+    """Yields (job name, settings, row) for all rows of the jobs of some parts."""
     for name, job in jobs.items():
         if job["part"] in part:
             yield from ((name, job["settings"], row) for row in job["rows"])
@@ -57,27 +57,27 @@ def _attention(jobs):
         "queries x keys, heads x channels",
         "use",
         "kernel",
-        "ms",
-        "XLA's, ms",
-        "XLA's / ours",
-        "cuDNN's, ms",
-        "error",
+        "ours, ms",
+        "XLA, ms",
+        "XLA / ours",
+        "cuDNN, ms",
+        "our error",
         "XLA's error",
-        "of gradients",
-        "XLA's",
+        "our gradients' error",
+        "XLA's gradients' error",
     )
     for _, _, row in _rows(jobs, ("attention",)):
         times, forward, gradient = (
             row[name] for name in ("milliseconds", "forward_error", "gradient_error")
         )
         kind = ", causal" * row["causal"] + ", masked" * row["masked"]
-        cudnn = _figure(times.get("cudnn")) or ("refuses" if "cudnn" in row["refused"] else "")
+        cudnn = _figure(times.get("cudnn")) or ("failed" if "cudnn" in row["refused"] else "")
         yield _row(
             row["network"],
             f"{row['queries']} x {row['keys']}, {row['heads']} x {row['head_dim']}{kind}",
             row["use"],
             row["kernel"],
-            _figure(times.get("ours")) or f"refuses: {row['refused'].get('ours')}",
+            _figure(times.get("ours")) or f"failed: {row['refused'].get('ours')}",
             _figure(times.get("plain")),
             _figure(row.get("ratio"), ".2f"),
             cudnn,
@@ -104,19 +104,19 @@ def _steps(jobs):
         "side",
         "median step, s (quartiles)",
         "pairs/s",
-        "share of peak",
+        "fraction of peak",
         "times ours (quartiles)",
-        "losses apart by",
+        "largest loss difference",
         "memory, GB",
         "planned, GB",
-        "compiled in, s",
+        "compilation, s",
     )
     for name, settings, row in _rows(jobs, ("step", "variants")):
         if row.get("error") or row.get("fits") is False:
-            told = row.get("error") or (
+            message = row.get("error") or (
                 f"does not fit: {row['planned']['peak'] / 1e9:.1f} GB of {row['room'] / 1e9:.1f}"
             )
-            yield _row(_case(name, settings), row["side"], told, *[""] * 7)
+            yield _row(_case(name, settings), row["side"], message, *[""] * 7)
             continue
         low, high = row["quartiles"]
         ratio = (
@@ -145,21 +145,21 @@ def _losses(row):
 
 
 def _at_start(jobs):
-    """The same parameters in two programs: what should be zero."""
+    """Differences between policy and reference with equal parameters, which should be zero."""
     yield from _head(
         "case",
         "largest difference of the error maps",
-        "reference's error",
+        "reference error",
         "margin",
-        "beta / 2 times it, beta 5000",
+        "beta / 2 * margin, beta 5000",
     )
     for name, settings, row in _rows(jobs, ("step", "variants")):
-        found = row.get("at_start", {})
-        if "error_map_difference" in found:
+        values_at_start = row.get("at_start", {})
+        if "error_map_difference" in values_at_start:
             yield _row(
                 _case(name, settings),
                 *(
-                    _figure(found[kind], form)
+                    _figure(values_at_start[kind], form)
                     for kind, form in (
                         ("error_map_difference", ".2e"),
                         ("reference_error", ".3g"),
@@ -173,12 +173,12 @@ def _at_start(jobs):
 def _sampling(jobs):
     yield from _head(
         "case",
-        "what",
+        "program",
         "seconds",
         "held, GB",
         "temporaries, GB",
-        "most in this process, GB",
-        "compiled in, s",
+        "peak of the process, GB",
+        "compilation, s",
     )
     for name, settings, row in _rows(jobs, ("sampling",)):
         case = (

@@ -1,11 +1,11 @@
-"""A preference step at a time: seconds, share of the device, memory beside what was planned, and peers.
+"""Measures a preference step: seconds, fraction of peak, planned and actual memory, and peers.
 
-The step is built from shapes alone (`training.shapes`), as `plan` builds it; its parameters are drawn on
-the device. At step 0 policy and reference have the same parameters and their difference should be zero,
-but they are computed by two programs: what it is, is measured by the step itself.
+The step is built from shapes (`training.shapes`) like that of `plan`, with random parameters on the
+device. At step 0 policy and reference have equal parameters, so their difference should be zero.
+They are computed by two programs, so the step measures the actual difference.
 
-diffusers' side is `step_diffusers.py` in a process of its own. Both sides have the same weights, noise
-and conditioning, and step in turn.
+diffusers' side is `step_diffusers.py` in a separate process. Both sides have the same weights,
+noise and conditioning, and step alternately.
 """
 
 import copy
@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step import Side, most_resident, reset_resident
-from step_inputs import PARTS, filled, write_conditioning, write_sizes
+from step import Side, peak_memory, reset_peak_memory
+from step_inputs import PARTS, random_pairs, write_conditioning, write_sizes
 
 from focusdpo_jax.checkpoints import pytorch_names, tensor_file
 from focusdpo_jax.models.generator import merge_parameters
@@ -33,9 +33,9 @@ from focusdpo_jax.training.step import compile_beside
 
 from . import cases, weights
 
-# The strength that SDXL is trained with, for which a margin is also told.
+# Beta of SDXL's training, for which the margin is also reported.
 _BETA = 5000.0
-# Of a margin's parts, in a step's metrics.
+# Metrics of the first step that are recorded.
 _AT_START = (
     "margin",
     "winner_error_difference",
@@ -47,13 +47,13 @@ _AT_START = (
 )
 
 
-class Ours:
-    """Our step, compiled; it goes on from step to step.
+class OurStep:
+    """Our compiled step with its state.
 
     Attributes:
       compiled: `training.step.Step`.
-      losses: of every step so far.
-      metrics: what the last step measured, {name: float}.
+      losses: loss of every step so far.
+      metrics: metrics of the last step, {name: float}.
     """
 
     def __init__(self, compiled, structure, params, state, frozen, pairs) -> None:
@@ -62,7 +62,7 @@ class Ours:
         self._state, self._frozen, self._pairs = state, frozen, pairs
 
     def step(self):
-        """Seconds of the next step."""
+        """Runs the next step and returns its seconds."""
         start = time.perf_counter()
         self._state, metrics = self.compiled(
             self._structure, self._state, self._frozen, self._pairs, self._params, len(self.losses)
@@ -75,42 +75,46 @@ class Ours:
 
 
 def measure(settings: Any, context: Any):
-    """Yields a row of our step, and one for each peer."""
+    """Yields a row for our step and one per peer."""
     config = cases.configuration(settings)
     mesh, device = cases.one_device(config), jax.devices()[0]
-    peak = matmul_peak(device, config.dtype)
+    matmul_peak_flops = matmul_peak(device, config.dtype)
     plan = shapes.abstract_step(config, mesh)
     planned_step = plan.assembly.definition
-    trainable = weights.draw(plan.assembly.trainable)
-    frozen = {"parameters": weights.draw(planned_step.frozen["parameters"])}
+    trainable = weights.random_parameters(plan.assembly.trainable)
+    frozen = {"parameters": weights.random_parameters(planned_step.frozen["parameters"])}
     if "reference" in planned_step.frozen:
         frozen["reference"] = jax.jit(
             lambda tree: assembly.reference_parameters(tree, config.dtype, mesh),
             out_shardings=_shardings(planned_step.frozen["reference"]),
         )(trainable)
-    definition = dataclasses.replace(planned_step, loss=watched(plan.assembly.step), frozen=frozen)
-    on_host = filled(plan.batch, config, plan.assembly.generator.config.unet)
-    pairs = meshes.shard_batch(on_host, mesh)
+    definition = dataclasses.replace(
+        planned_step, loss=loss_with_error_map_difference(plan.assembly.step), frozen=frozen
+    )
+    host_pairs = random_pairs(plan.batch, config, plan.assembly.generator.config.unet)
+    pairs = meshes.shard_batch(host_pairs, mesh)
     structure, params = next(iter(definition.buckets.values()))
-    row = {"key": "ours", "side": "focusdpo_jax", "matmul_peak": peak}
+    row = {"key": "ours", "side": "focusdpo_jax", "matmul_peak": matmul_peak_flops}
     peers, start = {}, time.monotonic()
     with compile_beside(
         definition, plan.optimizer, plan.state, pairs, seed=config.seed
     ) as compiling:
-        if settings["peers"] and _have_peers():
+        if settings["peers"] and _peers_installed():
             folder = pathlib.Path(context.scratch)
             parameters = merge_parameters(trainable, frozen["parameters"])
-            _write(folder, settings, config, plan, parameters, on_host)
+            _write_inputs(folder, settings, config, plan, parameters, host_pairs)
             _write_noisy(folder, settings, config, plan, pairs)
             del parameters
             peers = {
-                how: Side(
-                    "step_diffusers.py", "", folder, how, config.dtype, int(config.model.remat)
+                mode: Side(
+                    "step_diffusers.py", "", folder, mode, config.dtype, int(config.model.remat)
                 )
-                for how in settings["peers"]
+                for mode in settings["peers"]
             }
-            for how, side in peers.items():
-                if how != "eager":  # Compiles in its first step; the other would disturb.
+            for mode, side in peers.items():
+                # Other peers compile in their first step, at the same time as ours. An eager
+                # peer would only slow the compilation.
+                if mode != "eager":
                     for _ in range(settings["warmup"]):
                         side.send("step")
         state = jax.jit(
@@ -123,13 +127,13 @@ def measure(settings: Any, context: Any):
     row |= {
         "compile_seconds": time.monotonic() - start,
         "matmul_flops": compiled.matmul_flops[structure],
-        "planned": planned(compiled, (frozen, state, pairs)),
+        "planned": planned_bytes(compiled, (frozen, state, pairs)),
     }
-    room = device_memory.limit(device)
-    if room and row["planned"]["peak"] > room:
-        yield row | {"fits": False, "room": room}
+    limit = device_memory.limit(device)
+    if limit and row["planned"]["peak"] > limit:
+        yield row | {"fits": False, "room": limit}
         return
-    ours = Ours(compiled, structure, params, state, frozen, pairs)
+    ours = OurStep(compiled, structure, params, state, frozen, pairs)
     del state
     ours.step()
     row["at_start"] = {name: ours.metrics[name] for name in _AT_START if name in ours.metrics}
@@ -137,44 +141,44 @@ def measure(settings: Any, context: Any):
         row["at_start"]["half_beta_margin"] = 0.5 * _BETA * row["at_start"]["margin"]
     for _ in range(settings["warmup"] - 1):
         ours.step()
-    most_memory = _MostMemory(device)
-    most_memory.reset()
+    peak_bytes = _PeakMemory(device)
+    peak_bytes.reset()
     seconds = [ours.step() for _ in range(settings["rounds"])]
     yield (
         row
-        | _spread(seconds)
+        | _quartiles(seconds)
         | {
             "fits": True,
-            "memory": most_memory(),
+            "memory": peak_bytes(),
             "losses": ours.losses,
             "pairs_per_second": config.batch_size / float(np.median(seconds)),
-            "share_of_peak": row["matmul_flops"] / float(np.median(seconds)) / peak,
+            "share_of_peak": row["matmul_flops"] / float(np.median(seconds)) / matmul_peak_flops,
         }
     )
     if settings["peers"] and not peers:
         yield {"key": "peers", "side": "diffusers", "error": "not installed with torch"}
-    for how, side in peers.items():
-        yield _beside(ours, how, side, settings, asked=how != "eager")
+    for mode, side in peers.items():
+        yield _peer_row(ours, mode, side, settings, warmed_up=mode != "eager")
 
 
-def watched(objective):
-    """The loss of a `GeneratorStep`, which also measures the largest difference of the error maps.
+def loss_with_error_map_difference(objective):
+    """The loss of a `GeneratorStep` with the additional metric `error_map_difference`.
 
-    Those of policy and reference, over all locations; `error_map_difference` among its metrics.
+    It is the largest absolute difference of the error maps of policy and reference.
     """
-    # Another object: the reference pass is traced at the same time, in another thread.
-    watching, found = copy.copy(objective), []
+    # A copy, since the reference pass of `objective` is traced concurrently in another thread.
+    recording, error_maps = copy.copy(objective), []
 
-    def remembered(*arguments, **options):
+    def recorded_error(*arguments, **options):
         result = objective._error(*arguments, **options)
-        found.append(result[0])
+        error_maps.append(result[0])
         return result
 
-    watching._error = remembered
+    recording._error = recorded_error
 
     def loss(trainable, frozen, encoded, outputs, params, key):
-        value, metrics = watching.loss(trainable, frozen, encoded, outputs, params, key)
-        policy = jax.lax.stop_gradient(found.pop())
+        value, metrics = recording.loss(trainable, frozen, encoded, outputs, params, key)
+        policy = jax.lax.stop_gradient(error_maps.pop())
         if outputs.reference_error is None:
             return value, metrics
         difference = jnp.abs(policy - outputs.reference_error).max()
@@ -183,8 +187,8 @@ def watched(objective):
     return loss
 
 
-def planned(compiled, held):
-    """Bytes that `plan` would tell, of the programs that were compiled here: by kind, and "peak"."""
+def planned_bytes(compiled, held):
+    """Memory of the compiled programs as in `plan`, {kind: bytes}, with their sum as "peak"."""
     memory = [
         program.memory_analysis()
         for program in (*compiled.reference_passes.values(), compiled.update)
@@ -197,20 +201,20 @@ def planned(compiled, held):
     return kinds | {"peak": sum(kinds.values())}
 
 
-class _MostMemory:
-    """Bytes that there were at most: on the device, or on a CPU in the process."""
+class _PeakMemory:
+    """Peak memory in bytes: of the device, or on a CPU of the process."""
 
     def __init__(self, device) -> None:
         self._device = device if device.memory_stats() else None
 
     def reset(self):
-        """Forgets what came before, where that is possible: a device's peak is its process's."""
+        """Resets the peak on a CPU; the peak of a device cannot be reset."""
         if self._device is None:
-            reset_resident()
+            reset_peak_memory()
 
     def __call__(self):
         if self._device is None:
-            return most_resident()
+            return peak_memory()
         return self._device.memory_stats()["peak_bytes_in_use"]
 
 
@@ -218,71 +222,72 @@ def _shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _spread(seconds):
+def _quartiles(seconds):
     low, median, high = np.percentile(seconds, [25, 50, 75]).tolist()
     return {"seconds": median, "quartiles": [low, high], "rounds": seconds}
 
 
-def _have_peers():
+def _peers_installed():
     return all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
 
 
-def _write(folder, settings, config, plan, parameters, on_host):
-    """Weights and conditioning for the peers; weights are kept where they are this job's already."""
+def _write_inputs(folder, settings, config, plan, parameters, host_pairs):
+    """Writes weights (unless they exist) and conditioning for the peers."""
     write_sizes(folder, config, plan.assembly.generator.config)
-    write_conditioning(folder, on_host)
-    wanted, kind = json.dumps([settings["size"], settings["dtype"]]), folder / "weights.json"
-    if kind.exists() and kind.read_text() == wanted:
+    write_conditioning(folder, host_pairs)
+    content, marker = json.dumps([settings["size"], settings["dtype"]]), folder / "weights.json"
+    if marker.exists() and marker.read_text() == content:
         return
-    kind.unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
     for part in PARTS:
         tensor_file.write(folder / f"{part}.safetensors", pytorch_names.from_flax(parameters[part]))
-    kind.write_text(wanted)
+    marker.write_text(content)
 
 
 def _write_noisy(folder, settings, config, plan, pairs):
-    """What our step will draw, for each of the peers' steps."""
+    """Writes the noisy latents of our steps, which the peers read."""
     noisy, key = (
         jax.jit(plan.assembly.step.noisy),
         meshes.random_key(config.seed, plan.assembly.definition.mesh),
     )
     _, params = next(iter(plan.assembly.definition.buckets.values()))
     for step in range(settings["warmup"] + settings["rounds"]):
-        found = noisy(pairs, params, jax.random.fold_in(key, step))
-        np.savez(folder / f"noisy_{step}.npz", **jax.device_get(found._asdict()))
+        batch = noisy(pairs, params, jax.random.fold_in(key, step))
+        np.savez(folder / f"noisy_{step}.npz", **jax.device_get(batch._asdict()))
 
 
-def _beside(ours, how, side, settings, *, asked):
-    """The row of a peer that steps in turn with us."""
-    row = {"key": how, "side": f"diffusers, {how}"}
+def _peer_row(ours, mode, side, settings, *, warmed_up):
+    """Runs a peer alternately with our step and returns its row."""
+    row = {"key": mode, "side": f"diffusers, {mode}"}
     try:
-        if not asked:
+        if not warmed_up:
             for _ in range(settings["warmup"]):
                 side.send("step")
         losses = [side.receive()[1] for _ in range(settings["warmup"])]
-        side.ask("reset")
+        side.request("reset")
         times = []
         for _ in range(settings["rounds"]):
-            mine = ours.step()
-            seconds, loss = side.ask("step")
-            times.append((mine, seconds))
+            our_seconds = ours.step()
+            seconds, loss = side.request("step")
+            times.append((our_seconds, seconds))
             losses.append(loss)
-        memory = side.ask("memory")
-    except (SystemExit, BrokenPipeError) as error:  # It has ended: its error is in the log.
+        memory = side.request("memory")
+    except (SystemExit, BrokenPipeError) as error:
+        # The process has ended; its error is in the log.
         return row | {"error": str(error)}
     side.close()
-    mine, theirs = np.transpose(times)
-    ratios = np.percentile(theirs / mine, [50, 25, 75]).tolist()
-    right = np.array(ours.losses[: len(losses)])
+    our_seconds, their_seconds = np.transpose(times)
+    ratios = np.percentile(their_seconds / our_seconds, [50, 25, 75]).tolist()
+    expected = np.array(ours.losses[: len(losses)])
     return (
         row
-        | _spread(theirs.tolist())
+        | _quartiles(their_seconds.tolist())
         | {
             "memory": memory,
-            "ours_in_turn": float(np.median(mine)),
+            "ours_in_turn": float(np.median(our_seconds)),
             "ratio": ratios[0],
             "ratio_quartiles": ratios[1:],
             "losses": losses,
-            "losses_apart": float(np.max(np.abs(np.array(losses) - right) / np.abs(right))),
+            "losses_apart": float(np.max(np.abs(np.array(losses) - expected) / np.abs(expected))),
         }
     )

@@ -1,4 +1,4 @@
-"""Random parameters, made on the device: SDXL's in seconds, and never a copy on the host."""
+"""Random parameters, generated on the device in seconds, without a copy on the host."""
 
 import concurrent.futures
 import functools
@@ -14,30 +14,30 @@ from flax import traverse_util
 from focusdpo_jax.models import stacking
 
 
-def draw(shapes):
-    """Parameters at the scale that keeps activations as they are; none is zero.
+def random_parameters(shapes):
+    """Random parameters without zeros, scaled to preserve the variance of activations.
 
-    The same path, shape and type have the same values in every process.
+    Values depend on path, shape and dtype only, and are equal in every process.
 
     Args:
       shapes: nested dict of `jax.ShapeDtypeStruct`s with shardings.
 
     Returns:
-      The tree of arrays.
+      Nested dict of arrays.
     """
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(shapes)
     kinds = {(leaf.shape, leaf.dtype, leaf.sharding) for leaf in flat.values()}
-    # One program for each shape: one for all of them would compile for minutes.
+    # One program per shape, since a single one for all leaves takes minutes to compile.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = dict(zip(kinds, pool.map(_program, kinds), strict=True))
     tree = {}
     for path, leaf in flat.items():
         vector = stacking.is_vector(path, leaf.shape)
-        summed = math.prod(leaf.shape[stacking.STACKED in path : -1])
+        fan_in = math.prod(leaf.shape[stacking.STACKED in path : -1])
         tree[path] = programs[leaf.shape, leaf.dtype, leaf.sharding](
             np.uint32(zlib.crc32("/".join(path).encode())),
             np.float32(vector and path[-1] == "scale"),
-            np.float32(0.02 if vector else summed**-0.5),
+            np.float32(0.02 if vector else fan_in**-0.5),
         )
     return traverse_util.unflatten_dict(tree)
 

@@ -137,7 +137,7 @@ def test_a_job_that_fails_or_does_not_end_costs_itself_alone(accelerator, tmp_pa
         return [sys.executable, "-c", begin + scripts[job.name]]
 
     def run(seconds=100):
-        running.run_all(made, running.Record(tmp_path), command_of, seconds, say=said.append)
+        running.run_all(made, running.Record(tmp_path), command_of, seconds, report=said.append)
         return json.loads((tmp_path / "accelerator.json").read_text())["jobs"]
 
     first = run()
