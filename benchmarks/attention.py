@@ -1,10 +1,10 @@
-"""Times self-attention on a CPU: `models.attention_by_head` beside XLA's own.
+"""Times self-attention on a CPU: `models.attention_by_head` and XLA's own.
 
     python benchmarks/attention.py
 
-Both run in turn in one process, forward with all gradients, at the shapes of an SDXL of a quarter of
-its width at 512 pixels and of Toybox. It prints the median milliseconds of each, their ratio, the
-memory that each program takes besides its arguments, and the largest relative difference.
+Both run alternately in one process, forward and with all gradients, at the shapes of Toybox and of
+SDXL at 512 pixels with a quarter of its widths. Printed are the median milliseconds of each, their
+ratio, the temporary memory of each program, and the largest relative difference of the results.
 """
 
 import time
@@ -17,11 +17,12 @@ import numpy as np
 from focusdpo_jax.models import platforms
 from focusdpo_jax.models.attention import attend
 
+# Batch, tokens, channels, heads.
 SHAPES = [(2, 1024, 160, 10), (2, 256, 320, 20), (32, 256, 64, 4)]
 
 
 def gradient(platform: str, heads: int) -> Any:
-    """The compiled gradient of attention along the path of a platform."""
+    """Returns the jitted gradient of attention, with the kernel of a platform."""
 
     def total(query, key, value):
         with platforms.target_platform(platforms.Target(platform)):
@@ -31,13 +32,13 @@ def gradient(platform: str, heads: int) -> Any:
 
 
 def main(repeats: int = 11) -> None:
-    """Prints one line a shape: batch, tokens, channels, heads."""
+    """Prints one line per shape (batch, tokens, channels, heads)."""
     for batch, tokens, channels, heads in SHAPES:
         inputs = [
             jax.random.normal(key, (batch, tokens, channels))
             for key in jax.random.split(jax.random.key(0), 3)
         ]
-        # Elsewhere than on a CPU the path is XLA's.
+        # The kernel for any platform but a CPU is XLA's own.
         programs = [
             gradient(platform, heads).lower(*inputs).compile() for platform in ("tpu", "cpu")
         ]

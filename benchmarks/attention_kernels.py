@@ -1,11 +1,10 @@
-"""Which kernel each attention of SDXL's networks gets, on which device: a table in Markdown.
+"""Prints the kernel of each attention of SDXL's networks by device, as a Markdown table.
 
     python benchmarks/attention_kernels.py                    # at 512, 768 and 1024 px
     python benchmarks/attention_kernels.py --sides 1024
 
-Every network that a run traces is traced here, at full size and from shapes alone, for each device, in
-bfloat16. "Training" is what is differentiated, "inference" the same attention in sampling, or a network
-that is frozen. Nothing is compiled, and neither a device nor its libraries are needed.
+Traces every network of a run for each device, at full size, in bfloat16 and from shapes alone.
+Nothing is compiled, and neither a device nor its libraries are needed.
 """
 
 import argparse
@@ -38,14 +37,14 @@ BIG_G = CLIPVisionConfig(
     hidden_size=1664, num_layers=48, num_heads=16, intermediate_size=8192, projection_dim=1280
 )
 DINOV2 = DINOConfig(image_size=518, patch_size=14, epsilon=1e-6, layer_scale=True)
-SLOTS = 3  # Subject reference images.
+SLOTS = 3  # Slots for reference images.
 
 
 def networks(side: int) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """{name: (module, inputs, keyword arguments of apply)} of every network with attention.
 
     Args:
-      side: of the image that is drawn, in pixels.
+      side: of the generated image, in pixels.
     """
 
     def shape(*axes, dtype=jnp.bfloat16):
@@ -54,7 +53,7 @@ def networks(side: int) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]
     latent = side // 8
     adapter = SubjectAdapterConfig(num_tokens=16)
     unet = UNet(SDXL["unet"], jnp.bfloat16)
-    conditions = (
+    conditioning = (
         shape(1, dtype=jnp.float32),
         shape(1, 77, 2048),
         shape(1, 1280),
@@ -64,11 +63,11 @@ def networks(side: int) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]
     )
     vae = VAE(SDXL["vae"], jnp.bfloat16)
     text = shape(1, 77, dtype=jnp.int32)
-    found = {
-        "UNet": (unet, (shape(1, latent, latent, 4), *conditions), {}),
+    return {
+        "UNet": (unet, (shape(1, latent, latent, 4), *conditioning), {}),
         "UNet, references in masks": (
             unet,
-            (shape(1, latent, latent, 4), *conditions),
+            (shape(1, latent, latent, 4), *conditioning),
             {"image_masks": shape(1, SLOTS, side, side, dtype=jnp.float32)},
         ),
         "resampler (IP-Adapter-Plus)": (
@@ -90,7 +89,6 @@ def networks(side: int) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]
         "VAE, encoding": (vae, (shape(1, side, side, 3),), {"method": "encode"}),
         "VAE, decoding": (vae, (shape(1, latent, latent, 4),), {"method": "decode"}),
     }
-    return found
 
 
 @functools.cache
@@ -104,7 +102,7 @@ def _parameters(name, side):
 
 @contextlib.contextmanager
 def cudnn_to_trace() -> Iterator[None]:
-    """While a function is traced inside, JAX takes cuDNN for installed, whose version it reads."""
+    """Replaces JAX's check of the cuDNN version, so that cuDNN kernels are traced without cuDNN."""
     checked = fused_attention_stablehlo.check_cudnn_version
     fused_attention_stablehlo.check_cudnn_version = lambda: 91000
     try:
@@ -114,15 +112,15 @@ def cudnn_to_trace() -> Iterator[None]:
 
 
 def calls(name: str, side: int, target: platforms.Target) -> set[attention.Call]:
-    """The `attention.Call`s of a network, forward; `partitioned` kernels are allowed, as in a run."""
+    """The `attention.Call`s of a forward pass. As in a run, kernels may be partitioned."""
     module, inputs, keywords = networks(side)[name]
     method = {key: value for key, value in keywords.items() if key == "method"}
     arrays = {key: value for key, value in keywords.items() if key != "method"}
-    parameters = _parameters(name, SIDES[0])  # Before recording: initialisation attends as well.
+    parameters = _parameters(name, SIDES[0])  # Not recorded: initialisation also calls attention.
     with (
         cudnn_to_trace(),
         platforms.target_platform(target, lambda attend: attend),
-        attention.recorded_calls() as found,
+        attention.recorded_calls() as recorded,
     ):
         jax.eval_shape(
             lambda parameters, inputs, arrays: module.apply(
@@ -132,19 +130,20 @@ def calls(name: str, side: int, target: platforms.Target) -> set[attention.Call]
             inputs,
             arrays,
         )
-    return found or set()
+    return recorded or set()
 
 
 def rows(sides: Iterable[int]) -> list[tuple[str, attention.Call, dict[str, str]]]:
-    """The table's rows: (network, call without a kernel, {device: kernel}), equal ones once."""
-    found = {}
+    """The distinct rows of the table: (network, call without kernel, {device: kernel})."""
+    kernels = {}
     for side in sides:
         for name in networks(side):
             label = f"{name}, {side} px" if name.startswith(("UNet", "VAE")) else name
             for device, target in TARGETS.items():
                 for call in sorted(calls(name, side, target), reverse=True):
-                    found.setdefault((label, call._replace(kernel="")), {})[device] = call.kernel
-    return [(*key, kernels) for key, kernels in found.items()]
+                    row = kernels.setdefault((label, call._replace(kernel="")), {})
+                    row[device] = call.kernel
+    return [(*key, row) for key, row in kernels.items()]
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-r"""Memory and losses of a run that asks encoders in every step, and of one that has none.
+r"""Memory and losses of training with encoders in every step and with cached encodings.
 
     python benchmarks/cache_memory.py --output=runs/cache_memory
 
-A model whose encoders are much larger than the rest of it trains on the pairs of docs/examples:
-with pictures encoded in every step, with a first run that encodes them once, and with a second one
-that finds everything encoded. None draws pictures. On CPUs host memory holds all there is.
+A model whose encoders are much larger than its other parts trains on the pairs of docs/examples in
+three runs: images are encoded in every step, are encoded once at the start, or are already encoded.
+No run generates images. The runs use a CPU, where host memory holds all arrays.
 """
 
 import argparse
@@ -33,10 +33,10 @@ SETTINGS = {
 
 
 def make_model(folder: pathlib.Path) -> tuple[int, int]:
-    """Writes Toybox's generator with encoders of 0.1 billion parameters, at random.
+    """Writes Toybox's generator with random encoders of 0.1 billion parameters.
 
     Returns:
-      Bytes of its encoders and of the rest.
+      Bytes of its encoders and of its other parts.
     """
     from focusdpo_jax.training import models
 
@@ -58,45 +58,49 @@ def make_model(folder: pathlib.Path) -> tuple[int, int]:
 def run(
     arguments: list[str], log: pathlib.Path, metrics: pathlib.Path | None = None
 ) -> tuple[float | None, int]:
-    """Runs a command; returns its memory in bytes while it trained (median), and at its peak.
+    """Runs a command and measures its memory.
 
     Args:
-      log: file for what it says.
-      metrics: metrics.jsonl of a run, which tells when it trains.
+      arguments: of `python -m`.
+      log: file for its output.
+      metrics: metrics.jsonl of a run, from which the time of training is read.
+
+    Returns:
+      Bytes during training (median; None without `metrics`), and at the peak.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # Compilers take memory, too.
-        "MALLOC_ARENA_MAX": "2",
-    }  # What is freed goes back.
-    seen = []
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # Less memory for the compiler.
+        "MALLOC_ARENA_MAX": "2",  # Freed memory is returned to the system.
+    }
+    resident_bytes = []
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=file, stderr=file
         )
         while True:
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if done:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
                 break
             steps = len(metrics.read_text().splitlines()) if metrics and metrics.exists() else 0
             if 0 < steps < SETTINGS["steps"]:
                 resident = pathlib.Path(f"/proc/{process.pid}/statm").read_text().split()[1]
-                seen.append(int(resident) * os.sysconf("SC_PAGE_SIZE"))
+                resident_bytes.append(int(resident) * os.sysconf("SC_PAGE_SIZE"))
             time.sleep(0.02)
     if status:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{log.read_text()[-3000:]}")
-    return statistics.median(seen) if seen else None, usage.ru_maxrss * 1024
+    return statistics.median(resident_bytes) if resident_bytes else None, usage.ru_maxrss * 1024
 
 
 def losses(workdir: pathlib.Path) -> list[float]:
-    """Loss of every step."""
+    """Reads the loss of every step."""
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
 
 
 def main() -> None:
-    """See the module."""
+    """Trains three times and prints memory and differences of the losses."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,7 +108,7 @@ def main() -> None:
         "--output",
         type=pathlib.Path,
         default=pathlib.Path("runs/cache_memory"),
-        help="folder of model, data and runs; emptied first",
+        help="folder of model, data and runs; deleted at the start",
     )
     output = parser.parse_args().output.resolve()
     shutil.rmtree(output, ignore_errors=True)
@@ -122,7 +126,7 @@ def main() -> None:
         ],
         output / "prepare.log",
     )
-    found = {}
+    losses_by_run = {}
     for name, cache in (("in every step", False), ("encoded once", True), ("found encoded", True)):
         workdir = output / name.replace(" ", "_")
         settings = SETTINGS | {
@@ -140,15 +144,15 @@ def main() -> None:
             output / f"{workdir.name}.log",
             workdir / "metrics.jsonl",
         )
-        assert training is not None, "no step was seen"
-        found[name] = losses(workdir)
+        assert training is not None, "no sample of memory was taken during training"
+        losses_by_run[name] = losses(workdir)
         print(
-            f"{name:15} {training / 2**20:5.0f} MiB while it trained, {peak / 2**20:5.0f} MiB at "
-            "its peak",
+            f"{name:15} {training / 2**20:5.0f} MiB during training, {peak / 2**20:5.0f} MiB at "
+            "the peak",
             flush=True,
         )
-    expected = found.pop("in every step")
-    for name, values in found.items():
+    expected = losses_by_run.pop("in every step")
+    for name, values in losses_by_run.items():
         worst = max(abs(a / b - 1) for a, b in zip(values, expected, strict=True))
         print(f"{name:15} losses of {len(values)} steps differ by {worst:.1e} at most")
 

@@ -1,16 +1,16 @@
-"""Seconds from the command to the end of the first optimiser step: cold, again, and resumed.
+"""Seconds from the start of the command to the end of the first optimiser step.
 
     python benchmarks/cold_start.py                                    # Toybox
     python benchmarks/cold_start.py --config=configs/sdxl_dpo.py:debug
 
-Each start is a process of its own, `python -m focusdpo_jax.main`, that is ended after its first logged
-step, with a step logged every time:
+Each start is a separate process, `python -m focusdpo_jax.main`, which logs every step and is killed
+after the first one:
 
-  cold     no data set, no encoded pairs, no compiled program
-  again    another run folder; data set, encoded pairs and compiled programs are there
-  resumed  the run before, from its checkpoint of step 1
+  cold     no data set, no encoded pairs, no compiled programs
+  again    a new run folder; data set, encoded pairs and compiled programs are cached
+  resumed  the previous run, from its checkpoint of step 1
 
-Also printed is how many programs were compiled, and how many were found in the cache.
+Also printed is the number of programs, and how many of them were found in the compilation cache.
 """
 
 import argparse
@@ -22,13 +22,17 @@ import tempfile
 import time
 from typing import Any
 
-LIMIT = 1800
+LIMIT = 1800  # Seconds until a start counts as failed.
 
 
 def first_step(config: Any, folder: pathlib.Path, workdir: str):
-    """Starts a run and ends it after its first step; returns seconds and counts."""
+    """Starts a run and kills it after its first step.
+
+    Returns:
+      Seconds to the first step, number of programs, and number of programs from the cache.
+    """
     metrics, log = folder / workdir / "metrics.jsonl", folder / f"{workdir}.log"
-    metrics.unlink(missing_ok=True)  # Steps behind the checkpoint are no step of the next start.
+    metrics.unlink(missing_ok=True)  # Lines of the previous start would count as steps.
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_LOG_COMPILES": "1"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     start = time.monotonic()
@@ -51,7 +55,7 @@ def first_step(config: Any, folder: pathlib.Path, workdir: str):
     while not (metrics.exists() and "\n" in metrics.read_text()):
         if process.poll() is not None or time.monotonic() - start > LIMIT:
             process.kill()
-            raise SystemExit(f"no step was made:\n{log.read_text()[-2000:]}")
+            raise SystemExit(f"no step was logged:\n{log.read_text()[-2000:]}")
         time.sleep(0.05)
     seconds = time.monotonic() - start
     checkpoint = folder / workdir / "checkpoints" / "1"
@@ -68,7 +72,7 @@ def first_step(config: Any, folder: pathlib.Path, workdir: str):
 
 
 def main() -> None:
-    """Starts three times."""
+    """Measures the three starts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,10 +81,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         for name, workdir in ("cold", "first"), ("again", "second"), ("resumed", "second"):
-            seconds, compiled, found = first_step(arguments.config, folder, workdir)
+            seconds, compiled, cached = first_step(arguments.config, folder, workdir)
             print(
                 f"{name:8s} {seconds:6.1f} s to the first step; {compiled} programs, of which "
-                f"{found} were in the cache",
+                f"{cached} were in the cache",
                 flush=True,
             )
 

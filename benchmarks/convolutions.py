@@ -1,11 +1,11 @@
-"""Times 3 x 3 convolutions on a CPU: XLA's own, and `models.convolution.conv2d` as runs compile it.
+"""Times 3 x 3 convolutions on a CPU: XLA's own and `models.convolution.conv2d`.
 
     python benchmarks/convolutions.py
 
-Three programs of the forward pass, and of both gradients, run in turn in one process, so that
-ratios hold on a noisy machine: XLA's convolution with XLA's own options, the same with those of
-`focusdpo_jax.compiling`, and ours with these. It prints the first one's billions of operations a
-second, the speeds of the others as multiples of it, and the largest relative difference of ours.
+Three variants of the forward pass and of both gradients run alternately in one process, so that
+their ratios are reliable on a noisy machine: XLA's convolution with XLA's default options, the same
+with the options of `focusdpo_jax.compiling`, and ours with these options. Printed are the GFLOP/s
+of the first variant, the speedups of the others over it, and the largest relative error of ours.
 """
 
 import time
@@ -17,7 +17,7 @@ import numpy as np
 from focusdpo_jax import compiling
 from focusdpo_jax.models.convolution import conv2d
 
-# Batch, side, channels in and out: of Toybox, then of SDXL at a quarter of its widths.
+# Batch, side, input and output channels: Toybox, then SDXL at a quarter of its widths.
 SHAPES = [
     (32, 16, 32, 32),
     (32, 16, 96, 32),
@@ -32,35 +32,35 @@ SHAPES = [
 
 
 def xla(x, kernel):
-    """XLA's convolution and its automatic gradient."""
+    """XLA's convolution, which JAX differentiates automatically."""
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def with_gradients(function):
-    """The gradients of x and kernel for a gradient of the output."""
-    return lambda x, kernel, outer: jax.vjp(function, x, kernel)[1](outer)
+    """Returns the gradients of x and kernel as a function of the output's cotangent."""
+    return lambda x, kernel, cotangent: jax.vjp(function, x, kernel)[1](cotangent)
 
 
 def main(repeats: int = 25) -> None:
-    """Prints one line a shape and kind of pass."""
+    """Prints one line per shape and pass."""
     options = compiling.default_network_options()
     print(f"{jax.devices()[0].device_kind}; {options}")
     for batch, side, width, features in SHAPES:
         keys = jax.random.split(jax.random.key(0), 3)
         x = jax.random.normal(keys[0], (batch, side, side, width))
         kernel = 0.05 * jax.random.normal(keys[1], (3, 3, width, features))
-        outer = jax.random.normal(keys[2], (batch, side, side, features))
-        products = 2 * x.size * 9 * features
-        for name, passes, arguments, kind in (
+        cotangent = jax.random.normal(keys[2], (batch, side, side, features))
+        operations = 2 * x.size * 9 * features
+        for name, passes, arguments, transform in (
             ("forward", 1, (x, kernel), lambda f: f),
-            ("gradients", 2, (x, kernel, outer), with_gradients),
+            ("gradients", 2, (x, kernel, cotangent), with_gradients),
         ):
             programs = [
-                jax.jit(kind(xla)),
-                jax.jit(kind(xla), compiler_options=options),
-                jax.jit(kind(conv2d), compiler_options=options),
+                jax.jit(transform(xla)),
+                jax.jit(transform(xla), compiler_options=options),
+                jax.jit(transform(conv2d), compiler_options=options),
             ]
             first, *_, ours = [jax.tree.leaves(program(*arguments)) for program in programs]
             error = max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in zip(first, ours))
@@ -70,11 +70,11 @@ def main(repeats: int = 25) -> None:
                     start = time.perf_counter()
                     jax.block_until_ready(program(*arguments))
                     row[i] = time.perf_counter() - start
-            faster = np.median(times[:, :1] / times, axis=0)
+            speedups = np.median(times[:, :1] / times, axis=0)
             print(
                 f"{batch:3d} x {side:2d} x {side:2d}, {width:3d} -> {features:3d}, {name:9s}: "
-                f"{passes * products / np.median(times[:, 0]) / 1e9:4.0f} GFLOP/s; with options "
-                f"{faster[1]:.2f} times, ours {faster[2]:.2f} times; error {error:.1e}",
+                f"{passes * operations / np.median(times[:, 0]) / 1e9:4.0f} GFLOP/s; with options "
+                f"{speedups[1]:.2f} times, ours {speedups[2]:.2f} times; error {error:.1e}",
                 flush=True,
             )
 

@@ -1,14 +1,14 @@
-r"""What FocusDPO adds to a step of Diffusion-DPO, in floating-point operations.
+r"""Cost of FocusDPO compared with Diffusion-DPO, in floating-point operations per step.
 
     python benchmarks/focus_cost.py                # Toybox and SDXL's debug sizes
     python benchmarks/focus_cost.py --cases sdxl   # SDXL at 1024 px
 
-For `dpo` and for every structure and source of similarity of `focus_dpo`: the operations of the
-reference pass (reference model and weights) and of the policy's loss with its gradient, as they are traced
-(`profiling/flops.py`), and their ratio to `dpo`'s. The optimiser, which is the same in both, is
-left out. Nothing is allocated or compiled: shapes are all that a program is traced from.
-`--repeats=N` also compiles the programs and runs them on zeros, N times each, in turn with those of
-`dpo`, and prints medians.
+For `dpo` and for every structure and source of similarity of `focus_dpo`, counts the operations of
+the reference pass (reference model and weights) and of the policy's loss with its gradient in the
+traced programs (`profiling/flops.py`), and prints their ratio to those of `dpo`. The optimiser is
+the same in both and is left out. Programs are traced from shapes, without allocation or
+compilation. `--repeats=N` also compiles the programs, runs them on zeros N times, alternately with
+those of `dpo`, and prints median times.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from focusdpo_jax.training.shapes import raw_batch
 
 
 def case(name: str, **changes) -> tuple[Any, GeneratorConfig]:
-    """Configuration and sizes of "toybox", "debug" or "sdxl"."""
+    """Returns the configuration and the sizes of "toybox", "debug" or "sdxl"."""
     if name == "toybox":
         return load_config("toybox_dpo", **changes), model_folder.load_config(
             models.shipped("toybox")
@@ -64,7 +64,7 @@ def case(name: str, **changes) -> tuple[Any, GeneratorConfig]:
 
 
 def shapes_of(generator: Any, config: Any) -> dict[str, Any]:
-    """Shapes of all parameters, in the types in which a run keeps them."""
+    """Shapes of all parameters {part: tree}, with the dtypes in which a run stores them."""
 
     def typed(part):
         tree = jax.eval_shape(lambda: generator.init_part(part, jax.random.key(0)))
@@ -80,7 +80,7 @@ def shapes_of(generator: Any, config: Any) -> dict[str, Any]:
 
 
 class Programs:
-    """The two programs of a configuration's step, traced from shapes alone."""
+    """The two programs of a configuration's step, traced from shapes."""
 
     def __init__(self, config: Any, sizes: Any) -> None:
         generator = Generator(sizes, jnp.dtype(config.dtype))
@@ -94,15 +94,15 @@ class Programs:
 
     def reference_passes(self):
         """{structure: (traced reference pass, its arguments)}."""
-        key, found = jax.random.key(0), {}
+        key, passes = jax.random.key(0), {}
         for structure, params in self.buckets.values():
             arguments = (self.frozen, self.pairs, params, key)
             program = jax.jit(self.step.reference_pass, static_argnums=0)
-            found.setdefault(structure, (program.trace(structure, *arguments), arguments))
-        return found
+            passes.setdefault(structure, (program.trace(structure, *arguments), arguments))
+        return passes
 
     def update(self) -> tuple[Any, tuple[Any, ...]]:
-        """The traced loss with its gradient, and its arguments."""
+        """Returns the traced loss with its gradient, and its arguments."""
         (structure, params), key = next(iter(self.buckets.values())), jax.random.key(0)
         outputs, _ = jax.eval_shape(
             lambda *arguments: self.step.reference_pass(structure, *arguments),
@@ -117,7 +117,7 @@ class Programs:
 
 
 def seconds(programs: Any, repeats: int) -> np.ndarray:
-    """Median times of compiled programs on zeros, [(compiled, arguments)], which run in turn."""
+    """Median seconds of programs [(compiled, arguments)], which run alternately on zeros."""
     programs = [
         (
             compiled,
@@ -135,13 +135,13 @@ def seconds(programs: Any, repeats: int) -> np.ndarray:
             start = time.monotonic()
             jax.block_until_ready(compiled(*arguments))
             times[-1].append(time.monotonic() - start)
-    return np.median(times[1:], axis=0)  # The first round warms up.
+    return np.median(times[1:], axis=0)  # The first round is a warm-up.
 
 
 def measure(name: str, repeats: int) -> None:
-    """Prints a line for `dpo` and for each source and structure of `focus_dpo`."""
+    """Prints one line for `dpo` and one per source and structure of `focus_dpo`."""
 
-    def finished(traced, arguments):
+    def compile_and_count(traced, arguments):
         compiled = traced.lower().compile() if repeats else None
         return flops.count(traced).total, (compiled, arguments)
 
@@ -153,10 +153,10 @@ def measure(name: str, repeats: int) -> None:
             focus__features=features or "vit",
         )
         programs = Programs(config, sizes)
-        if update is None:  # All structures share it.
-            update = finished(*programs.update())
+        if update is None:  # The update is the same for all structures.
+            update = compile_and_count(*programs.update())
         for structure, program in programs.reference_passes().items():
-            reference_pass = finished(*program)
+            reference_pass = compile_and_count(*program)
             base = base or reference_pass
             total, plain = reference_pass[0] + update[0], base[0] + update[0]
             line = (
@@ -164,8 +164,10 @@ def measure(name: str, repeats: int) -> None:
                 f"{total / plain:.4f} of dpo's"
             )
             if repeats:
-                mine, its, shared = seconds([reference_pass[1], base[1], update[1]], repeats)
-                line += f"; {mine + shared:.3f} s, {(mine + shared) / (its + shared):.3f}"
+                this, of_dpo, of_update = seconds([reference_pass[1], base[1], update[1]], repeats)
+                line += (
+                    f"; {this + of_update:.3f} s, {(this + of_update) / (of_dpo + of_update):.3f}"
+                )
             print(line, flush=True)
 
 
@@ -177,7 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", default=["toybox", "debug"], choices=["toybox", "debug", "sdxl"]
     )
-    parser.add_argument("--repeats", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=0, help="timed runs; 0 only counts")
     arguments = parser.parse_args()
     for name in arguments.cases:
         measure(name, arguments.repeats)

@@ -1,12 +1,12 @@
-"""SDXL's UNet at its real size, ours beside diffusers': error, memory and time.
+"""Compares SDXL's UNet at full size with diffusers': error, memory and time.
 
     python benchmarks/full_size_parity.py [--small] [--folder=DIR]
 
-2.57 billion random parameters in float32 and latents of 64 x 64 (512 pixels). Two processes, one
-after the other, so that no more than one copy of the weights is in memory: the first makes the
-model in diffusers, writes it as safetensors (10.3 GB in DIR, which are removed at the end) and runs
-it; the second reads those files with our streaming loader and runs ours on the same inputs. Neither
-should need more than 16 GB, and `--small` checks the script itself with a model of 0.2 million.
+The model has 2.57 billion random parameters in float32, the latents have 64 x 64 positions (512
+pixels). Two processes run one after the other, so that memory holds one copy of the weights. The
+first creates the model in diffusers, writes it as safetensors (10.3 GB in DIR, removed at the end)
+and runs it. The second reads these files with our streaming loader and runs our model on the same
+inputs. Each should need at most 16 GB. `--small` tests the script with 0.2 million parameters.
 """
 
 import argparse
@@ -44,7 +44,7 @@ OUTPUT, RESULT = "output_{}.npy", "result_{}.json"
 
 
 def inputs(config: Any, side: int) -> dict[str, np.ndarray]:
-    """Arguments of the UNet for one picture."""
+    """Random arguments of the UNet for one image, with latents of `side` x `side`."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -60,7 +60,7 @@ def inputs(config: Any, side: int) -> dict[str, np.ndarray]:
 
 
 def theirs(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Makes diffusers' model, writes it and runs it: the output, and what took how long."""
+    """Creates, writes and runs diffusers' model; returns the output and {stage: seconds}."""
     import diffusers
     import torch
 
@@ -69,7 +69,7 @@ def theirs(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, di
     start = time.monotonic()
     unet: Any = diffusers.UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     model = unet.from_config(values).eval().requires_grad_(False)
-    # Small files: while one is written, its tensors are in memory twice.
+    # Small files, since the tensors of a file are in memory twice while it is written.
     model.save_pretrained(folder / "unet", max_shard_size="1GB")
     seconds = {"make and write": time.monotonic() - start}
     batch = {name: torch.from_numpy(value) for name, value in inputs(config, side).items()}
@@ -84,7 +84,7 @@ def theirs(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, di
 
 
 def ours(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Reads the files and runs our model: the output, and what took how long."""
+    """Reads the files and runs our model; returns the output and {stage: seconds}."""
     import jax
 
     path = folder / "unet" / "config.json"
@@ -114,7 +114,7 @@ def ours(folder: pathlib.Path, config: Any, side: int) -> tuple[np.ndarray, dict
 
 
 def compare(folder: pathlib.Path, small: bool) -> float:
-    """Runs both sides in processes of their own; prints and returns the relative error."""
+    """Runs both models in separate processes; prints and returns the relative error."""
     outputs = {}
     for side in ("theirs", "ours"):
         command = [sys.executable, __file__, f"--folder={folder}", f"--side={side}"]
@@ -131,10 +131,10 @@ def compare(folder: pathlib.Path, small: bool) -> float:
 
 
 def main() -> None:
-    """Flags; `--side` is for the script's own processes."""
+    """Compares the models, or runs one of them (`--side`, for the script's own processes)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a tiny model, in seconds")
-    parser.add_argument("--folder", help="for the weights; default: a temporary one")
+    parser.add_argument("--small", action="store_true", help="test with a tiny model, in seconds")
+    parser.add_argument("--folder", help="folder of the weights; default: a temporary one")
     parser.add_argument("--side", choices=("theirs", "ours"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.side is None:

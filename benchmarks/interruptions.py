@@ -1,11 +1,11 @@
-r"""Kills commands that make data at random moments and repeats them: is the result the same?
+r"""Kills commands that write data at random moments and checks that repeating them is safe.
 
     python benchmarks/interruptions.py --output=runs/interruptions --kills=12
 
-Each command of `COMMANDS` runs once undisturbed. Then it is started, ended by `kill -9` when its
-folder has changed a random number of times, and started again, until it comes to its end; then all
-files are compared with the undisturbed ones, byte by byte, and the next round begins, until there
-were enough kills.
+Each command in `COMMANDS` runs once undisturbed. In a round, it is then started, killed with
+`kill -9` after its folder has changed a random number of times, and started again, until it
+finishes. All files are compared byte by byte with those of the undisturbed run. Rounds are repeated
+until --kills is reached.
 """
 
 import argparse
@@ -31,12 +31,12 @@ PAIRS, SCENES, SIDE = 40, 12, 256
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What is killed.
+    """A command that is killed.
 
     Attributes:
-      arguments: (folder of what all share, folder of this round) -> arguments of python -m.
-      result: folder in the round's folder whose files are compared.
-      before: commands whose finished results lie in the round's folder when it begins.
+      arguments: (folder of the script, folder of the round) -> arguments of `python -m`.
+      result: folder whose files are compared, relative to the folder of the round.
+      before: commands whose results are copied to the folder of a round at its start.
     """
 
     arguments: Callable[[pathlib.Path, pathlib.Path], list[str]]
@@ -86,7 +86,7 @@ COMMANDS = {
 
 
 def write_pairs(folder: pathlib.Path) -> None:
-    """A manifest of Toybox scenes with its pictures, and one of the chosen ones of some."""
+    """Writes Toybox pairs with a manifest for `prepare`, and a manifest of scenes for `disrupt`."""
     from focusdpo_jax import toybox
 
     world, lines = toybox.World(resolution=SIDE), []
@@ -118,7 +118,7 @@ def write_pairs(folder: pathlib.Path) -> None:
 
 
 def start(arguments, shared):
-    """The command as a process group of its own, so that its workers die with it."""
+    """Starts a command in a new process group, so that its workers can be killed with it."""
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
@@ -135,8 +135,8 @@ def start(arguments, shared):
     )
 
 
-def names(folder: pathlib.Path):
-    """Paths of all that lies in a folder."""
+def paths_in(folder: pathlib.Path):
+    """Paths of all files and folders in a folder."""
     return {
         os.path.join(where, name)
         for where, folders, files in os.walk(folder)
@@ -144,30 +144,30 @@ def names(folder: pathlib.Path):
     }
 
 
-def watch(process: subprocess.Popen, folder: pathlib.Path, until=float("inf")):
-    """Waits for the end of a process, or until its folder has changed so often.
+def watch(process: subprocess.Popen, folder: pathlib.Path, max_changes=float("inf")):
+    """Waits until a process ends or its folder has changed `max_changes` times.
 
     Returns:
-      How often it has changed.
+      Number of changes.
     """
-    changes, seen = 0, names(folder)
-    while process.poll() is None and changes < until:
-        now = names(folder)
-        changes += now != seen
-        seen = now
+    changes, before = 0, paths_in(folder)
+    while process.poll() is None and changes < max_changes:
+        after = paths_in(folder)
+        changes += after != before
+        before = after
         time.sleep(0.002)
     return changes
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Raises SystemExit unless a process has ended well."""
+    """Waits for the end of a process; raises SystemExit if it failed."""
     errors = process.communicate()[1]
     if process.returncode:
         raise SystemExit(f"the command failed:\n{errors[-3000:]}")
 
 
 def contents(folder: pathlib.Path):
-    """{path: bytes} of a folder's files."""
+    """Contents of all files in a folder, {path: bytes}."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -175,42 +175,49 @@ def contents(folder: pathlib.Path):
     }
 
 
-def disturb(name: str, shared, changes, kills: int, draw):
-    """Kills a command until there were enough kills; returns whether the result was always right.
+def kill_and_repeat(name: str, shared, changes, kills: int, rng):
+    """Repeats rounds of a command until it was killed `kills` times.
 
     Args:
-      changes: how often the undisturbed command changed its folder.
+      name: of the command.
+      shared: folder of the script.
+      changes: number of changes of the folder in the undisturbed run.
+      kills: least number of kills.
+      rng: random.Random.
+
+    Returns:
+      Whether all files of all rounds are identical to those of the undisturbed run.
     """
-    command, done, rounds, equal, total = COMMANDS[name], 0, 0, 0, 0
+    command, killed, rounds, equal, total = COMMANDS[name], 0, 0, 0, 0
     expected = contents(shared / f"calm {name}" / command.result)
     round_ = shared / "killed"
-    while done < kills or round_.exists():
+    while killed < kills or round_.exists():
         if not round_.exists():
-            begin(command, shared, round_)
+            start_round(command, shared, round_)
         process = start(command.arguments(shared, round_), shared)
-        until = draw.randint(1, changes) if done < kills else float("inf")
-        watch(process, round_ / command.result, until)
+        max_changes = rng.randint(1, changes) if killed < kills else float("inf")
+        watch(process, round_ / command.result, max_changes)
         if process.poll() is None:
-            time.sleep(draw.uniform(0, 0.02))
+            time.sleep(rng.uniform(0, 0.02))
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            done += 1
+            killed += 1
             continue
         finish(process)
-        found = contents(round_ / command.result)
+        actual = contents(round_ / command.result)
         rounds += 1
-        total += len(expected.keys() | found.keys())
-        equal += sum(found.get(path) == content for path, content in expected.items())
+        total += len(expected.keys() | actual.keys())
+        equal += sum(actual.get(path) == content for path, content in expected.items())
         shutil.rmtree(round_)
     print(
-        f"{name}: {done} kills in {rounds} rounds; {equal} of {total} files byte-identical",
+        f"{name}: {killed} kills in {rounds} rounds; {equal} of {total} files byte-identical",
         flush=True,
     )
     return equal == total
 
 
-def begin(command: Any, shared, round_) -> None:
-    """Makes a round's folder, with what the commands before have left in it."""
+def start_round(command: Any, shared, round_) -> None:
+    """Creates the folder of a round, with the results of the commands before."""
     round_.mkdir()
     for other in command.before:
         result = COMMANDS[other].result
@@ -218,7 +225,7 @@ def begin(command: Any, shared, round_) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Runs, kills and compares each command; exits with 1 if a file differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -226,30 +233,32 @@ def main() -> None:
         "--output",
         type=pathlib.Path,
         default=pathlib.Path("runs/interruptions"),
-        help="folder for all there is; emptied first",
+        help="folder of all files; deleted at the start",
     )
-    parser.add_argument("--kills", type=int, default=12, help="of each command, at least")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--kills", type=int, default=12, help="least number of kills of each command"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument(
         "--commands",
         nargs="+",
         default=list(COMMANDS),
         choices=list(COMMANDS),
-        help="one needs those that make what it reads",
+        help="commands to kill; a command needs those whose results it reads",
     )
     options = parser.parse_args()
-    shared, draw, good = options.output.resolve(), random.Random(options.seed), True
+    shared, rng, identical = options.output.resolve(), random.Random(options.seed), True
     shutil.rmtree(shared, ignore_errors=True)
     write_pairs(shared / "source")
     for name in options.commands:
         command = COMMANDS[name]
-        calm = shared / f"calm {name}"
-        begin(command, shared, calm)
-        process = start(command.arguments(shared, calm), shared)
-        changes = watch(process, calm / command.result)
+        undisturbed = shared / f"calm {name}"
+        start_round(command, shared, undisturbed)
+        process = start(command.arguments(shared, undisturbed), shared)
+        changes = watch(process, undisturbed / command.result)
         finish(process)
-        good &= disturb(name, shared, changes, options.kills, draw)
-    if not good:
+        identical &= kill_and_repeat(name, shared, changes, options.kills, rng)
+    if not identical:
         raise SystemExit(1)
 
 

@@ -1,10 +1,10 @@
-r"""Kills a run at random moments: does it end as if nobody had?
+r"""Kills a run at random moments and checks that its result does not change.
 
     python benchmarks/kills.py --output=runs/kills --kills=25
 
-A small run on Toybox trains once undisturbed. Then the same run is started again and again and
-ended by `kill -9` at random moments, every other time while it is writing a checkpoint, and at last
-left alone. Its losses and the bytes of its model must be those of the undisturbed run.
+A small run on Toybox trains once undisturbed. A second, equal run is started repeatedly and killed
+with `kill -9` at random moments, every other time while it writes a checkpoint. At last it runs to
+its end. Its losses and model files must be identical to those of the undisturbed run.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def start(output: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
-    """A process of the run, with compiled programs and data shared by all of them."""
+    """Starts the run; all processes share compiled programs and data."""
     overrides = SETTINGS | {"data.path": str(output / "data")}
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(output / "cache"),
@@ -59,19 +59,19 @@ def start(output: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
 
 
 def logged(workdir: pathlib.Path):
-    """{step: loss} of what a run has logged so far."""
+    """Losses that a run has logged so far, {step: loss}."""
     path, losses = workdir / "metrics.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             values = json.loads(line)
         except ValueError:
-            continue  # Half a line of the killed.
+            continue  # An incomplete line of a killed process.
         losses[values["step"]] = values["loss"]
     return losses
 
 
 def saving(workdir: pathlib.Path):
-    """Whether a checkpoint is being written: Orbax writes under a temporary name."""
+    """Whether a checkpoint is being written, which Orbax does under a temporary name."""
     folder = workdir / "checkpoints"
     try:
         return any(not path.name.isdigit() for path in folder.iterdir())
@@ -79,35 +79,39 @@ def saving(workdir: pathlib.Path):
         return False
 
 
-def kill(process: subprocess.Popen, workdir: pathlib.Path, draw, while_saving):
-    """Ends a process at a random moment of its steps; returns the step, or None if it was done."""
+def kill(process: subprocess.Popen, workdir: pathlib.Path, rng, while_saving):
+    """Kills a process after a random number of steps.
+
+    Returns:
+      The last logged step, or None if the run had finished.
+    """
     before, start = len(logged(workdir)), time.monotonic()
-    wanted = before + draw.randint(1, 4)
+    target = before + rng.randint(1, 4)
     while process.poll() is None:
         steps = len(logged(workdir))
-        # A resumed run begins with the lines up to its checkpoint.
-        if steps >= wanted and (not while_saving or saving(workdir)):
+        # A resumed run keeps the lines up to its checkpoint.
+        if steps >= target and (not while_saving or saving(workdir)):
             break
         if time.monotonic() - start > 300:
             raise SystemExit("no progress for five minutes")
         time.sleep(0.001)
     if process.poll() is not None:
         return None
-    time.sleep(draw.uniform(0, 0.02))
+    time.sleep(rng.uniform(0, 0.02))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     return max(logged(workdir), default=0)
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Waits for the end of a run that nobody kills."""
+    """Waits for the end of a run; raises SystemExit if it failed."""
     errors = process.communicate()[1]
     if process.returncode:
         raise SystemExit(f"the run failed:\n{errors[-3000:]}")
 
 
 def main() -> None:
-    """See the module."""
+    """Runs, kills and compares; exits with 1 if a loss or a file differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,47 +119,47 @@ def main() -> None:
         "--output",
         type=pathlib.Path,
         default=pathlib.Path("runs/kills"),
-        help="folder of the runs; emptied first",
+        help="folder of the runs; deleted at the start",
     )
-    parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=25, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
-    output, draw = options.output.resolve(), random.Random(options.seed)
+    output, rng = options.output.resolve(), random.Random(options.seed)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    calm, killed = output / "calm", output / "killed"
+    undisturbed, killed = output / "calm", output / "killed"
 
-    finish(start(output, calm))
-    done = in_saves = 0
-    while done < options.kills:
-        while_saving = done % 2 == 0
-        step = kill(start(output, killed), killed, draw, while_saving)
+    finish(start(output, undisturbed))
+    kills = kills_while_saving = 0
+    while kills < options.kills:
+        while_saving = kills % 2 == 0
+        step = kill(start(output, killed), killed, rng, while_saving)
         if step is None:
-            print(f"the run was done after {done} kills", flush=True)
+            print(f"the run finished after {kills} kills", flush=True)
             break
-        done += 1
-        in_saves += saving(killed)
+        kills += 1
+        kills_while_saving += saving(killed)
         print(
-            f"kill {done}: after step {step}"
+            f"kill {kills}: after step {step}"
             f"{', a checkpoint half written' if saving(killed) else ''}",
             flush=True,
         )
     finish(start(output, killed))
 
-    losses, expected = logged(killed), logged(calm)
+    losses, expected = logged(killed), logged(undisturbed)
     equal = sum(losses.get(step) == loss for step, loss in expected.items())
-    files = sorted(path.name for path in (calm / "model").glob("*.safetensors"))
-    same = [
+    files = sorted(path.name for path in (undisturbed / "model").glob("*.safetensors"))
+    identical = [
         name
         for name in files
-        if (calm / "model" / name).read_bytes() == (killed / "model" / name).read_bytes()
+        if (undisturbed / "model" / name).read_bytes() == (killed / "model" / name).read_bytes()
     ]
     print(
-        f"{done} kills, {in_saves} of them while a checkpoint was being written; "
+        f"{kills} kills, {kills_while_saving} of them while a checkpoint was being written; "
         f"{equal} of {len(expected)} losses equal; "
-        f"{len(same)} of {len(files)} parameter files bit-identical"
+        f"{len(identical)} of {len(files)} parameter files bit-identical"
     )
-    if equal != len(expected) or same != files:
+    if equal != len(expected) or identical != files:
         raise SystemExit(1)
 
 

@@ -1,10 +1,10 @@
-"""Peak host memory of reading a weight file into jax arrays, beside the file's size.
+"""Peak host memory of reading a weight file into jax arrays, compared with the file's size.
 
     python benchmarks/load_memory.py [GB]
 
-The file has dense kernels and convolutions of SDXL's larger sizes in bfloat16, 5 GB unless told
-otherwise, all zeros, so that it takes no room on most disks. What the process needed before it
-read anything (Python, jax) is subtracted. Arrays stay on the CPU, where host memory holds them.
+The file has dense and convolution kernels with SDXL's larger shapes in bfloat16, 5 GB by default.
+It is a sparse file of zeros, which takes no space on most file systems. The memory of the process
+before reading (Python, jax) is subtracted. Arrays stay on the CPU, in host memory.
 """
 
 import json
@@ -24,12 +24,12 @@ SHAPES = [(1280, 10240), (5120, 1280), (3, 3, 1280, 1280), (3, 3, 2560, 1280), (
 
 
 def peak():
-    """Most bytes of memory that this process ever held."""
+    """Peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(gigabytes: float = 5.0) -> None:
-    """Prints size, peak and their ratio."""
+    """Prints size, peak memory and their ratio."""
     example, size = {}, 0
     while size < gigabytes * 1e9:
         shape = SHAPES[len(example) % len(SHAPES)]
@@ -51,7 +51,7 @@ def main(gigabytes: float = 5.0) -> None:
 
 
 def write_sparse(path: str, example) -> None:
-    """A safetensors file of zeros for `example`, without writing the zeros."""
+    """Writes a sparse safetensors file of zeros with the tensors of `example`."""
     header, position = {}, 0
     for name, layer in example.items():
         *window, inputs, outputs = layer["kernel"].shape

@@ -1,17 +1,17 @@
-r"""How many pictures of 1024 pixels a core reads, beside a PyTorch DataLoader with PIL.
+r"""Images of 1024 pixels read per core, compared with a PyTorch DataLoader with PIL.
 
     python benchmarks/loader.py --output=runs/loader
 
-Pairs of two subjects: chosen, rejected and two references, which are scaled to the image encoder's
-224 pixels, with all their masks, stacked to batches. Ours reads them from a data set as `prepare`
-makes it, by threads and by worker processes. The DataLoader reads a PNG file a picture with PIL, in
-processes as is usual: files that PIL has written and, to tell decoders from files, those that our
-data set holds. All work in turns, and the CPU time of all processes is what counts as cores. The
-pictures are noise that is rough and smooth as photographs are. Where the encoders have seen
-everything once, pairs are read as what SDXL's said of them.
+The data are pairs with two subjects: chosen and rejected image, two references, which are resized
+to the image encoder's 224 pixels, and all masks, stacked to batches. Our loader reads a data set of
+`prepare`, with threads and with worker processes. The DataLoader reads one PNG file per image with
+PIL, in worker processes. It reads files written by PIL and, to separate the effect of the decoder
+from that of the files, the files of our data set. The loaders run alternately. Cores are measured
+by the CPU time of all processes. Images are noise with the spectrum of photographs. "Encoded pairs"
+are cached features with the shapes of SDXL's encoders.
 
-The last lines compare that with what a step takes: SDXL's operations for a pair, on an accelerator
-that does `--tflops` of them.
+The last lines compare the rate with a training step: SDXL's operations per pair, on an accelerator
+with `--tflops`.
 """
 
 import argparse
@@ -30,42 +30,42 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-SIDE, REFERENCE, SEEN, SUBJECTS = 1024, 518, 224, 2
-PICTURES = 2 + SUBJECTS  # Of a pair.
+SIDE, REFERENCE, ENCODER_SIDE, SUBJECTS = 1024, 518, 224, 2
+IMAGES = 2 + SUBJECTS  # Per pair.
 CAPTION = "a thing and another thing beside it"
-# Of a pair: two policy passes with gradients and what is computed again for them (model.remat), and
-# two of the reference model. One is 6.76 TFLOP at 1024 pixels.
+# Per pair: for each image, the policy's forward pass, its recomputation (model.remat), its backward
+# pass (twice a forward pass), and the reference model's forward pass. A forward pass is 6.76 TFLOP.
 TERAFLOP = (2 * (1 + 1 + 2) + 2) * 6.76
 
 
-def noise(draw, side: int):
-    """uint8 [side, side, 3], rough and smooth as photographs are: every octave has its share."""
+def noise(rng, side: int):
+    """Noise with the spectrum of photographs, uint8 [side, side, 3]: a sum over all octaves."""
     total, cell = np.full((side, side, 3), 128, np.float32), side
     while cell >= 2:
-        grid = draw.normal(0, 40 * (cell / side) ** 0.5, (side // cell + 1,) * 2 + (3,))
+        grid = rng.normal(0, 40 * (cell / side) ** 0.5, (side // cell + 1,) * 2 + (3,))
         total += cv2.resize(grid.astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
         cell //= 2
     return np.clip(total, 0, 255).astype(np.uint8)
 
 
 def disc(side: int, y, x, radius: int):
-    """bool [side, side]."""
+    """Mask of a disc, bool [side, side]."""
     return np.hypot(*np.mgrid[-y : side - y, -x : side - x]) < radius
 
 
-def make_record(draw):
-    """A pair with its subjects as `prepare` makes them."""
-    chosen = noise(draw, SIDE)
+def make_record(rng):
+    """Returns a random pair with its subjects, in the format of `prepare`."""
+    chosen = noise(rng, SIDE)
     rejected, prior, subjects = chosen.copy(), np.zeros((SIDE, SIDE), bool), []
     for _ in range(SUBJECTS):
-        x, y = draw.integers(200, 800, 2)
+        x, y = rng.integers(200, 800, 2)
         mask = disc(SIDE, x, y, 180)
         rejected[mask] = 255 - rejected[mask]
         prior |= mask
         subjects.append(
             {
                 "phrase": "a thing",
-                "reference": noise(draw, REFERENCE),
+                "reference": noise(rng, REFERENCE),
                 "reference_mask": disc(REFERENCE, 259, 259, 200),
                 "mask": mask,
                 "box": np.array([0, 0, 1, 1], np.float32),
@@ -83,26 +83,26 @@ def make_record(draw):
 
 
 def write_files(record, folder: pathlib.Path, encode) -> None:
-    """The record's pictures and masks as PNG files; `encode` makes their contents."""
+    """Writes the images and masks of a record as PNG files; `encode` maps pixels to bytes."""
     folder.mkdir(parents=True)
-    named = {f"{name}.png": record[name] for name in ("chosen", "rejected", "prior_mask")}
+    arrays = {f"{name}.png": record[name] for name in ("chosen", "rejected", "prior_mask")}
     for slot, subject in enumerate(record["subjects"]):
-        named |= {
+        arrays |= {
             f"{slot}_{name}.png": subject[name] for name in ("reference", "reference_mask", "mask")
         }
-    for name, pixels in named.items():
+    for name, pixels in arrays.items():
         (folder / name).write_bytes(encode(pixels))
 
 
-def by_pil(pixels):
-    """A picture or a mask as PIL writes it."""
+def encode_with_pil(pixels):
+    """Encodes an image or a mask as PNG with PIL."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()
 
 
 class Files:
-    """What PyTorch's DataLoader reads: a folder of files a pair, by PIL."""
+    """Data set for PyTorch's DataLoader: one folder of files per pair, read with PIL."""
 
     def __init__(self, folders) -> None:
         self.folders = folders
@@ -126,9 +126,9 @@ class Files:
             "chosen": read("chosen.png"),
             "rejected": read("rejected.png"),
             "prior_mask": read("prior_mask.png", mask=True),
-            "references": torch.stack([read(f"{i}_reference.png", SEEN) for i in slots]),
+            "references": torch.stack([read(f"{i}_reference.png", ENCODER_SIDE) for i in slots]),
             "reference_masks": torch.stack(
-                [read(f"{i}_reference_mask.png", SEEN, mask=True) for i in slots]
+                [read(f"{i}_reference_mask.png", ENCODER_SIDE, mask=True) for i in slots]
             ),
             "masks": torch.stack([read(f"{i}_mask.png", mask=True) for i in slots]),
             "index": index,
@@ -136,14 +136,14 @@ class Files:
 
 
 def encoded(folder: pathlib.Path, count: int):
-    """A source of pairs as SDXL's encoders leave them: random numbers of the same shapes."""
+    """Returns a source of encoded pairs: random arrays with the shapes of SDXL's encoders."""
     from focusdpo_jax.models.generator import ImageView
     from focusdpo_jax.training import encoding, encoding_cache
 
-    draw, side = np.random.default_rng(0), SIDE // 8
+    rng, side = np.random.default_rng(0), SIDE // 8
 
     def normal(*shape, dtype=np.float32) -> Any:
-        return draw.normal(size=(1, *shape)).astype(dtype)
+        return rng.normal(size=(1, *shape)).astype(dtype)
 
     def encode(parameters, batch):
         return encoding.EncodedPairs(
@@ -170,21 +170,21 @@ def encoded(folder: pathlib.Path, count: int):
 
 
 def tokenize(caption):
-    """What CLIP's tokenizer gives, of nothing."""
+    """Stand-in for CLIP's tokenizer: zeros of the same shape."""
     return np.zeros((2, 77), np.int32)
 
 
-def itself(entry):
-    """Encoded pairs are as the step takes them."""
+def identity(entry):
+    """The transform of encoded pairs, which the step uses unchanged."""
     return entry
 
 
 def ours(source, workers: int, batch_size: int, transform=None):
-    """Our loader: an iterator over batches, and what ends it."""
+    """Our loader: returns an iterator over batches and a function that closes it."""
     from focusdpo_jax.data import loader
 
     transform = transform or loader.pair_transform(
-        tokenize=tokenize, num_subjects=SUBJECTS, reference_size=SEEN
+        tokenize=tokenize, num_subjects=SUBJECTS, reference_size=ENCODER_SIDE
     )
     batches = loader.make_loader(
         source, batch_size=batch_size, seed=0, transform=transform, workers=workers
@@ -193,7 +193,7 @@ def ours(source, workers: int, batch_size: int, transform=None):
 
 
 def pytorch(folders, workers: int, batch_size: int):
-    """PyTorch's: the same, epoch after epoch."""
+    """PyTorch's DataLoader: returns an endless iterator and a function that closes it."""
     import torch
 
     loader: Any = torch.utils.data.DataLoader(
@@ -205,15 +205,15 @@ def pytorch(folders, workers: int, batch_size: int):
         multiprocessing_context="spawn",
     )
 
-    def forever():
+    def repeat():
         while True:
             yield from loader
 
-    return forever(), lambda: loader._iterator and loader._iterator._shutdown_workers()
+    return repeat(), lambda: loader._iterator and loader._iterator._shutdown_workers()
 
 
 def cpu_seconds(processes):
-    """CPU time that this process and those with these ids have taken."""
+    """CPU seconds of this process and of the processes with the given ids."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     ticks = 0
     for process in processes:
@@ -228,21 +228,21 @@ def children():
 
 
 def measure(make, batches, batch_size: int):
-    """(pictures a second, pictures a second of CPU time) of a loader that has warmed up."""
+    """Images per second and images per second of CPU time, after a warm-up."""
     iterator, close = make()
     for _ in range(4):
         next(iterator)
-    start, used = time.perf_counter(), cpu_seconds(children())
+    start, cpu_time = time.perf_counter(), cpu_seconds(children())
     for _ in range(batches):
         next(iterator)
-    seconds, used = time.perf_counter() - start, cpu_seconds(children()) - used
+    seconds, cpu_time = time.perf_counter() - start, cpu_seconds(children()) - cpu_time
     close()
-    pictures = batches * batch_size * PICTURES
-    return pictures / seconds, pictures / used
+    images_read = batches * batch_size * IMAGES
+    return images_read / seconds, images_read / cpu_time
 
 
 def main() -> None:
-    """See the module."""
+    """Writes the data, measures the loaders alternately and prints medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -250,27 +250,27 @@ def main() -> None:
         "--output",
         type=pathlib.Path,
         default=pathlib.Path("runs/loader"),
-        help="folder of the data; emptied first",
+        help="folder of the data; deleted at the start",
     )
     parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--batches", type=int, default=16, help="read in each turn")
+    parser.add_argument("--batches", type=int, default=16, help="batches per measurement")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each loader")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument(
         "--tflops",
         type=float,
         default=400.0,
-        help="that an accelerator does of SDXL's step (40 %% of an H100's peak)",
+        help="TFLOP/s of an accelerator in SDXL's step (default: 40 %% of an H100's peak)",
     )
     options = parser.parse_args()
     from focusdpo_jax.data import dataset, images
 
     shutil.rmtree(options.output, ignore_errors=True)
-    draw = np.random.default_rng(0)
-    records = [make_record(draw) for _ in range(options.pairs)]
+    rng = np.random.default_rng(0)
+    records = [make_record(rng) for _ in range(options.pairs)]
     folders = {}
-    for kind, encode in (("PIL's", by_pil), ("our", images.encode_png)):
+    for kind, encode in (("PIL's", encode_with_pil), ("our", images.encode_png)):
         folders[kind] = [options.output / kind / f"{i:04d}" for i in range(options.pairs)]
         for record, folder in zip(records, folders[kind], strict=True):
             write_files(record, folder, encode)
@@ -280,36 +280,39 @@ def main() -> None:
     del records
     source = dataset.open_source(path, "train")
 
-    seen = encoded(options.output / "encoded", options.pairs)
-    size, many = options.batch_size, options.workers
+    encoded_pairs = encoded(options.output / "encoded", options.pairs)
+    size, workers = options.batch_size, options.workers
     loaders = {
         "ours, threads": lambda: ours(source, 0, size),
         "ours, 1 process": lambda: ours(source, 1, size),
-        f"ours, {many} processes": lambda: ours(source, many, size),
+        f"ours, {workers} processes": lambda: ours(source, workers, size),
         "PyTorch, PIL's files, 1 process": lambda: pytorch(folders["PIL's"], 1, size),
-        f"PyTorch, PIL's files, {many} processes": lambda: pytorch(folders["PIL's"], many, size),
+        f"PyTorch, PIL's files, {workers} processes": lambda: pytorch(
+            folders["PIL's"], workers, size
+        ),
         "PyTorch, our files, 1 process": lambda: pytorch(folders["our"], 1, size),
-        "ours, encoded pairs, threads": lambda: ours(seen, 0, size, itself),
-        "ours, encoded pairs, 1 process": lambda: ours(seen, 1, size, itself),
+        "ours, encoded pairs, threads": lambda: ours(encoded_pairs, 0, size, identity),
+        "ours, encoded pairs, 1 process": lambda: ours(encoded_pairs, 1, size, identity),
     }
-    found = {name: [] for name in loaders}
+    rates = {name: [] for name in loaders}
     for _ in range(options.turns):
         for name, make in loaders.items():
-            found[name].append(measure(make, options.batches, size))
+            rates[name].append(measure(make, options.batches, size))
     print(
-        f"{'images of 1024 px (and references)':36} {'a second':>9} {'a core second':>14} "
-        f"{'pairs a core second':>20}"
+        f"{'images of 1024 px (and references)':36} {'per second':>10} {'per core-second':>15} "
+        f"{'pairs per core-second':>21}"
     )
     pairs = {}
-    for name, values in found.items():
+    for name, values in rates.items():
         rate, core = np.median(values, axis=0)
-        pairs[name] = core / PICTURES
-        print(f"{name:36} {rate:9.1f} {core:14.1f} {core / PICTURES:20.1f}")
+        pairs[name] = core / IMAGES
+        print(f"{name:36} {rate:10.1f} {core:15.1f} {core / IMAGES:21.1f}")
     step = options.tflops / TERAFLOP
     print(
-        f"SDXL's step takes {TERAFLOP:.1f} TFLOP a pair: at {options.tflops:.0f} TFLOP/s "
-        f"{step:.1f} pairs a second. One core reads {pairs['ours, 1 process'] / step:.1f} times "
-        f"as many, of encoded ones {pairs['ours, encoded pairs, 1 process'] / step:.0f} times."
+        f"SDXL's step takes {TERAFLOP:.1f} TFLOP per pair: at {options.tflops:.0f} TFLOP/s "
+        f"{step:.1f} pairs per second. One core reads {pairs['ours, 1 process'] / step:.1f} times "
+        f"as many, and {pairs['ours, encoded pairs, 1 process'] / step:.0f} times as many encoded "
+        "pairs."
     )
 
 

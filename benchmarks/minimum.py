@@ -1,22 +1,23 @@
-r"""The arithmetic that a preference step with an adapter in training cannot do without.
+r"""Minimum FLOPs of a preference step that trains an adapter, compared with ours.
 
     python benchmarks/minimum.py                                   # Toybox and SDXL's debug sizes
     python benchmarks/minimum.py --cases sdxl-1024 --topology=v5e:2x2
 
-Counted layer by layer from the networks' sizes, without a look at our program: `dpo`'s step, its
-matrix products and convolutions, a multiplication with an addition as two operations. For each of a
-pair's two pictures the UNet runs forward once for the reference model and once for the policy. The
-policy's backward pass goes back to the first trained layer, and makes no gradient of what is
-frozen, nor of features before any trained layer. The subject adapter runs once a pair and model.
-With remat every resnet and transformer block of the policy that has something to differentiate runs
-forward a second time, but for the last product of each, which no gradient needs.
+The minimum is counted layer by layer from the networks' sizes, independently of our program: matrix
+products and convolutions of `dpo`'s step, with a multiplication and an addition as two operations.
 
-What depends on the condition alone is made once: keys and values of the caption a pair, those of
-the references a pair and model, embeddings of time a pair.
+- For both images of a pair, the UNet runs forward once in the reference model and once in the
+  policy.
+- The policy's backward pass ends at the first trained layer. It computes no gradients of frozen
+  parameters or of features that do not depend on trained parameters.
+- The subject adapter runs once per pair and model.
+- Computations that depend on the conditioning alone run once: keys and values of the caption and
+  embeddings of time per pair, keys and values of the references per pair and model.
+- With remat, every resnet and transformer block of the policy with a backward pass runs forward a
+  second time, except for its last product, which no gradient needs.
 
-Our program's operations are those of `profiling/flops.py`, traced from shapes alone.
-`--topology` is the machine that it is traced for, since attention and feed-forwards are written
-differently for a CPU.
+Our operations are counted by `profiling/flops.py` in the traced program. `--topology` is the
+machine that the program is traced for, since attention and feed-forwards differ on a CPU.
 """
 
 import argparse
@@ -41,40 +42,47 @@ CASES = {
 
 @dataclasses.dataclass
 class Cost:
-    """Operations by when they are done.
+    """Operations by part of the step.
 
     Attributes:
-      forward: in a forward pass over a picture.
-      backward: in the policy's backward pass over a picture.
-      again: in a picture's second forward pass, of the remat.
+      forward: forward pass of an image.
+      backward: the policy's backward pass of an image.
+      recomputed: second forward pass of an image with remat.
       time: embeddings of time, in a forward pass.
       text: keys and values of the caption, in a forward pass.
       image: keys and values of the references, in a forward pass.
-      adapter, adapter_backward: of the subject adapter, in its pass over a pair.
+      adapter, adapter_backward: passes of the subject adapter over a pair.
     """
 
     forward: float = 0
     backward: float = 0
-    again: float = 0
+    recomputed: float = 0
     time: float = 0
     text: float = 0
     image: float = 0
     adapter: float = 0
     adapter_backward: float = 0
 
-    def layer(self, cost, reached, *, remat: bool = True) -> None:
-        """A frozen layer; `reached` is the share of its input that depends on what is trained."""
+    def layer(self, cost, gradient_share, *, remat: bool = True) -> None:
+        """Adds a frozen layer.
+
+        Args:
+          cost: operations of a forward pass.
+          gradient_share: operations of the backward pass as a fraction of `cost`. For most layers
+            this is the share of the input channels that depend on trained parameters.
+          remat: whether remat recomputes the layer.
+        """
         self.forward += cost
-        self.backward += cost * reached
-        self.again += cost * remat
+        self.backward += cost * gradient_share
+        self.recomputed += cost * remat
 
     def step(self, remat: bool):
-        """Of a pair's whole step."""
+        """Operations of a whole step per pair."""
         return (
-            2 * (2 * self.forward + self.backward + remat * self.again)
+            2 * (2 * self.forward + self.backward + remat * self.recomputed)
             + 2 * self.adapter
             + self.adapter_backward
-            # In the policy each key and value of the references has two gradients.
+            # Forward in both models, and two gradients in the policy.
             + self.time
             + self.text
             + 4 * self.image
@@ -83,57 +91,58 @@ class Cost:
 
 @dataclasses.dataclass
 class Features:
-    """A feature map on its way: width, and whether anything trained lies before it."""
+    """A feature map: its width, and whether it depends on trained parameters."""
 
     channels: int
-    reached: bool = False
+    needs_gradient: bool = False
 
 
 def unet(cost, config: Any, side: int, text_tokens: int, image_tokens: int) -> None:
-    """Adds the UNet's, for latents of `side` x `side`."""
+    """Adds the UNet to `cost`, for latents of `side` x `side`."""
     widths, last = config.block_out_channels, len(config.block_out_channels) - 1
     embedding = 4 * widths[0]
 
     def resnet(inputs, width, pixels):
-        """Of concatenated inputs."""
+        """Adds a resnet block on concatenated inputs."""
         channels = sum(x.channels for x in inputs)
-        reached = sum(x.channels for x in inputs if x.reached) / channels
+        gradient_share = sum(x.channels for x in inputs if x.needs_gradient) / channels
         cost.time += 2 * embedding * width
-        cost.layer(2 * pixels * 9 * channels * width, reached, remat=reached > 0)
-        cost.layer(2 * pixels * 9 * width * width, reached > 0, remat=False)
+        cost.layer(2 * pixels * 9 * channels * width, gradient_share, remat=gradient_share > 0)
+        cost.layer(2 * pixels * 9 * width * width, gradient_share > 0, remat=False)
         if channels != width:
-            cost.layer(2 * pixels * channels * width, reached, remat=False)
-        return Features(width, reached > 0)
+            cost.layer(2 * pixels * channels * width, gradient_share, remat=False)
+        return Features(width, gradient_share > 0)
 
     def transformer(x, depth, pixels):
         width = x.channels
         dense = 2 * pixels * width * width
-        cost.layer(dense, x.reached, remat=False)
+        cost.layer(dense, x.needs_gradient, remat=False)
         for _ in range(depth):
-            cost.layer(4 * dense + 2 * (2 * pixels**2 * width), x.reached)
-            cost.backward += 2 * (2 * pixels**2 * width) * x.reached  # Two gradients a product.
-            cost.layer(2 * dense, x.reached)
-            # What leaves cross-attention depends on what is trained.
-            cost.backward += dense * (not x.reached)
+            cost.layer(4 * dense + 2 * (2 * pixels**2 * width), x.needs_gradient)
+            # Each product of attention has two gradients, of which `layer` counts one.
+            cost.backward += 2 * (2 * pixels**2 * width) * x.needs_gradient
+            cost.layer(2 * dense, x.needs_gradient)
+            # The output of cross-attention always depends on trained parameters.
+            cost.backward += dense * (not x.needs_gradient)
             cost.text += 2 * (2 * text_tokens * config.cross_attention_dim * width)
-            cost.layer(2 * (2 * pixels * text_tokens * width), x.reached)
+            cost.layer(2 * (2 * pixels * text_tokens * width), x.needs_gradient)
             cost.image += 2 * (2 * image_tokens * config.cross_attention_dim * width)
-            seen = 2 * (2 * pixels * image_tokens * width)
-            cost.layer(seen, 2 if x.reached else 1.5)
+            image_attention = 2 * (2 * pixels * image_tokens * width)
+            cost.layer(image_attention, 2 if x.needs_gradient else 1.5)
             cost.layer(8 * dense, True)
             cost.layer(4 * dense, True, remat=False)
             x = Features(width, True)
-        cost.layer(dense, x.reached, remat=False)
+        cost.layer(dense, x.needs_gradient, remat=False)
         return x
 
     def stage(x, level, depth, resnets, attentions, pixels, skips=()):
-        made = []
+        outputs = []
         for i in range(resnets):
             x = resnet([x, skips[i]] if skips else [x], widths[level], pixels)
             if depth and i < attentions:
                 x = transformer(x, depth, pixels)
-            made.append(x)
-        return x, made
+            outputs.append(x)
+        return x, outputs
 
     cost.time += 2 * (widths[0] * embedding + embedding**2)
     cost.time += 2 * (
@@ -145,10 +154,10 @@ def unet(cost, config: Any, side: int, text_tokens: int, image_tokens: int) -> N
     skips = [x]
     for level, depth in enumerate(config.transformer_layers_per_block):
         count = config.layers_per_block
-        x, made = stage(x, level, depth, count, count, pixels[level])
-        skips += made
+        x, outputs = stage(x, level, depth, count, count, pixels[level])
+        skips += outputs
         if level < last:
-            cost.layer(2 * pixels[level + 1] * 9 * x.channels**2, x.reached, remat=False)
+            cost.layer(2 * pixels[level + 1] * 9 * x.channels**2, x.needs_gradient, remat=False)
             skips.append(x)
     x, _ = stage(x, last, config.mid_transformer_layers, 2, 1, pixels[last])
     for level in reversed(range(last + 1)):
@@ -163,12 +172,12 @@ def unet(cost, config: Any, side: int, text_tokens: int, image_tokens: int) -> N
             [skips.pop() for _ in range(count)],
         )
         if level:
-            cost.layer(2 * pixels[level - 1] * 9 * x.channels**2, x.reached, remat=False)
-    cost.layer(2 * pixels[0] * 9 * widths[0] * config.out_channels, x.reached, remat=False)
+            cost.layer(2 * pixels[level - 1] * 9 * x.channels**2, x.needs_gradient, remat=False)
+    cost.layer(2 * pixels[0] * 9 * widths[0] * config.out_channels, x.needs_gradient, remat=False)
 
 
 def resampler(cost, config: Any, slots: int, patches) -> None:
-    """Adds the subject adapter's, all of which is trained."""
+    """Adds the subject adapter to `cost`; all of its parameters are trained."""
     width, inner, queries = config.width, config.num_heads * config.head_dim, config.num_tokens
     first = 2 * patches * config.input_dim * width
     keys = patches + queries
@@ -181,13 +190,13 @@ def resampler(cost, config: Any, slots: int, patches) -> None:
     )
     rest = config.depth * layer + 2 * queries * width * config.output_dim
     cost.adapter += slots * (first + rest)
-    cost.adapter_backward += slots * (first + 2 * rest)  # The features are given.
+    cost.adapter_backward += slots * (first + 2 * rest)  # No gradient of the input features.
 
 
-def counted(generator: Any, batch):
-    """The minimum of a pair, as a Cost; `batch` is EncodedPairs of shapes."""
+def minimum(generator: Any, batch):
+    """The minimum per pair as a Cost; `batch` is EncodedPairs of shapes."""
     if generator.config.adapter.kind != "resampler":
-        raise SystemExit("only a resampler is counted here")
+        raise SystemExit("only the adapter kind resampler is supported")
     slots, patches = batch.references.features.shape[1:3]
     cost = Cost()
     unet(
@@ -202,7 +211,7 @@ def counted(generator: Any, batch):
 
 
 def case(name: str, remat: bool):
-    """The configuration of a case, of `dpo` with an adapter."""
+    """The configuration of a case: `dpo` that trains an adapter."""
     file, argument, side = CASES[name]
     return load_config(
         file,
@@ -217,31 +226,33 @@ def case(name: str, remat: bool):
 
 
 def ours(config: Any, topology: str):
-    """Operations of our reference pass and our update for a pair, and the minimum as a Cost."""
+    """Operations of our reference pass and update per pair, and the minimum as a Cost."""
     mesh = meshes.make_mesh(config.mesh.sizes, 1, chips.devices(topology)[0][:1])
     step = shapes.abstract_step(config, mesh)
     passes, update = trace_step(
         step.assembly.definition, step.optimizer, step.state, step.batch, step.key
     )
-    done = sum(flops.count(trace()).matmul_flops for trace in (*passes.values(), update))
-    return done, counted(models.abstract_model(config, mesh)[0], step.batch)
+    actual = sum(flops.count(trace()).matmul_flops for trace in (*passes.values(), update))
+    return actual, minimum(models.abstract_model(config, mesh)[0], step.batch)
 
 
 def main() -> None:
-    """Prints a line for each case, with and without remat."""
+    """Prints one line per case without and with remat."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", default=["toybox", "debug"], choices=list(CASES))
-    parser.add_argument("--topology", default="local", help="local, or a TPU's such as v5e:2x2")
+    parser.add_argument(
+        "--topology", default="local", help="local, or that of a TPU such as v5e:2x2"
+    )
     arguments = parser.parse_args()
     for name in arguments.cases:
         for remat in (False, True):
-            done, cost = ours(case(name, remat), arguments.topology)
+            actual, cost = ours(case(name, remat), arguments.topology)
             least = cost.step(remat)
             print(
-                f"{name:10s} remat {'on ' if remat else 'off'}  ours {done:.4e}  "
-                f"minimum {least:.4e}, ratio {done / least:.3f}",
+                f"{name:10s} remat {'on ' if remat else 'off'}  ours {actual:.4e}  "
+                f"minimum {least:.4e}, ratio {actual / least:.3f}",
                 flush=True,
             )
 

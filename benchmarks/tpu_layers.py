@@ -1,24 +1,28 @@
-"""Layers of SDXL's UNet compiled for a TPU that is not there: the compiler's estimate of each by itself.
+"""Compiles single layers of SDXL's UNet for a TPU and prints the compiler's estimates of time.
 
     pip install -e ".[plan]"
     python benchmarks/tpu_layers.py                        # v5e
     python benchmarks/tpu_layers.py --topology=v6e:2x2 --layers resnet
-    python benchmarks/tpu_layers.py --layers convolution   # by taps, and as XLA has it
+    python benchmarks/tpu_layers.py --layers convolution   # by taps, and XLA's own
 
-One chip, bfloat16. At 512 px one image and the gradients of its input and of all parameters, as in full
-training; at 1024 px two images and the gradient of the input alone, as where an adapter is trained. A layer by
-itself is compiled in seconds, where the whole UNet takes a quarter of an hour: it is where to try a
-change. Fused attention kernels have no estimate and are missing.
+No TPU is needed. Layers are compiled for one chip, in bfloat16, in two settings: one image of 512
+px with the gradients of input and parameters, as in full training; and two images of 1024 px with
+the gradient of the input alone, as in training of an adapter. A layer compiles in seconds, the
+whole UNet in a quarter of an hour, so changes of layers can be tested here. The estimates exclude
+fused attention kernels.
 """
 
 import argparse
 import os
 
-PEAK_NOTE = "of peak: products at the chip's full speed / estimate"
+PEAK_NOTE = "of peak: time of matmuls at the chip's full speed / estimate"
 
 
 def cases(jax, jnp):
-    """{name: (module or function of (x, parameters), input shapes, whether parameters are trained)}."""
+    """The layers, {name: (module or function, input shapes, trained)}.
+
+    `trained` is whether parameters have gradients, or None for a function without a backward pass.
+    """
     from focusdpo_jax.models import convolution, layers
     from focusdpo_jax.models.transformer import Context, TransformerBlock
     from focusdpo_jax.models.unet_config import UNetConfig
@@ -28,34 +32,34 @@ def cases(jax, jnp):
     def shape(*axes):
         return jax.ShapeDtypeStruct(axes, jnp.bfloat16)
 
-    found = {}
+    layers_by_name = {}
     for images, side, trained in ((1, 64, True), (2, 128, False)):
         pixels = side * 8
         for level, width in enumerate(config.block_out_channels):
             size, heads = side >> level, config.num_heads[level]
             if level:
-                found[f"transformer block {width}, {pixels} px"] = (
+                layers_by_name[f"transformer block {width}, {pixels} px"] = (
                     TransformerBlock(config, heads, False, jnp.bfloat16),
                     (shape(images, size * size, width), Context(shape(images, 77, 2048))),
                     trained,
                 )
-            found[f"resnet {width}, {pixels} px"] = (
+            layers_by_name[f"resnet {width}, {pixels} px"] = (
                 layers.ResnetBlock(width, 32, 1e-5, jnp.bfloat16),
                 (shape(images, size, size, width), shape(images, 1280)),
                 trained,
             )
             padding = ((1, 1), (1, 1))
             for form, function in (("taps", convolution.by_taps), ("XLA", convolution._convolve)):
-                found[f"convolution {width}, {pixels} px, {form}"] = (
+                layers_by_name[f"convolution {width}, {pixels} px, {form}"] = (
                     lambda x, kernel, function=function: function(x, kernel, padding),
                     (shape(images, size, size, width), shape(3, 3, width, width)),
                     None,
                 )
-    return found
+    return layers_by_name
 
 
 def measure(module, inputs, trained, mesh):
-    """(estimated cycles, floating-point operations of products) of a layer on one chip."""
+    """Returns the estimated cycles and the matmul FLOPs of a layer on one chip, without kernels."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -63,7 +67,7 @@ def measure(module, inputs, trained, mesh):
     from focusdpo_jax.profiling import estimates, flops, hlo
     from focusdpo_jax.sharding.trace_context import trace_context
 
-    def placed(tree):
+    def on_device(tree):
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())
@@ -77,26 +81,26 @@ def measure(module, inputs, trained, mesh):
         example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
         parameters = jax.eval_shape(lambda: module.init(jax.random.key(0), *example))["params"]
 
-        def program(parameters, x, outer, *rest):
+        def program(parameters, x, cotangent, *rest):
             def apply(parameters, x):
                 with trace_context(mesh):
                     return jax.tree.leaves(module.apply({"params": parameters}, x, *rest))[0]
 
             if trained:
-                out, back = jax.vjp(apply, parameters, x)
+                out, backward = jax.vjp(apply, parameters, x)
             else:
-                out, back = jax.vjp(lambda x: apply(parameters, x), x)
-            return out, back(outer)
+                out, backward = jax.vjp(lambda x: apply(parameters, x), x)
+            return out, backward(cotangent)
 
         arguments = (parameters, inputs[0], inputs[0], *inputs[1:])
-    traced = jax.jit(program).trace(*placed(arguments))
+    traced = jax.jit(program).trace(*on_device(arguments))
     estimate = estimates.read(hlo.Program(traced.lower().compile().as_text() or ""))
     work = flops.count(traced)
     return estimate.cycles, work.matmul_flops - work.kernels
 
 
 def main() -> None:
-    """Prints a line of each layer."""
+    """Prints one line per layer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,17 +1,18 @@
-r"""SDXL's UNet compiled for a TPU that is not there, here and by MaxDiffusion: the compiler's estimates.
+r"""Compiles SDXL's UNet and MaxDiffusion's for a TPU and prints the compiler's estimates.
 
     pip install -e ".[plan]" chex qwix tokamax aqtp google-cloud-storage tensorboardX
-    python benchmarks/tpu_unet.py --maxdiffusion=FOLDER            # a checkout of its repository
+    python benchmarks/tpu_unet.py --maxdiffusion=FOLDER            # a checkout of MaxDiffusion
     python benchmarks/tpu_unet.py --sides 1024 --programs forward  # ours alone
 
-One image a chip on v5e:2x2, bfloat16 parameters, all of them differentiated, nothing computed again in the
-backward pass. Each program is compiled in a process of its own, ours and theirs one after the other. The
-peer attends as its configuration for SDXL says, "flash" (over more than `flash_min_seq_length` positions)
-or, as its default is, "dot_product".
+No TPU is needed. Programs are compiled for v5e:2x2 with one image per chip and bfloat16 parameters,
+all of them differentiated, without recomputation in the backward pass. Each program is compiled in
+a separate process. MaxDiffusion's attention is "flash", as in its configuration for SDXL (above
+`flash_min_seq_length` positions), or "dot_product", its default.
 
-The first column is the compiler's estimate of time, `profiling.estimates`: cycles of all instructions. Fused
-attention kernels (ours, and theirs with "flash") carry no estimate; the second column adds their products
-at the chip's full speed, and is a lower bound where there are any. The others are counts.
+The first column is the compiler's estimate of time, the cycles of all instructions
+(`profiling.estimates`). Fused attention kernels (ours, and theirs with "flash") have no estimate.
+The second column adds their matmuls at the chip's full speed, and is a lower bound for programs
+with such kernels. The other columns are counts.
 """
 
 import argparse
@@ -25,11 +26,11 @@ import time
 from typing import Any
 
 PROGRAMS = ("forward", "gradient")
-SIDES = ("ours", "dot_product", "flash")
+NETWORKS = ("ours", "dot_product", "flash")
 
 
-def compiled(network, program, side: int, topology: str):
-    """Compiles and describes one program; what `main` prints a line of."""
+def compile_program(network, program, side: int, topology: str):
+    """Compiles one program and returns the values that `main` prints."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     import jax
     import jax.numpy as jnp
@@ -51,9 +52,11 @@ def compiled(network, program, side: int, topology: str):
     inputs = {"text": shape(77, 2048), "pooled": shape(1280), "time_ids": shape(6)}
     latents, timesteps = shape(size, size, 4), shape(dtype=jnp.float32)
     example = latents, timesteps, inputs
-    parameters, apply = ours(mesh, example) if network == "ours" else peers(network, mesh, example)
+    parameters, apply = (
+        ours(mesh, example) if network == "ours" else maxdiffusion_unet(network, mesh, example)
+    )
 
-    def placed(tree, spec):
+    def with_sharding(tree, spec):
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
             tree,
@@ -67,20 +70,20 @@ def compiled(network, program, side: int, topology: str):
             lambda tree: jnp.square(apply(tree, *arguments).astype(jnp.float32)).mean()
         )(parameters)
 
-    parameters = placed(
+    parameters = with_sharding(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), parameters),
         PartitionSpec(),
     )
-    arguments = placed((latents, timesteps, inputs), PartitionSpec("data"))
-    start, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    arguments = with_sharding((latents, timesteps, inputs), PartitionSpec("data"))
+    start, user_start = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     with mesh:
         traced = jax.jit({"forward": forward, "gradient": gradient}[program]).trace(
             parameters, *arguments
         )
-        compiled_program: Any = traced.lower().compile()
-    seconds, use = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF)
-    operations, accessed = looped_cost.count(compiled_program)
-    estimate = estimates.read(hlo.Program(compiled_program.as_text() or ""))
+        compiled: Any = traced.lower().compile()
+    seconds, usage = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF)
+    operations, accessed = looped_cost.count(compiled)
+    estimate = estimates.read(hlo.Program(compiled.as_text() or ""))
     kernels = traced_operations.count(traced).kernels / count
     chip = chips.TPUS[topology.partition(":")[0]]
     return {
@@ -91,15 +94,15 @@ def compiled(network, program, side: int, topology: str):
         "peak": chip.flops,
         "operations": operations,
         "bytes": accessed,
-        "temporaries": compiled_program.memory_analysis().temp_size_in_bytes,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "seconds": seconds,
-        "processor": use.ru_utime - used,
-        "host": use.ru_maxrss * 1024,
+        "processor": usage.ru_utime - user_start,
+        "host": usage.ru_maxrss * 1024,
     }
 
 
 def ours(mesh, example):
-    """Shapes of our parameters, and the prediction as a function of them."""
+    """Returns the shapes of our parameters and the prediction as a function of parameters."""
     import jax
     import jax.numpy as jnp
 
@@ -131,8 +134,8 @@ def ours(mesh, example):
     )["params"], apply
 
 
-def peers(network, mesh, example):
-    """The same of MaxDiffusion's `FlaxUNet2DConditionModel`, with an attention of its own."""
+def maxdiffusion_unet(network, mesh, example):
+    """Like `ours`, for MaxDiffusion's `FlaxUNet2DConditionModel` with its attention `network`."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -176,14 +179,14 @@ def peers(network, mesh, example):
 
 
 def main() -> None:
-    """Compiles each program in a process of its own and prints a line of each."""
+    """Compiles each program in a separate process and prints one line per program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--maxdiffusion", help="folder of its checkout, with src/ in it")
+    parser.add_argument("--maxdiffusion", help="folder of a checkout, which contains src/")
     parser.add_argument("--sides", nargs="+", type=int, default=[512])
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
-    parser.add_argument("--networks", nargs="+", choices=SIDES)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument(
         "--most-expensive",
@@ -194,14 +197,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         network, program, side = arguments.one.split("/")
-        print(json.dumps(compiled(network, program, int(side), arguments.topology)))
+        print(json.dumps(compile_program(network, program, int(side), arguments.topology)))
         return
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     if arguments.maxdiffusion:
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(pathlib.Path(arguments.maxdiffusion) / "src"), environment.get("PYTHONPATH", "")]
         )
-    networks = arguments.networks or SIDES[: 3 if arguments.maxdiffusion else 1]
+    networks = arguments.networks or NETWORKS[: 3 if arguments.maxdiffusion else 1]
     print(
         f"{'':30s} M cycles  ms with kernels  of peak  TFLOP  GB accessed  temporaries GB  "
         "seconds  (processor)  host GB"
@@ -222,19 +225,19 @@ def main() -> None:
                 )
                 if run.returncode:
                     raise SystemExit(f"{network}, {program}:\n{run.stderr[-3000:]}")
-                found = json.loads(run.stdout.splitlines()[-1])
-                done = found["operations"] + found["kernels"]
+                result = json.loads(run.stdout.splitlines()[-1])
+                total = result["operations"] + result["kernels"]
                 print(
-                    f"{side:5d} {program:9s} {network:14s} {found['cycles'] / 1e6:8.1f} "
-                    f"{1e3 * found['estimated']:16.1f} "
-                    f"{done / found['peak'] / found['estimated']:8.0%} {done / 1e12:6.3f} "
-                    f"{found['bytes'] / 1e9:12.2f} {found['temporaries'] / 1e9:15.3f} "
-                    f"{found['seconds']:8.0f} {found['processor']:12.0f} "
-                    f"{found['host'] / 1e9:8.1f}",
+                    f"{side:5d} {program:9s} {network:14s} {result['cycles'] / 1e6:8.1f} "
+                    f"{1e3 * result['estimated']:16.1f} "
+                    f"{total / result['peak'] / result['estimated']:8.0%} {total / 1e12:6.3f} "
+                    f"{result['bytes'] / 1e9:12.2f} {result['temporaries'] / 1e9:15.3f} "
+                    f"{result['seconds']:8.0f} {result['processor']:12.0f} "
+                    f"{result['host'] / 1e9:8.1f}",
                     flush=True,
                 )
                 if arguments.most_expensive:
-                    for name, cycles, times in found["most_expensive"]:
+                    for name, cycles, times in result["most_expensive"]:
                         print(f"      {cycles / 1e6:8.2f} M cycles in {times:4d}: {name}")
 
 

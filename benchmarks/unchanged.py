@@ -1,13 +1,13 @@
-"""Whether a change of the code leaves every number of a run as it was, to the digit.
+"""Checks that a change of the code leaves all values of a run exactly equal.
 
     git worktree add ../before COMMIT
     python benchmarks/unchanged.py --before=../before            # 20 steps of two configurations
     python benchmarks/unchanged.py --before=../before --default  # and the whole default run
 
-Runs the same commands in both checkouts, one after the other, and compares `metrics.jsonl` without its
-speeds, `results.json` without its settings, and the record of `step_cost.py`. Runs of a commit are kept
-in --output and not repeated; those of a checkout with changes are. The exit status is 1 if a number
-differs.
+Runs the same commands in both checkouts, one after the other. Compares `metrics.jsonl` without
+throughput, `results.json` without settings, and the record of `step_cost.py`. Runs of a commit are
+kept in --output and reused; those of a checkout with uncommitted changes are repeated. The exit
+status is 1 if a value differs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DEFAULT = {"default": ("configs/toybox_dpo.py",)}
 
 
 def commit(checkout: pathlib.Path) -> str | None:
-    """The commit of a checkout, or None if tracked files differ from it."""
+    """The commit of a checkout, or None if it has uncommitted changes."""
 
     def git(*arguments):
         return subprocess.run(
@@ -45,7 +45,7 @@ def commit(checkout: pathlib.Path) -> str | None:
 def run(
     checkout: pathlib.Path, name: str, config: str, fields: Iterable[str], output: pathlib.Path
 ) -> pathlib.Path:
-    """The folder of a finished run of a checkout."""
+    """Runs a configuration in a checkout, unless this was done before; returns the run's folder."""
     revision = commit(checkout)
     folder = output / (revision or "changed") / name
     if (folder / "done").exists() and revision:
@@ -72,38 +72,38 @@ def run(
     return folder
 
 
-def numbers(folder: pathlib.Path) -> Any:
-    """{name: value} of all that a run has written."""
-    found = {}
+def read_values(folder: pathlib.Path) -> Any:
+    """All values that a run has written, {name: value}."""
+    recorded = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        step = values.pop("step")
-        found |= {f"step {step}: {k}": v for k, v in values.items() if k not in SPEEDS}
+        metrics = json.loads(line)
+        step = metrics.pop("step")
+        recorded |= {f"step {step}: {k}": v for k, v in metrics.items() if k not in SPEEDS}
     results = folder / "results.json"
     if results.exists():
         for measure, sides in json.loads(results.read_text())["metrics"].items():
-            found |= {f"{measure} of {side}": value for side, value in sides.items()}
-    return found
+            recorded |= {f"{measure} of {side}": value for side, value in sides.items()}
+    return recorded
 
 
 def main() -> None:
-    """Compares each run, prints the differences and exits with 1 if there are any."""
+    """Compares each run, prints differences and exits with 1 if there are any."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--before", required=True, help="checkout to compare with")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/unchanged"))
-    parser.add_argument("--default", action="store_true", help="compare the whole default run too")
+    parser.add_argument("--default", action="store_true", help="also compare the whole default run")
     arguments = parser.parse_args()
     different = 0
     for name, (config, *fields) in (RUNS | (DEFAULT if arguments.default else {})).items():
-        before, after = (
-            numbers(run(checkout, name, config, fields, arguments.output))
+        old, new = (
+            read_values(run(checkout, name, config, fields, arguments.output))
             for checkout in (arguments.before, ROOT)
         )
-        differs = [key for key in before | after if before.get(key) != after.get(key)]
-        print(f"{name}: {len(before)} numbers, {len(differs)} differ")
-        for key in differs[:10]:
-            print(f"  {key}: {before.get(key)} -> {after.get(key)}")
-        different += len(differs)
+        changed_names = [key for key in old | new if old.get(key) != new.get(key)]
+        print(f"{name}: {len(old)} numbers, {len(changed_names)} differ")
+        for key in changed_names[:10]:
+            print(f"  {key}: {old.get(key)} -> {new.get(key)}")
+        different += len(changed_names)
     record = pathlib.Path("benchmarks/step_cost.json")
     if (pathlib.Path(arguments.before) / record).read_text() != (ROOT / record).read_text():
         print("step_cost.json differs")
