@@ -140,10 +140,8 @@ def measure(folder: pathlib.Path, split: str) -> None:
             rows = np.full((scenes, 3), np.nan)
             for row, value in zip(rows, values[kind]):
                 row[: len(value)] = value
-            estimate = statistics.bootstrap_mean(rows, seed=0)
-            print(
-                f"  {kind:9} {name:22} {estimate.mean:6.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
-            )
+            share = statistics.bootstrap_mean(rows, seed=0)
+            print(f"  {kind:9} {name:22} {share.mean:6.1%} [{share.low:.1%}, {share.high:.1%}]")
 
 
 def train(folder: pathlib.Path, measured, steps: int) -> None:

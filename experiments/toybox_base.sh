@@ -4,8 +4,8 @@
 #   experiments/toybox_base.sh [SECONDS] [--config.FIELD=VALUE ...]
 #
 # With SECONDS, saves and stops after that time. Run the same command again to resume, on any
-# machine that has the folder runs/. Finished stages are skipped. The learning curve of a stage is in
-# its run folder: metrics.jsonl, and for the generators validation.jsonl.
+# machine that has the folder runs/. Finished stages are skipped. The learning curve of a stage is
+# in its run folder: metrics.jsonl, and for the generators validation.jsonl.
 set -eu
 cd "$(dirname "$0")/.."
 limit=0
@@ -27,8 +27,8 @@ for stage in autoencoder image_encoder probe generator confusion; do
     status=0
     # For timeout, 0 means no limit.
     timeout --preserve-status --signal=TERM $((limit ? left : 0)) \
-        python -m focusdpo_jax.main --config=configs/toybox_base.py:$stage --workdir=$workdir "$@" ||
-        status=$?
+        python -m focusdpo_jax.main --config=configs/toybox_base.py:$stage \
+        --workdir=$workdir "$@" || status=$?
     if ((status == 143)); then
         echo "$stage: stopped after $SECONDS s; run the same command again to resume"
         exit 0
