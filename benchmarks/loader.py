@@ -39,7 +39,7 @@ TERAFLOP = (2 * (1 + 1 + 2) + 2) * 6.76
 
 
 def noise(rng, side: int):
-    """Noise with the spectrum of photographs, uint8 [side, side, 3]: a sum over all octaves."""
+    """Noise with a spectrum like that of photographs, uint8 [side, side, 3]: a sum of octaves."""
     total, cell = np.full((side, side, 3), 128, np.float32), side
     while cell >= 2:
         grid = rng.normal(0, 40 * (cell / side) ** 0.5, (side // cell + 1,) * 2 + (3,))

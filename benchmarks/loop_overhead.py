@@ -57,8 +57,8 @@ class TimedStep:
         elif position == self._length:
             jax.block_until_ready(state)
             end = time.perf_counter()
-            for before, others in self._recorded:
-                state, _ = self._call(step, before, state, *others)
+            for recorded_structure, others in self._recorded:
+                state, _ = self._call(step, recorded_structure, state, *others)
             jax.block_until_ready(state)
             bare = time.perf_counter() - end
             self.seconds.append([(end - self._start) / self._length, bare / self._length])

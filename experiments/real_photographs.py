@@ -129,7 +129,7 @@ def composites(encoder, patches, folder: str, photos, count: int) -> None:
         correct = leakage(scorer, scenes, images, given)
         swapped = leakage(scorer, scenes, images, [row[::-1] for row in given])
         print(
-            f"leakage, {kind}: {shares('negative for true', (correct < 0).all(1), same)}; "
+            f"leakage, {kind}: {shares('negative for correct', (correct < 0).all(1), same)}; "
             f"{shares('positive for swapped', (swapped > 0).all(1), same)}; "
             f"mean {np.nanmean(correct):+.3f} and {np.nanmean(swapped):+.3f}",
             flush=True,
@@ -151,7 +151,7 @@ def composites(encoder, patches, folder: str, photos, count: int) -> None:
     )
     correct = leakage(scorer, scenes, images, located)
     print(
-        f"leakage, places found: {shares('negative for true', (correct < 0).all(1), same)}; "
+        f"leakage, places found: {shares('negative for correct', (correct < 0).all(1), same)}; "
         f"mean {np.nanmean(correct):+.3f}"
     )
 

@@ -12,12 +12,8 @@ from focusdpo_jax.visualization import grids
 
 SHOWN = ("fidelity", "leakage", "hue_leakage", "missing", "class_accuracy", "background_accuracy")
 CURVES = ("fidelity", "leakage")
-_ARRAYS = (
-    "pictures",
-    "chosen",
-    "references",
-    "present",
-)  # Arrays of a measurement that are no measures.
+# Arrays of a measurement that are no measures.
+_ARRAYS = ("pictures", "chosen", "references", "present")
 
 
 def load(trial: Any, output: pathlib.Path, step=None):

@@ -4,8 +4,8 @@
 
 `FOLDER/trial.json` describes the trial. Each measurement is written to `<split>_<step>.npz` in the
 folder: Toybox's measures for each scene, and the first images. Existing measurements are skipped.
-Training to a later step resumes the run. Since the learning rate is constant, all steps belong to
-one training.
+Training to a later step resumes the run. With a constant learning rate, all steps belong to one
+training.
 """
 
 import dataclasses
