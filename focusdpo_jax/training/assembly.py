@@ -1,6 +1,6 @@
-"""The parts of a generator's step, put together from arrays or from shapes.
+"""Assembles a generator's training step from arrays or from shapes.
 
-A run, a plan for absent machines and the benchmarks assemble their steps here.
+Runs, memory checks, plans for absent machines, and benchmarks share this code.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from focusdpo_jax.training.step import StepDefinition
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """A generator's step and what belongs to it; all trees are arrays, or shapes with shardings.
+    """A generator's step with its parameters: trees of arrays, or of shapes with shardings.
 
     Attributes:
       generator: a Generator.
-      source: of SPAF's similarity (`training.sources`), or None.
+      source: the source of SPAF's similarity (`training.sources`), or None.
       encode: (parameters, PreferenceBatch) -> EncodedPairs, jitted.
       step: the GeneratorStep.
-      trainable: parameters under training.
-      untrained: all other parameters that are loaded, {part: tree}; the step reads those of `step.parts`.
+      trainable: the trainable parameters.
+      untrained: all other loaded parameters, {part: tree}; the step reads those of `step.parts`.
       definition: the StepDefinition.
     """
 
@@ -47,15 +47,20 @@ class Assembly:
     definition: StepDefinition
 
     def all_parameters(self, trainable: Mapping, others: Mapping = {}) -> dict:
-        """Returns the parameters of a generator with these trainable ones.
+        """Returns all parameters of the generator.
 
         Args:
-          others: {part: tree} of parts that are not loaded.
+          trainable: the trainable parameters.
+          others: {part: tree} of parts that are not in `untrained`.
         """
         return merge_parameters(trainable, {**self.untrained, **others})
 
     def initial_parameters(self, others: Mapping = {}) -> dict:
-        """Returns the parameters that encoding reads, those before the first step."""
+        """Returns the parameters before the first step, which encode the data.
+
+        Args:
+          others: see `all_parameters`.
+        """
         return self.all_parameters(self.definition.frozen.get("reference", {}), others)
 
 
@@ -70,12 +75,12 @@ def assemble(
     """Assembles the step of a generator's objective.
 
     Args:
-      config: of the run.
+      config: the `RunConfig`.
       generator: a Generator.
-      parameters: {part: tree} of at least the parts that the step reads, as arrays on the mesh, or as
-        `jax.ShapeDtypeStruct`s with shardings. The trainable arrays are given away by training.
-      empty_token_ids: int [2, L], the tokens of the empty caption.
-      mesh: of devices, which may be absent where parameters are shapes.
+      parameters: {part: tree} with at least the parts that the step reads, as arrays on the mesh, or
+        as `jax.ShapeDtypeStruct`s with shardings. Training donates the trainable arrays.
+      empty_token_ids: int [2, L], tokens of the empty caption.
+      mesh: device mesh; its devices may be absent if the parameters are shapes.
       load_others: () -> {part: tree} of the parts that `parameters` lacks.
 
     Returns:
@@ -113,7 +118,7 @@ def assemble(
 
 
 def _computed(function, tree, mesh):
-    """`function(tree)`, replicated on the mesh; shapes if the tree has shapes."""
+    """Returns `function(tree)`, replicated on the mesh; shapes if the tree has shapes."""
     whole = meshes.replicated(mesh)
     if _is_abstract(tree):
         return meshes.placed_shapes(jax.eval_shape(function, tree), whole)
@@ -125,10 +130,10 @@ def _is_abstract(tree):
 
 
 def reference_parameters(trainable, dtype, mesh=None):
-    """Returns a copy of trainable parameters for the reference model.
+    """Returns a copy of the trainable parameters for the reference model.
 
-    Matrices are in `dtype`, in which layers use them, and the vectors of norms in float32. The copies of shapes are
-    placed on `mesh`; arrays keep their placement.
+    Matrices are cast to `dtype`, in which layers use them; vectors keep their type. Arrays keep their
+    sharding, and shapes get their sharding on `mesh`.
     """
 
     def copied(tree):
@@ -149,17 +154,17 @@ def reference_parameters(trainable, dtype, mesh=None):
 def focus_buckets(config):
     """Returns {name: (StepStructure, BucketParams)} of the objective, noisiest first."""
     focus, objective = config.focus, objectives.get_generator(config.objective)
-    follows = objective.uses_focus
+    uses_focus = objective.uses_focus
     buckets = make_buckets(
-        focus.buckets if follows else 1,
-        spaf=focus.spaf and follows,
-        dpce=focus.dpce and follows,
+        focus.buckets if uses_focus else 1,
+        spaf=focus.spaf and uses_focus,
+        dpce=focus.dpce and uses_focus,
         detail_fraction=focus.detail_fraction,
         rho_noisy=focus.rho_noisy,
         rho_clean=focus.rho_clean,
         lambda_s=focus.lambda_s,
         lambda_d=focus.lambda_d,
-        lambda_c=focus.lambda_c if follows else 0.0,
+        lambda_c=focus.lambda_c if uses_focus else 0.0,
         tau=focus.tau,
         gate_width=focus.gate_width,
         background=focus.background,
@@ -175,7 +180,7 @@ def focus_buckets(config):
 
 
 def make_encoder(generator, config, buckets):
-    """Returns SPAF's source, or None, and the function of `encoding.encoder` for all of these buckets."""
+    """Returns SPAF's source (or None) and the encoder (`encoding.encoder`) for these buckets."""
     source, weights = None, [structure.weight for structure, _ in buckets.values()]
     if any(weight.spaf for weight in weights):
         source = make_source(generator, config, [params for _, params in buckets.values()])

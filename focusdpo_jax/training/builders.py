@@ -1,4 +1,4 @@
-"""Builds the task of a run: model, data, step and pictures, each by a builder of its own."""
+"""Builds the task of a run: its model, data, step and sample images."""
 
 import functools
 
@@ -25,7 +25,7 @@ from focusdpo_jax.training.task import Task
 
 
 def make_task(config, workdir):
-    """Returns the task of `config.objective`, with its data built and its model loaded."""
+    """Builds the data, loads the model, and returns the `Task` of `config.objective`."""
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     sources = run_data.open_data(config)
     trains_generator = objectives.get(config.objective).trains_generator
@@ -34,26 +34,28 @@ def make_task(config, workdir):
 
 
 def generator_task(config, workdir, mesh, sources):
-    """Returns the task of a generator's objective.
+    """Returns the `Task` of a generator's objective.
 
     Args:
-      workdir: an `epath.Path`.
-      sources: of `run_data.open_data`.
+      config: the `RunConfig`.
+      workdir: folder of the run, an `epath.Path`.
+      mesh: device mesh.
+      sources: {split: records}, from `run_data.open_data`.
     """
-    # The model. Where the data is encoded once, steps need no encoders, and these stay on disk.
+    # The model. If the data is encoded once, steps need no encoders, and these stay on disk.
     model = models.open_model(config)
     generator, empty = model.generator, model.tokenizer("")
     run_data.warn_of_long_captions(config, model, sources)
-    read = GeneratorStep(generator, config, empty).parts if config.data.cache else PARTS
+    parts = GeneratorStep(generator, config, empty).parts if config.data.cache else PARTS
     parameters = models.load_parts(
-        config, read, functools.partial(rules.parameter_sharding, mesh=mesh)
+        config, parts, functools.partial(rules.parameter_sharding, mesh=mesh)
     )
     logging.info("%s", models.describe(parameters))
-    others = models.PartsOnDemand(config, [part for part in PARTS if part not in read], mesh)
+    others = models.PartsOnDemand(config, [part for part in PARTS if part not in parts], mesh)
 
     # The step.
     assembly = assemble(config, generator, parameters, empty, mesh, others)
-    del parameters  # The loop donates the memory of the trainable ones.
+    del parameters  # The loop donates the memory of the trainable parameters.
     definition, trainable = assembly.definition, assembly.trainable
     names = list(definition.buckets)
 
@@ -72,7 +74,7 @@ def generator_task(config, workdir, mesh, sources):
         initial_parameters=lambda: assembly.initial_parameters(others()),
     )
 
-    # The pictures.
+    # Sample images and the final evaluation.
     showcase = Showcase(
         config,
         workdir,
@@ -112,8 +114,8 @@ def generator_task(config, workdir, mesh, sources):
 
 
 def _generate(config, generator, empty, mesh):
-    """The run's sampler, on its mesh."""
-    draw = make_generate(
+    """Returns the run's sampler, which runs on its mesh."""
+    sample = make_generate(
         generator,
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
@@ -122,14 +124,15 @@ def _generate(config, generator, empty, mesh):
 
     def generate(*arguments):
         with trace_context(mesh):
-            return draw(*arguments)
+            return sample(*arguments)
 
     return generate
 
 
 def _focus_maps(assembly):
-    """(structure, encoded, params, key) -> FocusMaps, compiled quickly: it runs a few times."""
+    """Returns the function (structure, encoded, params, key) -> FocusMaps."""
     definition = assembly.definition
+    # It runs only a few times, so compilation takes longer than execution.
     compute = jax.jit(
         assembly.step.focus_maps, static_argnums=0, compiler_options=compiling.FAST_TO_COMPILE
     )
@@ -142,7 +145,10 @@ def _focus_maps(assembly):
 
 
 def encoder_task(config, workdir, mesh, sources):
-    """Returns the task that trains Toybox's autoencoder, image encoder or probe."""
+    """Returns the `Task` that trains Toybox's autoencoder, image encoder or probe.
+
+    See `generator_task` for the arguments.
+    """
     model = models.load_model(config, functools.partial(rules.parameter_sharding, mesh=mesh))
     logging.info("%s", models.describe(model.parameters))
     objective = objectives.get(config.objective)
@@ -189,9 +195,9 @@ def encoder_task(config, workdir, mesh, sources):
 
 
 def _no_reference_pass(*_):
-    """The loss of an encoder needs nothing beforehand."""
+    """The loss of an encoder has no reference pass."""
     return (), {}
 
 
 def _nothing(*_):
-    """The run of an encoder has no pictures."""
+    """Training an encoder writes no sample images."""

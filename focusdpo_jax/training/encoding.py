@@ -1,8 +1,8 @@
-"""Precomputed frozen-encoder features for a batch of pairs: everything that can be computed once.
+"""Precomputed frozen-encoder features for a batch of pairs.
 
-A step needs latents, reference features and maps on the latent grid, not images. `encoder` returns the
-function that computes them, and `cached` runs it over a data set and keeps the result in memory for all
-epochs. Values are kept unrounded, so that training on them equals training on the images.
+A step reads latents, reference features and maps on the latent grid, not images. `encoder` returns the
+function that computes them. `cached` runs it over a data set and keeps the result in memory for all
+epochs. Values are not rounded, so that training on them equals training on the images.
 """
 
 import functools
@@ -24,19 +24,21 @@ from focusdpo_jax.training.sources import masks_on_grid
 
 @flax.struct.dataclass
 class EncodedPairs:
-    """B encoded pairs with S reference slots, the input of the loss. Grids: latents h x w, patches g x g.
+    """B encoded pairs with S reference slots, the input of the loss.
+
+    The latent grid is h x w, the grid of image-encoder patches g x g.
 
     Attributes:
       latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); [B, 1, h, w, C]
-        of chosen alone where the objective never reads rejected images.
-      token_ids: int [B, 2, L], the caption for each text encoder.
-      text, pooled: [B, L, D] and [B, P], text embeddings of the caption; None where the
+        with chosen only if the run never reads rejected images.
+      token_ids: int [B, 2, L], tokens of the caption for each text encoder.
+      text, pooled: [B, L, D] and [B, P], text embeddings of the caption; None if the
         text encoders are trained (`text_is_frozen`).
       time_ids: [B, 6], SDXL's size conditioning.
       references: ImageView [B, S], image-encoder features of every reference.
-      present: bool [B, S].
-      prior: [B, h, w], M_prior as the covered share of each location; the mask of all subjects where
-        the objective reads chosen images alone.
+      present: bool [B, S], which slots have a reference.
+      prior: [B, h, w], M_prior as the covered share of each location; the mask of all subjects if
+        the objective is supervised.
       prototypes: [B, K, S, 2, P, D], prototypes of each subject and of its surroundings for each
         of K buckets, for a source that compares them with features of the step.
       similarity: [B, 2, S + 1, g, g], similarity of the patches of (chosen, rejected) with each
@@ -47,7 +49,7 @@ class EncodedPairs:
       quality: [B, h, w], PatchDPO's patch quality of the rejected image, in [0, 1].
       index: [B], positions in the data set.
 
-    The six fields before `index` are None where the objective does not use them.
+    The six fields before `index` are None if the objective does not use them.
     """
 
     latents_mean: jax.Array
@@ -82,7 +84,9 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
     """Returns the jitted function (parameters, PreferenceBatch) -> EncodedPairs.
 
     Args:
-      source: of SPAF's similarity, from `sources.make_source`; None without SPAF.
+      generator: a Generator.
+      config: the `RunConfig`.
+      source: source of SPAF's similarity, from `sources.make_source`; None without SPAF.
       dpce, quality: whether to compute the maps of DPCE and PatchDPO.
     """
     supervised = not objectives.get(config.objective).reads_rejected
@@ -94,26 +98,26 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
         flat = pair.reshape(-1, *pair.shape[2:])
 
         def grouped(x):
-            """[B * P, ...] as [B, P, ...]."""
+            """Reshapes [B * P, ...] to [B, P, ...]."""
             return x.reshape(-1, len(images), *x.shape[1:])
 
-        # One image of each pair at a time: in float32, the encoder of both would take twice the memory.
+        # One image of each pair at a time, which halves the memory of the float32 encoder.
         mean, deviation = (
             jnp.moveaxis(x, 0, 1)
             for x in jax.lax.map(
                 functools.partial(generator.encode_latents, parameters), jnp.moveaxis(pair, 1, 0)
             )
         )
-        marked = batch.masks.any(1) if supervised else batch.prior_mask
+        prior_mask = batch.masks.any(1) if supervised else batch.prior_mask
         grid = mean.shape[2], mean.shape[3]
-        prior = average_to_grid(marked.astype(jnp.float32), grid)
+        prior = average_to_grid(prior_mask.astype(jnp.float32), grid)
         references = generator.encode_reference(
             parameters, batch.references.astype(jnp.float32) / 255
         )
         text = pooled = None
         if text_is_frozen(config):
             text, pooled = generator.encode_text(parameters, batch.token_ids)
-        prototypes = similarity = area = subject_masks = detail = found = None
+        prototypes = similarity = area = subject_masks = detail = rejected_quality = None
         if source is not None:
             prototypes, similarity = source.encode(parameters, batch, flat, references)
             similarity = None if similarity is None else grouped(similarity)
@@ -129,7 +133,9 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
                 )
             )
         if quality:
-            found = patch_quality(generator, parameters, batch, pair[:, 1], references, grid)
+            rejected_quality = patch_quality(
+                generator, parameters, batch, pair[:, 1], references, grid
+            )
         return EncodedPairs(
             latents_mean=mean,
             latents_deviation=deviation,
@@ -145,7 +151,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             area=area,
             subject_masks=subject_masks,
             detail=detail,
-            quality=found,
+            quality=rejected_quality,
             index=batch.index,
         )
 
@@ -153,23 +159,32 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
 
 
 def patch_quality(generator, parameters, batch, rejected, references, grid):
-    """PatchDPO's quality [B, h, w] of the rejected images, by the frozen image encoder."""
+    """Returns PatchDPO's patch quality [B, h, w] of rejected images, in [0, 1].
+
+    Args:
+      generator: a Generator; its frozen image encoder computes the patch features.
+      parameters: {part: tree} with the image encoder.
+      batch: PreferenceBatch.
+      rejected: the rejected images, [B, H, W, 3] in [0, 1].
+      references: ImageView [B, S].
+      grid: (h, w), the latent grid.
+    """
     side = generator.patch_grid
-    seen = generator.encode_reference(parameters, rejected).features[:, 1:]
+    features = generator.encode_reference(parameters, rejected).features[:, 1:]
     quality = correspondence.patch_quality(
         references.features[:, :, 1:],
         masks_on_grid(batch.reference_masks, (side, side)),
-        seen.reshape(-1, side, side, seen.shape[-1]),
+        features.reshape(-1, side, side, features.shape[-1]),
         batch.present,
     )
     return nearest_on_grid(quality, grid)
 
 
 class EncodedSource:
-    """An encoded data set in memory; indexing takes one position or several."""
+    """An encoded data set in memory; it can be indexed by one position or by an array of them."""
 
     def __init__(self, encoded):
-        """Takes EncodedPairs of numpy arrays over the whole data set."""
+        """Initialises it with the EncodedPairs of the whole data set, as numpy arrays."""
         self.encoded = encoded
 
     def __len__(self):
@@ -189,12 +204,13 @@ def in_memory(records):
 
 
 def cached(encode, parameters, batches, count):
-    """Encodes a data set once, and keeps the result in memory.
+    """Encodes a data set once, and returns it as an `EncodedSource` in memory.
 
     Args:
       encode: from `encoder`.
+      parameters: {part: tree}, the first argument of `encode`.
       batches: iterable of PreferenceBatch of one size; rows of index -1 are padding and dropped.
-      count: records of the data set.
+      count: number of records of the data set.
     """
     parts, progress = [], ItemProgress("pairs encoded", count)
     for batch in batches:

@@ -1,7 +1,8 @@
-"""The step of a generator's objective, in its two halves: the reference pass, and the loss.
+"""The two functions of a generator's training step: the reference pass and the loss.
 
-What objectives share is here once: noise, dropped conditions, error maps of policy and reference model, and the
-maps that weights are made of. What differs is in `focusdpo_jax.objectives`.
+This module contains what all objectives share: noise, condition dropout, the error maps of policy and
+reference model, and the maps that the spatial weights are computed from. `focusdpo_jax.objectives`
+contains the objectives themselves.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from focusdpo_jax.training.encoding import text_is_frozen
 
 @dataclasses.dataclass(frozen=True)
 class StepStructure:
-    """What one compiled reference pass computes: an objective, and the terms of its weight."""
+    """Static arguments of a reference pass: the objective and the terms of its spatial weight."""
 
     objective: GeneratorObjective
     weight: BucketStructure
@@ -33,27 +34,29 @@ class StepStructure:
 
 
 def draw_latents(key, encoded):
-    """Latents [B, P, h, w, C] of chosen and rejected (if encoded), with one draw for both."""
-    draw = jax.random.normal(key, encoded.latents_mean[:, 0].shape)[:, None]
+    """Samples latents [B, P, h, w, C] from the posteriors; both images of a pair share the noise."""
+    noise = jax.random.normal(key, encoded.latents_mean[:, 0].shape)[:, None]
     return (
         encoded.latents_mean.astype(jnp.float32)
-        + encoded.latents_deviation.astype(jnp.float32) * draw
+        + encoded.latents_deviation.astype(jnp.float32) * noise
     )
 
 
 def by_image(x):
-    """[B, P, ...] as [B * P, ...]: the pictures of a pair lie side by side, on one device."""
+    """Reshapes [B, P, ...] to [B * P, ...]; the images of a pair are adjacent, on one device."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def repeat_for_pair(tree):
-    """Every row of a tree's arrays [B, ...] two times in succession: [2B, ...]."""
+    """Repeats every row of a tree's arrays [B, ...] twice in succession: [2B, ...]."""
     return jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), tree)
 
 
 def condition(generator, parameters, encoded):
-    """The conditioning [B] of a batch: by the subject adapter of `parameters`, and by its text
-    encoders where the captions are not encoded yet.
+    """Returns the `Conditioning` [B] of a batch.
+
+    The subject adapter of `parameters` encodes the references. The text encoders of `parameters`
+    encode the captions if they are not encoded yet.
     """
     text, pooled = encoded.text, encoded.pooled
     if text is None:
@@ -70,12 +73,12 @@ def condition(generator, parameters, encoded):
 
 @flax.struct.dataclass
 class Unconditional:
-    """What dropped conditions become: the conditions of guidance's unconditional branch.
+    """Replacements for dropped conditions: those of guidance's unconditional branch.
 
     Attributes:
-      text, pooled: [1, L, D] and [1, P], of the empty caption; None where the text encoders are
-        trained, which then encode it in every step.
-      blank: of `Generator.blank_reference`.
+      text, pooled: [1, L, D] and [1, P], embeddings of the empty caption; None if the text encoders
+        are trained, which then encode it in every step.
+      blank: features from `Generator.blank_reference`.
     """
 
     text: jax.Array | None
@@ -84,10 +87,10 @@ class Unconditional:
 
 
 def encode_unconditional(generator, config, parameters, empty):
-    """`Unconditional` of a run, which is the same in every step.
+    """Returns the `Unconditional` of a run, which is the same in every step.
 
     Args:
-      parameters: of the frozen encoders at least.
+      parameters: {part: tree} with at least the frozen encoders.
       empty: int [1, 2, L], tokens of the empty caption.
     """
     text = pooled = None
@@ -97,26 +100,28 @@ def encode_unconditional(generator, config, parameters, empty):
 
 
 def drawn_dropout(key, batch, chances):
-    """Which of a batch's pairs lose their caption, and which their references.
+    """Samples which pairs of a batch lose their caption, and which their references.
 
     Args:
-      chances: of losing the caption alone, the references alone, and both.
+      key: PRNG key.
+      batch: number of pairs.
+      chances: probabilities of losing only the caption, only the references, and both.
 
     Returns:
-      Two bool [batch].
+      Two bool [batch]: dropped captions, dropped references.
     """
     caption, references, both = chances
-    draw = jax.random.uniform(key, (batch,))
-    return draw < caption + both, (draw >= caption) & (draw < caption + both + references)
+    u = jax.random.uniform(key, (batch,))
+    return u < caption + both, (u >= caption) & (u < caption + both + references)
 
 
 class Noisy(NamedTuple):
-    """The input of the denoisers and their target, the same for policy and reference model.
+    """Input and target of the denoiser, the same for policy and reference model.
 
     Attributes:
-      latents: [B * P, h, w, C] noisy latents, of every pair the chosen picture and the rejected.
-      timesteps: [B * P]; both images of a pair share theirs, and their noise.
-      target: [B * P, h, w, C], what a perfect denoiser would predict.
+      latents: [B * P, h, w, C], noisy latents of the chosen and the rejected image of every pair.
+      timesteps: [B * P]; both images of a pair share the timestep and the noise.
+      target: [B * P, h, w, C], the prediction of a perfect denoiser.
     """
 
     latents: jax.Array
@@ -125,11 +130,12 @@ class Noisy(NamedTuple):
 
 
 class ReferenceOutputs(NamedTuple):
-    """What a loss takes from the reference pass; it carries no gradient.
+    """Outputs of the reference pass that the loss reads, without gradient.
 
     Attributes:
-      weights: [N, h, w], W of every image; see `FocusMaps`.
-      reference_error: error map [N, h, w] of the reference model; None where the objective needs none.
+      weights: [N, h, w], spatial weights W of every image; see `FocusMaps`.
+      reference_error: [N, h, w], error map of the reference model; None if the objective has no
+        reference model.
     """
 
     weights: jax.Array
@@ -137,14 +143,15 @@ class ReferenceOutputs(NamedTuple):
 
 
 class GeneratorStep:
-    """The two halves of a step of `config.objective`, which `training.step` compiles.
+    """The two functions of a step of `config.objective`, which `training.step` compiles.
 
-    `reference_pass` needs no gradient and depends on the bucket's structure; `loss` needs a gradient and does
-    not. So the expensive program, the policy's backward pass, is compiled once for all structures.
+    `reference_pass` needs no gradient and depends on the bucket's structure. `loss` is differentiated
+    and does not depend on it, so that the expensive backward pass is compiled once for all structures.
 
-    `frozen` holds `parameters` (what is not trained, of `parts`), where the objective needs a reference model
-    `reference` (the trainable parameters at the start), and where conditions are dropped `unconditional`. A
-    pair loses the same conditions in the passes of policy and reference model, for both of its images.
+    `frozen` has up to three entries: `parameters`, the frozen ones of `parts`; `reference`, a copy of
+    the initial trainable parameters, if the objective needs a reference model; and `unconditional`, if
+    conditions are dropped. Dropped conditions are the same for policy and reference model and for both
+    images of a pair.
     """
 
     def __init__(self, generator, config, empty_token_ids, source: Any = None):
@@ -185,7 +192,7 @@ class GeneratorStep:
           frozen: see the class.
           encoded: EncodedPairs of B pairs.
           params: BucketParams of the bucket.
-          key: of the step; `loss` draws the same noise from it.
+          key: PRNG key of the step; `loss` draws the same noise from it.
 
         Returns:
           ReferenceOutputs, and a dict of scalar diagnostics.
@@ -195,7 +202,7 @@ class GeneratorStep:
         return ReferenceOutputs(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
 
     def focus_maps(self, structure, frozen, encoded, params, key):
-        """Returns the `FocusMaps` from which `reference_pass` takes the weights, for pictures."""
+        """Returns the `FocusMaps` of a batch, for visualisation; arguments as `reference_pass`."""
         reference, captured = self._reference_error(structure, frozen, encoded, params, key)
         return self._weigh(structure, params, encoded, captured, reference, key)[0]
 
@@ -203,7 +210,7 @@ class GeneratorStep:
         """Computes the loss of a batch.
 
         Args:
-          trainable: parameters under training.
+          trainable: the trainable parameters.
           outputs: ReferenceOutputs of the same batch and key.
           frozen, encoded, params, key: as for `reference_pass`.
 
@@ -223,7 +230,7 @@ class GeneratorStep:
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
 
     def _reference_error(self, structure, frozen, encoded, params, key):
-        """Error maps [2B, h, w] of the reference model, and what SPAF's source captures of its pass."""
+        """Returns error maps [2B, h, w] of the reference model, and SPAF's captured activations."""
         if not self.objective.needs_reference:
             return None, {}
         error, _, captured = self._error(
@@ -237,7 +244,7 @@ class GeneratorStep:
         return error, captured
 
     def _weigh(self, structure, params, encoded, captured, reference, key):
-        """FocusMaps and per-image diagnostics [N]."""
+        """Returns the FocusMaps and diagnostics per image, [N]."""
         prior = encoded.prior.astype(jnp.float32)
         if self.objective.reads_rejected:
             prior = repeat_for_pair(prior)
@@ -265,7 +272,7 @@ class GeneratorStep:
         return FocusMaps(weights, similarity, match, unmatched, detail, uncertainty), diagnostics
 
     def _match(self, encoded, captured, params, prior, key):
-        """SPAF's similarity, and its `Match` on the grid of `prior`."""
+        """Returns SPAF's similarity, and its `Match` on the grid of `prior`."""
         similarity, background, known = self._source.similarity(
             self._conditioned(encoded, key), captured, params.index
         )
@@ -284,7 +291,7 @@ class GeneratorStep:
         return similarity, match
 
     def _conditioned(self, encoded, key):
-        """The pairs, without dropped references for a source that captures attention to them."""
+        """Removes dropped references from the pairs if the source captures attention to them."""
         if not (self.drops and self._source.reads_references):
             return encoded
         _, dropped = self._dropped(encoded, key)
@@ -294,18 +301,21 @@ class GeneratorStep:
         return drawn_dropout(jax.random.fold_in(key, 1), len(encoded.present), self._chances)
 
     def noisy(self, encoded, params, key):
-        """Returns the `Noisy` of a batch: the input of the denoisers with this key."""
-        draw, time, noise = jax.random.split(jax.random.fold_in(key, 0), 3)
+        """Returns the `Noisy` input of the denoiser for a batch and the key of the step."""
+        posterior_key, time_key, noise_key = jax.random.split(jax.random.fold_in(key, 0), 3)
         schedule, batch = self._generator.schedule, len(encoded.prior)
-        latents = draw_latents(draw, encoded)
-        latents = by_image(latents) if self.objective.reads_rejected else self._learnt(latents, key)
+        latents = draw_latents(posterior_key, encoded)
+        if self.objective.reads_rejected:
+            latents = by_image(latents)
+        else:
+            latents = self._supervised_latents(latents, key)
         if self._config.timestep_logits:
             timesteps = logit_normal_timesteps(
-                time, batch, schedule.timesteps, *self._config.timestep_logits
+                time_key, batch, schedule.timesteps, *self._config.timestep_logits
             )
         else:
-            timesteps = sample_timesteps(time, params, batch)
-        noise = jax.random.normal(noise, (batch, *latents.shape[1:]))
+            timesteps = sample_timesteps(time_key, params, batch)
+        noise = jax.random.normal(noise_key, (batch, *latents.shape[1:]))
         if self.objective.reads_rejected:
             timesteps, noise = repeat_for_pair((timesteps, noise))
         return Noisy(
@@ -314,16 +324,16 @@ class GeneratorStep:
             schedule.target(latents, noise, timesteps),
         )
 
-    def _learnt(self, latents, key):
-        """The latents [B] that a supervised objective learns from, of [B, P]."""
+    def _supervised_latents(self, latents, key):
+        """Selects the latents [B, ...] that a supervised objective trains on, from [B, P, ...]."""
         chosen, share = latents[:, 0], self._config.rejected_share
         if not share:
             return chosen
-        taken = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (len(chosen), 1, 1, 1))
-        return jnp.where(taken, latents[:, 1], chosen)
+        rejected = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (len(chosen), 1, 1, 1))
+        return jnp.where(rejected, latents[:, 1], chosen)
 
     def _error(self, trainable, frozen, encoded, noisy, key, capture=()):
-        """Error map [N, h, w] and residual [N, h, w, C] of a model; what its pass captured."""
+        """Returns error map [N, h, w] and residual [N, h, w, C] of a model, and activations."""
         parameters = merge_parameters(trainable, frozen["parameters"])
         conditioning = condition(self._generator, parameters, encoded)
         if self.drops:
@@ -336,9 +346,9 @@ class GeneratorStep:
         residual = prediction.astype(jnp.float32) - noisy.target
         return losses.error_map(noisy.target, prediction), residual, captured
 
-    def _drop(self, instead, parameters, conditioning, no_caption, no_references):
-        """Takes captions and references away from the examples that `no_...`, bool [B], name."""
-        text, pooled = instead.text, instead.pooled
+    def _drop(self, unconditional, parameters, conditioning, no_caption, no_references):
+        """Replaces captions and references where `no_caption` and `no_references`, bool [B]."""
+        text, pooled = unconditional.text, unconditional.pooled
         if text is None:
             text, pooled = self._generator.encode_negative(parameters, self._empty)
         conditioning = conditioning.replace(
@@ -346,5 +356,5 @@ class GeneratorStep:
             pooled=jnp.where(no_caption[:, None], pooled, conditioning.pooled),
         )
         return self._generator.drop_references(
-            parameters, conditioning, no_references, instead.blank
+            parameters, conditioning, no_references, unconditional.blank
         )

@@ -1,7 +1,7 @@
-"""The training loop: from a configuration and a folder to a trained model in that folder.
+"""The training loop: trains the model of a configuration in a run folder.
 
-Reads from top to bottom: the task, its state, what was saved before, the executables, the steps,
-the end. What is trained is a `Task`; `builders.py` makes it from the configuration.
+`run` creates the task and its state, compiles the step, restores the newest checkpoint, and trains.
+The loop trains a `Task`, which `builders.py` builds from the configuration.
 """
 
 import contextlib
@@ -36,14 +36,15 @@ def run(config, workdir, *, accept_changes=False, profile_steps=0, wandb_project
     Args:
       config: a `config.RunConfig`.
       workdir: folder of the run; created if missing.
-      accept_changes: whether to go on with another configuration than the run was started with.
-      profile_steps: steps of which a profiler's trace is written; see `StepTrace`.
-      wandb_project: project of Weights & Biases that scalars and images are sent to as well.
+      accept_changes: whether to resume with a configuration other than the one that the run was
+        started with.
+      profile_steps: number of steps to profile; see `StepTrace`.
+      wandb_project: Weights & Biases project that also receives scalars and images.
 
     Raises:
-      Preempted: the process received a signal, and has saved.
-      UserError: a mistake in the configuration, the data or the machine; another process trains in
-        the folder; a loss is no longer finite. Checkpoints written before stay.
+      Preempted: the process received a signal, and has saved a checkpoint.
+      UserError: the configuration, the data or the machine is unsuitable, another process trains
+        in the folder, or a metric is no longer finite. Earlier checkpoints are kept.
     """
     config_lib.check(config)
     workdir = epath.Path(workdir)
@@ -68,7 +69,7 @@ def run(config, workdir, *, accept_changes=False, profile_steps=0, wandb_project
 
 
 def _run(config, workdir, require_lock, profile_steps, wandb_project):
-    """Everything between the checks and the end, in a folder that is this run's alone."""
+    """Trains after the checks of `run`, while it holds the lock of the folder."""
     task = builders.make_task(config, workdir)
     optimizer = make_optimizer(config)
     state = create_state(task.trainable, optimizer, config.ema_decay)
@@ -80,12 +81,12 @@ def _run(config, workdir, require_lock, profile_steps, wandb_project):
         if done < config.steps:
             if processes.is_first() and run_folder.drop_later_model(workdir, done):
                 logging.warning(
-                    "%s/model is of other training than that which goes on at step %d; it will "
-                    "be written anew",
+                    "%s/model does not belong to the training that resumes at step %d; it was "
+                    "invalidated and will be written again",
                     workdir,
                     done,
                 )
-            # The step is compiled while the data is encoded and a checkpoint read.
+            # The step compiles while the data is encoded and a checkpoint is read.
             with compile_beside(
                 task.definition,
                 optimizer,
@@ -100,8 +101,8 @@ def _run(config, workdir, require_lock, profile_steps, wandb_project):
                 task.start(writer)
                 batches = task.batches
                 if done:
-                    # The state's initial values give the shapes, and then their memory away; the
-                    # loader goes on behind the last batch.
+                    # The initial state provides the shapes, and its memory is then released. The
+                    # loader resumes after the last batch.
                     state, position = checkpoints.restore(state, release=True)
                     batches.set_state(position)
                     logging.info("resumed at step %d", done)
@@ -116,7 +117,7 @@ def _run(config, workdir, require_lock, profile_steps, wandb_project):
             state, _ = checkpoints.restore(state, release=True)
         checkpoints.close()
         require_lock()
-        # A run that goes on with fewer steps than it has made has made no fewer.
+        # `config.steps` may have been reduced below the steps that are already done.
         task.finish(max(done, config.steps), state.evaluated, writer)
         # Barrier: exiting early would look like a crash to the other processes.
         processes.barrier("end")
@@ -125,15 +126,22 @@ def _run(config, workdir, require_lock, profile_steps, wandb_project):
 def train(
     config, task, state, step, checkpoints, writer, done, require_lock=lambda: None, trace=None
 ):
-    """Runs the steps from `done` to `config.steps`; returns the last state.
+    """Runs the steps after `done` up to `config.steps`, and returns the last state.
 
     Args:
+      config: a `config.RunConfig`.
+      task: a `Task` that has been started.
+      state: the `TrainState` after step `done`.
+      step: a compiled `Step`.
+      checkpoints: a `Checkpoints`.
       writer: a `clu.metric_writers.MetricWriter`.
+      done: steps that the state has made.
+      require_lock: called before a checkpoint is written; raises if the folder is no longer ours.
       trace: a `StepTrace`, or None.
     """
     definition, prefetcher = task.definition, Prefetcher(task.batches, task.prepare)
-    leave = contextlib.ExitStack()
-    preempted = leave.enter_context(preemption.watch())
+    stack = contextlib.ExitStack()
+    preempted = stack.enter_context(preemption.watch())
     progress = StepProgress(
         start=done,
         total=config.steps,
@@ -142,10 +150,8 @@ def train(
         devices=definition.mesh.size,
         peak=matmul_peak(jax.local_devices()[0], config.dtype),
     )
-    windows, began = (
-        Windows(writer, progress, checkpoints, definition.buckets, config.accumulate),
-        time.monotonic(),
-    )
+    windows = Windows(writer, progress, checkpoints, definition.buckets, config.accumulate)
+    start = time.monotonic()
     # Freeze long-lived objects, so that the garbage collector skips them.
     gc.collect()
     gc.freeze()
@@ -163,15 +169,15 @@ def train(
                 windows.add(bucket, metrics, step.matmul_flops[structure])
             if trace:
                 trace(number, state)
-            windows.report()  # That of the step before, while this one runs.
+            windows.report()  # The window that ended with the previous step, while this one runs.
             last, stop = number == config.steps, preempted(number)
             saves = stop or last or is_due(config.checkpoint_every, number)
-            # What is saved is logged, so that a resumed run logs the same means.
+            # A window ends at every checkpoint, so that a resumed run logs the same means.
             if saves or is_due(config.log_every, number):
                 windows.end(number)
             if saves:
                 windows.report()
-                # A resumed run keeps the lines up to its checkpoint, so they come first.
+                # A resumed run keeps the lines up to its checkpoint, so they are written first.
                 writer.flush()
                 require_lock()
                 checkpoints.save(number, state, prefetcher.state)
@@ -187,26 +193,26 @@ def train(
         progress.close()
         if trace:
             trace.close()
-        leave.close()
+        stack.close()
         gc.unfreeze()
-    logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - began))
+    logging.info("trained %d steps in %s", config.steps - done, duration(time.monotonic() - start))
     return state
 
 
 def is_due(every, number):
-    """Whether something that happens at every `every` steps, or never if 0, does at step `number`."""
+    """Returns whether step `number` is a multiple of `every`; never if `every` is 0."""
     return every > 0 and number % every == 0
 
 
 def require_same_run(workdir, config, accept_changes=False):
-    """Checks that a run folder is new or holds the run of this configuration; writes nothing.
+    """Checks that a run folder is new or belongs to a run of this configuration; writes nothing.
 
     Raises:
-      UserError: it cannot be read, belongs to a run with another configuration, or its `config.json`
-        is damaged.
+      UserError: it cannot be read, belongs to a run with another configuration, or its
+        `config.json` is damaged.
     """
     try:
-        # A start that failed before it had data and model leaves nothing that depends on them.
+        # Without these files nothing in the folder depends on the configuration.
         kept = [workdir / "base.npz", *(workdir / "checkpoints").glob("*")]
         if not (workdir / "config.json").exists() or not any(file.exists() for file in kept):
             return
@@ -216,12 +222,12 @@ def require_same_run(workdir, config, accept_changes=False):
     except OSError as error:
         raise cannot_write(f"--workdir={workdir}", error) from error
     if changed and accept_changes:
-        logging.warning("going on with another %s", ", ".join(changed))
+        logging.warning("resuming with a changed %s", ", ".join(changed))
     elif changed:
         raise UserError(
             f"{workdir} holds a run with another {', '.join(changed)}. Give another "
-            "--workdir, remove the folder to start again, or go on with what is new by "
-            "--accept_changes."
+            "--workdir, remove the folder to start again, or give --accept_changes to resume "
+            "with the new values."
         )
 
 

@@ -1,9 +1,9 @@
 """The training step as two jitted programs, compiled ahead of time.
 
-The *reference pass* is what a step needs and does not differentiate: the reference model's errors and the spatial
-weights. It is compiled once for each distinct structure, and what a structure excludes is not in its program. The
-*update* is the policy's pass, its gradient and the optimiser. It takes the outputs of the reference pass as data, so
-that all structures share it.
+The *reference pass* computes the inputs of the loss that need no gradient: the errors of the reference
+model and the spatial weights. It is compiled once for each distinct structure, and its program omits
+the terms that the structure excludes. The *update* computes the policy's loss and gradient, and applies
+the optimiser. It takes the outputs of the reference pass as data, so that all structures share it.
 """
 
 import concurrent.futures
@@ -34,15 +34,15 @@ from focusdpo_jax.training.state import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepDefinition:
-    """What a step computes, before it is traced; arrays may be shapes.
+    """The functions of a step and their constant arguments; arrays may be shapes.
 
     Attributes:
-      reference_pass: (structure, frozen, batch, params, key) -> (outputs, dict of scalars): all that the loss
-        needs and that carries no gradient. `structure` is static and decides what is compiled.
+      reference_pass: (structure, frozen, batch, params, key) -> (outputs, dict of scalars). Computes
+        the inputs of the loss that need no gradient. `structure` is static and selects the program.
       loss: (trainable, frozen, batch, outputs, params, key) -> (loss, dict of scalars).
       buckets: {name: (structure, params)}; buckets of equal structure share one executable.
-      frozen: what the two functions read besides trainable parameters, a pytree.
-      mesh: on which parameters and batches are placed.
+      frozen: pytree of arrays that both functions read besides the trainable parameters.
+      mesh: device mesh of parameters and batches.
     """
 
     reference_pass: Callable
@@ -57,11 +57,12 @@ class Step:
     """The compiled programs of a run.
 
     Attributes:
-      reference_passes: {structure: (frozen, batch, params, key, microstep) -> ((key, outputs), StepMetrics)}.
+      reference_passes: {structure: (frozen, batch, params, key, microstep) -> ((key, outputs),
+        StepMetrics)}.
       update: (state, frozen, batch, outputs, params, key) -> (state, StepMetrics); `state` is donated.
-      key: every random draw of a step derives from it and the microstep.
-      matmul_flops: {structure: floating-point operations of all matrix products and convolutions of a
-        whole step, over all devices}; see `profiling.flops`.
+      key: PRNG key of the run; the key of a step is derived from it and the microstep.
+      matmul_flops: {structure: floating-point operations of all matrix products and convolutions of
+        a whole step, summed over devices}; see `profiling.flops`.
     """
 
     reference_passes: Mapping[Hashable, Callable[..., Any]]
@@ -70,32 +71,33 @@ class Step:
     matmul_flops: Mapping[Hashable, float]
 
     def __call__(self, structure, state, frozen, batch, params, microstep):
-        """Runs one batch: returns the new state and its StepMetrics, still on the device."""
-        (key, outputs), of_reference = self.reference_passes[structure](
+        """Runs one batch; returns the new state and its StepMetrics, both on the device."""
+        (key, outputs), reference_metrics = self.reference_passes[structure](
             frozen, batch, params, self.key, np.int32(microstep)
         )
-        state, of_update = self.update(state, frozen, batch, outputs, params, key)
-        return state, join(of_reference, of_update)
+        state, update_metrics = self.update(state, frozen, batch, outputs, params, key)
+        return state, join(reference_metrics, update_metrics)
 
 
 def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_decay=0.0):
-    """Prepares the tracing of a step; nothing is computed and no array needs to exist.
+    """Returns functions that trace a step from shapes; nothing is computed.
 
     Args:
       definition: a StepDefinition.
-      optimizer: an optax transformation, of `state.make_optimizer`.
+      optimizer: an optax transformation, from `state.make_optimizer`.
       state, batch, key: the arguments of the step, or `jax.ShapeDtypeStruct`s with shardings.
       accumulate: microsteps whose gradients are averaged into one optimiser step.
-      ema_decay: per optimiser step, of the moving average of the parameters, if the state has one.
+      ema_decay: decay per optimiser step of the moving average of the parameters, if the state has
+        one.
 
     Returns:
-      ({structure: function that traces its reference pass}, function that traces the update), each to a
-      `jax.stages.Traced`, which is compiled by `.lower().compile()`.
+      ({structure: function that traces its reference pass}, function that traces the update). Each
+      returns a `jax.stages.Traced`, which `.lower().compile()` compiles.
     """
     mesh, frozen = definition.mesh, definition.frozen
 
     def reference_pass(structure, frozen, batch, params, key, microstep):
-        # Folded once; the update draws from the same key.
+        # The folded key is returned, so that the update draws the same noise.
         key = jax.random.fold_in(key, microstep)
         with trace_context(mesh):
             outputs, metrics = definition.reference_pass(structure, frozen, batch, params, key)
@@ -108,7 +110,7 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
             )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        # Norm and average are of optimiser steps.
+        # The logged norm and the moving average refer to optimiser steps, not to microsteps.
         whole_gradient = gradient
         if accumulate > 1:
             ends = ends_optimizer_step(state.optimizer, accumulate)
@@ -120,7 +122,7 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
                 moved = jax.tree.map(lambda new, old: jnp.where(ends, new, old), moved, average)
             average = moved
         norm = optax.global_norm(whole_gradient)
-        if accumulate > 1:  # The mean over microsteps is that over optimiser steps.
+        if accumulate > 1:  # So that the mean over microsteps equals that over optimiser steps.
             norm = jnp.where(ends, accumulate * norm, 0.0)
         metrics = {"loss": loss, "gradient_norm": norm, **metrics}
         state = TrainState(state.step + 1, trainable, optimizer_state, average)
@@ -145,7 +147,7 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
     )
 
     def trace_update():
-        # The state keeps its placement.
+        # The new state has the shardings of the old one.
         shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole)).trace(
             state, frozen, batch, outputs, params, folded
@@ -158,7 +160,7 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
 
 
 def compile_step(definition, optimizer, state, batch, *, seed, accumulate=1, ema_decay=0.0):
-    """Compiles a step and waits for it; see `compile_beside`."""
+    """Compiles a step and returns the `Step`; see `compile_beside` for the arguments."""
     with compile_beside(
         definition,
         optimizer,
@@ -177,14 +179,14 @@ def compile_beside(definition, optimizer, state, batch, *, seed, accumulate=1, e
 
     Args:
       definition, optimizer, accumulate, ema_decay: see `trace_step`.
-      state, batch: examples of the step's arguments. Shapes and shardings are taken at once, so that
-        the arrays may be freed.
-      seed: every random draw of a step derives from (seed, microstep).
+      state, batch: examples of the step's arguments. Only their shapes and shardings are kept, so
+        that the arrays may be freed.
+      seed: of the run; the PRNG key of a step is derived from (seed, microstep).
 
     Yields:
       The future of a Step.
     """
-    # Here, where all processes run in step: it runs on all devices.
+    # Not in the thread: this runs on all devices, which needs the same order on all processes.
     key = meshes.random_key(seed, definition.mesh)
     state, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
@@ -193,7 +195,7 @@ def compile_beside(definition, optimizer, state, batch, *, seed, accumulate=1, e
     try:
         yield pool.submit(_compile, definition, optimizer, state, batch, key, accumulate, ema_decay)
     finally:
-        pool.shutdown(wait=False)  # An error of the body is raised now, not minutes later.
+        pool.shutdown(wait=False)  # An error of the body is raised at once, not minutes later.
 
 
 def _compile(definition, optimizer, state, batch, key, accumulate, ema_decay):
@@ -208,18 +210,21 @@ def _compile(definition, optimizer, state, batch, key, accumulate, ema_decay):
         return traced.lower().compile(options), flops.count(traced)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        # The policy's backward pass takes longest, so it goes first.
+        # The update contains the backward pass and takes longest, so it is submitted first.
         update = pool.submit(compiled, update)
         passes = dict(zip(passes, pool.map(compiled, passes.values()), strict=True))
-        update, work = update.result()
+        update, update_flops = update.result()
     step = Step(
         {structure: program for structure, (program, _) in passes.items()},
         update,
         key,
-        {structure: work.matmul_flops + its.matmul_flops for structure, (_, its) in passes.items()},
+        {
+            structure: update_flops.matmul_flops + pass_flops.matmul_flops
+            for structure, (_, pass_flops) in passes.items()
+        },
     )
     logging.info(
-        "compiled %s for %s in %.1f s, and the policy's update that they share",
+        "compiled %s for %s in %.1f s, and the update that they share",
         _count(len(passes), "executable"),
         _count(len(definition.buckets), "bucket"),
         time.monotonic() - start,
