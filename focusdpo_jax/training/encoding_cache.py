@@ -1,8 +1,9 @@
-"""Encoded pairs on disk, beside their data set.
+"""Stores encoded pairs in files next to their data set.
 
-One file a record, and `key.json` with everything that the files depend on: the encoders' parameters and
-precision, the tokenizer, the images, their size, and the settings of SPAF's source and of DPCE. A later run
-with the same key reads the files, so that it loads no encoder; a run with another key is refused.
+There is one file per record. `key.json` lists everything that the files depend on: the encoders'
+parameters and precision, the tokenizer, the images and their size, and the settings of SPAF's source
+and of DPCE. A later run with the same key reads the files and loads no encoder. A run with another key
+is refused.
 """
 
 import dataclasses
@@ -25,15 +26,19 @@ from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes
 from focusdpo_jax.training import encoding
 
-_FORMAT = 3  # Increased when the same encoders and images give other files.
+_FORMAT = 3  # Increased when a new version writes other files for the same encoders and images.
 _NAMELESS = np.dtype("V2")
 
 
 def parts_read(config, source):
-    """Returns the sorted parts of the generator whose parameters the encoded records depend on.
+    """Returns the names of the generator's parts whose parameters the encoded records depend on.
 
     Args:
-      source: of SPAF's similarity (see `sources`), or None.
+      config: the `RunConfig`.
+      source: source of SPAF's similarity (see `sources`), or None.
+
+    Returns:
+      A sorted list.
     """
     parts = {"vae", "image_encoder"} | set(source.parts if source else ())
     if encoding.text_is_frozen(config):
@@ -42,12 +47,13 @@ def parts_read(config, source):
 
 
 def make_key(model, config, content, source):
-    """Returns what encoded records depend on besides parameters, as JSON values.
+    """Returns the key of encoded records, without their parameters, as JSON values.
 
     Args:
       model: a `models.Model`; its parameters are not read.
+      config: the `RunConfig`.
       content: digest of the data set, from its metadata.
-      source: of SPAF's similarity (see `sources`), or None.
+      source: source of SPAF's similarity (see `sources`), or None.
     """
     return {
         "format": _FORMAT,
@@ -63,19 +69,19 @@ def make_key(model, config, content, source):
 
 
 def digest(sizes, tree):
-    """Returns the SHA-256 of a part's configuration and parameters, on any devices."""
-    found = hashlib.sha256(repr(sizes).encode())
+    """Returns the SHA-256 of a part's configuration and parameters; independent of their sharding."""
+    sha = hashlib.sha256(repr(sizes).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         leaf = np.asarray(meshes.fetch(leaf))
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()
 
 
 def folder_name(config, source):
     """Returns the name of the folder of encoded records.
 
-    Supervised objectives use other masks than preferences, and may need the chosen images alone.
+    Supervised objectives use other masks than preference objectives, and may need only the chosen images.
     """
     if objectives.get(config.objective).reads_rejected:
         return f"encoded_pairs_{source.settings[0]}"
@@ -86,7 +92,7 @@ class StoredEncodings:
     """Encoded records in files, a random-access source for the loader."""
 
     def __init__(self, folder, count):
-        """Takes the folder and its number of records, all of which exist."""
+        """Initialises it with the folder and its number of records, which must all exist."""
         self._folder, self._count = folder, count
 
     def __len__(self):
@@ -94,13 +100,13 @@ class StoredEncodings:
 
     def __getitem__(self, index):
         with np.load(io.BytesIO(_file(self._folder, index).read_bytes())) as saved:
-            found = {name: _named(value) for name, value in saved.items()}
+            arrays = {name: _restore_type(value) for name, value in saved.items()}
         references = {
-            field.name: found.pop(f"references.{field.name}", None)
+            field.name: arrays.pop(f"references.{field.name}", None)
             for field in dataclasses.fields(ImageView)
         }
         fields: dict[str, Any] = {
-            field.name: found.get(field.name)
+            field.name: arrays.get(field.name)
             for field in dataclasses.fields(encoding.EncodedPairs)
             if field.name != "references"
         }
@@ -110,19 +116,19 @@ class StoredEncodings:
 def cached(folder, key, parts, files, parameters, encode, batches, count):
     """Encodes the records that have no file yet, and returns all as StoredEncodings.
 
-    If all exist and the encoders' files have not changed, no parameter is loaded. If the encoders' files have
-    changed, their parameters are compared, which may still be equal.
+    No parameters are loaded if all files exist and the encoders' files have not changed. If the encoders'
+    files have changed, digests of their parameters are compared, since these may still be equal.
 
     Args:
       folder: epath.Path for the files; created if missing.
-      key: of `make_key`.
-      parts: {part: its configuration} of all whose parameters `encode` reads.
-      files: part -> digest of the files that it is read from, or None if it is in no file.
+      key: the key, from `make_key`.
+      parts: {part: its configuration} of all parts whose parameters `encode` reads.
+      files: part -> digest of its files, or None if it was not loaded from files.
       parameters: () -> {part: tree}.
       encode: from `encoding.encoder`.
       batches: iterable of PreferenceBatch over the whole data set in order; rows of index -1 are
         padding.
-      count: records of the data set.
+      count: number of records of the data set.
 
     Raises:
       UserError: existing files have another key, or files cannot be written.
@@ -134,7 +140,7 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
             sum(_file(folder, index).exists() for index in range(count))
         )
         if ready == count:
-            logging.info("encoded before: %d records in %s", count, folder)
+            logging.info("using %d encoded records in %s", count, folder)
             return StoredEncodings(folder, count)
         logging.info("encoding %d of %d records to %s", count - ready, count, folder)
         if processes.is_first():
@@ -162,31 +168,34 @@ def cached(folder, key, parts, files, parameters, encode, batches, count):
 
 
 def complete(folder, key, parts, files, count):
-    """Returns the StoredEncodings if `cached` would load no parameter; None otherwise."""
-    found = False
+    """Returns the StoredEncodings if `cached` would load no parameters, and None otherwise.
+
+    See `cached` for the arguments.
+    """
+    valid = False
     if processes.is_first() and (folder / "key.json").exists():
         old = json.loads((folder / "key.json").read_text())
         encoders = old.pop("encoders")
-        found = (
+        valid = (
             old == key
             and _same(encoders, {part: files(part) for part in parts})
             and all(_file(folder, index).exists() for index in range(count))
         )
-    if not processes.broadcast_from_first(found):
+    if not processes.broadcast_from_first(valid):
         return None
-    logging.info("encoded before: %d records in %s", count, folder)
+    logging.info("using %d encoded records in %s", count, folder)
     return StoredEncodings(folder, count)
 
 
 def _check(folder, key, parts, files, parameters):
     """Writes the key, or compares it with the existing one."""
-    path, old, found, same = folder / "key.json", None, {}, False
+    path, old, file_digests, same = folder / "key.json", None, {}, False
     if processes.is_first():
         old = json.loads(path.read_text()) if path.exists() else None
         if old is not None:
             _refuse(folder, {n: v for n, v in old.items() if n != "encoders"}, key)
-        found = {part: files(part) for part in parts}
-        same = old is not None and _same(old["encoders"], found)
+        file_digests = {part: files(part) for part in parts}
+        same = old is not None and _same(old["encoders"], file_digests)
     if processes.broadcast_from_first(same):
         return
     tree = parameters()
@@ -196,21 +205,24 @@ def _check(folder, key, parts, files, parameters):
             _refuse(
                 folder, {n: digests["values"] for n, digests in old["encoders"].items()}, values
             )
-        encoders = {part: {"files": found[part], "values": values[part]} for part in parts}
+        encoders = {part: {"files": file_digests[part], "values": values[part]} for part in parts}
         content = key | {"encoders": encoders}
         replace_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _same(encoders, found):
-    """Whether the encoders' files are those of the key; a part without a file has to be compared itself."""
+def _same(encoders, file_digests):
+    """Returns whether all encoders have files with the digests of the key.
+
+    False if a part has no file, since then its parameters have to be compared.
+    """
     return all(
-        found[part] is not None and found[part] == digests["files"]
+        file_digests[part] is not None and file_digests[part] == digests["files"]
         for part, digests in encoders.items()
     )
 
 
 def _refuse(folder, old, new):
-    """Raises a UserError that names what differs, if anything does."""
+    """Raises a UserError that lists the differences of two keys, if there are any."""
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
         raise UserError(
@@ -223,12 +235,13 @@ def _file(folder, index):
     return folder / f"{index // 1000:04d}" / f"{index:07d}.npz"
 
 
-def _plain(x):
-    """bfloat16 as two bytes without a name, since numpy's files have no such type."""
+def _storable(x):
+    """Views bfloat16 as raw pairs of bytes, since numpy's file format has no such type."""
     return x.view(_NAMELESS) if x.dtype == jnp.bfloat16 else x
 
 
-def _named(x):
+def _restore_type(x):
+    """Inverse of `_storable`."""
     return x.view(jnp.bfloat16) if x.dtype == _NAMELESS else x
 
 
@@ -237,8 +250,8 @@ def _write(path, row):
     np.savez(
         content,
         **{
-            jax.tree_util.keystr(where, simple=True, separator="."): _plain(leaf)
-            for where, leaf in jax.tree_util.tree_leaves_with_path(row)
+            jax.tree_util.keystr(path_in_row, simple=True, separator="."): _storable(leaf)
+            for path_in_row, leaf in jax.tree_util.tree_leaves_with_path(row)
         },
     )
     replace_file(path, content.getvalue())

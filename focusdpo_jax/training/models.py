@@ -1,4 +1,4 @@
-"""The model of a run: read before training, written after it."""
+"""Loads the model of a run before training, and writes it afterwards."""
 
 import dataclasses
 import functools
@@ -34,13 +34,13 @@ _FILES = ("pretrained", "adapter", "image_encoder", "tokenizer")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A generator with its parameters, and the other contents of its folder.
+    """A generator with its parameters, tokenizer and probe.
 
     Attributes:
-      generator: the functions.
-      parameters: {part: tree} of every part that was read, in the types of `stored_type`.
-      tokenizer: captions to token ids.
-      probe: parameters of Toybox's probe, or None where the folder has none.
+      generator: the Generator.
+      parameters: {part: tree} of every loaded part, in the types of `stored_type`.
+      tokenizer: converts captions to token ids.
+      probe: parameters of Toybox's probe, or None if the folder has none.
     """
 
     generator: Generator
@@ -49,25 +49,26 @@ class Model:
     probe: dict | None
 
     def with_parameters(self, parameters):
-        """The same model with other parameters."""
+        """Returns the model with other parameters."""
         return dataclasses.replace(self, parameters=parameters)
 
 
 def shipped(name):
-    """The folder of a model that comes with the package."""
+    """Returns the folder of a model that ships with the package; it may not exist."""
     return epath.Path(importlib.resources.files("focusdpo_jax") / "assets" / name)
 
 
 def stored_type(config, path, shape):
-    """The type in which a parameter is kept.
+    """Returns the type in which a parameter is stored.
 
-    What is trained is float32, and so is all of a float32 model. In a bfloat16 model the rest is
-    bfloat16, but for the autoencoder's encoder, which computes in float32, and for vectors: norms use
-    theirs in float32, and they take no room.
+    Trainable parameters and all parameters of a float32 model are float32. The frozen parameters of a
+    bfloat16 model are bfloat16, except for the autoencoder's encoder, which computes in float32, and
+    for vectors, which norms use in float32 and which need little memory.
 
     Args:
-      config: the run's; `dtype` and `trainable` matter.
-      path: of the parameter, from its part on.
+      config: the `RunConfig`; its `dtype` and `trainable` are read.
+      path: path of the parameter, starting with its part.
+      shape: shape of the parameter.
     """
     if (
         config.dtype == "float32"
@@ -80,14 +81,15 @@ def stored_type(config, path, shape):
 
 
 def generator_config(config, *, inpainting=False):
-    """The `GeneratorConfig` of a configuration, from the configuration files of its model.
+    """Returns the `GeneratorConfig` of a configuration, from the configuration files of its model.
 
     Args:
-      inpainting: whether the UNet may read more than latents, as one for inpainting does.
+      config: the `RunConfig`.
+      inpainting: whether the UNet may have more input channels than the latents, as for inpainting.
 
     Raises:
-      UserError: files are missing or damaged, parts do not fit together, or the UNet reads more than
-        latents.
+      UserError: files are missing or damaged, parts do not fit together, or the UNet has more input
+        channels than the latents.
     """
     sizes = _open(config)[1]
     if not inpainting:
@@ -96,23 +98,24 @@ def generator_config(config, *, inpainting=False):
 
 
 def load_model(config, place=None, *, inpainting=False):
-    """Reads `config.model.pretrained`, or makes a model of `config.model.sizes` at random.
+    """Loads `config.model.pretrained`, or initialises a model of `config.model.sizes` at random.
 
-    `open_model` and `load_parts` in one.
+    See `open_model` and `load_parts` for the arguments and errors.
     """
     model = open_model(config, inpainting=inpainting)
     return model.with_parameters(load_parts(config, PARTS, place))
 
 
 def open_model(config, *, inpainting=False):
-    """The model of a configuration without its generator's parameters, which are not read.
+    """Returns the model of a configuration without the generator's parameters, which are not read.
 
     Args:
-      inpainting: whether the UNet may read more than latents, as one for inpainting does.
+      config: the `RunConfig`.
+      inpainting: whether the UNet may have more input channels than the latents, as for inpainting.
 
     Raises:
-      UserError: the folder or one of its files is missing, damaged or of other sizes, the vocabulary is
-        not that of the text encoders, or the UNet reads more than it is given.
+      UserError: the folder or one of its files is missing, damaged or of other sizes, the vocabulary
+        does not fit the text encoders, or the UNet has more input channels than the latents.
     """
     source, sizes, _ = _open(config)
     if not inpainting:
@@ -122,29 +125,29 @@ def open_model(config, *, inpainting=False):
     if source is None:
         return Model(generator, {}, Tokenizer.of_words(toybox.vocabulary(), length), None)
     tokenizer = Tokenizer(source.tokenizer, length, source.pad_tokens)
-    # The end of a text is the last word of a vocabulary.
+    # The end-of-text token has the largest id of the vocabulary.
     words = int(tokenizer("").max()) + 1
     known = min(sizes.text_encoder.vocab_size, sizes.text_encoder_2.vocab_size)
     if words > known:
         raise UserError(
-            f"{source.tokenizer} has a vocabulary of {words}, and the text encoders read "
+            f"{source.tokenizer} has a vocabulary of {words} tokens, and the text encoders have "
             f"{known}: set config.model.tokenizer to the one that they were trained with"
         )
     return Model(generator, {}, tokenizer, model_folder.load_part(source.path, "probe"))
 
 
 def load_parts(config, parts, place=None):
-    """Parameters of some parts of the model of a configuration.
+    """Loads the parameters of some parts of the model of a configuration.
 
-    What is read is a model folder, as runs leave it, or SDXL in the layouts of `pretrained`.
-    Parts that the files lack are drawn from `config.seed`, and so are the low-rank updates of
-    LoRA that `config.model.lora_rank` asks for where there are none. Updates that lie in the folder
-    are read, whether the configuration speaks of them or not.
+    The files are a model folder, as written by runs, or SDXL in the layouts of `pretrained`. Parts that
+    the files lack are initialised at random from `config.seed`. So are the LoRA matrices of
+    `config.model.lora_rank`, if the files have none. LoRA matrices in the files are always loaded.
 
     Args:
+      config: the `RunConfig`.
       parts: names of PARTS.
-      place: (path of a parameter from its part on, shape) -> sharding; None keeps on the host what
-        is read.
+      place: (path of a parameter, starting with its part; shape) -> sharding; None keeps the loaded
+        arrays on the host.
 
     Returns:
       {part: tree}.
@@ -177,21 +180,22 @@ def load_parts(config, parts, place=None):
         flat = {} if tree is None else traverse_util.flatten_dict(tree)
         missing = sorted(shapes.keys() - flat.keys())
         if missing:
-            logging.info("%s: %s at random", part, "made" if tree is None else "LoRA made")
-            flat |= _draw(init, key, missing, types, shardings)
+            what = part if tree is None else f"LoRA of {part}"
+            logging.info("%s: initialised at random", what)
+            flat |= _initialise(init, key, missing, types, shardings)
         parameters[part] = traverse_util.unflatten_dict({path: flat[path] for path in shapes})
     return parameters
 
 
 def check_files(config):
-    """Checks from headers alone that the files of a configuration are what `load_parts` expects.
+    """Checks the model files of a configuration for `load_parts`; reads only their headers.
 
-    Whether all files are complete is checked first, which takes no time; names and shapes then need
-    the shapes of the model.
+    The fast check that all files are complete comes first. The check of names and shapes needs the
+    shapes of the model.
 
     Raises:
       UserError: a file is missing or damaged, tensors are missing, unexpected or of another shape, or
-        a preference objective would start from a part that is drawn at random.
+        a preference objective would start from a part that is initialised at random.
     """
     source, sizes, stored = _open(config)
     if source is None:
@@ -206,12 +210,12 @@ def check_files(config):
             is None
         ]
     except UserError as error:
-        given = ", ".join(
+        fields = ", ".join(
             f"config.model.{field} = {getattr(config.model, field)!r}"
             for field in _FILES
             if getattr(config.model, field)
         )
-        raise UserError(f"{error} ({given}). Give files that belong to one model.") from error
+        raise UserError(f"{error} ({fields}). Give files that belong to one model.") from error
     if new and objectives.get(config.objective).needs_reference:
         _refuse_new(config, source, new[0])
 
@@ -225,13 +229,14 @@ def _refuse_new(config, source, part):
         else "files that have it"
     )
     raise UserError(
-        f"config.model.{field} = {getattr(config.model, field)!r}: {source.path} has no {part}. It would be drawn "
-        f"at random, and {config.objective} compares with a reference model that has it. Give {cure}."
+        f"config.model.{field} = {getattr(config.model, field)!r}: {source.path} has no {part}. It "
+        f"would be initialised at random, but {config.objective} needs a trained reference model. "
+        f"Give {cure}."
     )
 
 
 def _published(shapes, stored):
-    """Of the shapes of a part the tree that files have: low-rank updates only where `stored`."""
+    """Returns the shapes of a part that files contain: LoRA matrices only if `stored`."""
     return traverse_util.unflatten_dict(
         {
             path: leaf
@@ -242,10 +247,10 @@ def _published(shapes, stored):
 
 
 def files_digest(config, part):
-    """Of a part's sizes and the files that it is read from; None where it is drawn at random.
+    """Returns a SHA-256 digest of a part's sizes and files; None if it is initialised at random.
 
-    What has the same digest has the same parameters in runs of the same `config.dtype`. The files
-    are read in pieces, and nothing of them is kept.
+    Equal digests mean equal parameters in runs of the same `config.dtype`. The files are read in
+    pieces, so that they need not fit in memory.
     """
     source, sizes, _ = _open(config)
     files = source.files(part) if source else []
@@ -260,10 +265,10 @@ def files_digest(config, part):
 
 
 def _open(config):
-    """What a complete configuration names.
+    """Opens the weights of a configuration.
 
     Returns:
-      Where the weights lie, or None; the generator's sizes; rank of the updates that lie there.
+      (source of the weights or None, GeneratorConfig, rank of the stored LoRA matrices or 0).
     """
     source = _locate(config)
     sizes = source.config() if source else GeneratorConfig.from_dict(config.model.sizes)
@@ -278,13 +283,13 @@ def _open(config):
         raise UserError(
             f"config.model.lora_alpha = {config.model.lora_alpha}: the low-rank updates of "
             f"{source.path if source else 'config.model.sizes'} have alpha "
-            f"{sizes.unet.lora_alpha}; give that, or 0, which takes it."
+            f"{sizes.unet.lora_alpha}; give that, or 0, which selects it."
         )
     return source, _as_configured(sizes, config), stored
 
 
 def _as_configured(sizes, config):
-    """The generator's sizes with the fields of `config.model` that change the UNet."""
+    """Returns the generator's sizes with the fields of `config.model` that change the UNet."""
     return dataclasses.replace(
         sizes,
         unet=dataclasses.replace(
@@ -298,32 +303,32 @@ def _as_configured(sizes, config):
 
 
 def _require_latents_alone(config, sizes):
-    """Raises a UserError where a UNet reads more than latents, as those for inpainting do."""
+    """Raises a UserError if the UNet has more input channels than the latents."""
     if not sizes.extra_channels:
         return
     channels = sizes.vae.latent_channels
     kinds = {
         channels
-        + 1: "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. ",
-        channels: "One of those edits pictures (InstructPix2Pix). ",
+        + 1: "Such a UNet is for inpainting, which focusdpo_jax.disrupt --workdir accepts. ",
+        channels: "Such a UNet is for image editing (InstructPix2Pix). ",
     }
     raise UserError(
-        f"{config.model.pretrained or 'config.model.sizes'}: its UNet reads "
-        f"{sizes.unet.in_channels} channels (in_channels of its configuration), and not the "
-        f"{channels} of the latents alone. {kinds.get(sizes.extra_channels, '')}"
-        f"Give a model whose UNet reads {channels}."
+        f"{config.model.pretrained or 'config.model.sizes'}: its UNet has "
+        f"{sizes.unet.in_channels} input channels (in_channels of its configuration) instead of the "
+        f"{channels} of the latents. {kinds.get(sizes.extra_channels, '')}"
+        f"Give a model whose UNet has {channels}."
     )
 
 
 def abstract_model(config, mesh):
-    """The generator of a configuration, and its parameters as shapes with shardings.
+    """Returns the generator of a configuration, and its parameters as shapes with shardings.
 
-    Where `config.model.pretrained` is not on this machine, or not all of it, the sizes are SDXL's, with the
-    adapter that `config.model.adapter` seems to name (`published.adapter_sizes`).
+    If files of `config.model.pretrained` are missing on this machine, the sizes are SDXL's, with the
+    adapter that `config.model.adapter` probably names (`published.adapter_sizes`).
 
     Raises:
-      UserError: the files that are here are no SDXL, the UNet reads more than latents, or there are no
-        latents for `config.resolution`.
+      UserError: the files are not those of SDXL, the UNet has more input channels than the latents,
+        or `config.resolution` is not a multiple of the size of a latent.
     """
     try:
         source = _locate(config)
@@ -352,22 +357,22 @@ def abstract_model(config, mesh):
 
 
 def load_probe(config):
-    """Parameters of Toybox's probe beside `config.model.pretrained`, or None where there is none.
+    """Returns the parameters of Toybox's probe in `config.model.pretrained`, or None if it has none.
 
     Raises:
-      UserError: as `load_model`.
+      UserError: see `load_model`.
     """
     source = _locate(config)
     return source and model_folder.load_part(source.path, "probe")
 
 
 def _locate(config):
-    """The files that a complete configuration names; None where its weights are random."""
+    """Returns the files that a configuration names; None if its weights are random."""
     if not config.model.pretrained:
         if config.model.prediction_type:
             raise UserError(
-                f"config.model.prediction_type = {config.model.prediction_type!r}: it is "
-                "about a published model, and config.model.pretrained = ''; give '', and "
+                f"config.model.prediction_type = {config.model.prediction_type!r}: it applies "
+                "to a published model, but config.model.pretrained = ''; give '', and set "
                 "config.model.sizes.prediction_type"
             )
         return None
@@ -378,57 +383,63 @@ def _locate(config):
     )
 
 
-def _draw(init, key, paths, types, shardings):
-    """The parameters {path: array} of `paths` that `init` draws."""
+def _initialise(init, key, paths, types, shardings):
+    """Returns the parameters {path: array} of `paths` from `init(key)`."""
 
-    def draw(key):
-        # Of what is not returned nothing is computed.
+    def initialise(key):
+        # jit removes the computation of parameters that are not returned.
         flat = flatten(init(key))
         return {path: flat[path].astype(types[path]) for path in paths}
 
     return jax.jit(
-        draw,
+        initialise,
         out_shardings={path: shardings[path] for path in paths},
         compiler_options=compiling.FAST_TO_COMPILE,
     )(key)
 
 
 class PartsOnDemand:
-    """Parts that a step does not read: encoders, once everything is encoded.
+    """Parts that the step does not read, such as encoders if the data is encoded once.
 
-    They are read when they are needed for the first time, perhaps never, and lie on the host
-    between one time and the next.
+    They are loaded at the first call, and kept on the host between calls.
     """
 
     def __init__(self, config, parts, mesh):
-        """Takes the run's configuration, names of PARTS, and where they are to lie when needed."""
+        """Initialises it; loads nothing.
+
+        Args:
+          config: the `RunConfig`.
+          parts: names of PARTS.
+          mesh: device mesh on which a call places the parts.
+        """
         self._config, self._parts, self._mesh = config, parts, mesh
         self._host = None
 
     def __call__(self):
-        """{part: tree} on the mesh, as long as the caller keeps it."""
+        """Returns {part: tree} on the mesh; the arrays are not kept here."""
         if self._host is None:
             if self._parts:
-                logging.info("reading %s", ", ".join(self._parts))
+                logging.info("loading %s", ", ".join(self._parts))
             self._host = jax.device_get(load_parts(self._config, self._parts))
         return jax.device_put(self._host, rules.tree_shardings(self._host, self._mesh))
 
     def each(self):
-        """Yields (part, tree on the host); what was not needed before is read and not kept."""
+        """Yields (part, tree on the host); parts that were not loaded before are not kept."""
         for part in self._parts:
-            held = self._host or jax.device_get(load_parts(self._config, [part]))
-            yield part, held[part]
+            loaded = self._host or jax.device_get(load_parts(self._config, [part]))
+            yield part, loaded[part]
 
 
 def save_model(folder, model, parameters, probe=None, others=(), step=None):
-    """Writes a model folder that `load_model` reads back.
+    """Writes a model folder that `load_model` can read.
 
     Args:
-      model: what is not a parameter of the generator.
+      folder: path of the folder.
+      model: the `Model`, for its tokenizer, configuration and probe.
       parameters: {part: tree}.
-      probe: parameters in the place of the model's.
-      others: pairs of a further part and its tree on the host, of which one is looked at at a time.
-      step: of the run, which the folder records.
+      probe: parameters of the probe, instead of the model's.
+      others: iterable of (further part, tree on the host); only one of them is held at a time.
+      step: step of the run, which is recorded in the folder.
     """
     folder = epath.Path(folder)
     if processes.is_first():
@@ -450,7 +461,7 @@ def save_model(folder, model, parameters, probe=None, others=(), step=None):
 
 
 def describe(parameters):
-    """One line a part: how many parameters it has."""
+    """Returns a line with the number of parameters of every part."""
 
     def count(tree):
         return sum(x.size for x in jax.tree.leaves(tree))

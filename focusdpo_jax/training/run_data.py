@@ -1,4 +1,4 @@
-"""The data of a run: its splits, the slots of a batch, and the loader of this process."""
+"""The data of a run: its splits, the number of subject slots, and the loader of this process."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def open_data(config):
     """Opens the data set of `config.data.source`; Toybox is built unless it exists.
 
     Returns:
-      {split: source}: "train", "validation" and, for Toybox or where `prepare` kept one, "test".
+      {split: source}: "train", "validation" and, for Toybox or if `prepare` wrote one, "test".
 
     Raises:
       UserError: there is no prepared data set, or it does not fit the configuration.
@@ -31,7 +31,7 @@ def open_data(config):
         "validation": config.data.validation_size,
         "test": config.data.test_size,
     }
-    # Process 0 first: on a shared disk the others find what it has built.
+    # Process 0 builds first; on a shared disk the others find the finished data set.
     if not processes.is_first():
         processes.barrier("data")
     path = dataset.build_toybox(config.data.path, dataset.toybox_world(config), sizes)
@@ -45,7 +45,7 @@ def _open_prepared(config):
     side, count = sources["train"].settings["resolution"], len(sources["train"])
     if side != config.resolution:
         raise UserError(
-            f"config.resolution = {config.resolution}: the pictures of "
+            f"config.resolution = {config.resolution}: the images of "
             f"{config.data.path} have {side}; give that, or prepare them again"
         )
     config_lib.require_pairs(
@@ -56,13 +56,13 @@ def _open_prepared(config):
     )
     if "validation" not in sources:
         logging.info(
-            "%s keeps no pairs for validation; pictures show training pairs", config.data.path
+            "%s has no validation split; sample images use training pairs", config.data.path
         )
     return {"validation": sources["train"]} | sources
 
 
 def subject_slots(config, sources):
-    """Returns the subject slots of a batch: the most subjects that a record may have."""
+    """Returns the number of subject slots of a batch: the largest number of subjects of a record."""
     if config.data.source == "prepared":
         return sources["train"].settings["subjects"]
     return len(config.data.subject_counts)
@@ -71,29 +71,30 @@ def subject_slots(config, sources):
 def warn_of_long_captions(config, model, sources):
     """Logs one warning about captions of a prepared set that the text encoders would truncate.
 
-    Toybox's captions fit: its tokenizer was made for them.
+    Toybox's captions always fit, since its tokenizer was built from them.
     """
     if config.data.source == "prepared" and processes.is_first():
-        by_path = {id(source): source for source in sources.values()}  # Splits may be one.
-        found = [source.texts() for source in by_path.values()]
-        seen, count = sum(map(len, found)), sum(map(len, by_path.values()))
-        among = "" if seen == count else f", the first {seen} of {count} pairs"
+        # Two splits may be the same source.
+        unique = {id(source): source for source in sources.values()}
+        texts = [source.texts() for source in unique.values()]
+        checked, count = sum(map(len, texts)), sum(map(len, unique.values()))
+        among = "" if checked == count else f", the first {checked} of {count} pairs"
         truncation.warn(
             model.tokenizer,
-            itertools.chain(*found),
+            itertools.chain(*texts),
             f"config.data.path = {config.data.path!r}{among}",
         )
 
 
 def encoding_batch_size(config, records, mesh):
-    """Returns how many pairs are encoded at once: the same number on each device."""
+    """Returns the number of pairs that are encoded at once, a multiple of the batch shards."""
     shares = meshes.num_batch_shards(mesh)
     size = min(len(records), config.evaluation.batch_size)
     return -(-size // shares) * shares
 
 
 def open_loader(config, mesh, records, transform):
-    """Returns the `loader.Batches` of this process, in the order that `config.seed` gives."""
+    """Returns the `loader.Batches` of this process; `config.seed` determines the order."""
     part, parts = meshes.process_batch_part(mesh, config.batch_size)
     order = {
         "batch_size": config.batch_size,
@@ -102,7 +103,7 @@ def open_loader(config, mesh, records, transform):
         "process_count": parts,
     }
     if isinstance(records, encoding.EncodedSource):
-        # In memory: the rows of a batch are taken at once, without a thread.
+        # In memory, a batch is indexed in one call, which needs no thread.
         return loader.make_loader(
             range(len(records)), batch_transform=records.__getitem__, threads=0, **order
         )
@@ -110,7 +111,7 @@ def open_loader(config, mesh, records, transform):
 
 
 def stacked_shapes(row, count):
-    """Returns the shapes of `count` examples like this one."""
+    """Returns the shapes of `count` stacked examples like `row`."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (count, *np.shape(x)), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
@@ -120,7 +121,7 @@ def stacked_shapes(row, count):
 
 
 def batch_shapes(tree, count, mesh):
-    """Returns the shapes of a tree in a batch of `count`, placed as by `meshes.shard_batch`."""
+    """Returns the shapes of a batch of `count` examples, with the sharding of `meshes.shard_batch`."""
     examples = meshes.batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=examples), tree

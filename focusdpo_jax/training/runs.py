@@ -1,4 +1,4 @@
-"""What a finished or unfinished run has to show: the model it made and the one it started from."""
+"""Loads the models of finished and unfinished runs: the policy and the base model."""
 
 import dataclasses
 
@@ -17,10 +17,14 @@ from focusdpo_jax.training.state import create_state, make_optimizer
 
 
 def load_folder(name, *, inpainting=False):
-    """The `Model` of a folder with a model.json, or of one that ships with the package.
+    """Loads a `Model` from a folder, or one that ships with the package.
 
     Args:
-      inpainting: whether its UNet may be one for inpainting, which reads more than latents.
+      name: value of `config.model.pretrained`: a folder, or the name of a shipped model.
+      inpainting: whether the UNet may have more input channels than the latents, as for inpainting.
+
+    Raises:
+      UserError: see `models.load_model`.
     """
     return models.load_model(_config_of(name), inpainting=inpainting)
 
@@ -31,40 +35,40 @@ def _config_of(name):
 
 
 def folder_sizes(name, *, inpainting=False):
-    """The `GeneratorConfig` of what `load_folder` loads, from its configuration files."""
+    """Returns the `GeneratorConfig` of the model that `load_folder` loads; reads no weights."""
     return models.generator_config(_config_of(name), inpainting=inpainting)
 
 
 class Run:
-    """A run folder, read and never changed.
+    """A run folder, opened for reading.
 
     Attributes:
-      config: the RunConfig that the run was started with.
+      config: the RunConfig of the run.
     """
 
     def __init__(self, workdir):
-        """Opens the folder.
+        """Reads the configuration of the run in `workdir`.
 
         Raises:
-          UserError: it is not the folder of a run.
+          UserError: the folder is not that of a run.
         """
         self._workdir = epath.Path(workdir)
         self.config = config_lib.parse_saved(run_folder.read_config(workdir))
 
     def base(self):
-        """The `Model` that the run started from."""
+        """Loads the `Model` from which the run started."""
         return models.load_model(self.config)
 
     def sizes(self):
-        """The `GeneratorConfig` of `policy`, from configuration files."""
+        """Returns the `GeneratorConfig` of `policy`; reads no weights."""
         folder = self.check_policy().folder
         return models.generator_config(self.config) if folder is None else folder_sizes(folder)
 
     def policy(self):
-        """The `Model` that the run has made so far.
+        """Loads the trained `Model` with the newest weights.
 
-        It is read from where `run_folder.newest_weights` finds it: a finished run has it in a folder
-        of its own; of another one the newest checkpoint is taken.
+        These are in `model/` of a finished run, and in the newest checkpoint of an unfinished one; see
+        `run_folder.newest_weights`.
 
         Raises:
           UserError: the run has no weights yet.
@@ -88,7 +92,7 @@ class Run:
         return models.load_model(config)
 
     def checkpoint(self):
-        """The `Model` of the newest checkpoint (its moving average, where the run keeps one).
+        """Loads the `Model` of the newest checkpoint: its moving average, if the run keeps one.
 
         Raises:
           UserError: it cannot be read, or the run trains an encoder and not a generator.
@@ -96,14 +100,13 @@ class Run:
         if not objectives.get(self.config.objective).trains_generator:
             raise UserError(
                 f"--workdir={self._workdir}: the run of config.objective = "
-                f"{self.config.objective!r} is not finished, and its checkpoints are no "
-                "generators. Run the training's command again, which goes on where it "
-                "stopped."
+                f"{self.config.objective!r} is not finished, and its checkpoints do not contain "
+                "a generator. Run the training command again to resume it."
             )
         checkpoints = Checkpoints(self._workdir, read_only=True)
         model = self.base()
         trainable, frozen = split_parameters(model.parameters, self.config.trainable)
-        # On a device, so that it is read there, wherever the run had it.
+        # Restoring places the state as this example, which may differ from the run's placement.
         state, _ = checkpoints.restore(
             create_state(
                 jax.device_put(trainable, jax.devices()[0]),
@@ -115,9 +118,12 @@ class Run:
         return model.with_parameters(merge_parameters(state.evaluated, frozen))
 
     def check_policy(self):
-        """Raises the UserError of `policy` where there is none, without reading it.
+        """Finds the weights that `policy` loads, without reading them.
 
         Returns:
-          The `run_folder.Weights` that `policy` reads.
+          The `run_folder.Weights`.
+
+        Raises:
+          UserError: the run has no weights yet.
         """
         return run_folder.newest_weights(self._workdir)

@@ -1,8 +1,8 @@
-"""What a run shows of itself: pictures on the way, and a table with pictures at the end.
+"""Sample images and metrics during a run, and the table of results at its end.
 
-Base and policy draw the same scenes from the same noise. The base's pictures are made once, when
-they are first shown or measured, and kept in the run folder, so that a resumed run does not make
-them again. Scenes are encoded when they are needed: a run that shows nothing needs no encoder.
+Base and policy generate the same scenes from the same noise. The base's images are generated once,
+when they are first needed, and stored in the run folder for resumed runs. Scenes are encoded when they
+are needed, so that a run without samples and evaluation loads no encoder.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from focusdpo_jax.training import encoding
 from focusdpo_jax.training.writers import EVALUATION, VALIDATION
 from focusdpo_jax.visualization import grids
 
-# Scenes on the page that shows how their weights come about, bucket by bucket.
+# Scenes whose focus maps are shown for every bucket.
 _EXPLAINED = 2
 
 
 class Showcase:
-    """Draws, measures and shows scenes during a run."""
+    """Generates, evaluates and displays scenes during a run."""
 
     def __init__(
         self,
@@ -51,20 +51,23 @@ class Showcase:
         merged,
         reference,
     ):
-        """Initialises it. All processes encode and draw together; the first one measures and writes.
+        """Initialises it.
+
+        All processes encode and generate together. The first process computes metrics and writes files.
 
         Args:
-          config: of the run.
-          workdir: an `epath.Path`.
+          config: the `RunConfig`.
+          workdir: folder of the run, an `epath.Path`.
           model: the `models.Model`; its generator's parameters are not read.
           sources: {split: records}.
-          batches: `PairBatches`, which encodes scenes as it does pairs.
-          generate: of `make_generate`.
+          batches: `PairBatches`, which also encodes the scenes.
+          mesh: device mesh.
+          generate: the sampler, from `make_generate`.
           buckets: {name: (structure, params)}.
           focus_maps: (structure, encoded, params, key) -> FocusMaps.
           merged: trainable parameters -> all parameters of the generator.
-          reference: initial trainable parameters; None where a run keeps none, so that the base draws
-            before the first step.
+          reference: initial trainable parameters, or None if the run keeps none. Then the base's images
+            are generated before the first step.
         """
         self._config, self._workdir = config, workdir
         self._latent_shape = model.generator.latent_shape(config.resolution)
@@ -74,11 +77,11 @@ class Showcase:
         self._buckets, self._focus_maps = buckets, focus_maps
         self._probe = jax.jit(lambda p, x: read(cast(Any, Probe(TOYBOX).apply({"params": p}, x))))
         self._sources, self._reference = sources, reference
-        # The probe reads Toybox's attributes; photographs have no ground truth.
-        known = config.data.source == "toybox" and model.probe is not None
-        self._measures = known and config.evaluation.scenes > 0
+        # The probe predicts Toybox's attributes; photographs have no ground truth.
+        has_probe = config.data.source == "toybox" and model.probe is not None
+        self._measures = has_probe and config.evaluation.scenes > 0
         self._shows = config.evaluation.pictures > 0
-        self._validates = known and config.evaluation.validation_scenes > 0
+        self._validates = has_probe and config.evaluation.validation_scenes > 0
 
     @functools.cached_property
     def _shown(self):
@@ -93,7 +96,7 @@ class Showcase:
         return self._scenes(self._sources["validation"], self._config.evaluation.validation_scenes)
 
     def _scenes(self, source, count):
-        """The first `count` records or all, as loaded and as encoded, on the host."""
+        """Returns up to `count` records as (batch, EncodedPairs, captions), on the host."""
         count = min(count, len(source))
         size = min(count, self._config.evaluation.batch_size)
         batches = list(
@@ -110,7 +113,8 @@ class Showcase:
         captions = [source[i]["caption"] for i in range(count)]
         return raw, encoded, captions
 
-    def _draw(self, trainable, scenes):
+    def _generate_images(self, trainable, scenes):
+        """Returns uint8 images [N, H, W, 3] of encoded scenes."""
         return generate_all(
             self._generate,
             self._merged(trainable),
@@ -122,57 +126,59 @@ class Showcase:
         )
 
     def start(self, trainable):
-        """Draws with the base now, if it is gone later."""
+        """Generates the base's images, if the base is not available later."""
         if self._reference is None:
             if self._shows:
-                self._by_base("shown", trainable)
+                self._base_images("shown", trainable)
             if self._measures:
-                self._by_base("measured", trainable)
+                self._base_images("measured", trainable)
 
     @functools.cached_property
     def _base(self):
-        """What the base drew before, in this start of the run or in another."""
+        """The base's images generated so far, also by earlier starts of the run."""
         path = self._workdir / "base.npz"
         if not (processes.is_first() and path.exists()):
             return {}
         with np.load(io.BytesIO(path.read_bytes())) as saved:
             return dict(saved)
 
-    def _by_base(self, name, trainable=None):
-        """What the base draws of the scenes "shown" or "measured"; on the first process."""
+    def _base_images(self, name, trainable=None):
+        """Returns the base's images of the scenes "shown" or "measured"; None on other processes."""
         if not processes.broadcast_from_first(name in self._base):
-            logging.info("drawing with the base model")
+            logging.info("generating images with the base model")
             _, encoded, _ = self._shown if name == "shown" else self._measured
-            drawn = self._draw(self._reference if trainable is None else trainable, encoded)
+            images = self._generate_images(
+                self._reference if trainable is None else trainable, encoded
+            )
             if processes.is_first():
-                self._base[name] = drawn
+                self._base[name] = images
                 content = io.BytesIO()
                 np.savez(content, **self._base)
                 replace_file(self._workdir / "base.npz", content.getvalue())
         return self._base.get(name)
 
     def sample(self, step, trainable, writer):
-        """Draws and measures validation scenes."""
+        """Generates validation scenes; writes their images and the means of their metrics."""
         if self._validates:
             self._validate(step, trainable, writer)
         if self._shows:
             self._show(step, trainable, writer)
 
     def _validate(self, step, trainable, writer):
-        """Logs the mean of every measure over validation scenes."""
+        """Logs the mean of every metric over validation scenes."""
         raw, encoded, _ = self._validated
-        drawn = self._draw(trainable, encoded)
+        images = self._generate_images(trainable, encoded)
         if not processes.is_first():
             return
         means = {
             name: float(np.nanmean(values))
-            for name, values in self._measure(drawn, raw).items()
+            for name, values in self._measure(images, raw).items()
             if not np.isnan(values).all()
         }
         logging.info(
             "step %d, %d validation scenes: %s",
             step,
-            len(drawn),
+            len(images),
             ", ".join(
                 f"{name.replace('_', ' ')} {100 * mean:.1f} %" for name, mean in means.items()
             ),
@@ -180,9 +186,9 @@ class Showcase:
         writer.write_scalars(step, {f"{VALIDATION}{name}": mean for name, mean in means.items()})
 
     def _show(self, step, trainable, writer):
-        """A grid of pictures of the fixed scenes: references, pair, base, policy, focus map."""
+        """Writes a grid of the fixed scenes: references, pair, base, policy and focus map."""
         raw, encoded, captions = self._shown
-        base, drawn = self._by_base("shown"), self._draw(trainable, encoded)
+        base, policy = self._base_images("shown"), self._generate_images(trainable, encoded)
         pairs = meshes.shard_rows(encoded, self._mesh)
         key = meshes.random_key(self._config.seed, self._mesh)
         maps = {
@@ -191,7 +197,7 @@ class Showcase:
         }
         if base is None:  # Only the first process has it.
             return
-        # W of the chosen pictures in the cleanest bucket.
+        # W of the chosen images in the bucket with the least noise.
         focus = list(maps.values())[-1].weights
         focus = focus[:: len(focus) // len(captions)]
         rows = [
@@ -201,7 +207,7 @@ class Showcase:
                 chosen=raw.chosen[i],
                 rejected=raw.rejected[i],
                 base=base[i],
-                policy=drawn[i],
+                policy=policy[i],
                 focus=focus[i],
             )
             for i in range(len(captions))
@@ -209,7 +215,7 @@ class Showcase:
         image = grids.preference_grid(rows, scale=max(1, 128 // self._config.resolution))
         path = self._workdir / "samples" / f"step_{step:06d}.png"
         grids.save_png(path, image)
-        logging.info("pictures: %s", path)
+        logging.info("images: %s", path)
         writer.write_images(step, {"samples": image})
         if objectives.get(self._config.objective).uses_focus:
             image = self._explain(raw, maps, captions)
@@ -217,40 +223,44 @@ class Showcase:
             writer.write_images(step, {"focus": image})
 
     def _explain(self, raw, maps, captions):
-        """A page of how the weights of a few pairs come about in every bucket."""
+        """Returns an image with the focus maps of a few pairs in every bucket."""
         rows = []
         for i in range(min(_EXPLAINED, len(captions))):
             present = raw.present[i]
             for name, bucket in maps.items():
                 for side, image in (("chosen", raw.chosen[i]), ("rejected", raw.rejected[i])):
-                    # The two of a pair lie side by side.
-                    seen = jax.tree.map(lambda x, k=2 * i + (side == "rejected"): x[k], bucket)
+                    # The two images of a pair are adjacent rows.
+                    row = 2 * i + (side == "rejected")
+                    focus = jax.tree.map(lambda x, row=row: x[row], bucket)
                     rows.append(
                         grids.FocusRow(
                             caption=f"{name}, {side}: {captions[i]}",
                             references=raw.references[i][present],
                             image=image,
-                            similarity=() if seen.similarity is None else seen.similarity[present],
-                            matched=seen.match and seen.match.union,
-                            unmatched=seen.unmatched,
-                            detail=seen.detail,
-                            uncertainty=seen.uncertainty,
-                            weights=seen.weights,
+                            similarity=()
+                            if focus.similarity is None
+                            else focus.similarity[present],
+                            matched=focus.match and focus.match.union,
+                            unmatched=focus.unmatched,
+                            detail=focus.detail,
+                            uncertainty=focus.uncertainty,
+                            weights=focus.weights,
                         )
                     )
         return grids.focus_grid(rows)
 
     def finish(self, step, trainable, writer):
-        """Draws and measures with the trained model; leaves `results.json` and pictures."""
+        """Evaluates the trained model; writes `results.json` and images, and prints the results."""
         self.sample(step, trainable, writer)
         if not self._measures:
             return
         raw, encoded, _ = self._measured
         seed = self._config.seed
-        base, drawn = self._by_base("measured"), self._draw(trainable, encoded)
+        base_images = self._base_images("measured")
+        policy_images = self._generate_images(trainable, encoded)
         if not processes.is_first():
             return
-        policy, base = self._measure(drawn, raw), self._measure(base, raw)
+        policy, base = self._measure(policy_images, raw), self._measure(base_images, raw)
         results = toybox_results.summarize(base, policy, seed=seed)
         ceiling = toybox_results.summarize(self._measure(raw.chosen, raw), seed=seed)
         results["settings"] = {
@@ -279,7 +289,7 @@ class Showcase:
         )
         print(toybox_results.format_table(results))
         print(
-            "The probe that reads the pictures, on renders of the same scenes: "
+            "The probe's values on renders of the same scenes: "
             + ", ".join(
                 f"{name.replace('_', ' ')} {100 * renders[name]['base']['mean']:.1f} %"
                 for name in (
@@ -291,10 +301,11 @@ class Showcase:
                 )
                 if name in renders
             )
-        )  # Where no subject is found, leakage is not defined.
-        print(f"Pictures: {self._workdir / 'samples'}\n")
+        )  # Leakage is undefined if no subject is found.
+        print(f"Images: {self._workdir / 'samples'}\n")
 
     def _measure(self, images, raw):
+        """Returns {metric: values [N]} of images, from the probe's predictions."""
         size = self._config.evaluation.batch_size
         readings = [
             self._probe(self._probe_parameters, jnp.asarray(images[i : i + size]) / 255.0)

@@ -1,6 +1,6 @@
-"""The numbers of a run's steps: added up on the device over a logging window, and then reported.
+"""Accumulates the metrics of steps on the device over a logging window, and reports their means.
 
-Nobody waits for a window's last step: it is reported while the step after it runs.
+A window is reported while the step after it runs, so that logging does not stall the device.
 """
 
 import numpy as np
@@ -9,20 +9,23 @@ from absl import logging
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.training.metrics import mean_by_bucket, merge
 
-# Of a window's means, what the log's line shows.
+# Metrics in the log line of a window.
 _SHOWN = ("loss", "implicit_accuracy")
 
 
 class Windows:
-    """The logging windows of a run, one after the other."""
+    """The consecutive logging windows of a run."""
 
     def __init__(self, writer, progress, checkpoints, buckets=(), accumulate=1):
-        """Takes where a report goes (`MetricWriter`, `StepProgress`) and what is there to go back to.
+        """Initialises it.
 
         Args:
-          buckets: names of those whose logit scale is logged once all of them were seen.
-          accumulate: microsteps of an optimiser step. If there are several, each in a bucket of its
-            own, the norm of the gradient is that of no bucket.
+          writer: `MetricWriter` of the means.
+          progress: `StepProgress` that shows the log line.
+          checkpoints: `Checkpoints`, closed if a metric is not finite.
+          buckets: names of the buckets; the logit scale of each is logged once.
+          accumulate: microsteps per optimiser step. If > 1, the microsteps of a step have different
+            buckets, and the gradient norm is not reported per bucket.
         """
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._of_whole_steps = ("gradient_norm",) if accumulate > 1 else ()
@@ -31,37 +34,37 @@ class Windows:
         self._begin()
 
     def _begin(self):
-        self._seen, self._matmul_flops = {}, 0.0
+        self._sums, self._matmul_flops = {}, 0.0
 
     def add(self, bucket, metrics, matmul_flops):
         """Adds a batch.
 
         Args:
-          bucket: its name.
-          metrics: the `StepMetrics` of a `Step`, on the device; what the bucket's structure switches off
-            is missing, and will be averaged over the other buckets.
+          bucket: name of its bucket.
+          metrics: the `StepMetrics` of a `Step`, on the device. Metrics that the bucket's structure
+            disables are missing, and are averaged over the other buckets.
           matmul_flops: floating-point operations of its matrix products.
         """
-        seen = self._seen.get(bucket)
-        self._seen[bucket] = metrics if seen is None else merge(seen, metrics)
+        total = self._sums.get(bucket)
+        self._sums[bucket] = metrics if total is None else merge(total, metrics)
         self._matmul_flops += matmul_flops
 
     def end(self, number):
-        """Ends the window with step `number`; `report` will report it."""
-        self._ended = number, self._seen, self._matmul_flops
+        """Ends the window with step `number`; the next `report` reports it."""
+        self._ended = number, self._sums, self._matmul_flops
         self._begin()
 
     def report(self):
-        """Reports the window that has ended, once; waits for its last step.
+        """Reports the last ended window, if it is not reported yet; waits for its last step.
 
         Raises:
-          UserError: a number is no longer finite.
+          UserError: a metric is not finite.
         """
         if self._ended is None:
             return
-        number, seen, matmul_flops = self._ended
+        number, sums, matmul_flops = self._ended
         self._ended = None
-        values = mean_by_bucket(seen, self._of_whole_steps)
+        values = mean_by_bucket(sums, self._of_whole_steps)
         require_finite(values, number, self._checkpoints)
         self._log_scales(number, values)
         shown = {name: values[name] for name in _SHOWN if name in values}
@@ -86,9 +89,15 @@ class Windows:
 
 
 def require_finite(values, step, checkpoints):
-    """Stops a run whose numbers are no longer finite, before anything of it is saved."""
-    wrong = [name for name, value in values.items() if not np.isfinite(value)]
-    if wrong:
+    """Raises a UserError if a metric is not finite, before a checkpoint of that state is saved.
+
+    Args:
+      values: {name: float}.
+      step: step of the metrics, for the message.
+      checkpoints: the run's `Checkpoints`, which are closed before the error is raised.
+    """
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
         saved = (
             f"The checkpoint of step {checkpoints.latest} is intact"
             if checkpoints.latest
@@ -96,6 +105,6 @@ def require_finite(values, step, checkpoints):
         )
         checkpoints.close()
         raise UserError(
-            f"{wrong[0]} = {values[wrong[0]]} at step {step}. {saved}; "
-            "go on from it with a lower config.learning_rate or config.beta."
+            f"{bad[0]} = {values[bad[0]]} at step {step}. {saved}; "
+            "resume from it with a lower config.learning_rate or config.beta."
         )

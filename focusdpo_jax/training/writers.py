@@ -1,9 +1,9 @@
 """Writers of a run's scalars and images: JSON lines, TensorBoard events, Weights & Biases.
 
-Each is a `clu.metric_writers.MetricWriter`. They write on a thread of their own, in the order of the calls, so
-that the training loop does not wait for a disk or a network; `open_writer` puts them together.
+Each is a `clu.metric_writers.MetricWriter`. `open_writer` combines them and runs them in a thread, in the
+order of the calls, so that the training loop does not wait for a disk or a network.
 
-Scalars of training have plain names (`loss`) or those of a bucket (`t750-999/loss`). Means over validation
+Training scalars have plain names (`loss`), or those of a bucket (`t750-999/loss`). Means over validation
 scenes start with `validation/`, those of the final evaluation with `evaluation/`.
 """
 
@@ -31,24 +31,24 @@ from focusdpo_jax.training.clu_without_tensorflow import metric_writers
 VALIDATION = "validation/"
 EVALUATION = "evaluation/"
 
-_NUMBERS = itertools.count()  # Of the event files of this process.
+_NUMBERS = itertools.count()  # Makes the names of this process's event files unique.
 
 
 @contextlib.contextmanager
 def open_writer(workdir, *, start_step=0, wandb_project=None, config=None):
-    """Opens the writers of a run; when the body ends, all that was written is on disk.
+    """Opens the writers of a run; all values are on disk when the context ends.
 
-    An error of a writer (a full disk) reaches the caller at the next call of the writer that is yielded, at
-    the latest at its `flush` or at the end of the body.
+    An error of a writer, such as a full disk, is raised by the next call of the yielded writer, at the
+    latest by its `flush` or at the end of the context.
 
     Args:
       workdir: folder of the run.
-      start_step: the run goes on behind this step; see `JsonLinesWriter`.
+      start_step: step after which the run resumes; see `JsonLinesWriter`.
       wandb_project: project of Weights & Biases, or None.
-      config: fields of the run, a nested dict; Weights & Biases shows them.
+      config: configuration for Weights & Biases, a nested dict.
 
     Yields:
-      A `MetricWriter`; on other processes than the first, one that does nothing.
+      A `MetricWriter`; on all processes but the first, one that does nothing.
 
     Raises:
       UserError: a file cannot be written, or Weights & Biases cannot start.
@@ -67,20 +67,20 @@ def open_writer(workdir, *, start_step=0, wandb_project=None, config=None):
         cause = _cause(error)
         raise cause from cause.__cause__
     finally:
-        # Either everything is flushed, or the first error is on its way.
+        # Either everything is flushed, or the first error is being raised.
         with contextlib.suppress(asynclib.AsyncError):
             writer.close()
 
 
 def _cause(error):
-    """The error of a writer's thread that an `AsyncError` wraps, once or twice."""
+    """Returns the original error that an `AsyncError` wraps, once or twice."""
     while isinstance(error, asynclib.AsyncError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 class NullWriter(metric_writers.MetricWriter):
-    """Does nothing. The other writers are subclasses that write some of the kinds of values."""
+    """Ignores all values. The other writers override the methods for the values that they write."""
 
     def write_summaries(self, step, values, metadata=None):
         """See `MetricWriter`."""
@@ -114,15 +114,15 @@ class NullWriter(metric_writers.MetricWriter):
 
 
 class JsonLinesWriter(NullWriter):
-    """Writes `metrics.jsonl`, one object a logged step, and `validation.jsonl`, one a validation.
+    """Writes `metrics.jsonl`, one object per logged step, and `validation.jsonl`, one per validation.
 
-    A run that goes on behind step N drops the lines of later steps of `metrics.jsonl`, since it writes them
-    again. A validation replaces the lines of its own step and of later ones. Scalars of the final evaluation
-    are in `results.json` and not written.
+    A run that resumes after step N removes the lines of later steps from `metrics.jsonl`, since it writes
+    them again. A validation replaces the lines of its own step and of later ones. Scalars of the final
+    evaluation are in `results.json` and not written here.
     """
 
     def __init__(self, workdir, *, start_step=0):
-        """Opens `metrics.jsonl`, without its lines behind `start_step`."""
+        """Opens `metrics.jsonl` and removes its lines after `start_step`."""
         workdir = epath.Path(workdir)
         self._path = workdir / "metrics.jsonl"
         self._validation = workdir / "validation.jsonl"
@@ -132,13 +132,13 @@ class JsonLinesWriter(NullWriter):
                 try:
                     if json.loads(line)["step"] <= start_step:
                         kept.append(line)
-                except ValueError:  # The last line of a killed process may be half written.
+                except ValueError:  # The last line of a killed process may be incomplete.
                     break
         replace_file(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
 
     def write_scalars(self, step, scalars):
-        """Writes the scalars of one call as one line; it is in the file when this returns."""
+        """Writes the scalars of one call as one line, and flushes the file."""
         training = {k: v for k, v in scalars.items() if not k.startswith((VALIDATION, EVALUATION))}
         if training:
             with room_for(self._path):
@@ -157,25 +157,25 @@ class JsonLinesWriter(NullWriter):
 
     def close(self):
         """Closes the file."""
-        # Every line is there. The rest of one that found no room is given up: its error was raised.
+        # Every line was flushed. If the disk was full, that error was raised before.
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 def _line(step, scalars):
-    """One JSON object; NumPy's and jax's scalars become Python's."""
+    """Returns a line with one JSON object; NumPy and JAX scalars are converted to Python's."""
     return json.dumps({"step": step, **scalars}, default=lambda value: value.item()) + "\n"
 
 
 class TensorBoardWriter(NullWriter):
-    """Writes TensorBoard's events, one for all scalars of a call; opened at the first of them.
+    """Writes TensorBoard events, one for all scalars of a call.
 
-    Needs TensorBoard and not TensorFlow. TensorFlow's summaries, which `clu.metric_writers.SummaryWriter`
-    writes, take a millisecond for each scalar.
+    Requires TensorBoard but not TensorFlow. TensorFlow's summaries, which `clu.metric_writers.SummaryWriter`
+    writes, take a millisecond per scalar.
     """
 
     def __init__(self, folder):
-        """Opens nothing yet: TensorBoard takes seconds to import where TensorFlow is installed."""
+        """Initialises it. The file is opened at the first event, since importing TensorBoard is slow."""
         self._folder = folder
 
     @functools.cached_property
@@ -216,7 +216,7 @@ class TensorBoardWriter(NullWriter):
 
 
 class _Events:
-    """A file of TensorBoard's events.
+    """A file of TensorBoard events.
 
     Raises:
       ImportError: TensorBoard is not installed.
@@ -224,18 +224,19 @@ class _Events:
 
     def __init__(self, folder):
         """Opens a new file in `folder`."""
-        # It opens files by TensorFlow where that is installed, and by itself elsewhere.
+        # This module is TensorFlow if that is installed, and otherwise TensorBoard's substitute.
         from tensorboard.compat import tf
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         if getattr(tf, "__version__", "stub") == "stub":
             logging.info(
-                "TensorFlow is not installed: TensorBoard events are written without it. Only run folders in a "
-                "bucket (gs://) need it."
+                "TensorFlow is not installed: TensorBoard events are written without it. It is needed only "
+                "for run folders in a bucket (gs://)."
             )
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # Named as by TensorBoard's EventFileWriter, whose own thread would print a traceback where the disk is full.
+        # The name is that of TensorBoard's EventFileWriter, which is not used because its thread prints a
+        # traceback if the disk is full.
         self._path = os.path.join(
             str(folder),
             f"events.out.tfevents.{int(time.time()):010d}."
@@ -266,7 +267,7 @@ class _Events:
 
     def close(self):
         """Closes the file."""
-        # All events are written; a full disk was reported before.
+        # All events were flushed; a full disk was reported before.
         with contextlib.suppress(Exception):
             self._records.close()
 
@@ -284,13 +285,13 @@ class _Events:
 class WandbWriter(NullWriter):
     """Logs scalars and images to a run of Weights & Biases.
 
-    The id of that run is kept in `wandb_run.txt`, so that a run that is resumed goes on in it. `step` is a
-    value of its own and not their counter, which may not go back: a resumed run logs the steps behind its
-    checkpoint a second time.
+    The id of that run is stored in `wandb_run.txt`, so that a resumed run continues it. `step` is logged as
+    a metric instead of W&B's own counter, which must not decrease: a resumed run logs the steps after its
+    checkpoint again.
     """
 
     def __init__(self, workdir, project, config=None):
-        """Starts the run; its settings (offline, entity, ...) are read from WANDB_* variables.
+        """Starts the run; WANDB_* variables configure it (offline, entity, ...).
 
         Raises:
           UserError: wandb is missing, or does not start.
@@ -307,7 +308,7 @@ class WandbWriter(NullWriter):
                 dir=str(workdir) if local else None,
                 config=config,
             )
-        except Exception as error:  # Its own types, of login, network and project.
+        except Exception as error:  # wandb has many error types: login, network, project, ...
             reason = " ".join(str(error).split()) or repr(error)
             raise UserError(f"--wandb_project={project}: {reason}") from error
         self._image = wandb.Image
@@ -324,12 +325,12 @@ class WandbWriter(NullWriter):
         self._run.log({"step": step} | {k: self._image(np.asarray(v)) for k, v in images.items()})
 
     def close(self):
-        """Ends the run; waits until all is sent."""
+        """Ends the run; waits until everything is sent."""
         self._run.finish()
 
 
 def import_wandb(project):
-    """The package wandb.
+    """Imports and returns the package wandb.
 
     Raises:
       UserError: it is not installed.

@@ -325,7 +325,7 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
 
     for changes, reason in [
         # One folder for all: a start that was refused does not stand in the next one's way.
-        ({"resolution": 64}, "config.resolution = 64: the pictures of .* have 32"),
+        ({"resolution": 64}, "config.resolution = 64: the images of .* have 32"),
         (
             {"batch_size": 5},
             r"config.batch_size = 5: .* has 4 pairs to train on, and a step takes "

@@ -416,11 +416,11 @@ def config_of(folder):
 
 
 REFUSED = {
-    9: "its UNet reads 9 channels (in_channels of its configuration), and not the 4 of the latents alone. "
-    "One of those is for inpainting, which focusdpo_jax.disrupt --workdir takes. Give a model whose UNet "
-    "reads 4.",
-    8: "its UNet reads 8 channels (in_channels of its configuration), and not the 4 of the latents alone. "
-    "One of those edits pictures (InstructPix2Pix). Give a model whose UNet reads 4.",
+    9: "its UNet has 9 input channels (in_channels of its configuration) instead of the 4 of the latents. "
+    "Such a UNet is for inpainting, which focusdpo_jax.disrupt --workdir accepts. Give a model whose UNet "
+    "has 4.",
+    8: "its UNet has 8 input channels (in_channels of its configuration) instead of the 4 of the latents. "
+    "Such a UNet is for image editing (InstructPix2Pix). Give a model whose UNet has 4.",
 }
 
 

@@ -171,8 +171,8 @@ def test_preferences_need_an_adapter_that_was_trained(refused, folder, monkeypat
     rank = 2 * (argument == "lora")
     config = config_of(folder, trainable=argument or "adapter", model__lora_rank=rank)
     assert refused(config, folder) == (
-        f"config.model.adapter = '': {folder}/sdxl has no adapter. It would be drawn at random, and focus_dpo "
-        "compares with a reference model that has it. Give an IP-Adapter file; a new adapter has to be "
+        f"config.model.adapter = '': {folder}/sdxl has no adapter. It would be initialised at random, but "
+        "focus_dpo needs a trained reference model. Give an IP-Adapter file; a new adapter has to be "
         "trained with config.objective = 'sft' first."
     )
     models.check_files(tiny.changed(config, objective="sft"))
@@ -197,7 +197,7 @@ def test_a_vocabulary_of_other_text_encoders(refused, folder):
     words = write_vocabulary(folder / "sdxl/tokenizer", [f"word{i}x" for i in range(100)])
     assert words > 573
     assert refused(config_of(folder), folder) == (
-        f"{folder}/sdxl/tokenizer has a vocabulary of {words}, and the text encoders read 573: set "
+        f"{folder}/sdxl/tokenizer has a vocabulary of {words} tokens, and the text encoders have 573: set "
         "config.model.tokenizer to the one that they were trained with"
     )
 
@@ -225,7 +225,7 @@ def test_devices_that_are_not_there(refused, published):
         ),
         (
             32,
-            "config.resolution = 64: the pictures of {} have 32; give that, or prepare them again",
+            "config.resolution = 64: the images of {} have 32; give that, or prepare them again",
         ),
     ],
 )
