@@ -1,6 +1,7 @@
-"""FocusDPO (arXiv 2509.01181): arrays in, arrays out. Needs jax, numpy and jaxtyping alone.
+"""FocusDPO (arXiv 2509.01181) as pure functions of arrays. Requires only jax, numpy and jaxtyping.
 
-In another trainer, with images in [0, 1], latents of h x w and any frozen vision model's patch features:
+Use in another trainer, with images in [0, 1], latents of h x w, and patch features of any frozen vision
+model:
 
     import focusdpo_jax as fd
 
@@ -17,12 +18,12 @@ In another trainer, with images in [0, 1], latents of h x w and any frozen visio
         )
         return loss.mean()
 
-`examples/focus_in_your_trainer.ipynb` is a whole training step. To read the method, begin with `losses`
-(Diffusion-DPO under a weight map), then `correspondence` (SPAF: which part of the image already matches a
-reference), `complexity` (DPCE: where there is detail), `weighting` (the map itself), `buckets` (how it all
-moves with the timestep) and `maps` (all of it in one call).
+`examples/focus_in_your_trainer.ipynb` contains a complete training step. To read the method, start with
+`losses` (Diffusion-DPO with a weight map), then read `correspondence` (SPAF: which part of the image
+already matches a reference), `complexity` (DPCE: where the image has detail), `weighting` (the weight
+map), `buckets` (how the settings depend on the timestep) and `maps` (everything in one call).
 
-Docstrings mark what the paper shows as [known] and what is this project's reading as [ours].
+Docstrings mark content of the paper as [known], and choices of this project as [ours].
 """
 
 from focusdpo_jax.focus import (

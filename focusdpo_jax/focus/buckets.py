@@ -1,15 +1,14 @@
-"""Timestep buckets: one step works inside one range of noise, with settings of its own.
+"""Timestep buckets: a training step uses one range of timesteps, with its own settings.
 
-A bucket's settings come in two halves. Its *structure* defines which terms of the weight exist: it is
-static and decides what is compiled. Its *parameters* (timestep range, rho, lambdas, tau) are dynamic
-arguments. Buckets of equal structure share one executable, and what a structure switches off is
-never traced.
+A bucket has two parts. Its *structure* defines which terms of the weight exist; it is static and
+selects the compiled program. Its *parameters* (timestep range, rho, lambdas, tau) are dynamic
+arguments. Buckets of equal structure share one executable, and disabled terms are never traced.
 
     buckets = make_buckets(count=4)                                  # 4 buckets, 2 structures
     bucket = buckets[bucket_for_step(seed, step, len(buckets))]      # the same on every host
-    state = jax.jit(train_step)(state, batch, bucket)                # compiled once a structure
+    state = jax.jit(train_step)(state, batch, bucket)                # compiled once per structure
 
-That the focus moves with the timestep, and that detail comes in only at the clean end, is [known]
+The dependence of the focus on the timestep, and the use of detail only at low noise, are [known]
 (FocusDPO, arXiv 2509.01181, pipeline figure). Buckets, their schedules and their order are [ours].
 """
 
@@ -26,19 +25,19 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from focusdpo_jax.array_types import IntScalar, Scalar
 from focusdpo_jax.errors import UserError
 
-# Keeps the order of buckets apart from whatever else is drawn from the same seed.
+# Separates the order of buckets from other random numbers of the same seed.
 _ROLE = int.from_bytes(b"buckets", "big")
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class BucketStructure:
-    """Which terms a bucket's weight has. Hashable, and static wherever `jax.jit` meets it.
+    """The terms of a bucket's weight. Hashable, and a static argument of `jax.jit`.
 
     Attributes:
-      spaf: match target patches with the references; unmatched ones weigh more.
-      dpce: detailed patches weigh more.
-      confidence: patches of which the reference model is unsure weigh more.
+      spaf: whether patches that match no reference get more weight.
+      dpce: whether patches with detail get more weight.
+      confidence: whether patches with low confidence of the reference model get more weight.
     """
 
     spaf: bool
@@ -51,20 +50,20 @@ class BucketStructure:
 
 
 class BucketParams(NamedTuple):
-    """A bucket's dynamic half: a pytree of scalars.
+    """The dynamic settings of a bucket, a pytree of scalars.
 
     Attributes:
-      index: place among the run's buckets, where what is cached for each of them is found.
-      t_low, t_high: timesteps t with t_low <= t < t_high.
+      index: position among the run's buckets; index into values that are cached per bucket.
+      t_low, t_high: range of timesteps, t_low <= t < t_high.
       rho: share of a subject's area that SPAF may match, >= 0.
       lambda_s: extra weight of M_s, the unmatched part of the subjects, >= 0.
-      lambda_d: extra weight of M_d, detail, while the gate is open, >= 0.
-      lambda_c: extra weight of U, where the reference model is unsure, >= 0.
-      tau: alignment score from which the gate is open, in [0, 1].
-      gate_width: 0 for a gate that is open or shut; else the width of a sigmoid around tau.
-      background: weight of every location, inside the prior or out, >= 0. It is what holds the
-        policy to the reference outside the subjects.
-      matched_weight: weight, in place of 1, of prior locations in M' while the gate is shut, in [0, 1].
+      lambda_d: extra weight of M_d, the detail, while the gate is open, >= 0.
+      lambda_c: extra weight of U, the uncertainty of the reference model, >= 0.
+      tau: alignment score at which the gate opens, in [0, 1].
+      gate_width: 0 for a hard gate, otherwise the width of a sigmoid around tau.
+      background: weight of every location, inside and outside the prior, >= 0. It keeps the policy
+        close to the reference outside the subjects.
+      matched_weight: weight, instead of 1, of prior locations in M' while the gate is closed, in [0, 1].
     """
 
     index: IntScalar
@@ -81,7 +80,7 @@ class BucketParams(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """The parameters of one step's timestep range."""
+    """The structure and the parameters of one range of timesteps."""
 
     structure: BucketStructure
     params: BucketParams
@@ -104,10 +103,10 @@ def make_buckets(
     background: float = 0.5,
     matched: float = 0.5,
 ) -> tuple[Bucket, ...]:
-    """Splits [0, timesteps) into equal buckets, in the order of denoising: the noisiest first.
+    """Splits [0, timesteps) into equal buckets in the order of denoising, with the most noise first.
 
-    Schedules are read at the middle u = (i + 1/2) / count of a bucket on the way from noise
-    (u = 0) to image (u = 1), so they do not depend on how many buckets there are:
+    Schedules are evaluated at the middle u = (i + 1/2) / count of bucket i, on the path from noise
+    (u = 0) to image (u = 1), so that they do not depend on the number of buckets:
 
         rho  = rho_noisy + u (rho_clean - rho_noisy)      more of the image may match
         dpce = dpce and u >= 1 - detail_fraction          detail once structure can be aligned
@@ -115,11 +114,11 @@ def make_buckets(
     Args:
       count: number of buckets, 1 to timesteps.
       timesteps: length of the noise schedule.
-      spaf, dpce: switch a term off in every bucket.
-      detail_fraction: share of the denoising path, counted from the clean end, with detail.
-      rho_noisy, rho_clean: rho at the two ends of the path.
+      spaf, dpce: False disables the term in every bucket.
+      detail_fraction: share of the denoising path with detail, counted from the image.
+      rho_noisy, rho_clean: rho at u = 0 and at u = 1.
       lambda_s, lambda_d, lambda_c, tau, gate_width, background, matched: see `BucketParams`; the same
-        in every bucket. With lambda_c = 0 no bucket has confidence.
+        in every bucket. lambda_c = 0 disables confidence.
 
     Raises:
       UserError: a value is out of its range.
@@ -149,7 +148,7 @@ def make_buckets(
             index=np.int32(i),
             t_low=edges[i + 1],
             t_high=edges[i],
-            # float32 whatever the config holds, so that all buckets look alike to jit.
+            # Always float32, so that buckets of equal structure have the same types in jit.
             rho=np.float32(rho_noisy + u * (rho_clean - rho_noisy)),
             lambda_s=np.float32(lambda_s),
             lambda_d=np.float32(lambda_d),
@@ -166,15 +165,15 @@ def make_buckets(
 
 
 def structures(buckets: Sequence[Bucket]) -> tuple[BucketStructure, ...]:
-    """The distinct structures, in order of first use: one executable is compiled for each."""
+    """Returns the distinct structures in order of first use; each has one executable."""
     return tuple(dict.fromkeys(bucket.structure for bucket in buckets))
 
 
 def bucket_for_step(seed: int, step: int, count: int) -> int:
-    """The bucket of a step: each block of `count` steps visits every bucket once, shuffled.
+    """Returns the bucket of a step; each block of `count` steps uses every bucket once, shuffled.
 
-    A function of (seed, step) alone, without state and without a device: all hosts agree, and a
-    resumed run continues the same order.
+    The result is a pure function of (seed, step, count), computed on the host, so that all hosts agree
+    and a resumed run continues the same order.
 
     Args:
       seed: >= 0.
@@ -190,11 +189,11 @@ def bucket_for_step(seed: int, step: int, count: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _order(seed, block, count):
-    # SeedSequence's output is fixed across versions of numpy, a Generator's shuffle is not.
-    draws = np.random.SeedSequence((seed, block, _ROLE)).generate_state(count, np.uint64)
-    return np.argsort(draws, kind="stable").tolist()
+    # The output of SeedSequence is the same in all versions of numpy, that of a shuffle is not.
+    keys = np.random.SeedSequence((seed, block, _ROLE)).generate_state(count, np.uint64)
+    return np.argsort(keys, kind="stable").tolist()
 
 
 def sample_timesteps(key: PRNGKeyArray, params: BucketParams, batch: int) -> Int[Array, "batch"]:
-    """Draws timesteps uniformly from [t_low, t_high), one a pair: both of its images share it."""
+    """Samples timesteps uniformly from [t_low, t_high), one per pair, which both images share."""
     return jax.random.randint(key, (batch,), params.t_low, params.t_high, dtype=jnp.int32)

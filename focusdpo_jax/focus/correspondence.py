@@ -1,23 +1,23 @@
-"""SPAF, the Structure-Preserving Attention Field: where does the image already match a reference?
+"""SPAF, the Structure-Preserving Attention Field: locates where an image matches its references.
 
     reference patches --mask, pool--> prototypes of each subject, and
-    of what surrounds it                                                 `prototypes`
+    of its surroundings                                                  `prototypes`
     best prototype . target patch, cosine --> similarity of every patch  `cosine_similarity`
     a patch belongs to its most similar subject; each subject keeps the
     k = rho * area patches that resemble it most clearly; the union over
     subjects is M'                                                       `match`
     M_s = M_prior and not M'                                             `unmatched`
 
-M' gets low priority in the loss and M_s, the part of the subjects that does not correspond yet,
-high priority. As denoising proceeds rho grows, so M' grows and M_s shrinks. The pipeline from
+M' gets low priority in the loss. M_s, the part of the subjects that does not correspond yet, gets
+high priority. As denoising proceeds rho grows, so that M' grows and M_s shrinks. The pipeline from
 masked pooling to M' and M_s is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel a).
-Several prototypes a subject, the competition between subjects and with the references' backgrounds,
-ranking by its margin, k as a share of the subject's area, and the choice of features are [ours];
-`experiments/correspondence.py` measures what they are worth on photographs.
+Multiple prototypes per subject, the competition between subjects and with the references' backgrounds,
+ranking by margin, k as a share of the subject's area, and the choice of features are [ours].
+`experiments/correspondence.py` measures their effect on photographs.
 
 Shapes: B examples, S subject slots (absent ones are masked by `present`), N reference patches,
-P prototypes, D features, and target patches h x w. All of it is fixed-shape: k depends on the data,
-so the best k are found by rank and not by a top-k of static length.
+P prototypes, D features, and target patches h x w. All shapes are static. k depends on the data, so
+the best k patches are selected by rank instead of a top-k of static length.
 """
 
 from typing import NamedTuple
@@ -29,16 +29,16 @@ from jaxtyping import Array, Bool, Float, Int
 from focusdpo_jax.array_types import AnyArray, Scalar
 from focusdpo_jax.focus.grids import nearest_on_grid
 
-_ROUNDING = 1e-5  # Cosines this close are equal, within float32.
+_ROUNDING = 1e-5  # Cosines that differ by less count as equal, because of rounding in float32.
 
 
 class Match(NamedTuple):
-    """Which target patches correspond to a reference.
+    """The target patches that correspond to a reference.
 
     Attributes:
-      subjects: 1 where the patch is among a subject's matches, else 0.
-      union: M', 1 where any subject matches.
-      budget: how many patches of this grid may match, the sum of k over present subjects.
+      subjects: 1 where the patch matches the subject, else 0.
+      union: M', 1 where the patch matches any subject.
+      budget: number of patches of this grid that may match, the sum of k over present subjects.
     """
 
     subjects: Float[Array, "batch subjects height width"]
@@ -47,7 +47,7 @@ class Match(NamedTuple):
 
 
 def _unit(vectors: AnyArray) -> Array:
-    """Vectors of length 1 along the last axis; zero stays zero."""
+    """Normalises vectors to length 1 along the last axis; zero vectors stay zero."""
     squared = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
     return jnp.asarray(vectors) * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
 
@@ -59,26 +59,25 @@ def prototypes(
     count: int = 1,
     iterations: int = 8,
 ) -> Float[Array, "batch subjects count features"]:
-    """Directions in feature space that stand for each subject: means over groups of its patches.
+    """Computes prototypes of each subject: normalised means over groups of its patch features.
 
         prototype_sp = unit(sum_n mask_sn [n in group p] f_sn)
 
-    One prototype is the masked mean of all patches [known]. Several are found by spherical k-means
-    from farthest-first seeds, which draws nothing at random: a subject's parts look different, and
-    a target patch shows one of them [ours].
+    A single prototype is the masked mean of all patches [known]. Multiple prototypes are computed by
+    spherical k-means from farthest-first seeds, which is deterministic: the parts of a subject differ,
+    and a target patch shows one of them [ours].
 
     Args:
       reference_features: patch features of each subject's reference image, any float type.
       reference_masks: share of each patch that the subject covers, in [0, 1].
-      present: which slots hold a subject.
-      count: prototypes a subject, >= 1.
-      iterations: of k-means.
+      present: which slots contain a subject.
+      count: prototypes per subject, >= 1.
+      iterations: iterations of k-means.
 
     Returns:
-      float32 vectors of length 1; zeros for an absent subject, whatever its slot holds, and for
-      one whose mask is empty.
+      float32 vectors of length 1; zeros for an absent subject and for one whose mask is empty.
     """
-    # Selected, not multiplied by zero: an unused slot may hold NaN.
+    # `where` instead of a product with zero: an unused slot may contain NaN.
     features = jnp.where(present[..., None, None], reference_features.astype(jnp.float32), 0)
     masks = jnp.where(present[..., None], reference_masks.astype(jnp.float32), 0)
     weighted, directions = masks[..., None] * features, _unit(features)
@@ -95,15 +94,15 @@ def prototypes(
         nearest = jnp.where(masks > 0.5, jnp.max(cosine(centres), axis=-1), jnp.inf)
         seed = jnp.argmin(nearest, axis=-1)[..., None, None]
         seeds = jnp.take_along_axis(directions, seed, axis=2)
-        # Where each patch that is mostly the subject's has its seed, or there is none, the mean
-        # is repeated: what is left to choose from is rounding, which differs between devices.
+        # The mean is repeated if every patch of the subject equals a seed, or if there is none:
+        # the choice of a further seed would depend on rounding, which differs between devices.
         new = (jnp.min(nearest, axis=-1) < 1 - _ROUNDING)[..., None, None]
         centres = jnp.concatenate([centres, jnp.where(new, seeds, centres[:, :, :1])], axis=2)
 
     def step(centres, _):
         group = jax.nn.one_hot(jnp.argmax(cosine(centres), axis=-1), count)
         sums = jnp.einsum("bsnp,bsnd->bspd", group, weighted)
-        # A group without a patch keeps its centre.
+        # A group without patches keeps its centre.
         return jnp.where(jnp.any(sums != 0, axis=-1, keepdims=True), _unit(sums), centres), None
 
     return jax.lax.scan(step, centres, length=iterations)[0]
@@ -115,7 +114,7 @@ def subject_and_background_prototypes(
     present: Bool[AnyArray, "batch subjects"],
     count: int,
 ) -> Float[Array, "batch subjects 2 count features"]:
-    """`prototypes` of each subject, then of what surrounds it in its reference image."""
+    """Computes `prototypes` of each subject, then of its surroundings in its reference image."""
     return jnp.stack(
         [
             prototypes(reference_features, masks, present, count)
@@ -129,12 +128,12 @@ def cosine_similarity(
     prototype: Float[AnyArray, "batch subjects count features"],
     target_features: Float[AnyArray, "batch height width features"],
 ) -> Float[Array, "batch subjects height width"]:
-    """Cosine of every target patch with the nearest of each subject's prototypes, in [-1, 1].
+    """Computes the cosine of every target patch with each subject's nearest prototype, in [-1, 1].
 
-    Where a subject has no prototype, as an absent one, it is -1.
+    It is -1 for a subject without prototypes, such as an absent one.
     """
     target = _unit(target_features.astype(jnp.float32))
-    # Full precision: competition and rank compare numbers that are close together.
+    # Full precision, since competition and rank compare numbers that are close together.
     cosine = jnp.einsum(
         "bspd,bhwd->bsphw",
         prototype.astype(jnp.float32),
@@ -151,12 +150,17 @@ def patch_quality(
     target_features: Float[AnyArray, "batch height width features"],
     present: Bool[AnyArray, "batch subjects"],
 ) -> Float[Array, "batch height width"]:
-    """How well each target patch is found on some subject's reference: PatchDPO's quality.
+    """Computes PatchDPO's quality: the similarity of each target patch with the best reference patch.
 
         q[i] = max over subjects s and their patches n of cosine(f_sn, f_i), at least 0
 
-    Every reference patch stands for itself, unlike in SPAF; a patch counts where its subject covers
-    most of it. PatchDPO (arXiv 2412.03177) estimates quality by features of a frozen vision model.
+    Unlike in SPAF, reference patches are not pooled to prototypes. A reference patch is used if its
+    subject covers most of it. PatchDPO (arXiv 2412.03177) estimates quality by features of a frozen
+    vision model.
+
+    Args:
+      reference_features, reference_masks, present: see `prototypes`.
+      target_features: patch features of the images to rate, by the same model.
 
     Returns:
       Quality in [0, 1]; 0 without a subject.
@@ -176,9 +180,10 @@ def budget(
     rho: Scalar,
     patches: int,
 ) -> Int[Array, "batch subjects"]:
-    """How many patches each subject may match: `k = round(rho * area)`, halves upwards [ours].
+    """Computes the number of patches each subject may match: `k = round(rho * area)` [ours].
 
-    At least one patch for a subject that covers anything, at most all of them; 0 if absent.
+    Halves are rounded up. k is at least 1 for a subject with a positive area, at most `patches`, and 0
+    for an absent subject.
     """
     k = jnp.clip(jnp.floor(rho * area + 0.5), 1, patches).astype(jnp.int32)
     return jnp.where(present & (area > 0), k, 0)
@@ -191,23 +196,24 @@ def match(
     rho: Scalar,
     background: Float[AnyArray, "batch height width"] | None = None,
 ) -> Match:
-    """Turns similarities into M': competition, then each subject's k clearest patches.
+    """Computes M' from similarities: competition of subjects, then the best k patches of each.
 
-    1. A patch belongs to the present subject it resembles most; to each of them if several are
-       equal, so that the order of the subjects never matters [ours].
-    2. Every subject keeps k of the patches that belong to it, over the whole image [known], with k
-       from `budget` [ours]: those whose similarity exceeds that of the strongest rival, another
-       subject or the background, by most [ours]. Without a rival that is the similarity itself.
-       Patches with equal margins go in raster order.
+    1. A patch belongs to the present subject with the largest similarity; if several are equal, to
+       each of them, so that the order of the subjects has no effect [ours].
+    2. Every subject keeps k of its patches over the whole image [known], with k from `budget` [ours].
+       These are the patches with the largest margin [ours]: their similarity minus the largest one of
+       the rivals, which are the other subjects and the background. Without rivals the margin is the
+       similarity. Patches with equal margins are taken in raster order.
 
-    Equal is what rounding could have made different, so that devices agree which patches match.
+    Values whose difference may be due to rounding count as equal, so that all devices match the same
+    patches.
 
     Args:
-      similarity: of any source: cosine of features, or attention to a subject's tokens.
-      present: which slots hold a subject.
-      area: size of each subject in the target, in patches of this grid (its soft mask summed).
+      similarity: from any source: cosine of features, or attention to a subject's tokens.
+      present: which slots contain a subject.
+      area: size of each subject in the target, in patches of this grid (the sum of its soft mask).
       rho: share of the subject's area to match, >= 0; may be traced.
-      background: similarity with what surrounds the subjects in their references, if known.
+      background: similarity with the surroundings of the subjects in their references, if available.
 
     Returns:
       The match. No gradient flows through it.
@@ -227,7 +233,7 @@ def match(
     margin = jnp.round((score - jnp.where(jnp.isfinite(rival), rival, 0)) / smallest)
 
     order = jnp.argsort(jnp.where(own, -margin, jnp.inf), axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)  # the inverse permutation: each patch's place
+    rank = jnp.argsort(order, axis=-1)  # The inverse permutation: the rank of each patch.
     k = budget(area, present, rho, height * width)
     kept = own & (rank < k[..., None])
 
@@ -243,7 +249,7 @@ def prototype_similarity(
     described: Float[AnyArray, "batch subjects 2 count features"],
     target_features: Float[AnyArray, "batch height width features"],
 ) -> tuple[Float[Array, "batch subjects height width"], Float[Array, "batch height width"]]:
-    """Similarity of a target with each subject, and with the backgrounds of all references.
+    """Computes the similarity of a target with each subject and with all references' backgrounds.
 
     Args:
       described: from `subject_and_background_prototypes`. Reference and target features must come from the same
@@ -254,7 +260,7 @@ def prototype_similarity(
 
 
 def to_grid(match: Match, grid: tuple[int, int]) -> Match:
-    """The same match on another grid (h, w), usually the latents'; the budget scales with it."""
+    """Resamples a match to another grid (h, w), usually that of the latents, and scales its budget."""
     rows, columns = match.union.shape[-2:]
     return Match(
         subjects=nearest_on_grid(match.subjects, grid),
@@ -264,13 +270,13 @@ def to_grid(match: Match, grid: tuple[int, int]) -> Match:
 
 
 def inside_own(match: Match, masks: Float[AnyArray, "batch subjects height width"]) -> Match:
-    """Keeps the matches that lie on their own subject, and drops those on another or on none [ours].
+    """Keeps only the matches inside the mask of their own subject [ours].
 
-    Otherwise a subject that wears looks of its neighbour is matched by the neighbour's reference, and has low
-    priority exactly where looks have leaked.
+    Without this, a subject with leaked attributes of its neighbour matches the neighbour's reference, and
+    gets low priority exactly where attributes have leaked.
 
     Args:
-      match: on the grid of the masks (see `to_grid`). Its budget stays.
+      match: match on the grid of the masks (see `to_grid`). Its budget is not changed.
       masks: share of each location that each subject covers, in [0, 1].
     """
     subjects = match.subjects * (masks > 0)
@@ -280,7 +286,7 @@ def inside_own(match: Match, masks: Float[AnyArray, "batch subjects height width
 def unmatched(
     prior: Float[AnyArray, "batch height width"], matched: Float[AnyArray, "batch height width"]
 ) -> Float[Array, "batch height width"]:
-    """`M_s = M_prior and not M'` [known]: the subjects' part that no reference explains yet.
+    """Computes `M_s = M_prior and not M'` [known]: the part of the subjects without a match.
 
     Args:
       prior: M_prior as the share of each location covered, in [0, 1].
@@ -290,17 +296,17 @@ def unmatched(
 
 
 def alignment(match: Match, prior: Float[AnyArray, "batch height width"]) -> Float[Array, "batch"]:
-    """Share of the possible match that is inside the prior: `|M' and M_prior| / min(k, |M_prior|)` [ours].
+    """Computes the alignment score `|M' and M_prior| / min(k, |M_prior|)` [ours].
 
     Args:
-      match: on the grid of `prior` (see `to_grid`); k is its budget.
+      match: match on the grid of `prior` (see `to_grid`); k is its budget.
       prior: M_prior in [0, 1].
 
     Returns:
-      A score in [0, 1]: 1 if every match lies on a subject (or covers all of them), 0 if none
-      does, and 0 where there is nothing to match.
+      A score in [0, 1]: 1 if all matches lie on a subject (or cover all subjects), 0 if none do or if
+      nothing can match.
     """
     hits = jnp.sum(match.union * prior, axis=(1, 2))
     possible = jnp.minimum(match.budget, jnp.sum(prior, axis=(1, 2)))
-    # Soft borders and uneven grids may leave the ratio a hair above one.
+    # The ratio may be slightly above one because of soft borders and uneven grids.
     return jnp.minimum(hits / jnp.where(possible > 0, possible, 1), 1)

@@ -1,4 +1,4 @@
-"""Maps between grids: pixels, latent locations, and the patches of a feature extractor."""
+"""Resamples maps between grids: pixels, latent locations, and patches of a feature extractor."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from focusdpo_jax.errors import UserError
 def average_to_grid(
     maps: Float[AnyArray, "*batch rows columns"], grid: tuple[int, int]
 ) -> Float[Array, "*batch height width"]:
-    """Averages maps over the cells of a coarser grid: a binary mask becomes the share covered.
+    """Averages maps over the cells of a coarser grid; a binary mask becomes the covered share.
 
     Args:
       maps: [..., H, W].
@@ -38,9 +38,9 @@ def average_to_grid(
 def nearest_on_grid(
     maps: Float[AnyArray, "*batch rows columns"], grid: tuple[int, int]
 ) -> Float[Array, "*batch height width"]:
-    """Reads maps at the centres of another grid's cells, whatever the ratio of the two.
+    """Samples maps at the centres of another grid's cells; the ratio of the grids is arbitrary.
 
-    Nearest neighbour, because a match is a yes or a no: averaging would invent half matches.
+    Nearest neighbours keep a binary match binary.
     """
     rows, columns = maps.shape[-2:]
     height, width = grid
@@ -53,9 +53,9 @@ def share_on_grid(
     masks: Float[AnyArray, "*batch rows columns"] | Bool[AnyArray, "*batch rows columns"],
     grid: tuple[int, int],
 ) -> Float[Array, "*batch height width"]:
-    """Share of each cell of a grid (h, w) that masks cover, whatever the ratio of the two.
+    """Computes the share of each cell of a grid (h, w) that masks cover; any ratio of the grids.
 
-    `average_to_grid` where the grid divides the masks, and an antialiased resize elsewhere.
+    Uses `average_to_grid` if the grid divides the masks, and an antialiased resize otherwise.
     """
     masks = masks.astype(jnp.float32)
     rows, columns = masks.shape[-2:]

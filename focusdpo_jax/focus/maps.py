@@ -1,4 +1,4 @@
-"""The facade: FocusDPO's weight maps of a batch of pairs, in one call.
+"""The main entry point: computes FocusDPO's weight maps of a batch of pairs in one call.
 
     maps = focus_map(
         images, prior_mask, grid=(128, 128), timesteps=t,
@@ -6,8 +6,8 @@
     )
     loss, _ = diffusion_dpo(..., maps.weights[:, 0], maps.weights[:, 1], beta)
 
-`training` computes the same maps in two halves, since all that does not depend on the timestep is computed
-once for each pair.
+`training` computes the same maps in two parts, since everything that does not depend on the timestep is
+computed once for each pair.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from focusdpo_jax.focus.correspondence import Match
 from focusdpo_jax.focus.grids import average_to_grid, share_on_grid
 from focusdpo_jax.focus.weighting import focus_weights
 
-# Masks may be bool, or float in [0, 1] where a location is covered in part.
+# Masks may be bool, or float in [0, 1] for partly covered locations.
 ReferenceMasks = (
     Bool[AnyArray, "batch subjects mask_rows mask_columns"]
     | Float[AnyArray, "batch subjects mask_rows mask_columns"]
@@ -35,20 +35,20 @@ PriorMasks = Bool[AnyArray, "batch rows columns"] | Float[AnyArray, "batch rows 
 
 
 class FocusMap(NamedTuple):
-    """The weights of B pairs, P images each, and the maps that they are made of.
+    """The weights of B pairs of P images, and the maps from which they are computed.
 
-    A map whose term the bucket excludes is None. No gradient flows through any of them.
+    The maps of terms that the bucket excludes are None. No gradient flows through any map.
 
     Attributes:
       weights: [B, P, h, w], W >= 0 on the latent grid; `losses.weighted_mean` normalises it.
       prior: [B, h, w], M_prior, the share of each location that the prior mask covers.
       similarity: [B, P, S, g, g], cosine of each patch with the nearest prototype of each subject, on the
         grid of the features.
-      match: subjects [B, P, S, h, w] and union [B, P, h, w], which is M'; budget [B, P].
+      match: subjects [B, P, S, h, w], union M' [B, P, h, w], and budget [B, P].
       unmatched: [B, P, h, w], M_s.
       detail: [B, P, h, w], M_d.
       uncertainty: [B, P, h, w], U.
-      diagnostics: of `weighting.focus_weights`, each [B, P].
+      diagnostics: those of `weighting.focus_weights`, each [B, P].
     """
 
     weights: Float[Array, "batch images height width"]
@@ -62,7 +62,7 @@ class FocusMap(NamedTuple):
 
 
 class _Spaf(NamedTuple):
-    """What `correspondence.match` reads of N images; `own` are the subjects' masks on the latent grid."""
+    """Arguments of `correspondence.match` for N images; `own`: subject masks on the latent grid."""
 
     similarity: Array
     background: Array
@@ -72,7 +72,7 @@ class _Spaf(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What the weights of N images depend on beside the bucket; None where its structure has no such term."""
+    """Inputs of the weights of N images; None for terms that the bucket's structure excludes."""
 
     prior: Array
     spaf: _Spaf | None = None
@@ -102,33 +102,37 @@ def focus_map(
 ) -> FocusMap:
     """Computes FocusDPO's weight map of each image of a batch of pairs.
 
-    All defaults are those of `configs/sdxl_dpo.py`. Pure and jittable: `grid` and the arguments from
-    `prototypes` on are static, as is a bucket's structure, which decides what is compiled.
+    All defaults are those of `configs/sdxl_dpo.py`. The function is pure and can be jitted: `grid`, the
+    arguments from `prototypes` on, and the bucket's structure are static.
 
-    The timestep is given in one of two ways. With `bucket` all pairs are in one timestep range, and terms that
-    it lacks are never computed: `buckets.make_buckets`. With `timesteps` each pair has its own, which may be
-    traced, as in a trainer that draws them from the whole range; all terms of `buckets` are then computed.
+    The timestep is given in one of two ways. With `bucket`, all pairs are in one timestep range (see
+    `buckets.make_buckets`), and terms that the bucket excludes are not computed. With `timesteps`, each
+    pair has its own timestep, which may be traced, as in a trainer that samples from the whole range. Then
+    all terms of `buckets` are computed.
 
     Args:
       images: RGB in [0, 1]; P = 2 for (chosen, rejected), or P = 1.
-      prior_mask: M_prior in pixels, where chosen and rejected differ, or all subjects.
+      prior_mask: M_prior in pixels: where chosen and rejected differ, or all subjects.
       grid: (h, w) of the latents, which divides the images.
       bucket: the timestep range of the batch.
-      timesteps: in [0, T), one a pair, both images share it.
-      buckets: for `timesteps`; default: `make_buckets()`, 4 ranges of T = 1000.
-      image_features: patch features of the images, by any frozen vision model (without class tokens) or by a
-        denoiser's block.
-      reference_features: patch features of each subject's reference image, by the same model.
+      timesteps: timestep in [0, T) of each pair, shared by both images.
+      buckets: buckets for `timesteps`; default: `make_buckets()`, 4 ranges of T = 1000.
+      image_features: patch features of the images, from any frozen vision model (without class tokens) or
+        from a block of a denoiser.
+      reference_features: patch features of each subject's reference image, from the same model.
       reference_masks: the subject's pixels in its reference, of any resolution.
-      present: which slots hold a subject; default: all.
-      subject_masks: each subject's pixels in the images, which size the number of patches it may match.
-        Default: the subjects share the prior mask's area equally [ours].
+      present: which slots contain a subject; default: all.
+      subject_masks: each subject's pixels in the images. Their area limits the number of patches that may
+        match. Default: the subjects share the prior mask's area equally [ours].
       reference_error: error maps of the reference model (`losses.error_map`), for a bucket with
         lambda_c > 0.
-      prototypes: feature vectors that stand for a subject, and as many for its surroundings.
-      own_subject: whether a match counts only on its own subject; needs `subject_masks`.
-      detail_bins, detail_sigma: of `complexity.local_entropy`; sigma in pixels, by default one latent cell
-        of SDXL.
+      prototypes: number of prototypes per subject, and also of its surroundings.
+      own_subject: whether to keep only matches inside the subject's own mask; needs `subject_masks`.
+      detail_bins, detail_sigma: bins and sigma of `complexity.local_entropy`; sigma is in pixels, by
+        default one latent cell of SDXL.
+
+    Returns:
+      A `FocusMap`.
 
     Raises:
       ValueError: not exactly one of `bucket` and `timesteps` is given, or an argument that the bucket's
@@ -139,11 +143,11 @@ def focus_map(
     count, sides = images.shape[:2]
 
     def flat(x):
-        """[B, P, ...] as [B * P, ...]: the images of a pair in succession."""
+        """Reshapes [B, P, ...] to [B * P, ...]."""
         return x.reshape(-1, *x.shape[2:])
 
     def each(x):
-        """[B, ...] for every image of its pair: [B * P, ...]."""
+        """Repeats [B, ...] for every image of its pair: [B * P, ...]."""
         return jnp.repeat(x, sides, axis=0)
 
     prior = average_to_grid(prior_mask.astype(jnp.float32), grid)
@@ -158,20 +162,20 @@ def focus_map(
         slots, patches = reference_features.shape[:2], image_features.shape[2:4]
         rows, columns = reference_features.shape[2:4]
         present = jnp.ones(slots, bool) if present is None else jnp.asarray(present)
-        described = correspondence.subject_and_background_prototypes(
+        references = correspondence.subject_and_background_prototypes(
             reference_features.reshape(*slots, -1, reference_features.shape[-1]),
             share_on_grid(reference_masks, (rows, columns)).reshape(*slots, -1),
             present,
             prototypes,
         )
         similarity, background = correspondence.prototype_similarity(
-            each(described), flat(image_features)
+            each(references), flat(image_features)
         )
         own = None
         if own_subject and subject_masks is not None:
             own = each(average_to_grid(subject_masks.astype(jnp.float32), grid))
         # A reference whose mask is empty has no prototypes, and nothing can match it.
-        known = jnp.any(described[:, :, 0] != 0, axis=(2, 3))
+        known = jnp.any(references[:, :, 0] != 0, axis=(2, 3))
         area = _area(prior_mask, subject_masks, present) * (patches[0] * patches[1])
         spaf = _Spaf(similarity, background, each(present & known), each(area), own)
         inputs = inputs._replace(spaf=spaf)
@@ -197,7 +201,7 @@ def focus_map(
 
 
 def _bucket(bucket, timesteps, buckets):
-    """The structure, and the params as scalars or, for timesteps [B], as arrays [B]."""
+    """Returns the structure and the params: scalars, or arrays [B] for timesteps [B]."""
     if (bucket is None) == (timesteps is None):
         raise ValueError("focus_map takes either bucket or timesteps")
     if bucket is not None:
@@ -210,18 +214,18 @@ def _bucket(bucket, timesteps, buckets):
         confidence=any(term.confidence for term in terms),
     )
     params = jax.tree.map(lambda *rows: jnp.stack(rows), *(bucket.params for bucket in buckets))
-    # A bucket without DPCE is one whose gate never opens.
+    # A bucket without DPCE is equivalent to one whose gate never opens.
     dpce = jnp.array([term.dpce for term in terms])
     params = params._replace(
         lambda_d=jnp.where(dpce, params.lambda_d, 0), tau=jnp.where(dpce, params.tau, jnp.inf)
     )
-    # The noisiest bucket is the first.
+    # The first bucket has the largest timesteps.
     index = jnp.sum(timesteps[:, None] < params.t_low[:-1], axis=1)
     return structure, jax.tree.map(lambda x: x[index], params)
 
 
 def _area(prior_mask, subject_masks, present):
-    """Share of the image [B, S] that each subject covers inside the prior mask."""
+    """Computes the share of the image [B, S] that each subject covers inside the prior mask."""
     prior = prior_mask.astype(jnp.float32)[:, None]
     if subject_masks is not None:
         return jnp.mean(subject_masks.astype(jnp.float32) * prior, axis=(2, 3))
@@ -232,7 +236,7 @@ def _area(prior_mask, subject_masks, present):
 def _weigh(
     structure: BucketStructure, params: BucketParams, grid: tuple[int, int], inputs: _Inputs
 ) -> FocusMap:
-    """`FocusMap` of N images, without their axis of pairs."""
+    """Computes the `FocusMap` of N images, without the axis of pairs."""
     similarity = match = unmatched = uncertainty = None
     if inputs.spaf is not None:
         similarity, background, present, area, own = inputs.spaf

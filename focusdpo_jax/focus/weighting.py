@@ -1,16 +1,16 @@
-"""The spatial weight W: how much each location of the latent counts in the objective.
+"""Computes the spatial weight W of each latent location in the loss.
 
     W = background + M_prior (f + lambda_s (1 - M') + gate lambda_d M_d + lambda_c U)
     f = 1 - (1 - gate) (1 - matched) M'
 
-Inside the subjects, what does not correspond to a reference yet (M_s = M_prior and not M') has
-high priority and what does (M') low priority; once structure is aligned the gate opens, M' counts
-in full again and detail M_d weighs more. Where the reference model is unsure (U), a location weighs more
-in any case. The priorities, and that detail is disabled while
-structure is misaligned, are [known] (FocusDPO, arXiv 2509.01181, pipeline figure); the formula is
-[ours]. Only W's shape matters: `losses.weighted_mean` divides by its sum.
+Inside the subjects, locations that do not match a reference yet (M_s = M_prior and not M') have high
+priority, and those that match (M') low priority. Once structure is aligned the gate opens: M' gets full
+weight again, and detail M_d gets more weight. Uncertainty U of the reference model adds weight in any
+case. The priorities, and that detail is disabled while structure is misaligned, are [known] (FocusDPO,
+arXiv 2509.01181, pipeline figure). The formula is [ours]. The scale of W has no effect, since
+`losses.weighted_mean` divides by its sum.
 
-Each of a pair's two images has its own map; stack them along the batch or call twice.
+Each of a pair's two images has its own map; stack them along the batch, or call twice.
 """
 
 import jax
@@ -22,7 +22,7 @@ from focusdpo_jax.focus import correspondence
 from focusdpo_jax.focus.buckets import BucketParams, BucketStructure
 from focusdpo_jax.focus.correspondence import Match
 
-# Per-example figures, each [B]; which ones exist depends on the bucket's structure.
+# Per-example values, each [B]; which ones exist depends on the bucket's structure.
 Diagnostics = dict[str, Float[Array, "batch"]]
 
 
