@@ -1,10 +1,10 @@
-"""Types of arrays that several packages share, written with jaxtyping."""
+"""Shared jaxtyping array types."""
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-# An argument may be an array of jax, also a traced one, or of numpy; results are arrays of jax.
+# Arguments may be JAX arrays, also traced ones, or NumPy arrays; results are JAX arrays.
 AnyArray = jax.Array | np.ndarray
 Scalar = Float[AnyArray, ""] | np.floating | float
 IntScalar = Int[AnyArray, ""] | np.integer | int

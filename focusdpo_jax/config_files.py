@@ -1,4 +1,4 @@
-"""Finds configuration files: by path, or by name among those that come with the package."""
+"""Finds configuration files by path, or by name among those that ship with the package."""
 
 import difflib
 import importlib.util
@@ -53,18 +53,18 @@ def load(name: str, *arguments):
     """Returns the ConfigDict of a configuration file.
 
     Args:
-      name: as for `find`; with an argument after a colon, or without.
-      arguments: of its `get_config`, in place of what follows the colon.
+      name: see `find`; an argument may follow a colon.
+      arguments: arguments of its `get_config`, instead of the one after the colon.
 
     Raises:
-      UserError: there is no such file, or it is no Python file.
+      UserError: there is no such file, or it is not a Python file.
     """
     path, colon, argument = find(name).partition(":")
     if colon and not arguments:
         arguments = (argument,)
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: a configuration is a file of Python, *.py")
+        raise UserError(f"--config={path}: a configuration must be a Python file (*.py)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*arguments)

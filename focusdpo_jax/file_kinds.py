@@ -1,4 +1,4 @@
-"""Recognises files of other formats than safetensors or JSON by their first bytes, for error messages."""
+"""Recognises unsupported file formats by their first bytes, for error messages."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _CONVERT = (

@@ -1,4 +1,4 @@
-"""Progress of long loops, in the log or as a bar on a terminal."""
+"""Reports the progress of long loops in the log or as a bar on a terminal."""
 
 import math
 import sys
@@ -11,22 +11,27 @@ _EVERY = 10.0  # Seconds between two lines of `ItemProgress`.
 
 
 class ItemProgress:
-    """Logs every ten seconds how many of a number of items are done, and about how long the rest takes.
+    """Logs the number of finished items and the estimated remaining time, every ten seconds.
 
-    What takes less than ten seconds logs nothing.
+    Loops of less than ten seconds log nothing.
     """
 
     def __init__(self, what, total):
-        """`what` names the items that are counted, `total` is how many there will be."""
+        """Starts the clock.
+
+        Args:
+          what: description of the counted items, for the log line.
+          total: total number of items.
+        """
         self._what, self._total, self._done = what, total, 0
-        self._began = self._shown = time.monotonic()
+        self._start = self._shown = time.monotonic()
 
     def add(self, count):
-        """Counts `count` more as done."""
+        """Counts `count` more items as finished."""
         self._done += count
         now = time.monotonic()
-        if now - self._shown >= _EVERY or self._done == self._total and now - self._began >= _EVERY:
-            rate = self._done / (now - self._began)
+        if now - self._shown >= _EVERY or self._done == self._total and now - self._start >= _EVERY:
+            rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate
             logging.info(
                 "%s: %d of %d, %.3g/s, about %.0f s left",
@@ -40,20 +45,23 @@ class ItemProgress:
 
 
 class StepProgress:
-    """Speed and progress of training steps: a bar on a terminal, a line in the log elsewhere.
+    """Reports speed and progress of training steps: as a bar on a terminal, otherwise in the log.
 
-    As `clu.periodic_actions.ReportProgress`, but of steps that have finished: that one counts steps when they
-    are dispatched. Called when a logging window is reported, with the work of the window.
+    Unlike `clu.periodic_actions.ReportProgress`, which counts steps when they are dispatched, it counts
+    finished steps. It is called when a logging window is reported.
     """
 
     def __init__(self, *, start, total, unit, per_step, devices=1, peak=None):
-        """A loop of the steps from start to total.
+        """Starts the clock, and the bar if there is one.
 
         Args:
-          unit, per_step: what a step is made of (pairs, images), and how many of them.
-          devices: over which a step is divided.
-          peak: floating-point operations a second of a device at its best
-            (`profiling.peak_flops.matmul_peak`).
+          start: number of steps done before.
+          total: last step.
+          unit: name of the items of a step ("pairs", "images").
+          per_step: items per step.
+          devices: number of devices that share a step.
+          peak: peak floating-point operations per second of a device
+            (`profiling.peak_flops.matmul_peak`), or None if unknown.
         """
         self._total, self._unit, self._per_step = total, unit, per_step
         self._devices, self._peak = devices, peak
@@ -66,11 +74,13 @@ class StepProgress:
         """Reports that `step` steps are done, with a few scalars.
 
         Args:
+          step: number of finished steps.
+          values: scalars to show, {name: float}.
           matmul_flops: floating-point operations of all matrix products since the last report.
 
         Returns:
-          {"pairs_per_second": units a second, "teraflops_per_device": 10^12 operations a second,
-          "utilisation": share of the peak}; the last two where there is a peak.
+          {"pairs_per_second": items per second, "teraflops_per_device": 10^12 operations per second,
+          "utilisation": share of the peak}; the last two only if the peak is known.
         """
         now = time.monotonic()
         window = max(now - self._time, 1e-9)
@@ -80,7 +90,7 @@ class StepProgress:
         if self._peak:
             flops = matmul_flops / window / self._devices
             speed |= {"teraflops_per_device": flops / 1e12, "utilisation": flops / self._peak}
-            line += f"  {flops / 1e12:.3g} TFLOP/s a device, {flops / self._peak:.0%} of its best"
+            line += f"  {flops / 1e12:.3g} TFLOP/s per device, {flops / self._peak:.0%} of peak"
         scalars = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar:
             self._bar.update(step - self._shown)
@@ -98,17 +108,17 @@ class StepProgress:
         return speed
 
     def pause(self):
-        """Starts the clock again after work that is not part of the loop."""
+        """Restarts the clock after work that is not part of the loop."""
         self._time = time.monotonic()
 
     def close(self):
-        """Leaves the bar as it is."""
+        """Closes the bar, which stays visible."""
         if self._bar:
             self._bar.close()
 
 
 def duration(seconds):
-    """Seconds as people read them: "41 s", "3 min 20 s", "2 h 05 min"."""
+    """Formats seconds as "41 s", "3 min 20 s" or "2 h 05 min"."""
     seconds = int(math.ceil(seconds))
     if seconds < 60:
         return f"{seconds} s"

@@ -1,4 +1,7 @@
-"""Discrete-time diffusion: noise schedules, samplers and guidance. Needs jax, numpy and jaxtyping alone."""
+"""Discrete-time diffusion: noise schedules, samplers and guidance.
+
+Requires only jax, numpy and jaxtyping.
+"""
 
 from focusdpo_jax.diffusion import samplers, schedule
 from focusdpo_jax.diffusion.samplers import SAMPLERS, Spacing, classifier_free_guidance, sample

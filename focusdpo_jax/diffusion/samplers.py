@@ -1,4 +1,4 @@
-"""From noise to latents: four samplers as one `lax.scan`, and classifier-free guidance.
+"""Four diffusion samplers as one `lax.scan`, and classifier-free guidance.
 
     def denoise(z, t):                                # z [2B, h, w, c], t [2B]
         return unet(params, z, t, both_conditionings)  # conditional half first
@@ -6,8 +6,8 @@
     denoise = classifier_free_guidance(denoise, 5.0)
     z = sample(denoise, schedule, noise, steps=25, sampler="dpmpp_2m")
 
-A sampler is a table of coefficients. With x0 and e, which the prediction for z_t implies, and fresh
-normal noise n, a step goes from timestep t to the next one, s:
+A sampler is a table of coefficients. Let x0 and e be the clean latents and the noise that the prediction
+for z_t implies, and n fresh normal noise. A step from timestep t to the next timestep s is:
 
     z_s = alpha_s x0 + kept e + fresh n + correction (x0 - x0')
 
@@ -18,18 +18,17 @@ normal noise n, a step goes from timestep t to the next one, s:
 
     rho = exp(-h) = (sigma_s / alpha_s) / (sigma_t / alpha_t)
 
-(h is the step in log(alpha / sigma); x0' and h' are those of the step before.) The last step goes
-all the way to the clean latents, x0. Timesteps and levels are those of diffusers' scheduler of the
-same name, to the letter: its DDIM steps from t to the level at t - T // steps, which with some
-spacings is not quite the timestep that it visits next, and its Euler samplers visit fractions of
-timesteps with `linspace`.
+h is the step in log(alpha / sigma); x0' and h' are the values of the previous step. The last step
+returns the clean latents x0. Timesteps and noise levels equal those of diffusers' scheduler of the same
+name. In particular, its DDIM steps from t to the level at t - T // steps, which differs from the next
+timestep with some spacings, and its Euler samplers use fractional timesteps with `linspace`.
 
-The Euler samplers are usually written for x = z / alpha, of noise level sigma / alpha. There a
-denoiser's input has to be scaled, the noise begins at `init_noise_sigma`, and zero terminal SNR is
-an infinite level. In z every input has its scale already, and that level is alpha = 0.
+The Euler samplers are usually formulated for x = z / alpha with noise level sigma / alpha. Then the
+input of the denoiser has to be scaled, the initial noise has scale `init_noise_sigma`, and zero terminal
+SNR is an infinite noise level. For z no scale is needed, and zero terminal SNR is alpha = 0.
 
-A picture that is there can be drawn over (`Known`): from a `strength` below 1 on, it is noised to
-where the last share of the steps begins; and what is to be kept of it is put back after every step.
+`Known` defines an existing image to edit. With a `strength` below 1, sampling starts from its noised
+latents and runs only the last share of the steps. Regions to keep are restored after every step.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ from focusdpo_jax.diffusion.schedule import NoiseSchedule
 from focusdpo_jax.errors import UserError
 
 Latents = Float[AnyArray, "batch height width channels"]
-# Fractions where a sampler visits them; see `sampling_timesteps`.
+# Some samplers use fractional timesteps; see `sampling_timesteps`.
 Timesteps = Int[AnyArray, "batch"] | Float[AnyArray, "batch"]
 DenoiseFn = Callable[[Latents, Timesteps], Latents]
 
@@ -55,13 +54,13 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 @dataclasses.dataclass(frozen=True)
 class Spacing:
-    """Which timesteps are visited, in the terms of a scheduler_config.json of diffusers.
+    """Selects the sampling timesteps, with the fields of diffusers' scheduler_config.json.
 
     Attributes:
       name: one of `SPACINGS` (arXiv 2305.08891, table 2).
-      steps_offset: the last timestep of `leading`, 1 for SDXL; the others have none.
-      set_alpha_to_one: whether DDIM's last step goes to the clean latents; otherwise it goes to
-        timestep 0. The others always go to the clean latents.
+      steps_offset: the last timestep of `leading`, 1 for SDXL; ignored by the other spacings.
+      set_alpha_to_one: whether DDIM's last step returns the clean latents; otherwise it ends at
+        timestep 0. The other samplers always return the clean latents.
     """
 
     name: str = "leading"
@@ -76,18 +75,19 @@ class Spacing:
 
 
 class _Coefficients(NamedTuple):
-    """The columns of the module's table, one entry a step; None where the term is absent."""
+    """The columns of the module's table, one entry per step; None for a column of zeros."""
 
     kept: Float[Array, "steps"]
     fresh: Float[Array, "steps"] | None = None
     correction: Float[Array, "steps"] | None = None
 
 
-# Each of these takes alpha and sigma, [steps + 1], at the timesteps visited and at the clean end.
+# The arguments of these functions are alpha and sigma, [steps + 1], at the sampling timesteps and for
+# the clean latents.
 
 
 def _noise_ratio(alpha, sigma):
-    """rho of each step, [steps]; 0 on the last, and on one that begins without any signal."""
+    """Returns rho of each step, [steps]; 0 for the last step, and for one that starts at alpha = 0."""
     return (sigma[1:] * alpha[:-1]) / (alpha[1:] * sigma[:-1])
 
 
@@ -98,7 +98,7 @@ def _first_order(alpha, sigma):
 
 
 def _ancestral(alpha, sigma):
-    """Part of the noise is replaced by as much fresh noise (Song et al. 2020, eta = 1)."""
+    """Replaces part of the noise by fresh noise of equal variance (Song et al. 2020, eta = 1)."""
     rho = _noise_ratio(alpha, sigma)
     return _Coefficients(kept=sigma[1:] * rho, fresh=sigma[1:] * jnp.sqrt(1 - jnp.square(rho)))
 
@@ -106,7 +106,7 @@ def _ancestral(alpha, sigma):
 def _second_order(alpha, sigma):
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    The first step has no predecessor and the last is infinitely long: both are of first order.
+    The first step, which has no predecessor, and the last one, for which h is infinite, are of first order.
     """
     steps = len(sigma) - 1
     h = jnp.diff(jnp.log(alpha / sigma))
@@ -120,32 +120,32 @@ class _Sampler:
     """The properties of a sampler.
 
     Attributes:
-      coefficients: (alpha, sigma) [steps + 1] -> its columns of the table.
-      starts_without_signal: begins at z = sigma n rather than z = n where the spacing begins at the
-        noisiest timestep, which is what diffusers' `init_noise_sigma` comes to.
-      lays_the_end: spreads steps + 1 timesteps, of which the last stands for the clean end.
-      steps_back: goes from t to t - T // steps, whatever the next timestep is.
-      between: `linspace` does not round, and levels lie between two timesteps.
+      coefficients: (alpha, sigma) [steps + 1] -> the columns of the table.
+      scales_initial_noise: starts at z = sigma n instead of z = n if the spacing starts at the last
+        training timestep; equivalent to diffusers' `init_noise_sigma`.
+      spaces_final_step: spaces steps + 1 timesteps, the last of which is replaced by the clean latents.
+      steps_by_stride: steps from t to t - T // steps, independent of the next timestep.
+      fractional: `linspace` does not round; levels are interpolated between training timesteps.
     """
 
     coefficients: Callable[[Float[Array, "ends"], Float[Array, "ends"]], _Coefficients]
-    starts_without_signal: bool = False
-    lays_the_end: bool = False
-    steps_back: bool = False
-    between: bool = False
+    scales_initial_noise: bool = False
+    spaces_final_step: bool = False
+    steps_by_stride: bool = False
+    fractional: bool = False
 
 
-# Start and timesteps are those of diffusers' scheduler for each, so that pictures can be compared.
+# Initial noise and timesteps equal those of diffusers' schedulers, so that images can be compared.
 _SAMPLERS = {
-    "ddim": _Sampler(_first_order, steps_back=True),
-    "euler": _Sampler(_first_order, starts_without_signal=True, between=True),
-    "euler_a": _Sampler(_ancestral, starts_without_signal=True, between=True),
-    "dpmpp_2m": _Sampler(_second_order, lays_the_end=True),
+    "ddim": _Sampler(_first_order, steps_by_stride=True),
+    "euler": _Sampler(_first_order, scales_initial_noise=True, fractional=True),
+    "euler_a": _Sampler(_ancestral, scales_initial_noise=True, fractional=True),
+    "dpmpp_2m": _Sampler(_second_order, spaces_final_step=True),
 }
 SAMPLERS = tuple(_SAMPLERS)
 
 
-def _sampler_named(name: str) -> _Sampler:
+def _get_sampler(name: str) -> _Sampler:
     if name not in _SAMPLERS:
         raise UserError(f"sampler is {name!r}; choose one of {', '.join(SAMPLERS)}")
     return _SAMPLERS[name]
@@ -154,54 +154,55 @@ def _sampler_named(name: str) -> _Sampler:
 def sampling_timesteps(
     timesteps: int, steps: int, spacing: Spacing | str = "leading", sampler: str = "ddim"
 ) -> np.ndarray:
-    """The timesteps that a sampler visits, from noise to image: [steps], int32.
+    """Returns the sampling timesteps from noise to image: [steps], int32 or float32.
 
     Args:
       timesteps: number of training timesteps T.
       steps: number of denoiser calls, 1 to T - 1 (T - 2 with `dpmpp_2m`).
       spacing: a `Spacing`, or the name of one:
-        `leading`: multiples of T // steps, plus the offset; the noisiest is below T - 1.
-        `trailing`: begins at T - 1, as few steps and zero terminal SNR need.
-        `linspace`: from T - 1 to 0, rounded; with the Euler samplers not rounded, float32. (A single
-        step of those and of `ddim` is at 0.)
-        `dpmpp_2m` reads `leading` and `linspace` with steps + 1 for steps and visits all but the
-        last.
+        `leading`: multiples of T // steps, plus the offset; the largest is below T - 1.
+        `trailing`: starts at T - 1, as required for few steps and for zero terminal SNR.
+        `linspace`: from T - 1 to 0, rounded; with the Euler samplers float32 and not rounded. (A single
+        step is at 0 with these and with `ddim`.)
+        With `leading` and `linspace`, `dpmpp_2m` computes steps + 1 timesteps and omits the last.
       sampler: one of `SAMPLERS`.
 
     Raises:
       UserError: steps out of range, unknown spacing or sampler.
     """
-    chosen = _sampler_named(sampler)
+    method = _get_sampler(sampler)
     spacing = _as_spacing(spacing)
-    laid = steps + chosen.lays_the_end
-    if steps < 1 or laid >= timesteps:
-        raise UserError(f"sampling steps is {steps}; choose 1 to {timesteps - 1 - (laid - steps)}")
-    # In the arithmetic of diffusers, whose rounding decides between two timesteps at some counts.
+    spaced = steps + method.spaces_final_step
+    if steps < 1 or spaced >= timesteps:
+        raise UserError(
+            f"sampling steps is {steps}; choose 1 to {timesteps - 1 - (spaced - steps)}"
+        )
+    # The same arithmetic as in diffusers, since rounding affects the result for some step counts.
     if spacing.name == "leading":
-        visited = np.arange(laid)[::-1] * (timesteps // laid) + spacing.steps_offset
+        times = np.arange(spaced)[::-1] * (timesteps // spaced) + spacing.steps_offset
     elif spacing.name == "trailing":
-        visited = np.round(np.arange(timesteps, 0, -timesteps / steps)) - 1
-    elif chosen.between:
-        return np.linspace(0, timesteps - 1, laid, dtype=np.float32)[::-1]
+        times = np.round(np.arange(timesteps, 0, -timesteps / steps)) - 1
+    elif method.fractional:
+        return np.linspace(0, timesteps - 1, spaced, dtype=np.float32)[::-1]
     else:
-        visited = np.linspace(0, timesteps - 1, laid).round()[::-1]
-    if visited[0] >= timesteps:
+        times = np.linspace(0, timesteps - 1, spaced).round()[::-1]
+    if times[0] >= timesteps:
         raise UserError(
             f"steps_offset is {spacing.steps_offset}: {steps} steps would begin at "
-            f"timestep {visited[0]}, of {timesteps}; give fewer steps"
+            f"timestep {times[0]}, of {timesteps}; give fewer steps"
         )
-    return visited[:steps].astype(np.int32)
+    return times[:steps].astype(np.int32)
 
 
 def _as_spacing(spacing):
     return Spacing(spacing) if isinstance(spacing, str) else spacing
 
 
-def _levels(schedule, visited):
-    """alpha and sigma at timesteps, each [steps]; between two of them sigma / alpha is linear."""
+def _levels(schedule, times):
+    """Returns alpha and sigma at `times`, each [steps]; sigma / alpha is interpolated linearly."""
     abar = jnp.asarray(schedule.alphas_cumprod)
-    low = np.floor(visited).astype(np.int32)
-    share = visited - low
+    low = np.floor(times).astype(np.int32)
+    share = times - low
     if not share.any():
         return jnp.sqrt(abar[low]), jnp.sqrt(1 - abar[low])
     ratio = jnp.sqrt((1 - abar) / abar)  # Infinite where there is no signal.
@@ -212,13 +213,12 @@ def _levels(schedule, visited):
 
 
 def guides(scale: float) -> bool:
-    """Returns whether a scale means guidance: above 1. Otherwise the denoiser is conditional alone.
+    """Returns whether a guidance scale enables guidance, that is, whether it is above 1.
 
-    As in diffusers, where `guidance_scale` 0 means no guidance too, rather than the unconditional
-    half by itself.
+    As in diffusers, a scale of 0 also disables guidance; it does not select the unconditional branch.
 
     Raises:
-      UserError: it is no finite number.
+      UserError: the scale is not a finite number.
     """
     if not np.isfinite(scale):
         raise UserError(f"guidance is {scale}; give a finite number, 1 or less for none")
@@ -226,16 +226,16 @@ def guides(scale: float) -> bool:
 
 
 def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Scalar) -> DenoiseFn:
-    """A denoiser of B latents from one of 2B: one call on [conditional, unconditional].
+    """Returns a guided denoiser of B latents, which makes one call of a denoiser of 2B latents.
 
         prediction = unconditional + scale (conditional - unconditional)
 
-    (Ho & Salimans 2022, arXiv 2207.12598, in the convention where scale 1 is no guidance.)
+    Source: Ho & Salimans 2022, arXiv 2207.12598, in the convention where scale 1 disables guidance.
 
     Args:
-      denoise_fn: takes latents [2B, h, w, c] and timesteps [2B]; its conditioning holds the B
-        conditional entries first and the B unconditional ones after them.
-      scale: >= 0; may be traced.
+      denoise_fn: denoiser of latents [2B, h, w, c] at timesteps [2B]. Its conditioning contains B
+        conditional entries, followed by B unconditional ones.
+      scale: guidance scale >= 0; may be traced.
     """
 
     def guided(latents: Latents, t: Timesteps) -> Latents:
@@ -248,15 +248,15 @@ def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Scalar) -> DenoiseFn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Known:
-    """Clean latents to begin from, and which of them stay.
+    """An existing image to edit, as clean latents.
 
     Attributes:
-      latents: float32 [B, h, w, C], or [1, h, w, C] for all.
-      kept: [B or 1, h, w, 1] in [0, 1]. Where it is 1, the result is `latents`: after every step
-        they take the place of what was drawn there, noised to the timestep that comes next with
-        the noise of the start (RePaint without its repetitions, arXiv 2201.09865; as diffusers'
-        inpainting pipelines do with a UNet of 4 channels). None keeps nothing.
-      strength: in (0, 1], the share of the steps that is made; 1 begins at noise alone.
+      latents: float32 [B, h, w, C], or [1, h, w, C] for all images.
+      kept: [B or 1, h, w, 1] in [0, 1]. Where it is 1, the result equals `latents`: after every step the
+        sample is replaced there by `latents` at the next noise level, with the initial noise (RePaint,
+        arXiv 2201.09865, without resampling; the method of diffusers' inpainting pipelines for a UNet
+        with 4 channels). None keeps nothing.
+      strength: share of the steps to run, in (0, 1]; 1 starts from pure noise.
     """
 
     latents: Latents
@@ -265,29 +265,29 @@ class Known:
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Which of `steps` is the first one made: the last int(steps * strength) are.
+    """Returns the index of the first of the last int(steps * strength) steps.
 
     Raises:
       UserError: `strength` is outside (0, 1], or so small that no step is left.
     """
-    made = int(steps * strength) if 0 < strength <= 1 else 0
-    if not made:
+    count = int(steps * strength) if 0 < strength <= 1 else 0
+    if not count:
         raise UserError(
             f"strength is {strength} of {steps} steps; choose a share of 1 step or "
             f"more: {1 / steps:.3g} to 1"
         )
-    return steps - made
+    return steps - count
 
 
 def step_noise(
     keys: Key[Array, "batch"], step: IntScalar, shape: tuple[int, ...]
 ) -> Float[Array, "batch height width channels"]:
-    """The fresh noise of one ancestral step, [B, *shape]; a row depends on its own key alone."""
+    """Returns the fresh noise of one ancestral step, [B, *shape]; a row depends only on its own key."""
 
-    def draw(key):
+    def normal(key):
         return jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32)
 
-    return jax.vmap(draw)(keys)
+    return jax.vmap(normal)(keys)
 
 
 def sample(
@@ -301,20 +301,20 @@ def sample(
     keys: Key[Array, "batch"] | None = None,
     known: Known | None = None,
 ) -> Float[Array, "batch height width channels"]:
-    """Clean latents from noise; the module's docstring has the update.
+    """Generates clean latents from noise; see the module's docstring for the update.
 
     Args:
-      denoise_fn: (z_t [B, h, w, c] float32, t [B] int32, or float32 where timesteps have fractions)
+      denoise_fn: (z_t [B, h, w, c] float32, t [B] int32, or float32 for fractional timesteps)
         -> prediction of the schedule's type.
-      schedule: the one the denoiser was trained with. Zero terminal SNR is met only where the
-        spacing begins at the last timestep: `trailing` or `linspace`.
-      noise: standard normal, whatever the sampler and spacing.
+      schedule: the schedule with which the denoiser was trained. Zero terminal SNR requires a spacing
+        that starts at the last training timestep: `trailing` or `linspace`.
+      noise: standard normal noise for all samplers and spacings.
       steps: number of denoiser calls; static.
       spacing: see `sampling_timesteps`; static.
       sampler: one of `SAMPLERS`; static.
-      keys: for `euler_a`, which draws noise at every step: a key for each of the latents, so that a
-        image does not depend on its batch. The others draw nothing and use no key.
-      known: latents to draw over; None draws from noise alone. Its `strength` is static.
+      keys: one key per image for `euler_a`, which samples noise at every step, so that an image does
+        not depend on its batch. The other samplers ignore it.
+      known: existing image to edit; None generates from noise. Its `strength` is static.
 
     Returns:
       Clean latents, float32.
@@ -323,18 +323,20 @@ def sample(
       UserError: see `sampling_timesteps` and `first_step`.
       ValueError: `euler_a` without keys.
     """
-    chosen, spacing = _sampler_named(sampler), _as_spacing(spacing)
+    method, spacing = _get_sampler(sampler), _as_spacing(spacing)
     first = 0 if known is None else first_step(steps, known.strength)
-    visited = sampling_timesteps(schedule.timesteps, steps, spacing, sampler)[first:]
+    times = sampling_timesteps(schedule.timesteps, steps, spacing, sampler)[first:]
     alpha, sigma = (
-        jnp.append(level, end) for level, end in zip(_levels(schedule, visited), (1.0, 0.0))
+        jnp.append(level, end) for level, end in zip(_levels(schedule, times), (1.0, 0.0))
     )
-    coefficients, alpha_next = chosen.coefficients(alpha, sigma), alpha[1:]
-    if chosen.steps_back:
-        back = visited - schedule.timesteps // steps
+    coefficients, alpha_next = method.coefficients(alpha, sigma), alpha[1:]
+    if method.steps_by_stride:
+        following = times - schedule.timesteps // steps
         abar = jnp.asarray(schedule.alphas_cumprod)
         abar = jnp.where(
-            back >= 0, abar[np.maximum(back, 0)], 1.0 if spacing.set_alpha_to_one else abar[0]
+            following >= 0,
+            abar[np.maximum(following, 0)],
+            1.0 if spacing.set_alpha_to_one else abar[0],
         )
         alpha_next, coefficients = jnp.sqrt(abar), _Coefficients(kept=jnp.sqrt(1 - abar))
     if coefficients.fresh is not None and keys is None:
@@ -343,29 +345,29 @@ def sample(
             "of the latents: jax.random.split(key, len(noise))"
         )
 
-    def step(carry, now):
-        latents, x0_before = carry
-        number, timestep, here, there, alpha_next, (kept, fresh, correction) = now
+    def step(carry, row):
+        latents, previous_x0 = carry
+        number, timestep, level, next_level, alpha_next, (kept, fresh, correction) = row
         prediction = denoise_fn(latents, jnp.full((latents.shape[0],), timestep))
-        x0 = schedule.x0_at(prediction, latents, *here)
-        latents = alpha_next * x0 + kept * schedule.epsilon_at(prediction, latents, *here)
+        x0 = schedule.x0_at(prediction, latents, *level)
+        latents = alpha_next * x0 + kept * schedule.epsilon_at(prediction, latents, *level)
         if correction is not None:
-            latents += correction * (x0 - x0_before)
+            latents += correction * (x0 - previous_x0)
         if fresh is not None and keys is not None:
             latents += fresh * step_noise(keys, number, latents.shape[1:])
         if known is not None and known.kept is not None:
-            noised = there[0] * known.latents + there[1] * noise
+            noised = next_level[0] * known.latents + next_level[1] * noise
             latents = known.kept * noised + (1 - known.kept) * latents
         return (latents, x0), None
 
     start = jnp.asarray(noise, jnp.float32)
     if known is not None and first:
         start = alpha[0] * known.latents + sigma[0] * start
-    elif chosen.starts_without_signal and spacing.name != "leading":
+    elif method.scales_initial_noise and spacing.name != "leading":
         start = sigma[0] * start
     table = (
         jnp.arange(first, steps),
-        jnp.asarray(visited),
+        jnp.asarray(times),
         (alpha[:-1], sigma[:-1]),
         (alpha[1:], sigma[1:]),
         alpha_next,

@@ -1,4 +1,4 @@
-"""The noise schedule of a discrete-time diffusion, and what a denoiser may predict.
+"""The noise schedule of a discrete-time diffusion, and the prediction types of denoisers.
 
     z_t = alpha_t z + sigma_t e,    alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
 
@@ -7,7 +7,8 @@
     v_prediction   alpha_t e - sigma_t z   alpha_t z_t - sigma_t p       alpha_t p + sigma_t z_t
     sample         z                       p                             (z_t - alpha_t p) / sigma_t
 
-(Ho et al. 2020, arXiv 2006.11239; v: Salimans & Ho 2022, arXiv 2202.00512.) All of it in float32.
+Sources: Ho et al. 2020, arXiv 2006.11239; v: Salimans & Ho 2022, arXiv 2202.00512. All computations are
+in float32.
 """
 
 import dataclasses
@@ -26,12 +27,12 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """How much signal is left at each timestep, and what the denoiser predicts.
+    """Signal level of each timestep, and the prediction type of the denoiser.
 
-    A pytree: it may be closed over by a jitted function or handed to one.
+    It is a pytree, so that a jitted function can take it as an argument.
 
     Attributes:
-      alphas_cumprod: abar_t in [0, 1], falling, float32, one for each training timestep.
+      alphas_cumprod: abar_t in [0, 1], decreasing, float32, one for each training timestep.
       prediction_type: one of `PREDICTION_TYPES`.
     """
 
@@ -40,13 +41,13 @@ class NoiseSchedule:
 
     @property
     def timesteps(self) -> int:
-        """Number of training timesteps T; t runs over [0, T)."""
+        """Number of training timesteps T; t is in [0, T)."""
         return self.alphas_cumprod.shape[0]
 
     def signal_and_noise(
         self, t: Int[AnyArray, "batch"]
     ) -> tuple[Float[Array, "batch 1 1 1"], Float[Array, "batch 1 1 1"]]:
-        """alpha_t and sigma_t, shaped to multiply [B, h, w, c]."""
+        """Returns alpha_t and sigma_t, each [B, 1, 1, 1]."""
         abar = jnp.asarray(self.alphas_cumprod)[t][:, None, None, None]
         return jnp.sqrt(abar), jnp.sqrt(1 - abar)
 
@@ -56,7 +57,7 @@ class NoiseSchedule:
         noise: Float[AnyArray, "batch height width channels"],
         t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
-        """z_t = alpha_t z + sigma_t e."""
+        """Computes the noisy latents z_t = alpha_t z + sigma_t e."""
         alpha, sigma = self.signal_and_noise(t)
         return alpha * latents.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
@@ -66,7 +67,7 @@ class NoiseSchedule:
         noise: Float[AnyArray, "batch height width channels"],
         t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
-        """What a perfect denoiser predicts for z_t, by prediction type."""
+        """Computes the prediction of a perfect denoiser for z_t."""
         latents, noise = jnp.asarray(latents, jnp.float32), jnp.asarray(noise, jnp.float32)
         if self.prediction_type == "epsilon":
             return noise
@@ -81,7 +82,7 @@ class NoiseSchedule:
         noisy: Float[AnyArray, "batch height width channels"],
         t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
-        """The clean latents that a prediction for `noisy` = z_t implies."""
+        """Computes the clean latents that a prediction for `noisy` = z_t implies."""
         return self.x0_at(prediction, noisy, *self.signal_and_noise(t))
 
     def to_epsilon(
@@ -90,7 +91,7 @@ class NoiseSchedule:
         noisy: Float[AnyArray, "batch height width channels"],
         t: Int[AnyArray, "batch"],
     ) -> Float[Array, "batch height width channels"]:
-        """The noise that a prediction for `noisy` = z_t implies."""
+        """Computes the noise that a prediction for `noisy` = z_t implies."""
         return self.epsilon_at(prediction, noisy, *self.signal_and_noise(t))
 
     def x0_at(
@@ -100,7 +101,7 @@ class NoiseSchedule:
         alpha: Float[Array, "..."],
         sigma: Float[Array, "..."],
     ) -> Float[Array, "batch height width channels"]:
-        """As `to_x0`, at alpha_t and sigma_t, of a broadcastable shape, that may lie between two t."""
+        """Like `to_x0` for given alpha and sigma of a broadcastable shape, also between timesteps."""
         prediction = jnp.asarray(prediction, jnp.float32)
         noisy = jnp.asarray(noisy, jnp.float32)
         if self.prediction_type == "sample":
@@ -116,7 +117,7 @@ class NoiseSchedule:
         alpha: Float[Array, "..."],
         sigma: Float[Array, "..."],
     ) -> Float[Array, "batch height width channels"]:
-        """As `to_epsilon`, at alpha_t and sigma_t; see `x0_at`."""
+        """Like `to_epsilon` for given alpha and sigma; see `x0_at`."""
         prediction = jnp.asarray(prediction, jnp.float32)
         noisy = jnp.asarray(noisy, jnp.float32)
         if self.prediction_type == "epsilon":
@@ -144,7 +145,7 @@ def scaled_linear_schedule(
     beta_end: float = 0.012,
     zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
-    """The schedule of Stable Diffusion and SDXL: betas linear in their square roots.
+    """Returns the schedule of Stable Diffusion and SDXL, whose sqrt(beta_t) is linear in t.
 
         sqrt(beta_t) from sqrt(beta_start) to sqrt(beta_end),   abar_t = prod_(s <= t) (1 - beta_s)
 
@@ -154,11 +155,11 @@ def scaled_linear_schedule(
       prediction_type: one of `PREDICTION_TYPES`.
       timesteps: number of training timesteps.
       beta_start, beta_end: 0 < beta_start < beta_end < 1.
-      zero_terminal_snr: rescale so that the last timestep is pure noise (arXiv 2305.08891).
+      zero_terminal_snr: whether to rescale so that the last timestep is pure noise (arXiv 2305.08891).
 
     Raises:
-      UserError: unknown prediction type, or zero terminal SNR with `epsilon`, which says nothing
-        about the image where there is only noise.
+      UserError: unknown prediction type, or zero terminal SNR with `epsilon`, which does not determine
+        the image at the last timestep.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(
@@ -170,7 +171,7 @@ def scaled_linear_schedule(
             "cannot use; choose v_prediction or sample"
         )
     betas = np.square(np.linspace(np.sqrt(beta_start), np.sqrt(beta_end), timesteps))
-    alphas_cumprod = np.cumprod(1 - betas)  # in float64; rounded once, at the end
+    alphas_cumprod = np.cumprod(1 - betas)  # In float64; rounded once, at the end.
     if zero_terminal_snr:
         alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
     return NoiseSchedule(alphas_cumprod.astype(np.float32), prediction_type)
@@ -179,15 +180,16 @@ def scaled_linear_schedule(
 def logit_normal_timesteps(
     key: PRNGKeyArray, batch: int, timesteps: int, mean: float = 0.0, deviation: float = 1.0
 ) -> Int[Array, "batch"]:
-    """Draws more of the middle timesteps than of the ends: t = T sigmoid(n), n normal.
+    """Samples timesteps t = T sigmoid(n) with normal n, which favours the middle of the range.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 3.1.
 
     Args:
-      batch: how many to draw.
+      key: PRNG key.
+      batch: number of samples.
       timesteps: number of training timesteps T.
-      mean: of n; above 0 draws noisier timesteps, half of them above T sigmoid(mean).
-      deviation: of n, > 0.
+      mean: mean of n; the median timestep is T sigmoid(mean).
+      deviation: standard deviation of n, > 0.
     """
     share = jax.nn.sigmoid(mean + deviation * jax.random.normal(key, (batch,)))
     return jnp.minimum(share * timesteps, timesteps - 1).astype(jnp.int32)

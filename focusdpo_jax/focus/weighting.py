@@ -29,25 +29,27 @@ Diagnostics = dict[str, Float[Array, "batch"]]
 def uniform_weights(
     prior: Float[AnyArray, "batch height width"],
 ) -> Float[Array, "batch height width"]:
-    """W = 1: plain Diffusion-DPO, or the plain denoising loss. Only the prior's shape is used."""
+    """Returns W = 1, for Diffusion-DPO or the plain denoising loss; reads only the prior's shape."""
     return jnp.ones(prior.shape, jnp.float32)
 
 
 def prior_weights(
     prior: Float[AnyArray, "batch height width"], background: Scalar
 ) -> Float[Array, "batch height width"]:
-    """W = background + M_prior: the mask alone, what FocusDPO must beat to be worth its name."""
+    """Returns W = background + M_prior: a static mask, the baseline that FocusDPO has to improve on."""
     return jnp.asarray(background + prior)
 
 
 def quality_weights(
     quality: Float[AnyArray, "batch height width"],
 ) -> tuple[Float[Array, "batch height width"], Float[Array, "batch height width"]]:
-    """PatchDPO's weights of chosen and rejected image: `W^w = 1 - q`, `W^l = q`.
+    """Computes PatchDPO's weights of chosen and rejected image: `W^w = 1 - q`, `W^l = q`.
 
-    q is the patch quality of the rejected image in [0, 1] (`correspondence.patch_quality`). The
-    authors' public training code weighs its target by 1 - r and its contrast image by r; that r is
-    this quality, and that one map serves both since a pair shares its layout, is [ours].
+    The authors' public training code weights its target image by 1 - r and its contrast image by r. To
+    use this quality as r, and to use one map for both images since they share their layout, is [ours].
+
+    Args:
+      quality: patch quality q of the rejected image in [0, 1] (`correspondence.patch_quality`).
     """
     quality = jax.lax.stop_gradient(jnp.asarray(quality))
     return 1 - quality, quality
@@ -58,7 +60,7 @@ def gate(
     tau: Scalar,
     gate_width: Scalar,
 ) -> Float[Array, "batch"]:
-    """How far the detail term is switched on, in [0, 1] [ours].
+    """Computes the factor of the detail term, in [0, 1] [ours].
 
     Hard if gate_width is 0: 1 where alignment >= tau, else 0.
     Soft if gate_width > 0: sigmoid((alignment - tau) / gate_width).
@@ -77,14 +79,14 @@ def focus_weights(
     detail: Float[AnyArray, "batch height width"] | None = None,
     uncertainty: Float[AnyArray, "batch height width"] | None = None,
 ) -> tuple[Float[Array, "batch height width"], Diagnostics]:
-    """The weight map W of FocusDPO for one bucket, as the module's formula states it.
+    """Computes the weight map W of FocusDPO for one bucket by the formula of the module.
 
     Args:
-      structure: the bucket's static half. Without `spaf` there is no M' (nothing is matched, and
-        where `dpce` is on its gate stands open: no alignment is known to wait for). Without `dpce`
-        the gate stays shut. With neither this is `prior_weights`.
-      params: the bucket's dynamic half.
-      prior: M_prior, share of each location covered, in [0, 1].
+      structure: the bucket's structure. Without `spaf` M' is empty, and the gate of `dpce` is always
+        open, since there is no alignment score. Without `dpce` the gate is closed. Without any term
+        the result equals `prior_weights`.
+      params: the bucket's parameters.
+      prior: M_prior, the covered share of each location, in [0, 1].
       match: the match on the latent grid (`correspondence.to_grid`); needed with `spaf`.
       detail: M_d in [0, 1] (`complexity.complexity`); needed with `dpce`.
       uncertainty: U in [0, 1] (`confidence.uncertainty`); needed with `confidence`.
@@ -95,28 +97,28 @@ def focus_weights(
         unmatched_share, matched_share: shares on M_s and on M' inside the prior; with `spaf`.
           The three sum to 1.
         alignment: `correspondence.alignment`; with `spaf`.
-        gate: how far detail is switched on; with `dpce`. Its mean is the gate rate.
+        gate: factor of the detail term; with `dpce`. Its mean is the gate rate.
 
     Raises:
       ValueError: a map that the structure needs is missing.
     """
-    given = (
+    inputs = (
         ("match", structure.spaf, match),
         ("detail", structure.dpce, detail),
         ("uncertainty", structure.confidence, uncertainty),
     )
-    for name, used, value in given:
+    for name, used, value in inputs:
         if used and value is None:
             raise ValueError(f"structure {structure} needs `{name}`")
-    # Not read without their term, whatever was given.
+    # Inputs of disabled terms are ignored.
     match = match if structure.spaf else None
     detail = detail if structure.dpce else None
     uncertainty = uncertainty if structure.confidence else None
 
     prior = jnp.asarray(prior, jnp.float32)
     diagnostics = {}
-    opened = None  # the gate [B, 1, 1]; None is shut, and costs nothing
-    # The scopes name these operations in the compiled program, where a test looks for them.
+    opened = None  # The gate [B, 1, 1]; None is a closed gate, which adds no operations.
+    # A test finds these operations in the compiled program by the names of the scopes.
     if match is not None:
         with jax.named_scope("spaf"):
             diagnostics["alignment"] = correspondence.alignment(match, prior)

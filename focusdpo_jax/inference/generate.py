@@ -42,14 +42,14 @@ def make_generate(
       generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
       present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
       uint8 [B, H, W, 3]. The references are outputs of `Generator.encode_reference`. The last three
-      arguments are optional: keys, one an image, for samplers that add noise at every step; scales and
+      arguments are optional: keys, one per image, for samplers that add noise at every step; scales and
       masks as in `Conditioning`.
 
     Raises:
       UserError: the sampler does not exist, or does not support this number of steps.
     """
     spacing, guided = generator.config.spacing, samplers.guides(guidance)
-    # Also checked when the function is traced; here it fails before the first call.
+    # Tracing checks this too; the check here raises the error before the first call.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
 
     @functools.partial(jax.jit, compiler_options=compiling.default_network_options())
@@ -128,20 +128,20 @@ def conditioned_denoiser(
         image_masks=masks,
     )
     if negative_token_ids is not None:
-        other_text, other_pooled = generator.encode_negative(
+        negative_text, negative_pooled = generator.encode_negative(
             parameters, jnp.asarray(negative_token_ids)[None]
         )
-        without = generator.drop_references(
+        unconditional = generator.drop_references(
             parameters,
             dataclasses.replace(
                 conditioning,
-                text=jnp.broadcast_to(other_text, text.shape),
-                pooled=jnp.broadcast_to(other_pooled, pooled.shape),
+                text=jnp.broadcast_to(negative_text, text.shape),
+                pooled=jnp.broadcast_to(negative_pooled, pooled.shape),
             ),
             jnp.ones(len(present), bool),
             generator.blank_reference(parameters),
         )
-        conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, without)
+        conditioning = jax.tree.map(lambda *x: jnp.concatenate(x), conditioning, unconditional)
         if inpainting is not None:
             inpainting = jnp.concatenate([inpainting, inpainting])
 
@@ -158,7 +158,7 @@ def conditioned_denoiser(
 def scene_noise(
     seed: int, indices: Sequence[int] | np.ndarray, shape: tuple[int, ...]
 ) -> Float[Array, "B h w C"]:
-    """Returns initial noise [B, *shape] that depends on the seed and each scene's index alone."""
+    """Returns initial noise [B, *shape]; a row depends only on the seed and the scene's index."""
     key = jax.random.key(seed)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(indices))
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
@@ -178,9 +178,9 @@ def generate_all(
 
     Args:
       generate: from `make_generate`.
-      parameters: of the generator, on the devices.
-      scenes: EncodedPairs of NumPy arrays, of which captions and references are used.
-      seed: of the initial noise.
+      parameters: parameters of the generator, on the devices.
+      scenes: EncodedPairs of NumPy arrays; only captions and references are read.
+      seed: seed of the initial noise.
       latent_shape: (h, w, C).
       batch_size: images of a batch; the last batch is padded.
       place: puts a tree of arrays [batch_size, ...] on the devices.
@@ -197,7 +197,7 @@ def generate_all(
             (scenes.token_ids, scenes.time_ids, scenes.references, scenes.present),
         )
         images.append(generate(parameters, *place((*inputs, noise))))
-    progress = ItemProgress("images drawn", count)
+    progress = ItemProgress("images generated", count)
     for row, image in enumerate(images):
         images[row] = meshes.fetch(image)
         progress.add(min(batch_size, count - row * batch_size))

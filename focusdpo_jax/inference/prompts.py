@@ -28,7 +28,7 @@ class Reference:
     """A reference image of a subject.
 
     Attributes:
-      path: of the file.
+      path: path of the image file.
       phrase: description of the subject ("a star"), for display only.
       box: x0, y0, x1, y1 in [0, 1], fractions of width and height: the region of the generated image
         that attends to this reference; None for the whole image.
@@ -75,7 +75,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One image to generate; its noise depends on `seed` alone."""
+    """One image to generate; its noise depends only on `seed`."""
 
     text: str
     references: tuple[Reference, ...]
@@ -111,7 +111,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def _read_reference(entry: Any) -> Reference:
-    """Parses a reference of a file's line: a text as on the command line, or an object of its fields."""
+    """Parses a reference in a prompt file: a text as on the command line, or an object of fields."""
     if not isinstance(entry, dict):
         return parse_reference(entry)
     unknown = set(entry) - set(_KEYS)
@@ -127,17 +127,17 @@ def read_prompts(
     """Reads prompts from a file of JSON lines.
 
     Args:
-      path: of the file. Each line is an object with `prompt` and, optionally, `references` (a list of
-        texts for `parse_reference`, or of objects with the fields of `Reference`; paths relative to the
-        file) and `seed`.
-      default_references: for lines without references.
-      seed: of line i (from 0) without a seed: seed + i.
+      path: path of the file. Each line is an object with `prompt` and, optionally, `references` (a list
+        of texts for `parse_reference`, or of objects with the fields of `Reference`; paths relative to
+        the file) and `seed`.
+      default_references: references of lines without references.
+      seed: line i (from 0) without a seed has seed + i.
 
     Returns:
       A list of Prompt.
 
     Raises:
-      UserError: the message has the line's number and the fault.
+      UserError: the file or a line is invalid; the message has the line's number and the reason.
     """
     path = epath.Path(path)
     try:

@@ -19,7 +19,7 @@ _MASK_SIDE = 128  # Side of the region masks of references, in pixels.
 
 
 class SamplingModel(Protocol):
-    """The parts of a model that sampling needs; `training.models.Model` has them."""
+    """The interface of a model that sampling requires; `training.models.Model` implements it."""
 
     @property
     def generator(self) -> Generator:
@@ -60,7 +60,7 @@ class Sampler:
         """Builds the jitted functions.
 
         Args:
-          model: to sample from.
+          model: the model to sample from.
           resolution: side of the images in pixels.
           slots: largest number of references of a prompt.
           steps, guidance, image_scale, sampler: see `make_generate`.
@@ -68,7 +68,7 @@ class Sampler:
           batch_size: images of a batch.
 
         Raises:
-          UserError: the model does not support the resolution, or as `make_generate`.
+          UserError: the model does not support the resolution, or see `make_generate`.
         """
         model.generator.config.check_resolution(resolution, "--resolution=")
         self._model, self._resolution, self._slots = model, resolution, slots
@@ -89,13 +89,13 @@ class Sampler:
         return replicate(parameters, self._mesh)
 
     def draw(self, prompts: Sequence[Prompt], parameters: Any = None) -> Iterator[RGBImage]:
-        """Yields one uint8 [H, W, 3] for each of `prompts`, in their order.
+        """Generates an image for each prompt; yields uint8 [H, W, 3] in the order of the prompts.
 
         Args:
-          prompts: to generate.
-          parameters: other than the model's own, such as those of the base.
+          prompts: the prompts.
+          parameters: parameters instead of the model's own, such as those of the base.
         """
-        # Once: parameters on the host would be transferred with every batch.
+        # Transferred once; parameters on the host would be transferred with every batch.
         parameters = self.replicate(self._model.parameters if parameters is None else parameters)
         references = {r for prompt in prompts for r in prompt.references}
         size = self._model.generator.config.image_encoder.image_size
@@ -104,20 +104,20 @@ class Sampler:
         # A prompt with regions always uses the program with masks, so that its image does not depend
         # on the other prompts of the batch.
         kinds = [any(r.has_region for r in prompt.references) for prompt in prompts]
-        drawn = {}
+        generated = {}
         for first, kind in enumerate(kinds):
-            if first not in drawn:
-                # Padded with the last prompt to one shape, so that one program is compiled.
+            if first not in generated:
+                # Padded with the last prompt to the batch size, so that only one program is compiled.
                 rows = [i for i in range(first, len(prompts)) if kinds[i] == kind]
                 rows = rows[: self._batch_size]
-                filled = rows + rows[-1:] * (self._batch_size - len(rows))
-                batch = self._draw_batch(
-                    parameters, [prompts[i] for i in filled], images, regions if kind else None
+                padded = rows + rows[-1:] * (self._batch_size - len(rows))
+                batch = self._generate_batch(
+                    parameters, [prompts[i] for i in padded], images, regions if kind else None
                 )
-                drawn |= dict(zip(rows, np.asarray(batch)))
-            yield drawn.pop(first)
+                generated |= dict(zip(rows, np.asarray(batch)))
+            yield generated.pop(first)
 
-    def _draw_batch(
+    def _generate_batch(
         self,
         parameters: Any,
         prompts: Sequence[Prompt],

@@ -1,12 +1,12 @@
-"""Training objectives as registered values: what each needs of a run, its weights and its loss.
+"""Registry of training objectives: their requirements, weights and losses.
 
     from focusdpo_jax import objectives
     objectives.get("dpo").needs_reference        # True
 
-    python -m focusdpo_jax.objectives            # prints what each objective needs
+    python -m focusdpo_jax.objectives            # prints the requirements of each objective
 
-To add an objective, add one module to this package that calls `register`; all modules of this package are imported.
-No other module compares the name of an objective.
+To add an objective, add a module that calls `register` to this package; all its modules are imported.
+Code outside this package does not compare the names of objectives.
 """
 
 import functools
@@ -46,7 +46,7 @@ def get(name: str) -> GeneratorObjective | EncoderObjective:
 
 
 def get_generator(name: str) -> GeneratorObjective:
-    """Returns the objective of this name, which has to train a generator; otherwise as `get`."""
+    """Returns the objective of this name, which must train a generator; see `get`."""
     objective = get(name)
     assert isinstance(objective, GeneratorObjective), name
     return objective

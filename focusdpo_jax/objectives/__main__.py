@@ -1,4 +1,4 @@
-"""Prints what each objective needs: `python -m focusdpo_jax.objectives`."""
+"""Prints the requirements of each objective: `python -m focusdpo_jax.objectives`."""
 
 from focusdpo_jax import objectives
 
@@ -6,15 +6,15 @@ _NEEDS = ("reads_rejected", "needs_reference", "uses_focus", "needs_quality")
 
 
 def rows():
-    """Returns a header and a row an objective, as lists of text."""
+    """Returns a header and one row per objective, as lists of text."""
     header = ["objective", "trains", "rejected images", "reference model", "buckets", "quality"]
-    found = []
+    body = []
     for name in objectives.names():
         objective = objectives.get(name)
         trains = "generator" if objective.trains_generator else objective.title
         needs = ["yes" if getattr(objective, need) else "-" for need in _NEEDS]
-        found.append([name, trains, *needs])
-    return [header, *found]
+        body.append([name, trains, *needs])
+    return [header, *body]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The types of objectives, and the registry that holds them."""
+"""The types of objectives, and their registry."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,14 +17,14 @@ Diagnostics = dict[str, Float[Array, "batch"]]
 
 
 class FocusMaps(NamedTuple):
-    """The weights of a batch and the maps that they are made of, on the latent grid.
+    """The weights of a batch and the maps from which they are computed, on the latent grid.
 
-    N images: of every pair the chosen and the rejected one in succession, or the chosen ones alone. A map that
-    the objective or the bucket does not use is None.
+    The N images are the chosen and the rejected image of every pair in succession, or only the chosen
+    images. Maps that the objective or the bucket does not use are None.
 
     Attributes:
       weights: [N, h, w], W.
-      similarity: [N, S, g, g], of each subject with each location, on the grid of its source.
+      similarity: [N, S, g, g], similarity of each subject with each location, on the grid of its source.
       match: each subject's match [N, S, h, w] and M', their union.
       unmatched: [N, h, w], M_s.
       detail: [N, h, w], M_d.
@@ -40,12 +40,12 @@ class FocusMaps(NamedTuple):
 
 
 class WeightInputs(NamedTuple):
-    """What the weights of an objective may depend on.
+    """Inputs of the weights of an objective.
 
     Attributes:
-      structure, params: the static and the dynamic half of the step's timestep bucket.
-      prior: [N, h, w] in [0, 1], M_prior; for an objective that reads chosen images alone, all subjects.
-      match, detail, uncertainty: as of `FocusMaps`; None where the structure excludes them.
+      structure, params: the static and the dynamic part of the step's timestep bucket.
+      prior: [N, h, w] in [0, 1], M_prior; the mask of all subjects for a supervised objective.
+      match, detail, uncertainty: see `FocusMaps`; None if the structure excludes them.
       quality: [B, h, w] in [0, 1], patch quality of the rejected images; None unless `needs_quality`.
     """
 
@@ -62,10 +62,11 @@ class ImageErrors(NamedTuple):
     """Error maps and weights of one image of each of B pairs.
 
     Attributes:
-      policy: [B, h, w], squared error of the model in training.
-      reference: the same of the reference model, without gradient; None unless `needs_reference`.
+      policy: [B, h, w], squared error of the trained model.
+      reference: [B, h, w], squared error of the reference model, without gradient; None unless
+        `needs_reference`.
       weights: [B, h, w], W, without gradient.
-      residual: [B, h, w, C], prediction less target of the model in training.
+      residual: [B, h, w, C], prediction minus target of the trained model.
     """
 
     policy: Map
@@ -80,15 +81,16 @@ class GeneratorObjective:
 
     Attributes:
       name: the value of `config.objective`.
-      title: for tables and model cards.
+      title: title in tables and model cards.
       weights: WeightInputs -> (W [N, h, w], diagnostics).
-      loss: (ImageErrors of the chosen images, of the rejected ones or None, config) -> (loss [B],
-        diagnostics). `config` has `beta`, `anchor`, `anchor_fades` and `preserve_winner`.
-      reads_rejected: whether it reads both images of a pair, or the chosen one alone.
-      needs_reference: whether it compares the policy with a reference model, the model at the start.
-      uses_focus: whether its weights depend on the timestep: then `config.focus` defines the buckets and
-        which terms exist. Otherwise there is one bucket of all timesteps without terms.
-      needs_quality: whether the data is encoded with the patch quality of rejected images.
+      loss: (ImageErrors of the chosen images, ImageErrors of the rejected images or None, config) ->
+        (loss [B], diagnostics). It reads `beta`, `anchor`, `anchor_fades` and `preserve_winner` of
+        `config`.
+      reads_rejected: whether it reads both images of a pair, or only the chosen one.
+      needs_reference: whether it compares the policy with a reference model, which is the initial model.
+      uses_focus: whether its weights depend on the timestep. Then `config.focus` defines the buckets and
+        their terms. Otherwise there is one bucket of all timesteps, without terms.
+      needs_quality: whether it reads the patch quality of rejected images.
     """
 
     name: str
@@ -104,16 +106,16 @@ class GeneratorObjective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderObjective:
-    """An objective that trains one of Toybox's encoders or its probe, on images alone.
+    """An objective that trains one of Toybox's encoders or its probe on single images.
 
     Attributes:
       name: the value of `config.objective`.
-      title: for tables and model cards.
-      exports: parts of the generator that an export of the run holds.
+      title: title in tables and model cards.
+      exports: parts of the generator that an export of the run contains.
       parameters: (model, key) -> (trainable, frozen) trees.
       make_loss: generator -> loss (trainable, frozen, batch, reference outputs, params, key) -> (scalar,
         diagnostics).
-      finish: (model, trained tree, validation images as a function) -> the model to save.
+      finish: (model, trained tree, function that returns validation images) -> the model to save.
     """
 
     name: str
@@ -146,7 +148,7 @@ def register(objective):
     """Adds an objective to the registry, and returns it.
 
     Raises:
-      ValueError: another one has its name.
+      ValueError: another objective has the same name.
     """
     if registered.setdefault(objective.name, objective) is not objective:
         raise ValueError(f"there are two objectives {objective.name!r}")

@@ -1,4 +1,4 @@
-"""Diffusion-DPO (arXiv 2311.12908), uniform or under the prior mask."""
+"""Diffusion-DPO (arXiv 2311.12908), with uniform weights or weighted by the prior mask."""
 
 from focusdpo_jax.focus import losses
 from focusdpo_jax.objectives.base import (
@@ -10,9 +10,10 @@ from focusdpo_jax.objectives.base import (
 
 
 def preference_loss(chosen, rejected, config):
-    """Weighted Diffusion-DPO, and `config.anchor` times the anchor; see `focus.losses`.
+    """Computes weighted Diffusion-DPO plus `config.anchor` times the anchor; see `focus.losses`.
 
-    With `config.preserve_winner` the gradient of the rejected image is scaled.
+    With `config.preserve_winner`, the gradient of the rejected image is scaled
+    (`losses.winner_preserving_scale`).
     """
     rejected_error, more = rejected.policy, {}
     if config.preserve_winner:

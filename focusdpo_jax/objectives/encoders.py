@@ -1,10 +1,11 @@
-"""Objectives that make Toybox's own autoencoder, image encoder and probe (`toybox.pretraining`)."""
+"""Objectives that train Toybox's own autoencoder, image encoder and probe (`toybox.pretraining`)."""
 
 from focusdpo_jax.objectives.base import EncoderObjective, register
 
 
 def _pretraining():
-    from focusdpo_jax.toybox import pretraining  # Networks, which other objectives do not need.
+    # Imported here, since it imports networks that other objectives do not need.
+    from focusdpo_jax.toybox import pretraining
 
     return pretraining
 

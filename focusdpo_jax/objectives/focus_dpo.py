@@ -1,4 +1,4 @@
-"""FocusDPO (arXiv 2509.01181): Diffusion-DPO whose weight follows the timestep."""
+"""FocusDPO (arXiv 2509.01181): Diffusion-DPO with spatial weights that depend on the timestep."""
 
 from focusdpo_jax.focus import weighting
 from focusdpo_jax.objectives.base import GeneratorObjective, register

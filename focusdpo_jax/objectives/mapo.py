@@ -1,4 +1,7 @@
-"""MaPO, margin-aware preference optimisation without a reference model (Hong et al. 2024, arXiv 2406.06424)."""
+"""MaPO, margin-aware preference optimisation without a reference model.
+
+Source: Hong et al. 2024, arXiv 2406.06424.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +22,15 @@ _TIMESTEPS = 1000  # T, by which the log odds are multiplied.
 def mapo_loss(
     chosen: Float[Array, "batch"], rejected: Float[Array, "batch"], beta: float
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
-    """The chosen image's denoising error beside the log odds of chosen over rejected.
+    """Computes the chosen image's denoising error plus a term of the log odds of chosen over rejected.
 
         f(d) = s d / (exp(s d) - 1)                      s = 0.5
         loss = d^w - beta log sigmoid(T (f(d^w) - f(d^l)))
 
-    As in the authors' public training code, where beta is 0.1.
+    This is the loss of the authors' public training code, where beta is 0.1.
 
     Args:
-      chosen, rejected: mean squared errors of the model in training, > 0.
+      chosen, rejected: mean squared errors of the trained model, > 0.
       beta: weight of the margin, > 0.
 
     Returns:
