@@ -1,10 +1,9 @@
 """Trains a generator: `python -m focusdpo_jax.main --config=configs/toybox_dpo.py`.
 
-Run the same line again to go on where a run stopped. SIGTERM makes it save and leave with exit status
-143, Ctrl-C with 130; a second Ctrl-C does not wait for that. A mistake of the user has status 2, the loss of
-another process of the run status 3. Any field of the configuration can be changed on the command line, for
-example
-`--config.beta=2000 --config.objective=dpo`.
+Run the same command again to resume a stopped run. After SIGTERM it saves a checkpoint and exits with status
+143, after Ctrl-C with 130; a second Ctrl-C exits at once. The exit status is 2 for an error of the user, and 3
+if another process of the run was lost. Any field of the configuration can be changed on the command line, for
+example `--config.beta=2000 --config.objective=dpo`.
 """
 
 from absl import flags
@@ -13,7 +12,7 @@ from ml_collections import config_flags
 from focusdpo_jax import command
 
 FLAGS = flags.FLAGS
-# Pixels of a step from which on it has more memory than a thread's own heap holds.
+# From this number of pixels per step on, the buffers exceed the heap of a single thread.
 _LARGE = 16 * 64**2
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -30,7 +29,7 @@ _WORKDIR = flags.DEFINE_string(
 _ACCEPT = flags.DEFINE_bool(
     "accept_changes",
     False,
-    "Go on with a run although its configuration is no longer the one it was started with.",
+    "Resume a run although its configuration differs from the one that it was started with.",
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Print every field of the configuration with its meaning, and exit."
@@ -38,7 +37,7 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 _PROFILE = flags.DEFINE_integer(
     "profile_steps",
     0,
-    "Write a profiler's trace of so many steps, from the third one of this start on, into plugins/profile/ of "
+    "Profile this number of steps, from the third one on, and write the trace to plugins/profile/ of "
     "the run folder, for TensorBoard's profile plugin or Perfetto (0: none).",
     lower_bound=0,
 )
@@ -50,16 +49,20 @@ _WANDB = flags.DEFINE_string(
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "Of several processes that train together: host and port of the first, "
+    "For training with several processes: host and port of the first process, "
     "such as 10.0.0.2:1234. Not needed on a TPU pod, GKE or Slurm, where it is detected.",
 )
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many train together.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0 on.", lower_bound=0)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "Number of processes that train together.", lower_bound=1
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", None, "Index of this process among them, from 0.", lower_bound=0
+)
 
 
 def main():
-    """Flags, then `training.loop.run`."""
-    # After the flags, so that --help is quick.
+    """Reads the flags and runs `training.loop.run`."""
+    # Imported after the flags are parsed, so that --help is fast.
     from focusdpo_jax.training import run_lock
 
     if _PRINT_CONFIG.value:

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: state and loader position together, written by Orbax in the background.
+"""Checkpoints of a run's state and loader position, written by Orbax in the background.
 
-A checkpoint appears under its final name only when it is complete, so that a killed process
-leaves either a whole checkpoint or none.
+A checkpoint gets its final name only when it is complete, so that a killed process leaves either a
+complete checkpoint or none.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ class Checkpoints:
 
         Args:
           workdir: folder of the run.
-          keep: number of newest checkpoints that stay; None keeps all.
-          read_only: changes nothing, so that the run may be training meanwhile.
+          keep: number of newest checkpoints to keep; None keeps all.
+          read_only: whether to change nothing, so that the run may be training meanwhile.
         """
         self.folder = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
@@ -46,9 +46,9 @@ class Checkpoints:
         """Starts writing a checkpoint; training continues while the files are written.
 
         Args:
-          step: its name.
+          step: step of the state, which names the checkpoint.
           state: a pytree of arrays.
-          loader_state: of the loader's `get_state`, JSON-serialisable.
+          loader_state: result of the loader's `get_state`, JSON-serialisable.
         """
         with self._written():
             self._manager.save(
@@ -63,7 +63,7 @@ class Checkpoints:
 
         Args:
           example: a state of the same structure; the result has its shapes, types and shardings.
-          release: whether to delete the example's arrays first, so that memory holds one state.
+          release: whether to delete the example's arrays first, so that only one state is in memory.
 
         Returns:
           (state, loader_state).
@@ -99,9 +99,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self):
-        """Raises a UserError for a checkpoint (this one or the last) that cannot be written; removes it.
+        """Raises a UserError if this checkpoint or the previous one cannot be written, and removes it.
 
-        Orbax writes in the background and raises its errors at the next call, some of them as errors of the
+        Orbax writes in the background and raises errors at the next call, some of them as errors of the
         library that writes the arrays.
         """
         try:

@@ -1,7 +1,7 @@
 """`clu.metric_writers` and `clu.periodic_actions`, imported without TensorFlow.
 
 Importing either of them imports TensorFlow for `metric_writers.SummaryWriter`, which takes seconds and fails
-where TensorFlow is not installed. Here that class is imported when one is made.
+if TensorFlow is not installed. This module delays that import until a `SummaryWriter` is created.
 """
 
 import sys
@@ -12,7 +12,7 @@ _SUMMARY_WRITER = "clu.metric_writers.summary_writer"
 
 
 def _summary_writer(*arguments, **fields):
-    """Makes a `clu.metric_writers.SummaryWriter`; imports TensorFlow."""
+    """Creates a `clu.metric_writers.SummaryWriter`; imports TensorFlow."""
     from clu.metric_writers.tf import summary_writer
 
     return summary_writer.SummaryWriter(*arguments, **fields)

@@ -1,7 +1,7 @@
-"""Checks from shapes alone whether parameters and optimiser fit in memory, before anything is built.
+"""Checks from shapes whether parameters and optimiser fit in memory, before anything is built.
 
-The count is a lower bound: the bytes that a device holds during every step. Activations and
-temporaries need the compiled program; `planner` adds them.
+The result is a lower bound: the bytes that a device holds during every step. Activations and temporaries
+are only known from the compiled program; `planner` adds them.
 """
 
 import math
@@ -22,9 +22,9 @@ from focusdpo_jax.training import models, shapes
 from focusdpo_jax.training.assembly import assemble
 from focusdpo_jax.training.state import create_state, make_optimizer
 
-# A limit of a control group that stands for none is a number near the largest there is.
+# Control groups without a limit report a number near the largest integer.
 _NO_LIMIT = 1 << 60
-# Limits of a process, and where Linux reports what it uses of them.
+# Limits of a process, and the fields in which Linux reports their usage.
 _PROCESS_LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
 # Rank of the low-rank updates that a message proposes.
 _RANK = 32
@@ -34,8 +34,8 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
     """Returns the bytes that each device holds during every step, by kind.
 
     Args:
-      config: of a generator's objective, whose files are there.
-      mesh: of devices.
+      config: a `RunConfig` with a generator's objective, whose files exist.
+      mesh: device mesh.
 
     Returns:
       {kind: bytes}: "frozen parameters", "encoders", "reference", "trained parameters", "optimizer",
@@ -44,7 +44,7 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
     Raises:
       UserError: the model lacks the part that `config.trainable` names.
     """
-    # The same bytes in fewer arrays.
+    # Stacked layers have the same bytes in fewer arrays.
     config = config_lib.replace(config, {"model.scan_layers": True})
     generator, parameters = models.abstract_model(config, mesh)
     empty = np.zeros((2, generator.config.text_encoder.max_length), np.int32)
@@ -65,10 +65,10 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
             (state.trainable, state.average), (shardings.trainable, shardings.average)
         ),
         "optimizer": bytes_per_device(state.optimizer, shardings.optimizer),
-        # Clipping by the global norm reads all of it before any of it is used; where gradients are
-        # accumulated, the optimiser's sum of them takes its place.
+        # Clipping by the global norm needs the whole gradient at once. With accumulation the optimiser's
+        # sum of gradients, which is counted above, takes its place.
         "gradient": 0 if config.accumulate > 1 else bytes_per_device(trainable),
-        # Encoders that see every batch read it from the device.
+        # Without the cache, encoders read every batch of images on the device.
         "images": 0
         if config.data.cache
         else bytes_per_device(shapes.raw_batch(config, generator), meshes.batch_sharding(mesh)),
@@ -77,11 +77,11 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
 
 
 def bytes_per_device(tree: Any, shardings: Any = None) -> int:
-    """Returns the bytes of the shards that each device has of a tree of arrays or shapes.
+    """Returns the bytes per device of a sharded tree of arrays or shapes.
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s.
-      shardings: a tree of shardings like `tree`, or one for all; None takes the leaves' own.
+      shardings: a tree of shardings like `tree`, or one for all leaves; None uses the leaves' own.
     """
     leaves = jax.tree.leaves(tree)
     if shardings is None:
@@ -97,15 +97,15 @@ def bytes_per_device(tree: Any, shardings: Any = None) -> int:
 
 
 def limit(device: Any) -> int | None:
-    """Returns the bytes that a `jax.Device` of this process can hold, or None where that is unknown.
+    """Returns the memory of a `jax.Device` of this process in bytes, or None if it is unknown.
 
-    For a CPU it is the memory of this machine that is free, under the limits of the process and of its
-    control group; all CPU devices of a process share it.
+    For a CPU it is the free memory of this machine under the limits of the process and of its control
+    group; all CPU devices of a process share it.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    found = [*_machine(), *_process(), *_control_groups()]
-    return min(found) if found else None
+    limits = [*_machine(), *_process(), *_control_groups()]
+    return min(limits) if limits else None
 
 
 def require_fit(config: RunConfig, mesh: Mesh) -> tuple[int, int | None]:
@@ -115,10 +115,10 @@ def require_fit(config: RunConfig, mesh: Mesh) -> tuple[int, int | None]:
       config, mesh: see `held`.
 
     Returns:
-      (bytes held, bytes available or None), of each device.
+      (bytes held, bytes available or None), per device.
 
     Raises:
-      UserError: the devices hold less; it names the fields that would change that.
+      UserError: the memory is too small; the message names fields that reduce the bytes.
     """
     device = mesh.local_devices[0]
     available = limit(device)
@@ -138,11 +138,11 @@ def require_fit(config: RunConfig, mesh: Mesh) -> tuple[int, int | None]:
 
 
 def _cure(config: RunConfig, mesh: Mesh, needed: Mapping[str, int], available: int) -> str:
-    """Returns the end of a message: which fields would make a run fit.
+    """Returns the end of a message: the fields that would make a run fit.
 
     Args:
       config, mesh, needed: arguments and result of `held`.
-      available: bytes of a device.
+      available: memory of a device in bytes.
     """
     alone = [
         (changes, _total(config_lib.replace(config, changes), mesh))
@@ -167,14 +167,14 @@ def _cure(config: RunConfig, mesh: Mesh, needed: Mapping[str, int], available: i
 
 
 def _savings(config: RunConfig, mesh: Mesh, needed: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """Changes that save memory, ordered by how little they change what is trained."""
+    """Yields changes that save memory, those with the smallest effect on training first."""
     if not config.data.cache:
         yield {"data.cache": True}
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
     if mesh.shape["fsdp"] < shares:
         yield {"mesh.data": 1, "mesh.fsdp": shares}
     if config.batch_size > shares and needed["images"] > sum(needed.values()) / 100:
-        # As many pairs an update as before.
+        # Keeps the number of pairs per update.
         yield {
             "batch_size": shares,
             "accumulate": config.accumulate * (config.batch_size // shares),
@@ -188,7 +188,7 @@ def _savings(config: RunConfig, mesh: Mesh, needed: Mapping[str, int]) -> Iterat
 
 
 def _total(config: RunConfig, mesh: Mesh) -> int:
-    """Bytes that a configuration holds on each device, on a mesh of its own over these devices."""
+    """Returns the bytes per device of a configuration on its own mesh over the same devices."""
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size, list(mesh.devices.flat))
     return sum(held(config, mesh).values())
 
@@ -205,7 +205,7 @@ def _machine() -> Iterator[int]:
 
 
 def _process() -> Iterator[int]:
-    """Yields the bytes that the limits of the process (ulimit -v, ulimit -d) leave."""
+    """Yields the bytes that remain under the limits of the process (ulimit -v, ulimit -d)."""
     used = dict(_entries("/proc/self/status"))
     for kind, name in _PROCESS_LIMITS:
         soft, _ = resource.getrlimit(kind)
@@ -214,9 +214,9 @@ def _process() -> Iterator[int]:
 
 
 def _control_groups() -> Iterator[int]:
-    """Yields the bytes that the limits of this process's control groups, of either version, leave.
+    """Yields the bytes that remain under the limits of this process's control groups (v1 or v2).
 
-    The kernel counts cached pages of files as used there, but frees them when memory is needed.
+    Their usage includes cached pages of files, which the kernel frees when memory is needed.
     """
     swap = dict(_entries("/proc/meminfo")).get("SwapFree", 0)
     for line in _text("/proc/self/cgroup").splitlines():
@@ -245,7 +245,7 @@ def _control_groups() -> Iterator[int]:
 
 
 def _entries(path: str) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of the lines of a file of Linux such as "MemTotal:  16384 kB"."""
+    """Yields (name, bytes) of lines such as "MemTotal:  16384 kB" of a file in /proc."""
     for line in _text(path).splitlines():
         name, _, value = line.partition(":")
         if value.endswith(" kB"):
@@ -253,7 +253,7 @@ def _entries(path: str) -> Iterator[tuple[str, int]]:
 
 
 def _text(path: epath.PathLike) -> str:
-    """Returns the content of a file, or "" where there is none."""
+    """Returns the content of a file, or "" if it cannot be read."""
     try:
         return epath.Path(path).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""`parameters.txt`: every array of a run's parameters, with shape, type, size and sharding."""
+"""Writes `parameters.txt`: a table of a run's arrays with shape, type, size and sharding."""
 
 import jax
 from absl import logging
@@ -9,9 +9,9 @@ from focusdpo_jax.files import replace_file
 
 
 def write(workdir, trainable, frozen):
-    """Writes the table, and a line with the totals to the log; reads no array.
+    """Writes the table to the run folder, and the totals to the log; reads no array.
 
-    The table has a row for each of up to thousands of arrays, too many for the log.
+    The table has a row for each array, of which there may be thousands, too many for the log.
 
     Args:
       workdir: folder of the run.
@@ -31,7 +31,7 @@ def write(workdir, trainable, frozen):
 
 
 def _rows(tree):
-    """{path: array} of any pytree; `parameter_overview` takes dicts alone."""
+    """Returns {path: array} of any pytree, since `parameter_overview` only supports dicts."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

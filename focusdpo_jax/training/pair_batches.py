@@ -1,4 +1,4 @@
-"""The batches of a generator's run: records, encoded once beforehand or in every step."""
+"""The batches of a generator's run, encoded once before training or in every step."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ from focusdpo_jax.training.sources import EncoderSource
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairBatches:
-    """Training pairs on their way from the data set to the step.
+    """Loads and encodes the training pairs.
 
     Attributes:
-      config: of the run.
+      config: the `RunConfig`.
       model: the `models.Model`; its parameters are not read.
       assembly: the `assembly.Assembly`.
       records: the training split.
@@ -61,7 +61,7 @@ class PairBatches:
         return run_data.batch_shapes(encoded, config.batch_size, mesh)
 
     def open(self):
-        """Returns the `loader.Batches`; encodes the data set before, where it is not stored yet."""
+        """Returns the `loader.Batches`; first encodes the data set if that is needed."""
         records, transform = self.records, self.transform
         if self.config.data.cache:
             records, transform = self._stored or self._encode_all(), None
@@ -95,7 +95,7 @@ class PairBatches:
         return encoder_to_keep(self.config, self.assembly)
 
     def _encode_all(self):
-        """Encodes every pair, and stores the result beside the data set where it can be."""
+        """Encodes every pair, and stores the result next to the data set if possible."""
         count, place = len(self.records), self._place
         batches = loader.evaluation_batches(
             self.records,
@@ -109,15 +109,15 @@ class PairBatches:
 
     @functools.cached_property
     def _stored(self):
-        """The stored encodings if they are complete and valid without any parameter, or None."""
+        """The stored encodings, or None if they are incomplete or need parameters for validation."""
         return self._place and encoding_cache.complete(*self._place, len(self.records))
 
     @functools.cached_property
     def _place(self):
-        """Where encoded records are stored and what they depend on: arguments of `encoding_cache.cached`.
+        """The first arguments of `encoding_cache.cached`: folder, key, parts and file digests.
 
-        Toybox's have a folder for each such key. None where they stay in memory: where Toybox's
-        encoders are not read from files.
+        Toybox's encodings have one folder per key. None if they stay in memory, which is the case if
+        Toybox's encoders are not loaded from files.
         """
         config, records, model = self.config, self.records, self.model
         source = _source_to_keep(config, self.assembly)[0]
@@ -142,9 +142,10 @@ class PairBatches:
 
 
 def _source_to_keep(config, assembly):
-    """The source of the similarity that is stored, and whether more is stored than the run reads.
+    """Returns the source of the stored similarity, and whether more is stored than the run reads.
 
-    Of a prepared set everything is stored that any objective of pairs reads, so that rivals share files.
+    The stored encodings of a prepared set contain everything that any preference objective reads, so that
+    runs of different objectives share them.
     """
     chosen_alone = not objectives.get(config.objective).reads_rejected
     if config.data.source == "toybox" or chosen_alone:
@@ -153,7 +154,7 @@ def _source_to_keep(config, assembly):
 
 
 def encoder_to_keep(config, assembly):
-    """Returns the encoder of what is stored: the run's own, or one that makes more."""
+    """Returns the encoder of the stored records: the run's own, or one with more outputs."""
     source, more = _source_to_keep(config, assembly)
     if not more:
         return assembly.encode

@@ -1,7 +1,7 @@
-"""Shapes of a generator's parameters, without any array.
+"""Computes the shapes of a generator's parameters without allocating arrays.
 
-Tracing SDXL's initialisation takes seconds, most of them for blocks that are alike. Of every stack of
-equal blocks one is traced here, and its shapes stand for the others.
+Tracing SDXL's initialisation takes seconds, mostly for repeated blocks. Only one block of every stack is
+traced here, and its shapes are repeated for the others.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _FIRST = re.compile(rf"(layers|{stacking.STACKED})_0$")
 
 
 def part_shapes(sizes, part):
-    """The parameters of one part, as `Generator.init_part` makes them.
+    """Returns the shapes of the parameters of one part, equal to those of `Generator.init_part`.
 
     Args:
       sizes: the `GeneratorConfig`.
@@ -47,7 +47,10 @@ def part_shapes(sizes, part):
 
 
 def _thin(sizes, part):
-    """The same sizes with one block in each stack; parts that do not matter to `part` are equal."""
+    """Returns the sizes with one block in each stack.
+
+    Fields that do not affect `part` are set to common values, for the cache of `_traced`.
+    """
     unet = dataclasses.replace(
         sizes.unet,
         scan_layers=False,
@@ -63,7 +66,7 @@ def _thin(sizes, part):
 
 
 def _depth(unet, stage):
-    """Transformer blocks in each stack of a stage, such as "up_blocks_1"."""
+    """Returns the number of transformer blocks in each stack of a stage, such as "up_blocks_1"."""
     if stage == "mid_block":
         return unet.mid_transformer_layers
     kind, _, number = stage.rpartition("_")

@@ -1,13 +1,13 @@
-"""One start at a time in a run folder.
+"""A lock file that allows only one training process at a time in a run folder.
 
-`run.lock` names the process that trains there and has a counter, which that process increments every few
-seconds while it lives. No lock of the operating system is used, because gs:// has none and that of NFS may
-outlive its host. A lock of this machine is stale when its process is gone. A lock of another machine is stale
-when its counter stands still, so that clocks of different machines are never compared.
+`run.lock` identifies the process that trains in the folder, and has a counter that this process increments
+every few seconds. Operating system locks are not used, because gs:// has none and NFS locks may outlive their
+host. A lock of this machine is stale if its process no longer exists. A lock of another machine is stale if
+its counter has stopped, so that clocks of different machines are never compared.
 
-Only training takes it: `sample`, `evaluate` and `export` read a run folder that is in use. Of several
-processes that train one model process 0 takes it for all. Imports no jax, so that a command can look at it
-before anything that takes seconds.
+Only training acquires the lock; `sample`, `evaluate` and `export` may read a run folder that is in use. If
+several processes train one model, process 0 acquires the lock for all. The module does not import jax, so
+that a command can check the lock within milliseconds.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.files import cannot_write
 
 NAME = "run.lock"
-_BEAT = 2.0  # Seconds between two counts.
-# A process of another machine that has not counted for so long is taken for dead.
+_BEAT = 2.0  # Seconds between two increments of the counter.
+# Seconds without an increment after which a process of another machine counts as dead.
 _STALE = 20.0
-# How long a start waits for one that may be about to leave, as when a job is queued again.
+# Seconds to wait for a process that may be about to exit, as when a job is requeued.
 _PATIENCE = 3.0
-# Two starts that find a dead lock at once write theirs; who is read after this time has it.
+# Two processes that find a stale lock both write theirs. After this time the file shows which one has it.
 _SETTLE = 1.0
 _POLL = 0.2
 # The last stale lock, so that the second check does not wait for it again.
@@ -40,11 +40,11 @@ _dead = {}
 
 @contextlib.contextmanager
 def held(workdir):
-    """While it is open, this start is the only one in a run folder, which is made if missing.
+    """Holds the lock of a run folder, which is created if missing, while the context is open.
 
     Yields:
-      () -> None, to be called before anything is replaced that another start could have written; it raises
-      a UserError where another one has taken the folder, because this one was stopped for long.
+      () -> None, to be called before files of the folder are replaced. It raises a UserError if another
+      process has acquired the lock, which may happen if this one was suspended for long.
 
     Raises:
       UserError: another process trains there, or the folder cannot be written.
@@ -68,9 +68,9 @@ def held(workdir):
 def require_free(workdir):
     """Checks that no other process trains in a run folder; writes nothing.
 
-    Waits a few seconds for one that is about to leave, and longer for one of another machine that shows no
-    sign of life. Of several processes that train one model each may ask before they have found each other,
-    and process 0 alone afterwards.
+    Waits a few seconds for a process that is about to exit, and longer for one of another machine whose
+    counter has stopped. If several processes train one model, each may call it before they are connected,
+    and only process 0 afterwards.
 
     Raises:
       UserError: another process trains there, or the folder cannot be read.
@@ -131,16 +131,16 @@ class _Lock:
 
     def _beat(self):
         while not self._left.wait(_BEAT):
-            # A share that is away for a moment, or a disk that is full, is no reason to stop.
+            # A short failure of a network share, or a full disk, must not end the thread.
             with contextlib.suppress(Exception):
                 found = _read(self._path)
                 if found is None or self._is_own(found):
                     self._count += 1
-                    # In place, so that it needs no disk space and is never empty.
+                    # Overwritten in place, so that it needs no disk space and is never empty.
                     self._write("w" if found is None else "r+")
 
     def _write(self, mode="w"):
-        """Writes the lock: "x" where there must be none, "r+" over one of the same length."""
+        """Writes the lock; mode "x" creates it, "r+" overwrites one of the same length."""
         text = json.dumps(self._own | {"count": f"{self._count:010d}"}) + "\n"
         if _in_cloud(self._path):
             self._path.write_text(text)  # An object is replaced as a whole.
@@ -159,8 +159,8 @@ class _Lock:
 
 
 def _wait(path):
-    """Returns when a lock is free: None, or the content of a stale one; see `require_free`."""
-    began, last, moved = time.monotonic(), None, False
+    """Waits until a lock is free; returns None, or the content of a stale lock. See `require_free`."""
+    start, last, moved = time.monotonic(), None, False
     while (found := _read(path)) is not None:
         now = time.monotonic()
         if last is None:
@@ -170,10 +170,10 @@ def _wait(path):
         alive = _is_alive(found)
         if alive is False or found and found == _dead:
             return found
-        if (alive or moved) and now - began >= _PATIENCE:
+        if (alive or moved) and now - start >= _PATIENCE:
             raise UserError(
                 f"--workdir={path.parent} is in use: {_named(found)} trains there since "
-                f"{found.get('since', 'some time ago')}. Stop it, wait for its end, or give "
+                f"{found.get('since', 'an unknown time')}. Stop it, wait for its end, or give "
                 "another --workdir"
             )
         if now - changed >= _STALE:
@@ -181,20 +181,20 @@ def _wait(path):
             _dead.update(found)
             return found
         logging.log_first_n(
-            logging.INFO, "%s is of %s; looking whether it is alive", 1, path, _named(found)
+            logging.INFO, "%s belongs to %s; checking whether it is running", 1, path, _named(found)
         )
         time.sleep(_POLL)
     return None
 
 
 def _read(path):
-    """The content of a lock; {} of one that is being written, None where there is none."""
+    """Returns the content of a lock, {} if it is being written, or None if there is none."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except NotADirectoryError:
-        return None  # The folder cannot be made; making it raises the error.
+        return None  # The folder cannot be created; creating it will raise the error.
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -205,7 +205,10 @@ def _named(found):
 
 
 def _is_alive(found):
-    """Whether the process of a lock lives; None where it is of another machine, or the lock is damaged."""
+    """Returns whether the process of a lock is running; None if unknown.
+
+    It is unknown for a process of another machine and for a damaged lock.
+    """
     if found.get("machine") != _machine() or not isinstance(found.get("pid"), int):
         return None
     started = _started(found["pid"])
@@ -213,7 +216,7 @@ def _is_alive(found):
 
 
 def _machine():
-    """The current start of this machine, and the container whose process numbers are ours."""
+    """Returns an id of this boot of the machine and of this PID namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -222,9 +225,9 @@ def _machine():
 
 
 def _started(pid):
-    """Start time of a process of this machine, which distinguishes it from a later one with its number.
+    """Returns the start time of a process of this machine, since process ids are reused.
 
-    None for a dead process. Where there is no /proc, "" for every live process.
+    None for a dead process. Without /proc it is "" for every running process.
     """
     if not os.path.exists("/proc/self/stat"):
         try:

@@ -1,4 +1,4 @@
-"""A run's step from shapes alone: no parameter, image or device has to exist."""
+"""Builds a run's step from shapes, without parameters, images or devices."""
 
 import dataclasses
 from typing import Any
@@ -20,14 +20,14 @@ from focusdpo_jax.training.state import TrainState, create_state, make_optimizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractStep:
-    """The arguments of `training.step.trace_step` as shapes with shardings, and what a run holds besides.
+    """The arguments of `training.step.trace_step` and a run's other arrays, as shapes with shardings.
 
     Attributes:
-      assembly: the step.
+      assembly: the `Assembly` of the step.
       optimizer, state, batch, key: see `trace_step`.
-      empty: int [2, L], in place of the tokens of the empty caption.
-      others: parameters that the step does not read, whether they are held or not.
-      encoders: of these, what a run holds during training, to encode its batches.
+      empty: int [2, L], a placeholder for the tokens of the empty caption.
+      others: parameters that the step does not read.
+      encoders: those of `others` that a run keeps in memory to encode its batches.
     """
 
     assembly: Assembly
@@ -44,8 +44,8 @@ def abstract_step(config: RunConfig, mesh: Mesh) -> AbstractStep:
     """Returns the AbstractStep of a run.
 
     Args:
-      config: of a generator's objective.
-      mesh: of devices, which may be absent.
+      config: a `RunConfig` with a generator's objective.
+      mesh: device mesh; its devices may be absent.
     """
     generator, parameters = models.abstract_model(config, mesh)
     empty = np.zeros((2, generator.config.text_encoder.max_length), np.int32)
@@ -76,7 +76,7 @@ def abstract_step(config: RunConfig, mesh: Mesh) -> AbstractStep:
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of a TrainState: moments and averages follow their parameters."""
+    """Returns the shardings of a TrainState; moments and averages have those of their parameters."""
     parts = set(state.trainable)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
@@ -90,12 +90,12 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def raw_batch(config: RunConfig, generator: Any, count: int | None = None) -> PreferenceBatch:
-    """Returns a PreferenceBatch of shapes, with as many subject slots as the data may need.
+    """Returns a PreferenceBatch of shapes with the largest number of subject slots.
 
     Args:
-      config: of the run.
-      generator: gives the sizes of references and token ids.
-      count: pairs; `config.batch_size` if None.
+      config: the `RunConfig`.
+      generator: a Generator, for the sizes of references and token ids.
+      count: number of pairs; `config.batch_size` if None.
     """
     count, slots = count or config.batch_size, len(config.data.subject_counts)
     side, size = config.resolution, generator.config.image_encoder.image_size

@@ -7,11 +7,11 @@
     unet       features of a block of the reference model. The references are denoised once, with the
                data, at the noise of each bucket, and pooled to prototypes. The features of the images
                are captured in the reference pass of the step.
-    attention  the cross-attention of image locations to a subject's tokens, captured in the same pass,
-               which reads the references as tokens.
+    attention  the cross-attention of image locations to a subject's tokens, also captured in the
+               reference pass.
 
-The reference pass runs in every step of a preference objective, so that capturing costs nothing. The paper
-uses the attention of its generator [known]; these readings for a UNet are [ours].
+The reference pass runs in every step of a preference objective in any case, so that capturing adds almost
+no cost. The paper uses the attention of its generator [known]; these variants for a UNet are [ours].
 """
 
 import jax
@@ -21,7 +21,7 @@ from focusdpo_jax.focus import correspondence
 from focusdpo_jax.focus.grids import average_to_grid
 from focusdpo_jax.models.generator import Conditioning
 
-# Separates the noise on references from other draws of the same seed.
+# Separates the noise on references from other random numbers of the same seed.
 _ROLE = int.from_bytes(b"refs", "big")
 
 
@@ -29,6 +29,8 @@ def make_source(generator, config, params):
     """Returns the source that `config.focus.features` selects.
 
     Args:
+      generator: a Generator.
+      config: the `RunConfig`.
       params: BucketParams of the run's buckets, in the order of their index.
 
     Returns:
@@ -37,12 +39,12 @@ def make_source(generator, config, params):
         parts: parts of the generator whose parameters `encode` reads.
         settings: JSON values that `encode` depends on besides parameters and images.
         reads_references: whether the captured activations depend on the references of the pass, so that
-          dropped references leave nothing to match.
+          dropped references cannot be matched.
         encode(parameters, batch, images, references) -> (prototypes, similarity): takes a
-          PreferenceBatch, its images [B * P, H, W, 3] in [0, 1], those of a pair in succession, and the
-          `ImageView` [B, S] of its references. Returns [B, K, S, 2, count, D] for K buckets and
-          [B * P, S + 1, g, g], of the subjects and last of the backgrounds; None for what is computed in
-          the step.
+          PreferenceBatch, its images [B * P, H, W, 3] in [0, 1] with those of a pair in succession, and
+          the `ImageView` [B, S] of its references. Returns prototypes [B, K, S, 2, count, D] for K
+          buckets, and similarities [B * P, S + 1, g, g] with the subjects and, last, the backgrounds.
+          A result is None if it is computed in the step or not used.
         similarity(encoded, captured, index) -> (similarity [B * P, S, h, w] with the subjects,
           [B * P, h, w] with the references' backgrounds or None, bool [B, S]): takes EncodedPairs, the
           captured activations and the bucket's index. The last output marks slots that can be matched.
@@ -51,7 +53,7 @@ def make_source(generator, config, params):
         return EncoderSource(generator, config.focus.prototypes)
     if config.focus.features == "attention":
         return AttentionSource(generator)
-    middles = [(int(n.t_low) + int(n.t_high) - 1) // 2 for n in params]
+    middles = [(int(p.t_low) + int(p.t_high) - 1) // 2 for p in params]
     return UNetSource(generator, middles, config.focus.prototypes, config.seed)
 
 
@@ -62,7 +64,7 @@ class EncoderSource:
     reads_references = False
 
     def __init__(self, generator, count):
-        """Takes the number of prototypes a subject."""
+        """Initialises it for `count` prototypes per subject."""
         self._generator, self._count = generator, count
         self.settings = ["vit", count, "similarity"]
 
@@ -84,20 +86,27 @@ class EncoderSource:
     def similarity(self, encoded, captured, index):
         """See `make_source`."""
         del captured, index  # Independent of the timestep.
-        both = encoded.similarity.reshape(-1, *encoded.similarity.shape[2:])
+        similarity = encoded.similarity.reshape(-1, *encoded.similarity.shape[2:])
         # The similarity of a subject without prototypes is -1 everywhere.
         known = jnp.any(encoded.similarity[:, 0, :-1] > -1, axis=(2, 3))
-        return both[:, :-1], both[:, -1], known
+        return similarity[:, :-1], similarity[:, -1], known
 
 
 class UNetSource:
-    """Features of a block of the reference model, references and images at similar noise."""
+    """Features of a block of the reference model, for references and images at similar noise levels."""
 
     parts = ("unet", "adapter", "text_encoder", "text_encoder_2", "vae", "image_encoder")
     reads_references = False
 
     def __init__(self, generator, timesteps, count, seed):
-        """Takes a timestep for each bucket and the number of prototypes a subject."""
+        """Initialises it.
+
+        Args:
+          generator: a Generator.
+          timesteps: timestep at which the references are denoised, for each bucket.
+          count: prototypes per subject.
+          seed: seed of the noise on references.
+        """
         self._generator, self._count, self._seed = generator, count, seed
         self._timesteps = jnp.asarray(timesteps)
         self._block = generator.match_captures["unet"]
@@ -107,8 +116,8 @@ class UNetSource:
     def encode(self, parameters, batch, images, references):
         """Denoises every reference once for each bucket, one bucket at a time.
 
-        The conditioning is the pair's caption and the reference itself as the only subject. All slots of a
-        pair share one noise, so that their order has no effect.
+        The conditioning is the pair's caption, with the reference itself as the only subject. All slots of
+        a pair share the noise, so that their order has no effect.
         """
         generator = self._generator
         count, slots = batch.present.shape
@@ -124,7 +133,7 @@ class UNetSource:
         tokens = generator.subject_tokens(parameters, references)
 
         def each(x):
-            """[B, ...] for every slot: [B * S, ...]."""
+            """Repeats [B, ...] for every slot: [B * S, ...]."""
             return jnp.repeat(x, slots, axis=0)
 
         conditioning = Conditioning(
@@ -137,7 +146,7 @@ class UNetSource:
         key = jax.random.fold_in(jax.random.key(self._seed), _ROLE)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch.index)
 
-        def at(timestep):
+        def prototypes_at(timestep):
             noise = jax.vmap(
                 lambda k: jax.random.normal(jax.random.fold_in(k, timestep), mean.shape[1:])
             )(keys)
@@ -158,7 +167,7 @@ class UNetSource:
                 self._count,
             )
 
-        return jnp.moveaxis(jax.lax.map(at, self._timesteps), 0, 1), None
+        return jnp.moveaxis(jax.lax.map(prototypes_at, self._timesteps), 0, 1), None
 
     def similarity(self, encoded, captured, index):
         """See `make_source`."""
@@ -167,10 +176,10 @@ class UNetSource:
 
 
 class AttentionSource:
-    """The image branch of the UNet's cross-attention, at the finest level that has one.
+    """The image branch of the UNet's cross-attention, at the finest level that has attention.
 
-    Attention is taken before normalisation: normalised shares would be 1 everywhere for the only subject of
-    an image.
+    The attention is not normalised over subjects, since normalised shares would be 1 everywhere for the only
+    subject of an image.
     """
 
     parts, settings = (), ["attention"]
@@ -182,7 +191,7 @@ class AttentionSource:
 
     def encode(self, parameters, batch, images, references):
         """See `make_source`."""
-        del parameters, batch, images, references  # The reference pass reads them.
+        del parameters, batch, images, references  # Only the reference pass reads them.
         return None, None
 
     def similarity(self, encoded, captured, index):
@@ -192,7 +201,7 @@ class AttentionSource:
 
 
 def masks_on_grid(masks, grid):
-    """Returns the share of each cell of a grid (h, w) that masks [B, S, R, R] cover: [B, S, h * w]."""
+    """Returns the share of each cell of a grid (h, w) that masks [B, S, R, R] cover, [B, S, h * w]."""
     masks = masks.astype(jnp.float32)
     rows, columns = masks.shape[2:]
     if rows % grid[0] or columns % grid[1]:
@@ -203,7 +212,10 @@ def masks_on_grid(masks, grid):
 
 
 def _compare(prototypes, targets):
-    """Similarities of prototypes [B, S, 2, count, D] and target features [B * P, h, w, D]."""
-    each = jnp.repeat(prototypes, len(targets) // len(prototypes), axis=0)
-    subjects, background = correspondence.prototype_similarity(each, targets)
+    """Compares prototypes [B, S, 2, count, D] with target features [B * P, h, w, D].
+
+    Returns the results of `similarity` in `make_source`.
+    """
+    repeated = jnp.repeat(prototypes, len(targets) // len(prototypes), axis=0)
+    subjects, background = correspondence.prototype_similarity(repeated, targets)
     return subjects, background, jnp.any(prototypes[:, :, 0] != 0, axis=(2, 3))

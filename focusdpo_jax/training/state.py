@@ -1,4 +1,4 @@
-"""What training carries from step to step, and the optimiser that changes it."""
+"""The state of training, and its optimiser."""
 
 import flax.struct
 import jax
@@ -9,19 +9,19 @@ from optax import contrib
 
 from focusdpo_jax.models import stacking
 
-_DECAY_SHARE = 0.2  # Of the steps, in which "wsd" decays.
+_DECAY_SHARE = 0.2  # Share of the steps in which "wsd" decays.
 
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of a run. The frozen parameters are not part of it.
+    """The state of a run, without its frozen parameters.
 
     Attributes:
-      step: int32 scalar, microsteps made: batches seen (with gradient accumulation several make an
-        optimiser step).
-      trainable: parameters under training, float32.
+      step: int32 scalar, number of microsteps, that is, of batches. With gradient accumulation an
+        optimiser step has several microsteps.
+      trainable: the trainable parameters, float32.
       optimizer: optax's state.
-      average: exponential moving average of `trainable`, or None where the run keeps none.
+      average: exponential moving average of `trainable`, or None if the run keeps none.
     """
 
     step: jax.Array
@@ -31,15 +31,16 @@ class TrainState:
 
     @property
     def evaluated(self):
-        """The parameters to evaluate and to save: the average if the run keeps one."""
+        """The parameters to evaluate and to save: the average, if the run keeps one."""
         return self.trainable if self.average is None else self.average
 
 
 def learning_rate_schedule(config):
-    """Linear warm-up to `config.learning_rate`, then as `config.decay`.
+    """Returns a schedule with linear warm-up to `config.learning_rate`, then `config.decay`.
 
-    "constant"; "cosine", to zero; or "wsd" (warmup-stable-decay, arXiv 2404.06395): constant, and linear to
-    zero over the last fifth of the steps. A run that is shorter than its warm-up ends in it.
+    `config.decay` is "constant", "cosine" (to zero), or "wsd" (warmup-stable-decay, arXiv 2404.06395):
+    constant, then linear to zero over the last fifth of the steps. A run that is shorter than its warm-up
+    ends during the warm-up.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.decay == "wsd":
@@ -60,7 +61,7 @@ def learning_rate_schedule(config):
 
 
 def make_optimizer(config):
-    """`config.optimizer` after clipping by global norm; one update every `config.accumulate` batches."""
+    """Returns `config.optimizer` after clipping by global norm, with gradient accumulation."""
     rate, decay = learning_rate_schedule(config), config.weight_decay
     if config.optimizer == "muon":
         update = contrib.muon(
@@ -75,27 +76,28 @@ def make_optimizer(config):
         update = optax.adamw(rate, b1=0.9, b2=config.adam_b2, weight_decay=decay)
     optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), update)
     if config.accumulate > 1:
-        # MultiSteps keeps a sum as large as the gradient, so it is used only where it is needed.
+        # Only if needed, since MultiSteps keeps a sum as large as the gradient.
         optimizer = optax.MultiSteps(optimizer, config.accumulate)
     return optimizer
 
 
 def ends_optimizer_step(optimizer_state, accumulate):
-    """Returns whether the microstep that starts from this state makes an update: a bool scalar.
+    """Returns whether the microstep that starts from this state updates the parameters, a bool scalar.
 
     Args:
-      optimizer_state: of `make_optimizer`, before the microstep.
-      accumulate: microsteps of an optimiser step, > 1.
+      optimizer_state: state of `make_optimizer`'s optimiser before the microstep.
+      accumulate: microsteps per optimiser step, > 1.
     """
     return optimizer_state.mini_step == accumulate - 1
 
 
 def accumulated_gradient(optimizer_state, gradient):
-    """Returns the mean of the gradients of an optimiser step so far, as `optax.MultiSteps` takes it.
+    """Returns the mean of the gradients of an optimiser step so far, as `optax.MultiSteps` computes it.
 
     Args:
-      optimizer_state: of `make_optimizer` with `config.accumulate` > 1, before the microstep.
-      gradient: of the microstep.
+      optimizer_state: state of `make_optimizer`'s optimiser before the microstep, with
+        `config.accumulate` > 1.
+      gradient: gradient of the microstep.
     """
     count = optimizer_state.mini_step + 1
     return jax.tree.map(
@@ -104,10 +106,11 @@ def accumulated_gradient(optimizer_state, gradient):
 
 
 def _matrices(parameters):
-    """Axes of the matrices that Muon (Jordan et al. 2024) updates; None for parameters that AdamW updates.
+    """Returns the axes of the matrices that Muon (Jordan et al. 2024) updates; None for AdamW.
 
-    A kernel is a matrix from all its axes but the last to the last; the first axis of stacked blocks counts
-    matrices. AdamW updates biases, norms, embeddings and kernels with at most four outputs, such as pixels.
+    A kernel is a matrix that maps all its axes but the last to the last axis. The first axis of stacked
+    blocks is a batch axis. AdamW updates biases, norms, embeddings, and kernels with at most four outputs,
+    such as pixels.
     """
 
     def dimensions(path, leaf):
@@ -122,11 +125,11 @@ def _matrices(parameters):
 
 
 def create_state(trainable, optimizer, ema_decay):
-    """A fresh state; a positive `ema_decay` starts an average at the parameters themselves."""
+    """Returns an initial state; with a positive `ema_decay` the average starts at the parameters."""
     average = jax.tree.map(jnp.copy, trainable) if ema_decay else None
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
-    # Counters and Muon's coefficients are created on the first device; what a checkpoint restores is placed
-    # as its example is.
+    # Counters and Muon's coefficients are created on the first device. They are replicated, since a
+    # checkpoint is restored with the placement of this state.
     sharding = getattr(jax.tree.leaves(trainable)[0], "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None:

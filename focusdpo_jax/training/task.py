@@ -1,4 +1,4 @@
-"""What the loop trains: a value with functions, not a class to inherit from."""
+"""The interface between the training loop and what it trains."""
 
 import dataclasses
 import functools
@@ -9,17 +9,17 @@ from focusdpo_jax.training.step import StepDefinition
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Parameters, a step over batches, and what happens besides.
+    """Parameters, a training step over batches, and callbacks of the loop.
 
     Attributes:
-      trainable: initial parameters under training, a nested dict.
+      trainable: initial trainable parameters, a nested dict.
       definition: the step's functions, buckets and frozen parameters.
       bucket_at: microstep -> name of its bucket, the same on every host.
-      example: () -> batch of the loss, as shapes with shardings: the step is compiled from it while
-        the data is made.
-      open_batches: () -> `batches`; called once, it makes the data.
+      example: () -> batch of the loss, as shapes with shardings. The step is compiled from it while
+        the data is built.
+      open_batches: () -> `batches`; called once, and builds the data.
       prepare: batch of the iterator -> batch of the loss, on the devices.
-      unit: what a batch consists of, for the progress bar ("pairs").
+      unit: name of the items of a batch, for the progress bar ("pairs").
       start: called once before the first step with a `clu.metric_writers.MetricWriter`.
       sample: called every `config.sample_every` steps with (step, trainable, `MetricWriter`).
       finish: called at the end with (step, trainable, `MetricWriter`).

@@ -1,4 +1,4 @@
-"""A profiler's trace of a few training steps, for TensorBoard's profile plugin, XProf or Perfetto."""
+"""Profiles a few training steps for TensorBoard's profile plugin, XProf or Perfetto."""
 
 import contextlib
 
@@ -10,23 +10,25 @@ from etils import epath
 from focusdpo_jax.files import room_for
 from focusdpo_jax.training.clu_without_tensorflow import periodic_actions
 
-# Steps of a start before the trace: the first ones load programs and fill caches.
+# Steps before the trace, since the first ones load programs and fill caches.
 _SKIPPED = 2
 
 
 class StepTrace(periodic_actions.Profile):
     """Traces `steps` whole steps, once, into `plugins/profile/` of the run folder.
 
-    Waits for the device where the trace begins and ends, and nowhere else: steps are dispatched ahead, and
-    the trace would otherwise have another number of them.
+    Since steps are dispatched ahead, it waits for the device at the beginning and at the end of the trace,
+    so that the trace contains exactly these steps.
     """
 
     def __init__(self, workdir, steps, *, start, total):
-        """The trace of a loop of the steps from start to total.
+        """Initialises it.
 
         Args:
           workdir: folder of the run.
-          steps: how many are traced; fewer where the loop ends before.
+          steps: number of steps to trace; fewer if the loop ends before.
+          start: number of steps done before the loop.
+          total: last step of the loop.
         """
         self._begins = min(start + _SKIPPED, total - 1)
         self._ends = min(self._begins + steps, total)
@@ -39,11 +41,11 @@ class StepTrace(periodic_actions.Profile):
         )
 
     def __call__(self, step, state):
-        """Called before the first step and after each one.
+        """Starts or stops the trace; call it before the first step and after each step.
 
         Args:
-          step: number of steps that were dispatched.
-          state: what the last one returns.
+          step: number of dispatched steps.
+          state: the state after the last step.
         """
         if step in (self._begins, self._ends):
             jax.block_until_ready(state)
@@ -53,15 +55,15 @@ class StepTrace(periodic_actions.Profile):
     def _end_session(self, url):
         super()._end_session(url)
         logging.info(
-            "steps %d to %d are traced in %s/plugins/profile",
+            "wrote a trace of steps %d to %d to %s/plugins/profile",
             self._begins + 1,
             self._ends,
             self._logdir,
         )
 
     def close(self):
-        """Ends a trace that an error has cut off."""
+        """Ends a trace that an error has interrupted."""
         if self._session_running:
             self._session_running = False
-            with contextlib.suppress(Exception):  # The error that has cut it off is on its way.
+            with contextlib.suppress(Exception):  # The original error is being raised.
                 profiler.stop()

@@ -398,7 +398,7 @@ def test_a_signal_saves_and_leaves(number, name, status, tiny_folder, tmp_path):
     assert time.monotonic() - asked < 30
     assert process.returncode == status and "Traceback" not in errors
     step = max(tiny.losses(workdir))
-    assert f"asked to leave ({name}) after step {step} of 100000, which is saved" in errors
+    assert f"stopped by {name} after step {step} of 100000, which is saved" in errors
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == [str(step)]
 
 
