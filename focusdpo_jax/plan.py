@@ -1,16 +1,16 @@
-"""What a run would need of accelerators that are not there, before anyone pays for them.
+"""Plans a run for accelerators that need not be present: memory, communication and time.
 
     python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=v5e:4x4 --config.mesh.fsdp=16 \
         --config.mesh.data=1 --config.batch_size=16
     python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=h100 --config.batch_size=1
     python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py:lora --topology=v6e:2x4 --search
 
-Compiles every program of the run, from shapes alone, for a TPU topology (with libtpu, which
-`pip install 'focusdpo_jax[plan]'` brings), for NVIDIA GPUs (with jax's CUDA plugin, which
-`pip install 'focusdpo_jax[plan-gpu]'` brings, and without a GPU) or for this machine's devices. It prints
-what every chip would hold, exchange with the others and, for TPUs, the time that the compiler estimates. Where
-the model's files are not here it plans for SDXL's sizes. What does not fit is refused with what would make it
-fit, and exit status 2.
+Compiles every program of the run from shapes for a TPU topology (requires libtpu, which
+`pip install 'focusdpo_jax[plan]'` installs), for NVIDIA GPUs (requires JAX's CUDA plugin, which
+`pip install 'focusdpo_jax[plan-gpu]'` installs, but no GPU), or for this machine's devices. Prints the memory
+and communication of every chip and, for TPUs, the time that the compiler estimates. If the model's files are
+missing on this machine, it plans for SDXL's sizes. If a program does not fit, it prints changes that would
+make it fit, and exits with status 2.
 """
 
 import json
@@ -37,36 +37,39 @@ _TOPOLOGY = flags.DEFINE_string(
 _UTILISATION = flags.DEFINE_float(
     "utilisation",
     0.4,
-    "Share of the chip's speed on paper that is expected of it where no compiler "
-    "estimates time (GPUs); it decides the pairs a second, and nothing else.",
+    "Assumed share of the chip's data sheet speed, if the compiler does not estimate "
+    "the time (GPUs); it only affects the pairs per second.",
     lower_bound=0.01,
     upper_bound=1.0,
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON and not a table.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 _SEARCH = flags.DEFINE_bool(
     "search",
     False,
-    "Try splits into data and fsdp and --batches pairs a chip; where nothing fits also "
-    "remat, cached encoders and no accumulation, in this order. Recommends what fits, promises most pairs a "
-    "second and exchanges least, planned as a whole.",
+    "Try meshes of data and fsdp with --batches pairs per chip; if nothing fits, also "
+    "remat, cached encodings and no accumulation, in this order. Recommends the plan that fits with the most "
+    "pairs per second and, among equals, the least communication; this plan includes all programs.",
 )
-_BATCHES = flags.DEFINE_list("batches", ["1", "2", "4"], "Pairs a chip that --search tries.")
+_BATCHES = flags.DEFINE_list(
+    "batches", ["1", "2", "4"], "Numbers of pairs per chip that --search tries."
+)
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "Compile the policy's update alone, which is --programs=update."
+    "quick", False, "Compile only the policy's update; the same as --programs=update."
 )
 _PROGRAMS = flags.DEFINE_list(
     "programs",
     None,
-    "Programs to compile, of update, sampling, encoding, reference pass, focus maps, probe; all "
-    "that the run has by default.",
+    "Programs to compile: update, sampling, encoding, reference pass, focus maps, probe. Default: all "
+    "programs of the run.",
 )
 
 
 def main():
-    """Flags, then `planning.planner`."""
-    # A TPU's runtime would look for a TPU; only its compiler is wanted.
+    """Reads the flags and runs `planning.planner`."""
+    # Only the compiler of libtpu is used; without this its runtime would search for a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Of compilers there may be several.
+    # Several processes may use the compiler at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if _TOPOLOGY.value != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from focusdpo_jax import config as config_lib
@@ -79,8 +82,8 @@ def main():
         names = objectives.names()
         generators = ", ".join(n for n in names if objectives.get(n).trains_generator)
         raise UserError(
-            f"config.objective = {config.objective!r}: a plan is for the training of a "
-            f"generator; choose one of {generators}"
+            f"config.objective = {config.objective!r}: only the training of a generator can be "
+            f"planned; choose one of {generators}"
         )
     utilisation = _UTILISATION.value
     only = ["update"] if _QUICK.value else _PROGRAMS.value
@@ -133,7 +136,7 @@ def main():
 
 
 def _show(found):
-    """Prints a plan, and refuses what does not fit."""
+    """Prints a plan; raises a UserError if a program does not fit."""
     from focusdpo_jax.errors import UserError
     from focusdpo_jax.planning import report
 

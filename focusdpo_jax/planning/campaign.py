@@ -1,4 +1,4 @@
-"""Cost of a run over many pairs: arithmetic on a plan, with every assumption in one place."""
+"""Computes the cost of a run over many pairs from a plan and explicit assumptions."""
 
 import dataclasses
 import math
@@ -11,11 +11,11 @@ class Assumptions:
     """Quantities that a plan does not determine.
 
     Attributes:
-      pairs: that are trained on.
-      read_bandwidth: bytes a second that one machine reads from where the data lie.
-      write_bandwidth: bytes a second that one machine writes to where checkpoints lie.
-      host_copy: bytes a second from the memory of one chip to its machine, which training waits for.
-      records_per_file: of a data set's files ("shards").
+      pairs: number of training pairs.
+      read_bandwidth: bytes per second that one machine reads from the storage of the data.
+      write_bandwidth: bytes per second that one machine writes to the storage of checkpoints.
+      host_copy: bytes per second from the memory of one chip to its machine; training waits for it.
+      records_per_file: records per file ("shard") of the data set.
     """
 
     pairs: float = 1e6
@@ -31,15 +31,15 @@ def cost(
     """Returns the chip-hours of a run over `assumptions.pairs`, each seen once.
 
     Args:
-      made: result of `planner.plan`: "chips", "batch_size", "accumulate", "checkpoint_every",
-        "pairs_per_second", "record_bytes", "checkpoint_bytes" and "checkpoint_bytes_per_chip" are used.
-      chips_per_host: chips of one machine.
+      made: result of `planner.plan`, of which "chips", "batch_size", "accumulate", "checkpoint_every",
+        "pairs_per_second", "record_bytes", "checkpoint_bytes" and "checkpoint_bytes_per_chip" are read.
+      chips_per_host: number of chips of one machine.
       assumptions: number of pairs, bandwidths and file sizes.
 
     Returns:
-      A dict: "hosts", "chip_hours", "hours", their parts in seconds ("training", "waiting_for_data",
-      "checkpoints", of which there are "checkpoint_count"), "reads_per_second" and "bytes_per_second" of
-      a host, and "files".
+      A dict: "hosts", "hours", "chip_hours", the parts of the time in seconds ("training",
+      "waiting_for_data", "checkpoints"), "checkpoint_count", "reads_per_second" and "bytes_per_second" of
+      one host, and "files".
 
     Raises:
       ValueError: the plan has no estimate of the speed.
@@ -49,12 +49,13 @@ def cost(
     hosts = math.ceil(made["chips"] / chips_per_host)
     training = assumptions.pairs / made["pairs_per_second"]
     reads = made["pairs_per_second"] / hosts
-    # Reading goes on beside training; what it takes longer is waited for.
+    # Data is read during training; training waits only for the excess.
     reading = assumptions.pairs * made["record_bytes"] / (hosts * assumptions.read_bandwidth)
     waiting = max(reading - training, 0)
     updates = assumptions.pairs / (made["batch_size"] * made["accumulate"])
     count = math.ceil(updates / made["checkpoint_every"])
-    # A checkpoint is copied while training waits, and written beside it; the next one waits for that.
+    # Training waits while a checkpoint is copied to the host. It is written during training, and the next
+    # checkpoint waits until it is written.
     interval = (training + waiting) / count
     writing = made["checkpoint_bytes"] / (hosts * assumptions.write_bandwidth)
     checkpoints = count * (

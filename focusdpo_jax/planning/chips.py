@@ -1,4 +1,4 @@
-"""Accelerators to plan for: their memory, their speed on paper, and compile-only devices of them."""
+"""Accelerators to plan for: their memory, data sheet speeds, and compile-only devices."""
 
 import dataclasses
 import importlib.util
@@ -10,7 +10,7 @@ from jax.experimental import topologies
 
 from focusdpo_jax.errors import UserError
 
-# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+# Share of a GPU's memory that JAX allocates unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 _GPU_SHARE = 0.75
 _GIB = 2**30
 # GPUs of one machine, in servers of eight.
@@ -24,13 +24,13 @@ class Chip:
     Attributes:
       name: common name.
       memory: bytes that a run can use.
-      flops: floating point operations a second in bfloat16, dense, by its data sheet.
-      bandwidth: bytes a second from and to its memory, by its data sheet.
-      link: bytes a second that it receives from others of its machine or slice; see `TPUS`, `GPUS`.
-      network: the same from other machines, where that is another network.
-      clock: cycles a second, to which the TPU compiler's estimates refer; 0 for GPUs.
-      per_host: chips of one machine.
-      memory_note: how `memory` is derived, where that is not obvious.
+      flops: dense bfloat16 floating-point operations per second, from the data sheet.
+      bandwidth: memory bandwidth in bytes per second, from the data sheet.
+      link: bytes per second received from other chips of its machine or slice; see `TPUS`, `GPUS`.
+      network: bytes per second received from other machines, if these use another network.
+      clock: cycles per second to which the TPU compiler's estimates refer; 0 for GPUs.
+      per_host: number of chips of one machine.
+      memory_note: explains how `memory` is derived, if needed.
     """
 
     name: str
@@ -44,18 +44,18 @@ class Chip:
     memory_note: str = ""
 
 
-# Memory: the compiler's limit for programs. Speeds: cloud.google.com/tpu/docs. Clocks:
-# such that the matrix units' operations a cycle (v4 and v5p 8 x 128 x 128 x 2, v5e 4 x 128 x 128 x 2,
-# v6e 4 x 256 x 256 x 2) give the speed of the data sheet; the compiler's estimates of a product of 4096^3
-# come to 92 %, 98 %, 96 % and 91 % of these operations a cycle (v4, v5e, v5p, v6e). Link: one axis of the
-# torus in both directions, as a ring uses it.
+# Memory: the compiler's limit for programs. Speeds: cloud.google.com/tpu/docs. Clocks: chosen so that the
+# matrix units' operations per cycle (v4 and v5p 8 x 128 x 128 x 2, v5e 4 x 128 x 128 x 2,
+# v6e 4 x 256 x 256 x 2) give the speed of the data sheet. The compiler's estimates for a product of 4096^3
+# amount to 92 %, 98 %, 96 % and 91 % of these operations per cycle (v4, v5e, v5p, v6e). Link: one axis of
+# the torus in both directions, as used by a ring.
 TPUS = {
     "v4": Chip("TPU v4", 30.75 * _GIB, 275e12, 1228e9, 90e9, 0.0, 1.05e9),
     "v5e": Chip("TPU v5e", 15.75 * _GIB, 197e12, 819e9, 90e9, 0.0, 1.5e9),
     "v5p": Chip("TPU v5p", 95.74 * _GIB, 459e12, 2765e9, 180e9, 0.0, 1.75e9),
     "v6e": Chip("TPU v6e", 31.25 * _GIB, 918e12, 1640e9, 180e9, 0.0, 1.75e9),
 }
-# Options of the TPU compiler besides the shape. By default v4's two cores would be two devices.
+# Options of the TPU compiler besides the shape. Without this option the two cores of v4 are two devices.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -67,18 +67,18 @@ class GPU:
       description: name that the driver reports.
       capability: compute capability, (major, minor).
       cores: streaming multiprocessors.
-      fpus: float32 units of one.
-      clock: GHz.
+      fpus: float32 units per multiprocessor.
+      clock: clock rate in GHz.
       memory: bytes that the driver reports.
-      bandwidth: bytes a second of its memory.
+      bandwidth: memory bandwidth in bytes per second.
       cache: bytes of the L2 cache.
-      shared: bytes of shared memory of a multiprocessor.
-      block: bytes of it that one block may use.
-      threads: of a multiprocessor.
-      flops: dense bfloat16 operations a second with float32 sums.
-      link: bytes a second that it receives from the others of its machine: NVLink, or PCIe.
-      network: bytes a second that it receives from other machines: 400, 200 or 100 Gbit/s a GPU where its
-        servers have that (DGX H100, DGX A100), else 100 Gbit/s for eight. An assumption.
+      shared: bytes of shared memory per multiprocessor.
+      block: bytes of shared memory that one block may use.
+      threads: threads per multiprocessor.
+      flops: dense bfloat16 operations per second with float32 accumulation.
+      link: bytes per second received from other GPUs of its machine, by NVLink or PCIe.
+      network: bytes per second received from other machines. This is an assumption: 400, 200 or 100 Gbit/s
+        per GPU if common servers have that (DGX H100, DGX A100), otherwise 100 Gbit/s for eight GPUs.
     """
 
     description: str
@@ -136,7 +136,7 @@ _PCIE4, _PCIE5, _SHARED_NETWORK = 32e9, 64e9, 12.5e9 / PER_HOST
 
 # h100, h100-pcie, h200, a100-*, a6000, b200 and rtx6000pro: sizes and memory from XLA's own descriptions
 # (openxla/xla, xla/backends/gpu/target_config/specs, 2026). The others, and all speeds: NVIDIA's data
-# sheets, as remembered and not looked up when this table was made.
+# sheets, quoted from memory and not verified.
 GPUS = {
     "h100": GPU(
         "NVIDIA H100 80GB HBM3",
@@ -317,7 +317,8 @@ device_description_str: "{description}"
 
 def target_config(gpu: GPU) -> str:
     """Returns XLA's description of a GPU to compile for: a GpuTargetConfigProto in text form."""
-    accelerated = gpu.capability in ((9, 0), (10, 0))  # Instructions of that architecture alone.
+    # These architectures have additional instructions that later ones do not support.
+    accelerated = gpu.capability in ((9, 0), (10, 0))
     return _PROTO.format(
         **dataclasses.asdict(gpu),
         extension=(" feature_extension: ACCELERATED_FEATURES" if accelerated else ""),
@@ -329,16 +330,16 @@ def devices(topology: str) -> tuple[list[Any], Chip]:
 
     Args:
       topology: such as "v5e:4x4", "v5p:2x2x1", "v5e:1x1"; "h100" or "h100:16", which is two machines of
-        eight; "local" takes this machine's devices.
+        eight; "local" for this machine's devices.
 
     Raises:
       UserError: there is no such topology, or its compiler is not installed.
     """
     if topology == "local":
-        found = jax.devices()
-        stats = found[0].memory_stats() or {}
-        return found, Chip(
-            found[0].device_kind, stats.get("bytes_limit", 0.0), 0.0, per_host=len(found)
+        local = jax.devices()
+        stats = local[0].memory_stats() or {}
+        return local, Chip(
+            local[0].device_kind, stats.get("bytes_limit", 0.0), 0.0, per_host=len(local)
         )
     kind, _, shape = topology.partition(":")
     if kind in GPUS:
@@ -354,7 +355,7 @@ def devices(topology: str) -> tuple[list[Any], Chip]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    except Exception as error:  # Of the plugin, of several kinds.
+    except Exception as error:  # The plugin raises several types.
         raise _no_compiler(topology, "libtpu", "plan", error) from error
     return list(described.devices), TPUS[kind]
 
@@ -373,7 +374,7 @@ def _gpus(topology: str, kind: str, shape: str) -> tuple[list[Any], Chip]:
         )
     gpu, hosts = GPUS[kind], -(-count // PER_HOST)
     try:
-        # Slices, machines of a slice, GPUs of a machine.
+        # The topology is slices x machines per slice x GPUs per machine.
         described = topologies.get_topology_desc(
             gpu.description,
             "cuda",

@@ -1,4 +1,4 @@
-"""Finds changes of configuration fields that make a program fit, trying cheap ones first."""
+"""Finds changes of configuration fields that make a program fit in memory, cheap ones first."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -7,23 +7,24 @@ from typing import Any
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
 
-# What remat leaves of the update's temporaries, at best: a guess that only decides what is compiled.
+# Optimistic guess of the share of the update's temporaries that remains with remat. It only decides which
+# changes are compiled.
 _REMAT = 0.2
-# Compilations that one cure may cost.
+# Largest number of compilations per cure.
 _MOST = 3
-# Share of a chip that has to stay free, in proportion to what was compiled, to spare the compilation.
+# Share of a chip's memory that an extrapolation must leave free to be accepted without compilation.
 _SPARE = 0.2
 # {field of the configuration, with dots: value}.
 Changes = dict[str, Any]
 
 
 def candidates(config: RunConfig, name: str, chips: int) -> list[Changes]:
-    """Returns changes that may make a program fit; first each alone, then together.
+    """Returns changes that may make a program fit: first single ones, then combinations.
 
     Args:
-      config: of the run.
-      name: of the program, one of `programs.NAMES`.
-      chips: how many there are.
+      config: the `RunConfig`.
+      name: name of the program, one of `programs.NAMES`.
+      chips: number of chips.
     """
     shares = chips // max(config.mesh.tensor, 1)
     if name in ("sampling", "probe"):
@@ -43,7 +44,7 @@ def candidates(config: RunConfig, name: str, chips: int) -> list[Changes]:
     if config.trainable != "lora":
         last.append({"trainable": "lora", "model.lora_rank": config.model.lora_rank or 32})
     alone = [*own, *divided, *last]
-    # Together: of each field the furthest, one after the other.
+    # Combinations: the last option of each field, added one after the other.
     together: Changes = {}
     combined: list[Changes] = []
     for change in (*_furthest(own), *divided[-1:], *last):
@@ -53,7 +54,7 @@ def candidates(config: RunConfig, name: str, chips: int) -> list[Changes]:
 
 
 def _fewer_rows(field: str, count: int, shares: int) -> list[Changes]:
-    """Smaller values of a field, and one row for each chip where each chip computes all rows now."""
+    """Returns smaller values of a field; first one row per chip, if each chip now computes all rows."""
     options = [{field: shares}] if shares > 1 and count % shares else []
     while count > 1:
         count //= 2
@@ -69,14 +70,14 @@ def _of_a_step(config: RunConfig, name: str, shares: int) -> list[Changes]:
         options.append({"data.cache": True})
     size, accumulate = config.batch_size, config.accumulate
     while size % (2 * shares) == 0:
-        # As many pairs an update of the parameters as before.
+        # Keeps the number of pairs per update of the parameters.
         size, accumulate = size // 2, accumulate * 2
         options.append({"batch_size": size, "accumulate": accumulate})
     return options
 
 
 def _furthest(options: Iterable[Changes]) -> Iterable[Changes]:
-    """Of changes to the same fields the last, in the order of their first."""
+    """Returns the last of the changes to the same fields, in the order of first occurrence."""
     return {tuple(change): change for change in options}.values()
 
 
@@ -88,14 +89,15 @@ def find(
 ) -> dict[str, Any] | None:
     """Returns the first of some changes with which a program fits.
 
-    The changed program is compiled, unless it fits easily even if temporaries grow with the rows.
+    The changed program is compiled, unless an extrapolation of its temporaries, proportional to the rows,
+    leaves enough memory free.
 
     Args:
-      options: of `candidates`.
+      options: changes to try, from `candidates`.
       made: entry of `planner.plan` for the program without changes.
-      limit: bytes of a chip.
-      try_out: maps changes to (bytes held, rows a chip, function that compiles the program and
-        returns its peak, or None where the compiler refuses it).
+      limit: memory of a chip in bytes.
+      try_out: maps changes to (bytes held, rows per chip, function that compiles the program and
+        returns its peak, or None if the compiler refuses it).
 
     Returns:
       {"changes": {field: value}, "peak": bytes, "compiled": bool}, or None.
@@ -104,7 +106,7 @@ def find(
     for changes in options:
         try:
             held, rows, peak_of = try_out(changes)
-        except UserError:  # A mesh or a batch that cannot be.
+        except UserError:  # An impossible mesh or batch size.
             continue
         temporaries = made["temporaries"]
         if temporaries is None:
@@ -129,7 +131,7 @@ def find(
 
 
 def in_words(name: str, made: Mapping[str, Any], limit: float) -> str:
-    """Returns one sentence on a program that does not fit: what it needs, and what makes it fit."""
+    """Returns one sentence about a program that does not fit: its memory, and changes that help."""
     if made["peak"] is None:
         needs = f"it needs more than {(made['needs_at_least'] or made['held']) / 1e9:.1f} GB"
     else:

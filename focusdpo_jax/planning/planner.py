@@ -21,11 +21,11 @@ from focusdpo_jax.sharding.mesh import AXES, make_mesh
 from focusdpo_jax.training.memory import bytes_per_device
 
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])|required[^(]*\(([\d.]+)([KMG])\)")
-_HELD_ALONE = "what is held alone has no room"
+_HELD_ALONE = "the arrays held during the program already exceed the memory"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-# Programs of which a batch's time is made.
+# Programs that run for every batch.
 _OF_A_BATCH = ("encoding", "reference pass", "update")
-# What a checkpoint keeps.
+# Kinds of arrays in a checkpoint.
 _SAVED = ("trained parameters", "optimizer")
 MOST_EXPENSIVE = 10
 
@@ -39,34 +39,35 @@ def plan(
     unless_held: bool = False,
     cure: bool = True,
 ) -> dict[str, Any]:
-    """Plans a run: the memory, operations and time of its programs on each chip.
+    """Plans a run: computes the memory, operations and time of its programs on each chip.
 
     Args:
-      config: of a generator's objective.
+      config: a `RunConfig` with a generator's objective.
       topology: see `chips.devices`.
-      utilisation: share of the data sheet's speed that is expected where no compiler estimates time.
-      only: names of `programs.NAMES` to compile; None all that the run has.
-      unless_held: do not compile what has no room for its parameters and optimiser already.
-      cure: look for a field that makes fit what does not.
+      utilisation: assumed share of the data sheet's speed, if the compiler does not estimate the time.
+      only: names of `programs.NAMES` to compile; None for all programs of the run.
+      unless_held: whether to raise an error instead of compiling if the arrays held during the update
+        already exceed the memory.
+      cure: whether to search for changes that make programs fit.
 
     Returns:
       A JSON-serialisable dict:
-        "fits": whether all programs do; None where the chip's memory is not known.
-        "bytes_per_chip": by kind, with "peak" and "limit", while the fullest program runs.
-        "programs": {name: "peak", "fits", "held", "temporaries", "outputs", "rows_per_chip", "when",
-          "estimate" (see `_estimate`), "cure" ({field: value} or None) where it does not fit}.
-        "flops_per_pair": products of the reference pass and the update; "model_flops_per_pair": the
-          same without what remat computes again.
+        "fits": whether all programs fit; None if the chip's memory is unknown.
+        "bytes_per_chip": bytes by kind during the program with the largest peak, with "peak" and "limit".
+        "programs": {name: {"peak", "fits", "held", "temporaries", "outputs", "rows_per_chip", "when",
+          "estimate" (see `_estimate`), and, if it does not fit, "cure" ({field: value} or None)}}.
+        "flops_per_pair": operations of matrix products in the reference pass and the update.
+        "model_flops_per_pair": the same without recomputation by remat.
         "collectives": {program: {kind: {count, bytes}}}.
-        "compile_seconds", "host_bytes" (this process's peak so far).
-        "seconds_per_batch", "pairs_per_second", "model_flops_utilisation" and "speed_from", the source
-          of these; None where nothing is known.
-        "topology", "chip", "chips", "mesh", "batch_size", "trainable", "resolution", "remat", "cache", and
-          what `campaign.cost` takes: "accumulate", "checkpoint_every", "chips_per_host", "record_bytes",
-          "checkpoint_bytes" and "checkpoint_bytes_per_chip".
+        "compile_seconds", "host_bytes": duration, and peak memory of this process so far.
+        "seconds_per_batch", "pairs_per_second", "model_flops_utilisation", "speed_from": estimates and
+          their source; None if unknown.
+        "topology", "chip", "chips", "mesh", "batch_size", "trainable", "resolution", "remat", "cache".
+        "accumulate", "checkpoint_every", "chips_per_host", "record_bytes", "checkpoint_bytes" and
+          "checkpoint_bytes_per_chip": inputs of `campaign.cost`.
 
     Raises:
-      UserError: the topology, or the mesh on it, does not exist; or what is held leaves no room.
+      UserError: the topology, or the mesh on it, does not exist; or see `unless_held`.
     """
     devices, chip = chips.devices(topology)
     mesh = make_mesh(config.mesh.sizes, config.batch_size, devices)
@@ -91,7 +92,7 @@ def plan(
                 found[name]["compile_seconds"],
             )
     seconds = time.monotonic() - start
-    # All programs of a run are loaded, if not running.
+    # All programs of a run stay loaded on the chip, also those that are not running.
     code = sum(made.pop("code") for made in found.values())
     for made in found.values():
         if made["peak"]:
@@ -166,8 +167,8 @@ def _compiled(
     """Compiles a program.
 
     Returns:
-      (its entry in the "programs" of `plan`, its text, its operations). The last two are None where
-      the compiler refuses it, or where it is not compiled because the bytes held alone do not fit.
+      (its entry in the "programs" of `plan`, its text, its operations). The last two are None if it is
+      not compiled because the held arrays do not fit; the text is None if the compiler refuses it.
     """
     held, start = _bytes_per_chip(program.held), time.monotonic()
     made: dict[str, Any] = {
@@ -199,7 +200,7 @@ def _compiled(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        # The compiler itself refuses what is larger than the chip.
+        # The compiler refuses programs that exceed the memory.
         reason = " ".join(str(error).split())
         used = _USED.search(reason)
         size = float(used[1] or used[3]) * _UNITS[used[2] or used[4]] if used else None
@@ -221,7 +222,7 @@ def _compiled(
     made |= {
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        # Of the layouts in which the arguments lie.
+        # Padding due to the layouts of the arguments.
         "padding": max(memory.argument_size_in_bytes - text.parameter_bytes, 0),
         "code": memory.generated_code_size_in_bytes,
     }
@@ -238,10 +239,10 @@ def _estimate(
     """Estimates the time of a program on one chip.
 
     Returns:
-      "products" (floating-point operations), "bytes" (that one chip gets from others), "links" (seconds
-      that these take). For TPUs besides: "seconds" (the compiler's, transfers aside), "cycles", "kinds",
-      "kernels" and "kernel_seconds" (what is added for them), "unknown_loops", "most_expensive". For GPUs:
-      "roofline" (see `estimates.roofline`).
+      "matmul_flops" (of one chip), "bytes" (received from other chips), "links" (seconds for these
+      bytes). For TPUs also "seconds" (the compiler's estimate without transfers, plus "kernel_seconds"),
+      "cycles", "kinds", "kernels", "kernel_seconds", "unknown_loops" and "most_expensive". For GPUs also
+      "bytes_accessed" and "roofline" (see `estimates.roofline`).
     """
     received = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link
@@ -290,8 +291,8 @@ def _speed(
     flops_per_pair: float,
     utilisation: float,
 ) -> dict[str, Any]:
-    """Returns the seconds of a batch, the speed that follows, and the source of both."""
-    nothing: dict[str, Any] = {
+    """Returns the seconds per batch, the resulting speed, and the source of the estimate."""
+    unknown: dict[str, Any] = {
         "seconds_per_batch": None,
         "pairs_per_second": None,
         "model_flops_utilisation": None,
@@ -299,7 +300,7 @@ def _speed(
         "speed_from": None,
     }
     if not chip.flops:
-        return nothing
+        return unknown
     update = found.get("update", {}).get("estimate", {})
     if update.get("seconds"):
         names = [
@@ -312,7 +313,7 @@ def _speed(
         source = (
             "the compiler's estimate, with transfers between chips as if nothing ran beside them"
         )
-        if "reference pass" not in names:  # Of which nothing is known but its operations.
+        if "reference pass" not in names:  # Only its operations are known.
             share = 1 + reference_flops / update_work
             seconds, links = seconds * share, links * share
             source += "; the reference pass, not compiled, in proportion to its operations"
@@ -321,7 +322,7 @@ def _speed(
         total = seconds + links
     else:
         total = flops_per_pair * config.batch_size / devices / (utilisation * chip.flops)
-        return nothing | {
+        return unknown | {
             "seconds_per_batch": total,
             "pairs_per_second": config.batch_size / total,
             "speed_from": f"{utilisation:.0%} of the chip's speed on paper, assumed",
@@ -356,11 +357,11 @@ def _fullest(
 
 
 def _add_cures(config: RunConfig, topology: str, chip: chips.Chip, result: dict[str, Any]) -> None:
-    """Finds changes that make each program fit that does not, and adds them to `result`."""
+    """Finds changes that make the programs fit, and adds them to `result`."""
     devices = chips.devices(topology)[0]
 
     def try_out(name: str, changes: cures.Changes) -> tuple[float, int, Callable[[], float | None]]:
-        """(held bytes, rows a chip, function that compiles and returns the peak) of a changed run."""
+        """Returns (held bytes, rows per chip, function that compiles and returns the peak)."""
         tried = config_lib.replace(config, changes)
         config_lib.check(tried)
         mesh = make_mesh(tried.mesh.sizes, tried.batch_size, devices)
@@ -378,7 +379,7 @@ def _add_cures(config: RunConfig, topology: str, chip: chips.Chip, result: dict[
         if made["fits"] is not False:
             continue
         if made.get("refused") == _HELD_ALONE and before:
-            made["cure"] = before[0]  # Nothing is known of this one but what it has in common.
+            made["cure"] = before[0]  # This program was not compiled, so nothing else is known.
             continue
         options = [
             *(cure["changes"] for cure in before),
@@ -401,21 +402,23 @@ def search(
     report: Callable[[dict[str, Any] | Exception], None],
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Plans what may be best and returns all plans that were made, the recommended one first.
+    """Searches meshes and batch sizes; returns all plans that were made, the recommended one first.
 
-    Memory grows with the batch and shrinks where parameters are divided more or activations are
-    computed again. So every batch, from the smallest on, is tried with the most divided parameters
-    first: if that does not fit, neither does a larger batch; if it does, fewer parts are tried, until
-    they no longer fit. Where nothing fits, the next lever is taken: remat, then encoders that are not
-    held (config.data.cache), then no sum of gradients beside the optimiser (config.accumulate = 1).
-    Of the plans that fit, the recommended one has most pairs a second, and of equal ones the one with
-    the least exchange between chips for each pair.
+    Memory grows with the batch, and shrinks with more shards of the parameters or with remat. So for every
+    batch size, starting with the smallest, meshes are tried from the most to the fewest shards until one
+    does not fit. If the first mesh does not fit, larger batches are not tried. If nothing fits, the next
+    lever is used: remat, then cached encodings (config.data.cache), then no gradient accumulation
+    (config.accumulate = 1). The recommended plan has the most pairs per second; among equals, the fewest
+    bytes of collectives per pair.
 
     Args:
-      batches: pairs a chip, each an int.
-      splits: meshes to try; None takes all of data times fsdp.
-      remats: values of config.model.remat, the faster first.
-      report: called with every plan, or with a UserError or the compiler's error in its place.
+      config: the `RunConfig`.
+      topology: see `chips.devices`.
+      batches: numbers of pairs per chip to try.
+      splits: meshes to try; None for all products of data and fsdp.
+      remats: values of config.model.remat to try, the faster first.
+      report: called with every plan, or with a UserError or the compiler's error instead.
+      **options: further arguments of `plan`.
 
     Raises:
       UserError: nothing fits.
@@ -425,7 +428,7 @@ def search(
         {"data": count // n, "fsdp": n, "tensor": 1} for n in range(1, count + 1) if count % n == 0
     ]
     splits = sorted(splits, key=lambda split: -split["fsdp"] * split["tensor"])
-    found: list[dict[str, Any]] = []
+    plans: list[dict[str, Any]] = []
 
     def fits(split: dict[str, int], per_chip: int, levers: dict[str, Any]) -> bool:
         changes = levers | {f"mesh.{axis}": size for axis, size in split.items()}
@@ -439,12 +442,12 @@ def search(
                 **options,
             )
         except (UserError, jax.errors.JaxRuntimeError) as error:
-            # The compiler refuses what is far too large.
+            # The compiler refuses programs that are far too large.
             report(error)
             return False
         made["changes"] = changes
         report(made)
-        found.append(made)
+        plans.append(made)
         return bool(made["fits"])
 
     for levers in _levers(config, remats):
@@ -456,10 +459,10 @@ def search(
             )
             if not fitting:
                 break
-        if any(made["fits"] for made in found):
+        if any(made["fits"] for made in plans):
             break
     good = sorted(
-        (made for made in found if made["fits"]),
+        (made for made in plans if made["fits"]),
         key=lambda made: (-made["pairs_per_second"], _exchanged(made)),
     )
     if not good:
@@ -467,7 +470,7 @@ def search(
             f"--topology={topology}: nothing of what was tried fits; take more chips, a "
             "smaller config.resolution or config.trainable = 'lora'"
         )
-    return good + [made for made in found if not made["fits"]]
+    return good + [made for made in plans if not made["fits"]]
 
 
 def plan_recommended(
@@ -475,7 +478,8 @@ def plan_recommended(
 ) -> dict[str, Any]:
     """Plans all programs of a run with the changes that `search` recommends.
 
-    Where a program does not fit, the fields that make it fit are added. "changes" has them all.
+    If a program does not fit, the fields that make it fit are added. "changes" in the result contains all
+    changes.
     """
     made = plan(config_lib.replace(config, changes), topology, **options)
     cured = [
@@ -489,7 +493,7 @@ def plan_recommended(
 
 
 def _levers(config: RunConfig, remats: Iterable[bool]) -> list[dict[str, Any]]:
-    """Changes that `search` tries one after the other, each with those before it."""
+    """Returns the changes that `search` tries in turn, each including the previous ones."""
     levers: list[dict[str, Any]] = [{"model.remat": remat} for remat in remats]
     if not config.data.cache:
         levers.append(levers[-1] | {"data.cache": True})
@@ -499,7 +503,7 @@ def _levers(config: RunConfig, remats: Iterable[bool]) -> list[dict[str, Any]]:
 
 
 def _exchanged(made: Mapping[str, Any]) -> float:
-    """Bytes of collectives for each pair."""
+    """Returns the bytes of collectives per pair."""
     return (
         sum(kind["bytes"] for kinds in made["collectives"].values() for kind in kinds.values())
         / made["batch_size"]
@@ -515,13 +519,13 @@ def _bytes(tree: Any) -> int:
 
 
 def _record_bytes(config: RunConfig, of_run: Mapping[str, programs.RunProgram]) -> float:
-    """Bytes that are read for a pair: its encoding, or its uncompressed images."""
+    """Returns the bytes that are read per pair: its encoding, or its uncompressed images."""
     if config.data.cache:
         return _bytes(of_run["update"].held["batch"][0]) / config.batch_size
     return _bytes(of_run["encoding"].held["inputs"]) / of_run["encoding"].rows
 
 
 def _bytes_per_chip(held: Mapping[str, Any]) -> dict[str, int]:
-    """{kind: bytes} of {kind: tree of shapes with shardings}, and their "total"."""
+    """Returns {kind: bytes per chip} of {kind: tree of shapes with shardings}, and their "total"."""
     sizes = {kind: bytes_per_device(tree) for kind, tree in held.items()}
     return sizes | {"total": sum(sizes.values())}

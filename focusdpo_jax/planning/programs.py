@@ -1,7 +1,7 @@
-"""The programs of a whole run, and the arrays on the chips while each of them runs.
+"""Lists the programs of a run, and the arrays on the chips while each of them runs.
 
-These are the run's own functions, traced from shapes: encoding, the two programs of a step, sampling,
-focus maps, and the probe.
+The programs are the run's own functions, traced from shapes: encoding, the two programs of a step,
+sampling, focus maps, and the probe.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import pair_batches, run_data, shapes
 from focusdpo_jax.training.step import trace_step
 
-# Without a device XLA cannot tune the tile sizes of its own kernels for matrix products, and for some it
-# finds none; cuBLAS serves instead.
+# Without a device XLA cannot tune the tile sizes of its Triton kernels for matrix products, and fails for some
+# of them. This option selects cuBLAS instead.
 _ON_ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
-# In the order in which they are compiled: first those that most often decide whether a run fits.
+# In the order of compilation: first those that most often determine whether a run fits.
 NAMES = ("update", "sampling", "encoding", "reference pass", "focus maps", "probe")
 
 
@@ -38,11 +38,11 @@ class RunProgram:
       name: one of `NAMES`.
       when: when a run executes it, such as "of every batch".
       trace: () -> `jax.stages.Traced`.
-      held: {kind: tree of shapes with shardings} of all arrays on the chips while it runs, its
-        arguments included.
-      options: for the compiler.
-      field: of the configuration, which sets the number of rows.
-      rows: number of rows that it takes.
+      held: {kind: tree of shapes with shardings} of all arrays on the chips while it runs, including
+        its arguments.
+      options: compiler options.
+      field: field of the configuration that sets the number of rows.
+      rows: number of rows of its inputs.
       rows_per_chip: number of these rows on each chip.
     """
 
@@ -61,12 +61,12 @@ def run_programs(
 ) -> tuple[dict[str, RunProgram], list[Callable[[], jax.stages.Traced]]]:
     """Returns ({name: RunProgram}, [function that traces a reference pass, for each structure]).
 
-    Of a run's reference passes, and of the programs of their focus maps, the one with most terms
-    represents all; they differ after the reference model's forward pass, which takes most memory.
+    A run may have several reference passes and focus map programs. The ones with most terms represent
+    all of them, since they only differ after the reference model's forward pass, which takes most memory.
 
     Args:
-      config: of a generator's objective.
-      mesh: of devices, which may be absent.
+      config: a `RunConfig` with a generator's objective.
+      mesh: device mesh; its devices may be absent.
     """
     step = shapes.abstract_step(config, mesh)
     assembly, definition = step.assembly, step.assembly.definition
@@ -87,13 +87,13 @@ def run_programs(
         "reference": frozen.get("reference", {}),
         "trained parameters": (step.state.trainable, step.state.average),
         "optimizer": step.state.optimizer,
-        # The current one, and the next, which is prepared while the current one is trained on.
+        # The current batch, and the next one, which is prefetched.
         "batch": (step.batch, step.batch),
     }
-    drawing = resident | {"encoders": step.others}
+    sampling = resident | {"encoders": step.others}
     platform = mesh.devices.flat[0].platform
     networks = compiling.network_options(platform)
-    found: dict[str, RunProgram] = {}
+    result: dict[str, RunProgram] = {}
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
 
     absent = platform == "gpu" and mesh.devices.flat[0] not in jax.devices()
@@ -107,7 +107,7 @@ def run_programs(
         rows: int,
         options: Mapping[str, Any] = networks,
     ) -> None:
-        found[name] = RunProgram(
+        result[name] = RunProgram(
             name,
             when,
             trace,
@@ -138,7 +138,7 @@ def run_programs(
             "encoding",
             "once over the data",
             functools.partial(_trace_encoding, config, mesh, step, encode, rows),
-            drawing | {"batch": {}, "inputs": _raw(config, mesh, step, rows)},
+            sampling | {"batch": {}, "inputs": _raw(config, mesh, step, rows)},
             "evaluation.batch_size",
             rows,
         )
@@ -159,12 +159,12 @@ def run_programs(
         else 0
     )
     if config.evaluation.pictures or scenes:
-        inputs = _drawn(config, mesh, step)
+        inputs = _sampler_inputs(config, mesh, step)
         add(
             "sampling",
             "of every sample",
             functools.partial(_trace_sampling, config, mesh, step, inputs),
-            drawing | {"inputs": inputs},
+            sampling | {"inputs": inputs},
             "evaluation.batch_size",
             evaluated,
         )
@@ -198,7 +198,7 @@ def run_programs(
             evaluated,
             {},
         )
-    return {name: found[name] for name in NAMES if name in found}, list(passes.values())
+    return {name: result[name] for name in NAMES if name in result}, list(passes.values())
 
 
 def _first_of(buckets: Mapping[str, Any], structure: Any) -> str:
@@ -206,7 +206,7 @@ def _first_of(buckets: Mapping[str, Any], structure: Any) -> str:
 
 
 def _rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """The sharding that `meshes.shard_rows` gives to this number of rows."""
+    """Returns the sharding that `meshes.shard_rows` uses for this number of rows."""
     shares = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
     return meshes.replicated(mesh) if rows % shares else meshes.batch_sharding(mesh)
 
@@ -218,12 +218,12 @@ def _raw(config: RunConfig, mesh: Mesh, step: Any, rows: int) -> Any:
 
 
 def _at_start(step: Any) -> Any:
-    """The parameters that encoding reads."""
+    """Returns the parameters that encoding reads."""
     return step.assembly.initial_parameters()
 
 
 def _encoded(config: RunConfig, step: Any, rows: int) -> Any:
-    """EncodedPairs of `rows` scenes, as shapes."""
+    """Returns the EncodedPairs of `rows` scenes as shapes."""
     return jax.eval_shape(
         step.assembly.encode,
         _at_start(step),
@@ -231,8 +231,8 @@ def _encoded(config: RunConfig, step: Any, rows: int) -> Any:
     )
 
 
-def _drawn(config: RunConfig, mesh: Mesh, step: Any) -> Any:
-    """The sampler's arguments after the parameters."""
+def _sampler_inputs(config: RunConfig, mesh: Mesh, step: Any) -> Any:
+    """Returns the sampler's arguments after the parameters, as shapes."""
     rows = config.evaluation.batch_size
     scenes = _encoded(config, step, rows)
     noise = jax.ShapeDtypeStruct(
@@ -245,7 +245,7 @@ def _drawn(config: RunConfig, mesh: Mesh, step: Any) -> Any:
 
 
 def _unjitted(function: Any) -> Callable[..., Any]:
-    """The function inside `jax.jit`, which a run compiles for this machine's devices."""
+    """Returns the function inside `jax.jit`, whose options are for this machine's devices."""
     return function.__wrapped__
 
 

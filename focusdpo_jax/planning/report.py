@@ -86,7 +86,7 @@ def _number(value: float | None) -> str:
 
 
 def _speed(found: Mapping[str, Any]) -> list[str]:
-    """The lines on operations and time."""
+    """Formats the lines about operations and time."""
     lines = [
         f"  {found['flops_per_pair'] / 1e12:.4g} TFLOP a pair"
         + (
@@ -133,7 +133,7 @@ def _speed(found: Mapping[str, Any]) -> list[str]:
 
 
 def refusal(found: Mapping[str, Any]) -> str | None:
-    """Returns one line on the programs that do not fit and their cures; None where all fit."""
+    """Returns one line about the programs that do not fit and their cures; None if all fit."""
     failed = [
         cures.in_words(name, made, found["bytes_per_chip"]["limit"])
         for name, made in found["programs"].items()

@@ -1,1 +1,1 @@
-"""What a program costs: floating-point operations, collectives, and a compiler's estimates of time."""
+"""Cost of programs: floating-point operations, collectives, and the compiler's time estimates."""

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its HLO."""
+"""Reads the collectives of a compiled program from its HLO text."""
 
 import dataclasses
 import math
@@ -18,17 +18,17 @@ _NAMED = re.compile(r"'([\w.\-]+)'")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation among devices.
+    """A collective operation.
 
     Attributes:
-      name: of its value in the program.
+      name: name of its value in the program.
       kind: one of `KINDS`.
       size: bytes of its result on one device.
-      operands: names of what goes in.
-      operation: where it comes from, such as "jit(update)/jvp(UNet)/mid_block/...".
-      line: of the program.
-      times: how often it runs: inside loops once for every turn, as far as the compiler knows it.
-      group: devices that take part in one; 0 where the text does not say.
+      operands: names of its operands.
+      operation: the traced operation, such as "jit(update)/jvp(UNet)/mid_block/...".
+      line: its line in the program.
+      times: number of executions; a loop counts each iteration if the compiler knows their number.
+      group: number of devices in a replica group; 0 if the text does not state it.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Collective:
     group: int = 0
 
     def received(self, devices: int) -> float:
-        """Returns the bytes that one device receives from others each time, by the ring algorithms.
+        """Returns the bytes that one device receives per execution, assuming ring algorithms.
 
         Args:
-          devices: of the mesh, for a group of unknown size.
+          devices: number of devices of the mesh, for a group of unknown size.
         """
         count = self.group or devices
         share = (count - 1) / count
@@ -61,7 +61,7 @@ class Collective:
 
 
 def read(program: hlo.Program | str) -> list[Collective]:
-    """Returns the collectives of a program in the order in which it runs them.
+    """Returns the collectives of a program in the order of execution.
 
     Args:
       program: `hlo.Program`, or its text.
@@ -74,7 +74,7 @@ def read(program: hlo.Program | str) -> list[Collective]:
             continue
         sizes, count = hlo.array_sizes(instruction.type), len(instruction.operands)
         if instruction.opcode.endswith("-start") and len(sizes) >= 2 * count:
-            sizes = sizes[count : 2 * count]  # What a start gives holds its inputs as well.
+            sizes = sizes[count : 2 * count]  # The result of a start includes its operands.
         found.append(
             Collective(
                 instruction.name,
@@ -91,7 +91,7 @@ def read(program: hlo.Program | str) -> list[Collective]:
 
 
 def _group(attributes: str) -> int:
-    """Devices of a replica group, in one of the ways in which XLA writes them; 0 if in none."""
+    """Returns the size of a replica group in any of XLA's notations; 0 if there is none."""
     if listed := _LISTED.search(attributes):
         return len(listed[1].split(","))
     if counted := _COUNTED.search(attributes):
@@ -103,7 +103,7 @@ def _group(attributes: str) -> int:
 
 
 def summary(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
-    """Returns {kind: {"count": number of executions, "bytes": of all of them}}."""
+    """Returns {kind: {"count": number of executions, "bytes": their total bytes}}."""
     found = list(found)
     return {
         kind: {
@@ -116,5 +116,5 @@ def summary(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
 
 
 def received(found: Iterable[Collective], devices: int) -> float:
-    """Returns the bytes that one of `devices` receives in a run of the program; see `Collective`."""
+    """Returns the bytes that each of `devices` receives in one run of the program."""
     return sum(c.times * c.received(devices) for c in found)

@@ -1,13 +1,13 @@
-"""How long a compiled program would take: the TPU compiler's own estimate, or a lower bound.
+"""Estimates the time of a compiled program: the TPU compiler's own estimate, or a roofline.
 
-The compiler for TPUs writes `estimated_cycles` beside every fusion, convolution, copy and so on, by a
-model of the chip. Their sum, loops as often as they run, is the time of a program in which nothing
-waits: transfers between memories and between chips, which run beside, have no estimate. Neither have
-Pallas kernels, of which the products at the chip's full speed are added, a lower bound. These
-estimates have not been compared with measured times.
+The TPU compiler annotates fusions, convolutions, copies and so on with `estimated_cycles` from a model of
+the chip. Their sum, with loops counted as often as they run, is the time of the program without stalls:
+asynchronous transfers between memories and between chips have no estimate. Pallas kernels have none
+either; their products at the chip's full speed are added as a lower bound. These estimates have not been
+compared with measured times.
 
-The compiler for GPUs estimates nothing. What remains is the roofline: products at full speed, or bytes at
-full bandwidth, as if no cache served any, whichever takes longer.
+The GPU compiler provides no estimates. There the roofline is used: the larger of the time of all products
+at full speed and the time of all bytes at full bandwidth, without caches.
 """
 
 import collections
@@ -50,12 +50,12 @@ class Estimate:
     """The compiler's estimate of the time of a program on one chip.
 
     Attributes:
-      cycles: of all instructions with an estimate.
-      kinds: {kind: cycles}, the most first: "products" are matrix products and convolutions with what
-        is fused to them, "fusions" everything else that is fused, and opcodes.
-      sources: [(name, cycles, how many instructions run)], the most first; see `source`.
-      kernels: {target: how many run} of custom calls, which have no estimate.
-      unknown_loops: how many loops count once because the program does not say how often they run.
+      cycles: sum over all instructions with an estimate.
+      kinds: {kind: cycles}, largest first. Kinds are "products" (matrix products and convolutions with
+        fused operations), "fusions" (all other fusions), and opcodes.
+      sources: [(name, cycles, number of executed instructions)], largest first; see `source`.
+      kernels: {target: number of executions} of custom calls, which have no estimate.
+      unknown_loops: number of loops that count once because their trip count is unknown.
     """
 
     cycles: float
@@ -99,10 +99,11 @@ def _kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
 
 
 def source(program: hlo.Program, instruction: hlo.Instruction) -> str:
-    """Returns the layer and operation that an instruction was compiled from, equal for equal layers.
+    """Returns the layer and operation of an instruction; repeated layers have the same name.
 
-    Such as "backward: up_blocks_N/attentions_N/transformer_blocks_N/attn1/to_q/dot_general". What the
-    compiler made by itself is named after most of what is fused in it, or else after its opcode.
+    For example "backward: up_blocks_N/attentions_N/transformer_blocks_N/attn1/to_q/dot_general".
+    Instructions that the compiler added are named after the most frequent operation fused in them, or
+    after their opcode.
     """
     name = instruction.operation
     if "/" not in name:
@@ -121,7 +122,7 @@ def short_name(operation: str) -> str:
     kept = []
     for part in parts[1:]:
         if part in kept[:1] and len(kept) > 1:
-            kept = []  # Flax writes the path of a module that is differentiated again behind the first.
+            kept = []  # Flax repeats the path of a module that is differentiated.
         if part not in _WRAPPERS and not _NO_PLACE.search(part):
             kept.append(part)
     path = _LAYER.sub(r"\1_N", "/".join(kept or parts[-1:]))
@@ -131,13 +132,13 @@ def short_name(operation: str) -> str:
         when = "backward"
     elif any(part.startswith("jvp(") for part in parts):
         when = "forward"
-    else:  # Nothing is differentiated here: in the optimiser, or in another program.
+    else:  # No differentiation, as in the optimiser or in other programs.
         when = parts[0].removeprefix("jit(").rstrip(")")
     return f"{when}: {path}"
 
 
 def _split(operation: str) -> list[str]:
-    """The parts of a name between slashes that are in no parenthesis."""
+    """Splits a name at the slashes outside of parentheses."""
     parts, depth, part = [], 0, ""
     for letter in operation:
         depth += (letter == "(") - (letter == ")")
@@ -153,7 +154,7 @@ def seconds(estimate: Estimate, chip: "Chip", kernel_products: float) -> float:
     """Returns the seconds of a program on one TPU chip, without transfers.
 
     Args:
-      estimate: of the program.
+      estimate: the `Estimate` of the program.
       chip: a `chips.Chip`.
       kernel_products: floating-point operations in kernels without an estimate, on one chip.
     """
@@ -161,11 +162,12 @@ def seconds(estimate: Estimate, chip: "Chip", kernel_products: float) -> float:
 
 
 def roofline(chip: "Chip", products: float, accessed: float) -> dict[str, float]:
-    """Returns the time of a program's products and of its bytes on one chip, each at full speed.
+    """Returns the time of a program's products and of its memory accesses on one chip at full speed.
 
     Args:
-      products: floating-point operations on one chip.
-      accessed: bytes that it reads and writes there.
+      chip: a `chips.Chip`.
+      products: floating-point operations of matrix products on one chip.
+      accessed: bytes that the program reads and writes on one chip.
 
     Returns:
       {"products": seconds, "bytes": seconds}.

@@ -1,8 +1,8 @@
-"""Floating-point operations of a traced program, whatever a compiler makes of it.
+"""Counts the floating-point operations of a traced program, independent of the compiler.
 
-XLA's own count takes the body of a loop once, however often it runs, and changes with its version.
-Here the body of a loop and the block of a Pallas kernel count as often as they run, what no result
-depends on counts nothing, and a multiplication with an addition is two operations.
+XLA's own count includes the body of a loop only once, and changes between versions. Here the body of a
+loop and the block of a Pallas kernel count as often as they run. Dead code is not counted. A
+multiplication with an addition is two operations.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-# What only moves, names or makes numbers.
+# Operations that only move, name or create values.
 _FREE = frozenset(
     (
         "broadcast_in_dim",
@@ -50,11 +50,11 @@ class Operations(NamedTuple):
     """Counts of floating-point operations.
 
     Attributes:
-      matmul_flops: of matrix products and convolutions.
-      others: of everything else that computes: one for each element of an equation's largest
-        operand or result, n log2 n to sort n.
-      kernels: those of `matmul_flops` that are done inside fused kernels (Pallas's and cuDNN's attention),
-        which no compiler can look into.
+      matmul_flops: operations of matrix products and convolutions.
+      others: all other operations: one per element of an equation's largest operand or result, and
+        n log2 n for sorting n elements.
+      kernels: the part of `matmul_flops` inside fused kernels (Pallas's and cuDNN's attention), which are
+        opaque to compilers.
     """
 
     matmul_flops: float
@@ -63,18 +63,18 @@ class Operations(NamedTuple):
 
     @property
     def total(self) -> float:
-        """`matmul_flops` and `others` together."""
+        """The sum of `matmul_flops` and `others`."""
         return self.matmul_flops + self.others
 
 
 def count(traced: jax.stages.Traced) -> Operations:
-    """Counts the operations of a traced program, over all devices.
+    """Counts the operations of a traced program, summed over all devices.
 
     A conditional counts as its most expensive branch. Convolutions over dilated inputs are counted
-    without the products with the zeros in between.
+    without the products with the inserted zeros.
 
     Raises:
-      NotImplementedError: a loop of unknown length holds products.
+      NotImplementedError: a loop of unknown length contains matrix products.
     """
     closed = traced.jaxpr
     used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -101,7 +101,7 @@ def _of_equation(equation: Any) -> Operations:
         return Operations(_of_convolution(equation), 0)
     if name == "cond":
         return max(map(_of_jaxpr, inner), key=lambda found: found.total)
-    # A scatter or a reduction only holds what it does to a pair of elements.
+    # The inner function of a scatter or a reduction combines two elements, and is not counted itself.
     if inner and not name.startswith(("scatter", "reduce")):
         found = [_of_jaxpr(jaxpr) for jaxpr in inner]
         trips = _trips(equation)
@@ -121,12 +121,12 @@ def _of_equation(equation: Any) -> Operations:
 
 
 def _trips(equation: Any) -> int:
-    """Returns how often the body of an equation runs."""
+    """Returns the number of executions of an equation's body."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid)
-    if equation.primitive.name == "shard_map":  # On each device with its share.
+    if equation.primitive.name == "shard_map":  # Each device runs it on its shard.
         mesh = equation.params["mesh"]
         return math.prod(mesh.shape[axis] for axis in equation.params["newly_manual_axes"])
     return 1
@@ -142,7 +142,10 @@ def _of_convolution(equation: Any) -> float:
 
 
 def _of_cudnn(equation: Any, backward: bool) -> int:
-    """cuDNN's fused attention: two products forward; five backward, which recomputes the logits."""
+    """Returns the operations of cuDNN's fused attention.
+
+    It has two products in the forward pass, and five in the backward pass, which recomputes the logits.
+    """
     query, key = (v.aval.shape for v in equation.invars[:2])
     # The axis of lengths: layout 0 is [B, N, H, d], layout 1 is [B, H, N, d].
     lengths = 2 if equation.params["layout"] else 1

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: its instructions, and how often each of them runs.
+"""Parses the HLO text of a compiled program: its instructions and their numbers of executions.
 
-Planning takes from it what the sizes of a program do not show: what devices exchange
-(`collectives`), the compiler's estimates (`estimates`), bytes that instructions read and write.
+Planning reads the collectives (`collectives`), the compiler's estimates (`estimates`), and the bytes that
+instructions access from it.
 """
 
 import collections
@@ -48,7 +48,7 @@ _BRANCHES = re.compile(
 )
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"^\d+$")
-# Instructions that name, group or wait for what others have made.
+# Instructions that only name, group or await values.
 _FREE = frozenset(
     (
         "parameter",
@@ -72,14 +72,14 @@ class Instruction(NamedTuple):
     """One instruction of a program.
 
     Attributes:
-      name: of its value.
-      type: of its value, such as "f32[8,8]{1,0}" or a tuple of such.
-      opcode: such as "fusion" or "all-gather-start".
-      operands: names of what goes in; of a constant or a parameter, what stands there.
+      name: name of its value.
+      type: type of its value, such as "f32[8,8]{1,0}", or a tuple of such types.
+      opcode: operation, such as "fusion" or "all-gather-start".
+      operands: names of its operands; for a constant its value, for a parameter its number.
       attributes: the rest of the line.
-      computation: name of the computation that it belongs to.
-      line: its number in the text, from 0.
-      root: whether its value is the computation's.
+      computation: name of its computation.
+      line: line number in the text, from 0.
+      root: whether its value is the result of the computation.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Instruction(NamedTuple):
 
     @property
     def operation(self) -> str:
-        """The traced operation that it comes from, such as "jit(update)/jvp(UNet)/mid_block/..."; "" if unknown."""
+        """The traced operation, such as "jit(update)/jvp(UNet)/mid_block/..."; "" if unknown."""
         found = _OPERATION.search(self.attributes)
         return found[1] if found else ""
 
@@ -113,8 +113,8 @@ class Program:
     """The computations of a program.
 
     Attributes:
-      computations: {name: list of Instruction}; instructions outside of any are those of "".
-      entry: name of the computation that is run.
+      computations: {name: list of Instruction}; the name of instructions outside of computations is "".
+      entry: name of the entry computation.
       texts: {name: text of the computation}.
     """
 
@@ -135,7 +135,7 @@ class Program:
                     self.entry = inside if computation[1] else self.entry
                     self.computations[inside] = []
                 elif inside and self.computations[inside]:
-                    # The description of a kernel goes on over several lines.
+                    # The attributes of a kernel may span several lines.
                     last = self.computations[inside][-1]
                     self.computations[inside][-1] = last._replace(attributes=last.attributes + line)
                 continue
@@ -160,11 +160,11 @@ class Program:
                 )
 
     def trips(self, loop: Instruction) -> int | None:
-        """Returns how often a `while` instruction runs its body; None if the text does not give it."""
+        """Returns the trip count of a `while` instruction, or None if it is unknown."""
         known = _KNOWN_TRIPS.search(loop.attributes)
         if known:
             return int(known[1])
-        # It counts from 0 to the one constant that its condition compares with.
+        # Otherwise assume a loop from 0 to the only constant in its condition.
         condition = _CONDITION.search(loop.attributes)
         bounds = {
             int(operand)
@@ -177,7 +177,7 @@ class Program:
         return bounds.pop() if len(bounds) == 1 else None
 
     def _reached(self, name: str | None) -> list[str]:
-        """A computation and those that it calls."""
+        """Returns the names of a computation and of those that it calls."""
         found: list[str] = []
         if name in self.computations:
             found.append(name)
@@ -187,11 +187,10 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> list[tuple[Instruction, int]]:
-        """[(instruction, how often it runs)] of all instructions that are executed by themselves.
+        """[(instruction, number of executions)] of all instructions outside of fusions and reductions.
 
-        That is everything but the insides of fusions and reductions. Bodies of loops count as often
-        as they run, once where that is not known (`unknown_loops`), and so does each branch of a
-        conditional.
+        The body of a loop counts as often as it runs, or once if its trip count is unknown
+        (`unknown_loops`). Every branch of a conditional counts.
         """
         return list(self._runs(self.entry, 1))
 
@@ -230,8 +229,8 @@ class Program:
     def bytes_accessed(self) -> int:
         """Bytes that instructions read and write, with loops counted as often as they run.
 
-        Of a slice, and of a fusion's operand of which only slices are used, only they count; what
-        is updated in place counts as the update. Caches are not modelled.
+        Slices count with their own size, also those of an operand inside a fusion. In-place updates count
+        with the size of the update. Caches are not modelled.
         """
         return sum(times * self._accessed(instruction) for instruction, times in self.runs)
 

@@ -1,4 +1,4 @@
-"""Measures the peak speed of matrix products on a device, to which a run's speed is compared."""
+"""Measures the peak speed of matrix products on a device, the reference for a run's utilisation."""
 
 import time
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Side of the matrices: large enough to be at full speed, small enough to take no time.
+# Side of the matrices: large enough for full speed, small enough to be fast.
 _SIDES = {"cpu": 1024}
 _SIDE = 8192
 _REPEATS = 6
 
 
 def matmul_peak(device: Any, dtype: str) -> float:
-    """Returns floating-point operations a second of one device in a product of large matrices.
+    """Measures the floating-point operations per second of one device in a large matrix product.
 
-    The best of a few runs, in the precision with which layers of this type multiply.
+    Returns the best of a few runs, in the precision in which layers of this type multiply.
 
     Args:
       device: a `jax.Device` of this process.
