@@ -1,7 +1,7 @@
 """Makes rejected images of good ones: `python -m focusdpo_jax.disrupt --manifest=scenes.jsonl`.
 
 Every subject is inpainted inside its mask from its phrase alone: same class, same position, another
-individual. A manifest has one JSON object a line, with paths relative to its folder:
+individual. A manifest has one JSON object per line, with paths relative to its folder:
 
     {"caption": "a dog on grass", "chosen": "1/good.png",
      "subjects": [{"phrase": "a dog", "mask": "1/dog_mask.png",
@@ -46,7 +46,7 @@ _MODE = flags.DEFINE_enum(
     ["phrase", "leak"],
     "phrase: each subject is inpainted from its phrase alone. "
     "leak: with the reference of another subject of its scene, whose looks it takes "
-    "(needs a model with an image adapter, and two subjects a line).",
+    "(needs a model with an image adapter, and two subjects per line).",
 )
 _STRENGTH = flags.DEFINE_float(
     "strength",

@@ -50,7 +50,7 @@ _SCENES = flags.DEFINE_string(
     "scenes",
     None,
     "Instead of Toybox, a JSON list of scenes of one or more subjects, in the "
-    "layout of UNO's benchmark files; images that are not found beside it are searched in "
+    "layout of UNO's benchmark files; images that are not found next to it are searched in "
     "--dreambench.",
 )
 _PROTOCOL = flags.DEFINE_enum(
@@ -142,7 +142,7 @@ def main() -> None:
         cases=_CASES.value,
     )
     if results:
-        print(benchmark.about, "Mean and 95 % interval; * where a difference's leaves out 0.")
+        print(benchmark.about, "Mean and 95 % interval; * if that of a difference excludes 0.")
         print(tables.format_results(results))
         print(f"{folder.path / 'report.html'}")
 
@@ -183,7 +183,7 @@ def open_models() -> "tuple[RunConfig | None, dict[str, Callable[[], Any]], epat
     base = opened.name == pipeline.BASE
     sizes = models.generator_config(config) if base else opened.sizes()
     sizes.check_resolution(config.resolution)
-    if base:  # That of the configuration.
+    if base:  # The model from which --config starts.
         return config, {"base": functools.partial(models.load_model, config)}, None
     return config, {"policy": opened.load}, None
 

@@ -1,4 +1,4 @@
-"""Opens a generator by name: a run, a model folder, published weights, or a model of this package.
+"""Opens a generator by name: a run, a model folder, published weights, or a shipped model.
 
 from focusdpo_jax import pipeline
 model = pipeline.open_pipeline("runs/toybox_dpo").load()
@@ -19,13 +19,13 @@ _SHIPPED = "toybox"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A generator that exists under a name; nothing of its parameters is read before `load`.
+    """A generator identified by a name. `load` reads its parameters.
 
     Attributes:
       name: "base", a run folder, a model folder, a folder or file of published weights, or the name of a
-        model of this package.
-      run: the `runs.Run` if it is one.
-      inpainting: whether the UNet may read more channels than latents, as one for inpainting does.
+        model that ships with the package.
+      run: the `runs.Run` if the name is that of a run, otherwise None.
+      inpainting: whether the UNet may have more input channels than the latents, as for inpainting.
     """
 
     name: str
@@ -38,24 +38,24 @@ class Pipeline:
 
     @property
     def config(self) -> RunConfig | None:
-        """The configuration of the run; None if it is none."""
+        """The configuration of the run; None if it is not a run."""
         return self.run and self.run.config
 
     @property
     def resolution(self) -> int | None:
-        """Side of the images in pixels that the generator was trained on; None if that is unknown."""
+        """Side of the training images in pixels; None if it is unknown."""
         if self.run:
             return self.run.config.resolution
         return 64 if self.name == BASE else None
 
     def sizes(self) -> GeneratorConfig:
-        """Returns the sizes of the generator, from configuration files."""
+        """Returns the sizes of the generator; reads no weights."""
         if self.run:
             return self.run.sizes()
         return runs.folder_sizes(self._model, inpainting=self.inpainting)
 
     def load(self) -> models.Model:
-        """Reads the generator: of a run, the policy by its newest weights.
+        """Loads the generator; for a run, the policy with the newest weights.
 
         Raises:
           UserError: files are missing or damaged, or the run has no weights yet.
@@ -70,10 +70,10 @@ def open_pipeline(name, *, inpainting=False) -> Pipeline:
 
     Args:
       name: see `Pipeline`.
-      inpainting: see `Pipeline`; a run never trains such a UNet.
+      inpainting: see `Pipeline`; runs never train such a UNet.
 
     Raises:
-      UserError: it is neither a model nor the folder of a run.
+      UserError: the name is neither that of a model nor the folder of a run.
     """
     name = str(name)
     shipped = "/" not in name and models.shipped(name).exists()

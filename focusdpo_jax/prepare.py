@@ -1,6 +1,6 @@
 """Builds a data set of your own images: `python -m focusdpo_jax.prepare --manifest=pairs.jsonl`.
 
-A manifest has one JSON object a line, with paths relative to its folder:
+A manifest has one JSON object per line, with paths relative to its folder:
 
     {"caption": "a dog on grass", "chosen": "1/good.png", "rejected": "1/spoilt.png",
      "subjects": [{"phrase": "a dog", "reference": "dog.jpg", "reference_mask": "dog_mask.png",
@@ -26,7 +26,7 @@ _MANIFEST = flags.DEFINE_string(
 _DREAMBENCH = flags.DEFINE_string(
     "dreambench",
     None,
-    "Instead of a manifest, a folder in DreamBench's layout: a folder a "
+    "Instead of a manifest, a folder in DreamBench's layout: a folder per "
     "subject with 00.jpg, 00_mask.png and so on, and prompts_and_classes.txt. Pairs of "
     "its photographs are written to OUTPUT/source, with a manifest.",
 )
@@ -42,7 +42,7 @@ _ON_ERROR = flags.DEFINE_enum(
     "on-error",
     "fail",
     ["fail", "skip"],
-    "What to do about lines that cannot be used: write the report alone, or leave them out.",
+    "What to do about lines that cannot be used: write only the report, or leave them out.",
 )
 _MAX_SUBJECTS = flags.DEFINE_integer("max_subjects", 3, "Largest number of subjects of a line.")
 _VALIDATION = flags.DEFINE_float(

@@ -3,7 +3,7 @@
     python -m focusdpo_jax.sample --workdir=base --prompt="a star and a ball on grass" \\
         --reference=star.png:"a star" --reference=ball.png:"a ball" --output=out.png
 
-Several prompts: --prompts=FILE, one JSON object a line, {"prompt": ..., "references": [...]}.
+Several prompts: --prompts=FILE, one JSON object per line, {"prompt": ..., "references": [...]}.
 """
 
 import dataclasses
@@ -69,13 +69,13 @@ _SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bo
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image; image i has seed + i.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Denoiser calls.", lower_bound=1)
 _SAMPLER = flags.DEFINE_string(
-    "sampler", "ddim", "ddim, euler, euler_a (draws noise at every step) or dpmpp_2m (fewer steps)."
+    "sampler", "ddim", "ddim, euler, euler_a (adds noise at every step) or dpmpp_2m (fewer steps)."
 )
 _GUIDANCE = flags.DEFINE_float(
     "guidance",
     None,
     "Classifier-free guidance scale; 1 or less disables guidance (as 0 in diffusers): one conditional "
-    "pass a step. Default: the run's, 2 for base, 5 for other models.",
+    "pass per step. Default: the run's, 2 for base, 5 for other models.",
 )
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
 _RESOLUTION = flags.DEFINE_integer(

@@ -95,7 +95,7 @@ def test_preference_objectives_take_no_timestep_logits(objective):
     with pytest.raises(
         UserError,
         match=r"config.timestep_logits = \(0.6, 1.0\): "
-        rf"{objective} draws uniformly .*; give \(\)",
+        rf"{objective} samples uniformly .*; give \(\)",
     ):
         check(objective=objective, timestep_logits=(0.6, 1.0))
 

@@ -62,7 +62,7 @@ def newest_weights(workdir: epath.PathLike) -> Weights:
         raise UserError(
             f"--workdir={workdir}: the run has no checkpoint yet (the first is written at step "
             f"{first}), and the run is not finished (it has no model/ yet). Run the training's "
-            "command again, which goes on where it stopped."
+            "command again to resume it."
         )
     if checkpoint is None:
         return Weights(folder, step)

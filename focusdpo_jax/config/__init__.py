@@ -1,7 +1,7 @@
-"""A run's configuration: parsed once into typed, frozen sections, and checked before anything is built.
+"""Parses a run's configuration into typed, frozen sections, and checks it.
 
-A command reads a ConfigDict from a file of `configs/` and gives it to `parse`; everything else takes the
-`RunConfig`. `sections` has every field with its type, default, check and meaning.
+A command reads a ConfigDict from a file of `configs/` and passes it to `parse`. All other code takes the
+resulting `RunConfig`. `sections` defines every field with its type, default, check and meaning.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def _fields(section: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    """(dotted name, field) of every field that is no section."""
+    """Yields (dotted name, field) of every field that is not a section."""
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.type):
             yield from _fields(field.type, f"{prefix}{field.name}.")
@@ -67,31 +67,31 @@ def _flatten(values: Mapping, prefix="") -> Iterator[tuple[str, Any]]:
 
 
 def _build(flat: Mapping[str, Any], section: Any = RunConfig, prefix: str = "") -> Any:
-    """A section of the values of `flat`, {dotted name: value}; others keep their defaults."""
-    found = {}
+    """Returns a section with the values of `flat`, {dotted name: value}, and defaults for the rest."""
+    arguments = {}
     for field in dataclasses.fields(section):
         name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(field.type):
-            found[field.name] = _build(flat, field.type, name + ".")
+            arguments[field.name] = _build(flat, field.type, name + ".")
         elif name in flat:
             value = flat[name]
             listed = isinstance(value, list) and isinstance(field.default, tuple)
-            found[field.name] = tuple(value) if listed else value
-    return section(**found)
+            arguments[field.name] = tuple(value) if listed else value
+    return section(**arguments)
 
 
 def _plain(config) -> dict:
-    """A ConfigDict or mapping as nested dicts."""
+    """Converts a ConfigDict or mapping to nested dicts."""
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
 def parse(config) -> RunConfig:
     """Returns the RunConfig of a ConfigDict or a nested mapping, after all checks.
 
-    Fields that it lacks have their defaults.
+    Missing fields get their defaults.
 
     Raises:
-      UserError: names the field, its value and what would be right.
+      UserError: a field is unknown or invalid; the message names it, its value and valid values.
     """
     flat = dict(_flatten(_plain(config)))
     for name in flat:
@@ -107,10 +107,10 @@ def parse(config) -> RunConfig:
 
 
 def check(config: RunConfig) -> None:
-    """Checks every field by itself, then the fields together.
+    """Checks every field, then rules about several fields.
 
     Raises:
-      UserError: as `parse`.
+      UserError: see `parse`.
     """
     for name, value in _flatten(dataclasses.asdict(config)):
         condition = _FIELDS[name].metadata["check"]
@@ -122,7 +122,7 @@ def check(config: RunConfig) -> None:
 def parse_saved(values: Mapping) -> RunConfig:
     """Returns the RunConfig of a run's `config.json`, unchecked.
 
-    Fields that did not exist when the run was started have the values of its behaviour.
+    Fields that did not exist when the run was started get the values that correspond to its behaviour.
     """
     before = {name: field.metadata["before"] for name, field in _FIELDS.items()}
     return _build(before | dict(_flatten(values)))
@@ -141,14 +141,14 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def defaults():
-    """Returns a ConfigDict of all fields, for files of `configs/` to state what differs."""
-    import ml_collections  # Of commands alone.
+    """Returns a ConfigDict of all fields, which files of `configs/` modify."""
+    import ml_collections  # Only commands need it.
 
     return ml_collections.ConfigDict(dataclasses.asdict(RunConfig()))
 
 
 def to_dict(config: RunConfig) -> dict:
-    """Returns nested dicts of all fields; optional ones that are None are left out."""
+    """Returns nested dicts of all fields, without `model.sizes` if that is None."""
     values = dataclasses.asdict(config)
     if values["model"]["sizes"] is None:
         del values["model"]["sizes"]
@@ -161,13 +161,13 @@ def to_json(config: RunConfig) -> str:
 
 
 def changed_fields(old: Mapping, new: Mapping) -> list[str]:
-    """Returns the changes that make another run of it, as "config.beta = 2.0 (now 3.0)".
+    """Returns the changes that a resumed run must not have, such as "config.beta = 2.0 (now 3.0)".
 
     Args:
       old, new: contents of `config.json`.
     """
     old, new = (dict(_flatten(json.loads(to_json(parse_saved(values))))) for values in (old, new))
-    for values in (old, new):  # Older runs have one number.
+    for values in (old, new):  # Older runs have a single number.
         if not isinstance(chance := values["condition_dropout"], list):
             values["condition_dropout"] = [chance] * 3
     return [

@@ -1,4 +1,4 @@
-"""A field of a configuration: default, check, meaning, and its role when a run goes on."""
+"""Defines configuration fields: default, check, meaning, and whether a resumed run may change it."""
 
 import dataclasses
 import numbers
@@ -12,7 +12,7 @@ class Check:
 
     Attributes:
       holds: value -> bool; a TypeError counts as False.
-      cure: what a user should give instead, in words; ends the error message.
+      cure: describes valid values; the end of the error message.
     """
 
     holds: Callable[[Any], bool]
@@ -30,12 +30,12 @@ def setting(default, check, meaning, *, before=dataclasses.MISSING, may_change=F
     """Returns a dataclass field.
 
     Args:
-      default: its value unless a configuration states another; None where it is optional.
+      default: default value; None for an optional field.
       check: a Check.
-      meaning: one or two sentences, with units and what special values mean.
-      before: the behaviour of runs from before the field existed, where that is not the default.
-      may_change: whether a run may go on with another value: it decides how long to train and what to
-        write, not what is trained.
+      meaning: one or two sentences, with units and the meaning of special values.
+      before: value that corresponds to the behaviour before the field existed, if not the default.
+      may_change: whether a resumed run may have another value. True for fields that affect how long
+        to train and what to write, but not what is trained.
     """
     metadata = {"check": check, "meaning": meaning, "may_change": may_change}
     metadata["before"] = default if before is dataclasses.MISSING else before

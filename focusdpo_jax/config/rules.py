@@ -8,7 +8,7 @@ def check_together(config):
     """Checks fields that depend on each other.
 
     Raises:
-      UserError: names the field, its value and what would be right.
+      UserError: the message names the field, its value and valid values.
     """
     objective = objectives.get(config.objective)
     if config.dtype != "float32" and not objective.trains_generator:
@@ -41,7 +41,7 @@ def check_together(config):
         if config.timestep_logits:
             raise UserError(
                 f"config.timestep_logits = {config.timestep_logits}: "
-                f"{config.objective} draws uniformly within its buckets; give ()"
+                f"{config.objective} samples uniformly within its buckets; give ()"
             )
         if config.trainable == "generator":
             raise UserError(
@@ -69,12 +69,12 @@ def check_together(config):
     elif not objective.trains_generator:
         raise UserError(
             f"config.data.source = {config.data.source!r}: {config.objective} learns "
-            "what Toybox knows of its pictures; give 'toybox'"
+            "from Toybox's ground truth; give 'toybox'"
         )
 
 
 def _check_toybox(config):
-    """The sizes of a data set that is yet to be made."""
+    """Checks the sizes of a Toybox data set that is built later."""
     if config.evaluation.scenes > config.data.test_size:
         raise UserError(
             f"config.evaluation.scenes = {config.evaluation.scenes}: there are only "
@@ -103,11 +103,13 @@ def _step_pairs(config):
 
 
 def smaller_step(config, count, shares=None):
-    """What to give instead of a step that takes more than `count` pairs, in words.
+    """Returns a proposal, in words, for a step of at most `count` pairs.
 
     Args:
-      shares: devices that a batch is divided among; None takes them from `config.mesh`, as far as it
-        says.
+      config: the `RunConfig`.
+      count: available pairs.
+      shares: number of devices that share a batch; None for the sizes in `config.mesh`, where -1 counts
+        as 1.
     """
     shares = shares or max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
     largest = count // config.accumulate // shares * shares
@@ -120,14 +122,16 @@ def smaller_step(config, count, shares=None):
 
 
 def require_pairs(config, path, count, shares):
-    """Checks that a prepared data set of `count` pairs has enough of them for a step.
+    """Checks that a prepared data set has enough pairs for a step.
 
     Args:
-      path: of the data set.
-      shares: devices that a batch is divided among.
+      config: the `RunConfig`.
+      path: path of the data set.
+      count: number of its training pairs.
+      shares: number of devices that share a batch.
 
     Raises:
-      UserError: a step takes more.
+      UserError: a step needs more pairs.
     """
     if config.batch_size * config.accumulate > count:
         raise UserError(

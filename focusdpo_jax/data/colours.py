@@ -25,7 +25,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str,
     """Converts an image to sRGB by its ICC profile.
 
     Args:
-      image: 8 bits a channel, without transparency.
+      image: 8 bits per channel, without transparency.
       profile: content of its ICC profile.
 
     Returns:
@@ -34,10 +34,10 @@ def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str,
       colour space than the image, is ignored, as in browsers.
     """
     try:
-        found = _conversion(image.mode, profile)
-        if found is None:
+        conversion = _conversion(image.mode, profile)
+        if conversion is None:
             return image, ()
-        mode, transform = found
+        mode, transform = conversion
         converted = ImageCms.applyTransform(image.convert(mode), transform)
         assert converted is not None  # As of a conversion in place.
         return converted, (CONVERTED,)

@@ -9,7 +9,7 @@ subject as the reference. The rejected images are:
 - a *composite*: the photograph itself with its subject replaced, by another subject of the class
   that is pasted over a filled hole, or, if the class has no other, by itself in another colour.
 
-The layout is that of github.com/google/dreambooth's data set, with a mask beside every photograph.
+The layout is that of github.com/google/dreambooth's data set, with a mask next to every photograph.
 """
 
 import json
@@ -84,16 +84,18 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
 def _find(folder: epath.Path) -> dict[str, list[epath.Path]]:
     """Returns {subject: its photographs that have a mask}, for subjects with at least two of them."""
     if not folder.is_dir():
-        raise UserError(f"--dreambench={folder} is not a folder; give one with a folder a subject")
+        raise UserError(
+            f"--dreambench={folder} is not a folder; give one with a folder per subject"
+        )
     photos = {}
     for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
-        found = sorted(
+        masked = sorted(
             path
             for path in subject.iterdir()
             if PHOTO.match(path.name) and mask_path(path).exists()
         )
-        if len(found) > 1:
-            photos[subject.name] = found
+        if len(masked) > 1:
+            photos[subject.name] = masked
     if not photos:
         raise UserError(
             f"--dreambench={folder} has no folder with two photographs and their "

@@ -44,7 +44,7 @@ class UnreadableImage(Exception):
 
 
 class _Opened(NamedTuple):
-    """A decoded image with 8 bits a channel, EXIF orientation applied.
+    """A decoded image with 8 bits per channel, EXIF orientation applied.
 
     Attributes:
       image: in any Pillow mode with 8 bits or fewer.
@@ -180,7 +180,7 @@ def encode_png(image: RGBImage | Mask) -> bytes:
 
     The encoding favours reading speed. Rows of an image are stored as differences from the row above,
     run-length encoded: such files are decoded in two thirds of the time of those with default settings,
-    and are no larger. A mask has one bit a pixel.
+    and are no larger. A mask has one bit per pixel.
     """
     if image.dtype == bool:
         image, how = image.astype(np.uint8) * 255, _MASK
@@ -272,7 +272,7 @@ def _eight_bits(image: Image.Image, changes: list[str]) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if 0 < values.max() < 256:
             raise UnreadableImage(
-                f"has 16 bits a channel but no value above {values.max()} of "
+                f"has 16 bits per channel but no value above {values.max()} of "
                 "65535, as if 8 were meant; save it with 8"
             )
         grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
@@ -281,7 +281,7 @@ def _eight_bits(image: Image.Image, changes: list[str]) -> Image.Image:
             grey.putalpha(Image.fromarray(shown.astype(np.uint8) * 255))
         return grey
     if mode in ("I", "F"):
-        raise UnreadableImage("has 32 bits a channel; save it with 8")
+        raise UnreadableImage("has 32 bits per channel; save it with 8")
     named = {
         "P": "palette",
         "PA": "palette",

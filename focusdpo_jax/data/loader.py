@@ -48,7 +48,7 @@ def make_loader(
     Args:
       source: entries by position (`__len__` and `__getitem__`, called from several threads). Worker
         processes each get a pickled copy, and one of `transform`.
-      batch_size: pairs a step over all processes; this process yields its share of them.
+      batch_size: pairs per step over all processes; this process yields its share of them.
       seed: determines the order.
       transform: maps an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
         preference records, `pair_transform`. None if the entries are such trees already.

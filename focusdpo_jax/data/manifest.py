@@ -1,4 +1,4 @@
-"""Parses manifests of preference pairs: one JSON object a line (docs/data.md).
+"""Parses manifests of preference pairs: one JSON object per line (docs/data.md).
 
 This module checks the text: which fields there are, their values, and the paths of files.
 `line_record` checks the content of the files.
@@ -149,7 +149,7 @@ def parse_object(text: bytes, fields: tuple[str, ...]) -> dict:
             if isinstance(error, json.JSONDecodeError)
             else str(error)
         )
-        raise LineError("", f"is not JSON ({reason}); write one object a line") from error
+        raise LineError("", f"is not JSON ({reason}); write one object per line") from error
     if not isinstance(values, dict):
         raise LineError("", "is not a JSON object; write {...}")
     check_known(values, fields, "")

@@ -65,7 +65,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
     """Preference pairs for personalised generation: chosen and rejected image, references, masks."""
 
     VERSION = tfds.core.Version(VERSION)
-    # Keeps TFDS from looking for download checksums beside the source. There are none, and the search
+    # Keeps TFDS from searching download checksums next to the source. There are none, and the search
     # needs importlib_resources, which tensorflow-datasets 4.9.10 does not declare as a dependency.
     code_path = None
 

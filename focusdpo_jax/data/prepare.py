@@ -41,7 +41,7 @@ _IN_FLIGHT = 4  # Jobs queued for each worker.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines a data set besides the manifest and its images.
+    """The settings that determine a data set besides the manifest and its images.
 
     Attributes:
       resolution: side of the square images, in pixels.
@@ -115,7 +115,9 @@ def prepare(
     jobs = _LineJobs(path, settings, count_tokens)
     total = sum(1 for _ in manifest.read_lines(path))
     if not total:
-        raise UserError(f"--manifest={path} is empty; write one JSON object a line (docs/data.md)")
+        raise UserError(
+            f"--manifest={path} is empty; write one JSON object per line (docs/data.md)"
+        )
     try:
         if (output / PAIRS).exists():
             if _read_report(output).get("status") == "complete":
@@ -192,11 +194,11 @@ def _run(jobs: Iterator[line_store.LineJob], total: int, workers: int) -> Iterat
         bar = stack.enter_context(
             tqdm(total=total, unit="line", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         )
-        began = time.monotonic()
+        start = time.monotonic()
         for done, outcome in enumerate(outcomes, 1):
             bar.update()
             if bar.disable:
-                left = (time.monotonic() - began) / done * (total - done)
+                left = (time.monotonic() - start) / done * (total - done)
                 logging.log_every_n_seconds(
                     logging.INFO, "line %d of %d, about %.0f s left", 10, done, total, left
                 )
@@ -206,7 +208,7 @@ def _run(jobs: Iterator[line_store.LineJob], total: int, workers: int) -> Iterat
 def _in_processes(
     jobs: Iterator[line_store.LineJob], workers: int, stack: contextlib.ExitStack
 ) -> Iterator[dict]:
-    """Yields outcomes of worker processes; queues a few jobs a worker, so that memory is bounded."""
+    """Yields outcomes of worker processes; queues a few jobs per worker to bound memory."""
     # "spawn", since forking a process that has threads may hang.
     pool = stack.enter_context(
         concurrent.futures.ProcessPoolExecutor(

@@ -164,7 +164,7 @@ def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
     if subject.reference is None and subject.reference_mask is not None:
         raise LineError(
             where + "reference",
-            "is missing beside a reference_mask; give both, or none to take what the mask cuts out",
+            "is missing, but there is a reference_mask; give both, or none to use the cut-out by the mask",
         )
     if subject.reference is not None and subject.reference_mask is None and hooks.segment is None:
         raise LineError(
@@ -189,7 +189,7 @@ def load_scene(line: SceneLine, contents: Mapping[str, bytes], resolution: int) 
     Args:
       line: the parsed line.
       contents: {field: content} of every file of `line.files()`.
-      resolution: side of the images that the generator draws.
+      resolution: side of the generated images.
 
     Raises:
       LineError: the message has the field, the fault and the cure.

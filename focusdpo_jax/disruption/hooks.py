@@ -34,15 +34,15 @@ def load(flag: str, group: str, name: str | None) -> Callable | None:
     """
     if not name:
         return None
-    found = importlib.metadata.entry_points(group=group)
-    if name not in found.names:
-        listed = ", ".join(sorted(found.names)) or "none"
+    entries = importlib.metadata.entry_points(group=group)
+    if name not in entries.names:
+        listed = ", ".join(sorted(entries.names)) or "none"
         raise UserError(
             f"--{flag}={name}: no installed package has such an entry point in the "
             f"group {group} (there: {listed}); install one, or see docs/data.md for "
             "how to write it"
         )
-    entry = found[name]
+    entry = entries[name]
     try:
         function = entry.load()
     except Exception as error:  # Importing a third-party module can raise anything.

@@ -67,7 +67,7 @@ def make_inpaint(
 ) -> Callable[..., UInt8[Array, "K H W 3"]]:
     """Builds the jitted function that inpaints several candidates for one region.
 
-    With a UNet that takes latents alone, the latents outside the mask are restored after every step
+    With a UNet whose only input is the latents, those outside the mask are restored after every step
     (`samplers.Known`). An inpainting UNet takes, concatenated to the latents, the mask and the latents of
     the image with grey masked pixels; nothing is restored.
 
@@ -88,14 +88,14 @@ def make_inpaint(
     """
     reads_mask, spacing = is_inpainting_unet(generator), generator.config.spacing
     guided = samplers.guides(guidance)
-    # Also checked when the function is traced; here it fails before the first call.
+    # Tracing checks this too; the check here raises the error before the first call.
     samplers.sampling_timesteps(generator.schedule.timesteps, steps, spacing, sampler)
     samplers.first_step(steps, strength)
 
     @jax.jit
     def inpaint(parameters, image, mask, token_ids, time_ids, reference, present, noise, keys):
         pixels = image[None].astype(jnp.float32) / 255
-        drawn = latent_mask(mask, generator.latent_factor)
+        inpainted = latent_mask(mask, generator.latent_factor)
         clean, _ = generator.encode_latents(parameters, pixels)
 
         def for_all(x):
@@ -103,7 +103,9 @@ def make_inpaint(
 
         inpainting = None
         if reads_mask:
-            inpainting = for_all(_inpainting_channels(generator, parameters, pixels, mask, drawn))
+            inpainting = for_all(
+                _inpainting_channels(generator, parameters, pixels, mask, inpainted)
+            )
         view = generator.encode_reference(parameters, reference[None, None])
         denoise = conditioned_denoiser(
             generator,
@@ -127,7 +129,7 @@ def make_inpaint(
             sampler=sampler,
             keys=keys,
             known=samplers.Known(
-                latents=clean, kept=None if reads_mask else 1 - drawn, strength=strength
+                latents=clean, kept=None if reads_mask else 1 - inpainted, strength=strength
             ),
         )
         pixels = jnp.clip(generator.decode_latents(parameters, latents), 0, 1)
@@ -141,11 +143,11 @@ def _inpainting_channels(
     parameters: Any,
     pixels: Float[Array, "1 H W 3"],
     mask: Bool[Array, "H W"],
-    drawn: Float[Array, "1 h w 1"],
+    inpainted: Float[Array, "1 h w 1"],
 ) -> Float[Array, "1 h w channels"]:
     """Returns the inputs of an inpainting UNet besides the latents: [1, h, w, 1 + C]."""
     rest, _ = generator.encode_latents(parameters, jnp.where(mask[None, :, :, None], 0.5, pixels))
-    return jnp.concatenate([drawn, rest], axis=-1)
+    return jnp.concatenate([inpainted, rest], axis=-1)
 
 
 def make_phrase_score(
@@ -172,7 +174,7 @@ def make_phrase_score(
     @jax.jit
     def fit(parameters, images, mask, token_ids, time_ids):
         pixels = images.astype(jnp.float32) / 255
-        count, drawn = len(pixels), latent_mask(mask, generator.latent_factor)
+        count, inpainted = len(pixels), latent_mask(mask, generator.latent_factor)
         clean, _ = generator.encode_latents(parameters, pixels)
 
         def for_all(x):
@@ -181,7 +183,7 @@ def make_phrase_score(
         inpainting = None
         if reads_mask:
             inpainting = for_all(
-                _inpainting_channels(generator, parameters, pixels[:1], mask, drawn)
+                _inpainting_channels(generator, parameters, pixels[:1], mask, inpainted)
             )
         empty_reference = generator.encode_reference(parameters, jnp.ones((1, 1, size, size, 3)))
         denoise = conditioned_denoiser(
@@ -206,7 +208,7 @@ def make_phrase_score(
             noisy, target = schedule.add_noise(clean, noise, t), schedule.target(clean, noise, t)
             predicted = denoise(jnp.concatenate([noisy, noisy]), jnp.concatenate([t, t]))
             error = jnp.square(predicted - jnp.concatenate([target, target]))
-            error = (error.mean(-1, keepdims=True) * drawn).sum((1, 2, 3)) / drawn.sum()
+            error = (error.mean(-1, keepdims=True) * inpainted).sum((1, 2, 3)) / inpainted.sum()
             return error[count:] - error[:count]
 
         at = jnp.arange(_FIT_STEPS), jnp.asarray(timesteps, jnp.int32)
@@ -232,13 +234,13 @@ class Inpainter:
         """Builds the jitted functions.
 
         Args:
-          model: that generates the candidates.
+          model: the model that generates the candidates.
           resolution: side in pixels of the squares that are generated.
           steps, strength, guidance, sampler: see `make_inpaint`.
           batch_size: candidates at once.
 
         Raises:
-          UserError: as `make_inpaint`, or the generator does not support the resolution.
+          UserError: see `make_inpaint`, or the generator does not support the resolution.
         """
         model.generator.config.check_resolution(resolution, "--resolution=")
         self._generator, self._tokenizer = model.generator, model.tokenizer
@@ -273,9 +275,9 @@ class Inpainter:
         Args:
           image: uint8 [H, W, 3].
           mask: bool [H, W], not empty and not longer than the image's shorter side.
-          phrase: of the new subject.
-          seeds: one for each candidate.
-          reference: uint8 [h, w, 3], image of the new subject; None uses the phrase alone.
+          phrase: phrase of the new subject.
+          seeds: seed of each candidate.
+          reference: uint8 [h, w, 3], image of the new subject; None uses only the phrase.
 
         Returns:
           A list of uint8 [H, W, 3], the image with each candidate, unchanged outside the mask; and the
@@ -304,27 +306,29 @@ class Inpainter:
         images, phrase_scores = [], []
         for start in range(0, len(seeds), self._batch_size):
             batch = list(seeds[start : start + self._batch_size])
-            # Padded to one shape, so that one program is compiled.
-            filled = batch + batch[-1:] * (self._batch_size - len(batch))
+            # Padded to the batch size, so that only one program is compiled.
+            padded = batch + batch[-1:] * (self._batch_size - len(batch))
             noise = jnp.concatenate(
-                [scene_noise(seed, [0], self._generator.latent_shape(side)) for seed in filled]
+                [scene_noise(seed, [0], self._generator.latent_shape(side)) for seed in padded]
             )
             # The initial noise folds in 0; the noise of later steps needs another key.
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
-                jnp.asarray(filled)
+                jnp.asarray(padded)
             )
-            drawn = np.asarray(
+            candidates = np.asarray(
                 self._inpaint(
                     self._parameters, *shared, *shown, *shard_batch((noise, keys), self._mesh)
                 )
             )
-            seen = np.where(inside[..., None], drawn, small)
+            blended = np.where(inside[..., None], candidates, small)
             phrase_scores.append(
                 np.asarray(
-                    self._phrase_score(self._parameters, shard_batch(seen, self._mesh), *shared[1:])
+                    self._phrase_score(
+                        self._parameters, shard_batch(blended, self._mesh), *shared[1:]
+                    )
                 )[: len(batch)]
             )
-            for candidate in drawn[: len(batch)]:
+            for candidate in candidates[: len(batch)]:
                 result = image.copy()
                 part = result[square]  # A view: assignments change `result`.
                 part[mask[square]] = geometry.pad_to_square(candidate, len(part))[mask[square]]

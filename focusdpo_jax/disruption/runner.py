@@ -33,11 +33,11 @@ _SHEET_ROWS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines the pairs besides the manifest, its images, the model and the scorer.
+    """The settings that determine the pairs besides manifest, images, model and scorer.
 
     Attributes:
-      mode: "phrase" inpaints each subject from its phrase alone; "leak" with the reference of another
-        subject of its scene, whose looks it takes.
+      mode: "phrase" inpaints each subject from its phrase only; "leak" also uses the reference of another
+        subject of its scene, whose looks are transferred.
       candidates: number of candidates of each subject, one of which is selected.
       seed: base seed; a candidate's seed depends on it, on the image and on the subject's index in the
         line.
@@ -103,7 +103,9 @@ def disrupt(
     work = _Work(path, output, settings, inpainter, scorer, hooks, count_tokens)
     texts = dict(manifest.read_lines(path))
     if not texts:
-        raise UserError(f"--manifest={path} is empty; write one JSON object a line (docs/data.md)")
+        raise UserError(
+            f"--manifest={path} is empty; write one JSON object per line (docs/data.md)"
+        )
     try:
         output_folder.claim(output, identity)
         refused = {}

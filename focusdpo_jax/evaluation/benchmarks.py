@@ -23,7 +23,7 @@ from focusdpo_jax.vision import encoders
 
 
 class Benchmark(Protocol):
-    """What `runner.run` needs of a benchmark.
+    """The interface of a benchmark for `runner.run`.
 
     Attributes:
       settings: JSON values that determine the scenes.
@@ -188,7 +188,7 @@ class PhotographBenchmark:
 def _load_scorers(
     networks: Mapping[str, str | None], batch_size: int, scenes: list[BenchmarkScene]
 ) -> tuple[list[scoring.Scorer], scoring.RegionScorer | None]:
-    """Loads a scorer a network; and, if scenes have several subjects, one that finds their regions."""
+    """Loads one scorer per network; if scenes have several subjects, also one that finds regions."""
     scorers, region_scorer, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
     for name in ("dinov2", "dino"):
         if networks[name]:

@@ -21,7 +21,7 @@ def compare(paths: Sequence[epath.PathLike]) -> dict[str, Any]:
 
     Returns:
       {"columns": [{"folder", "side"}], "scenes": number of them,
-       "metrics": {metric: {"estimates": [an estimate a column], "differences": [estimates of each
+       "metrics": {metric: {"estimates": [one per column], "differences": [estimates of each
        further column minus the first, on the same scenes]}}}.
 
     Raises:

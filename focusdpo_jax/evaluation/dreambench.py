@@ -42,7 +42,7 @@ def single(
       seed: of the first image; image i has seed + i.
 
     Returns:
-      A list of BenchmarkScene, one group a subject. The reference is a subject's first photograph. The
+      A list of BenchmarkScene, one group per subject. The reference is a subject's first photograph. The
       prompts omit the unique token, which only fine-tuned generators have learned.
 
     Raises:
@@ -95,7 +95,7 @@ def listed(
     except OSError as error:
         raise UserError(f"--scenes={path} cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
-        raise UserError(f"--scenes={path} is no JSON: {error}.") from error
+        raise UserError(f"--scenes={path} is not JSON: {error}.") from error
     if not isinstance(entries, list) or not entries:
         raise UserError(
             f"--scenes={path}: give a list of scenes, such as "

@@ -92,7 +92,9 @@ def check(
         pipe = _open(
             epath.Path(output), epath.Path(scratch) if base else epath.Path(output), names, reads
         )
-        theirs = _draw_theirs(pipe, output, np.asarray(noise), reference, resolution, guidance)
+        theirs = _generate_with_diffusers(
+            pipe, output, np.asarray(noise), reference, resolution, guidance
+        )
     generate = make_generate(
         model.generator, steps=_STEPS, guidance=guidance, negative_token_ids=model.tokenizer("")
     )
@@ -132,8 +134,8 @@ def require_packages(names: Collection[str] = ()) -> None:
 
 def _test_image(size: int) -> RGBImage:
     """Returns a test image of a few colours, uint8 [size, size, 3], the same at every call."""
-    draw = np.random.default_rng(_SEED)
-    cells = draw.integers(0, 256, (4, 4, 3), np.uint8)
+    rng = np.random.default_rng(_SEED)
+    cells = rng.integers(0, 256, (4, 4, 3), np.uint8)
     side = -(-size // 4)
     return np.repeat(np.repeat(cells, side, 0), side, 1)[:size, :size]
 
@@ -143,7 +145,7 @@ def _open(output: epath.Path, base: epath.Path, names: Collection[str], reads: b
     import diffusers
     import transformers
 
-    lazy = cast(Any, diffusers)  # It imports its classes when they are asked for.
+    lazy = cast(Any, diffusers)  # It imports its classes at the first access.
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     try:
@@ -183,7 +185,7 @@ def _write_base(folder: epath.Path, base: Any, config: Any, resolution: int) -> 
     diffusers_folder.save_pipeline_files(folder, config, base.tokenizer)
 
 
-def _draw_theirs(
+def _generate_with_diffusers(
     pipe: Any,
     output: epath.PathLike,
     noise: np.ndarray,

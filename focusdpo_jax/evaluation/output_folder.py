@@ -4,7 +4,7 @@
     scenes.jsonl                    the scenes; another program may generate the images
     references/                     subject reference images that are not the user's files
     pictures/<side>/<scene>.png     side: base or policy
-    scores/<side>/<scorer>/         a file a batch: {scene: {metric: value or values}}
+    scores/<side>/<scorer>/         one file per batch: {scene: {metric: value or values}}
     results.json, report.html       computed from the above
 
 Every file gets its name when it is complete, so that an interrupted evaluation can be continued.

@@ -170,13 +170,13 @@ def _summary(report: Report) -> str:
         cells.append(f"<td>{'/'.join(counts)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
-        "Mean and 95 % bootstrap interval over groups of scenes; an arrow points to where "
-        "better is."
+        "Mean and 95 % bootstrap interval over groups of scenes; an arrow points in the better "
+        "direction."
     )
     if "difference" in sides:
         note += (
-            " Difference: policy minus base on the same scenes; coloured where its interval "
-            "leaves out zero."
+            " Difference: policy minus base on the same scenes; coloured if its interval "
+            "excludes zero."
         )
     return (
         f'<h2>Summary</h2>\n<p class="soft">{note}</p>\n<div class="wide"><table><thead><tr>'
@@ -281,17 +281,17 @@ def _cases(report: Report, count: int) -> str:
 
 def _case(report: Report, name: str, sides: list[str], scene: BenchmarkScene, values: list) -> str:
     references = [_tile(read_image(epath.Path(s.reference)), s.phrase) for s in scene.subjects]
-    drawn = []
+    tiles = []
     for side, value in zip(sides, values):
         text = f"{side}: {metric_names.format_value(name, _mean(value))}"
         if name.endswith("_crop") and None in value:
             text += f", {value.count(None)} not found"
-        drawn.append(_tile(read_image(report.image_path(side, scene)), text))
+        tiles.append(_tile(read_image(report.image_path(side, scene)), text))
     return (
         f'<div class="case"><p>{html.escape(scene.prompt)} <span class="soft">'
         f"({html.escape(scene.name)})</span></p>"
         f'<div class="row references">{"".join(references)}</div>'
-        f'<div class="row">{"".join(drawn)}</div></div>'
+        f'<div class="row">{"".join(tiles)}</div></div>'
     )
 
 
@@ -353,14 +353,14 @@ def _curves(workdir: epath.Path | None) -> str:
                 points.setdefault(name, []).append((values["step"], value))
     names = [name for name in _CURVES if name in points]
     names += [name for name in sorted(points) if name not in names]
-    drawn = [
+    curves = [
         charts.curve(points[name], title=name.replace("_", " "))
         for name in names
         if len(points[name]) > 1
     ][:_MOST_CURVES]
-    if not drawn:
+    if not curves:
         return ""
-    parts = "".join(f"<div>{chart}</div>" for chart in drawn)
+    parts = "".join(f"<div>{chart}</div>" for chart in curves)
     return f'<h2>Training</h2>\n<div class="grid">{parts}</div>'
 
 

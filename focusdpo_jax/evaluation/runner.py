@@ -197,8 +197,8 @@ def draw(
     Args:
       folder: the output folder.
       side: "base" or "policy".
-      scenes: of the benchmark.
-      drawer: maps a list of prompts to an iterable of images.
+      scenes: scenes of the benchmark.
+      drawer: maps a list of prompts to an iterable of generated images.
       batch_size: scenes given to `drawer` at once.
       share: see `batches`.
 
@@ -210,12 +210,12 @@ def draw(
         for _, batch in batches(scenes, batch_size, share)
     ]
     total = sum(len(missing) for _, missing in work)
-    progress = ItemProgress(f"{side}: images drawn", total)
+    progress = ItemProgress(f"{side}: images generated", total)
     for batch, missing in work:
         if missing:
             # The whole batch, so that the missing images are the same as without an interruption.
-            drawn = drawer([scene.as_prompt() for scene in batch])
-            for scene, image in zip(batch, drawn, strict=True):
+            generated = drawer([scene.as_prompt() for scene in batch])
+            for scene, image in zip(batch, generated, strict=True):
                 if scene in missing:
                     folder.save_image(side, scene, image)
             progress.add(len(missing))
@@ -265,7 +265,7 @@ def score(
 def region_lookup(boxes: Mapping[str, Any], given: ExternalImages | None = None) -> RegionLookup:
     """Returns the function from a scene and its image to the regions of its subjects.
 
-    The order of precedence is: a mask beside the image, the box that the scene requests, the box that
+    The order of precedence is: a mask next to the image, the box that the scene requests, the box that
     was found.
 
     Args:

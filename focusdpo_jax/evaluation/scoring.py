@@ -17,7 +17,7 @@ from focusdpo_jax.vision import regions as subject_regions
 from focusdpo_jax.vision.encoders import TextEncoder, VisionEncoder
 
 Scores = dict[str, Any]
-"""{metric: a value, or a list with a value a subject}; None where a metric is not defined."""
+"""{metric: a value, or a list with a value per subject}; None where a metric is not defined."""
 
 Regions = Sequence[Sequence[subject_regions.Region | None]]
 """For each scene, the region of each of its subjects, or None."""
@@ -190,7 +190,7 @@ class RegionScorer:
     def score(
         self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
     ) -> list[Scores]:
-        """Returns {"boxes": a box or None a subject} for each image; see `Scorer.score`."""
+        """Returns {"boxes": list of a box or None per subject} for each image; see `Scorer.score`."""
         return [
             {
                 "boxes": subject_regions.find_regions(

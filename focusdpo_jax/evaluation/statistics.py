@@ -59,25 +59,25 @@ def bootstrap_difference(
     does not widen the interval. Scenes that only one of them defines are left out.
 
     Args:
-      first, second: as the values of `bootstrap_mean`, one row a scene, in the same order.
-      seed, resamples, confidence: as in `bootstrap_mean`.
+      first, second: like `values` of `bootstrap_mean`, one row per scene, in the same order.
+      seed, resamples, confidence: see `bootstrap_mean`.
     """
     sums = np.concatenate([_sums(first), _sums(second)], axis=1)
     sums = sums[(sums[:, 1] > 0) & (sums[:, 3] > 0)]
     if not len(sums):
         return Estimate(None, None, None, 0)
 
-    def difference(drawn):
-        return drawn[..., 2] / drawn[..., 3] - drawn[..., 0] / drawn[..., 1]
+    def difference(totals):
+        return totals[..., 2] / totals[..., 3] - totals[..., 0] / totals[..., 1]
 
-    drawn = _resamples(len(sums), seed, resamples) @ sums
-    return _estimate(difference(sums.sum(0)), difference(drawn), len(sums), confidence)
+    resampled = _resamples(len(sums), seed, resamples) @ sums
+    return _estimate(difference(sums.sum(0)), difference(resampled), len(sums), confidence)
 
 
 def _sums(values: ArrayLike) -> Float64[np.ndarray, "scenes 2"]:
     """Returns the sum and the number of the defined values of each scene: [scenes, 2]."""
-    given = np.asarray(values, np.float64)
-    rows = given.reshape(len(given), -1)
+    array = np.asarray(values, np.float64)
+    rows = array.reshape(len(array), -1)
     defined = ~np.isnan(rows)
     return np.stack([np.where(defined, rows, 0).sum(1), defined.sum(1)], axis=1)
 

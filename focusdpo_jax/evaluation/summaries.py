@@ -33,7 +33,7 @@ def merge_scores(scores: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str,
 def values_by_group(
     scenes: Sequence[BenchmarkScene], scores: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Float64[np.ndarray, "groups values"]]:
-    """Arranges values by metric, with one row a group of scenes.
+    """Arranges values by metric, with one row per group of scenes.
 
     Args:
       scenes: of the benchmark.

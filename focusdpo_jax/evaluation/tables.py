@@ -13,7 +13,7 @@ def format_estimates(
 
     Args:
       columns: headings.
-      rows: [(metric, [an estimate (dict) or None a column], number of trailing columns that are
+      rows: [(metric, [estimate (dict) or None for each column], number of trailing columns that are
         differences)].
 
     Returns:

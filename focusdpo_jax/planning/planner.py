@@ -75,7 +75,7 @@ def plan(
     held = {name: _bytes_per_chip(program.held) for name, program in of_run.items()}
     if unless_held and chip.memory and held["update"]["total"] > chip.memory:
         raise UserError(
-            f"{_split(mesh)}: parameters, optimiser and batch alone take "
+            f"{_split(mesh)}: parameters, optimiser and batch already take "
             f"{held['update']['total'] / 1e9:.1f} GB of a chip's {chip.memory / 1e9:.0f}"
         )
     start = time.monotonic()
@@ -310,9 +310,7 @@ def _speed(
         ]
         seconds = sum(found[name]["estimate"]["seconds"] for name in names)
         links = sum(found[name]["estimate"]["links"] or 0 for name in names)
-        source = (
-            "the compiler's estimate, with transfers between chips as if nothing ran beside them"
-        )
+        source = "the compiler's estimate, with transfers between chips that do not overlap with computation"
         if "reference pass" not in names:  # Only its operations are known.
             share = 1 + reference_flops / update_work
             seconds, links = seconds * share, links * share
@@ -325,7 +323,7 @@ def _speed(
         return unknown | {
             "seconds_per_batch": total,
             "pairs_per_second": config.batch_size / total,
-            "speed_from": f"{utilisation:.0%} of the chip's speed on paper, assumed",
+            "speed_from": f"{utilisation:.0%} of the chip's data sheet speed, assumed",
         }
     return {
         "seconds_per_batch": total,

@@ -13,10 +13,10 @@ def table(found: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {found['mesh'][axis]}" for axis in AXES)
     lines = [
         f"{found['trainable']} at {found['resolution']} px on {found['chips']} x {found['chip']}: "
-        f"mesh {mesh}, {found['batch_size']} pairs a batch, remat {_on(found['remat'])}, encoders "
+        f"mesh {mesh}, {found['batch_size']} pairs per batch, remat {_on(found['remat'])}, encoders "
         + ("cached" if found["cache"] else "held")
     ]
-    lines.append("  GB a chip while the fullest program runs:")
+    lines.append("  GB per chip during the program with the largest peak:")
     lines += [
         f"    {name:30s} {size / 1e9:9.3f}" for name, size in memory.items() if name != "limit"
     ]
@@ -88,9 +88,9 @@ def _number(value: float | None) -> str:
 def _speed(found: Mapping[str, Any]) -> list[str]:
     """Formats the lines about operations and time."""
     lines = [
-        f"  {found['flops_per_pair'] / 1e12:.4g} TFLOP a pair"
+        f"  {found['flops_per_pair'] / 1e12:.4g} TFLOP per pair"
         + (
-            f", {found['model_flops_per_pair'] / 1e12:.4g} without what remat computes again"
+            f", {found['model_flops_per_pair'] / 1e12:.4g} without recomputation by remat"
             if found["model_flops_per_pair"] != found["flops_per_pair"]
             else ""
         )
@@ -98,9 +98,9 @@ def _speed(found: Mapping[str, Any]) -> list[str]:
     if found["pairs_per_second"]:
         share = found["model_flops_utilisation"]
         lines.append(
-            f"  ESTIMATE, not measured: {found['seconds_per_batch']:.3g} s a batch, "
+            f"  ESTIMATE, not measured: {found['seconds_per_batch']:.3g} s per batch, "
             f"{found['pairs_per_second']:.3g} pairs/s"
-            + (f", {share:.0%} of the chips' speed on paper" if share else "")
+            + (f", {share:.0%} of the chips' data sheet speed" if share else "")
             + f" ({found['speed_from']})"
         )
     for name, made in found["programs"].items():
@@ -108,8 +108,8 @@ def _speed(found: Mapping[str, Any]) -> list[str]:
         if estimate.get("kernels"):
             count = sum(estimate["kernels"].values())
             lines.append(
-                f"  {name}: {count} fused kernels carry no estimate; their products at the chip's "
-                f"full speed, {estimate['kernel_seconds']:.3g} s, are in the sum, a lower bound"
+                f"  {name}: {count} fused kernels have no estimate; their products at the chip's "
+                f"full speed, {estimate['kernel_seconds']:.3g} s, are added as a lower bound"
             )
         if estimate.get("unknown_loops"):
             lines.append(
@@ -117,9 +117,9 @@ def _speed(found: Mapping[str, Any]) -> list[str]:
             )
     if any("roofline" in made.get("estimate", {}) for made in found["programs"].values()):
         lines.append(
-            "  ~ marks a roofline and no estimate: products at full speed or, as if no cache served "
-            "any, bytes at full bandwidth, whichever takes longer; the compiler for GPUs estimates "
-            "no time"
+            "  ~ marks a roofline instead of an estimate: the larger of the time of the products at full "
+            "speed and that of the bytes at full bandwidth without caches; the GPU compiler has no "
+            "time estimates"
         )
     update = found["programs"].get("update", {}).get("estimate", {})
     if update.get("most_expensive"):

@@ -39,7 +39,7 @@ def make_mesh(
         must use all of theirs.
 
     Raises:
-      UserError: there are too few devices, or the batch does not divide; it names values that work.
+      UserError: there are too few devices, or the batch does not divide; the message has valid values.
     """
     devices = jax.devices() if devices is None else list(devices)
     filled = _resolve_sizes(sizes, len(devices))
@@ -155,7 +155,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def _jitted_identity(sharding: NamedSharding) -> Callable[[Any], Any]:
-    """A jitted identity that places a pytree: four times as fast as `jax.device_put` of many arrays."""
+    """Returns a jitted identity, four times as fast as `jax.device_put` for many arrays."""
     return jax.jit(lambda tree: tree, in_shardings=sharding, out_shardings=sharding)
 
 

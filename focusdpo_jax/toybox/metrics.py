@@ -1,10 +1,10 @@
 """Metrics of generated Toybox scenes, computed from the probe's readings.
 
-Every metric is an array of values in [0, 1], one a subject ([B, S]) or one a scene ([B]), with NaN
+Every metric is an array of values in [0, 1], one per subject ([B, S]) or one per scene ([B]), with NaN
 where the metric is not defined. A metric's mean is the mean of its defined values; `statistics`
 computes its confidence interval by resampling scenes. NumPy only.
 
-The probe reads one subject a class, so subjects are identified by their class. A second copy of a
+The probe reads one subject per class, so subjects are identified by their class. A second copy of a
 subject is not detected, and scenes with two subjects of one class are excluded from all metrics.
 """
 
@@ -84,7 +84,7 @@ def compute(
         return np.take_along_axis(np.asarray(per_class), class_id, axis=1)
 
     found = present & (of_subjects(area) >= min_area)
-    seen = {
+    predicted = {
         name: of_subjects(getattr(readings, name))
         for name in ("hue", "pattern", "pattern_hue", "part")
     }
@@ -92,13 +92,13 @@ def compute(
 
     def matches(name, value):
         """Compares readings [B, S] with values that broadcast to [B, S] or [B, S, others]."""
-        reading = seen[name].reshape(seen[name].shape + (1,) * (value.ndim - 2))
+        reading = predicted[name].reshape(predicted[name].shape + (1,) * (value.ndim - 2))
         if name in ("pattern", "part"):
             return reading == value
         return hue_distance(reading, value) <= hue_tolerance
 
-    match = {name: found & matches(name, own[name]) for name in seen}
-    shows_pattern = seen["pattern"] != _PLAIN
+    match = {name: found & matches(name, own[name]) for name in predicted}
+    shows_pattern = predicted["pattern"] != _PLAIN
     match["pattern_hue"] &= patterned & shows_pattern
     right = sum(match[name].astype(int) for name in match)
 
@@ -106,7 +106,7 @@ def compute(
     pairs = found[:, :, None] & present[:, None, :]
     leaked = {
         name: pairs & matches(name, own[name][:, None, :]) & ~match[name][:, :, None]
-        for name in seen
+        for name in predicted
     }
     # Both subjects must be patterned, or there is no pattern hue to leak.
     leaked["pattern_hue"] &= (patterned & shows_pattern)[:, :, None] & patterned[:, None, :]

@@ -5,9 +5,9 @@ image encoder to predict attributes from its patch features. `probe_loss` trains
 evaluation uses. Published models include such encoders; Toybox's are trained here
 (`configs/toybox_base.py`).
 
-Each builder returns `loss(trainable, frozen, batch, guidance, numbers, key) -> (loss, terms)`, the
-signature of all training losses; these ignore the reference model's outputs (`guidance`) and the
-bucket's parameters (`numbers`).
+Each builder returns `loss(trainable, frozen, batch, outputs, params, key) -> (loss, terms)`, the
+signature of all training losses. These losses ignore the outputs of the reference pass and the bucket's
+parameters (`params`).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _DIVERGENCE_WEIGHT = 1e-6
 
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
-"""(trainable, frozen, batch, guidance, numbers, key) -> (scalar loss, {name: scalar term})."""
+"""(trainable, frozen, batch, outputs, params, key) -> (scalar loss, {name: scalar term})."""
 
 
 def first_reference(batch: "PreferenceBatch") -> Array | np.ndarray:
@@ -113,8 +113,8 @@ def autoencoder_loss(generator: Generator) -> Loss:
     group normalisations correct.
     """
 
-    def loss(trainable, frozen, batch, guidance, numbers, key):
-        del frozen, guidance, numbers
+    def loss(trainable, frozen, batch, outputs, params, key):
+        del frozen, outputs, params
         keys = jax.random.split(key, 5)
         count, slots, size = *batch.present.shape, batch.chosen.shape[1] // 2
         slot = jax.random.randint(keys[0], (count,), 0, slots) % batch.present.sum(1)
@@ -167,8 +167,8 @@ def image_encoder_loss(generator: Generator) -> Loss:
     """
     heads, side = AttributeHeads(TOYBOX), generator.patch_grid
 
-    def loss(trainable, frozen, batch, guidance, numbers, key):
-        del frozen, guidance, numbers, key
+    def loss(trainable, frozen, batch, outputs, params, key):
+        del frozen, outputs, params, key
 
         def encode(images):
             return generator.encode_image(trainable, pixels(images))
@@ -216,8 +216,8 @@ def init_heads(generator: Generator, key: PRNGKeyArray) -> dict[str, Any]:
     assert config.projection_dim is not None  # The loss reads projected outputs.
     variables = AttributeHeads(TOYBOX).init(key, jnp.zeros((1, side, side, config.hidden_size)))
     names = TOYBOX.classes + TOYBOX.backgrounds
-    drawn = 0.02 * jax.random.normal(key, (config.projection_dim, names))
-    return dict(variables["params"], names=drawn)
+    kernel = 0.02 * jax.random.normal(key, (config.projection_dim, names))
+    return dict(variables["params"], names=kernel)
 
 
 def probe_loss(generator: Generator) -> Loss:
@@ -228,8 +228,8 @@ def probe_loss(generator: Generator) -> Loss:
     """
     probe = Probe(TOYBOX)
 
-    def loss(trainable, frozen, batch, guidance, numbers, key):
-        del guidance, numbers
+    def loss(trainable, frozen, batch, outputs, params, key):
+        del outputs, params
         keys = jax.random.split(key, 3)
         clean = pixels(batch.chosen)
         half = len(clean) // 2

@@ -12,7 +12,7 @@ _ROW, _BAR, _LABEL, _VALUE = 13, 9, 118, 52
 def bars(
     rows: Sequence[tuple[str, Mapping[str, float]]], *, number: Callable[[float], str], title: str
 ) -> str:
-    """Draws horizontal bars from a common zero, a group of bars a row.
+    """Draws horizontal bars from a common zero, one group of bars per row.
 
     Args:
       rows: [(label, {side: value})], values finite, in the order of display.

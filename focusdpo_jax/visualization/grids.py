@@ -98,7 +98,7 @@ class ModelRow:
 
 
 def preference_grid(rows: Sequence[PreferenceRow], *, scale: int = 2) -> RGBImage:
-    """Draws one row a pair: references, chosen, rejected, base, policy, focus, masks; and its caption.
+    """Draws one row per pair: references, chosen, rejected, base, policy, focus, masks; and its caption.
 
     Columns that are empty in all rows are left out.
 
@@ -154,7 +154,7 @@ def sample_grid(rows: Sequence[SampleRow], *, columns: int = 2, scale: int = 2) 
 
 
 def focus_grid(rows: Sequence[FocusRow], *, scale: int = 2) -> RGBImage:
-    """Draws one row an image and bucket: references, image, similarities, M', M_s, M_d, U, W.
+    """Draws one row per image and bucket: references, image, similarities, M', M_s, M_d, U, W.
 
     Columns that are empty in all rows are left out.
 
@@ -197,7 +197,7 @@ def focus_grid(rows: Sequence[FocusRow], *, scale: int = 2) -> RGBImage:
 
 
 def model_grid(rows: Sequence[ModelRow], *, scale: int = 2) -> RGBImage:
-    """Draws one row a scene: references, chosen, and each model's image.
+    """Draws one row per scene: references, chosen, and each model's image.
 
     Args:
       rows: a non-empty list, with the same models in all rows.

@@ -247,10 +247,10 @@ def test_values_that_are_not_brightness_are_refused():
     """Floats, 32 bits, and 8 bits that lie in 16."""
     floats = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
     for content, reason in (
-        (example_pairs.encoded(Image.fromarray(floats), "TIFF"), "has 32 bits a channel"),
+        (example_pairs.encoded(Image.fromarray(floats), "TIFF"), "has 32 bits per channel"),
         (
             example_pairs.encoded(Image.fromarray(np.int32(floats * 70000)), "TIFF"),
-            "has 32 bits a channel",
+            "has 32 bits per channel",
         ),
         (
             cv2.imencode(".tiff", np.repeat(floats[..., None], 3, -1))[1].tobytes(),

@@ -332,7 +332,7 @@ def test_example_of_the_docs_and_a_run_on_it(tiny_config, tmp_path, monkeypatch)
             "config.batch_size = 5 pairs; give config.batch_size = 4 at most, or prepare more pairs",
         ),
         ({"data.path": "nowhere"}, "'nowhere' holds no prepared data set"),
-        ({"objective": "probe"}, "learns what Toybox knows"),
+        ({"objective": "probe"}, "learns from Toybox's ground truth"),
     ]:
         config = tiny_config(
             **{

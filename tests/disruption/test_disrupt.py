@@ -235,7 +235,7 @@ REFUSED = {
     r"subjects\[0\].phrase has 25 tokens and the model reads 16; shorten it": lambda line, s, f: (
         s.update(phrase="a ball with extraordinary ears")
     ),
-    r"subjects\[0\].reference is missing beside a reference_mask": lambda line, s, f: s.pop(
+    r"subjects\[0\].reference is missing, but there is a reference_mask": lambda line, s, f: s.pop(
         "reference"
     ),
     r"rejected is not a field; put your own data in info": lambda line, s, f: line.update(

@@ -204,7 +204,7 @@ def test_a_reference_that_no_photograph_is_named_like_is_compared(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "give a list of scenes"),
         ('[{"image_paths": ["can/00.jpg"]}]', "entry 0: it has no prompt"),
         ('[{"prompt": "a", "image_paths": []}]', "list of one or more"),

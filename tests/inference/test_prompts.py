@@ -118,7 +118,7 @@ def test_references_and_masks_are_read_as_prepare_reads(tmp_path):
         decode_image(example_pairs.encoded(pixels, icc_profile=profile))[0],
     )
     Image.fromarray(np.float32(grey) / 65535).save(tmp_path / "float.tiff")
-    with pytest.raises(UserError, match=r"reference .*float.tiff has 32 bits a channel"):
+    with pytest.raises(UserError, match=r"reference .*float.tiff has 32 bits per channel"):
         prompts.load_reference(tmp_path / "float.tiff", 8)
     alpha = np.zeros((8, 8), np.uint8)
     alpha[2:5, 3:7] = 255

@@ -227,7 +227,7 @@ def test_no_compilation_where_there_is_no_room(tiny_config, monkeypatch):
     with pytest.raises(
         UserError,
         match="mesh data 1 x fsdp 1 x tensor 1: parameters, optimiser "
-        "and batch alone take 0.0 GB of a chip's 0",
+        "and batch already take 0.0 GB of a chip's 0",
     ):
         planner.plan(tiny_config(), "local", unless_held=True)
 
