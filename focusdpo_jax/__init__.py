@@ -2,7 +2,7 @@
 
     import focusdpo_jax as fd
 
-    fd.focus.focus_map(...)        # the paper, for any trainer: needs jax, numpy and jaxtyping alone
+    fd.focus.focus_map(...)        # the paper, for any trainer: requires only jax, numpy, jaxtyping
     fd.diffusion.sample(...)
 
 Subpackages are imported when they are first used.

@@ -19,8 +19,8 @@ from focusdpo_jax.files import no_room
 
 # Device files of GPUs (NVIDIA's, AMD's) and TPUs.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
-# Parameters of glibc's mallopt. The heap takes blocks of any size, never shrinks, and is shared by all
-# threads, since the arenas of other threads cannot have large blocks.
+# Parameters of glibc's mallopt. The heap takes blocks of any size, never shrinks, and is shared by
+# all threads, since the arenas of other threads cannot have large blocks.
 _KEEP_MEMORY = (
     (-3, 2**31 - 1),  # M_MMAP_THRESHOLD
     (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
@@ -131,8 +131,8 @@ def run(main: Callable[[], None], parser: Parser = parse_flags, *, resumable: bo
 def keep_compiled_programs() -> None:
     """Enables jax's persistent compilation cache; call it before jax is imported.
 
-    The cache is in ~/.cache/focusdpo_jax (or below XDG_CACHE_HOME, if set), and has at most 4 GiB; the
-    least recently used programs are removed first. jax's environment variables override this:
+    The cache is in ~/.cache/focusdpo_jax (or below XDG_CACHE_HOME, if set), and has at most 4 GiB;
+    the least recently used programs are removed first. jax's environment variables override this:
     JAX_COMPILATION_CACHE_DIR the folder, JAX_ENABLE_COMPILATION_CACHE=false the cache itself.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -141,7 +141,8 @@ def keep_compiled_programs() -> None:
             home, "focusdpo_jax", f"programs-{_processor()}"
         )
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))
-    # Small programs, too: there are hundreds, and loading one takes a third of the time to compile it.
+    # Small programs, too: there are hundreds, and loading one takes a third of the time to compile
+    # it.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
@@ -169,7 +170,7 @@ def _has_accelerator() -> bool:
 
 
 def _processor() -> str:
-    """Returns a key for the processor's instruction set, since programs need all of its instructions."""
+    """Returns a key for the processor's instruction set, which compiled programs depend on."""
     try:
         with open("/proc/cpuinfo") as lines:
             features = next(line for line in lines if line.startswith(("flags", "Features")))
@@ -192,8 +193,8 @@ def leave(message: str, status: int) -> NoReturn:
 def _quiet(record: python_logging.LogRecord) -> bool:
     """Filters the log: all records of this package, but only warnings of libraries.
 
-    It also drops the traceback of a full disk in a library's thread, which the command reports as its
-    error.
+    It also drops the traceback of a full disk in a library's thread, which the command reports as
+    its error.
     """
     if record.exc_info and record.exc_info[1] and no_room(record.exc_info[1]):
         return False

@@ -9,13 +9,14 @@ import jax
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 # Measured on CPUs:
-# - By default XLA uses YNNPACK for reductions, matrix products and convolutions. Limited to reductions,
-#   it uses Eigen for the others, which is 1.5 times as fast in convolutions
-#   (`benchmarks/convolutions.py`) and a little faster in large matrix products.
-# - XLA uses AVX-512 vectors, if the processor has them, only with the second option. They make a step
-#   with many elementwise operations a thirtieth faster.
-# - With optimisation level 1 in LLVM the programs of Toybox compile in 0.6 to 0.7 of the time of XLA's
-#   default 3 and run as fast: the time is spent in libraries and in loops that are already vectorised.
+# - By default XLA uses YNNPACK for reductions, matrix products and convolutions. The first option
+#   limits it to reductions. Then XLA uses Eigen for the others, which is 1.5 times as fast in
+#   convolutions (`benchmarks/convolutions.py`) and a little faster in large matrix products.
+# - XLA uses AVX-512 vectors, if the processor has them, only with the second option. They make a
+#   step with many elementwise operations 3 % faster.
+# - With optimisation level 1 in LLVM the programs of Toybox compile in 0.6 to 0.7 of the time of
+#   XLA's default 3 and run as fast, since most of the time is spent in libraries and in loops that
+#   are already vectorised.
 _ON_CPU = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_prefer_vector_width": 512,

@@ -9,7 +9,7 @@ from focusdpo_jax.errors import UserError
 
 
 def folder() -> pathlib.Path:
-    """Returns the folder of the package's configurations: `configs/` of a checkout, or of the wheel."""
+    """Returns the folder of the package's configurations: `configs/` of a checkout or the wheel."""
     package = pathlib.Path(__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -24,9 +24,9 @@ def find(name: str) -> str:
     """Returns the path of a configuration file.
 
     Args:
-      name: a path, or the name of one of the package's configurations: `toybox_dpo`, `toybox_dpo.py` and
-        `configs/toybox_dpo.py` are the same, in any working directory. A file at that path comes first.
-        `:argument` may follow either.
+      name: a path, or the name of one of the package's configurations: `toybox_dpo`,
+        `toybox_dpo.py` and `configs/toybox_dpo.py` are the same, in any working directory. A file
+        at that path comes first. `:argument` may follow either.
 
     Returns:
       An existing path, with the argument if there is one.

@@ -1,4 +1,4 @@
-"""Console scripts of the installed package: `focusdpo-train` is `python -m focusdpo_jax.main`, and so on."""
+"""Console scripts: `focusdpo-train` runs `python -m focusdpo_jax.main`, and so on."""
 
 import runpy
 

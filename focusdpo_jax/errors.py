@@ -10,4 +10,4 @@ class UserError(Exception):
 
 
 class MissingFiles(UserError):
-    """Files of a model are not on this machine; `plan`, which does not need them, uses SDXL's sizes."""
+    """Files of a model are missing on this machine; `plan` then uses SDXL's sizes."""

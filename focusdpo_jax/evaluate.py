@@ -156,7 +156,7 @@ def read_share() -> tuple[int, int]:
 
 
 def open_models() -> "tuple[RunConfig | None, dict[str, Callable[[], Any]], epath.Path | None]":
-    """Returns (RunConfig or None, {side: function that loads its model}, folder of the run or None)."""
+    """Returns (RunConfig or None, {side: function that loads its model}, run folder or None)."""
     from focusdpo_jax import config as config_lib
     from focusdpo_jax import pipeline
     from focusdpo_jax.training import models, runs
@@ -223,7 +223,7 @@ def sampling(config: "RunConfig") -> dict[str, Any]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags as `command.config_parser` does; positional arguments after --compare A are folders too."""
+    """Parses flags like `command.config_parser`; --compare also takes positional arguments."""
     rest = command.config_parser(_CONFIG)(argv)
     if _COMPARE.value:
         flags.FLAGS.compare = _COMPARE.value + rest[1:]

@@ -1,7 +1,7 @@
 """Writes a run's result for diffusers: `python -m focusdpo_jax.export --workdir=RUN --output=OUT`.
 
-OUT/README.md describes the files, their training step, and how to load them. If a run is unfinished,
-or was continued later, the newest checkpoint is exported.
+OUT/README.md describes the files, their training step, and how to load them. If a run is
+unfinished, or was continued later, the newest checkpoint is exported.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Ctrl-C in a command: one line and exit status 130, even during a long compilation.
 
-Python delivers a signal when the main thread returns from C++, which may compile for minutes. So another
-thread reads signals from a pipe. The main thread has a few seconds to clean up, then the process ends. A
-second Ctrl-C ends it at once. Code that saves first, such as training, installs its own signal handler;
-then only the second Ctrl-C ends the process here.
+Python delivers a signal when the main thread returns from C++, which may compile for minutes. So
+another thread reads signals from a pipe. The main thread has a few seconds to clean up, then the
+process ends. A second Ctrl-C ends it at once. Code that saves first, such as training, installs its
+own signal handler; then only the second Ctrl-C ends the process here.
 """
 
 import _thread
@@ -46,7 +46,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def exit_on_interrupt(self) -> Iterator[None]:
-        """Ends the process if the body was interrupted, even if libraries raise another exception."""
+        """Ends the process if the body was interrupted, even if a library raised another error."""
         try:
             yield
         except SystemExit:
@@ -61,7 +61,7 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _unraisable(self, info: Any) -> None:
-        """Repeats an interrupt that Python cannot raise, such as in a destructor, and only prints."""
+        """Repeats an interrupt that Python only prints, because it cannot raise in a destructor."""
         if info.exc_type is not KeyboardInterrupt:
             self._report(info)
             return

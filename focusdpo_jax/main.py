@@ -1,9 +1,9 @@
 """Trains a generator: `python -m focusdpo_jax.main --config=configs/toybox_dpo.py`.
 
-Run the same command again to resume a stopped run. After SIGTERM it saves a checkpoint and exits with status
-143, after Ctrl-C with 130; a second Ctrl-C exits at once. The exit status is 2 for an error of the user, and 3
-if another process of the run was lost. Any field of the configuration can be changed on the command line, for
-example `--config.beta=2000 --config.objective=dpo`.
+Run the same command again to resume a stopped run. After SIGTERM it saves a checkpoint and exits
+with status 143, after Ctrl-C with 130; a second Ctrl-C exits at once. The exit status is 2 for an
+error of the user, and 3 if another process of the run was lost. Any field of the configuration can
+be changed on the command line, for example `--config.beta=2000 --config.objective=dpo`.
 """
 
 from absl import flags

@@ -22,8 +22,8 @@ class Pipeline:
     """A generator identified by a name. `load` reads its parameters.
 
     Attributes:
-      name: "base", a run folder, a model folder, a folder or file of published weights, or the name of a
-        model that ships with the package.
+      name: "base", a run folder, a model folder, a folder or file of published weights, or the name
+        of a model that ships with the package.
       run: the `runs.Run` if the name is that of a run, otherwise None.
       inpainting: whether the UNet may have more input channels than the latents, as for inpainting.
     """

@@ -1,15 +1,15 @@
 """Plans a run for accelerators that need not be present: memory, communication and time.
 
-    python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=v5e:4x4 --config.mesh.fsdp=16 \
-        --config.mesh.data=1 --config.batch_size=16
+    python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=v5e:4x4 \\
+        --config.mesh.fsdp=16 --config.mesh.data=1 --config.batch_size=16
     python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py --topology=h100 --config.batch_size=1
     python -m focusdpo_jax.plan --config=configs/sdxl_dpo.py:lora --topology=v6e:2x4 --search
 
-Compiles every program of the run from shapes for a TPU topology (requires libtpu, which
-`pip install 'focusdpo_jax[plan]'` installs), for NVIDIA GPUs (requires JAX's CUDA plugin, which
-`pip install 'focusdpo_jax[plan-gpu]'` installs, but no GPU), or for this machine's devices. Prints the memory
-and communication of every chip and, for TPUs, the time that the compiler estimates. If the model's files are
-missing on this machine, it plans for SDXL's sizes. If a program does not fit, it prints changes that would
+Compiles every program of the run from shapes, for a TPU topology, for NVIDIA GPUs, or for this
+machine's devices. TPUs require libtpu: `pip install 'focusdpo_jax[plan]'`. GPUs require JAX's CUDA
+plugin, but no GPU: `pip install 'focusdpo_jax[plan-gpu]'`. Prints the memory and communication of
+every chip and, for TPUs, the time that the compiler estimates. If the model's files are missing on
+this machine, it plans for SDXL's sizes. If a program does not fit, it prints changes that would
 make it fit, and exits with status 2.
 """
 

@@ -47,8 +47,8 @@ class ItemProgress:
 class StepProgress:
     """Reports speed and progress of training steps: as a bar on a terminal, otherwise in the log.
 
-    Unlike `clu.periodic_actions.ReportProgress`, which counts steps when they are dispatched, it counts
-    finished steps. It is called when a logging window is reported.
+    Unlike `clu.periodic_actions.ReportProgress`, which counts steps when they are dispatched, it
+    counts finished steps. It is called when a logging window is reported.
     """
 
     def __init__(self, *, start, total, unit, per_step, devices=1, peak=None):
@@ -79,8 +79,8 @@ class StepProgress:
           matmul_flops: floating-point operations of all matrix products since the last report.
 
         Returns:
-          {"pairs_per_second": items per second, "teraflops_per_device": 10^12 operations per second,
-          "utilisation": share of the peak}; the last two only if the peak is known.
+          {"pairs_per_second": items per second, "teraflops_per_device": 10^12 operations per
+          second, "utilisation": share of the peak}; the last two only if the peak is known.
         """
         now = time.monotonic()
         window = max(now - self._time, 1e-9)

@@ -149,7 +149,7 @@ def read_wanted(prompts: ModuleType) -> "list[Prompt]":
 
 
 def open_models() -> "tuple[Model, Model | None, dict[str, Any]]":
-    """Returns the model, the base model for --compare or None, and default settings of the sampler."""
+    """Returns the model, the base model for --compare or None, and default sampler settings."""
     from focusdpo_jax import pipeline
 
     opened = pipeline.open_pipeline(_WORKDIR.value)
@@ -168,7 +168,7 @@ def open_models() -> "tuple[Model, Model | None, dict[str, Any]]":
 
 
 def check_resolution(sizes: "Callable[[], GeneratorConfig]") -> None:
-    """Checks --resolution against the `GeneratorConfig` that `sizes` reads, before weights are read."""
+    """Checks --resolution against the `GeneratorConfig` from `sizes`, before weights are read."""
     if _RESOLUTION.value is not None:
         sizes().check_resolution(_RESOLUTION.value, "--resolution=")
 
@@ -179,7 +179,7 @@ def write(
     base: "list[RGBImage] | None",
     settings: dict[str, Any],
 ) -> None:
-    """Writes the images with their settings as metadata; for several or a comparison, also a grid."""
+    """Writes the images with settings as metadata; for several or a comparison, also a grid."""
     from focusdpo_jax.inference import prompts
     from focusdpo_jax.visualization import grids
 

@@ -1,7 +1,7 @@
-"""CLIP with both encoders from a transformers folder: `config.json`, `model.safetensors`, tokenizer.
+"""Loads CLIP from a transformers folder: `config.json`, `model.safetensors` and the tokenizer.
 
-CLIPModels are published so, for example openai/clip-vit-base-patch32. The folder has the tokenizer's
-files beside the weights, which may be sharded.
+This is the layout of published CLIPModels, for example openai/clip-vit-base-patch32. The weights
+may be sharded.
 """
 
 import dataclasses

@@ -17,8 +17,8 @@ from focusdpo_jax.models.generator_config import GeneratorConfig
 from focusdpo_jax.models.unet import UNetConfig
 from focusdpo_jax.models.vae import VAEConfig
 
-# Fields with the one value that our modules implement. diffusers writes every field, but older files
-# lack newer fields: those in _STATED are required, the others optional.
+# Fields with the one value that our modules implement. diffusers writes every field, but older
+# files lack newer fields: those in _STATED are required, the others optional.
 _UNET = {
     "act_fn": "silu",
     "addition_embed_type": "text_time",
@@ -92,8 +92,8 @@ _DPM_SOLVER = {
     "solver_type": "midpoint",
     "lambda_min_clipped": -float("inf"),
 }
-# Scheduler classes with this noise schedule, and the default timestep spacing of each in diffusers. The
-# class does not determine the sampler (`diffusion.samplers`).
+# Scheduler classes with this noise schedule, and the default timestep spacing of each in diffusers.
+# The class does not determine the sampler (`diffusion.samplers`).
 SCHEDULERS = dict.fromkeys(
     (
         "DDIMScheduler",

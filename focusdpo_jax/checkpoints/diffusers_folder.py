@@ -276,8 +276,8 @@ def open_part(
 ) -> dict[Path, tensor_file.LazyTensor] | None:
     """Finds the tensors of one part and checks their names and shapes; only headers are read.
 
-    The image branch of the UNet is read from the IP-Adapter file. Without one it is initialised as a
-    copy of the text projections, as in IP-Adapter's own training.
+    The image branch of the UNet is read from the IP-Adapter file. Without one it is initialised as
+    a copy of the text projections, as in IP-Adapter's own training.
 
     Args:
       folder: of the pipeline.

@@ -1,8 +1,8 @@
 """DINO and DINOv2 from transformers folders: `config.json` and `model.safetensors`, or its shards.
 
 DINO is published as a ViTModel (facebook/dino-vits16), DINOv2 as a Dinov2Model
-(facebook/dinov2-small and larger). Our modules have the names of a Dinov2Model, which `pytorch_names`
-maps; this module translates those of a ViTModel.
+(facebook/dinov2-small and larger). Our modules have the names of a Dinov2Model, which
+`pytorch_names` maps; this module translates those of a ViTModel.
 """
 
 import re
@@ -26,8 +26,8 @@ _VIT = {
     "output.dense": "mlp.fc2",
 }
 _LAYER = re.compile(r"(encoder\.layer\.\d+)\.(.*)\.(weight|bias)$")
-# Tensors that the features do not depend on: the mask token of DINOv2's pre-training, and the pooler of
-# a ViTModel, which DINO never trained.
+# Tensors that the features do not depend on: the mask token of DINOv2's pre-training, and the
+# pooler of a ViTModel, which DINO never trained.
 _UNUSED = re.compile(r"embeddings\.mask_token$|pooler\.")
 # Fields with the one value that the modules implement.
 _FIXED = {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False}

@@ -1,12 +1,13 @@
 """The file layout of IP-Adapter's releases, which diffusers' `load_ip_adapter` reads, both ways.
 
 A file has the image projection under `image_proj.` and the UNet's extra projections under
-`ip_adapter.`, numbered 1, 3, 5, ... over all attention layers: encoder, decoder, then the middle block.
-Both are translated from and to diffusers' names, which `pytorch_names` maps to our parameters.
+`ip_adapter.`, numbered 1, 3, 5, ... over all attention layers: encoder, decoder, then the middle
+block. Both are translated from and to diffusers' names, which `pytorch_names` maps to our
+parameters.
 
-MS-Diffusion's `ms_adapter.bin`, saved as safetensors with the keys of its dicts joined by a dot, has the
-same layout with `ms_adapter.` in place of `ip_adapter.`. Its `dummy_image_tokens` are ignored: its
-own code attends to them outside all boxes and then multiplies the result by zero.
+MS-Diffusion's `ms_adapter.bin`, saved as safetensors with the keys of its dicts joined by a dot,
+has the same layout with `ms_adapter.` in place of `ip_adapter.`. Its `dummy_image_tokens` are
+ignored: its own code attends to them outside all boxes and then multiplies the result by zero.
 """
 
 import re
@@ -102,7 +103,7 @@ def to_diffusers(
 
 
 def image_projection(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the subject adapter's tensors of a file with diffusers' names, without reading them."""
+    """Returns the subject adapter's tensors of a file with diffusers' names; reads no values."""
     adapter = {}
     for theirs, value in tensors.items():
         if not theirs.startswith(_PROJECTION):

@@ -1,16 +1,16 @@
 """Low-rank updates (LoRA) in the files of diffusers, PEFT and kohya, to and from our parameters.
 
-For each updated layer a file has a matrix down [rank, in], a matrix up [out, rank], and optionally a
-scalar alpha: W + (alpha / rank) up down. Alpha may also be in the file's header or in a file beside it
-(`lora_strength`). The names of a layer, most frequent first:
+For each updated layer a file has a matrix down [rank, in], a matrix up [out, rank], and optionally
+a scalar alpha: W + (alpha / rank) up down. Alpha may also be in the file's header or in a file
+beside it (`lora_strength`). The names of a layer, most frequent first:
 
     unet.mid_block.attentions.0...attn1.to_q.lora_A.weight         diffusers, PEFT
     lora_unet_middle_block_1_...attn1_to_q.lora_down.weight        kohya, with the original names
     lora_unet_mid_block_attentions_0_...attn1_to_q.lora_down.weight     kohya, diffusers' names
     unet.mid_block.attentions.0...attn1.processor.to_q_lora.down.weight     diffusers before 0.22
 
-Without any alpha it is the rank. Files that we write have none, since readers look for it in different
-places: the scale is multiplied into the up matrix.
+Without any alpha it is the rank. Files that we write have none, since readers look for it in
+different places: the scale is multiplied into the up matrix.
 """
 
 import math
@@ -95,7 +95,7 @@ def _modules(parameters: Params, unet_config: UNetConfig) -> dict[str, Path]:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """Splits a tensor's name into its layer and "down", "up" or "alpha"; None if it is not LoRA's."""
+    """Splits a tensor's name into its layer and "down", "up" or "alpha"; None for other tensors."""
     end = next((end for end in _ENDS if name.endswith(end)), None)
     if end is None:
         return name, None
@@ -162,9 +162,9 @@ def read(
       {path of a kernel in `stacking.split(parameters)`: LowRank}.
 
     Raises:
-      UserError: tensors are unexpected, of another shape, or lack their other matrix (it names all of
-        them); or the metadata are damaged, contradict the tensors, or describe more than low-rank
-        updates.
+      UserError: tensors are unexpected, of another shape, or lack their other matrix (it names all
+        of them); or the metadata are damaged, contradict the tensors, or describe more than
+        low-rank updates.
     """
     configs = lora_strength.of_header(metadata or {}, tuple(_KOHYA), source)
     if adapter is not None:
@@ -237,7 +237,8 @@ def _scale(
     part, config = path[0], configs.get(path[0])
     stated = None
     if config is not None:
-        # The text encoders' names depend on the version of transformers, so that the file's are used.
+        # The text encoders' names depend on the version of transformers, so that the file's are
+        # used.
         own = (
             layer.removeprefix(f"{part}.")
             if part != "unet" and "." in layer

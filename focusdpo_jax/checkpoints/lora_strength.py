@@ -8,8 +8,9 @@ Besides the `.alpha` tensors of kohya's files, three places can have alpha and r
     ss_network_alpha        in the header of kohya's files, whose tensors repeat it for every layer
 
 PEFT (huggingface/peft, `LoraModel._create_and_replace`) scales an update by alpha / rank, or by
-alpha / sqrt(rank) if `use_rslora`. `rank_pattern` and `alpha_pattern` have values for single layers: that
-of the first key for which the regular expression "(.*\\.)?(KEY)$" matches the layer's name from its start.
+alpha / sqrt(rank) if `use_rslora`. `rank_pattern` and `alpha_pattern` have values for single
+layers: that of the first key for which the regular expression "(.*\\.)?(KEY)$" matches the layer's
+name from its start.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ HEADER = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
 # PEFT's defaults.
 _RANK, _ALPHA = 8, 8
-# Fields of PEFT that change the layers in other ways than by a low-rank update, with the values that do
-# not.
+# Fields of PEFT that change the layers in other ways than by a low-rank update, with the values
+# that do not.
 _PLAIN = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
@@ -179,8 +180,8 @@ def of_header(
 
     Args:
       metadata: of the header. The result is empty if it has no such field.
-      parts: names of the parts that the file may update. Fields without a part's name are the UNet's, as
-        `UNet2DConditionModel.save_lora_adapter` writes them.
+      parts: names of the parts that the file may update. Fields without a part's name are the
+        UNet's, as `UNet2DConditionModel.save_lora_adapter` writes them.
       source: name of the file for messages.
 
     Raises:

@@ -1,7 +1,8 @@
 """The package's own folder layout of a generator, written by runs and shipped with the package.
 
-    model.json                  the sizes of every part (GeneratorConfig), and the step of the run that
-                                wrote the folder; written last, so that a folder without it is incomplete
+    model.json                  the sizes of every part (GeneratorConfig), and the step of the run
+                                that wrote the folder; written last, so that a folder without it is
+                                incomplete
     <part>.safetensors          one file for each part of the parameter tree, keys joined by "/"
     tokenizer/                  vocab.json and merges.txt of CLIP's byte-pair encoding
 
@@ -91,7 +92,7 @@ def load_part(
 
 
 def begin(folder: epath.PathLike) -> None:
-    """Creates a folder to write, and removes its `model.json`, so that it is not a model meanwhile."""
+    """Creates a folder to write; removes its `model.json`, so that it is incomplete meanwhile."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)

@@ -23,7 +23,7 @@ PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
 MARKERS = ("v_pred", "ztsnr")
-"""Empty tensors that mark the prediction type and the noise schedule of a file (see single_file)."""
+"""Empty tensors that mark a file's prediction type and noise schedule (see single_file)."""
 # Tensors that are ignored: buffers, and moving averages of training.
 _IGNORED = re.compile(
     rf"model_ema\.|denoiser\.|.*\.(position_ids|logit_scale)$|({'|'.join(MARKERS)})$"
@@ -174,8 +174,8 @@ def to_diffusers(
       config: the part's configuration.
 
     Returns:
-      dict from diffusers' name to `LazyTensor`. Unexpected tensors keep their names and missing ones
-      are left out; `pytorch_names.to_flax` reports both.
+      dict from diffusers' name to `LazyTensor`. Unexpected tensors keep their names and missing
+      ones are left out; `pytorch_names.to_flax` reports both.
     """
     found, used = {}, set()
     for name in names:

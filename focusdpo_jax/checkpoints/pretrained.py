@@ -54,7 +54,7 @@ class Pretrained:
 
     @property
     def pad_tokens(self) -> tuple[str, ...]:
-        """The pad token of each text encoder: the model's, or SDXL's for another tokenizer folder."""
+        """The pad token of each text encoder: the model's, or SDXL's for another tokenizer."""
         own = self.tokenizer == self.path / "tokenizer"
         return vocabulary.pad_tokens(self.path) if own else vocabulary.PAD_TOKENS
 

@@ -4,9 +4,9 @@ Our modules are named after the tensors of those files, so that one rule covers 
 
     down_blocks_0/resnets_1/conv1/kernel  <->  down_blocks.0.resnets.1.conv1.weight
 
-A dense kernel [in, out] is the transpose of PyTorch's. A convolution kernel [h, w, in, out] is stored
-as [out, in, h, w]. The `scale` of a norm and the table of an embedding are stored unchanged as
-`weight`. `_RENAMED` lists the exceptions; `ip_adapter` converts IP-Adapter's own layout.
+A dense kernel [in, out] is the transpose of PyTorch's. A convolution kernel [h, w, in, out] is
+stored as [out, in, h, w]. The `scale` of a norm and the table of an embedding are stored unchanged
+as `weight`. `_RENAMED` lists the exceptions; `ip_adapter` converts IP-Adapter's own layout.
 """
 
 import functools

@@ -70,15 +70,15 @@ def export_run(
       workdir: folder of the run.
       output: folder to write to; created if missing, files of the same names are replaced.
       whole: whether to write the other parts, too, so that the folder is a complete pipeline.
-      read_checkpoint: returns the model of the newest checkpoint, for weights that are not in the run's
-        `model/`; None raises a UserError for them.
+      read_checkpoint: returns the model of the newest checkpoint, for weights that are not in the
+        run's `model/`; None raises a UserError for them.
 
     Returns:
       The names of the written parts, and "lora"; without the model card.
 
     Raises:
-      UserError: the run has no weights yet or trained nothing to export, `output` cannot be written,
-        or diffusers does not support a model of these sizes.
+      UserError: the run has no weights yet or trained nothing to export, `output` cannot be
+        written, or diffusers does not support a model of these sizes.
     """
     workdir, output = epath.Path(workdir), epath.Path(output)
     run, weights = run_folder.read_config(workdir), run_folder.newest_weights(workdir)

@@ -34,7 +34,8 @@ class Weights(NamedTuple):
 
     Attributes:
       folder: the run's `model/`, or None if the weights are in the checkpoint of `step`.
-      step: step at which they were saved; None if an older version of the package did not record it.
+      step: step at which they were saved; None if an older version of the package did not record
+        it.
     """
 
     folder: epath.Path | None
@@ -75,8 +76,8 @@ def _reaches(workdir: epath.Path, step: int | None, checkpoint: int) -> bool:
     """Returns whether `model/`, of a given or unknown step, is as new as a checkpoint."""
     if step is not None:
         return step >= checkpoint
-    # Without a recorded step: a run that stopped before its last step has not written a newer model,
-    # and one that was killed just before writing it has an older file.
+    # Without a recorded step: a run that stopped before its last step has not written a newer
+    # model, and one that was killed just before writing it has an older file.
     if checkpoint < read_config(workdir)["steps"]:
         return False
     written = workdir / "checkpoints" / str(checkpoint) / "_CHECKPOINT_METADATA"

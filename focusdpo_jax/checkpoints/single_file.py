@@ -1,13 +1,13 @@
 """Reads an SDXL model from one safetensors file in the original layout (see original_names).
 
 Such a file does not state its sizes: they are those of SDXL base 1.0, and a file of other sizes is
-rejected because its tensors do not fit. The image encoder and the vocabulary, which it lacks, are in
-folders in the layout of a diffusers pipeline.
+rejected because its tensors do not fit. The image encoder and the vocabulary, which it lacks, are
+in folders in the layout of a diffusers pipeline.
 
 The prediction type of the UNet can be given in two ways: in the metadata by
-modelspec.prediction_type, "v" or "epsilon" (ModelSpec, github.com/Stability-AI/ModelSpec), and by empty
-tensors named v_pred and, for zero terminal SNR, ztsnr (NoobAI; ComfyUI and stable-diffusion-webui read
-them, too).
+modelspec.prediction_type, "v" or "epsilon" (ModelSpec, github.com/Stability-AI/ModelSpec), and by
+empty tensors named v_pred and, for zero terminal SNR, ztsnr (NoobAI; ComfyUI and
+stable-diffusion-webui read them, too).
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """Reads and writes safetensors files one tensor at a time.
 
 The format (github.com/huggingface/safetensors) is the header's length in eight bytes, the header in
-JSON, and the bytes of the tensors. `safe_open` of the library maps the file into memory: its pages count
-as used until it is closed, so that loading takes twice the size of the file. This reader holds one
-tensor besides those that it has returned, and supports every path that `epath` opens.
+JSON, and the bytes of the tensors. `safe_open` of the library maps the file into memory: its pages
+count as used until it is closed, so that loading takes twice the size of the file. This reader
+holds one tensor besides those that it has returned, and supports every path that `epath` opens.
 """
 
 import json

@@ -53,7 +53,7 @@ def _shards(index: epath.Path) -> list[str]:
 
 
 def missing(folder: epath.Path, stem: str, variant: str | None = None) -> list[str]:
-    """Returns the paths of missing weight files, each with a note about .bin files in the folder."""
+    """Returns the paths of missing weight files, with a note about .bin files in the folder."""
     dot = f".{variant}" if variant else ""
     files = find(folder, stem, variant) or [folder / f"{stem}{dot}.safetensors"]
     pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.exists() else []
@@ -70,7 +70,8 @@ def read(
       folder, stem, variant: see `find`.
 
     Raises:
-      UserError: there are no such files, an index names a shard that is missing, or a file is damaged.
+      UserError: there are no such files, an index names a shard that is missing, or a file is
+        damaged.
     """
     folder = epath.Path(folder)
     lacks = missing(folder, stem, variant)

@@ -1,7 +1,8 @@
 """Parses a run's configuration into typed, frozen sections, and checks it.
 
-A command reads a ConfigDict from a file of `configs/` and passes it to `parse`. All other code takes the
-resulting `RunConfig`. `sections` defines every field with its type, default, check and meaning.
+A command reads a ConfigDict from a file of `configs/` and passes it to `parse`. All other code
+takes the resulting `RunConfig`. `sections` defines every field with its type, default, check and
+meaning.
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ def _flatten(values: Mapping, prefix="") -> Iterator[tuple[str, Any]]:
 
 
 def _build(flat: Mapping[str, Any], section: Any = RunConfig, prefix: str = "") -> Any:
-    """Returns a section with the values of `flat`, {dotted name: value}, and defaults for the rest."""
+    """Returns a section with the values of `flat`, {dotted name: value}, and other defaults."""
     arguments = {}
     for field in dataclasses.fields(section):
         name = f"{prefix}{field.name}"
@@ -122,7 +123,8 @@ def check(config: RunConfig) -> None:
 def parse_saved(values: Mapping) -> RunConfig:
     """Returns the RunConfig of a run's `config.json`, unchecked.
 
-    Fields that did not exist when the run was started get the values that correspond to its behaviour.
+    Fields that did not exist when the run was started get the values that correspond to its
+    behaviour.
     """
     before = {name: field.metadata["before"] for name, field in _FIELDS.items()}
     return _build(before | dict(_flatten(values)))

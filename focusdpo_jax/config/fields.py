@@ -1,4 +1,4 @@
-"""Defines configuration fields: default, check, meaning, and whether a resumed run may change it."""
+"""Defines configuration fields: default, check, meaning, and whether resumed runs may change it."""
 
 import dataclasses
 import numbers

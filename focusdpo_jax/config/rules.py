@@ -108,8 +108,8 @@ def smaller_step(config, count, shares=None):
     Args:
       config: the `RunConfig`.
       count: available pairs.
-      shares: number of devices that share a batch; None for the sizes in `config.mesh`, where -1 counts
-        as 1.
+      shares: number of devices that share a batch; None for the sizes in `config.mesh`, where -1
+        counts as 1.
     """
     shares = shares or max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
     largest = count // config.accumulate // shares * shares

@@ -82,7 +82,7 @@ def write_manifest(folder: epath.PathLike, target: epath.PathLike) -> epath.Path
 
 
 def _find(folder: epath.Path) -> dict[str, list[epath.Path]]:
-    """Returns {subject: its photographs that have a mask}, for subjects with at least two of them."""
+    """Returns {subject: photographs with a mask} for subjects with at least two of them."""
     if not folder.is_dir():
         raise UserError(
             f"--dreambench={folder} is not a folder; give one with a folder per subject"
@@ -108,8 +108,8 @@ def classes(listing: str, subjects: Iterable[str]) -> dict[str, str]:
     """Returns {subject: class}.
 
     Args:
-      listing: text of prompts_and_classes.txt, or "". A subject that it does not list gets its folder's
-        name without digits as its class.
+      listing: text of prompts_and_classes.txt, or "". A subject that it does not list gets its
+        folder's name without digits as its class.
       subjects: names of folders.
     """
     rows = listing.splitlines()
@@ -131,7 +131,7 @@ def mask_path(photo: epath.Path) -> epath.Path:
 def _pairs(
     path: epath.Path, reference: epath.Path, other: epath.Path | None, kind: str, target: epath.Path
 ) -> list[dict]:
-    """Returns the manifest lines whose chosen image is the photograph `path`; writes their files."""
+    """Returns the manifest lines with the photograph `path` as chosen image; writes their files."""
     subject = path.parent.name
     chosen, mask = _load(path)
     name = f"{subject}/{path.stem}"

@@ -22,8 +22,8 @@ class Window:
     Attributes:
       height, width: of the whole image, in its pixels.
       size: side of the result, in pixels.
-      top, left: offset of the square in pixels of the *resized* image, whose shorter side is `size`:
-        SDXL's crop coordinates.
+      top, left: offset of the square in pixels of the *resized* image, whose shorter side is
+        `size`; these are SDXL's crop coordinates.
     """
 
     height: int
@@ -50,7 +50,7 @@ class Window:
         return _resize(pixels, (self.size, self.size), Image.Resampling.LANCZOS, self.box)
 
     def mask(self, mask: Mask) -> Mask:
-        """Crops and resizes bool [height, width]: a pixel is True if at least half of its area is."""
+        """Crops and resizes bool [height, width]; a pixel is True if at least half its area is."""
         return _resize_mask(mask, (self.size, self.size), self.box)
 
 
@@ -88,7 +88,7 @@ def square_around(region: Mask, side: int) -> tuple[slice, slice]:
 
 
 def bounds(mask: Mask) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns ((top, bottom), (left, right)) of a mask that is not empty; the ends are exclusive."""
+    """Returns ((top, bottom), (left, right)) of a non-empty mask; the ends are exclusive."""
     ranges = []
     for axis in (1, 0):
         where = np.flatnonzero(mask.any(axis))

@@ -40,7 +40,7 @@ _Decoded = TypeVar("_Decoded")
 
 
 class UnreadableImage(Exception):
-    """Raised for files that cannot be decoded. The message describes the fault, without the file's name."""
+    """Raised for files that cannot be decoded; the message omits the file's name."""
 
 
 class _Opened(NamedTuple):
@@ -93,7 +93,8 @@ def decode_mask(content: bytes) -> Mask:
       bool [H, W].
 
     Raises:
-      UnreadableImage: as in `decode_image`; also if the mask's lightest value is above 0 and below 128.
+      UnreadableImage: as in `decode_image`; also if the mask's lightest value is above 0 and below
+        128.
     """
     return decode_mask_levels(content) >= 128
 
@@ -148,7 +149,7 @@ def warn_of_profiles(path: epath.PathLike, changes: tuple[str, ...]) -> None:
 
 
 def is_converted(content: bytes) -> bool:
-    """Returns whether a file has a colour profile that changes its colours; False if it is unreadable.
+    """Returns whether a file has a colour profile that changes its colours; False if unreadable.
 
     Earlier versions ignored profiles, so stored results for such files are outdated. No pixel is
     decoded.
@@ -178,9 +179,9 @@ def _read(path: epath.PathLike, kind: str, decode: Callable[[bytes], _Decoded]) 
 def encode_png(image: RGBImage | Mask) -> bytes:
     """Encodes uint8 [H, W, 3] or a bool [H, W] mask as the content of a PNG file, losslessly.
 
-    The encoding favours reading speed. Rows of an image are stored as differences from the row above,
-    run-length encoded: such files are decoded in two thirds of the time of those with default settings,
-    and are no larger. A mask has one bit per pixel.
+    The encoding favours reading speed. Rows of an image are stored as differences from the row
+    above, run-length encoded: such files are decoded in two thirds of the time of those with
+    default settings, and are no larger. A mask has one bit per pixel.
     """
     if image.dtype == bool:
         image, how = image.astype(np.uint8) * 255, _MASK
@@ -249,7 +250,7 @@ def _describe(content: bytes, error: Exception) -> str:
 
 
 def _has_second_frame(image: Image.Image) -> bool:
-    """Returns whether there is a second frame, without counting all frames: there may be millions."""
+    """Returns whether there is a second frame; does not count frames, which may be millions."""
     try:
         image.seek(1)
     except EOFError:

@@ -1,7 +1,7 @@
 """Builds a preference record from a line of a manifest and the content of its files.
 
-Lines that cannot be used raise `LineError` with the field and the cure. The others become records of
-square images (`record`); masks are cropped by the same window as the images.
+Lines that cannot be used raise `LineError` with the field and the cure. The others become records
+of square images (`record`); masks are cropped by the same window as the images.
 """
 
 import dataclasses
@@ -58,8 +58,9 @@ def make_record(
       sizes: of the result.
 
     Returns:
-      The record, as in `record` but without `index`, with original_size int32 [2] (height, width) and
-      crop int32 [2] (top, left), as SDXL's time ids expect them; and facts about it for the report.
+      The record, as in `record` but without `index`, with original_size int32 [2] (height, width)
+      and crop int32 [2] (top, left), as SDXL's time ids expect them; and facts about it for the
+      report.
 
     Raises:
       LineError: the message has the field, the fault and the cure.
@@ -141,7 +142,7 @@ def check_masks(masks: Mapping[str, Mask], images: Mapping[str, RGBImage]) -> No
 
 
 def check_resolution(shape: tuple[int, int], resolution: int) -> None:
-    """Raises LineError if a chosen image, of (height, width), would be enlarged by too large a factor."""
+    """Raises LineError if a chosen image of (height, width) would be enlarged too much."""
     if min(shape) * MAGNIFIED < resolution:
         raise LineError(
             "chosen",
@@ -181,7 +182,7 @@ def _difference(chosen: RGBImage, rejected: RGBImage) -> Mask:
 
 
 def _masks(line: PairLine, masks: Mapping[str, Mask], difference: Mask) -> tuple[Mask, list[Mask]]:
-    """Returns M_prior and every subject's mask in the whole image; docs/data.md has the fall-backs."""
+    """Returns M_prior and every subject's mask in the whole image; docs/data.md has fallbacks."""
     own = []
     for i, subject in enumerate(line.subjects):
         field = f"subjects[{i}].mask"

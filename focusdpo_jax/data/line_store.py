@@ -1,4 +1,4 @@
-"""Converts manifest lines to records in worker processes and stores them until the data set is built.
+"""Converts manifest lines to records in worker processes, and stores them during a build.
 
 A converted line is a zip file named after a hash of everything it depends on, including the content
 of its images. A restart reuses the lines that earlier runs converted, unless they have changed.
@@ -50,8 +50,8 @@ def process_line(job: LineJob) -> dict:
     """Builds and stores a line's record, unless it is stored already.
 
     Returns:
-      JSON values: line (its number), digest (hash of its inputs), and either refused ([field, reason])
-      or facts (see `line_record`); neither if `job.store` is None.
+      JSON values: line (its number), digest (hash of its inputs), and either refused ([field,
+      reason]) or facts (see `line_record`); neither if `job.store` is None.
     """
     outcome = {"line": job.number, "digest": hashlib.sha256(job.text).hexdigest()}
     try:

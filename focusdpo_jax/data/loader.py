@@ -1,7 +1,7 @@
 """Batches of training data: shuffled, sharded by process, resumable; built on Grain.
 
-All processes share one global stream whose order depends on the seed alone. Process p of P reads the
-p-th of P equal parts of every batch, so that a step's global batch is the same on any number of
+All processes share one global stream whose order depends on the seed alone. Process p of P reads
+the p-th of P equal parts of every batch, so that a step's global batch is the same on any number of
 processes.
 """
 
@@ -42,28 +42,28 @@ def make_loader(
 ) -> "Batches":
     """Returns an iterator over training batches.
 
-    Every epoch has its own order. Batches span the ends of epochs; only the last of a finite number of
-    epochs drops a remainder. The batches do not depend on the number of threads or workers.
+    Every epoch has its own order. Batches span the ends of epochs; only the last of a finite number
+    of epochs drops a remainder. The batches do not depend on the number of threads or workers.
 
     Args:
       source: entries by position (`__len__` and `__getitem__`, called from several threads). Worker
         processes each get a pickled copy, and one of `transform`.
       batch_size: pairs per step over all processes; this process yields its share of them.
       seed: determines the order.
-      transform: maps an entry to a pytree of arrays of fixed shapes, which are stacked to batches; for
-        preference records, `pair_transform`. None if the entries are such trees already.
+      transform: maps an entry to a pytree of arrays of fixed shapes, which are stacked to batches;
+        for preference records, `pair_transform`. None if the entries are such trees already.
       batch_transform: maps such a batch to the one that is yielded. None for the identity.
       process_index, process_count: which part of every batch this process reads.
       shuffle: False keeps the order of the source.
       epochs: passes over the source; None repeats it forever.
       workers: number of reader processes; 0 reads in this process with threads.
-      threads: number of reader threads in this process; a worker has one. 0 reads a batch when it is
-        requested, without threads.
+      threads: number of reader threads in this process; a worker has one. 0 reads a batch when it
+        is requested, without threads.
       prefetch: number of batches that the threads, or each worker, read ahead.
 
     Raises:
-      UserError: the sizes do not fit together; while iterating, a record is corrupt or invalid, or a
-        worker has died.
+      UserError: the sizes do not fit together; while iterating, a record is corrupt or invalid, or
+        a worker has died.
     """
     # Slow to import: planning, sampling and benchmarks read no batches and should not pay for it.
     import grain
@@ -97,7 +97,7 @@ class Batches:
     """
 
     def __init__(self, dataset: "grain.MapDataset", workers: int, options: "grain.ReadOptions"):
-        """Takes a data set of batches, the number of workers and Grain's options; see `make_loader`."""
+        """Initialises it with a data set of batches; see `make_loader` for the arguments."""
         self._dataset, self._workers, self._options = dataset, workers, options
         self._given = 0
         self._iterator: Any = None
@@ -128,7 +128,7 @@ class Batches:
         return {"next_index": self._given}
 
     def set_state(self, state: dict) -> None:
-        """Continues from a state of another iterator of the same data set, with any number of workers."""
+        """Continues from a state of an iterator of the same data set with any number of workers."""
         self.close()
         self._given = state["next_index"]
 
@@ -167,7 +167,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Exits when the parent has ended: Grain's workers would otherwise wait forever for a killed parent."""
+    """Exits when the parent has ended; Grain's workers would wait forever for a killed parent."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -223,8 +223,8 @@ def evaluation_batches(
 ) -> Iterator[PreferenceBatch]:
     """Yields one pass over the source in its order, in full batches of one shape.
 
-    The last batch is padded with copies of the last record, with `index` -1: exclude those rows. Every
-    process yields whole batches.
+    The last batch is padded with copies of the last record, with `index` -1: exclude those rows.
+    Every process yields whole batches.
 
     Args:
       source: records.

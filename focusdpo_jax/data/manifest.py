@@ -201,7 +201,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_known(values: dict, fields: tuple[str, ...], where: str) -> None:
-    """Raises LineError for a field that is not among `fields`; `where` is the prefix of its name."""
+    """Raises LineError for a field that is not among `fields`; `where` is a prefix of its name."""
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
@@ -278,8 +278,8 @@ def check_tokens(caption: str, tokens: int | None) -> None:
 
     Args:
       caption: the text.
-      tokens: its number of CLIP tokens, start and end tokens included. None without a tokenizer: then
-        only captions that are too long under any vocabulary are rejected.
+      tokens: its number of CLIP tokens, start and end tokens included. None without a tokenizer:
+        then only captions that are too long under any vocabulary are rejected.
     """
     at_least = "" if tokens is not None else "at least "
     tokens = len(_PIECES.findall(caption)) + 2 if tokens is None else tokens

@@ -10,8 +10,8 @@ import numpy as np
 class Shuffled(grain.MapDataset):
     """A repeated data set in which every epoch has its own order.
 
-    Grain's own shuffle samples positions from at least 2^16 until one is in the data set, which takes a
-    millisecond per record for small data sets.
+    Grain's own shuffle samples positions from at least 2^16 until one is in the data set, which
+    takes a millisecond per record for small data sets.
     """
 
     def __init__(self, repeated: grain.MapDataset, epoch_length: int, seed: int):

@@ -21,7 +21,7 @@ VERSION = "1.0.0"  # Version of the format on disk.
 
 
 def config(name: str, settings: Mapping[str, Any]) -> tfds.core.BuilderConfig:
-    """Returns the TFDS config of a data set with these settings; its name is part of the directory."""
+    """Returns the TFDS config of a data set; `name` is part of its directory."""
     return tfds.core.BuilderConfig(name=name, description=json.dumps(settings, sort_keys=True))
 
 
@@ -65,8 +65,9 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
     """Preference pairs for personalised generation: chosen and rejected image, references, masks."""
 
     VERSION = tfds.core.Version(VERSION)
-    # Keeps TFDS from searching download checksums next to the source. There are none, and the search
-    # needs importlib_resources, which tensorflow-datasets 4.9.10 does not declare as a dependency.
+    # Keeps TFDS from searching download checksums next to the source. There are none, and the
+    # search needs importlib_resources, which tensorflow-datasets 4.9.10 does not declare as a
+    # dependency.
     code_path = None
 
     def __init__(
@@ -77,10 +78,10 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
         max_subjects: int,
         **kwargs: Any,
     ):
-        """Takes the records of every split, and the settings that identify them, stored as metadata.
+        """Initialises it with the records of every split and their settings, stored as metadata.
 
-        A record may have its images and masks as the content of PNG files: these are stored unchanged and
-        unchecked.
+        A record may have its images and masks as the content of PNG files: these are stored
+        unchanged and unchecked.
         """
         self._sources = sources
         self._settings = settings
@@ -124,7 +125,8 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
             metadata=tfds.core.MetadataDict(self._settings),
-            # Records keep their order, so that `index` is the position in the file; the loader shuffles.
+            # Records keep their order, so that `index` is the position in the file; the loader
+            # shuffles.
             disable_shuffling=True,
         )
 
@@ -148,8 +150,8 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
 class _SortedWriter(tfds.core.writer.ExampleWriter):
     """Writes the features of every record sorted by name.
 
-    The map of a protocol buffer has another order in every process, and so would the bytes of a data
-    set.
+    The map of a protocol buffer has another order in every process, and so would the bytes of a
+    data set.
     """
 
     def write(self, path, examples):

@@ -1,9 +1,9 @@
-"""Builds a data set from a manifest: checks the lines in parallel, then writes records through TFDS.
+"""Builds a data set from a manifest: checks lines in parallel, then writes records with TFDS.
 
-The output folder has `pairs/` (the data set), `report.json` and `contact_sheet.png`. During the build
-it also has `.work/`, with the converted lines. The report with status "complete" is written last. An
-interrupted build can be repeated: valid intermediate results are reused, others are removed, and
-the result is the same to the byte.
+The output folder has `pairs/` (the data set), `report.json` and `contact_sheet.png`. During the
+build it also has `.work/`, with the converted lines. The report with status "complete" is written
+last. An interrupted build can be repeated: valid intermediate results are reused, others are
+removed, and the result is the same to the byte.
 """
 
 import collections
@@ -275,8 +275,8 @@ def _build(
 def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     """Assigns every line to a split by a hash of its group, so that other lines do not matter.
 
-    If there are three groups or more, a split that would be empty gets the group whose hash is nearest,
-    so that small data sets have validation images too.
+    If there are three groups or more, a split that would be empty gets the group whose hash is
+    nearest, so that small data sets have validation images too.
 
     Args:
       groups: {line: group}.
@@ -311,7 +311,7 @@ def _spread(source: Source) -> list[dict]:
 
 
 def _finished(output: epath.Path, jobs: _LineJobs, total: int, workers: int) -> dict:
-    """Returns the report of an existing data set, after comparing it with the manifest and settings."""
+    """Compares an existing data set with the manifest and settings, and returns its report."""
     report = _read_report(output)
     logging.info("%s is complete; comparing it with the manifest and its images", output)
     identity = jobs.identity(list(_run(jobs(None), total, workers)))

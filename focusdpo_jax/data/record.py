@@ -19,8 +19,8 @@ A *record* is a dict; all sources return this form:
       class_id, hue, pattern, pattern_hue, part, rejected_<each of these>, disrupted: optional,
                       Toybox's ground truth
 
-An *example* is a record encoded for training by `encode`: arrays of fixed shape, with subjects padded
-to S slots. Stacked examples form a `PreferenceBatch`.
+An *example* is a record encoded for training by `encode`: arrays of fixed shape, with subjects
+padded to S slots. Stacked examples form a `PreferenceBatch`.
 """
 
 from collections.abc import Callable
@@ -62,10 +62,11 @@ class PreferenceBatch:
       references: uint8 [B, S, R, R, 3], white in absent slots.
       reference_masks: bool [B, S, R, R], the subjects' pixels in `references`; empty where absent.
       masks: bool [B, S, H, W], the subjects' pixels in `chosen`; empty where absent.
-      present: bool [B, S], which slots hold a subject. Subjects come first, in the order of the caption.
+      present: bool [B, S], which slots hold a subject. Subjects come first, in the order of the
+        caption.
       prior_mask: bool [B, H, W], where chosen and rejected may differ.
-      time_ids: float32 [B, 6], SDXL's size conditioning in pixels: original height and width, top and
-        left of the crop, target height and width.
+      time_ids: float32 [B, 6], SDXL's size conditioning in pixels: original height and width, top
+        and left of the crop, target height and width.
       token_ids: int32 [B, text encoders, length].
       index: int64 [B], positions in the data set; -1 in rows that pad an evaluation batch.
       truth: for Toybox, `class_id`, `hue`, `pattern`, `pattern_hue`, `part`, the same as

@@ -18,8 +18,8 @@ def summarize(outcomes: list[dict], identity: dict) -> dict:
       JSON values: `identity` and
         lines, accepted: counts.
         refused: a list of {line, field, reason}.
-        duplicates: a list of {line, same_as}: caption, chosen and rejected equal those of an earlier
-          line; both are kept.
+        duplicates: a list of {line, same_as}: caption, chosen and rejected equal those of an
+          earlier line; both are kept.
         subjects_per_scene: {number of subjects: lines}.
         sizes: {"height x width" of the originals: lines}.
         enlarged: number of lines whose originals are smaller than the resolution.

@@ -1,4 +1,4 @@
-"""Parses the manifest of `disrupt`: images with their subjects, without rejected images (docs/data.md).
+"""Parses manifests of `disrupt`: images with subjects, without rejected images (docs/data.md).
 
 A line has the fields of a line of `manifest` except `rejected` and `prior_mask`. Missing masks come
 from a segmenter and missing texts from a captioner, if these are given; a missing reference is the
@@ -164,7 +164,8 @@ def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
     if subject.reference is None and subject.reference_mask is not None:
         raise LineError(
             where + "reference",
-            "is missing, but there is a reference_mask; give both, or none to use the cut-out by the mask",
+            "is missing, but there is a reference_mask; give both, or none to use the cut-out by the "
+            "mask",
         )
     if subject.reference is not None and subject.reference_mask is None and hooks.segment is None:
         raise LineError(

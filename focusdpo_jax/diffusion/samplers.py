@@ -6,8 +6,8 @@
     denoise = classifier_free_guidance(denoise, 5.0)
     z = sample(denoise, schedule, noise, steps=25, sampler="dpmpp_2m")
 
-A sampler is a table of coefficients. Let x0 and e be the clean latents and the noise that the prediction
-for z_t implies, and n fresh normal noise. A step from timestep t to the next timestep s is:
+A sampler is a table of coefficients. Let x0 and e be the clean latents and the noise that the
+prediction for z_t implies, and n fresh normal noise. A step from timestep t to the next, s, is:
 
     z_s = alpha_s x0 + kept e + fresh n + correction (x0 - x0')
 
@@ -19,16 +19,18 @@ for z_t implies, and n fresh normal noise. A step from timestep t to the next ti
     rho = exp(-h) = (sigma_s / alpha_s) / (sigma_t / alpha_t)
 
 h is the step in log(alpha / sigma); x0' and h' are the values of the previous step. The last step
-returns the clean latents x0. Timesteps and noise levels equal those of diffusers' scheduler of the same
-name. In particular, its DDIM steps from t to the level at t - T // steps, which differs from the next
-timestep with some spacings, and its Euler samplers use fractional timesteps with `linspace`.
+returns the clean latents x0. Timesteps and noise levels equal those of diffusers' scheduler of the
+same name. In particular, its DDIM steps from t to the level at t - T // steps, which differs from
+the next timestep with some spacings, and its Euler samplers use fractional timesteps with
+`linspace`.
 
 The Euler samplers are usually formulated for x = z / alpha with noise level sigma / alpha. Then the
-input of the denoiser has to be scaled, the initial noise has scale `init_noise_sigma`, and zero terminal
-SNR is an infinite noise level. For z no scale is needed, and zero terminal SNR is alpha = 0.
+input of the denoiser has to be scaled, the initial noise has scale `init_noise_sigma`, and zero
+terminal SNR is an infinite noise level. For z no scale is needed, and zero terminal SNR means that
+alpha is 0.
 
-`Known` defines an existing image to edit. With a `strength` below 1, sampling starts from its noised
-latents and runs only the last share of the steps. Regions to keep are restored after every step.
+`Known` defines an existing image to edit. With a `strength` below 1, sampling starts from its
+noised latents and runs only the last share of the steps. Kept regions are restored after each step.
 """
 
 import dataclasses
@@ -82,12 +84,12 @@ class _Coefficients(NamedTuple):
     correction: Float[Array, "steps"] | None = None
 
 
-# The arguments of these functions are alpha and sigma, [steps + 1], at the sampling timesteps and for
-# the clean latents.
+# The arguments of these functions are alpha and sigma, [steps + 1], at the sampling timesteps and
+# for the clean latents.
 
 
 def _noise_ratio(alpha, sigma):
-    """Returns rho of each step, [steps]; 0 for the last step, and for one that starts at alpha = 0."""
+    """Returns rho of each step, [steps]; 0 for the last step, and for a start at alpha = 0."""
     return (sigma[1:] * alpha[:-1]) / (alpha[1:] * sigma[:-1])
 
 
@@ -106,7 +108,8 @@ def _ancestral(alpha, sigma):
 def _second_order(alpha, sigma):
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    The first step, which has no predecessor, and the last one, for which h is infinite, are of first order.
+    The first step, which has no predecessor, and the last one, for which h is infinite, are of
+    first order.
     """
     steps = len(sigma) - 1
     h = jnp.diff(jnp.log(alpha / sigma))
@@ -123,7 +126,8 @@ class _Sampler:
       coefficients: (alpha, sigma) [steps + 1] -> the columns of the table.
       scales_initial_noise: starts at z = sigma n instead of z = n if the spacing starts at the last
         training timestep; equivalent to diffusers' `init_noise_sigma`.
-      spaces_final_step: spaces steps + 1 timesteps, the last of which is replaced by the clean latents.
+      spaces_final_step: spaces steps + 1 timesteps, the last of which is replaced by the clean
+        latents.
       steps_by_stride: steps from t to t - T // steps, independent of the next timestep.
       fractional: `linspace` does not round; levels are interpolated between training timesteps.
     """
@@ -162,8 +166,8 @@ def sampling_timesteps(
       spacing: a `Spacing`, or the name of one:
         `leading`: multiples of T // steps, plus the offset; the largest is below T - 1.
         `trailing`: starts at T - 1, as required for few steps and for zero terminal SNR.
-        `linspace`: from T - 1 to 0, rounded; with the Euler samplers float32 and not rounded. (A single
-        step is at 0 with these and with `ddim`.)
+        `linspace`: from T - 1 to 0, rounded; with the Euler samplers float32 and not rounded. (A
+        single step is at 0 with these and with `ddim`.)
         With `leading` and `linspace`, `dpmpp_2m` computes steps + 1 timesteps and omits the last.
       sampler: one of `SAMPLERS`.
 
@@ -215,7 +219,8 @@ def _levels(schedule, times):
 def guides(scale: float) -> bool:
     """Returns whether a guidance scale enables guidance, that is, whether it is above 1.
 
-    As in diffusers, a scale of 0 also disables guidance; it does not select the unconditional branch.
+    As in diffusers, a scale of 0 also disables guidance; it does not select the unconditional
+    branch.
 
     Raises:
       UserError: the scale is not a finite number.
@@ -252,10 +257,10 @@ class Known:
 
     Attributes:
       latents: float32 [B, h, w, C], or [1, h, w, C] for all images.
-      kept: [B or 1, h, w, 1] in [0, 1]. Where it is 1, the result equals `latents`: after every step the
-        sample is replaced there by `latents` at the next noise level, with the initial noise (RePaint,
-        arXiv 2201.09865, without resampling; the method of diffusers' inpainting pipelines for a UNet
-        with 4 channels). None keeps nothing.
+      kept: [B or 1, h, w, 1] in [0, 1]. Where it is 1, the result equals `latents`: after every
+        step the sample is replaced there by `latents` at the next noise level, with the initial
+        noise (RePaint, arXiv 2201.09865, without resampling; the method of diffusers' inpainting
+        pipelines for a UNet with 4 channels). None keeps nothing.
       strength: share of the steps to run, in (0, 1]; 1 starts from pure noise.
     """
 
@@ -282,7 +287,7 @@ def first_step(steps: int, strength: float) -> int:
 def step_noise(
     keys: Key[Array, "batch"], step: IntScalar, shape: tuple[int, ...]
 ) -> Float[Array, "batch height width channels"]:
-    """Returns the fresh noise of one ancestral step, [B, *shape]; a row depends only on its own key."""
+    """Returns the noise of an ancestral step, [B, *shape]; a row depends only on its own key."""
 
     def normal(key):
         return jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32)
@@ -306,14 +311,14 @@ def sample(
     Args:
       denoise_fn: (z_t [B, h, w, c] float32, t [B] int32, or float32 for fractional timesteps)
         -> prediction of the schedule's type.
-      schedule: the schedule with which the denoiser was trained. Zero terminal SNR requires a spacing
-        that starts at the last training timestep: `trailing` or `linspace`.
+      schedule: the schedule with which the denoiser was trained. Zero terminal SNR requires a
+        spacing that starts at the last training timestep: `trailing` or `linspace`.
       noise: standard normal noise for all samplers and spacings.
       steps: number of denoiser calls; static.
       spacing: see `sampling_timesteps`; static.
       sampler: one of `SAMPLERS`; static.
-      keys: one key per image for `euler_a`, which samples noise at every step, so that an image does
-        not depend on its batch. The other samplers ignore it.
+      keys: one key per image for `euler_a`, which samples noise at every step, so that an image
+        does not depend on its batch. The other samplers ignore it.
       known: existing image to edit; None generates from noise. Its `strength` is static.
 
     Returns:

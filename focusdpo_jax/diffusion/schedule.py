@@ -7,8 +7,8 @@
     v_prediction   alpha_t e - sigma_t z   alpha_t z_t - sigma_t p       alpha_t p + sigma_t z_t
     sample         z                       p                             (z_t - alpha_t p) / sigma_t
 
-Sources: Ho et al. 2020, arXiv 2006.11239; v: Salimans & Ho 2022, arXiv 2202.00512. All computations are
-in float32.
+Sources: Ho et al. 2020, arXiv 2006.11239; v: Salimans & Ho 2022, arXiv 2202.00512. All computations
+are in float32.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ class NoiseSchedule:
         alpha: Float[Array, "..."],
         sigma: Float[Array, "..."],
     ) -> Float[Array, "batch height width channels"]:
-        """Like `to_x0` for given alpha and sigma of a broadcastable shape, also between timesteps."""
+        """Like `to_x0`, for given alpha and sigma of broadcastable shapes."""
         prediction = jnp.asarray(prediction, jnp.float32)
         noisy = jnp.asarray(noisy, jnp.float32)
         if self.prediction_type == "sample":
@@ -155,11 +155,12 @@ def scaled_linear_schedule(
       prediction_type: one of `PREDICTION_TYPES`.
       timesteps: number of training timesteps.
       beta_start, beta_end: 0 < beta_start < beta_end < 1.
-      zero_terminal_snr: whether to rescale so that the last timestep is pure noise (arXiv 2305.08891).
+      zero_terminal_snr: whether to rescale so that the last timestep is pure noise (arXiv
+        2305.08891).
 
     Raises:
-      UserError: unknown prediction type, or zero terminal SNR with `epsilon`, which does not determine
-        the image at the last timestep.
+      UserError: unknown prediction type, or zero terminal SNR with `epsilon`, which does not
+        determine the image at the last timestep.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(

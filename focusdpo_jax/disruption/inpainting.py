@@ -67,9 +67,9 @@ def make_inpaint(
 ) -> Callable[..., UInt8[Array, "K H W 3"]]:
     """Builds the jitted function that inpaints several candidates for one region.
 
-    With a UNet whose only input is the latents, those outside the mask are restored after every step
-    (`samplers.Known`). An inpainting UNet takes, concatenated to the latents, the mask and the latents of
-    the image with grey masked pixels; nothing is restored.
+    With a UNet whose only input is the latents, those outside the mask are restored after every
+    step (`samplers.Known`). An inpainting UNet takes, concatenated to the latents, the mask and the
+    latents of the image with grey masked pixels; nothing is restored.
 
     Args:
       generator: the model's pure functions.
@@ -78,9 +78,9 @@ def make_inpaint(
 
     Returns:
       inpaint(parameters, image, mask, token_ids, time_ids, reference, present, noise, keys) ->
-      uint8 [K, H, W, 3], K candidates, valid inside the mask only. The arguments image uint8 [H, W, 3],
-      mask bool [H, W], token_ids [2, L], time_ids [6], reference (float [R, R, 3] in [0, 1], of the
-      image encoder's size) and present (bool, whether the reference is used) are shared by all
+      uint8 [K, H, W, 3], K candidates, valid inside the mask only. The arguments image uint8 [H, W,
+      3], mask bool [H, W], token_ids [2, L], time_ids [6], reference (float [R, R, 3] in [0, 1], of
+      the image encoder's size) and present (bool, whether the reference is used) are shared by all
       candidates; noise is [K, h, w, C], keys [K].
 
     Raises:
@@ -155,17 +155,18 @@ def make_phrase_score(
 ) -> Callable[..., Float[Array, " K"]]:
     """Builds the jitted function that scores how well a phrase explains the inpainted region.
 
-    The score is that of diffusion classifiers (Li et al. 2023, arXiv 2303.16203): the decrease of the
-    denoising error inside the mask due to the phrase, here relative to the empty prompt, averaged over a
-    few timesteps of the noisier half. Timesteps and noise are the same for all images.
+    The score is that of diffusion classifiers (Li et al. 2023, arXiv 2303.16203): the decrease of
+    the denoising error inside the mask due to the phrase, here relative to the empty prompt,
+    averaged over a few timesteps of the noisier half. Timesteps and noise are the same for all
+    images.
 
     Args:
       generator: the model's pure functions.
       negative_token_ids: int [2, L], the empty prompt.
 
     Returns:
-      score(parameters, images, mask, token_ids, time_ids) -> float32 [K], higher is better, for images
-      uint8 [K, H, W, 3] and the other arguments as in `make_inpaint`.
+      score(parameters, images, mask, token_ids, time_ids) -> float32 [K], higher is better, for
+      images uint8 [K, H, W, 3] and the other arguments as in `make_inpaint`.
     """
     reads_mask, schedule = is_inpainting_unet(generator), generator.schedule
     timesteps = np.linspace(*_FIT_RANGE, _FIT_STEPS) * schedule.timesteps
@@ -218,7 +219,7 @@ def make_phrase_score(
 
 
 class Inpainter:
-    """Inpaints candidates for a region of an image in batches, on all devices that divide a batch evenly."""
+    """Inpaints candidates for a region of an image in batches, sharded over devices if possible."""
 
     def __init__(
         self,
@@ -268,9 +269,10 @@ class Inpainter:
     ) -> tuple[list[RGBImage], Float[np.ndarray, " K"]]:
         """Inpaints candidates inside a mask.
 
-        The generator's input is a square around the mask, of its own resolution or, for larger subjects, of
-        `CONTEXT` times the mask's length, at most the image's shorter side. Pixels are resampled only in
-        the second case. Every candidate depends on its own seed and not on the others of its batch.
+        The generator's input is a square around the mask, of its own resolution or, for larger
+        subjects, of `CONTEXT` times the mask's length, at most the image's shorter side. Pixels are
+        resampled only in the second case. Every candidate depends on its own seed and not on the
+        others of its batch.
 
         Args:
           image: uint8 [H, W, 3].
@@ -280,8 +282,8 @@ class Inpainter:
           reference: uint8 [h, w, 3], image of the new subject; None uses only the phrase.
 
         Returns:
-          A list of uint8 [H, W, 3], the image with each candidate, unchanged outside the mask; and the
-          phrase score of each (`make_phrase_score`), float32 [K].
+          A list of uint8 [H, W, 3], the image with each candidate, unchanged outside the mask; and
+          the phrase score of each (`make_phrase_score`), float32 [K].
         """
         side = self._resolution
         extent = max(high - low for low, high in geometry.bounds(mask))

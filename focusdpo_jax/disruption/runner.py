@@ -1,7 +1,7 @@
-"""Converts a manifest of images to a manifest of pairs: inpaints every subject, keeps the best candidate.
+"""Converts a manifest of images to one of pairs: inpaints every subject, keeps the best candidate.
 
-`output_folder` describes the output. A scene's `line.json` is written last, so that an interrupted run
-can be continued, and the result is the same to the byte.
+`output_folder` describes the output. A scene's `line.json` is written last, so that an interrupted
+run can be continued, and the result is the same to the byte.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ class Settings:
     """The settings that determine the pairs besides manifest, images, model and scorer.
 
     Attributes:
-      mode: "phrase" inpaints each subject from its phrase only; "leak" also uses the reference of another
-        subject of its scene, whose looks are transferred.
+      mode: "phrase" inpaints each subject from its phrase only; "leak" also uses the reference of
+        another subject of its scene, whose looks are transferred.
       candidates: number of candidates of each subject, one of which is selected.
-      seed: base seed; a candidate's seed depends on it, on the image and on the subject's index in the
-        line.
+      seed: base seed; a candidate's seed depends on it, on the image and on the subject's index in
+        the line.
       resolution, steps, strength, guidance, sampler, batch_size: as `Inpainter` takes them.
       max_subjects: largest number of subjects of a line.
     """
@@ -209,7 +209,7 @@ class _Work:
         return made["line"]
 
     def _rejected(self, scene: scene_manifest.Scene, chosen: bytes) -> tuple[RGBImage, list[dict]]:
-        """Inpaints all subjects one after another; returns the image and the scores of each subject."""
+        """Inpaints all subjects in turn; returns the image and the scores of each subject."""
         image, records, settings = scene.image, [], self._settings
         for i, subject in enumerate(scene.subjects):
             first = _first_seed(settings.seed, chosen, i)

@@ -83,9 +83,9 @@ class CandidateScorer:
           phrase_scores: float [K], by the generator (`inpainting.make_phrase_score`).
 
         Returns:
-          instance_similarity: float [K], cosine with the original subject, averaged over patches if the
-          encoder returns patches; caption_similarity: float [K], CLIP's cosine with the phrase, or
-          `phrase_scores`.
+          instance_similarity: float [K], cosine with the original subject, averaged over patches if
+            the encoder returns patches.
+          caption_similarity: float [K], CLIP's cosine with the phrase, or `phrase_scores`.
         """
         region = regions.Region.from_mask(mask)
         cuts = [regions.crop_subject(image, region) for image in (original, *candidates)]
@@ -100,8 +100,8 @@ class CandidateScorer:
 def select_candidate(instance_similarity: ArrayLike, caption_similarity: ArrayLike) -> int:
     """Returns the index of the candidate to use.
 
-    The fraction DROPPED of the candidates that are most similar to the subject is dropped, rounded down
-    (none of fewer than four). Of the others, the one that matches its phrase best is returned.
+    The fraction DROPPED of the candidates that are most similar to the subject is dropped, rounded
+    down (none of fewer than four). Of the others, the one that matches its phrase best is returned.
 
     Args:
       instance_similarity, caption_similarity: [K], on any scale.

@@ -68,7 +68,8 @@ class ToyboxBenchmark:
           batch_size: images scored at once.
 
         Raises:
-          UserError: the configuration's data source is not Toybox, it has no scenes, or there is no probe.
+          UserError: the configuration's data source is not Toybox, it has no scenes, or there is no
+            probe.
         """
         if config.data.source != "toybox":
             raise UserError(
@@ -188,7 +189,7 @@ class PhotographBenchmark:
 def _load_scorers(
     networks: Mapping[str, str | None], batch_size: int, scenes: list[BenchmarkScene]
 ) -> tuple[list[scoring.Scorer], scoring.RegionScorer | None]:
-    """Loads one scorer per network; if scenes have several subjects, also one that finds regions."""
+    """Loads a scorer per network, and a region scorer if scenes have several subjects."""
     scorers, region_scorer, several = [], None, any(len(scene.subjects) > 1 for scene in scenes)
     for name in ("dinov2", "dino"):
         if networks[name]:

@@ -16,8 +16,8 @@ def compare(paths: Sequence[epath.PathLike]) -> dict[str, Any]:
     """Compares evaluations on the scenes that all of them have.
 
     Args:
-      paths: two or more output folders of finished evaluations. The policy's scores are used, or the
-        base's if there is no policy.
+      paths: two or more output folders of finished evaluations. The policy's scores are used, or
+        the base's if there is no policy.
 
     Returns:
       {"columns": [{"folder", "side"}], "scenes": number of them,

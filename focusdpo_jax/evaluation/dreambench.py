@@ -1,9 +1,10 @@
 """Scenes from the user's copy of DreamBench, or from a list in UNO's layout.
 
-The benchmark (DreamBooth, arXiv 2208.12242) is the `dataset` folder of github.com/google/dreambooth:
-a folder of photographs for each of 30 subjects, and `prompts_and_classes.txt` with 25 prompts for
-objects and 25 for animals. Scenes of several subjects have the layout of github.com/bytedance/UNO: a
-JSON list of {"prompt", "image_paths"}, with paths relative to the file.
+The benchmark (DreamBooth, arXiv 2208.12242) is the `dataset` folder of
+github.com/google/dreambooth: a folder of photographs for each of 30 subjects, and
+`prompts_and_classes.txt` with 25 prompts for objects and 25 for animals. Scenes of several subjects
+have the layout of github.com/bytedance/UNO: a JSON list of {"prompt", "image_paths"}, with paths
+relative to the file.
 """
 
 import collections
@@ -42,8 +43,8 @@ def single(
       seed: of the first image; image i has seed + i.
 
     Returns:
-      A list of BenchmarkScene, one group per subject. The reference is a subject's first photograph. The
-      prompts omit the unique token, which only fine-tuned generators have learned.
+      A list of BenchmarkScene, one group per subject. The reference is a subject's first
+      photograph. The prompts omit the unique token, which only fine-tuned generators have learned.
 
     Raises:
       UserError: the folder has another layout.
@@ -74,17 +75,17 @@ def listed(
     """Returns the scenes of a JSON file in UNO's layout.
 
     Args:
-      path: of the file: a list of objects with `prompt`, `image_paths` (one to N images in the order of
-        the prompt, relative to the file) and, as an extension, `boxes` (for each of them x0, y0, x1, y1
-        in [0, 1], the region of the subject in the generated image).
-      folder: the benchmark's folder, searched for images that are missing at their path, by the last two
-        parts of the path (dog/00.jpg); None for no such folder.
+      path: of the file: a list of objects with `prompt`, `image_paths` (one to N images in the
+        order of the prompt, relative to the file) and, as an extension, `boxes` (for each of them
+        x0, y0, x1, y1 in [0, 1], the region of the subject in the generated image).
+      folder: the benchmark's folder, searched for images that are missing at their path, by the
+        last two parts of the path (dog/00.jpg); None for no such folder.
       protocol, samples, seed: as in `single`.
 
     Returns:
-      A list of BenchmarkScene; scenes of the same subjects are one group. The images of a folder are
-      photographs of one subject with the folder's name; or each shows a subject of its own with the
-      file's name (see `_is_flat`).
+      A list of BenchmarkScene; scenes of the same subjects are one group. The images of a folder
+      are photographs of one subject with the folder's name; or each shows a subject of its own with
+      the file's name (see `_is_flat`).
 
     Raises:
       UserError: the message has the entry's number and the fault.
@@ -209,12 +210,12 @@ class _Subjects:
 
 
 def _is_flat(folder: str, used: list[tuple[str, set[epath.Path]]], table: str) -> bool:
-    """Returns whether each image of a folder shows a subject of its own, rather than all the same one.
+    """Returns whether the images of a folder show different subjects instead of the same one.
 
-    The layout does not state it. Rules, in this order: a folder that prompts_and_classes.txt lists is one
-    subject's; it is flat if an entry has two images of the folder; it is not flat if every prompt
-    has the folder's name; it is flat if the names of the listed images differ by more than numbers
-    (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the file's name ("a dog",
+    The layout does not state it. Rules, in this order: a folder that prompts_and_classes.txt lists
+    is one subject's; it is flat if an entry has two images of the folder; it is not flat if every
+    prompt has the folder's name; it is flat if the names of the listed images differ by more than
+    numbers (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the file's name ("a dog",
     references/dog.png).
 
     Args:
@@ -300,7 +301,7 @@ def _listing(folder: epath.PathLike | None) -> str:
 
 
 def _prompts(listing: str) -> tuple[list[str], list[str]]:
-    """Returns the prompts for objects and for animals, with {0} for the token and {1} for the class."""
+    """Returns the prompts for objects and animals, with {0} for the token and {1} for the class."""
     lists, current = ([], []), None
     for line in listing.splitlines():
         if "live subject prompts" in line.lower():

@@ -1,8 +1,8 @@
 """Compares an image that diffusers generates from an export with one of the run: `export --check`.
 
-Diffusers loads the files as their model card describes; this package uses the run's own model. Noise,
-prompt, reference, scheduler and number of steps are the same, and both use float32. No other module
-of the package imports PyTorch and diffusers.
+Diffusers loads the files as their model card describes; this package uses the run's own model.
+Noise, prompt, reference, scheduler and number of steps are the same, and both use float32. No other
+module of the package imports PyTorch and diffusers.
 """
 
 import dataclasses
@@ -56,12 +56,13 @@ def check(
       workdir: folder of the run.
       output: folder of its export.
       names: the parts that were written, as `run_export.export_run` returns them.
-      whole: whether the folder is a complete pipeline. For other exports the remaining parts are those of
-        the run's base model.
+      whole: whether the folder is a complete pipeline. For other exports the remaining parts are
+        those of the run's base model.
 
     Raises:
-      UserError: a package is missing, diffusers cannot open or use the files, they contain nothing that
-        can be tested, or the images differ by more than `LARGEST` somewhere or `MEAN` on average.
+      UserError: a package is missing, diffusers cannot open or use the files, they contain nothing
+        that can be tested, or the images differ by more than `LARGEST` somewhere or `MEAN` on
+        average.
     """
     require_packages(names)
     run = runs.Run(workdir)
@@ -141,7 +142,7 @@ def _test_image(size: int) -> RGBImage:
 
 
 def _open(output: epath.Path, base: epath.Path, names: Collection[str], reads: bool) -> Any:
-    """Opens the pipeline as the model card describes (`model_card`); `base` is `output` if that is complete."""
+    """Opens the pipeline as its model card describes; `base` is `output` if that is complete."""
     import diffusers
     import transformers
 

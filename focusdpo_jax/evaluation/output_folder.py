@@ -112,8 +112,8 @@ class OutputFolder:
 class ExternalImages:
     """Images that another program generated, named after the scenes.
 
-    Beside <scene>.png (or .jpg, .jpeg, .webp) there may be <scene>_mask0.png, <scene>_mask1.png and so
-    on: the masks of its subjects, in their order.
+    Beside <scene>.png (or .jpg, .jpeg, .webp) there may be <scene>_mask0.png, <scene>_mask1.png and
+    so on: the masks of its subjects, in their order.
     """
 
     def __init__(self, path: epath.PathLike, wanted: Sequence[BenchmarkScene]):

@@ -192,7 +192,7 @@ def _verdict(name: str, difference: Mapping[str, Any] | None) -> str:
 
 
 def _subjects(report: Report) -> str:
-    """Formats bar charts by subject: the headline metric, leakage by the same encoder, and the prompt."""
+    """Formats bar charts by subject: the headline metric, leakage and the prompt metric."""
     names = list(report.results["metrics"])
     first = metric_names.headline(names)
     others = (first.removesuffix("_crop") + "_leakage", "leakage", "clip_t", "missing")
@@ -223,7 +223,7 @@ def _subjects(report: Report) -> str:
 
 
 def _by_subject(report: Report, side: str, name: str) -> dict[str, float]:
-    """Returns {subject: mean of a metric}; a scene's single value counts for all of its subjects."""
+    """Returns {subject: mean of a metric}; a scene's single value counts for all its subjects."""
     values = {}
     for scene in report.scenes:
         score = report.scores.get(side, {}).get(scene.name, {}).get(name)
@@ -235,7 +235,7 @@ def _by_subject(report: Report, side: str, name: str) -> dict[str, float]:
 
 
 def _cases(report: Report, count: int) -> str:
-    """Formats the scenes with the largest gain and loss of the policy, or the best and worst of one side."""
+    """Formats the scenes with the largest gain and loss, or the best and worst of a single side."""
     name = metric_names.headline(list(report.results["metrics"]))
     sides = [side for side in charts.SIDES if side in report.scores]
     ranked = []
@@ -374,7 +374,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _mean(value: Any, undefined: float | None = None) -> float | None:
-    """Returns the mean of a score's values, or None if none is defined; see `_cases` for `undefined`."""
+    """Returns the mean of a score's values, with `undefined` for None; None if there are none."""
     values = [
         undefined if v is None else v for v in (value if isinstance(value, list) else [value])
     ]

@@ -1,8 +1,8 @@
 """Runs a benchmark: generates and scores images, and writes the results; each step can be resumed.
 
 Batches always have the same members, so that an image or a score is the same bit for bit whether or
-not the evaluation was interrupted. Several processes that share a folder can each work on a share of
-the batches.
+not the evaluation was interrupted. Several processes that share a folder can each work on a share
+of the batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,10 +47,10 @@ def run(
     Args:
       folder: the output folder.
       benchmark: the benchmark.
-      sides: {"base" or "policy": function that loads a model}; empty if `images` is given. All models
-        have one architecture.
-      sampling: keyword arguments of `Sampler`: resolution, steps, guidance, sampler; None if `images` is
-        given.
+      sides: {"base" or "policy": function that loads a model}; empty if `images` is given. All
+        models have one architecture.
+      sampling: keyword arguments of `Sampler`: resolution, steps, guidance, sampler; None if
+        `images` is given.
       batch_size: images generated or scored at once.
       share: (i, n), see `batches`; a single share writes no results.
       images: folder of images that another program generated, or None.
@@ -265,8 +265,8 @@ def score(
 def region_lookup(boxes: Mapping[str, Any], given: ExternalImages | None = None) -> RegionLookup:
     """Returns the function from a scene and its image to the regions of its subjects.
 
-    The order of precedence is: a mask next to the image, the box that the scene requests, the box that
-    was found.
+    The order of precedence is: a mask next to the image, the box that the scene requests, the box
+    that was found.
 
     Args:
       boxes: {scene: {"boxes": a list}} as `scoring.RegionScorer` returns them; may be empty.

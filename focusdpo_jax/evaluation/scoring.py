@@ -62,7 +62,7 @@ class PhotographEmbeddings:
         )
 
     def subjects(self, paths: Sequence[str]) -> Float32[np.ndarray, "N ..."]:
-        """Returns unit vectors [len(paths), ...] of the subjects, cut out by their masks if there are any."""
+        """Returns unit vectors [len(paths), ...] of the subjects, cut out by masks if available."""
         return self._encoded(
             self._subject_encoder,
             self._subjects,
@@ -88,8 +88,8 @@ class SimilarityScorer:
 
     Metrics, with `x` the network's name:
       x: mean cosine of the image with the photographs, averaged over subjects.
-      x_crop: in scenes of several subjects, for each subject with a region: mean cosine of the region
-        with the subject's photographs, all cut out by their masks if there are any.
+      x_crop: in scenes of several subjects, for each subject with a region: mean cosine of the
+        region with the subject's photographs, all cut out by their masks if there are any.
       x_leakage: for each of these, the largest mean cosine with another subject's photographs minus
         x_crop. Above 0 the region resembles the other subject more.
     """
@@ -100,7 +100,7 @@ class SimilarityScorer:
         subject_encoder: VisionEncoder | None = None,
         needs: str | None = None,
     ):
-        """Takes the encoders of whole images and of cut-outs, and the name of the source of regions."""
+        """Initialises it with encoders of images and cut-outs, and the region source's name."""
         self._encoder, self._subject_encoder = encoder, subject_encoder or encoder
         digests = [encoder.digest, self._subject_encoder.digest, needs]
         self.name = f"{encoder.name}-{_short(digests)}"
@@ -169,7 +169,7 @@ class PromptScorer:
 
 
 class RegionScorer:
-    """boxes: regions of subjects, found by patch features (`regions.find_regions`); not a metric."""
+    """boxes: regions of subjects, from patch features (`regions.find_regions`); not a metric."""
 
     def __init__(self, encode_patches: VisionEncoder):
         self.name = f"places-{encode_patches.name}-{encode_patches.digest}"
@@ -190,7 +190,7 @@ class RegionScorer:
     def score(
         self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
     ) -> list[Scores]:
-        """Returns {"boxes": list of a box or None per subject} for each image; see `Scorer.score`."""
+        """Returns {"boxes": [box or None per subject]} for each image; see `Scorer.score`."""
         return [
             {
                 "boxes": subject_regions.find_regions(
@@ -204,7 +204,8 @@ class RegionScorer:
 class MissingScorer:
     """missing: in scenes of several subjects, 1 for each subject without a region, otherwise 0.
 
-    The similarities of subjects exclude missing subjects and must be read together with this metric.
+    The similarities of subjects exclude missing subjects and must be read together with this
+    metric.
     """
 
     def __init__(self, needs: str | None):

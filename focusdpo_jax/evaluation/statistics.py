@@ -26,9 +26,9 @@ def bootstrap_mean(
 ) -> Estimate:
     """Computes the mean of values grouped by scene, with a percentile bootstrap interval.
 
-    Whole scenes are drawn with replacement, since the values of one scene are correlated (Efron 1979).
-    Each resample's mean is its sum of values over its number of values. If all values are equal the
-    interval has zero width, however few they are.
+    Whole scenes are drawn with replacement, since the values of one scene are correlated (Efron
+    1979). Each resample's mean is its sum of values over its number of values. If all values are
+    equal the interval has zero width, however few they are.
 
     Args:
       values: [scenes] or [scenes, subjects], NaN where not defined.
@@ -55,8 +55,8 @@ def bootstrap_difference(
 ) -> Estimate:
     """Computes mean(second) - mean(first) on the same scenes, with a percentile bootstrap interval.
 
-    Every resample draws the same scenes for both, so that variation between scenes that affects both
-    does not widen the interval. Scenes that only one of them defines are left out.
+    Every resample draws the same scenes for both, so that variation between scenes that affects
+    both does not widen the interval. Scenes that only one of them defines are left out.
 
     Args:
       first, second: like `values` of `bootstrap_mean`, one row per scene, in the same order.
@@ -83,7 +83,7 @@ def _sums(values: ArrayLike) -> Float64[np.ndarray, "scenes 2"]:
 
 
 def _resamples(scenes: int, seed: int, resamples: int) -> Float64[np.ndarray, "resamples scenes"]:
-    """Returns how often each scene is drawn, [resamples, scenes], as floats for a fast matrix product."""
+    """Returns the multiplicity of each scene, [resamples, scenes], as floats for a fast product."""
     return (
         np.random.default_rng(seed)
         .multinomial(scenes, np.full(scenes, 1 / scenes), size=resamples)

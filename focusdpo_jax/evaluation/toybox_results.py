@@ -22,8 +22,8 @@ def summarize(
 
     Returns:
       {"metrics": {name: {"base": {"mean", "low", "high", "n"}, "policy": the same, "difference":
-      policy minus base (`bootstrap_difference`)}}}, as JSON values. Metrics that neither side defines
-      are left out.
+      policy minus base (`bootstrap_difference`)}}}, as JSON values. Metrics that neither side
+      defines are left out.
     """
     sides = {"base": base} | ({"policy": policy} if policy is not None else {})
     metrics = {}
@@ -39,7 +39,7 @@ def summarize(
 
 
 def verdict(name: str, difference: Mapping[str, Any]) -> str:
-    """Returns "better" or "worse" for an estimate (dict) of a difference, "" if its interval has zero."""
+    """Returns "better", "worse", or "" if the interval of a difference (dict) contains zero."""
     if not tables.certain(difference):
         return ""
     return "better" if (difference["mean"] > 0) != (name in LOWER_IS_BETTER) else "worse"
@@ -48,8 +48,8 @@ def verdict(name: str, difference: Mapping[str, Any]) -> str:
 def format_table(results: Mapping[str, Any]) -> str:
     """Formats the results as aligned plain text, in per cent, with intervals in brackets.
 
-    An arrow after a metric marks the better direction. The last columns are the difference, in percentage
-    points, and its verdict.
+    An arrow after a metric marks the better direction. The last columns are the difference, in
+    percentage points, and its verdict.
 
     Args:
       results: as `summarize` returns them.

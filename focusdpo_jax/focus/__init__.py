@@ -1,7 +1,7 @@
 """FocusDPO (arXiv 2509.01181) as pure functions of arrays. Requires only jax, numpy and jaxtyping.
 
-Use in another trainer, with images in [0, 1], latents of h x w, and patch features of any frozen vision
-model:
+Use in another trainer, with images in [0, 1], latents of h x w, and patch features of any frozen
+vision model:
 
     import focusdpo_jax as fd
 
@@ -18,10 +18,11 @@ model:
         )
         return loss.mean()
 
-`examples/focus_in_your_trainer.ipynb` contains a complete training step. To read the method, start with
-`losses` (Diffusion-DPO with a weight map), then read `correspondence` (SPAF: which part of the image
-already matches a reference), `complexity` (DPCE: where the image has detail), `weighting` (the weight
-map), `buckets` (how the settings depend on the timestep) and `maps` (everything in one call).
+`examples/focus_in_your_trainer.ipynb` contains a complete training step. To read the method, start
+with `losses` (Diffusion-DPO with a weight map), then read `correspondence` (SPAF: which part of the
+image already matches a reference), `complexity` (DPCE: where the image has detail), `weighting`
+(the weight map), `buckets` (how the settings depend on the timestep) and `maps` (everything in one
+call).
 
 Docstrings mark content of the paper as [known], and choices of this project as [ours].
 """

@@ -63,7 +63,8 @@ class BucketParams(NamedTuple):
       gate_width: 0 for a hard gate, otherwise the width of a sigmoid around tau.
       background: weight of every location, inside and outside the prior, >= 0. It keeps the policy
         close to the reference outside the subjects.
-      matched_weight: weight, instead of 1, of prior locations in M' while the gate is closed, in [0, 1].
+      matched_weight: weight, instead of 1, of prior locations in M' while the gate is closed, in
+        [0, 1].
     """
 
     index: IntScalar
@@ -103,7 +104,7 @@ def make_buckets(
     background: float = 0.5,
     matched: float = 0.5,
 ) -> tuple[Bucket, ...]:
-    """Splits [0, timesteps) into equal buckets in the order of denoising, with the most noise first.
+    """Splits [0, timesteps) into equal buckets in the order of denoising, most noise first.
 
     Schedules are evaluated at the middle u = (i + 1/2) / count of bucket i, on the path from noise
     (u = 0) to image (u = 1), so that they do not depend on the number of buckets:
@@ -117,8 +118,8 @@ def make_buckets(
       spaf, dpce: False disables the term in every bucket.
       detail_fraction: share of the denoising path with detail, counted from the image.
       rho_noisy, rho_clean: rho at u = 0 and at u = 1.
-      lambda_s, lambda_d, lambda_c, tau, gate_width, background, matched: see `BucketParams`; the same
-        in every bucket. lambda_c = 0 disables confidence.
+      lambda_s, lambda_d, lambda_c, tau, gate_width, background, matched: see `BucketParams`; the
+        same in every bucket. lambda_c = 0 disables confidence.
 
     Raises:
       UserError: a value is out of its range.
@@ -172,8 +173,8 @@ def structures(buckets: Sequence[Bucket]) -> tuple[BucketStructure, ...]:
 def bucket_for_step(seed: int, step: int, count: int) -> int:
     """Returns the bucket of a step; each block of `count` steps uses every bucket once, shuffled.
 
-    The result is a pure function of (seed, step, count), computed on the host, so that all hosts agree
-    and a resumed run continues the same order.
+    The result is a pure function of (seed, step, count), computed on the host, so that all hosts
+    agree and a resumed run continues the same order.
 
     Args:
       seed: >= 0.

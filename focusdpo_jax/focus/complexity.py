@@ -3,9 +3,9 @@
     pixel values -> Gaussian window -> local entropy = M_d
 
 M_d is an information-density map: the entropy of the grey levels in a Gaussian window around each
-pixel. This chain is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel b). Bins, window and
-normalisation are [ours]. The map depends only on the image, not on the timestep, so it is computed
-once, with the data.
+pixel. This chain is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel b). Bins, window
+and normalisation are [ours]. The map depends only on the image, not on the timestep, so it is
+computed once, with the data.
 """
 
 import jax
@@ -27,8 +27,9 @@ def luminance(
 ) -> Float[Array, "batch rows columns"]:
     """Computes the luma of an RGB image in [0, 1]: 0.299 R + 0.587 G + 0.114 B.
 
-    The weights are those of ITU-R Rec. 601 (as in JPEG). They are applied to the gamma-coded values,
-    whose differences are about equally visible. Contrast between colours of equal luma is ignored.
+    The weights are those of ITU-R Rec. 601 (as in JPEG). They are applied to the gamma-coded
+    values, whose differences are about equally visible. Contrast between colours of equal luma is
+    ignored.
     """
     return jnp.sum(image.astype(jnp.float32) * jnp.array([0.299, 0.587, 0.114]), axis=-1)
 
@@ -49,8 +50,8 @@ def bin_membership(values: Float[AnyArray, "*shape"], bins: int) -> Float[Array,
 def gaussian_window(size: int, sigma: float) -> Float[np.ndarray, "size size"]:
     """Returns the matrix that blurs a line of `size` pixels by a Gaussian of `sigma` pixels.
 
-    Every row sums to one: near a border the window is truncated and renormalised, so that it needs no
-    values outside the image.
+    Every row sums to one: near a border the window is truncated and renormalised, so that it needs
+    no values outside the image.
     """
     position = np.arange(size)
     window = np.exp(-0.5 * ((position[:, None] - position[None, :]) / sigma) ** 2)
@@ -67,9 +68,10 @@ def local_entropy(
 
     With hard bins the second term is 0 and M is the normalised local entropy. Hard bins have two
     problems: in a flat area whose grey level is at the edge of a bin, weak noise has an entropy of
-    log 2, and a smooth gradient gives contour lines. Soft edges remove both. The second term subtracts
-    the entropy of the pixels' own memberships, so that M is a Jensen-Shannon divergence, which is 0 for
-    a flat area of any grey level. As a consequence the maximum, for uniform noise, is about 0.9.
+    log 2, and a smooth gradient gives contour lines. Soft edges remove both. The second term
+    subtracts the entropy of the pixels' own memberships, so that M is a Jensen-Shannon divergence,
+    which is 0 for a flat area of any grey level. As a consequence the maximum, for uniform noise,
+    is about 0.9.
 
     Args:
       image: RGB in [0, 1].
@@ -97,9 +99,9 @@ def normalise_inside(
 ) -> Float[Array, "batch height width"]:
     """Scales a map so that its largest value inside the prior is 1 [ours]; result in [0, 1].
 
-    The maximum is used because with the mean a small detail on a plain subject would get an unbounded
-    weight. Each patch is multiplied by its share of the prior, since border patches are partly
-    background. The result is 0 everywhere if the prior is empty or has almost no detail.
+    The maximum is used because with the mean a small detail on a plain subject would get an
+    unbounded weight. Each patch is multiplied by its share of the prior, since border patches are
+    partly background. The result is 0 everywhere if the prior is empty or has almost no detail.
     """
     largest = jnp.max(detail * prior, axis=(1, 2), keepdims=True)
     scaled = detail / jnp.where(largest > _FLAT, largest, 1)
@@ -112,7 +114,7 @@ def complexity(
     bins: int = 16,
     sigma: float = 4.0,
 ) -> Float[Array, "batch height width"]:
-    """Computes M_d on the latent grid: `local_entropy`, averaged to the cells of `prior` and scaled.
+    """Computes M_d on the latent grid: `local_entropy`, averaged to the grid of `prior` and scaled.
 
     Args:
       image: RGB in [0, 1], each side a multiple of the prior's.

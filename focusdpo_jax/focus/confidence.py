@@ -4,8 +4,8 @@
 
 The penalty on regions of low prediction confidence is [known] (the abstract of FocusDPO, arXiv
 2509.01181). The estimate from the reference model's error, the window and the scale are [ours]; the
-reference pass computes this error in any case. Unlike M_d, U depends on the noise and the timestep of
-the step.
+reference pass computes this error in any case. Unlike M_d, U depends on the noise and the timestep
+of the step.
 """
 
 import jax
@@ -18,7 +18,7 @@ from focusdpo_jax.array_types import AnyArray
 def smoothed(
     maps: Float[AnyArray, "batch height width"], radius: int = 1
 ) -> Float[Array, "batch height width"]:
-    """Computes means over square windows of side 2 radius + 1, which are truncated at the border."""
+    """Computes means over square windows of side 2 radius + 1, truncated at the border."""
     side = 2 * radius + 1
 
     def sums(x):
@@ -30,10 +30,10 @@ def smoothed(
 def uncertainty(
     error: Float[AnyArray, "batch height width"], prior: Float[AnyArray, "batch height width"]
 ) -> Float[Array, "batch height width"]:
-    """Computes U: the smoothed error divided by its largest value inside the prior, at most 1 [ours].
+    """Computes U: the smoothed error over its largest value inside the prior, at most 1 [ours].
 
-    Smoothing reduces the variance due to a single noise sample. The scale removes the dependence of the
-    error's size on the timestep, and keeps the order of locations.
+    Smoothing reduces the variance due to a single noise sample. The scale removes the dependence of
+    the error's size on the timestep, and keeps the order of locations.
 
     Args:
       error: the reference model's error map, >= 0.

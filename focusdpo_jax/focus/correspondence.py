@@ -11,9 +11,9 @@
 M' gets low priority in the loss. M_s, the part of the subjects that does not correspond yet, gets
 high priority. As denoising proceeds rho grows, so that M' grows and M_s shrinks. The pipeline from
 masked pooling to M' and M_s is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel a).
-Multiple prototypes per subject, the competition between subjects and with the references' backgrounds,
-ranking by margin, k as a share of the subject's area, and the choice of features are [ours].
-`experiments/correspondence.py` measures their effect on photographs.
+Multiple prototypes per subject, the competition between subjects and with the references'
+backgrounds, ranking by margin, k as a share of the subject's area, and the choice of features are
+[ours]. `experiments/correspondence.py` measures their effect on photographs.
 
 Shapes: B examples, S subject slots (absent ones are masked by `present`), N reference patches,
 P prototypes, D features, and target patches h x w. All shapes are static. k depends on the data, so
@@ -63,9 +63,9 @@ def prototypes(
 
         prototype_sp = unit(sum_n mask_sn [n in group p] f_sn)
 
-    A single prototype is the masked mean of all patches [known]. Multiple prototypes are computed by
-    spherical k-means from farthest-first seeds, which is deterministic: the parts of a subject differ,
-    and a target patch shows one of them [ours].
+    A single prototype is the masked mean of all patches [known]. Multiple prototypes are computed
+    by spherical k-means from farthest-first seeds, which is deterministic: the parts of a subject
+    differ, and a target patch shows one of them [ours].
 
     Args:
       reference_features: patch features of each subject's reference image, any float type.
@@ -150,7 +150,7 @@ def patch_quality(
     target_features: Float[AnyArray, "batch height width features"],
     present: Bool[AnyArray, "batch subjects"],
 ) -> Float[Array, "batch height width"]:
-    """Computes PatchDPO's quality: the similarity of each target patch with the best reference patch.
+    """Computes PatchDPO's quality: similarity of each target patch with the best reference patch.
 
         q[i] = max over subjects s and their patches n of cosine(f_sn, f_i), at least 0
 
@@ -182,8 +182,8 @@ def budget(
 ) -> Int[Array, "batch subjects"]:
     """Computes the number of patches each subject may match: `k = round(rho * area)` [ours].
 
-    Halves are rounded up. k is at least 1 for a subject with a positive area, at most `patches`, and 0
-    for an absent subject.
+    Halves are rounded up. k is at least 1 for a subject with a positive area, at most `patches`,
+    and 0 for an absent subject.
     """
     k = jnp.clip(jnp.floor(rho * area + 0.5), 1, patches).astype(jnp.int32)
     return jnp.where(present & (area > 0), k, 0)
@@ -200,20 +200,22 @@ def match(
 
     1. A patch belongs to the present subject with the largest similarity; if several are equal, to
        each of them, so that the order of the subjects has no effect [ours].
-    2. Every subject keeps k of its patches over the whole image [known], with k from `budget` [ours].
-       These are the patches with the largest margin [ours]: their similarity minus the largest one of
-       the rivals, which are the other subjects and the background. Without rivals the margin is the
-       similarity. Patches with equal margins are taken in raster order.
+    2. Every subject keeps k of its patches over the whole image [known], with k from `budget`
+    [ours].
+       These are the patches with the largest margin [ours]: their similarity minus the largest one
+       of the rivals, which are the other subjects and the background. Without rivals the margin is
+       the similarity. Patches with equal margins are taken in raster order.
 
-    Values whose difference may be due to rounding count as equal, so that all devices match the same
-    patches.
+    Values whose difference may be due to rounding count as equal, so that all devices match the
+    same patches.
 
     Args:
       similarity: from any source: cosine of features, or attention to a subject's tokens.
       present: which slots contain a subject.
       area: size of each subject in the target, in patches of this grid (the sum of its soft mask).
       rho: share of the subject's area to match, >= 0; may be traced.
-      background: similarity with the surroundings of the subjects in their references, if available.
+      background: similarity with the surroundings of the subjects in their references, if
+        available.
 
     Returns:
       The match. No gradient flows through it.
@@ -252,15 +254,15 @@ def prototype_similarity(
     """Computes the similarity of a target with each subject and with all references' backgrounds.
 
     Args:
-      described: from `subject_and_background_prototypes`. Reference and target features must come from the same
-        layer (and, for a denoiser, the same noise).
+      described: from `subject_and_background_prototypes`. Reference and target features must come
+        from the same layer (and, for a denoiser, the same noise).
     """
     inside, outside = (cosine_similarity(described[:, :, i], target_features) for i in range(2))
     return inside, jnp.max(outside, axis=1)
 
 
 def to_grid(match: Match, grid: tuple[int, int]) -> Match:
-    """Resamples a match to another grid (h, w), usually that of the latents, and scales its budget."""
+    """Resamples a match to another grid (h, w), usually the latents', and scales its budget."""
     rows, columns = match.union.shape[-2:]
     return Match(
         subjects=nearest_on_grid(match.subjects, grid),
@@ -272,8 +274,8 @@ def to_grid(match: Match, grid: tuple[int, int]) -> Match:
 def inside_own(match: Match, masks: Float[AnyArray, "batch subjects height width"]) -> Match:
     """Keeps only the matches inside the mask of their own subject [ours].
 
-    Without this, a subject with leaked attributes of its neighbour matches the neighbour's reference, and
-    gets low priority exactly where attributes have leaked.
+    Without this, a subject with leaked attributes of its neighbour matches the neighbour's
+    reference, and gets low priority exactly where attributes have leaked.
 
     Args:
       match: match on the grid of the masks (see `to_grid`). Its budget is not changed.
@@ -303,8 +305,8 @@ def alignment(match: Match, prior: Float[AnyArray, "batch height width"]) -> Flo
       prior: M_prior in [0, 1].
 
     Returns:
-      A score in [0, 1]: 1 if all matches lie on a subject (or cover all subjects), 0 if none do or if
-      nothing can match.
+      A score in [0, 1]: 1 if all matches lie on a subject (or cover all subjects), 0 if none do or
+      if nothing can match.
     """
     hits = jnp.sum(match.union * prior, axis=(1, 2))
     possible = jnp.minimum(match.budget, jnp.sum(prior, axis=(1, 2)))

@@ -67,9 +67,9 @@ def diffusion_dpo(
         loss   = -log sigmoid(-(beta / 2) margin)
 
     With W = 1 this is Wallace et al. 2023 (arXiv 2311.12908, eq. 14, constant timestep weighting)
-    with errors averaged over the latent instead of summed. The published beta = 5000 for SDXL refers
-    to this scale. The weights in an otherwise unchanged loss are [known]. The normalisation of each
-    image's error by its own sum of weights is [ours].
+    with errors averaged over the latent instead of summed. The published beta = 5000 for SDXL
+    refers to this scale. The weights in an otherwise unchanged loss are [known]. The normalisation
+    of each image's error by its own sum of weights is [ours].
 
     Args:
       policy_chosen, policy_rejected: error maps of the trained model (`error_map`).
@@ -81,11 +81,11 @@ def diffusion_dpo(
     Returns:
       The loss of each pair [B], and per-pair diagnostics [B]:
         margin: negative if the policy prefers the chosen image more than the reference model does.
-        logit_scale: |beta / 2 margin|, for comparing beta between objectives. Far below 1 the loss is
-          linear in the margin, and beta only scales the gradient. Above about 4 the gradient of a pair
-          is either close to 0 or saturated.
-        implicit_accuracy: 1 if margin < 0, 0.5 if it is 0, otherwise 0, so that the mean is the share
-          of pairs won. It is 0.5 if policy and reference are the same model.
+        logit_scale: |beta / 2 margin|, for comparing beta between objectives. Far below 1 the loss
+          is linear in the margin, and beta only scales the gradient. Above about 4 the gradient of
+          a pair is either close to 0 or saturated.
+        implicit_accuracy: 1 if margin < 0, 0.5 if it is 0, otherwise 0, so that the mean is the
+          share of pairs won. It is 0.5 if policy and reference are the same model.
         winner_error_difference, loser_error_difference: the two terms of the margin. DPO's known
           failure is a growing loser term while the winner term does not fall.
         reference_error: weighted error of the reference model, mean of both images.
@@ -124,8 +124,8 @@ def anchor(
 
     The preference loss also falls if both errors grow, and that of the rejected image grows faster.
     Outside the mask the two images are equal, so that their errors cancel in the margin and the
-    background weight has no effect. The usual remedy is to add the denoising error of the chosen image,
-    as in Pang et al. 2024 (arXiv 2404.19733). [ours]
+    background weight has no effect. The usual remedy is to add the denoising error of the chosen
+    image, as in Pang et al. 2024 (arXiv 2404.19733). [ours]
 
     Args:
       policy_chosen, reference_chosen: error maps, see `diffusion_dpo`. That of the reference model
@@ -134,7 +134,8 @@ def anchor(
         same model, so that an error then has the same slope in both terms.
 
     Returns:
-      The term of each pair [B], and the diagnostic `chosen_error_difference`, the mean in the formula.
+      The term of each pair [B], and the diagnostic `chosen_error_difference`, the mean in the
+      formula.
     """
     difference = jnp.mean(policy_chosen - jax.lax.stop_gradient(reference_chosen), axis=(1, 2))
     term = jnp.asarray(0.25 * beta * difference)
@@ -142,10 +143,10 @@ def anchor(
 
 
 def preference_slope(margin: Float[AnyArray, "batch"], beta: Scalar) -> Float[Array, "batch"]:
-    """Computes `2 sigmoid((beta / 2) margin)`, the slope of the preference loss relative to margin 0.
+    """Computes `2 sigmoid((beta / 2) margin)`, the slope of the preference loss over that at 0.
 
-    An anchor multiplied by this factor decays with the slope of the preference loss. A constant anchor
-    would dominate the gradient, since that slope falls with every pair that is won. [ours]
+    An anchor multiplied by this factor decays with the slope of the preference loss. A constant
+    anchor would dominate the gradient, since that slope falls with every pair that is won. [ours]
 
     Args:
       margin, beta: see `diffusion_dpo`.
@@ -160,7 +161,7 @@ def sft(
     policy_chosen: Float[AnyArray, "batch height width"],
     weights_chosen: Float[AnyArray, "batch height width"],
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
-    """Computes the loss of supervised fine-tuning: the weighted denoising error of the chosen image.
+    """Computes the supervised fine-tuning loss: the weighted denoising error of the chosen image.
 
         loss = <W^w, d_policy(z^w)>
 
@@ -220,13 +221,13 @@ def winner_preserving_scale(
     weights_rejected: Float[AnyArray, "batch height width"],
     mu: float = 0.0,
 ) -> Float[Array, "batch"]:
-    """Computes a factor for the loser's gradient such that a step does not increase the winner's error.
+    """Computes a factor for the loser's gradient that keeps a step from raising the winner's error.
 
-        g^w = W^w r^w / sum W^w, g^l = W^l r^l / sum W^l       gradients at the predictions, r residuals
+        g^w = W^w r^w / sum W^w, g^l = W^l r^l / sum W^l   gradients at the predictions, r residuals
         scale = (1 - mu) |g^w|^2 / (g^w . g^l), at most 1; 1 if the product is not positive
 
-    Source: Diffusion-SDPO (arXiv 2511.03317), whose public code has one factor per batch and W = 1. The
-    factor per pair and the weights are [ours].
+    Source: Diffusion-SDPO (arXiv 2511.03317), whose public code has one factor per batch and W = 1.
+    The factor per pair and the weights are [ours].
 
     Args:
       residual_chosen, residual_rejected: prediction minus target of the trained model.

@@ -6,8 +6,8 @@
     )
     loss, _ = diffusion_dpo(..., maps.weights[:, 0], maps.weights[:, 1], beta)
 
-`training` computes the same maps in two parts, since everything that does not depend on the timestep is
-computed once for each pair.
+`training` computes the same maps in two parts, since everything that does not depend on the
+timestep is computed once for each pair.
 """
 
 from typing import NamedTuple
@@ -42,8 +42,8 @@ class FocusMap(NamedTuple):
     Attributes:
       weights: [B, P, h, w], W >= 0 on the latent grid; `losses.weighted_mean` normalises it.
       prior: [B, h, w], M_prior, the share of each location that the prior mask covers.
-      similarity: [B, P, S, g, g], cosine of each patch with the nearest prototype of each subject, on the
-        grid of the features.
+      similarity: [B, P, S, g, g], cosine of each patch with the nearest prototype of each subject,
+        on the grid of the features.
       match: subjects [B, P, S, h, w], union M' [B, P, h, w], and budget [B, P].
       unmatched: [B, P, h, w], M_s.
       detail: [B, P, h, w], M_d.
@@ -102,13 +102,13 @@ def focus_map(
 ) -> FocusMap:
     """Computes FocusDPO's weight map of each image of a batch of pairs.
 
-    All defaults are those of `configs/sdxl_dpo.py`. The function is pure and can be jitted: `grid`, the
-    arguments from `prototypes` on, and the bucket's structure are static.
+    All defaults are those of `configs/sdxl_dpo.py`. The function is pure and can be jitted: `grid`,
+    the arguments from `prototypes` on, and the bucket's structure are static.
 
-    The timestep is given in one of two ways. With `bucket`, all pairs are in one timestep range (see
-    `buckets.make_buckets`), and terms that the bucket excludes are not computed. With `timesteps`, each
-    pair has its own timestep, which may be traced, as in a trainer that samples from the whole range. Then
-    all terms of `buckets` are computed.
+    The timestep is given in one of two ways. With `bucket`, all pairs are in one timestep range
+    (see `buckets.make_buckets`), and terms that the bucket excludes are not computed. With
+    `timesteps`, each pair has its own timestep, which may be traced, as in a trainer that samples
+    from the whole range. Then all terms of `buckets` are computed.
 
     Args:
       images: RGB in [0, 1]; P = 2 for (chosen, rejected), or P = 1.
@@ -117,26 +117,27 @@ def focus_map(
       bucket: the timestep range of the batch.
       timesteps: timestep in [0, T) of each pair, shared by both images.
       buckets: buckets for `timesteps`; default: `make_buckets()`, 4 ranges of T = 1000.
-      image_features: patch features of the images, from any frozen vision model (without class tokens) or
-        from a block of a denoiser.
+      image_features: patch features of the images, from any frozen vision model (without class
+        tokens) or from a block of a denoiser.
       reference_features: patch features of each subject's reference image, from the same model.
       reference_masks: the subject's pixels in its reference, of any resolution.
       present: which slots contain a subject; default: all.
-      subject_masks: each subject's pixels in the images. Their area limits the number of patches that may
-        match. Default: the subjects share the prior mask's area equally [ours].
+      subject_masks: each subject's pixels in the images. Their area limits the number of patches
+        that may match. Default: the subjects share the prior mask's area equally [ours].
       reference_error: error maps of the reference model (`losses.error_map`), for a bucket with
         lambda_c > 0.
       prototypes: number of prototypes per subject, and also of its surroundings.
-      own_subject: whether to keep only matches inside the subject's own mask; needs `subject_masks`.
-      detail_bins, detail_sigma: bins and sigma of `complexity.local_entropy`; sigma is in pixels, by
-        default one latent cell of SDXL.
+      own_subject: whether to keep only matches inside the subject's own mask; needs
+        `subject_masks`.
+      detail_bins, detail_sigma: bins and sigma of `complexity.local_entropy`; sigma is in pixels,
+        by default one latent cell of SDXL.
 
     Returns:
       A `FocusMap`.
 
     Raises:
-      ValueError: not exactly one of `bucket` and `timesteps` is given, or an argument that the bucket's
-        structure needs is missing.
+      ValueError: not exactly one of `bucket` and `timesteps` is given, or an argument that the
+        bucket's structure needs is missing.
       UserError: the grid does not divide the images.
     """
     structure, params = _bucket(bucket, timesteps, buckets)

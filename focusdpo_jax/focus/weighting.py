@@ -3,12 +3,12 @@
     W = background + M_prior (f + lambda_s (1 - M') + gate lambda_d M_d + lambda_c U)
     f = 1 - (1 - gate) (1 - matched) M'
 
-Inside the subjects, locations that do not match a reference yet (M_s = M_prior and not M') have high
-priority, and those that match (M') low priority. Once structure is aligned the gate opens: M' gets full
-weight again, and detail M_d gets more weight. Uncertainty U of the reference model adds weight in any
-case. The priorities, and that detail is disabled while structure is misaligned, are [known] (FocusDPO,
-arXiv 2509.01181, pipeline figure). The formula is [ours]. The scale of W has no effect, since
-`losses.weighted_mean` divides by its sum.
+Inside the subjects, locations that do not match a reference yet (M_s = M_prior and not M') have
+high priority, and those that match (M') low priority. Once structure is aligned the gate opens: M'
+gets full weight again, and detail M_d gets more weight. Uncertainty U of the reference model adds
+weight in any case. The priorities, and that detail is disabled while structure is misaligned, are
+[known] (FocusDPO, arXiv 2509.01181, pipeline figure). The formula is [ours]. The scale of W has no
+effect, since `losses.weighted_mean` divides by its sum.
 
 Each of a pair's two images has its own map; stack them along the batch, or call twice.
 """
@@ -29,14 +29,14 @@ Diagnostics = dict[str, Float[Array, "batch"]]
 def uniform_weights(
     prior: Float[AnyArray, "batch height width"],
 ) -> Float[Array, "batch height width"]:
-    """Returns W = 1, for Diffusion-DPO or the plain denoising loss; reads only the prior's shape."""
+    """Returns W = 1, for Diffusion-DPO or the denoising loss; reads only the prior's shape."""
     return jnp.ones(prior.shape, jnp.float32)
 
 
 def prior_weights(
     prior: Float[AnyArray, "batch height width"], background: Scalar
 ) -> Float[Array, "batch height width"]:
-    """Returns W = background + M_prior: a static mask, the baseline that FocusDPO has to improve on."""
+    """Returns W = background + M_prior, the static mask that is FocusDPO's baseline."""
     return jnp.asarray(background + prior)
 
 
@@ -45,8 +45,9 @@ def quality_weights(
 ) -> tuple[Float[Array, "batch height width"], Float[Array, "batch height width"]]:
     """Computes PatchDPO's weights of chosen and rejected image: `W^w = 1 - q`, `W^l = q`.
 
-    The authors' public training code weights its target image by 1 - r and its contrast image by r. To
-    use this quality as r, and to use one map for both images since they share their layout, is [ours].
+    The authors' public training code weights its target image by 1 - r and its contrast image by r.
+    To use this quality as r, and to use one map for both images since they share their layout, is
+    [ours].
 
     Args:
       quality: patch quality q of the rejected image in [0, 1] (`correspondence.patch_quality`).
@@ -82,9 +83,9 @@ def focus_weights(
     """Computes the weight map W of FocusDPO for one bucket by the formula of the module.
 
     Args:
-      structure: the bucket's structure. Without `spaf` M' is empty, and the gate of `dpce` is always
-        open, since there is no alignment score. Without `dpce` the gate is closed. Without any term
-        the result equals `prior_weights`.
+      structure: the bucket's structure. Without `spaf` M' is empty, and the gate of `dpce` is
+        always open, since there is no alignment score. Without `dpce` the gate is closed. Without
+        any term the result equals `prior_weights`.
       params: the bucket's parameters.
       prior: M_prior, the covered share of each location, in [0, 1].
       match: the match on the latent grid (`correspondence.to_grid`); needed with `spaf`.

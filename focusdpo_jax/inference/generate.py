@@ -31,19 +31,19 @@ def make_generate(
     Args:
       generator: the model's pure functions.
       steps: number of denoiser calls.
-      guidance: classifier-free guidance scale; 1 or less disables guidance, as in diffusers, at half the
-        cost.
+      guidance: classifier-free guidance scale; 1 or less disables guidance, as in diffusers, at
+        half the cost.
       negative_token_ids: int [2, L], the prompt of the unconditional branch: the empty prompt or a
         negative prompt. References are dropped in that branch (see `SubjectAdapterConfig`).
       image_scale: weight of the references' part of cross-attention.
       sampler: one of `samplers.SAMPLERS`.
 
     Returns:
-      generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S],
-      present [B, S], noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) ->
-      uint8 [B, H, W, 3]. The references are outputs of `Generator.encode_reference`. The last three
-      arguments are optional: keys, one per image, for samplers that add noise at every step; scales and
-      masks as in `Conditioning`.
+      generate(parameters, token_ids [B, 2, L], time_ids [B, 6], references [B, S], present [B, S],
+      noise [B, h, w, C], keys [B], scales [B, S], masks [B, S, y, x]) -> uint8 [B, H, W, 3]. The
+      references are outputs of `Generator.encode_reference`. The last three arguments are optional:
+      keys, one per image, for samplers that add noise at every step; scales and masks as in
+      `Conditioning`.
 
     Raises:
       UserError: the sampler does not exist, or does not support this number of steps.
@@ -111,8 +111,8 @@ def conditioned_denoiser(
         `samplers.classifier_free_guidance`: B with prompts and references, then B with the negative
         prompt.
       image_scale: see `make_generate`.
-      inpainting: [B, h, w, 1 + C], mask and latents of the masked image, concatenated to the latents
-        for an inpainting UNet.
+      inpainting: [B, h, w, 1 + C], mask and latents of the masked image, concatenated to the
+        latents for an inpainting UNet.
 
     Returns:
       (latents [B or 2B, h, w, C], timesteps [B or 2B]) -> prediction.

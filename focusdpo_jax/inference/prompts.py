@@ -30,8 +30,8 @@ class Reference:
     Attributes:
       path: path of the image file.
       phrase: description of the subject ("a star"), for display only.
-      box: x0, y0, x1, y1 in [0, 1], fractions of width and height: the region of the generated image
-        that attends to this reference; None for the whole image.
+      box: x0, y0, x1, y1 in [0, 1], fractions of width and height: the region of the generated
+        image that attends to this reference; None for the whole image.
       mask: file of a mask of that region instead of a box; "" for none.
       scale: weight of this reference, >= 0.
 
@@ -111,7 +111,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def _read_reference(entry: Any) -> Reference:
-    """Parses a reference in a prompt file: a text as on the command line, or an object of fields."""
+    """Parses a reference in a prompt file: a text as on the command line, or an object."""
     if not isinstance(entry, dict):
         return parse_reference(entry)
     unknown = set(entry) - set(_KEYS)
@@ -127,9 +127,9 @@ def read_prompts(
     """Reads prompts from a file of JSON lines.
 
     Args:
-      path: path of the file. Each line is an object with `prompt` and, optionally, `references` (a list
-        of texts for `parse_reference`, or of objects with the fields of `Reference`; paths relative to
-        the file) and `seed`.
+      path: path of the file. Each line is an object with `prompt` and, optionally, `references` (a
+        list of texts for `parse_reference`, or of objects with the fields of `Reference`; paths
+        relative to the file) and `seed`.
       default_references: references of lines without references.
       seed: line i (from 0) without a seed has seed + i.
 

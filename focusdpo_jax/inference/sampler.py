@@ -1,4 +1,4 @@
-"""Generates images for lists of prompts; all prompts of one image size share one compiled program."""
+"""Generates images for lists of prompts, which share one compiled program."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -40,8 +40,8 @@ class SamplingModel(Protocol):
 class Sampler:
     """Generates images from prompts; models of one architecture share its compiled program.
 
-    Prompts with regions for their references use a second program, since masks change the attention over
-    references. A batch is divided among the devices that divide it evenly.
+    Prompts with regions for their references use a second program, since masks change the attention
+    over references. A batch is divided among the devices that divide it evenly.
     """
 
     def __init__(
@@ -101,13 +101,14 @@ class Sampler:
         size = self._model.generator.config.image_encoder.image_size
         images = {path: load_reference(path, size) for path in {r.path for r in references}}
         regions = {r: load_region_mask(r, _MASK_SIDE) for r in references}
-        # A prompt with regions always uses the program with masks, so that its image does not depend
-        # on the other prompts of the batch.
+        # A prompt with regions always uses the program with masks, so that its image does not
+        # depend on the other prompts of the batch.
         kinds = [any(r.has_region for r in prompt.references) for prompt in prompts]
         generated = {}
         for first, kind in enumerate(kinds):
             if first not in generated:
-                # Padded with the last prompt to the batch size, so that only one program is compiled.
+                # Padded with the last prompt to the batch size, so that only one program is
+                # compiled.
                 rows = [i for i in range(first, len(prompts)) if kinds[i] == kind]
                 rows = rows[: self._batch_size]
                 padded = rows + rows[-1:] * (self._batch_size - len(rows))

@@ -1,9 +1,9 @@
 """Attention for TPUs without stored logits: splash attention, JAX's Pallas kernel.
 
-At 1024 pixels the logits of one image in one of SDXL's finer layers are 671 MB, which XLA writes and
-reads several times. The kernel holds one block of them at a time in the chip's fast memory, in the
-backward pass as well. XLA's partitioner cannot partition such a kernel, so that a caller that compiles
-for several devices has to (`platforms.target_platform`).
+At 1024 pixels the logits of one image in one of SDXL's finer layers are 671 MB, which XLA writes
+and reads several times. The kernel holds one block of them at a time in the chip's fast memory, in
+the backward pass as well. XLA's partitioner cannot partition such a kernel, so that a caller that
+compiles for several devices has to (`platforms.target_platform`).
 """
 
 import jax

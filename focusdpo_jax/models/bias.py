@@ -1,8 +1,8 @@
 """Bias addition, with a gradient that is fast on TPUs.
 
-The gradient of a bias is the sum of the output's gradient over all rows. XLA's TPU backend computes this
-sum in the vector unit, which by its own estimate takes ten times as long as a product with a matrix
-of ones in the matrix unit. The product adds the same numbers in float32.
+The gradient of a bias is the sum of the output's gradient over all rows. XLA's TPU backend computes
+this sum in the vector unit, which by its own estimate takes ten times as long as a product with a
+matrix of ones in the matrix unit. The product adds the same numbers in float32.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """CLIP's text and image encoders (arXiv 2103.00020), in the layout of transformers.
 
 SDXL uses two text encoders: the penultimate hidden states of both, concatenated, and the projected
-pooled output of the second. IP-Adapter-Plus uses the penultimate hidden states of the image encoder,
-IP-Adapter its projected pooled output.
+pooled output of the second. IP-Adapter-Plus uses the penultimate hidden states of the image
+encoder, IP-Adapter its projected pooled output.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.models import layers
 from focusdpo_jax.models.attention import attend
 
-# `eos_token_id` of files from before transformers stored the right value: the end of text is then the
-# highest id of the prompt.
+# `eos_token_id` of files from before transformers stored the right value: the end of text is then
+# the highest id of the prompt.
 LEGACY_EOS = 2
 # Per channel, of the pixels in [0, 1] that CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -339,5 +339,5 @@ class CLIPVision(nn.Module):
 
 
 def normalise_images(images: Float[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
-    """Subtracts CLIP's mean from images [..., 3] in [0, 1] and divides by its standard deviation."""
+    """Normalises images [..., 3] in [0, 1] with CLIP's mean and standard deviation."""
     return (images - jnp.array(MEAN, images.dtype)) / jnp.array(DEVIATION, images.dtype)

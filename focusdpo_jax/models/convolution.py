@@ -2,16 +2,17 @@
 
 A "tap" is one position (i, j) of the kernel, a matrix [Cin, Cout].
 
-CPU: with the options of `compiling`, XLA runs a forward convolution and the gradient of its input near
-the speed of a matrix product. It expresses the gradient of the kernel as a convolution whose channels
-are the images of the batch, which is slow for few images. For few images, stride one and 32 channels or
-more, the gradient is computed here as one matrix product per tap, of the shifted input and the output's
-gradient. `benchmarks/convolutions.py` prints the ratios.
+CPU: with the options of `compiling`, XLA runs a forward convolution and the gradient of its input
+near the speed of a matrix product. It expresses the gradient of the kernel as a convolution whose
+channels are the images of the batch, which is slow for few images. For few images, stride one and
+32 channels or more, the gradient is computed here as one matrix product per tap, of the shifted
+input and the output's gradient. `benchmarks/convolutions.py` prints the ratios.
 
-TPU: XLA spreads the positions of one or two feature maps over a larger batch, and pads and copies them
-for it; by its own estimate this takes half of a convolution's time or more. Here a convolution, and the
-gradient of its input, is the sum of one matrix product per tap, of shifted slices that are read in
-place. It takes about half of the estimated time at most of SDXL's sizes (`benchmarks/tpu_layers.py`).
+TPU: XLA spreads the positions of one or two feature maps over a larger batch, and pads and copies
+them for it; by its own estimate this takes half of a convolution's time or more. Here a
+convolution, and the gradient of its input, is the sum of one matrix product per tap, of shifted
+slices that are read in place. It takes about half of the estimated time at most of SDXL's sizes
+(`benchmarks/tpu_layers.py`).
 
 Everything else uses XLA's convolution.
 """

@@ -1,8 +1,8 @@
 """The vision transformers of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
 
-DINOv2 has a learned scale on every residual branch, and another epsilon in its norms. Submodules are
-named after the tensors of transformers' Dinov2Model; `checkpoints/dino.py` reads the published files
-of both.
+DINOv2 has a learned scale on every residual branch, and another epsilon in its norms. Submodules
+are named after the tensors of transformers' Dinov2Model; `checkpoints/dino.py` reads the published
+files of both.
 """
 
 import dataclasses
@@ -266,7 +266,8 @@ class DINO(nn.Module):
 
         Args:
           images: [B, H, W, 3], normalised as in training (with ImageNet's mean and standard
-            deviation). Pixels beyond the last whole patch, at the bottom and the right, are ignored.
+            deviation). Pixels beyond the last whole patch, at the bottom and the right, are
+            ignored.
           capture: indices of the layers whose hidden states are returned too, as in transformers'
             `hidden_states`: 0 is the embeddings, `num_layers` the last layer.
 

@@ -299,8 +299,8 @@ class Generator:
         """Computes the input of the subject adapter that replaces a dropped reference.
 
         Returns:
-          `ImageView` [1, 1] of an image of CLIP's mean color, with an embedding of zeros; None where
-          `config.adapter.dropped` is "absent", which masks dropped references out instead.
+          `ImageView` [1, 1] of an image of CLIP's mean color, with an embedding of zeros; None
+          where `config.adapter.dropped` is "absent", which masks dropped references out instead.
         """
         if self.config.adapter.dropped == "absent":
             return None

@@ -125,7 +125,7 @@ class GeneratorConfig:
 
     @property
     def extra_channels(self) -> int:
-        """Input channels of the UNet beyond the latents: 0 for SDXL base, 5 for an inpainting UNet."""
+        """Input channels of the UNet beyond the latents: 0 for SDXL base, 5 for inpainting."""
         return self.unet.in_channels - self.vae.latent_channels
 
     def to_json(self) -> str:

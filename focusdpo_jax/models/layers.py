@@ -326,8 +326,8 @@ class _SplitDense(nn.Module):
 
     It has the parameters of one `nn.Dense` with 2 `features`, and is faster on CPUs. In a loop over
     layers the bias is a slice of a stacked array. XLA's CPU backend fuses this slice into the gate,
-    which then takes ten times as long (measured). The backward pass is slower with two halves of one
-    array, too. Together they are a fifth of a feed-forward's time.
+    which then takes ten times as long (measured). The backward pass is slower with two halves of
+    one array, too. Together they are a fifth of a feed-forward's time.
     """
 
     features: int

@@ -1,11 +1,12 @@
 """Layer and group normalisation with hand-written backward passes.
 
-Normalisation is limited by memory bandwidth. Forward and backward pass read each feature map twice: once
-for all sums over it, once to write the result. The backward pass saves the input and its float32
-statistics.
+Normalisation is limited by memory bandwidth. Forward and backward pass read each feature map twice:
+once for all sums over it, once to write the result. The backward pass saves the input and its
+float32 statistics.
 
-In float32 the variance is the mean of squared deviations. In half precision it is E[x^2] - E[x]^2, which
-needs no pass beyond that of the mean, and whose rounding error is far below that of the input.
+In float32 the variance is the mean of squared deviations. In half precision it is E[x^2] - E[x]^2,
+which needs no pass beyond that of the mean, and whose rounding error is far below that of the
+input.
 """
 
 from collections.abc import Callable
@@ -136,7 +137,7 @@ def _group_norm_forward(x, scale, bias, groups, epsilon, dtype, activation):
 
 
 def _group_means(values: Float[Array, "batch 1 channels"], groups: int) -> Array:
-    """Returns the mean over each group of channels, repeated for each of its channels: [B, 1, C]."""
+    """Returns the mean over each group of channels, repeated for its channels: [B, 1, C]."""
     grouped = values.reshape(len(values), 1, groups, -1)
     return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(values.shape)
 

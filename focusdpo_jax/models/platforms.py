@@ -1,8 +1,8 @@
 """The device kind that a program is compiled for.
 
-Layers choose between formulations with `current()` while they are traced: what is fast on one device is
-slow or missing on another. Code that compiles for other devices than this machine's sets the target with
-`target_platform`.
+Layers choose between formulations with `current()` while they are traced: what is fast on one
+device is slow or missing on another. Code that compiles for other devices than this machine's sets
+the target with `target_platform`.
 """
 
 import contextlib

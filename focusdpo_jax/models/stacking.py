@@ -1,9 +1,9 @@
 """Conversion between stacked parameters of equal transformer blocks and one tree per block.
 
 With `UNetConfig.scan_layers` transformer blocks run as a loop (`nn.scan`), so that ten of them are
-compiled once. Their parameters are stacked, [blocks, ...] under `transformer_blocks`. Without it, and in
-every file, they are `transformer_blocks_0`, `transformer_blocks_1`, and so on. `split` and `join` convert
-between the two; both return a tree without stacked parameters unchanged.
+compiled once. Their parameters are stacked, [blocks, ...] under `transformer_blocks`. Without it,
+and in every file, they are `transformer_blocks_0`, `transformer_blocks_1`, and so on. `split` and
+`join` convert between the two; both return a tree without stacked parameters unchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -18,9 +18,9 @@ class Tokenizer:
     """CLIP's tokenizer in SDXL's two variants, one per text encoder.
 
     The variants differ in the token that pads short captions (`pad_tokens`): the first uses the end
-    token, the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. Since a pad
-    token is a special token, a "!" in a caption has the same id 0 for the second encoder, and not 256,
-    the "!" that ends a word. diffusers' pipelines behave in the same way.
+    token, the second "!" (id 0), as in the published `tokenizer` and `tokenizer_2` folders. Since a
+    pad token is a special token, a "!" in a caption has the same id 0 for the second encoder, and
+    not 256, the "!" that ends a word. diffusers' pipelines behave in the same way.
 
     Attributes:
       length: tokens per caption.

@@ -121,8 +121,8 @@ def _to_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Casts to float32 without excess precision: the values are those of x's own type.
 
     After a plain cast XLA may use the float32 value from before the rounding to bfloat16, in one
-    program and not in another. The prediction errors of policy and reference model would then differ
-    at equal parameters.
+    program and not in another. The prediction errors of policy and reference model would then
+    differ at equal parameters.
     """
     if x.dtype == jnp.float32:
         return x

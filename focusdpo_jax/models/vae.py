@@ -179,7 +179,8 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """A variational autoencoder; call `encode` and `decode` with `apply(..., method=...)`.
 
-    Its latents are not scaled: a diffusion model works on them multiplied by `config.scaling_factor`.
+    Its latents are not scaled: a diffusion model works on them multiplied by
+    `config.scaling_factor`.
 
     Attributes:
       config: sizes.

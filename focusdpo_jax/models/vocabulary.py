@@ -1,4 +1,4 @@
-"""The files of CLIP's tokenizer: vocabulary, merges and special tokens, as transformers writes them.
+"""Files of CLIP's tokenizer as transformers writes them: vocabulary, merges and special tokens.
 
 vocab.json, merges.txt      written by transformers up to 4; published with SDXL and CLIP
 tokenizer.json              all in one file; transformers 5 writes it alone
@@ -101,7 +101,7 @@ def _read_whole(path: epath.Path) -> tuple[dict[str, int], dict[str, bytes]]:
 
 
 def _difference(values: Mapping[str, Any]) -> str | None:
-    """Describes how the tokenization of a tokenizer.json differs from CLIP's; None if it does not."""
+    """Describes how tokenization by a tokenizer.json differs from CLIP's; None if it does not."""
     model, parts = values["model"], _flat(values.get("pre_tokenizer"), "pretokenizers")
     if model.get("type", "BPE") != "BPE":
         return f"its model is {model['type']!r} and not 'BPE'"

@@ -5,8 +5,8 @@
 
     python -m focusdpo_jax.objectives            # prints the requirements of each objective
 
-To add an objective, add a module that calls `register` to this package; all its modules are imported.
-Code outside this package does not compare the names of objectives.
+To add an objective, add a module that calls `register` to this package; all its modules are
+imported. Code outside this package does not compare the names of objectives.
 """
 
 import functools

@@ -19,12 +19,13 @@ Diagnostics = dict[str, Float[Array, "batch"]]
 class FocusMaps(NamedTuple):
     """The weights of a batch and the maps from which they are computed, on the latent grid.
 
-    The N images are the chosen and the rejected image of every pair in succession, or only the chosen
-    images. Maps that the objective or the bucket does not use are None.
+    The N images are the chosen and the rejected image of every pair in succession, or only the
+    chosen images. Maps that the objective or the bucket does not use are None.
 
     Attributes:
       weights: [N, h, w], W.
-      similarity: [N, S, g, g], similarity of each subject with each location, on the grid of its source.
+      similarity: [N, S, g, g], similarity of each subject with each location, on the grid of its
+        source.
       match: each subject's match [N, S, h, w] and M', their union.
       unmatched: [N, h, w], M_s.
       detail: [N, h, w], M_d.
@@ -46,7 +47,8 @@ class WeightInputs(NamedTuple):
       structure, params: the static and the dynamic part of the step's timestep bucket.
       prior: [N, h, w] in [0, 1], M_prior; the mask of all subjects for a supervised objective.
       match, detail, uncertainty: see `FocusMaps`; None if the structure excludes them.
-      quality: [B, h, w] in [0, 1], patch quality of the rejected images; None unless `needs_quality`.
+      quality: [B, h, w] in [0, 1], patch quality of the rejected images; None unless
+        `needs_quality`.
     """
 
     structure: BucketStructure
@@ -83,13 +85,14 @@ class GeneratorObjective:
       name: the value of `config.objective`.
       title: title in tables and model cards.
       weights: WeightInputs -> (W [N, h, w], diagnostics).
-      loss: (ImageErrors of the chosen images, ImageErrors of the rejected images or None, config) ->
-        (loss [B], diagnostics). It reads `beta`, `anchor`, `anchor_fades` and `preserve_winner` of
-        `config`.
+      loss: (ImageErrors of the chosen images, ImageErrors of the rejected images or None, config)
+        -> (loss [B], diagnostics). It reads `beta`, `anchor`, `anchor_fades` and `preserve_winner`
+        of `config`.
       reads_rejected: whether it reads both images of a pair, or only the chosen one.
-      needs_reference: whether it compares the policy with a reference model, which is the initial model.
-      uses_focus: whether its weights depend on the timestep. Then `config.focus` defines the buckets and
-        their terms. Otherwise there is one bucket of all timesteps, without terms.
+      needs_reference: whether it compares the policy with a reference model, which is the initial
+        model.
+      uses_focus: whether its weights depend on the timestep. Then `config.focus` defines the
+        buckets and their terms. Otherwise there is one bucket of all timesteps, without terms.
       needs_quality: whether it reads the patch quality of rejected images.
     """
 
@@ -113,8 +116,8 @@ class EncoderObjective:
       title: title in tables and model cards.
       exports: parts of the generator that an export of the run contains.
       parameters: (model, key) -> (trainable, frozen) trees.
-      make_loss: generator -> loss (trainable, frozen, batch, reference outputs, params, key) -> (scalar,
-        diagnostics).
+      make_loss: generator -> loss (trainable, frozen, batch, reference outputs, params, key) ->
+        (scalar, diagnostics).
       finish: (model, trained tree, function that returns validation images) -> the model to save.
     """
 

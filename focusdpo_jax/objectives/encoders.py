@@ -1,4 +1,4 @@
-"""Objectives that train Toybox's own autoencoder, image encoder and probe (`toybox.pretraining`)."""
+"""Objectives that train Toybox's autoencoder, image encoder and probe (`toybox.pretraining`)."""
 
 from focusdpo_jax.objectives.base import EncoderObjective, register
 

@@ -22,7 +22,7 @@ _TIMESTEPS = 1000  # T, by which the log odds are multiplied.
 def mapo_loss(
     chosen: Float[Array, "batch"], rejected: Float[Array, "batch"], beta: float
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
-    """Computes the chosen image's denoising error plus a term of the log odds of chosen over rejected.
+    """Computes MaPO's loss: the chosen image's denoising error plus a term of the log odds.
 
         f(d) = s d / (exp(s d) - 1)                      s = 0.5
         loss = d^w - beta log sigmoid(T (f(d^w) - f(d^l)))

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the chosen images, with uniform weights or weighted by subject masks."""
+"""Supervised fine-tuning on chosen images, with uniform weights or weighted by subject masks."""
 
 from focusdpo_jax.focus import losses
 from focusdpo_jax.objectives.base import (

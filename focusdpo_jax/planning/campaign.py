@@ -31,15 +31,16 @@ def cost(
     """Returns the chip-hours of a run over `assumptions.pairs`, each seen once.
 
     Args:
-      made: result of `planner.plan`, of which "chips", "batch_size", "accumulate", "checkpoint_every",
-        "pairs_per_second", "record_bytes", "checkpoint_bytes" and "checkpoint_bytes_per_chip" are read.
+      made: result of `planner.plan`, of which "chips", "batch_size", "accumulate",
+        "checkpoint_every", "pairs_per_second", "record_bytes", "checkpoint_bytes" and
+        "checkpoint_bytes_per_chip" are read.
       chips_per_host: number of chips of one machine.
       assumptions: number of pairs, bandwidths and file sizes.
 
     Returns:
       A dict: "hosts", "hours", "chip_hours", the parts of the time in seconds ("training",
-      "waiting_for_data", "checkpoints"), "checkpoint_count", "reads_per_second" and "bytes_per_second" of
-      one host, and "files".
+      "waiting_for_data", "checkpoints"), "checkpoint_count", "reads_per_second" and
+      "bytes_per_second" of one host, and "files".
 
     Raises:
       ValueError: the plan has no estimate of the speed.
@@ -54,8 +55,8 @@ def cost(
     waiting = max(reading - training, 0)
     updates = assumptions.pairs / (made["batch_size"] * made["accumulate"])
     count = math.ceil(updates / made["checkpoint_every"])
-    # Training waits while a checkpoint is copied to the host. It is written during training, and the next
-    # checkpoint waits until it is written.
+    # Training waits while a checkpoint is copied to the host. It is written during training, and
+    # the next checkpoint waits until it is written.
     interval = (training + waiting) / count
     writing = made["checkpoint_bytes"] / (hosts * assumptions.write_bandwidth)
     checkpoints = count * (

@@ -44,18 +44,19 @@ class Chip:
     memory_note: str = ""
 
 
-# Memory: the compiler's limit for programs. Speeds: cloud.google.com/tpu/docs. Clocks: chosen so that the
-# matrix units' operations per cycle (v4 and v5p 8 x 128 x 128 x 2, v5e 4 x 128 x 128 x 2,
-# v6e 4 x 256 x 256 x 2) give the speed of the data sheet. The compiler's estimates for a product of 4096^3
-# amount to 92 %, 98 %, 96 % and 91 % of these operations per cycle (v4, v5e, v5p, v6e). Link: one axis of
-# the torus in both directions, as used by a ring.
+# Memory: the compiler's limit for programs. Speeds: cloud.google.com/tpu/docs. Clocks: chosen so
+# that the matrix units' operations per cycle (v4 and v5p 8 x 128 x 128 x 2, v5e 4 x 128 x 128 x 2,
+# v6e 4 x 256 x 256 x 2) give the speed of the data sheet. The compiler's estimates for a product of
+# 4096^3 amount to 92 %, 98 %, 96 % and 91 % of these operations per cycle (v4, v5e, v5p, v6e).
+# Link: one axis of the torus in both directions, as used by a ring.
 TPUS = {
     "v4": Chip("TPU v4", 30.75 * _GIB, 275e12, 1228e9, 90e9, 0.0, 1.05e9),
     "v5e": Chip("TPU v5e", 15.75 * _GIB, 197e12, 819e9, 90e9, 0.0, 1.5e9),
     "v5p": Chip("TPU v5p", 95.74 * _GIB, 459e12, 2765e9, 180e9, 0.0, 1.75e9),
     "v6e": Chip("TPU v6e", 31.25 * _GIB, 918e12, 1640e9, 180e9, 0.0, 1.75e9),
 }
-# Options of the TPU compiler besides the shape. Without this option the two cores of v4 are two devices.
+# Options of the TPU compiler besides the shape. Without this option the two cores of v4 are two
+# devices.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -77,8 +78,9 @@ class GPU:
       threads: threads per multiprocessor.
       flops: dense bfloat16 operations per second with float32 accumulation.
       link: bytes per second received from other GPUs of its machine, by NVLink or PCIe.
-      network: bytes per second received from other machines. This is an assumption: 400, 200 or 100 Gbit/s
-        per GPU if common servers have that (DGX H100, DGX A100), otherwise 100 Gbit/s for eight GPUs.
+      network: bytes per second received from other machines. This is an assumption: 400, 200 or 100
+        Gbit/s per GPU if common servers have that (DGX H100, DGX A100), otherwise 100 Gbit/s for
+        eight GPUs.
     """
 
     description: str
@@ -134,9 +136,9 @@ _BLACKWELL_RTX: dict[str, Any] = {
 }
 _PCIE4, _PCIE5, _SHARED_NETWORK = 32e9, 64e9, 12.5e9 / PER_HOST
 
-# h100, h100-pcie, h200, a100-*, a6000, b200 and rtx6000pro: sizes and memory from XLA's own descriptions
-# (openxla/xla, xla/backends/gpu/target_config/specs, 2026). The others, and all speeds: NVIDIA's data
-# sheets, quoted from memory and not verified.
+# h100, h100-pcie, h200, a100-*, a6000, b200 and rtx6000pro: sizes and memory from XLA's own
+# descriptions (openxla/xla, xla/backends/gpu/target_config/specs, 2026). The others, and all
+# speeds: NVIDIA's data sheets, quoted from memory and not verified.
 GPUS = {
     "h100": GPU(
         "NVIDIA H100 80GB HBM3",
@@ -329,8 +331,8 @@ def devices(topology: str) -> tuple[list[Any], Chip]:
     """Returns the devices to compile for, and their `Chip`.
 
     Args:
-      topology: such as "v5e:4x4", "v5p:2x2x1", "v5e:1x1"; "h100" or "h100:16", which is two machines of
-        eight; "local" for this machine's devices.
+      topology: such as "v5e:4x4", "v5p:2x2x1", "v5e:1x1"; "h100" or "h100:16", which is two
+        machines of eight; "local" for this machine's devices.
 
     Raises:
       UserError: there is no such topology, or its compiler is not installed.

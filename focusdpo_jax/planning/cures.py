@@ -7,8 +7,8 @@ from typing import Any
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
 
-# Optimistic guess of the share of the update's temporaries that remains with remat. It only decides which
-# changes are compiled.
+# Optimistic guess of the share of the update's temporaries that remains with remat. It only decides
+# which changes are compiled.
 _REMAT = 0.2
 # Largest number of compilations per cure.
 _MOST = 3
@@ -54,7 +54,7 @@ def candidates(config: RunConfig, name: str, chips: int) -> list[Changes]:
 
 
 def _fewer_rows(field: str, count: int, shares: int) -> list[Changes]:
-    """Returns smaller values of a field; first one row per chip, if each chip now computes all rows."""
+    """Returns smaller values of a field; first a row per chip, if all chips compute all rows now."""
     options = [{field: shares}] if shares > 1 and count % shares else []
     while count > 1:
         count //= 2
@@ -89,8 +89,8 @@ def find(
 ) -> dict[str, Any] | None:
     """Returns the first of some changes with which a program fits.
 
-    The changed program is compiled, unless an extrapolation of its temporaries, proportional to the rows,
-    leaves enough memory free.
+    The changed program is compiled, unless an extrapolation of its temporaries, proportional to the
+    rows, leaves enough memory free.
 
     Args:
       options: changes to try, from `candidates`.

@@ -44,26 +44,30 @@ def plan(
     Args:
       config: a `RunConfig` with a generator's objective.
       topology: see `chips.devices`.
-      utilisation: assumed share of the data sheet's speed, if the compiler does not estimate the time.
+      utilisation: assumed share of the data sheet's speed, if the compiler does not estimate the
+        time.
       only: names of `programs.NAMES` to compile; None for all programs of the run.
-      unless_held: whether to raise an error instead of compiling if the arrays held during the update
-        already exceed the memory.
+      unless_held: whether to raise an error instead of compiling if the arrays held during the
+        update already exceed the memory.
       cure: whether to search for changes that make programs fit.
 
     Returns:
       A JSON-serialisable dict:
         "fits": whether all programs fit; None if the chip's memory is unknown.
-        "bytes_per_chip": bytes by kind during the program with the largest peak, with "peak" and "limit".
-        "programs": {name: {"peak", "fits", "held", "temporaries", "outputs", "rows_per_chip", "when",
-          "estimate" (see `_estimate`), and, if it does not fit, "cure" ({field: value} or None)}}.
+        "bytes_per_chip": bytes by kind during the program with the largest peak, with "peak" and
+          "limit".
+        "programs": {name: {"peak", "fits", "held", "temporaries", "outputs", "rows_per_chip",
+          "when", "estimate" (see `_estimate`), and, if it does not fit, "cure" ({field: value} or
+          None)}}.
         "flops_per_pair": operations of matrix products in the reference pass and the update.
         "model_flops_per_pair": the same without recomputation by remat.
         "collectives": {program: {kind: {count, bytes}}}.
         "compile_seconds", "host_bytes": duration, and peak memory of this process so far.
-        "seconds_per_batch", "pairs_per_second", "model_flops_utilisation", "speed_from": estimates and
-          their source; None if unknown.
-        "topology", "chip", "chips", "mesh", "batch_size", "trainable", "resolution", "remat", "cache".
-        "accumulate", "checkpoint_every", "chips_per_host", "record_bytes", "checkpoint_bytes" and
+        "seconds_per_batch", "pairs_per_second", "model_flops_utilisation", "speed_from": estimates
+          and their source; None if unknown.
+        "topology", "chip", "chips", "mesh", "batch_size", "trainable", "resolution", "remat",
+          "cache": settings of the run.
+        "accumulate", "checkpoint_every", "chips_per_host", "record_bytes", "checkpoint_bytes",
           "checkpoint_bytes_per_chip": inputs of `campaign.cost`.
 
     Raises:
@@ -167,8 +171,9 @@ def _compiled(
     """Compiles a program.
 
     Returns:
-      (its entry in the "programs" of `plan`, its text, its operations). The last two are None if it is
-      not compiled because the held arrays do not fit; the text is None if the compiler refuses it.
+      (its entry in the "programs" of `plan`, its text, its operations). The last two are None if it
+      is not compiled because the held arrays do not fit; the text is None if the compiler refuses
+      it.
     """
     held, start = _bytes_per_chip(program.held), time.monotonic()
     made: dict[str, Any] = {
@@ -240,9 +245,9 @@ def _estimate(
 
     Returns:
       "matmul_flops" (of one chip), "bytes" (received from other chips), "links" (seconds for these
-      bytes). For TPUs also "seconds" (the compiler's estimate without transfers, plus "kernel_seconds"),
-      "cycles", "kinds", "kernels", "kernel_seconds", "unknown_loops" and "most_expensive". For GPUs also
-      "bytes_accessed" and "roofline" (see `estimates.roofline`).
+      bytes). For TPUs also "seconds" (the compiler's estimate without transfers, plus
+      "kernel_seconds"), "cycles", "kinds", "kernels", "kernel_seconds", "unknown_loops" and
+      "most_expensive". For GPUs also "bytes_accessed" and "roofline" (see `estimates.roofline`).
     """
     received = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link
@@ -310,7 +315,10 @@ def _speed(
         ]
         seconds = sum(found[name]["estimate"]["seconds"] for name in names)
         links = sum(found[name]["estimate"]["links"] or 0 for name in names)
-        source = "the compiler's estimate, with transfers between chips that do not overlap with computation"
+        source = (
+            "the compiler's estimate, with transfers between chips that do not overlap with "
+            "computation"
+        )
         if "reference pass" not in names:  # Only its operations are known.
             share = 1 + reference_flops / update_work
             seconds, links = seconds * share, links * share
@@ -402,12 +410,12 @@ def search(
 ) -> list[dict[str, Any]]:
     """Searches meshes and batch sizes; returns all plans that were made, the recommended one first.
 
-    Memory grows with the batch, and shrinks with more shards of the parameters or with remat. So for every
-    batch size, starting with the smallest, meshes are tried from the most to the fewest shards until one
-    does not fit. If the first mesh does not fit, larger batches are not tried. If nothing fits, the next
-    lever is used: remat, then cached encodings (config.data.cache), then no gradient accumulation
-    (config.accumulate = 1). The recommended plan has the most pairs per second; among equals, the fewest
-    bytes of collectives per pair.
+    Memory grows with the batch, and shrinks with more shards of the parameters or with remat. So
+    for every batch size, starting with the smallest, meshes are tried from the most to the fewest
+    shards until one does not fit. If the first mesh does not fit, larger batches are not tried. If
+    nothing fits, the next lever is used: remat, then cached encodings (config.data.cache), then no
+    gradient accumulation (config.accumulate = 1). The recommended plan has the most pairs per
+    second; among equals, the fewest bytes of collectives per pair.
 
     Args:
       config: the `RunConfig`.
@@ -476,8 +484,8 @@ def plan_recommended(
 ) -> dict[str, Any]:
     """Plans all programs of a run with the changes that `search` recommends.
 
-    If a program does not fit, the fields that make it fit are added. "changes" in the result contains all
-    changes.
+    If a program does not fit, the fields that make it fit are added. "changes" in the result
+    contains all changes.
     """
     made = plan(config_lib.replace(config, changes), topology, **options)
     cured = [
@@ -524,6 +532,6 @@ def _record_bytes(config: RunConfig, of_run: Mapping[str, programs.RunProgram]) 
 
 
 def _bytes_per_chip(held: Mapping[str, Any]) -> dict[str, int]:
-    """Returns {kind: bytes per chip} of {kind: tree of shapes with shardings}, and their "total"."""
+    """Returns {kind: bytes per chip} of {kind: tree of sharded shapes}, and their "total"."""
     sizes = {kind: bytes_per_device(tree) for kind, tree in held.items()}
     return sizes | {"total": sum(sizes.values())}

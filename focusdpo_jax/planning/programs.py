@@ -23,8 +23,8 @@ from focusdpo_jax.toybox.probe import TOYBOX, Probe, read
 from focusdpo_jax.training import pair_batches, run_data, shapes
 from focusdpo_jax.training.step import trace_step
 
-# Without a device XLA cannot tune the tile sizes of its Triton kernels for matrix products, and fails for some
-# of them. This option selects cuBLAS instead.
+# Without a device XLA cannot tune the tile sizes of its Triton kernels for matrix products, and
+# fails for some of them. This option selects cuBLAS instead.
 _ON_ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
 # In the order of compilation: first those that most often determine whether a run fits.
 NAMES = ("update", "sampling", "encoding", "reference pass", "focus maps", "probe")
@@ -38,8 +38,8 @@ class RunProgram:
       name: one of `NAMES`.
       when: when a run executes it, such as "of every batch".
       trace: () -> `jax.stages.Traced`.
-      held: {kind: tree of shapes with shardings} of all arrays on the chips while it runs, including
-        its arguments.
+      held: {kind: tree of shapes with shardings} of all arrays on the chips while it runs,
+        including its arguments.
       options: compiler options.
       field: field of the configuration that sets the number of rows.
       rows: number of rows of its inputs.
@@ -61,8 +61,9 @@ def run_programs(
 ) -> tuple[dict[str, RunProgram], list[Callable[[], jax.stages.Traced]]]:
     """Returns ({name: RunProgram}, [function that traces a reference pass, for each structure]).
 
-    A run may have several reference passes and focus map programs. The ones with most terms represent
-    all of them, since they only differ after the reference model's forward pass, which takes most memory.
+    A run may have several reference passes and focus map programs. The ones with most terms
+    represent all of them, since they only differ after the reference model's forward pass, which
+    takes most memory.
 
     Args:
       config: a `RunConfig` with a generator's objective.

@@ -1,13 +1,13 @@
 """Estimates the time of a compiled program: the TPU compiler's own estimate, or a roofline.
 
-The TPU compiler annotates fusions, convolutions, copies and so on with `estimated_cycles` from a model of
-the chip. Their sum, with loops counted as often as they run, is the time of the program without stalls:
-asynchronous transfers between memories and between chips have no estimate. Pallas kernels have none
-either; their products at the chip's full speed are added as a lower bound. These estimates have not been
-compared with measured times.
+The TPU compiler annotates fusions, convolutions, copies and so on with `estimated_cycles` from a
+model of the chip. Their sum, with loops counted as often as they run, is the time of the program
+without stalls: asynchronous transfers between memories and between chips have no estimate. Pallas
+kernels have none either; their products at the chip's full speed are added as a lower bound. These
+estimates have not been compared with measured times.
 
-The GPU compiler provides no estimates. There the roofline is used: the larger of the time of all products
-at full speed and the time of all bytes at full bandwidth, without caches.
+The GPU compiler provides no estimates. There the roofline is used: the larger of the time of all
+products at full speed and the time of all bytes at full bandwidth, without caches.
 """
 
 import collections
@@ -51,8 +51,8 @@ class Estimate:
 
     Attributes:
       cycles: sum over all instructions with an estimate.
-      kinds: {kind: cycles}, largest first. Kinds are "products" (matrix products and convolutions with
-        fused operations), "fusions" (all other fusions), and opcodes.
+      kinds: {kind: cycles}, largest first. Kinds are "products" (matrix products and convolutions
+        with fused operations), "fusions" (all other fusions), and opcodes.
       sources: [(name, cycles, number of executed instructions)], largest first; see `source`.
       kernels: {target: number of executions} of custom calls, which have no estimate.
       unknown_loops: number of loops that count once because their trip count is unknown.
@@ -102,8 +102,8 @@ def source(program: hlo.Program, instruction: hlo.Instruction) -> str:
     """Returns the layer and operation of an instruction; repeated layers have the same name.
 
     For example "backward: up_blocks_N/attentions_N/transformer_blocks_N/attn1/to_q/dot_general".
-    Instructions that the compiler added are named after the most frequent operation fused in them, or
-    after their opcode.
+    Instructions that the compiler added are named after the most frequent operation fused in them,
+    or after their opcode.
     """
     name = instruction.operation
     if "/" not in name:
@@ -115,7 +115,7 @@ def source(program: hlo.Program, instruction: hlo.Instruction) -> str:
 
 
 def short_name(operation: str) -> str:
-    """Strips JAX's wrappers and layer numbers from an `op_name` and prepends its pass or program."""
+    """Removes JAX's wrappers and layer numbers from an `op_name`; prepends its pass or program."""
     if "/" not in operation:
         return ""
     parts = _split(operation)
@@ -162,7 +162,7 @@ def seconds(estimate: Estimate, chip: "Chip", kernel_products: float) -> float:
 
 
 def roofline(chip: "Chip", products: float, accessed: float) -> dict[str, float]:
-    """Returns the time of a program's products and of its memory accesses on one chip at full speed.
+    """Returns the time of a program's products and memory accesses on one chip at full speed.
 
     Args:
       chip: a `chips.Chip`.

@@ -1,7 +1,7 @@
 """Counts the floating-point operations of a traced program, independent of the compiler.
 
-XLA's own count includes the body of a loop only once, and changes between versions. Here the body of a
-loop and the block of a Pallas kernel count as often as they run. Dead code is not counted. A
+XLA's own count includes the body of a loop only once, and changes between versions. Here the body
+of a loop and the block of a Pallas kernel count as often as they run. Dead code is not counted. A
 multiplication with an addition is two operations.
 """
 
@@ -53,8 +53,8 @@ class Operations(NamedTuple):
       matmul_flops: operations of matrix products and convolutions.
       others: all other operations: one per element of an equation's largest operand or result, and
         n log2 n for sorting n elements.
-      kernels: the part of `matmul_flops` inside fused kernels (Pallas's and cuDNN's attention), which are
-        opaque to compilers.
+      kernels: the part of `matmul_flops` inside fused kernels (Pallas's and cuDNN's attention),
+        which are opaque to compilers.
     """
 
     matmul_flops: float
@@ -101,7 +101,8 @@ def _of_equation(equation: Any) -> Operations:
         return Operations(_of_convolution(equation), 0)
     if name == "cond":
         return max(map(_of_jaxpr, inner), key=lambda found: found.total)
-    # The inner function of a scatter or a reduction combines two elements, and is not counted itself.
+    # The inner function of a scatter or a reduction combines two elements, and is not counted
+    # itself.
     if inner and not name.startswith(("scatter", "reduce")):
         found = [_of_jaxpr(jaxpr) for jaxpr in inner]
         trips = _trips(equation)
@@ -144,7 +145,8 @@ def _of_convolution(equation: Any) -> float:
 def _of_cudnn(equation: Any, backward: bool) -> int:
     """Returns the operations of cuDNN's fused attention.
 
-    It has two products in the forward pass, and five in the backward pass, which recomputes the logits.
+    It has two products in the forward pass, and five in the backward pass, which recomputes the
+    logits.
     """
     query, key = (v.aval.shape for v in equation.invars[:2])
     # The axis of lengths: layout 0 is [B, N, H, d], layout 1 is [B, H, N, d].

@@ -1,7 +1,7 @@
 """Parses the HLO text of a compiled program: its instructions and their numbers of executions.
 
-Planning reads the collectives (`collectives`), the compiler's estimates (`estimates`), and the bytes that
-instructions access from it.
+Planning reads the collectives (`collectives`), the compiler's estimates (`estimates`), and the
+bytes that instructions access from it.
 """
 
 import collections
@@ -104,7 +104,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> str | None:
-        """Name of the computation of a fusion, call, reduction or asynchronous start; None if none."""
+        """Name of the computation of a fusion, call, reduction or asynchronous start, or None."""
         found = _CALLS.search(self.attributes)
         return found[1] if found else None
 
@@ -113,7 +113,8 @@ class Program:
     """The computations of a program.
 
     Attributes:
-      computations: {name: list of Instruction}; the name of instructions outside of computations is "".
+      computations: {name: list of Instruction}; the name of instructions outside of computations is
+        "".
       entry: name of the entry computation.
       texts: {name: text of the computation}.
     """
@@ -187,7 +188,7 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> list[tuple[Instruction, int]]:
-        """[(instruction, number of executions)] of all instructions outside of fusions and reductions.
+        """[(instruction, number of executions)] of all instructions outside fusions and reductions.
 
         The body of a loop counts as often as it runs, or once if its trip count is unknown
         (`unknown_loops`). Every branch of a conditional counts.
@@ -229,8 +230,8 @@ class Program:
     def bytes_accessed(self) -> int:
         """Bytes that instructions read and write, with loops counted as often as they run.
 
-        Slices count with their own size, also those of an operand inside a fusion. In-place updates count
-        with the size of the update. Caches are not modelled.
+        Slices count with their own size, also those of an operand inside a fusion. In-place updates
+        count with the size of the update. Caches are not modelled.
         """
         return sum(times * self._accessed(instruction) for instruction, times in self.runs)
 

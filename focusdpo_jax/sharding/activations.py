@@ -1,10 +1,10 @@
 """Sharding constraints that keep activations sharded by example.
 
-Without constraints XLA's partitioner may multiply by the shard of a kernel that a device holds, and sum
-activations over devices. If the output of every layer is constrained to be sharded by example, it
-gathers the kernel instead, layer by layer, where it is used, and again where the backward pass
-recomputes. The models contain no sharding code: the constraints are added by intercepting the methods
-of Flax modules.
+Without constraints XLA's partitioner may multiply by the shard of a kernel that a device holds, and
+sum activations over devices. If the output of every layer is constrained to be sharded by example,
+it gathers the kernel instead, layer by layer, where it is used, and again where the backward pass
+recomputes. The models contain no sharding code: the constraints are added by intercepting the
+methods of Flax modules.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """The device mesh, and the placement of batches on it.
 
-A mesh has three axes. `data` shards the batch. `fsdp` shards the batch, too, and the parameters, which
-are gathered layer by layer where they are used. `tensor` shards the inside of layers (heads, hidden
-units, channels). `rules` maps the axes of parameters to those of the mesh.
+A mesh has three axes. `data` shards the batch. `fsdp` shards the batch, too, and the parameters,
+which are gathered layer by layer where they are used. `tensor` shards the inside of layers (heads,
+hidden units, channels). `rules` maps the axes of parameters to those of the mesh.
 """
 
 import functools
@@ -21,8 +21,9 @@ from focusdpo_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 # The axes that shard a batch.
 BATCH_AXES = ("data", "fsdp")
-# XLA places what the program does not constrain. With explicit axes (the default of some constructors
-# and jax versions) `shard_map` refuses inputs that are placed otherwise than its `in_specs`.
+# XLA places what the program does not constrain. With explicit axes (the default of some
+# constructors and jax versions) `shard_map` refuses inputs that are placed otherwise than its
+# `in_specs`.
 _AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 
 
@@ -35,11 +36,12 @@ def make_mesh(
       sizes: {axis: number of devices} for each of `AXES`; one of them may be -1, for all devices
         that the others leave.
       batch_size: pairs per step; a multiple of `data` times `fsdp`.
-      devices: `jax.Device`s; all devices if None. A single process may leave some of them idle; several processes
-        must use all of theirs.
+      devices: `jax.Device`s; all devices if None. A single process may leave some of them idle;
+        several processes must use all of theirs.
 
     Raises:
-      UserError: there are too few devices, or the batch does not divide; the message has valid values.
+      UserError: there are too few devices, or the batch does not divide; the message has valid
+        values.
     """
     devices = jax.devices() if devices is None else list(devices)
     filled = _resolve_sizes(sizes, len(devices))

@@ -68,8 +68,8 @@ def initialize(
     """Initialises `jax.distributed` in a multi-process run; call it before any other use of jax.
 
     Args:
-      coordinator: address and port of process 0, "host:1234". None reads the environment (TPU pod or
-        GKE, Slurm, Open MPI), which may describe a single process.
+      coordinator: address and port of process 0, "host:1234". None reads the environment (TPU pod
+        or GKE, Slurm, Open MPI), which may describe a single process.
       count: number of processes.
       index: index of this process, from 0.
 

@@ -1,9 +1,9 @@
 """Sharding rules: maps the axes of parameters to axes of the mesh.
 
 Every axis of a parameter has a logical name, which follows from the name of its layer; `RULES` maps
-logical names to axes of the mesh. Layers come in pairs (Megatron-LM, arXiv 1909.08053): the first is
-column-parallel, with its outputs (heads or hidden units) sharded, the second row-parallel, with its
-inputs sharded. So `tensor` needs one all-reduce of activations per pair.
+logical names to axes of the mesh. Layers come in pairs (Megatron-LM, arXiv 1909.08053): the first
+is column-parallel, with its outputs (heads or hidden units) sharded, the second row-parallel, with
+its inputs sharded. So `tensor` needs one all-reduce of activations per pair.
 """
 
 import math
@@ -37,8 +37,8 @@ _COLUMN_PARALLEL = {
     "time_emb_proj",
 }
 _ROW_PARALLEL = {"to_out_0", "out_proj", "net_2", "fc2", "conv2"}
-# Parameters below this name have a first axis over equal blocks (see `models.stacking`). A loop reads
-# one block after the other, so that this axis is never sharded.
+# Parameters below this name have a first axis over equal blocks (see `models.stacking`). A loop
+# reads one block after the other, so that this axis is never sharded.
 _STACKED = "transformer_blocks"
 
 
@@ -71,8 +71,8 @@ def logical_axes(path: Path, ndim: int) -> tuple[str | None, ...]:
 def parameter_spec(path: Path, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Returns the PartitionSpec of a parameter.
 
-    If a mesh axis does not divide the parameter's axis, it shards another axis of the parameter that
-    it divides, if there is one, or else none.
+    If a mesh axis does not divide the parameter's axis, it shards another axis of the parameter
+    that it divides, if there is one, or else none.
 
     Args:
       path: see `logical_axes`.

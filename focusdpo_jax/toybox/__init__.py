@@ -1,9 +1,9 @@
 """Toybox: a procedural world of subjects with known attributes, for training and evaluation.
 
 `subjects` samples individuals, `rendering` renders them, and `World` arranges scenes as preference
-records. `probe` predicts the attributes from an image, `metrics` compares them with the ground truth, and
-`pretraining` has the losses that train Toybox's encoders and probe. `probe` and `pretraining` require JAX;
-the other modules require only NumPy.
+records. `probe` predicts the attributes from an image, `metrics` compares them with the ground
+truth, and `pretraining` has the losses that train Toybox's encoders and probe. `probe` and
+`pretraining` require JAX; the other modules require only NumPy.
 """
 
 from focusdpo_jax.toybox.rendering import bounding_box, render_reference, render_subject

@@ -1,7 +1,7 @@
 """Metrics of generated Toybox scenes, computed from the probe's readings.
 
-Every metric is an array of values in [0, 1], one per subject ([B, S]) or one per scene ([B]), with NaN
-where the metric is not defined. A metric's mean is the mean of its defined values; `statistics`
+Every metric is an array of values in [0, 1], one per subject ([B, S]) or one per scene ([B]), with
+NaN where the metric is not defined. A metric's mean is the mean of its defined values; `statistics`
 computes its confidence interval by resampling scenes. NumPy only.
 
 The probe reads one subject per class, so subjects are identified by their class. A second copy of a

@@ -6,8 +6,8 @@ evaluation uses. Published models include such encoders; Toybox's are trained he
 (`configs/toybox_base.py`).
 
 Each builder returns `loss(trainable, frozen, batch, outputs, params, key) -> (loss, terms)`, the
-signature of all training losses. These losses ignore the outputs of the reference pass and the bucket's
-parameters (`params`).
+signature of all training losses. These losses ignore the outputs of the reference pass and the
+bucket's parameters (`params`).
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def crops_around(
 def _reconstruction(
     generator: Generator, parameters: Any, images: Float[Array, "B H W 3"], key: PRNGKeyArray
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns loss and terms of one pass of `images` [B, H, W, 3] in [0, 1] through the autoencoder."""
+    """Returns loss and terms of autoencoding `images` [B, H, W, 3] in [0, 1]."""
     mean, deviation = generator.encode_latents(parameters, images)
     decoded = generator.decode_latents(
         parameters, mean + deviation * jax.random.normal(key, mean.shape)
@@ -106,11 +106,11 @@ def _reconstruction(
 
 
 def autoencoder_loss(generator: Generator) -> Loss:
-    """Returns the loss of a variational autoencoder on crops around subjects and on a few whole scenes.
+    """Returns the loss of a variational autoencoder on crops around subjects and whole scenes.
 
-    Subjects are the difficult part of the images: crops around them, in scenes and references, are as
-    informative as whole images at a fraction of the cost. Whole images keep the statistics of the
-    group normalisations correct.
+    Subjects are the difficult part of the images: crops around them, in scenes and references, are
+    as informative as whole images at a fraction of the cost. Whole images keep the statistics of
+    the group normalisations correct.
     """
 
     def loss(trainable, frozen, batch, outputs, params, key):
@@ -160,7 +160,7 @@ def with_latent_scale(model: Any, parameters: Any, images: np.ndarray) -> Any:
 
 
 def image_encoder_loss(generator: Generator) -> Loss:
-    """Returns the loss of predicting attributes from the image encoder's penultimate patch features.
+    """Returns the loss of predicting attributes from the image encoder's patch features.
 
     Scenes and references are both used. The last layer learns the classes and the background of the
     whole image, so that the pooled embedding has the role of CLIP's.
@@ -221,10 +221,10 @@ def init_heads(generator: Generator, key: PRNGKeyArray) -> dict[str, Any]:
 
 
 def probe_loss(generator: Generator) -> Loss:
-    """Returns the probe's loss on scenes: half of them autoencoded with noise, half with pixel noise.
+    """Returns the probe's loss on scenes, half autoencoded with noise and half with pixel noise.
 
-    Generated images have artefacts of the autoencoder and small errors of the sampler. A probe trained
-    on clean renders alone would misread these as attributes.
+    Generated images have artefacts of the autoencoder and small errors of the sampler. A probe
+    trained on clean renders alone would misread these as attributes.
     """
     probe = Probe(TOYBOX)
 

@@ -127,8 +127,8 @@ def attribute_loss(
       background: int [B].
 
     Returns:
-      The loss, a scalar: the sum of cross-entropies and squared errors, each averaged over the cells
-      that subjects cover (the class over all cells), and a dict of its terms.
+      The loss, a scalar: the sum of cross-entropies and squared errors, each averaged over the
+      cells that subjects cover (the class over all cells), and a dict of its terms.
     """
     grid = maps.class_logits.shape[1]
     batch, slots, height, width = masks.shape
@@ -187,7 +187,7 @@ class Readings:
 
 
 def read(maps: AttributeMaps) -> Readings:
-    """Reduces AttributeMaps to Readings: averages over each class's cells, weighted by probability."""
+    """Reduces AttributeMaps to Readings: averages over each class's cells by probability."""
     certainty = jax.nn.softmax(maps.class_logits)[..., :-1]
     certainty = jnp.where(certainty > 0.5, certainty, 0.0)  # A cell counts for one class or none.
     area = certainty.mean((1, 2))

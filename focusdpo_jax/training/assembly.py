@@ -77,8 +77,8 @@ def assemble(
     Args:
       config: the `RunConfig`.
       generator: a Generator.
-      parameters: {part: tree} with at least the parts that the step reads, as arrays on the mesh, or
-        as `jax.ShapeDtypeStruct`s with shardings. Training donates the trainable arrays.
+      parameters: {part: tree} with at least the parts that the step reads, as arrays on the mesh,
+        or as `jax.ShapeDtypeStruct`s with shardings. Training donates the trainable arrays.
       empty_token_ids: int [2, L], tokens of the empty caption.
       mesh: device mesh; its devices may be absent if the parameters are shapes.
       load_others: () -> {part: tree} of the parts that `parameters` lacks.
@@ -132,8 +132,8 @@ def _is_abstract(tree):
 def reference_parameters(trainable, dtype, mesh=None):
     """Returns a copy of the trainable parameters for the reference model.
 
-    Matrices are cast to `dtype`, in which layers use them; vectors keep their type. Arrays keep their
-    sharding, and shapes get their sharding on `mesh`.
+    Matrices are cast to `dtype`, in which layers use them; vectors keep their type. Arrays keep
+    their sharding, and shapes get their sharding on `mesh`.
     """
 
     def copied(tree):

@@ -63,7 +63,8 @@ class Checkpoints:
 
         Args:
           example: a state of the same structure; the result has its shapes, types and shardings.
-          release: whether to delete the example's arrays first, so that only one state is in memory.
+          release: whether to delete the example's arrays first, so that only one state is in
+            memory.
 
         Returns:
           (state, loader_state).
@@ -99,10 +100,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self):
-        """Raises a UserError if this checkpoint or the previous one cannot be written, and removes it.
+        """Raises a UserError if this or the previous checkpoint cannot be written; removes it.
 
-        Orbax writes in the background and raises errors at the next call, some of them as errors of the
-        library that writes the arrays.
+        Orbax writes in the background and raises errors at the next call, some of them as errors of
+        the library that writes the arrays.
         """
         try:
             yield

@@ -1,7 +1,8 @@
 """`clu.metric_writers` and `clu.periodic_actions`, imported without TensorFlow.
 
-Importing either of them imports TensorFlow for `metric_writers.SummaryWriter`, which takes seconds and fails
-if TensorFlow is not installed. This module delays that import until a `SummaryWriter` is created.
+Importing either of them imports TensorFlow for `metric_writers.SummaryWriter`, which takes seconds
+and fails if TensorFlow is not installed. This module delays that import until a `SummaryWriter` is
+created.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Precomputed frozen-encoder features for a batch of pairs.
 
-A step reads latents, reference features and maps on the latent grid, not images. `encoder` returns the
-function that computes them. `cached` runs it over a data set and keeps the result in memory for all
-epochs. Values are not rounded, so that training on them equals training on the images.
+A step reads latents, reference features and maps on the latent grid, not images. `encoder` returns
+the function that computes them. `cached` runs it over a data set and keeps the result in memory for
+all epochs. Values are not rounded, so that training on them equals training on the images.
 """
 
 import functools
@@ -29,8 +29,8 @@ class EncodedPairs:
     The latent grid is h x w, the grid of image-encoder patches g x g.
 
     Attributes:
-      latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); [B, 1, h, w, C]
-        with chosen only if the run never reads rejected images.
+      latents_mean, latents_deviation: [B, 2, h, w, C], posterior of (chosen, rejected); [B, 1, h,
+        w, C] with chosen only if the run never reads rejected images.
       token_ids: int [B, 2, L], tokens of the caption for each text encoder.
       text, pooled: [B, L, D] and [B, P], text embeddings of the caption; None if the
         text encoders are trained (`text_is_frozen`).
@@ -42,9 +42,11 @@ class EncodedPairs:
       prototypes: [B, K, S, 2, P, D], prototypes of each subject and of its surroundings for each
         of K buckets, for a source that compares them with features of the step.
       similarity: [B, 2, S + 1, g, g], similarity of the patches of (chosen, rejected) with each
-        subject and, last, with the surroundings of all, for a source that does not depend on the step.
+        subject and, last, with the surroundings of all, for a source that does not depend on the
+        step.
       area: [B, S], share of the image that each subject covers inside M_prior.
-      subject_masks: [B, S, h, w], share of each location that each subject covers in the chosen image.
+      subject_masks: [B, S, h, w], share of each location that each subject covers in the chosen
+        image.
       detail: [B, 2, h, w], M_d of (chosen, rejected).
       quality: [B, h, w], PatchDPO's patch quality of the rejected image, in [0, 1].
       index: [B], positions in the data set.

@@ -1,9 +1,9 @@
 """Stores encoded pairs in files next to their data set.
 
 There is one file per record. `key.json` lists everything that the files depend on: the encoders'
-parameters and precision, the tokenizer, the images and their size, and the settings of SPAF's source
-and of DPCE. A later run with the same key reads the files and loads no encoder. A run with another key
-is refused.
+parameters and precision, the tokenizer, the images and their size, and the settings of SPAF's
+source and of DPCE. A later run with the same key reads the files and loads no encoder. A run with
+another key is refused.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def make_key(model, config, content, source):
 
 
 def digest(sizes, tree):
-    """Returns the SHA-256 of a part's configuration and parameters; independent of their sharding."""
+    """Returns the SHA-256 of a part's configuration and parameters, whatever their sharding."""
     sha = hashlib.sha256(repr(sizes).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         leaf = np.asarray(meshes.fetch(leaf))
@@ -81,7 +81,8 @@ def digest(sizes, tree):
 def folder_name(config, source):
     """Returns the name of the folder of encoded records.
 
-    Supervised objectives use other masks than preference objectives, and may need only the chosen images.
+    Supervised objectives use other masks than preference objectives, and may need only the chosen
+    images.
     """
     if objectives.get(config.objective).reads_rejected:
         return f"encoded_pairs_{source.settings[0]}"
@@ -116,8 +117,9 @@ class StoredEncodings:
 def cached(folder, key, parts, files, parameters, encode, batches, count):
     """Encodes the records that have no file yet, and returns all as StoredEncodings.
 
-    No parameters are loaded if all files exist and the encoders' files have not changed. If the encoders'
-    files have changed, digests of their parameters are compared, since these may still be equal.
+    No parameters are loaded if all files exist and the encoders' files have not changed. If the
+    encoders' files have changed, digests of their parameters are compared, since these may still be
+    equal.
 
     Args:
       folder: epath.Path for the files; created if missing.

@@ -1,8 +1,8 @@
 """The two functions of a generator's training step: the reference pass and the loss.
 
-This module contains what all objectives share: noise, condition dropout, the error maps of policy and
-reference model, and the maps that the spatial weights are computed from. `focusdpo_jax.objectives`
-contains the objectives themselves.
+This module contains what all objectives share: noise, condition dropout, the error maps of policy
+and reference model, and the maps that the spatial weights are computed from.
+`focusdpo_jax.objectives` contains the objectives themselves.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class StepStructure:
 
 
 def draw_latents(key, encoded):
-    """Samples latents [B, P, h, w, C] from the posteriors; both images of a pair share the noise."""
+    """Samples latents [B, P, h, w, C] from the posteriors; the images of a pair share the noise."""
     noise = jax.random.normal(key, encoded.latents_mean[:, 0].shape)[:, None]
     return (
         encoded.latents_mean.astype(jnp.float32)
@@ -145,13 +145,14 @@ class ReferenceOutputs(NamedTuple):
 class GeneratorStep:
     """The two functions of a step of `config.objective`, which `training.step` compiles.
 
-    `reference_pass` needs no gradient and depends on the bucket's structure. `loss` is differentiated
-    and does not depend on it, so that the expensive backward pass is compiled once for all structures.
+    `reference_pass` needs no gradient and depends on the bucket's structure. `loss` is
+    differentiated and does not depend on it, so that the expensive backward pass is compiled once
+    for all structures.
 
-    `frozen` has up to three entries: `parameters`, the frozen ones of `parts`; `reference`, a copy of
-    the initial trainable parameters, if the objective needs a reference model; and `unconditional`, if
-    conditions are dropped. Dropped conditions are the same for policy and reference model and for both
-    images of a pair.
+    `frozen` has up to three entries: `parameters`, the frozen ones of `parts`; `reference`, a copy
+    of the initial trainable parameters, if the objective needs a reference model; and
+    `unconditional`, if conditions are dropped. Dropped conditions are the same for policy and
+    reference model and for both images of a pair.
     """
 
     def __init__(self, generator, config, empty_token_ids, source: Any = None):

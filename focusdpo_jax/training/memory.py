@@ -1,7 +1,7 @@
 """Checks from shapes whether parameters and optimiser fit in memory, before anything is built.
 
-The result is a lower bound: the bytes that a device holds during every step. Activations and temporaries
-are only known from the compiled program; `planner` adds them.
+The result is a lower bound: the bytes that a device holds during every step. Activations and
+temporaries are only known from the compiled program; `planner` adds them.
 """
 
 import math
@@ -38,8 +38,8 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
       mesh: device mesh.
 
     Returns:
-      {kind: bytes}: "frozen parameters", "encoders", "reference", "trained parameters", "optimizer",
-      "gradient" and "images".
+      {kind: bytes}: "frozen parameters", "encoders", "reference", "trained parameters",
+      "optimizer", "gradient" and "images".
 
     Raises:
       UserError: the model lacks the part that `config.trainable` names.
@@ -65,8 +65,8 @@ def held(config: RunConfig, mesh: Mesh) -> dict[str, int]:
             (state.trainable, state.average), (shardings.trainable, shardings.average)
         ),
         "optimizer": bytes_per_device(state.optimizer, shardings.optimizer),
-        # Clipping by the global norm needs the whole gradient at once. With accumulation the optimiser's
-        # sum of gradients, which is counted above, takes its place.
+        # Clipping by the global norm needs the whole gradient at once. With accumulation the
+        # optimiser's sum of gradients, which is counted above, takes its place.
         "gradient": 0 if config.accumulate > 1 else bytes_per_device(trainable),
         # Without the cache, encoders read every batch of images on the device.
         "images": 0
@@ -99,8 +99,8 @@ def bytes_per_device(tree: Any, shardings: Any = None) -> int:
 def limit(device: Any) -> int | None:
     """Returns the memory of a `jax.Device` of this process in bytes, or None if it is unknown.
 
-    For a CPU it is the free memory of this machine under the limits of the process and of its control
-    group; all CPU devices of a process share it.
+    For a CPU it is the free memory of this machine under the limits of the process and of its
+    control group; all CPU devices of a process share it.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")

@@ -61,9 +61,9 @@ def shipped(name):
 def stored_type(config, path, shape):
     """Returns the type in which a parameter is stored.
 
-    Trainable parameters and all parameters of a float32 model are float32. The frozen parameters of a
-    bfloat16 model are bfloat16, except for the autoencoder's encoder, which computes in float32, and
-    for vectors, which norms use in float32 and which need little memory.
+    Trainable parameters and all parameters of a float32 model are float32. The frozen parameters of
+    a bfloat16 model are bfloat16, except for the autoencoder's encoder, which computes in float32,
+    and for vectors, which norms use in float32 and which need little memory.
 
     Args:
       config: the `RunConfig`; its `dtype` and `trainable` are read.
@@ -114,8 +114,9 @@ def open_model(config, *, inpainting=False):
       inpainting: whether the UNet may have more input channels than the latents, as for inpainting.
 
     Raises:
-      UserError: the folder or one of its files is missing, damaged or of other sizes, the vocabulary
-        does not fit the text encoders, or the UNet has more input channels than the latents.
+      UserError: the folder or one of its files is missing, damaged or of other sizes, the
+        vocabulary does not fit the text encoders, or the UNet has more input channels than the
+        latents.
     """
     source, sizes, _ = _open(config)
     if not inpainting:
@@ -139,8 +140,8 @@ def open_model(config, *, inpainting=False):
 def load_parts(config, parts, place=None):
     """Loads the parameters of some parts of the model of a configuration.
 
-    The files are a model folder, as written by runs, or SDXL in the layouts of `pretrained`. Parts that
-    the files lack are initialised at random from `config.seed`. So are the LoRA matrices of
+    The files are a model folder, as written by runs, or SDXL in the layouts of `pretrained`. Parts
+    that the files lack are initialised at random from `config.seed`. So are the LoRA matrices of
     `config.model.lora_rank`, if the files have none. LoRA matrices in the files are always loaded.
 
     Args:
@@ -194,8 +195,8 @@ def check_files(config):
     shapes of the model.
 
     Raises:
-      UserError: a file is missing or damaged, tensors are missing, unexpected or of another shape, or
-        a preference objective would start from a part that is initialised at random.
+      UserError: a file is missing or damaged, tensors are missing, unexpected or of another shape,
+        or a preference objective would start from a part that is initialised at random.
     """
     source, sizes, stored = _open(config)
     if source is None:
@@ -323,8 +324,8 @@ def _require_latents_alone(config, sizes):
 def abstract_model(config, mesh):
     """Returns the generator of a configuration, and its parameters as shapes with shardings.
 
-    If files of `config.model.pretrained` are missing on this machine, the sizes are SDXL's, with the
-    adapter that `config.model.adapter` probably names (`published.adapter_sizes`).
+    If files of `config.model.pretrained` are missing on this machine, the sizes are SDXL's, with
+    the adapter that `config.model.adapter` probably names (`published.adapter_sizes`).
 
     Raises:
       UserError: the files are not those of SDXL, the UNet has more input channels than the latents,
@@ -357,7 +358,7 @@ def abstract_model(config, mesh):
 
 
 def load_probe(config):
-    """Returns the parameters of Toybox's probe in `config.model.pretrained`, or None if it has none.
+    """Returns the parameters of Toybox's probe in `config.model.pretrained`, or None.
 
     Raises:
       UserError: see `load_model`.

@@ -109,15 +109,15 @@ class PairBatches:
 
     @functools.cached_property
     def _stored(self):
-        """The stored encodings, or None if they are incomplete or need parameters for validation."""
+        """The stored encodings; None if they are incomplete or validation needs parameters."""
         return self._place and encoding_cache.complete(*self._place, len(self.records))
 
     @functools.cached_property
     def _place(self):
         """The first arguments of `encoding_cache.cached`: folder, key, parts and file digests.
 
-        Toybox's encodings have one folder per key. None if they stay in memory, which is the case if
-        Toybox's encoders are not loaded from files.
+        Toybox's encodings have one folder per key. None if they stay in memory, which is the case
+        if Toybox's encoders are not loaded from files.
         """
         config, records, model = self.config, self.records, self.model
         source = _source_to_keep(config, self.assembly)[0]
@@ -144,8 +144,8 @@ class PairBatches:
 def _source_to_keep(config, assembly):
     """Returns the source of the stored similarity, and whether more is stored than the run reads.
 
-    The stored encodings of a prepared set contain everything that any preference objective reads, so that
-    runs of different objectives share them.
+    The stored encodings of a prepared set contain everything that any preference objective reads,
+    so that runs of different objectives share them.
     """
     chosen_alone = not objectives.get(config.objective).reads_rejected
     if config.data.source == "toybox" or chosen_alone:

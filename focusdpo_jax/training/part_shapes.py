@@ -1,7 +1,7 @@
 """Computes the shapes of a generator's parameters without allocating arrays.
 
-Tracing SDXL's initialisation takes seconds, mostly for repeated blocks. Only one block of every stack is
-traced here, and its shapes are repeated for the others.
+Tracing SDXL's initialisation takes seconds, mostly for repeated blocks. Only one block of every
+stack is traced here, and its shapes are repeated for the others.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Saves and ends a run at SIGTERM, which schedulers send before preemption, or at Ctrl-C.
 
-A run finishes its step, saves, and exits. A second Ctrl-C exits at once; a second SIGTERM has no effect, since
-schedulers send several.
+A run finishes its step, saves, and exits. A second Ctrl-C exits at once; a second SIGTERM has no
+effect, since schedulers send several.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ class Preempted(Exception):
     """A run has received SIGTERM or Ctrl-C, and has saved its state.
 
     Attributes:
-      status: exit status, 143 or 130, as a shell reports a process that the signal ended. Schedulers
-        start such a run again.
+      status: exit status, 143 or 130, as a shell reports a process that the signal ended.
+        Schedulers start such a run again.
     """
 
     def __init__(self, number, step, total):
@@ -38,8 +38,8 @@ def watch():
     """Records SIGTERM and the first Ctrl-C instead of ending the process.
 
     Yields:
-      preempted(step) -> the number of the signal if the run has to save and exit after this step, or 0.
-      Call it after every step. With several processes, all get the signal at the same step.
+      preempted(step) -> the number of the signal if the run has to save and exit after this step,
+      or 0. Call it after every step. With several processes, all get the signal at the same step.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: 0  # Python delivers signals only to the main thread.

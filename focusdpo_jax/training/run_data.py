@@ -62,7 +62,7 @@ def _open_prepared(config):
 
 
 def subject_slots(config, sources):
-    """Returns the number of subject slots of a batch: the largest number of subjects of a record."""
+    """Returns the number of subject slots of a batch: the most subjects of a record."""
     if config.data.source == "prepared":
         return sources["train"].settings["subjects"]
     return len(config.data.subject_counts)
@@ -121,7 +121,7 @@ def stacked_shapes(row, count):
 
 
 def batch_shapes(tree, count, mesh):
-    """Returns the shapes of a batch of `count` examples, with the sharding of `meshes.shard_batch`."""
+    """Returns the shapes of a batch of `count` examples, sharded as by `meshes.shard_batch`."""
     examples = meshes.batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=examples), tree

@@ -1,13 +1,14 @@
 """A lock file that allows only one training process at a time in a run folder.
 
-`run.lock` identifies the process that trains in the folder, and has a counter that this process increments
-every few seconds. Operating system locks are not used, because gs:// has none and NFS locks may outlive their
-host. A lock of this machine is stale if its process no longer exists. A lock of another machine is stale if
-its counter has stopped, so that clocks of different machines are never compared.
+`run.lock` identifies the process that trains in the folder, and has a counter that this process
+increments every few seconds. Operating system locks are not used, because gs:// has none and NFS
+locks may outlive their host. A lock of this machine is stale if its process no longer exists. A
+lock of another machine is stale if its counter has stopped, so that clocks of different machines
+are never compared.
 
-Only training acquires the lock; `sample`, `evaluate` and `export` may read a run folder that is in use. If
-several processes train one model, process 0 acquires the lock for all. The module does not import jax, so
-that a command can check the lock within milliseconds.
+Only training acquires the lock; `sample`, `evaluate` and `export` may read a run folder that is in
+use. If several processes train one model, process 0 acquires the lock for all. The module does not
+import jax, so that a command can check the lock within milliseconds.
 """
 
 import contextlib
@@ -31,7 +32,8 @@ _BEAT = 2.0  # Seconds between two increments of the counter.
 _STALE = 20.0
 # Seconds to wait for a process that may be about to exit, as when a job is requeued.
 _PATIENCE = 3.0
-# Two processes that find a stale lock both write theirs. After this time the file shows which one has it.
+# Two processes that find a stale lock both write theirs. After this time the file shows which one
+# has it.
 _SETTLE = 1.0
 _POLL = 0.2
 # The last stale lock, so that the second check does not wait for it again.
@@ -43,8 +45,8 @@ def held(workdir):
     """Holds the lock of a run folder, which is created if missing, while the context is open.
 
     Yields:
-      () -> None, to be called before files of the folder are replaced. It raises a UserError if another
-      process has acquired the lock, which may happen if this one was suspended for long.
+      () -> None, to be called before files of the folder are replaced. It raises a UserError if
+      another process has acquired the lock, which may happen if this one was suspended for long.
 
     Raises:
       UserError: another process trains there, or the folder cannot be written.
@@ -68,9 +70,9 @@ def held(workdir):
 def require_free(workdir):
     """Checks that no other process trains in a run folder; writes nothing.
 
-    Waits a few seconds for a process that is about to exit, and longer for one of another machine whose
-    counter has stopped. If several processes train one model, each may call it before they are connected,
-    and only process 0 afterwards.
+    Waits a few seconds for a process that is about to exit, and longer for one of another machine
+    whose counter has stopped. If several processes train one model, each may call it before they
+    are connected, and only process 0 afterwards.
 
     Raises:
       UserError: another process trains there, or the folder cannot be read.
@@ -159,7 +161,7 @@ class _Lock:
 
 
 def _wait(path):
-    """Waits until a lock is free; returns None, or the content of a stale lock. See `require_free`."""
+    """Waits until a lock is free; returns None, or the content of a stale lock."""
     start, last, moved = time.monotonic(), None, False
     while (found := _read(path)) is not None:
         now = time.monotonic()

@@ -67,8 +67,8 @@ class Run:
     def policy(self):
         """Loads the trained `Model` with the newest weights.
 
-        These are in `model/` of a finished run, and in the newest checkpoint of an unfinished one; see
-        `run_folder.newest_weights`.
+        These are in `model/` of a finished run, and in the newest checkpoint of an unfinished one;
+        see `run_folder.newest_weights`.
 
         Raises:
           UserError: the run has no weights yet.

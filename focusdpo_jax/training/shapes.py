@@ -20,7 +20,7 @@ from focusdpo_jax.training.state import TrainState, create_state, make_optimizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractStep:
-    """The arguments of `training.step.trace_step` and a run's other arrays, as shapes with shardings.
+    """The arguments of `training.step.trace_step` and a run's other arrays, as sharded shapes.
 
     Attributes:
       assembly: the `Assembly` of the step.
@@ -76,7 +76,7 @@ def abstract_step(config: RunConfig, mesh: Mesh) -> AbstractStep:
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of a TrainState; moments and averages have those of their parameters."""
+    """Returns the shardings of a TrainState; moments and averages follow their parameters."""
     parts = set(state.trainable)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:

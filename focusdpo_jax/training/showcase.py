@@ -1,8 +1,8 @@
 """Sample images and metrics during a run, and the table of results at its end.
 
 Base and policy generate the same scenes from the same noise. The base's images are generated once,
-when they are first needed, and stored in the run folder for resumed runs. Scenes are encoded when they
-are needed, so that a run without samples and evaluation loads no encoder.
+when they are first needed, and stored in the run folder for resumed runs. Scenes are encoded when
+they are needed, so that a run without samples and evaluation loads no encoder.
 """
 
 import dataclasses
@@ -53,7 +53,8 @@ class Showcase:
     ):
         """Initialises it.
 
-        All processes encode and generate together. The first process computes metrics and writes files.
+        All processes encode and generate together. The first process computes metrics and writes
+        files.
 
         Args:
           config: the `RunConfig`.
@@ -66,8 +67,8 @@ class Showcase:
           buckets: {name: (structure, params)}.
           focus_maps: (structure, encoded, params, key) -> FocusMaps.
           merged: trainable parameters -> all parameters of the generator.
-          reference: initial trainable parameters, or None if the run keeps none. Then the base's images
-            are generated before the first step.
+          reference: initial trainable parameters, or None if the run keeps none. Then the base's
+            images are generated before the first step.
         """
         self._config, self._workdir = config, workdir
         self._latent_shape = model.generator.latent_shape(config.resolution)
@@ -143,7 +144,12 @@ class Showcase:
             return dict(saved)
 
     def _base_images(self, name, trainable=None):
-        """Returns the base's images of the scenes "shown" or "measured"; None on other processes."""
+        """Returns the base's images of the scenes `name`; None on processes other than the first.
+
+        Args:
+          name: "shown" or "measured".
+          trainable: trainable parameters of the base, if `reference` is None.
+        """
         if not processes.broadcast_from_first(name in self._base):
             logging.info("generating images with the base model")
             _, encoded, _ = self._shown if name == "shown" else self._measured

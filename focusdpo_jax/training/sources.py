@@ -5,13 +5,14 @@
     vit        features of the frozen image encoder on clean images. The similarity is computed once,
                with the data; the timestep only changes rho.
     unet       features of a block of the reference model. The references are denoised once, with the
-               data, at the noise of each bucket, and pooled to prototypes. The features of the images
-               are captured in the reference pass of the step.
+               data, at the noise of each bucket, and pooled to prototypes. The features of the
+               images are captured in the reference pass of the step.
     attention  the cross-attention of image locations to a subject's tokens, also captured in the
                reference pass.
 
-The reference pass runs in every step of a preference objective in any case, so that capturing adds almost
-no cost. The paper uses the attention of its generator [known]; these variants for a UNet are [ours].
+The reference pass runs in every step of a preference objective in any case, so that capturing adds
+almost no cost. The paper uses the attention of its generator [known]; these variants for a UNet are
+[ours].
 """
 
 import jax
@@ -38,16 +39,17 @@ def make_source(generator, config, params):
         capture: names of activations that the reference pass captures (`Generator.denoise`).
         parts: parts of the generator whose parameters `encode` reads.
         settings: JSON values that `encode` depends on besides parameters and images.
-        reads_references: whether the captured activations depend on the references of the pass, so that
-          dropped references cannot be matched.
+        reads_references: whether the captured activations depend on the references of the pass, so
+          that dropped references cannot be matched.
         encode(parameters, batch, images, references) -> (prototypes, similarity): takes a
-          PreferenceBatch, its images [B * P, H, W, 3] in [0, 1] with those of a pair in succession, and
-          the `ImageView` [B, S] of its references. Returns prototypes [B, K, S, 2, count, D] for K
-          buckets, and similarities [B * P, S + 1, g, g] with the subjects and, last, the backgrounds.
-          A result is None if it is computed in the step or not used.
+          PreferenceBatch, its images [B * P, H, W, 3] in [0, 1] with those of a pair in succession,
+          and the `ImageView` [B, S] of its references. Returns prototypes [B, K, S, 2, count, D]
+          for K buckets, and similarities [B * P, S + 1, g, g] with the subjects and, last, the
+          backgrounds. A result is None if it is computed in the step or not used.
         similarity(encoded, captured, index) -> (similarity [B * P, S, h, w] with the subjects,
-          [B * P, h, w] with the references' backgrounds or None, bool [B, S]): takes EncodedPairs, the
-          captured activations and the bucket's index. The last output marks slots that can be matched.
+          [B * P, h, w] with the references' backgrounds or None, bool [B, S]): takes EncodedPairs,
+          the captured activations and the bucket's index. The last output marks slots that can be
+          matched.
     """
     if config.focus.features == "vit":
         return EncoderSource(generator, config.focus.prototypes)
@@ -93,7 +95,7 @@ class EncoderSource:
 
 
 class UNetSource:
-    """Features of a block of the reference model, for references and images at similar noise levels."""
+    """Features of a block of the reference model, for references and images with similar noise."""
 
     parts = ("unet", "adapter", "text_encoder", "text_encoder_2", "vae", "image_encoder")
     reads_references = False
@@ -116,8 +118,8 @@ class UNetSource:
     def encode(self, parameters, batch, images, references):
         """Denoises every reference once for each bucket, one bucket at a time.
 
-        The conditioning is the pair's caption, with the reference itself as the only subject. All slots of
-        a pair share the noise, so that their order has no effect.
+        The conditioning is the pair's caption, with the reference itself as the only subject. All
+        slots of a pair share the noise, so that their order has no effect.
         """
         generator = self._generator
         count, slots = batch.present.shape
@@ -178,8 +180,8 @@ class UNetSource:
 class AttentionSource:
     """The image branch of the UNet's cross-attention, at the finest level that has attention.
 
-    The attention is not normalised over subjects, since normalised shares would be 1 everywhere for the only
-    subject of an image.
+    The attention is not normalised over subjects, since normalised shares would be 1 everywhere for
+    the only subject of an image.
     """
 
     parts, settings = (), ["attention"]
@@ -201,7 +203,7 @@ class AttentionSource:
 
 
 def masks_on_grid(masks, grid):
-    """Returns the share of each cell of a grid (h, w) that masks [B, S, R, R] cover, [B, S, h * w]."""
+    """Returns the share of each cell of a grid (h, w) that masks [B, S, R, R] cover: [B, S, hw]."""
     masks = masks.astype(jnp.float32)
     rows, columns = masks.shape[2:]
     if rows % grid[0] or columns % grid[1]:

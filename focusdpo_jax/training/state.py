@@ -38,9 +38,9 @@ class TrainState:
 def learning_rate_schedule(config):
     """Returns a schedule with linear warm-up to `config.learning_rate`, then `config.decay`.
 
-    `config.decay` is "constant", "cosine" (to zero), or "wsd" (warmup-stable-decay, arXiv 2404.06395):
-    constant, then linear to zero over the last fifth of the steps. A run that is shorter than its warm-up
-    ends during the warm-up.
+    `config.decay` is "constant", "cosine" (to zero), or "wsd" (warmup-stable-decay, arXiv
+    2404.06395): constant, then linear to zero over the last fifth of the steps. A run that is
+    shorter than its warm-up ends during the warm-up.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.decay == "wsd":
@@ -82,7 +82,7 @@ def make_optimizer(config):
 
 
 def ends_optimizer_step(optimizer_state, accumulate):
-    """Returns whether the microstep that starts from this state updates the parameters, a bool scalar.
+    """Returns whether the next microstep updates the parameters, as a bool scalar.
 
     Args:
       optimizer_state: state of `make_optimizer`'s optimiser before the microstep.
@@ -92,7 +92,7 @@ def ends_optimizer_step(optimizer_state, accumulate):
 
 
 def accumulated_gradient(optimizer_state, gradient):
-    """Returns the mean of the gradients of an optimiser step so far, as `optax.MultiSteps` computes it.
+    """Returns the mean gradient of an optimiser step so far, as computed by `optax.MultiSteps`.
 
     Args:
       optimizer_state: state of `make_optimizer`'s optimiser before the microstep, with
@@ -108,9 +108,9 @@ def accumulated_gradient(optimizer_state, gradient):
 def _matrices(parameters):
     """Returns the axes of the matrices that Muon (Jordan et al. 2024) updates; None for AdamW.
 
-    A kernel is a matrix that maps all its axes but the last to the last axis. The first axis of stacked
-    blocks is a batch axis. AdamW updates biases, norms, embeddings, and kernels with at most four outputs,
-    such as pixels.
+    A kernel is a matrix that maps all its axes but the last to the last axis. The first axis of
+    stacked blocks is a batch axis. AdamW updates biases, norms, embeddings, and kernels with at
+    most four outputs, such as pixels.
     """
 
     def dimensions(path, leaf):
@@ -125,7 +125,7 @@ def _matrices(parameters):
 
 
 def create_state(trainable, optimizer, ema_decay):
-    """Returns an initial state; with a positive `ema_decay` the average starts at the parameters."""
+    """Returns an initial state; with `ema_decay` > 0 the average starts at the parameters."""
     average = jax.tree.map(jnp.copy, trainable) if ema_decay else None
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
     # Counters and Muon's coefficients are created on the first device. They are replicated, since a

@@ -1,9 +1,10 @@
 """The training step as two jitted programs, compiled ahead of time.
 
-The *reference pass* computes the inputs of the loss that need no gradient: the errors of the reference
-model and the spatial weights. It is compiled once for each distinct structure, and its program omits
-the terms that the structure excludes. The *update* computes the policy's loss and gradient, and applies
-the optimiser. It takes the outputs of the reference pass as data, so that all structures share it.
+The *reference pass* computes the inputs of the loss that need no gradient: the errors of the
+reference model and the spatial weights. It is compiled once for each distinct structure, and its
+program omits the terms that the structure excludes. The *update* computes the policy's loss and
+gradient, and applies the optimiser. It takes the outputs of the reference pass as data, so that all
+structures share it.
 """
 
 import concurrent.futures
@@ -37,8 +38,9 @@ class StepDefinition:
     """The functions of a step and their constant arguments; arrays may be shapes.
 
     Attributes:
-      reference_pass: (structure, frozen, batch, params, key) -> (outputs, dict of scalars). Computes
-        the inputs of the loss that need no gradient. `structure` is static and selects the program.
+      reference_pass: (structure, frozen, batch, params, key) -> (outputs, dict of scalars).
+        Computes the inputs of the loss that need no gradient. `structure` is static and selects the
+        program.
       loss: (trainable, frozen, batch, outputs, params, key) -> (loss, dict of scalars).
       buckets: {name: (structure, params)}; buckets of equal structure share one executable.
       frozen: pytree of arrays that both functions read besides the trainable parameters.
@@ -59,7 +61,8 @@ class Step:
     Attributes:
       reference_passes: {structure: (frozen, batch, params, key, microstep) -> ((key, outputs),
         StepMetrics)}.
-      update: (state, frozen, batch, outputs, params, key) -> (state, StepMetrics); `state` is donated.
+      update: (state, frozen, batch, outputs, params, key) -> (state, StepMetrics); `state` is
+        donated.
       key: PRNG key of the run; the key of a step is derived from it and the microstep.
       matmul_flops: {structure: floating-point operations of all matrix products and convolutions of
         a whole step, summed over devices}; see `profiling.flops`.

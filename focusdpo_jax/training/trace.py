@@ -17,8 +17,8 @@ _SKIPPED = 2
 class StepTrace(periodic_actions.Profile):
     """Traces `steps` whole steps, once, into `plugins/profile/` of the run folder.
 
-    Since steps are dispatched ahead, it waits for the device at the beginning and at the end of the trace,
-    so that the trace contains exactly these steps.
+    Since steps are dispatched ahead, it waits for the device at the beginning and at the end of the
+    trace, so that the trace contains exactly these steps.
     """
 
     def __init__(self, workdir, steps, *, start, total):

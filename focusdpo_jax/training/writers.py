@@ -1,10 +1,10 @@
 """Writers of a run's scalars and images: JSON lines, TensorBoard events, Weights & Biases.
 
-Each is a `clu.metric_writers.MetricWriter`. `open_writer` combines them and runs them in a thread, in the
-order of the calls, so that the training loop does not wait for a disk or a network.
+Each is a `clu.metric_writers.MetricWriter`. `open_writer` combines them and runs them in a thread,
+in the order of the calls, so that the training loop does not wait for a disk or a network.
 
-Training scalars have plain names (`loss`), or those of a bucket (`t750-999/loss`). Means over validation
-scenes start with `validation/`, those of the final evaluation with `evaluation/`.
+Training scalars have plain names (`loss`), or those of a bucket (`t750-999/loss`). Means over
+validation scenes start with `validation/`, those of the final evaluation with `evaluation/`.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ _NUMBERS = itertools.count()  # Makes the names of this process's event files un
 def open_writer(workdir, *, start_step=0, wandb_project=None, config=None):
     """Opens the writers of a run; all values are on disk when the context ends.
 
-    An error of a writer, such as a full disk, is raised by the next call of the yielded writer, at the
-    latest by its `flush` or at the end of the context.
+    An error of a writer, such as a full disk, is raised by the next call of the yielded writer, at
+    the latest by its `flush` or at the end of the context.
 
     Args:
       workdir: folder of the run.
@@ -114,11 +114,11 @@ class NullWriter(metric_writers.MetricWriter):
 
 
 class JsonLinesWriter(NullWriter):
-    """Writes `metrics.jsonl`, one object per logged step, and `validation.jsonl`, one per validation.
+    """Writes `metrics.jsonl`, a line per logged step, and `validation.jsonl`, one per validation.
 
-    A run that resumes after step N removes the lines of later steps from `metrics.jsonl`, since it writes
-    them again. A validation replaces the lines of its own step and of later ones. Scalars of the final
-    evaluation are in `results.json` and not written here.
+    A run that resumes after step N removes the lines of later steps from `metrics.jsonl`, since it
+    writes them again. A validation replaces the lines of its own step and of later ones. Scalars of
+    the final evaluation are in `results.json` and not written here.
     """
 
     def __init__(self, workdir, *, start_step=0):
@@ -170,12 +170,12 @@ def _line(step, scalars):
 class TensorBoardWriter(NullWriter):
     """Writes TensorBoard events, one for all scalars of a call.
 
-    Requires TensorBoard but not TensorFlow. TensorFlow's summaries, which `clu.metric_writers.SummaryWriter`
-    writes, take a millisecond per scalar.
+    Requires TensorBoard but not TensorFlow. TensorFlow's summaries, which
+    `clu.metric_writers.SummaryWriter` writes, take a millisecond per scalar.
     """
 
     def __init__(self, folder):
-        """Initialises it. The file is opened at the first event, since importing TensorBoard is slow."""
+        """Initialises it; the file is opened at the first event, since importing takes seconds."""
         self._folder = folder
 
     @functools.cached_property
@@ -235,8 +235,8 @@ class _Events:
                 "for run folders in a bucket (gs://)."
             )
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # The name is that of TensorBoard's EventFileWriter, which is not used because its thread prints a
-        # traceback if the disk is full.
+        # The name is that of TensorBoard's EventFileWriter, which is not used because its thread
+        # prints a traceback if the disk is full.
         self._path = os.path.join(
             str(folder),
             f"events.out.tfevents.{int(time.time()):010d}."
@@ -285,9 +285,9 @@ class _Events:
 class WandbWriter(NullWriter):
     """Logs scalars and images to a run of Weights & Biases.
 
-    The id of that run is stored in `wandb_run.txt`, so that a resumed run continues it. `step` is logged as
-    a metric instead of W&B's own counter, which must not decrease: a resumed run logs the steps after its
-    checkpoint again.
+    The id of that run is stored in `wandb_run.txt`, so that a resumed run continues it. `step` is
+    logged as a metric instead of W&B's own counter, which must not decrease: a resumed run logs the
+    steps after its checkpoint again.
     """
 
     def __init__(self, workdir, project, config=None):

@@ -21,8 +21,8 @@ from focusdpo_jax.vision import preprocess
 if TYPE_CHECKING:
     from focusdpo_jax.models.tokenizer import Tokenizer
 
-# Patch features that distinguish individuals best (experiments/real_photographs.py): the layer, as a
-# fraction of the number of layers, and the side of the input image in pixels.
+# Patch features that distinguish individuals best (experiments/real_photographs.py): the layer, as
+# a fraction of the number of layers, and the side of the input image in pixels.
 _PATCH_DEPTH, _PATCH_SIDE = 0.75, 448
 
 
@@ -53,7 +53,7 @@ class VisionEncoder:
         return mesh, replicate(self.parameters, mesh)
 
     def __call__(self, images: Sequence[RGBImage]) -> Float32[np.ndarray, "N ..."]:
-        """Encodes N images, uint8 [H, W, 3] each; returns float32 [N, ...] of unit length on the last axis."""
+        """Encodes N images, uint8 [H, W, 3], to unit vectors, float32 [N, ...]."""
         (mesh, parameters), vectors = self._placed, []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
@@ -67,7 +67,7 @@ class VisionEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """Maps prompts to vectors in the embedding space of CLIP's images; attributes as in `VisionEncoder`."""
+    """Maps prompts to CLIP's embedding space; see `VisionEncoder` for the attributes."""
 
     apply: Callable
     parameters: Any
@@ -94,11 +94,11 @@ def load_dino(
       batch_size: images of a batch.
 
     Returns:
-      Three encoders. The first returns the class token of the last layer, [N, D], for the centre 224 of
-      256 pixels, as the original evaluation does. The second, for cut-out subjects, returns that of the
-      layer before [ours]: the last layer may have been trained to distinguish classes rather than
-      individuals (experiments/real_photographs.py). The third returns the patch features of an earlier
-      layer, [N, g, g, D], for the whole image.
+      Three encoders. The first returns the class token of the last layer, [N, D], for the centre
+      224 of 256 pixels, as the original evaluation does. The second, for cut-out subjects, returns
+      that of the layer before [ours]: the last layer may have been trained to distinguish classes
+      rather than individuals (experiments/real_photographs.py). The third returns the patch
+      features of an earlier layer, [N, g, g, D], for the whole image.
 
     Raises:
       UserError: the folder cannot be read as such a model.

@@ -1,8 +1,8 @@
 """Image preprocessing for CLIP and DINO: resize, centre crop and normalisation like the originals.
 
-The steps are those of torchvision's transforms on Pillow images, which CLIP's and DINO's authors used,
-and of transformers' image processors. Pillow's resize filters over all pixels that a result pixel
-covers (antialiasing) and rounds to uint8; then follow the centre crop and the normalisation.
+The steps are those of torchvision's transforms on Pillow images, which CLIP's and DINO's authors
+used, and of transformers' image processors. Pillow's resize filters over all pixels that a result
+pixel covers (antialiasing) and rounds to uint8; then follow the centre crop and the normalisation.
 """
 
 import dataclasses

@@ -108,12 +108,13 @@ def find_regions(
 ) -> list[Box | None]:
     """Locates several subjects in an image by their prototypes, [ours].
 
-    A patch is assigned to the subject whose prototype is most similar, if the similarity exceeds the
-    threshold that separates subjects from background (Otsu 1979, over all patches). A subject's region
-    is the largest connected component of its patches, if that covers a hundredth of the image.
+    A patch is assigned to the subject whose prototype is most similar, if the similarity exceeds
+    the threshold that separates subjects from background (Otsu 1979, over all patches). A subject's
+    region is the largest connected component of its patches, if that covers a hundredth of the
+    image.
 
-    Regions found in this way resemble the subject by construction: leakage measured there is lower than
-    in known regions.
+    Regions found in this way resemble the subject by construction: leakage measured there is lower
+    than in known regions.
 
     Args:
       features: [g, g, D], unit vectors of the image's patches.

@@ -1,6 +1,7 @@
 """Image grids: preference pairs with generated images, samples, and focus maps.
 
-Images are uint8 [H, W, 3] arrays of one size within a grid. Text uses the font that is part of Pillow.
+Images are uint8 [H, W, 3] arrays of one size within a grid. Text uses the font that is part of
+Pillow.
 """
 
 import dataclasses
@@ -98,7 +99,7 @@ class ModelRow:
 
 
 def preference_grid(rows: Sequence[PreferenceRow], *, scale: int = 2) -> RGBImage:
-    """Draws one row per pair: references, chosen, rejected, base, policy, focus, masks; and its caption.
+    """Draws a row per pair: references, chosen, rejected, base, policy, focus, masks, and caption.
 
     Columns that are empty in all rows are left out.
 
@@ -306,7 +307,7 @@ def _page(scenes: Sequence[tuple], names: list[str], *, columns: int, scale: int
 
 
 def _magnify(image: RGBImage, size: np.ndarray) -> RGBImage:
-    """Resizes to `size` (height, width): by repeating pixels if the factor is whole, else smoothly."""
+    """Resizes to `size` (height, width); repeats pixels for a whole factor, else interpolates."""
     image = np.asarray(image, np.uint8)
     factors, rest = np.divmod(size, image.shape[:2])
     if rest.any() or not factors.all():
