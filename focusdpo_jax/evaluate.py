@@ -83,7 +83,8 @@ _STEPS = flags.DEFINE_integer(
 _GUIDANCE = flags.DEFINE_float(
     "guidance",
     None,
-    "Classifier-free guidance scale; 1 or less disables guidance. Default: config.sampling.guidance.",
+    "Classifier-free guidance scale; 1 or less disables guidance. Default: "
+    "config.sampling.guidance.",
 )
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp_2m.")
 _BATCH_SIZE = flags.DEFINE_integer(

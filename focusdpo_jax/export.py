@@ -25,11 +25,10 @@ _WHOLE = flags.DEFINE_bool(
 _CHECK = flags.DEFINE_bool(
     "check",
     False,
-    "Then open the export with diffusers, as its README.md describes, generate one image with diffusers "
-    "and one with this package from the same noise, and print their difference; more than 2/255, or "
-    "0.1/255 in the mean, is an error. "
-    "Needs diffusers and PyTorch (and PEFT for LoRA). Exports without "
-    "--whole are checked on the model that the run started from.",
+    "Then open the export with diffusers, as its README.md describes, generate one image with "
+    "diffusers and one with this package from the same noise, and print their difference; more "
+    "than 2/255, or 0.1/255 in the mean, is an error. Needs diffusers and PyTorch (and PEFT for "
+    "LoRA). Exports without --whole are checked on the model that the run started from.",
 )
 
 

@@ -23,8 +23,8 @@ def describe(head: bytes) -> str | None:
         return "is empty: fetch or copy it again"
     if head.startswith(_POINTER):
         return (
-            "is a pointer of git-lfs and not the file itself: run `git lfs pull` in its repository, or "
-            "fetch it with `hf download`"
+            "is a pointer of git-lfs and not the file itself: run `git lfs pull` in its "
+            "repository, or fetch it with `hf download`"
         )
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return (
@@ -33,8 +33,8 @@ def describe(head: bytes) -> str | None:
         )
     if head.startswith(b"GGUF"):
         return (
-            "is a GGUF file, whose weights are quantised, and is not read: fetch the .safetensors file "
-            "of the same model"
+            "is a GGUF file, whose weights are quantised, and is not read: fetch the .safetensors "
+            "file of the same model"
         )
     if head.startswith(b"PK\x03\x04"):
         return f"is a zip archive, as torch.save makes of a pickle, {_CONVERT}"

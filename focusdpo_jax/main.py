@@ -17,8 +17,9 @@ _LARGE = 16 * 64**2
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Configuration file, such as configs/toybox_dpo.py, or its name, toybox_dpo. Some take an argument "
-    "after a colon: configs/toybox_base.py:probe. Override fields by --config.FIELD=VALUE.",
+    "Configuration file, such as configs/toybox_dpo.py, or its name, toybox_dpo. Some take an "
+    "argument after a colon: configs/toybox_base.py:probe. Override fields by "
+    "--config.FIELD=VALUE.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -37,8 +38,8 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 _PROFILE = flags.DEFINE_integer(
     "profile_steps",
     0,
-    "Profile this number of steps, from the third one on, and write the trace to plugins/profile/ of "
-    "the run folder, for TensorBoard's profile plugin or Perfetto (0: none).",
+    "Profile this number of steps, from the third one on, and write the trace to "
+    "plugins/profile/ of the run folder, for TensorBoard's profile plugin or Perfetto (0: none).",
     lower_bound=0,
 )
 _WANDB = flags.DEFINE_string(

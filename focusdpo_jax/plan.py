@@ -31,8 +31,9 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "local",
     "TPU slice such as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2; GPUs such as h100:8 "
-    "(h100, h100-pcie, h200, b200, a100-40, a100-80, a6000, l4, l40s, rtx4090, rtx5090, rtx6000pro; more "
-    "than eight are several machines of eight); or local, this machine's devices.",
+    "(h100, h100-pcie, h200, b200, a100-40, a100-80, a6000, l4, l40s, rtx4090, rtx5090, "
+    "rtx6000pro; more than eight are several machines of eight); or local, this machine's "
+    "devices.",
 )
 _UTILISATION = flags.DEFINE_float(
     "utilisation",
@@ -47,8 +48,9 @@ _SEARCH = flags.DEFINE_bool(
     "search",
     False,
     "Try meshes of data and fsdp with --batches pairs per chip; if nothing fits, also "
-    "remat, cached encodings and no accumulation, in this order. Recommends the plan that fits with the most "
-    "pairs per second and, among equals, the least communication; this plan includes all programs.",
+    "remat, cached encodings and no accumulation, in this order. Recommends the plan that fits "
+    "with the most pairs per second and, among equals, the least communication; this plan "
+    "includes all programs.",
 )
 _BATCHES = flags.DEFINE_list(
     "batches", ["1", "2", "4"], "Numbers of pairs per chip that --search tries."
@@ -59,8 +61,8 @@ _QUICK = flags.DEFINE_bool(
 _PROGRAMS = flags.DEFINE_list(
     "programs",
     None,
-    "Programs to compile: update, sampling, encoding, reference pass, focus maps, probe. Default: all "
-    "programs of the run.",
+    "Programs to compile: update, sampling, encoding, reference pass, focus maps, probe. "
+    "Default: all programs of the run.",
 )
 
 
@@ -90,7 +92,8 @@ def main():
     unknown = sorted(set(only or ()) - set(programs.NAMES))
     if unknown:
         raise UserError(
-            f"--programs={','.join(only or ())}: {unknown[0]!r} is none of {', '.join(programs.NAMES)}"
+            f"--programs={','.join(only or ())}: {unknown[0]!r} is none of "
+            f"{', '.join(programs.NAMES)}"
         )
     if not _SEARCH.value:
         _show(planner.plan(config, _TOPOLOGY.value, only=only, utilisation=utilisation))

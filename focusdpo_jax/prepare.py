@@ -57,8 +57,8 @@ _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
     "Folder with CLIP's vocab.json and merges.txt, or tokenizer.json, as in a model's "
-    "tokenizer/: captions that are too long for CLIP are then detected exactly. Without it, only captions "
-    "with too many words under any vocabulary are detected.",
+    "tokenizer/: captions that are too long for CLIP are then detected exactly. Without it, only "
+    "captions with too many words under any vocabulary are detected.",
 )
 _WORKERS = flags.DEFINE_integer(
     "workers", os.cpu_count() or 1, "Processes that read, check and resize images.", lower_bound=1

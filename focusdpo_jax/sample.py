@@ -74,8 +74,8 @@ _SAMPLER = flags.DEFINE_string(
 _GUIDANCE = flags.DEFINE_float(
     "guidance",
     None,
-    "Classifier-free guidance scale; 1 or less disables guidance (as 0 in diffusers): one conditional "
-    "pass per step. Default: the run's, 2 for base, 5 for other models.",
+    "Classifier-free guidance scale; 1 or less disables guidance (as 0 in diffusers): one "
+    "conditional pass per step. Default: the run's, 2 for base, 5 for other models.",
 )
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
 _RESOLUTION = flags.DEFINE_integer(
@@ -155,7 +155,8 @@ def open_models() -> "tuple[Model, Model | None, dict[str, Any]]":
     opened = pipeline.open_pipeline(_WORKDIR.value)
     if _COMPARE.value and opened.run is None:
         raise UserError(
-            f"--workdir={opened.name} is a model and not a run: --compare has nothing to compare it with."
+            f"--workdir={opened.name} is a model and not a run: --compare has nothing to compare "
+            "it with."
         )
     check_resolution(opened.sizes)
     base = opened.run.base() if opened.run and _COMPARE.value else None

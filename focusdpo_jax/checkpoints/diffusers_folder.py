@@ -4,7 +4,7 @@
     unet/, vae/                 config.json, diffusion_pytorch_model[.fp16].safetensors
     text_encoder/, text_encoder_2/, image_encoder/
                                 config.json, model[.fp16].safetensors (transformers' layout)
-    tokenizer/, tokenizer_2/    vocab.json and merges.txt, or tokenizer.json, of CLIP's byte-pair encoding
+    tokenizer/, tokenizer_2/    vocab.json and merges.txt, or tokenizer.json, of CLIP's tokenizer
     scheduler/                  scheduler_config.json
     ip_adapter.safetensors      subject adapter and image branch, IP-Adapter's layout (our addition)
 

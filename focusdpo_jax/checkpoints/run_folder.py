@@ -22,8 +22,8 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     except OSError as error:
         raise UserError(
             f"--workdir={workdir}: no run there (its config.json cannot be read: "
-            f"{error.strerror or error}). Give the folder of a run of focusdpo_jax.main, or another "
-            "value that --help lists."
+            f"{error.strerror or error}). Give the folder of a run of focusdpo_jax.main, or "
+            "another value that --help lists."
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}.") from error

@@ -101,8 +101,8 @@ def read(path: epath.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
             # Recognise other formats first: their first bytes could be a length.
             if len(head) < 8 or not 2 <= length <= _LONGEST_HEADER or head[8:9] not in (b"{", b""):
                 what = file_kinds.describe(head) or (
-                    f"is not a safetensors file (its first bytes are {head[:8]!r}, and not the length of "
-                    "a header): fetch the .safetensors file of the model"
+                    f"is not a safetensors file (its first bytes are {head[:8]!r}, and not the "
+                    "length of a header): fetch the .safetensors file of the model"
                 )
                 raise UserError(f"{path} {what}.")
             if size < 8 + length:
@@ -132,8 +132,8 @@ def _entry(path: epath.Path, name: str, entry: Mapping[str, Any], start: int) ->
     """Returns the tensor of one entry of a header; `start` is the offset of the data."""
     if entry["dtype"] not in _TYPES:
         raise UserError(
-            f"{path}: {name} is of the type {entry['dtype']}, which is not supported; give a file in "
-            "float32, float16 or bfloat16."
+            f"{path}: {name} is of the type {entry['dtype']}, which is not supported; give a file "
+            "in float32, float16 or bfloat16."
         )
     dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
     begin, end = entry["data_offsets"]

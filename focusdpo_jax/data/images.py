@@ -111,7 +111,8 @@ def decode_mask_levels(content: bytes) -> UInt8[np.ndarray, "_ _"]:
     grey = np.asarray(image.convert("L"))
     if 0 < grey.max() < 128:
         raise UnreadableImage(
-            f"is not a mask: its lightest value is {grey.max()}; white (128 to 255) marks the subject"
+            f"is not a mask: its lightest value is {grey.max()}; white (128 to 255) marks the "
+            "subject"
         )
     return grey
 

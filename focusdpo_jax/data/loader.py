@@ -117,8 +117,8 @@ class Batches:
             if "Worker process" not in str(error):
                 raise
             raise UserError(
-                f"a process that reads data has died ({error}), perhaps from a lack of memory or of "
-                f"space in /dev/shm; give fewer than config.data.workers = {self._workers}"
+                f"a process that reads data has died ({error}), perhaps from a lack of memory or "
+                f"of space in /dev/shm; give fewer than config.data.workers = {self._workers}"
             ) from error
         self._given += 1
         return batch

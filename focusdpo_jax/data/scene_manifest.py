@@ -22,8 +22,8 @@ _WORDS = re.compile(r"[^\W\d_]+")
 _SMALL = frozenset("a an the of with and in on at to my his her its their this that".split())
 
 Segmenter = Callable[[np.ndarray, str, tuple[float, float, float, float] | None], np.ndarray]
-"""(image uint8 [H, W, 3], phrase, box (x0, y0, x1, y1) in [0, 1], or None) -> bool [H, W]: the pixels
-of the object that the phrase names. With a box the phrase may be empty."""
+"""(image uint8 [H, W, 3], phrase, box (x0, y0, x1, y1) in [0, 1], or None) -> bool [H, W]: the
+pixels of the object that the phrase names. With a box the phrase may be empty."""
 
 Captioner = Callable[[np.ndarray, np.ndarray], str]
 """(image uint8 [H, W, 3], mask bool [H, W]) -> a text that describes the content of the mask."""
@@ -164,8 +164,8 @@ def _subject(values, where: str, hooks: Hooks) -> SubjectLine:
     if subject.reference is None and subject.reference_mask is not None:
         raise LineError(
             where + "reference",
-            "is missing, but there is a reference_mask; give both, or none to use the cut-out by the "
-            "mask",
+            "is missing, but there is a reference_mask; give both, or none to use the cut-out by "
+            "the mask",
         )
     if subject.reference is not None and subject.reference_mask is None and hooks.segment is None:
         raise LineError(

@@ -23,8 +23,8 @@ from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.inference.prompts import Reference
 
 PROTOCOLS = ("all", "one")
-"""The photographs that images are compared with: all of the subject, as in DreamBooth, or the one that
-is the reference, as in Kosmos-G (arXiv 2310.02992)."""
+"""The photographs that images are compared with: all of the subject, as in DreamBooth, or the one
+that is the reference, as in Kosmos-G (arXiv 2310.02992)."""
 
 _LIVE = ("cat", "dog")  # Classes with the prompts for living subjects.
 _PROMPT = re.compile(r"""^\s*(['"])(?P<text>.*\{1\}.*)\1\s*\.format""")

@@ -23,13 +23,12 @@ from focusdpo_jax.models.generator import PARTS, merge_parameters, split_paramet
 from focusdpo_jax.training import runs
 
 LARGEST, MEAN = 2, 0.1
-"""Largest differences of an image's values, at one position and in the mean, that rounding explains;
-in 1/255."""
+"""Largest differences that rounding may cause, at one position and in the mean, in 1/255."""
 
 _PROMPT, _STEPS, _SEED = "a star on grass", 4, 0
 _NEEDS = (
-    "--check generates with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not installed here: "
-    "pip install -e '.[test]', or leave --check out."
+    "--check generates with diffusers, which needs PyTorch and, for LoRA, PEFT; {} is not "
+    "installed here: pip install -e '.[test]', or leave --check out."
 )
 
 
@@ -72,8 +71,8 @@ def check(
     reads = "adapter" in names and ip_adapter.diffusers_mismatch(config.adapter) is None
     if not reads and not whole and set(names) <= {"adapter"}:
         raise UserError(
-            f"--check: {ip_adapter.diffusers_mismatch(config.adapter)}, so that diffusers cannot use "
-            f"{epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check"
+            f"--check: {ip_adapter.diffusers_mismatch(config.adapter)}, so that diffusers cannot "
+            f"use {epath.Path(output) / diffusers_folder.ADAPTER}: there is nothing to check"
         )
     if not whole:
         # Parts that were not trained come from the base: a bfloat16 run has rounded them.

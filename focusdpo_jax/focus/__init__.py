@@ -12,7 +12,7 @@ vision model:
             reference_masks=batch.reference_masks, subject_masks=batch.masks,
         )
         policy, reference = error_maps(params, t, noise), error_maps(initial_params, t, noise)
-        loss, _ = fd.focus.diffusion_dpo(                    # error maps [B, 2, h, w]: (chosen, rejected)
+        loss, _ = fd.focus.diffusion_dpo(                 # error maps [B, 2, h, w]: (chosen, rejected)
             policy[:, 0], reference[:, 0], policy[:, 1], reference[:, 1],
             maps.weights[:, 0], maps.weights[:, 1], beta=2000.0,
         )

@@ -37,7 +37,7 @@ class SubjectAdapterConfig:
       phrase_dim: of "grounding", channels of a phrase's embedding.
       frequencies: of "grounding", number of frequencies of the box's Fourier features.
       dropped: what replaces references in the unconditional half of guidance and where training
-        drops them. "absent" masks them out; Toybox's adapter was trained so. "blank" uses the tokens
+        drops them. "absent" masks them out, as in Toybox's training. "blank" uses the tokens
         of an image of CLIP's mean colour, or of an embedding of zeros, as the code of IP-Adapter
         and diffusers does; adapters read from their files have it.
 

@@ -54,7 +54,7 @@ def candidates(config: RunConfig, name: str, chips: int) -> list[Changes]:
 
 
 def _fewer_rows(field: str, count: int, shares: int) -> list[Changes]:
-    """Returns smaller values of a field; first a row per chip, if all chips compute all rows now."""
+    """Returns smaller values of a field; first a row per chip, if every chip computes all rows."""
     options = [{field: shares}] if shares > 1 and count % shares else []
     while count > 1:
         count //= 2
@@ -140,8 +140,8 @@ def in_words(name: str, made: Mapping[str, Any], limit: float) -> str:
     cure = made.get("cure")
     if not cure:
         return (
-            f"{name} does not fit: {needs}; nothing that was tried makes it fit: take more chips or a "
-            "smaller config.resolution"
+            f"{name} does not fit: {needs}; nothing that was tried makes it fit: take more chips "
+            "or a smaller config.resolution"
         )
     fields = ", ".join(f"config.{field} = {value!r}" for field, value in cure["changes"].items())
     peak = (

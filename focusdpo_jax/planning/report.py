@@ -13,8 +13,8 @@ def table(found: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {found['mesh'][axis]}" for axis in AXES)
     lines = [
         f"{found['trainable']} at {found['resolution']} px on {found['chips']} x {found['chip']}: "
-        f"mesh {mesh}, {found['batch_size']} pairs per batch, remat {_on(found['remat'])}, encoders "
-        + ("cached" if found["cache"] else "held")
+        f"mesh {mesh}, {found['batch_size']} pairs per batch, remat {_on(found['remat'])}, "
+        "encoders " + ("cached" if found["cache"] else "held")
     ]
     lines.append("  GB per chip during the program with the largest peak:")
     lines += [
@@ -27,8 +27,8 @@ def table(found: Mapping[str, Any]) -> str:
             + ("fits" if found["fits"] else "does NOT fit")
         )
     lines.append(
-        f"  {'program':12s} {'of every':18s} {'rows a chip':>11s} {'held':>8s} {'temporaries':>11s} "
-        f"{'peak GB':>8s}  {'':9s} {'s':>9s} {'links s':>9s}"
+        f"  {'program':12s} {'of every':18s} {'rows a chip':>11s} {'held':>8s} "
+        f"{'temporaries':>11s} {'peak GB':>8s}  {'':9s} {'s':>9s} {'links s':>9s}"
     )
     lines += [_program_row(name, made) for name, made in found["programs"].items()]
     if found["not_planned"]:
@@ -76,8 +76,8 @@ def _program_row(name: str, made: Mapping[str, Any]) -> str:
     return (
         f"  {name:12s} {made['when'].removeprefix('of every '):18s} {made['rows_per_chip']:11d} "
         f"{_gb(made['held']):>8s} {_gb(made['temporaries']):>11s} "
-        f"{_gb(made['peak']) if made['peak'] else '>' + _gb(made['needs_at_least'] or made['held']):>8s}  "
-        f"{verdict:9s} {bound + _number(seconds):>9s} {_number(estimate.get('links')):>9s}"
+        f"{_gb(made['peak']) if made['peak'] else '>' + _gb(made['needs_at_least'] or made['held']):>8s}"
+        f"  {verdict:9s} {bound + _number(seconds):>9s} {_number(estimate.get('links')):>9s}"
     )
 
 
@@ -117,9 +117,9 @@ def _speed(found: Mapping[str, Any]) -> list[str]:
             )
     if any("roofline" in made.get("estimate", {}) for made in found["programs"].values()):
         lines.append(
-            "  ~ marks a roofline instead of an estimate: the larger of the time of the products at full "
-            "speed and that of the bytes at full bandwidth without caches; the GPU compiler has no "
-            "time estimates"
+            "  ~ marks a roofline instead of an estimate: the larger of the time of the products "
+            "at full speed and that of the bytes at full bandwidth without caches; the GPU "
+            "compiler has no time estimates"
         )
     update = found["programs"].get("update", {}).get("estimate", {})
     if update.get("most_expensive"):

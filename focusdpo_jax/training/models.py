@@ -315,9 +315,9 @@ def _require_latents_alone(config, sizes):
     }
     raise UserError(
         f"{config.model.pretrained or 'config.model.sizes'}: its UNet has "
-        f"{sizes.unet.in_channels} input channels (in_channels of its configuration) instead of the "
-        f"{channels} of the latents. {kinds.get(sizes.extra_channels, '')}"
-        f"Give a model whose UNet has {channels}."
+        f"{sizes.unet.in_channels} input channels (in_channels of its configuration) instead of "
+        f"the {channels} of the latents. {kinds.get(sizes.extra_channels, '')}Give a model whose "
+        f"UNet has {channels}."
     )
 
 

@@ -27,8 +27,8 @@ class Preempted(Exception):
     def __init__(self, number, step, total):
         """Initialises it with the signal's number, received in step `step` of `total`."""
         super().__init__(
-            f"stopped by {_NAMES.get(number, number)} after step {step} of {total}, which is saved; "
-            "run the same command again to resume"
+            f"stopped by {_NAMES.get(number, number)} after step {step} of {total}, which is "
+            "saved; run the same command again to resume"
         )
         self.status = 128 + number
 

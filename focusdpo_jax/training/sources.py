@@ -2,10 +2,10 @@
 
 `config.focus.features` selects one of
 
-    vit        features of the frozen image encoder on clean images. The similarity is computed once,
-               with the data; the timestep only changes rho.
-    unet       features of a block of the reference model. The references are denoised once, with the
-               data, at the noise of each bucket, and pooled to prototypes. The features of the
+    vit        features of the frozen image encoder on clean images. The similarity is computed
+               once, with the data; the timestep only changes rho.
+    unet       features of a block of the reference model. The references are denoised once, with
+               the data, at the noise of each bucket, and pooled to prototypes. The features of the
                images are captured in the reference pass of the step.
     attention  the cross-attention of image locations to a subject's tokens, also captured in the
                reference pass.

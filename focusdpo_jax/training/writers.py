@@ -184,7 +184,8 @@ class TensorBoardWriter(NullWriter):
             return _Events(self._folder)
         except ImportError as error:
             logging.warning(
-                "TensorBoard events are not written, because %s is missing (pip install tensorboard).",
+                "TensorBoard events are not written, because %s is missing (pip install "
+                "tensorboard).",
                 error.name or "tensorboard",
             )
             return None
@@ -231,8 +232,8 @@ class _Events:
 
         if getattr(tf, "__version__", "stub") == "stub":
             logging.info(
-                "TensorFlow is not installed: TensorBoard events are written without it. It is needed only "
-                "for run folders in a bucket (gs://)."
+                "TensorFlow is not installed: TensorBoard events are written without it. It is "
+                "needed only for run folders in a bucket (gs://)."
             )
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # The name is that of TensorBoard's EventFileWriter, which is not used because its thread
