@@ -63,7 +63,7 @@ def config_parser(holder: flags.FlagHolder) -> Parser:
     exception. The parser ends the program with one line for all of them.
 
     Args:
-      holder: of the flag, from `config_flags.DEFINE_config_file`; the flag may be optional.
+      holder: holder of the flag, from `config_flags.DEFINE_config_file`; the flag may be optional.
     """
     flag = flags.FLAGS[holder.name]
     flag.parser = _FoundByName(flag.parser)

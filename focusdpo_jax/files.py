@@ -44,7 +44,7 @@ def replace_file(path: epath.PathLike, content: str | bytes) -> None:
     """Writes a file atomically: it is never incomplete, even if the process is killed.
 
     Args:
-      path: of the file; its folder is created if missing.
+      path: path of the file; its folder is created if missing.
       content: text is written as UTF-8.
 
     Raises:

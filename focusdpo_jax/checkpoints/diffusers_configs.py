@@ -170,7 +170,7 @@ def read_file(folder: epath.PathLike, files: str) -> dict[str, Any]:
     """Reads the config.json of a folder.
 
     Args:
-      folder: of the model.
+      folder: folder of the model.
       files: the files that such a folder has, for the message if config.json is missing.
 
     Raises:
@@ -205,7 +205,7 @@ def read_unet(values: Mapping[str, Any], source: str) -> UNetConfig:
     """Converts the config.json of a `UNet2DConditionModel`.
 
     Args:
-      values: of the file.
+      values: values of the file.
       source: name of the file for messages.
 
     Raises:

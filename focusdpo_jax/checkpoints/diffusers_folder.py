@@ -134,7 +134,7 @@ def part_folders(
     """Returns {part: folder} of a pipeline.
 
     Args:
-      folder: of the pipeline.
+      folder: folder of the pipeline.
       image_encoder: folder of the image encoder; None for the pipeline's own.
     """
     folders = {part: epath.Path(folder) / part for part in _STEMS}
@@ -152,7 +152,7 @@ def load_config(
     """Reads the configuration of a pipeline.
 
     Args:
-      folder: of the pipeline.
+      folder: folder of the pipeline.
       variant: see `weight_files.find`.
       adapter: an IP-Adapter file to use instead of the folder's own.
       image_encoder, tokenizer: folders to use instead of the folder's own.
@@ -280,7 +280,7 @@ def open_part(
     a copy of the text projections, as in IP-Adapter's own training.
 
     Args:
-      folder: of the pipeline.
+      folder: folder of the pipeline.
       part: one of `generator.PARTS`.
       example: the expected tree of arrays or `jax.ShapeDtypeStruct`s, without "params".
       adapter, image_encoder: see `load_config`.
@@ -357,10 +357,10 @@ def save_part(
     their own (`save_adapter`, `lora.save`).
 
     Args:
-      folder: of the pipeline.
+      folder: folder of the pipeline.
       part: one of `generator.PARTS`, but not "adapter".
       parameters: tree of the part.
-      config: of the generator.
+      config: configuration of the generator.
       resolution: side in pixels of the images that pipelines generate by default.
 
     Raises:
@@ -392,9 +392,9 @@ def save_adapter(folder: epath.PathLike, parameters: Params, config: GeneratorCo
     """Writes the subject adapter and the UNet's image branch for `pipe.load_ip_adapter`.
 
     Args:
-      folder: to write to.
+      folder: folder to write to.
       parameters: {part: tree} with "unet" and "adapter".
-      config: of the generator.
+      config: configuration of the generator.
     """
     tensors = ip_adapter.from_flax(parameters["unet"], parameters["adapter"])
     tensor_file.write(
@@ -408,9 +408,9 @@ def save_pipeline_files(
     """Writes the files of a pipeline besides its parts: index, scheduler, tokenizers, preprocessor.
 
     Args:
-      folder: of the pipeline.
-      config: of the generator.
-      tokenizer: of the generator.
+      folder: folder of the pipeline.
+      config: configuration of the generator.
+      tokenizer: tokenizer of the generator.
     """
     folder = epath.Path(folder)
     for name, padding in zip(("tokenizer", "tokenizer_2"), tokenizer.pad_tokens):

@@ -127,7 +127,7 @@ def init_image_branch(tensors: Mapping[str, Any], unet_template: Params) -> dict
     """Initialises an image branch as a copy of the text projections.
 
     Args:
-      tensors: of a UNet, with diffusers' names.
+      tensors: tensors of a UNet, with diffusers' names.
       unet_template: tree of a UNet with an image branch.
 
     Returns:
@@ -148,8 +148,8 @@ def read_config(
 
     Args:
       tensors: dict from the file's names to anything with a shape.
-      metadata: of the file. Published files have none: then an attention head has 64 channels, and
-        dropped references are "blank", or "absent" for MS-Diffusion.
+      metadata: metadata of the file. Published files have none: then an attention head has 64
+        channels, and dropped references are "blank", or "absent" for MS-Diffusion.
       source: name of the file for messages.
 
     Raises:
@@ -233,7 +233,7 @@ def from_flax(unet_params: Params, adapter_params: Params) -> dict[str, np.ndarr
 
     Args:
       unet_params: a tree with the image branch; other leaves are ignored.
-      adapter_params: of any of the modules in `models.subject_adapter`.
+      adapter_params: parameters of any of the modules in `models.subject_adapter`.
 
     Returns:
       dict from the file's names to numpy arrays.

@@ -150,8 +150,8 @@ def read(
     """Finds the updates in the tensors of a file.
 
     Args:
-      tensors, metadata: of `tensor_file.read`: {name: array} and the texts of the header, which may
-        have alpha. Without it, alpha is that of the `.alpha` tensors, or the rank.
+      tensors, metadata: results of `tensor_file.read`: {name: array}, and the texts of the header,
+        which may have alpha. Otherwise alpha is that of the `.alpha` tensors, or the rank.
       parameters: {part: tree}, arrays or shapes, of the parts that may be updated: "unet" and
         the text encoders.
       unet_config: sizes of the UNet.
@@ -226,9 +226,9 @@ def _scale(
     """Returns the scale of one layer's update.
 
     Args:
-      path: of the kernel; its first key is the part.
+      path: path of the kernel; its first key is the part.
       layer: name in the file.
-      rank: of the matrices.
+      rank: rank of the matrices.
       alphas: {path: alpha} of the layers with an alpha tensor.
       configs: {part: configuration} from the metadata.
       kohya: `ss_network_alpha` of the header, or None.
@@ -294,7 +294,7 @@ def to_flax(
     Smaller ranks are padded with zeros; layers without an update are zero.
 
     Args:
-      updates: of `read`.
+      updates: result of `read`.
       template: the UNet's tree, of arrays or shapes, with its `lora_a` and `lora_b`.
       config: sizes of the UNet.
       source: name of the file for messages.
@@ -341,7 +341,7 @@ def merge(
     """Adds updates to their kernels.
 
     Args:
-      updates: of `read`.
+      updates: result of `read`.
       parameters: {part: tree} of arrays.
       strength: factor of every update.
 

@@ -57,7 +57,7 @@ class AdapterConfig:
     """The fields of PEFT's `LoraConfig` that determine the scale of a layer's update.
 
     Attributes:
-      rank, alpha: of layers that no pattern matches.
+      rank, alpha: rank and alpha of layers that no pattern matches.
       rank_pattern, alpha_pattern: {regular expression: value}; the first match is used.
       root: whether alpha is divided by the square root of the rank (rsLoRA, arXiv 2312.03732).
       source: name of the file for messages.
@@ -75,7 +75,7 @@ class AdapterConfig:
         """Converts a dict of PEFT's fields.
 
         Args:
-          fields: of a `LoraConfig`.
+          fields: fields of a `LoraConfig`.
           source: name of the file for messages.
 
         Raises:
@@ -123,7 +123,7 @@ class AdapterConfig:
 
         Args:
           layer: name in the trained model, such as "mid_block.attentions.0.proj_in".
-          rank: of the matrices.
+          rank: rank of the matrices.
 
         Raises:
           UserError: the configuration has another rank for the layer.
@@ -179,7 +179,7 @@ def of_header(
     """Reads the configuration that diffusers writes to a file's header: {part: AdapterConfig}.
 
     Args:
-      metadata: of the header. The result is empty if it has no such field.
+      metadata: metadata of the header. The result is empty if it has no such field.
       parts: names of the parts that the file may update. Fields without a part's name are the
         UNet's, as `UNet2DConditionModel.save_lora_adapter` writes them.
       source: name of the file for messages.

@@ -38,8 +38,8 @@ def open_part(
     """Finds the tensors of one part and checks their names and shapes; only the header is read.
 
     Args:
-      folder: of the model.
-      name: of the part.
+      folder: folder of the model.
+      name: name of the part.
       example: tree of arrays or shapes that the file must match; None for no check.
 
     Returns:
@@ -102,9 +102,9 @@ def save_config(folder: epath.PathLike, config: GeneratorConfig, step: int | Non
     """Writes `model.json`; call it after everything else is written.
 
     Args:
-      folder: of the model.
-      config: of the generator.
-      step: of the run that trained the weights; None if there is no run.
+      folder: folder of the model.
+      config: configuration of the generator.
+      step: step of the run that trained the weights; None if there is no run.
     """
     values = json.loads(config.to_json()) | ({} if step is None else {"step": step})
     replace_file(

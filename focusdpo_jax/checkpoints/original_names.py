@@ -74,7 +74,7 @@ def unet_module(name: str, config: UNetConfig) -> str:
 
     Args:
       name: diffusers' name, such as "down_blocks.1.attentions.0.proj_in".
-      config: of the UNet; its levels and depths determine the numbers of the blocks.
+      config: configuration of the UNet; its levels and depths determine the numbers of the blocks.
     """
     if name in _UNET_ENDS:
         return _UNET_ENDS[name]
@@ -130,7 +130,7 @@ def original_tensor(
 
     Args:
       part: a key of PREFIXES.
-      name: of the tensor in diffusers.
+      name: name of the tensor in diffusers.
       config: the part's configuration.
 
     Returns:

@@ -16,9 +16,9 @@ def adapter_sizes(name: str) -> tuple[SubjectAdapterConfig, CLIPVisionConfig]:
     """Returns the configuration of an adapter and its image encoder from a file name.
 
     Args:
-      name: of a file, which need not exist. `ip-adapter...` is a projection unless it is
+      name: name of a file, which need not exist. `ip-adapter...` is a projection unless it is
         `ip-adapter-plus...`: for ViT-H if the name has "vit-h", else for ViT-bigG. Any other name
-        stands for IP-Adapter-Plus, and "" for a new adapter of its sizes.
+        means IP-Adapter-Plus, and "" a new adapter of its sizes.
     """
     file = name.rsplit("/", 1)[-1]
     if not re.match(r"ip-adapter(?!-plus)", file):

@@ -100,7 +100,7 @@ def drop_later_model(workdir: epath.PathLike, step: int) -> bool:
 
     Args:
       workdir: folder of the run.
-      step: from which the run resumes; 0 for a start from the beginning.
+      step: step from which the run resumes; 0 for a start from the beginning.
 
     Returns:
       Whether there was such a `model/`.

@@ -50,7 +50,7 @@ class LazyTensor:
     Every `np.asarray` reads the values again; nothing is cached.
 
     Attributes:
-      shape: of the tensor.
+      shape: shape of the tensor.
       dtype: numpy type of the tensor.
     """
 
@@ -58,7 +58,7 @@ class LazyTensor:
         """Creates a tensor.
 
         Args:
-          shape, dtype: of the result of `read`.
+          shape, dtype: shape and type of the result of `read`.
           read: returns the values.
         """
         self.shape = tuple(shape)
@@ -202,7 +202,7 @@ def write(
     """Writes a safetensors file atomically, one tensor at a time.
 
     Args:
-      path: of the file.
+      path: path of the file.
       tensors: {name: numpy or jax array, or `LazyTensor`}.
       metadata: texts for the header.
     """

@@ -19,7 +19,7 @@ def find(folder: epath.Path, stem: str, variant: str | None = None) -> list[epat
     """Returns the safetensors files of a folder's weights, or an empty list.
 
     Args:
-      folder: with the weights.
+      folder: folder with the weights.
       stem: STEM of the files' names.
       variant: such as "fp16"; None for the files without a variant or, if there are none, fp16.
 

@@ -20,7 +20,7 @@ class Window:
     """A square part of an image, and the resolution to which it is resized.
 
     Attributes:
-      height, width: of the whole image, in its pixels.
+      height, width: height and width of the whole image, in its pixels.
       size: side of the result, in pixels.
       top, left: offset of the square in pixels of the *resized* image, whose shorter side is
         `size`; these are SDXL's crop coordinates.
@@ -58,7 +58,7 @@ def window(height: int, width: int, size: int, region: Mask) -> Window:
     """Returns the largest square of an image, centred on `region` as far as the border allows.
 
     Args:
-      height, width: of the image.
+      height, width: height and width of the image.
       size: side of the result.
       region: bool [height, width], not empty.
     """
@@ -108,7 +108,7 @@ def box_mask(box: tuple[float, float, float, float], height: int, width: int) ->
 
     Args:
       box: x0, y0, x1, y1 in [0, 1], fractions of width and height.
-      height, width: of the result.
+      height, width: height and width of the result.
     """
     x0, y0, x1, y1 = box
     mask = np.zeros((height, width), bool)

@@ -1,8 +1,8 @@
 """Reads image and mask files into arrays, and writes PNG.
 
-A decoded image is 8-bit sRGB as its owner sees it: EXIF orientation applied, ICC profile converted,
-transparency blended over white. The size is checked before pixels are decoded, so that a small file
-cannot become a huge array. All commands read images and masks with this module.
+A decoded image is 8-bit sRGB as displayed by other programs: EXIF orientation applied, ICC profile
+converted, transparency blended over white. The size is checked before pixels are decoded, so that a
+small file cannot become a huge array. All commands read images and masks with this module.
 """
 
 import io
@@ -121,8 +121,8 @@ def read_image(path: epath.PathLike, kind: str = "") -> RGBImage:
     """Reads an image file; logs a warning if its colour profile is unusable.
 
     Args:
-      path: of the file.
-      kind: what the file is ("reference"), for error messages.
+      path: path of the file.
+      kind: description of the file ("reference"), for error messages.
 
     Returns:
       uint8 [H, W, 3].

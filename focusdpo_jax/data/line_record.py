@@ -39,8 +39,8 @@ class ImageSizes:
     """Sides of the images of a data set, in pixels.
 
     Attributes:
-      resolution: of chosen, rejected and the masks in them.
-      reference: of the references.
+      resolution: size of the chosen and rejected images and their masks.
+      reference: size of the references.
     """
 
     resolution: int
@@ -55,7 +55,7 @@ def make_record(
     Args:
       line: the parsed line.
       contents: {field: content} of every file of `line.files()`.
-      sizes: of the result.
+      sizes: sizes of the result.
 
     Returns:
       The record, as in `record` but without `index`, with original_size int32 [2] (height, width)

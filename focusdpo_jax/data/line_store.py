@@ -29,12 +29,12 @@ class LineJob:
     """A line to convert.
 
     Attributes:
-      number: of the line, from 1.
+      number: number of the line, from 1.
       text: its bytes.
       tokens: number of tokens of its caption, or None.
       root: the folder that its paths are relative to.
       store: folder of converted lines; None computes the digest alone.
-      sizes, max_subjects: as `make_record` and `parse_line` take them.
+      sizes, max_subjects: arguments of `make_record` and `parse_line`.
     """
 
     number: int

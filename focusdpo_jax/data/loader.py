@@ -229,7 +229,7 @@ def evaluation_batches(
     Args:
       source: records.
       batch_size: rows of a batch.
-      transform: as `pair_transform` returns it.
+      transform: result of `pair_transform`.
     """
     last = len(source) - 1
     for start in range(0, len(source), batch_size):

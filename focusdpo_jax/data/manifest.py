@@ -221,7 +221,7 @@ def read_text(values: dict, name: str, cure: str, where: str = "") -> str:
 
     Args:
       values: the JSON object.
-      name: of the field.
+      name: name of the field.
       cure: what the text should be, for the error message.
       where: prefix of the field's name in the error message.
     """

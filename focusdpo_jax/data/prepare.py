@@ -98,7 +98,7 @@ def prepare(
     Args:
       path: the manifest.
       output: folder of the data set; made if missing.
-      settings: what the result depends on besides the manifest and its images.
+      settings: settings of the result.
       draw_sheet: writes an image of some records to a path.
       skip: leave out lines that cannot be used; otherwise one of them stops the build.
       workers: number of processes; 1 works in this process.
@@ -280,7 +280,7 @@ def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
 
     Args:
       groups: {line: group}.
-      settings: with the fractions of the splits.
+      settings: has the fractions of the splits.
 
     Returns:
       {line: "train", "validation" or "test"}.

@@ -11,7 +11,7 @@ def summarize(outcomes: list[dict], identity: dict) -> dict:
     """Returns the report of all lines.
 
     Args:
-      outcomes: of `line_store.process_line`, in the order of the manifest.
+      outcomes: results of `line_store.process_line`, in the order of the manifest.
       identity: further entries of the report.
 
     Returns:
@@ -99,9 +99,9 @@ def refused_lines_message(refused: list[dict], total: int, path: epath.Path, ski
     """Returns the error message of a command that stops because of refused lines.
 
     Args:
-      refused: as in `summarize`.
+      refused: see `summarize`.
       total: number of lines.
-      path: of the report that lists all refused lines.
+      path: path of the report that lists all refused lines.
       skip: True if refused lines were to be left out, and no line is left.
     """
     first = refused[0]

@@ -102,7 +102,7 @@ class LoadedScene:
     Attributes:
       caption: text that describes the image.
       image: uint8 [H, W, 3].
-      subjects: in the order of the line.
+      subjects: subjects in the order of the line.
     """
 
     caption: str | None
@@ -122,9 +122,9 @@ def parse_line(text: bytes, *, max_subjects: int, hooks: Hooks) -> SceneLine:
     """Parses a line and checks every field on its own.
 
     Args:
-      text: of the line.
+      text: text of the line.
       max_subjects: largest number of subjects of a line.
-      hooks: decide which fields may be missing.
+      hooks: determine which fields may be missing.
 
     Raises:
       LineError: the message has the field and the cure.
@@ -251,9 +251,9 @@ def fill(
     """Returns a scene with its missing parts supplied.
 
     Args:
-      scene: as `load_scene` returned it.
+      scene: result of `load_scene`.
       line: the line that it was loaded from.
-      hooks: the same that the line was parsed with.
+      hooks: the hooks with which the line was parsed.
       cut: maps an image and a mask to the cut-out subject and its mask.
 
     Raises:

@@ -27,7 +27,7 @@ def load(flag: str, group: str, name: str | None) -> Callable | None:
     Args:
       flag: the command's flag, for error messages.
       group: SEGMENTERS or CAPTIONERS.
-      name: of the entry point.
+      name: name of the entry point.
 
     Raises:
       UserError: no installed package has it, it cannot be imported, or it is not a function.

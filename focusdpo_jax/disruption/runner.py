@@ -41,7 +41,7 @@ class Settings:
       candidates: number of candidates of each subject, one of which is selected.
       seed: base seed; a candidate's seed depends on it, on the image and on the subject's index in
         the line.
-      resolution, steps, strength, guidance, sampler, batch_size: as `Inpainter` takes them.
+      resolution, steps, strength, guidance, sampler, batch_size: see `Inpainter`.
       max_subjects: largest number of subjects of a line.
     """
 
@@ -80,7 +80,7 @@ def disrupt(
     Args:
       path: the manifest.
       output: folder of the pairs; made if missing.
-      settings: what the result depends on.
+      settings: settings of the result.
       inpainter: generates candidates.
       scorer: scores candidates.
       identity: JSON values that identify model and hooks; a continued run must have the same.

@@ -79,7 +79,7 @@ class CandidateScorer:
           original: uint8 [H, W, 3], the image with the subject.
           candidates: list of images of the same size, with another subject in its place.
           mask: bool [H, W], of the subject.
-          phrase: that the candidates should match.
+          phrase: phrase that the candidates should match.
           phrase_scores: float [K], by the generator (`inpainting.make_phrase_score`).
 
         Returns:

@@ -63,7 +63,7 @@ class ToyboxBenchmark:
           config: RunConfig; it reads `data`, `resolution` and `evaluation`.
           probe: parameters of the probe network, or None.
           samples: images of each scene.
-          seed: of the noise.
+          seed: seed of the noise.
           limit: largest number of images, or None.
           batch_size: images scored at once.
 

@@ -40,7 +40,7 @@ def single(
       folder: the benchmark's `dataset` folder, with `prompts_and_classes.txt` in it or beside it.
       protocol: one of PROTOCOLS.
       samples: images of each subject and prompt.
-      seed: of the first image; image i has seed + i.
+      seed: seed of the first image; image i has seed + i.
 
     Returns:
       A list of BenchmarkScene, one group per subject. The reference is a subject's first
@@ -75,12 +75,12 @@ def listed(
     """Returns the scenes of a JSON file in UNO's layout.
 
     Args:
-      path: of the file: a list of objects with `prompt`, `image_paths` (one to N images in the
+      path: path of the file: a list of objects with `prompt`, `image_paths` (one to N images in the
         order of the prompt, relative to the file) and, as an extension, `boxes` (for each of them
         x0, y0, x1, y1 in [0, 1], the region of the subject in the generated image).
       folder: the benchmark's folder, searched for images that are missing at their path, by the
         last two parts of the path (dog/00.jpg); None for no such folder.
-      protocol, samples, seed: as in `single`.
+      protocol, samples, seed: see `single`.
 
     Returns:
       A list of BenchmarkScene; scenes of the same subjects are one group. The images of a folder

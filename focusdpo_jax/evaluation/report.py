@@ -97,10 +97,10 @@ class Report:
       title: heading.
       about: a sentence or two about the benchmark.
       results: the values of results.json.
-      scenes: of the benchmark.
+      scenes: scenes of the benchmark.
       scores: {side: {scene: {metric: value or list of values}}}.
       image_path: maps side and scene to the path of the image.
-      workdir: of the run, for its curves and focus maps, or None.
+      workdir: folder of the run, for its curves and focus maps, or None.
     """
 
     title: str
@@ -116,7 +116,7 @@ def write(path: epath.PathLike, report: Report, *, cases: int = 6) -> None:
     """Writes the page.
 
     Args:
-      path: of the file.
+      path: path of the file.
       report: its content.
       cases: number of best and of worst scenes to show.
     """

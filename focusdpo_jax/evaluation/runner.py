@@ -236,7 +236,7 @@ def score(
     """Scores the images that have no score yet.
 
     Args:
-      folder, side, scenes, share: as in `draw`.
+      folder, side, scenes, share: see `draw`.
       scorer: computes the scores.
       image_source: has the paths of the images: the folder, or an `ExternalImages`.
       regions: maps a scene and its image to the regions of its subjects.

@@ -16,7 +16,7 @@ class BenchmarkSubject:
     """A subject of a scene.
 
     Attributes:
-      name: of the individual ("dog6"), or of its class if individuals have no names.
+      name: name of the individual ("dog6"), or of its class if individuals have no names.
       phrase: noun phrase in captions ("a dog").
       reference: file of the reference image.
       photographs: files that generated images are compared with.
@@ -36,9 +36,9 @@ class BenchmarkScene:
 
     Attributes:
       name: file name without extension; unique, may contain folders.
-      prompt: of the generator.
-      subjects: in the order of the prompt.
-      seed: of the noise.
+      prompt: prompt for the generator.
+      subjects: subjects in the order of the prompt.
+      seed: seed of the noise.
       group: scenes of one group are resampled together for confidence intervals.
     """
 

@@ -43,7 +43,7 @@ class Scorer(Protocol):
         Args:
           scenes: the scene of each image.
           images: uint8 [H, W, 3] each.
-          regions: of the subjects in each image.
+          regions: regions of the subjects in each image.
         """
         ...
 

@@ -32,7 +32,7 @@ def bootstrap_mean(
 
     Args:
       values: [scenes] or [scenes, subjects], NaN where not defined.
-      seed: of the resampling.
+      seed: seed of the resampling.
       resamples: number of resamples.
       confidence: fraction of the resampled means inside the interval.
     """

@@ -36,7 +36,7 @@ def values_by_group(
     """Arranges values by metric, with one row per group of scenes.
 
     Args:
-      scenes: of the benchmark.
+      scenes: scenes of the benchmark.
       scores: {scene: {metric: a value or a list of values, None where not defined}}.
 
     Returns:
@@ -64,7 +64,7 @@ def summarize(
 
     Args:
       tables: {side: the result of `values_by_group` for the same scenes}.
-      seed: of the bootstrap.
+      seed: seed of the bootstrap.
 
     Returns:
       {metric: {side: {"mean", "low", "high", "n"}}}; with both base and policy also "difference",

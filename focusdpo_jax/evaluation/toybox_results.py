@@ -18,7 +18,7 @@ def summarize(
     Args:
       base, policy: results of `toybox.metrics.compute` for the same scenes in the same order,
         concatenated along the scenes.
-      seed: of the bootstrap.
+      seed: seed of the bootstrap.
 
     Returns:
       {"metrics": {name: {"base": {"mean", "low", "high", "n"}, "policy": the same, "difference":
@@ -52,7 +52,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     percentage points, and its verdict.
 
     Args:
-      results: as `summarize` returns them.
+      results: result of `summarize`.
 
     Returns:
       Lines joined by newlines, without a trailing newline.

@@ -31,11 +31,11 @@ def write_scenes(
     """Returns the first `count` scenes of a source of Toybox records; writes their references.
 
     Args:
-      source: of records (`data.dataset.ToyboxSource`).
+      source: Toybox records (`data.dataset.ToyboxSource`).
       count: number of scenes.
-      folder: of the references as PNG files; existing files are kept.
+      folder: folder of the references as PNG files; existing files are kept.
       samples: images of each scene.
-      seed: of the first image; image i has seed + i.
+      seed: seed of the first image; image i has seed + i.
 
     Returns:
       A list of BenchmarkScene; every scene is its own group.
@@ -71,7 +71,7 @@ class ToyboxScorer:
 
         Args:
           probe: parameters of the probe network.
-          source: of the records of the scenes.
+          source: records of the scenes.
           slots: largest number of subjects of a scene.
           batch_size: images at once.
         """

@@ -105,8 +105,8 @@ def conditioned_denoiser(
 
     Args:
       generator: the model's pure functions.
-      parameters: of the generator.
-      token_ids, time_ids, references, present, scales, masks: as `generate` of `make_generate`.
+      parameters: parameters of the generator.
+      token_ids, time_ids, references, present, scales, masks: see `generate` in `make_generate`.
       negative_token_ids: int [2, L]. If given, the denoiser takes 2B latents, for
         `samplers.classifier_free_guidance`: B with prompts and references, then B with the negative
         prompt.

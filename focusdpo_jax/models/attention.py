@@ -82,7 +82,7 @@ def choose_kernel(
 
     Args:
       target: the device that the program is compiled for.
-      dtype: of queries, keys and values.
+      dtype: type of queries, keys and values.
       queries, keys: lengths.
       head_dim: channels of a head.
       masked: whether there is a key mask.

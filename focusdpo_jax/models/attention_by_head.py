@@ -128,7 +128,7 @@ def _map_heads(function: Callable, logits: int, *arrays: Array) -> list[Array]:
     """Applies `function` to as many heads at a time as `_LOGITS` allows.
 
     Args:
-      function: of arrays [h * B, ...] of h heads.
+      function: a function of arrays [h * B, ...] of h heads.
       logits: number of logits of one head of one example.
       arrays: [H, B, ...].
     """

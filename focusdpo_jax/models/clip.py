@@ -31,7 +31,7 @@ class CLIPTextConfig:
     Attributes:
       vocab_size: tokens in the vocabulary.
       max_length: tokens of the longest text.
-      hidden_size, num_layers, num_heads, intermediate_size: of the transformer.
+      hidden_size, num_layers, num_heads, intermediate_size: sizes of the transformer.
       activation: "quick_gelu" or "gelu".
       projection_dim: channels of the projected pooled output; None for no projection.
       eos_token_id: the token whose position is pooled; 2 means the highest id of the prompt.
@@ -61,7 +61,8 @@ class CLIPVisionConfig:
     Attributes:
       image_size: side of the square image, in pixels; a multiple of `patch_size`.
       patch_size: side of a patch, in pixels.
-      hidden_size, num_layers, num_heads, intermediate_size, activation: of the transformer.
+      hidden_size, num_layers, num_heads, intermediate_size, activation: sizes and activation of the
+        transformer.
       projection_dim: channels of the projected pooled output; None for no projection.
 
     Raises:

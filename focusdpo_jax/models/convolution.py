@@ -126,9 +126,9 @@ def input_gradient_by_taps(
     """Computes the gradient of `conv2d`'s input: a convolution with the flipped kernel.
 
     Args:
-      kernel: that of `conv2d` with stride 1.
-      gradient: of its output.
-      padding: of `conv2d`.
+      kernel: kernel of `conv2d` with stride 1.
+      gradient: gradient of its output.
+      padding: padding of `conv2d`.
     """
     rows, columns = kernel.shape[:2]
     (top, bottom), (left, right) = padding

@@ -27,8 +27,8 @@ class DINOConfig:
       image_size: side of the square image of the stored position embeddings, in pixels. For images
         of other sizes they are interpolated.
       patch_size: side of a patch, in pixels.
-      hidden_size, num_layers, num_heads, intermediate_size: of the transformer.
-      epsilon: of every norm.
+      hidden_size, num_layers, num_heads, intermediate_size: sizes of the transformer.
+      epsilon: epsilon of every norm.
       layer_scale: whether each residual branch is scaled per channel (DINOv2).
 
     Raises:

@@ -322,7 +322,7 @@ class Generator:
         """Removes the references of the examples where `dropped`.
 
         Args:
-          conditioning: of B images.
+          conditioning: conditioning of B images.
           dropped: bool [B].
           blank: the result of `blank_reference`.
         """
@@ -351,7 +351,8 @@ class Generator:
         Args:
           latents: [B, h, w, C] noisy latents.
           timesteps: [B] in [0, 1000).
-          conditioning: of B images, or of fewer that each serve several neighbouring latents.
+          conditioning: conditioning of B images, or of fewer, each of which is shared by several
+            consecutive latents.
           image_scale: weight of the image branch.
           capture: see `UNet.__call__`.
 

@@ -225,7 +225,7 @@ class ResnetBlock(nn.Module):
 
     Attributes:
       features: output channels.
-      norm_groups, epsilon: of both group normalisations.
+      norm_groups, epsilon: groups and epsilon of both group normalisations.
       dtype: type of the computation.
     """
 

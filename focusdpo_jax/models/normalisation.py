@@ -40,7 +40,7 @@ def layer_norm(
       x: [..., C].
       scale, bias: [C].
       epsilon: added to the variance.
-      dtype: of the result.
+      dtype: type of the result.
 
     Returns:
       [..., C] in `dtype`.
@@ -98,7 +98,7 @@ def group_norm(
       scale, bias: [C].
       groups: number of groups of consecutive channels; divides C.
       epsilon: added to the variance.
-      dtype: of the result.
+      dtype: type of the result.
       activation: elementwise function of the result, applied in float32, or None.
 
     Returns:

@@ -19,7 +19,8 @@ class Target(NamedTuple):
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      compute_capability: of an NVIDIA GPU, such as 9.0; None for all other devices.
+      compute_capability: compute capability of an NVIDIA GPU, such as 9.0; None for all other
+        devices.
     """
 
     platform: str

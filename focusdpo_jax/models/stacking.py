@@ -79,7 +79,7 @@ def block_path(path: Path, number: int) -> Path:
     """Returns the path in files of a stacked parameter, for one block.
 
     Args:
-      path: of the stacked parameter.
+      path: path of the stacked parameter.
       number: index of the block.
     """
     index = path.index(STACKED)

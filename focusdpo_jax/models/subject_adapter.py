@@ -4,7 +4,7 @@
 | --- | --- | --- | --- |
 | "resampler" | `Resampler` | patch features | IP-Adapter-Plus (arXiv 2308.06721) |
 | "projection" | `ImageProjection` | pooled embedding | IP-Adapter |
-| "grounding" | `GroundingResampler` | patch features, phrase, box | MS-Diffusion (arXiv 2406.07209) |
+| "grounding" | `GroundingResampler` | patches, phrase, box | MS-Diffusion (arXiv 2406.07209) |
 
 Every reference slot is processed independently: the tokens of one subject do not depend on another.
 """
@@ -33,9 +33,9 @@ class SubjectAdapterConfig:
       input_dim: channels of the features.
       output_dim: channels of the tokens, the UNet's cross_attention_dim.
       num_tokens: tokens per reference.
-      width, depth, num_heads, head_dim, expansion: of the resampler's transformer.
-      phrase_dim: of "grounding", channels of a phrase's embedding.
-      frequencies: of "grounding", number of frequencies of the box's Fourier features.
+      width, depth, num_heads, head_dim, expansion: sizes of the resampler's transformer.
+      phrase_dim: channels of a phrase's embedding, for "grounding".
+      frequencies: number of frequencies of the box's Fourier features, for "grounding".
       dropped: what replaces references in the unconditional half of guidance and where training
         drops them. "absent" masks them out, as in Toybox's training. "blank" uses the tokens
         of an image of CLIP's mean colour, or of an embedding of zeros, as the code of IP-Adapter

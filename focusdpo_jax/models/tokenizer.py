@@ -33,7 +33,7 @@ class Tokenizer:
         """Reads a vocabulary.
 
         Args:
-          folder: of the tokenizer's files (see `vocabulary.read`).
+          folder: folder of the tokenizer's files (see `vocabulary.read`).
           length: tokens per caption, start and end token included.
           pad_tokens: the pad token of each text encoder.
 

@@ -13,7 +13,7 @@ def warn(tokenizer: Tokenizer, texts: Iterable[tuple[str, Sequence[str]]], sourc
     The warning also counts the texts that lose the phrase of a subject.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       texts: pairs of a text and the phrases of its subjects.
       source: origin of the texts for the message, such as "--prompt".
 

@@ -16,7 +16,7 @@ class UNetConfig:
     is that of the latents. Fields that are tuples have one entry per level.
 
     Attributes:
-      in_channels, out_channels: of the input latents and of the prediction.
+      in_channels, out_channels: channels of the input latents and of the prediction.
       block_out_channels: channels of each level.
       transformer_layers_per_block: transformer blocks after each resnet of the level, 0 for none.
       mid_transformer_layers: transformer blocks of the middle block, 0 for none; diffusers supports

@@ -166,7 +166,7 @@ def pad_tokens(folder: epath.Path) -> tuple[str, ...]:
     """Reads the pad tokens of a pipeline or model; those that it does not state are SDXL's.
 
     Args:
-      folder: of the pipeline, with tokenizer/ and perhaps tokenizer_2/.
+      folder: folder of the pipeline, with tokenizer/ and perhaps tokenizer_2/.
 
     Returns:
       The pad token of each of the two text encoders.
@@ -181,7 +181,7 @@ def save_pad_tokens(folder: epath.Path, tokens: Sequence[str]) -> None:
     """Writes pad tokens for `pad_tokens` to read; nothing if they are SDXL's.
 
     Args:
-      folder: of the pipeline or model.
+      folder: folder of the pipeline or model.
       tokens: the pad token of each text encoder.
     """
     if tuple(tokens) == PAD_TOKENS:

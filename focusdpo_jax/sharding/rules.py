@@ -76,8 +76,8 @@ def parameter_spec(path: Path, shape: Sequence[int], mesh: Mesh) -> PartitionSpe
 
     Args:
       path: see `logical_axes`.
-      shape: of the parameter.
-      mesh: with the axes of `RULES`.
+      shape: shape of the parameter.
+      mesh: mesh with the axes of `RULES`.
     """
     spec: list[tuple[str, ...] | None] = [None] * len(shape)
     first = int(_STACKED in path)

@@ -54,7 +54,7 @@ def crops_around(
     Args:
       images: [B, H, W, 3].
       masks: bool [B, H, W].
-      key: of the random offset, whose standard deviation is size / 8 pixels.
+      key: key of the random offset, whose standard deviation is size / 8 pixels.
       size: side of the crops.
 
     Returns:
@@ -143,7 +143,7 @@ def with_latent_scale(model: Any, parameters: Any, images: np.ndarray) -> Any:
 
     Args:
       model: a `training.models.Model`.
-      parameters: of the trained autoencoder.
+      parameters: parameters of the trained autoencoder.
       images: uint8 [N, H, W, 3].
 
     Returns:

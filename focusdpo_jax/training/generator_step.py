@@ -160,9 +160,9 @@ class GeneratorStep:
 
         Args:
           generator: a `models.generator.Generator`.
-          config: of the run.
+          config: configuration of the run.
           empty_token_ids: int [2, L], the tokens of the empty caption.
-          source: of SPAF's similarity, from `sources.make_source`; None where no bucket has SPAF.
+          source: source of SPAF's similarity, from `sources.make_source`; None without SPAF.
         """
         self._generator, self._config = generator, config
         self._empty = jnp.asarray(empty_token_ids)[None]
@@ -213,7 +213,7 @@ class GeneratorStep:
         Args:
           trainable: the trainable parameters.
           outputs: ReferenceOutputs of the same batch and key.
-          frozen, encoded, params, key: as for `reference_pass`.
+          frozen, encoded, params, key: see `reference_pass`.
 
         Returns:
           The scalar loss, and a dict of scalar diagnostics; see `focus.losses`.

@@ -184,7 +184,7 @@ def compile_beside(definition, optimizer, state, batch, *, seed, accumulate=1, e
       definition, optimizer, accumulate, ema_decay: see `trace_step`.
       state, batch: examples of the step's arguments. Only their shapes and shardings are kept, so
         that the arrays may be freed.
-      seed: of the run; the PRNG key of a step is derived from (seed, microstep).
+      seed: seed of the run; the PRNG key of a step is derived from (seed, microstep).
 
     Yields:
       The future of a Step.

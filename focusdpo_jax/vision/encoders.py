@@ -33,7 +33,7 @@ class VisionEncoder:
     Attributes:
       name: prefix of its metrics (`metric_names.ENCODERS`).
       apply: jitted function of parameters and pixels [B, h, w, 3] that returns [B, ...].
-      parameters: of `apply`, on the host.
+      parameters: parameters of `apply`, on the host.
       settings: preprocessing of the images.
       digest: changes with the parameters and the layer.
       batch_size: images of a batch, which is divided among the devices that divide it evenly.
@@ -90,7 +90,7 @@ def load_dino(
 
     Args:
       name: "dino" or "dinov2".
-      folder: of the checkpoint.
+      folder: folder of the checkpoint.
       batch_size: images of a batch.
 
     Returns:

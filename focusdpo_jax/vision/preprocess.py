@@ -28,7 +28,7 @@ class Preprocessing:
     Attributes:
       resize: length of the shorter side, with the aspect ratio kept; or (height, width). In pixels.
       crop: (height, width) of the centre crop; None for no crop.
-      mean, deviation: of the channels of an image in [0, 1].
+      mean, deviation: mean and standard deviation of the channels of an image in [0, 1].
       resample: Pillow's filter.
 
     Raises:
@@ -100,7 +100,7 @@ def preprocess(
 
     Args:
       image: uint8 [H, W, 3], or a Pillow image of any mode.
-      settings: of the encoder.
+      settings: settings of the encoder.
 
     Returns:
       float32 [height, width, 3].

@@ -42,7 +42,7 @@ def crop_subject(image: RGBImage, region: Region | None) -> RGBImage:
 
     Args:
       image: uint8 [H, W, 3].
-      region: of the subject, or None for the whole image.
+      region: region of the subject, or None for the whole image.
 
     Returns:
       uint8 [s, s, 3]; white where the square extends beyond the image.

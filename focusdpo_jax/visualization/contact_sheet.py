@@ -21,7 +21,7 @@ def draw(path: epath.PathLike, records: Sequence[dict]) -> None:
     masks: chosen greyed outside `prior_mask`, with subjects tinted in the order of the references.
 
     Args:
-      path: of the file.
+      path: path of the file.
       records: preference records, at least one.
     """
     rows = [
