@@ -136,7 +136,8 @@ def train(
       checkpoints: a `Checkpoints`.
       writer: a `clu.metric_writers.MetricWriter`.
       done: steps that the state has made.
-      require_lock: called before a checkpoint is written; raises if another process has taken the folder.
+      require_lock: called before a checkpoint is written; raises if another process has taken
+        the folder.
       trace: a `StepTrace`, or None.
     """
     definition, prefetcher = task.definition, Prefetcher(task.batches, task.prepare)
