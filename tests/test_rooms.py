@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "profiling": set(),
     "toybox": {"models"},
     "data": {"toybox", "config"},
-    "checkpoints": {"models", "diffusion"},
+    "checkpoints": {"models", "diffusion", "objectives"},
     "visualization": set(),
     "vision": {"data", "checkpoints", "sharding"},
     "inference": {"data", "diffusion", "models", "sharding"},

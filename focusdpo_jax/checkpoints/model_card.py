@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from focusdpo_jax import objectives
+
 _LOADING = {
     "unet": (
         'unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder="unet")\n'
@@ -15,13 +17,6 @@ _LOADING = {
         "                     image_encoder_folder=ENCODER)"
     ),
     "lora": "pipe.load_lora_weights(FOLDER)",
-}
-_OBJECTIVES = {
-    "focus_dpo": "FocusDPO",
-    "dpo": "Diffusion-DPO",
-    "prior_dpo": "DPO on the area where a pair differs",
-    "sft": "supervised fine-tuning on chosen images",
-    "subject_sft": "supervised fine-tuning on chosen images, subjects weighted",
 }
 _TAGS = {"adapter": "ip-adapter", "lora": "lora"}
 
@@ -42,7 +37,7 @@ def render(
       whole: whether the folder is a complete pipeline.
       caveat: why diffusers misreads the adapter (`ip_adapter.diffusers_mismatch`), or None.
     """
-    objective = _OBJECTIVES.get(run["objective"], run["objective"])
+    objective = objectives.get(run["objective"]).title
     base = run["model"]["pretrained"] or "random weights"
     lines = [
         "---",

@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from focusdpo_jax import objectives
 from focusdpo_jax.checkpoints import (
     diffusers_folder,
     ip_adapter,
@@ -40,8 +41,6 @@ _TRAINED = {
     "full": ("unet", "adapter"),
     "generator": ("unet", "adapter", "text_encoder", "text_encoder_2"),
 }
-# Objectives that train other parts, whatever config.trainable is.
-_ENCODERS = {"autoencode": ("vae",), "attributes": ("image_encoder",), "probe": ()}
 
 
 class _Model(Protocol):
@@ -104,7 +103,11 @@ def export_run(
             else None
         )
         read_part = functools.partial(_part, weights.folder)
-    names = _ENCODERS.get(run["objective"], _TRAINED[run["trainable"]])
+    objective = objectives.get(run["objective"])
+    if isinstance(objective, objectives.EncoderObjective):
+        names = objective.exports
+    else:
+        names = _TRAINED[run["trainable"]]
     if config.unet.lora_rank and ("unet" in names or whole):
         names = (*names, LORA)
     if whole:
