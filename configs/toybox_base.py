@@ -40,13 +40,10 @@ def get_config(stage="generator"):
     config.checkpoint_every = 200
     config.sample_every = 1000
 
-    # The world: subjects as large as their places allow, patterns that latents can hold.
     config.data.seed = 7
     config.data.train_size = 12000
     config.data.validation_size = 128
     config.data.test_size = 256
-    config.data.subject_radii = (21.0, 17.0, 14.5)
-    config.data.pattern_scale = 1.1
     config.data.same_class_probability = 0.1
     config.data.cache = True
 

@@ -156,12 +156,14 @@ class DataConfig:
         "Toybox: chance that a disrupted subject of a rejected image wears looks of another of its scene.",
     )
     subject_radii: tuple[float, ...] = setting(
-        (14.0, 13.0, 11.5),
+        (21.0, 17.0, 14.5),
         radii(),
-        "Toybox: largest radius of the subjects in scenes of one, two, three, in pixels of 64.",
+        "Toybox: largest radius of the subjects in scenes of one, two, three, in pixels of 64. Subjects "
+        "that do not fit together are smaller.",
+        before=(14.0, 13.0, 11.5),
     )
     pattern_scale: float = setting(
-        1.0, number(0, above=True), "Toybox: width of patterns; 1 is that of the first world."
+        1.1, number(0, above=True), "Toybox: magnification of patterns.", before=1.0
     )
     same_class_probability: float = setting(
         0.0, number(0, 1), "Toybox: chance of two subjects of one class in a scene of several."

@@ -87,8 +87,8 @@ class World:
     resolution: int = 64
     count_probabilities: tuple[float, ...] = (0.2, 0.4, 0.4)
     leak_probability: float = 0.5
-    subject_radii: tuple[float, ...] = (14, 13, 11.5)
-    pattern_scale: float = 1.0
+    subject_radii: tuple[float, ...] = (21.0, 17.0, 14.5)
+    pattern_scale: float = 1.1
     same_class_probability: float = 0.0
     one_look_probability: float = 0.0
     nuisance_probability: float = 0.0

@@ -155,7 +155,7 @@ def test_reference_shows_the_subject_alone_on_white(records):
         for entry in record["subjects"]:
             image, mask = entry["reference"], entry["reference_mask"]
             assert (image[~mask] == 255).all()
-            assert mask.sum() > 1.3 * entry["mask"].sum()  # Larger than in the scene.
+            assert mask.mean() > 0.12  # Large enough to show pattern and part.
 
 
 def test_caption_names_classes_in_order_and_no_looks(records):
@@ -281,7 +281,7 @@ def test_radii_bound_the_size_of_subjects_by_their_number():
             found[len(subjects)] += [entry["mask"].mean() for entry in subjects]
         return {count: np.mean(values) for count, values in found.items()}
 
-    small, large = areas(), areas(subject_radii=(21, 17, 14.5))
+    small, large = areas(subject_radii=(14, 13, 11.5)), areas()
     for count in (1, 2, 3):
         assert large[count] > 1.4 * small[count]
     # The rest finds no place and becomes smaller.
