@@ -15,7 +15,7 @@ def get_config():
     config = config_lib.defaults()
     config.resolution = 64
     config.dtype = "float32"
-    config.model.pretrained = "toybox"
+    config.model.pretrained = "toybox-leaky"
     config.model.remat = False
     config.model.scan_layers = True
 
@@ -34,7 +34,7 @@ def get_config():
     config.sample_every = 40
 
     config.data.train_size = 768
-    config.data.test_size = 896
+    config.data.test_size = 512
     config.data.leak_probability = 1.0
     config.data.cache = True
 
@@ -43,8 +43,8 @@ def get_config():
     config.focus.detail_sigma = 3.0
 
     config.sampling.steps = 8
-    config.sampling.guidance = 1.0
-    config.evaluation.scenes = 896
+    config.sampling.guidance = 2.0
+    config.evaluation.scenes = 512
     config.evaluation.batch_size = 32
     config.evaluation.pictures = 8
     return config

@@ -182,6 +182,12 @@ class DataConfig:
         "Toybox: the prior mask of a disrupted subject: its pixels, these dilated by 3 pixels of 64, or "
         "their bounding box.",
     )
+    oracle_mask: bool = setting(
+        False,
+        flag(),
+        "Toybox: the prior mask is the truth, the pixels that a changed look affects. An upper limit for "
+        "weight maps; real data has no such mask.",
+    )
     second_reference_probability: float = setting(
         0.0,
         number(0, 1),

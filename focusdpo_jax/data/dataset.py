@@ -71,6 +71,7 @@ def toybox_world(config: "RunConfig") -> toybox.World:
         data.one_look_probability,
         data.nuisance_probability,
         data.prior_mask,
+        data.oracle_mask,
         data.second_reference_probability,
     )
 

@@ -76,6 +76,8 @@ class World:
         inside all of the prior mask.
       prior_mask: form of a disrupted subject's prior mask: "exact", "dilated" by 3 pixels at resolution
         64, or the "box" around that.
+      oracle_mask: whether a record's prior mask is its changed mask, the truth that real data lacks; the
+        images are the same.
       second_reference_probability: probability that one subject of a scene with a free slot has a second
         reference, in the last slot.
 
@@ -93,6 +95,7 @@ class World:
     one_look_probability: float = 0.0
     nuisance_probability: float = 0.0
     prior_mask: str = "exact"
+    oracle_mask: bool = False
     second_reference_probability: float = 0.0
 
     def __post_init__(self):
@@ -127,7 +130,8 @@ class World:
             index: int. caption: str. background: int, an index into BACKGROUNDS.
             chosen, rejected: uint8 [R, R, 3].
             prior_mask: bool [R, R], the pixels that a disrupted subject covers in either image, or a larger
-              region, depending on the world's `prior_mask`; outside it the two images are equal.
+              region, depending on the world's `prior_mask`; outside it the two images are equal. With
+              `oracle_mask`, the changed mask.
             changed_mask: bool [R, R], the pixels that differ because of other looks, without those changed
               by nuisances.
             subjects: a list of dicts, in the order of the caption; a second reference of a subject is a
@@ -200,7 +204,7 @@ class World:
             "background": background,
             "chosen": chosen,
             "rejected": other,
-            "prior_mask": prior_mask,
+            "prior_mask": changed_mask if self.oracle_mask else prior_mask,
             "changed_mask": changed_mask,
             "subjects": entries,
         }

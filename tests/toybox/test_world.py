@@ -372,6 +372,17 @@ def test_generous_priors_contain_the_exact_one(kind):
             assert rows[0] <= max(top - 3, 0) and columns[0] <= max(left - 3, 0)
 
 
+def test_the_oracle_mask_is_the_changed_mask_of_the_same_images():
+    settings = dict(prior_mask="box", nuisance_probability=1.0, one_look_probability=1.0)
+    for index in range(10):
+        usual = toybox.World(**settings).record("train", index)
+        oracle = toybox.World(**settings, oracle_mask=True).record("train", index)
+        for name in ("chosen", "rejected", "changed_mask"):
+            np.testing.assert_array_equal(usual[name], oracle[name])
+        np.testing.assert_array_equal(oracle["prior_mask"], usual["changed_mask"])
+        assert oracle["prior_mask"].sum() < 0.7 * usual["prior_mask"].sum()
+
+
 def test_a_second_reference_shows_a_subject_once_more():
     plain = toybox.World()
     twice = toybox.World(second_reference_probability=1.0)
