@@ -134,7 +134,9 @@ def open_model(config, *, inpainting=False):
             f"{source.tokenizer} has a vocabulary of {words} tokens, and the text encoders have "
             f"{known}: set config.model.tokenizer to the one that they were trained with"
         )
-    return Model(generator, {}, tokenizer, model_folder.load_part(source.path, "probe", dtype=jnp.float32))
+    return Model(
+        generator, {}, tokenizer, model_folder.load_part(source.path, "probe", dtype=jnp.float32)
+    )
 
 
 def load_parts(config, parts, place=None):
