@@ -116,19 +116,21 @@ def _generator(config):
 def _confusion(config):
     """The fault that preference training is to mend, as large generators have it from unfiltered data.
 
-    The subject adapter and the image keys and values learn from images of which a part are rejected ones, in
-    which subjects have looks of their neighbours.
+    The subject adapter and the image keys and values learn from rejected images, in which subjects have
+    looks of their neighbours.
     """
     _denoiser(config)
     config.trainable = "adapter"
     config.model.pretrained = "runs/toybox_base_generator/model"
-    config.rejected_share = 0.6
+    config.rejected_share = 1.0
     config.data.leak_probability = 1.0
     config.data.train_size = 3000
     config.optimizer = "adamw"
     config.learning_rate = 2e-3
-    config.steps = 300
-    config.sample_every = 100
+    config.warmup_steps = 20
+    config.ema_decay = 0.98
+    config.steps = 400
+    config.sample_every = 200
 
 
 def sizes():
