@@ -23,7 +23,7 @@ def get_config():
     config.beta = 100.0
     config.anchor = 4.0
     config.preserve_winner = True
-    config.steps = 80
+    config.steps = 160
     config.batch_size = 16
     config.accumulate = 1
     config.learning_rate = 1e-3
@@ -31,11 +31,11 @@ def get_config():
     config.decay = "cosine"
     config.weight_decay = 0.0
     config.adam_b2 = 0.99
-    config.checkpoint_every = 20
-    config.sample_every = 40
+    config.checkpoint_every = 40
+    config.sample_every = 80
 
     config.data.train_size = 768
-    config.data.test_size = 512
+    config.data.test_size = 384
     config.data.leak_probability = 1.0
     config.data.cache = True
 
@@ -45,7 +45,7 @@ def get_config():
 
     config.sampling.steps = 8
     config.sampling.guidance = 2.0
-    config.evaluation.scenes = 512
+    config.evaluation.scenes = 384
     config.evaluation.batch_size = 32
     config.evaluation.pictures = 8
     return config

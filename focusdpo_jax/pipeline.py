@@ -14,7 +14,8 @@ from focusdpo_jax.models.generator import GeneratorConfig
 from focusdpo_jax.training import models, runs
 
 BASE = "base"
-_SHIPPED = "toybox"
+SHIPPED = ("toybox", "toybox-leaky")
+"""Generators in the package; `BASE` is the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,12 @@ class Pipeline:
 
     @property
     def _model(self) -> str:
-        return _SHIPPED if self.name == BASE else self.name
+        return SHIPPED[0] if self.name == BASE else self.name
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is a generator of the package."""
+        return self.run is None and self._model in SHIPPED and not epath.Path(self.name).exists()
 
     @property
     def config(self) -> RunConfig | None:
@@ -46,7 +52,7 @@ class Pipeline:
         """Side of the training images in pixels; None if it is unknown."""
         if self.run:
             return self.run.config.resolution
-        return 64 if self.name == BASE else None
+        return 64 if self.shipped else None
 
     def sizes(self) -> GeneratorConfig:
         """Returns the sizes of the generator; reads no weights."""

@@ -75,7 +75,7 @@ _GUIDANCE = flags.DEFINE_float(
     "guidance",
     None,
     "Classifier-free guidance scale; 1 or less disables guidance (as 0 in diffusers): one "
-    "conditional pass per step. Default: the run's, 2 for base, 5 for other models.",
+    "conditional pass per step. Default: the run's, 4 for the models of this package, 5 for others.",
 )
 _IMAGE_SCALE = flags.DEFINE_float("image_scale", 1.0, "Weight of the references.", lower_bound=0)
 _RESOLUTION = flags.DEFINE_integer(
@@ -160,7 +160,7 @@ def open_models() -> "tuple[Model, Model | None, dict[str, Any]]":
         )
     check_resolution(opened.sizes)
     base = opened.run.base() if opened.run and _COMPARE.value else None
-    settings = {"guidance": 2.0 if opened.name == pipeline.BASE else 5.0}
+    settings = {"guidance": 4.0 if opened.shipped else 5.0}
     if opened.config:
         settings = {"guidance": opened.config.sampling.guidance}
     if opened.resolution:

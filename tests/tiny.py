@@ -37,6 +37,8 @@ OVERRIDES = {
     "decay": "constant",
     "learning_rate": 1e-3,
     "beta": 100.0,
+    "anchor": 1.0,
+    "preserve_winner": False,
     "data.train_size": 12,
     "data.validation_size": 2,
     "data.test_size": 4,
@@ -44,6 +46,7 @@ OVERRIDES = {
     "evaluation.batch_size": 2,
     "evaluation.pictures": 2,
     "sampling.steps": 2,
+    "sampling.guidance": 1.0,
 }
 
 SIZES = {
