@@ -40,7 +40,8 @@ class Pipeline:
     @property
     def shipped(self) -> bool:
         """Whether it is a generator of the package."""
-        return self.run is None and self._model in SHIPPED and not epath.Path(self.name).exists()
+        named = self.run is None and self.name in SHIPPED and not epath.Path(self.name).exists()
+        return self.name == BASE or named
 
     @property
     def config(self) -> RunConfig | None:
