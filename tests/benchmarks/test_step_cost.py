@@ -28,7 +28,7 @@ def test_growth_is_told_with_the_command_that_records_it(step_cost, record):
 
     assert told("bytes", 1.01) == [] and told("bytes", 1.03, "another") == []
     (line,) = told("matmul_flops", 1.001, "another")
-    assert line.startswith("toybox, update: matmul_flops 1.") and "(+0.10%)" in line
+    assert line.startswith("toybox, update: matmul_flops 3.") and "(+0.10%)" in line
     assert line.endswith("python benchmarks/step_cost.py --record")
     assert len(told("bytes", 1.03)) == len(told("others", 1.001)) == 1
     found = copy.deepcopy(record)
