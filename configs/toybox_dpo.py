@@ -39,7 +39,7 @@ def get_config():
     config.data.leak_probability = 1.0
     config.data.cache = True
 
-    # A reference has 64 patches, and a latent covers 4 pixels.
+    # A reference has 256 patches, and a latent covers 4 pixels.
     config.focus.prototypes = 16
     config.focus.detail_sigma = 3.0
 
