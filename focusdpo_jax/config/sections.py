@@ -118,8 +118,8 @@ class DataConfig:
     source: str = setting(
         "toybox",
         one_of("toybox", "prepared"),
-        "toybox: rendered here; it tries the machinery and teaches SDXL nothing. prepared: `path` is the "
-        "folder of a data set that focusdpo_jax.prepare made.",
+        "toybox: rendered images of simple shapes, for the models of this package. prepared: `path` is the "
+        "folder of a data set that focusdpo_jax.prepare wrote.",
     )
     path: str = setting(
         "data",
@@ -130,14 +130,15 @@ class DataConfig:
     cache: bool = setting(
         False,
         flag(),
-        "Run the frozen encoders once over the data, before training, and not in every step. The result "
-        "is stored under `path`: 3.4 MiB a pair at 1024 pixels. Encoders are then loaded only to draw.",
+        "Run the frozen encoders once over the data, before training, instead of in every step. The result "
+        "is stored under `path`: 3.4 MiB per pair at 1024 pixels. Encoders are then loaded only to "
+        "generate images.",
         may_change=True,
     )
     workers: int = setting(
         0,
         integer(0),
-        "Processes that read and decode; 0 uses threads of the training process.",
+        "Processes that read and decode records; 0 uses threads of the training process.",
         may_change=True,
     )
     seed: int = setting(0, integer(0), "Toybox: seed of the world.")
@@ -147,40 +148,40 @@ class DataConfig:
     subject_counts: tuple[float, ...] = setting(
         (0.2, 0.4, 0.4),
         shares(),
-        "Toybox: chance of a scene with one, two, three subjects. Its length is the most subjects of "
-        "a pair, for a plan of prepared data, too.",
+        "Toybox: probabilities of scenes with one, two and three subjects. The length is the largest "
+        "number of subjects per pair; a plan for prepared data uses it too.",
     )
     leak_probability: float = setting(
         0.5,
         number(0, 1),
-        "Toybox: chance that a disrupted subject of a rejected image wears looks of another of its scene.",
+        "Toybox: probability that a disrupted subject has looks of another subject of its scene.",
     )
     subject_radii: tuple[float, ...] = setting(
         (21.0, 17.0, 14.5),
         radii(),
-        "Toybox: largest radius of the subjects in scenes of one, two, three, in pixels of 64. Subjects "
-        "that do not fit together are smaller.",
+        "Toybox: largest radius of the subjects in scenes of one, two and three, in pixels at resolution "
+        "64. Subjects that do not fit together are smaller.",
         before=(14.0, 13.0, 11.5),
     )
     pattern_scale: float = setting(
         1.1, number(0, above=True), "Toybox: magnification of patterns.", before=1.0
     )
     same_class_probability: float = setting(
-        0.0, number(0, 1), "Toybox: chance of two subjects of one class in a scene of several."
+        0.0, number(0, 1), "Toybox: probability that two subjects of a scene have the same class."
     )
     one_look_probability: float = setting(
-        0.0, number(0, 1), "Toybox: chance that a disrupted subject differs in one look alone."
+        0.0, number(0, 1), "Toybox: probability that a disrupted subject differs in only one look."
     )
     nuisance_probability: float = setting(
         0.0,
         number(0, 1),
-        "Toybox: chance that a rejected image has a trace of inpainting over all of its prior mask.",
+        "Toybox: probability that a rejected image has an inpainting artefact in all of its prior mask.",
     )
     prior_mask: str = setting(
         "exact",
         one_of("exact", "dilated", "box"),
-        "Toybox: the prior mask of a disrupted subject: its pixels, these dilated by 3 pixels of 64, or "
-        "their bounding box.",
+        "Toybox: prior mask of a disrupted subject: its pixels, these dilated by 3 pixels (at resolution "
+        "64), or the bounding box of those.",
     )
     oracle_mask: bool = setting(
         False,
@@ -191,97 +192,106 @@ class DataConfig:
     second_reference_probability: float = setting(
         0.0,
         number(0, 1),
-        "Toybox: chance that a subject of a scene with less than three has a second reference.",
+        "Toybox: probability that a subject of a scene with fewer than three has a second reference.",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FocusConfig:
-    """FocusDPO's weight (`focus.weighting`) and the buckets of timesteps in which it moves."""
+    """FocusDPO's weight map (`focus.weighting`) and its timestep buckets."""
 
     buckets: int = setting(4, integer(1), "Timestep buckets.")
     features: str = setting(
         "vit",
         one_of("vit", "unet", "attention"),
-        "What SPAF compares with the references: vit (the image encoder's features of the clean "
-        "images), unet (those of the reference model at the step's noise; needs data.cache) or "
+        "Features that SPAF compares with the references: vit (the image encoder's features of the clean "
+        "images), unet (the reference model's features of the noisy images; needs data.cache) or "
         "attention (the reference model's cross-attention to the image tokens).",
     )
     prototypes: int = setting(
         32,
         integer(1),
-        "Features that stand for a subject, and as many for its surroundings in the reference. Not for "
-        "attention, where image tokens do.",
+        "Number of prototype features per subject, and of its background in the reference image. Not used "
+        "by attention.",
         before=1,
     )
     own_subject: bool = setting(
         False,
         flag(),
-        "Whether a match counts only on its own subject, and not where the reference of another subject "
-        "matches.",
+        "Whether a match counts only inside the subject's own mask, and not inside that of another subject.",
     )
-    spaf: bool = setting(True, flag(), "SPAF: match patches of the images with the references.")
-    dpce: bool = setting(True, flag(), "DPCE: let detailed patches weigh more.")
+    spaf: bool = setting(
+        True, flag(), "Enable SPAF, which matches patches of the images with the references."
+    )
+    dpce: bool = setting(
+        True, flag(), "Enable DPCE, which increases the weight of detailed patches."
+    )
     rho_noisy: float = setting(
-        0.3, number(0), "Share of a subject's area that may match, at the noisy end."
+        0.3, number(0), "Largest matched share of a subject's area, at the highest noise level."
     )
-    rho_clean: float = setting(0.9, number(0), "The same at the clean end.")
+    rho_clean: float = setting(0.9, number(0), "The same at the lowest noise level.")
     lambda_s: float = setting(
-        1.0, number(0), "Extra weight of what does not match its reference yet."
+        1.0, number(0), "Additional weight of locations that do not match their reference."
     )
-    lambda_d: float = setting(1.0, number(0), "Extra weight of detail.")
+    lambda_d: float = setting(1.0, number(0), "Additional weight of detail.")
     lambda_c: float = setting(
         0.0,
         number(0),
-        "Extra weight of where the reference model is unsure, by its own error (`focus.confidence`); 0 "
-        "is off.",
+        "Additional weight of locations where the reference model has a high error (`focus.confidence`); 0 "
+        "disables it.",
     )
-    tau: float = setting(0.5, number(0, 1), "Alignment score from which detail counts.")
-    gate_width: float = setting(0.0, number(0), "Width of the gate; 0 is a step.")
+    tau: float = setting(0.5, number(0, 1), "Alignment score above which detail counts.")
+    gate_width: float = setting(
+        0.0, number(0), "Width of the soft gate of detail; 0 is a hard gate."
+    )
     background: float = setting(
-        0.5, number(0), "Weight outside the mask, where both images are equal: it divides beta."
+        0.5, number(0), "Weight outside the mask, where both images are equal. It divides beta."
     )
     matched: float = setting(
-        0.5, number(0, 1), "Weight of what matches already, while the gate is shut."
+        0.5, number(0, 1), "Weight of matched locations while the gate is closed."
     )
     detail_fraction: float = setting(
         0.5,
         number(0, 1),
-        "Share of the denoising path, from the clean end, in which detail exists.",
+        "Share of the denoising path, counted from the image, in which detail is used.",
     )
-    detail_bins: int = setting(16, integer(2), "DPCE's entropy: bins of luminance.")
+    detail_bins: int = setting(16, integer(2), "DPCE: number of luminance bins of the entropy.")
     detail_sigma: float = setting(
         8.0,
         number(0, above=True),
-        "DPCE's entropy: deviation of its Gaussian window, in pixels (a latent of SDXL covers 8).",
+        "DPCE: standard deviation of the Gaussian window, in pixels (a latent of SDXL covers 8).",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How images are drawn during a run."""
+    """How a run generates images."""
 
     steps: int = setting(30, integer(1), "DDIM steps.")
-    guidance: float = setting(5.0, number(0), "Guidance scale; 1 or less is none.")
+    guidance: float = setting(
+        5.0, number(0), "Classifier-free guidance scale; 1 or less disables guidance."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What a run draws and measures of itself."""
+    """The images that a run generates and measures."""
 
     scenes: int = setting(
         0,
         integer(0),
-        "Test scenes measured before and after; 0 measures none. Only Toybox's own models have the "
-        "probe for it.",
+        "Test scenes that base and policy are measured on; 0 measures none. Only models with Toybox's probe "
+        "can be measured.",
     )
-    batch_size: int = setting(4, integer(1), "Scenes drawn, and pairs encoded, at once.")
-    pictures: int = setting(4, integer(0), "Scenes shown in pictures; 0 shows none.")
+    batch_size: int = setting(
+        4, integer(1), "Scenes that are generated, and pairs that are encoded, at once."
+    )
+    pictures: int = setting(4, integer(0), "Scenes shown in samples/; 0 shows none.")
     validation_scenes: int = setting(
         0,
         integer(0),
-        "Validation scenes measured whenever pictures are drawn, in validation.jsonl; 0 measures none. "
-        "Toybox's own models alone.",
+        "Validation scenes measured at every sampled step, in validation.jsonl; 0 measures none. Only for "
+        "models with Toybox's probe.",
     )
 
 
@@ -289,46 +299,47 @@ class EvaluationConfig:
 class RunConfig:
     """The configuration of a run."""
 
-    seed: int = setting(0, integer(0), "Every random draw of a run derives from it.")
+    seed: int = setting(0, integer(0), "Seed of all random numbers of a run.")
     resolution: int = setting(
         1024,
         integer(8),
-        "Side of the images in pixels, a multiple of 8 (of what a latent covers).",
+        "Side of the images in pixels, a multiple of 8 (the pixels per latent).",
     )
     dtype: str = setting(
         "bfloat16",
         one_of("float32", "bfloat16"),
-        "Type of the computation, and of what is not trained. What is trained, losses, norms, softmax "
-        "and noise schedules are float32 in both.",
+        "Type of the computation and of frozen parameters. Trained parameters, losses, norms, softmax and "
+        "noise schedules are float32 in both.",
         before="float32",
     )
     objective: str = setting(
         "focus_dpo",
         one_of(*objectives.names()),
-        "focus_dpo, or one of its rivals over the same step; `python -m focusdpo_jax.objectives` lists "
-        "all. dpo (Diffusion-DPO), prior_dpo (the mask of where the pair differs), patch_dpo (PatchDPO), "
-        "sft (denoising error of the chosen image), subject_sft (the same, subjects weigh more).",
+        "Training objective; `python -m focusdpo_jax.objectives` lists all. focus_dpo (FocusDPO), dpo "
+        "(Diffusion-DPO), prior_dpo (weighted by the mask of where the pair differs), patch_dpo "
+        "(PatchDPO), mapo (MaPO), sft (denoising error of the chosen image), subject_sft (the same, with a "
+        "higher weight on subjects).",
     )
     trainable: str = setting(
         "adapter",
         one_of("adapter", "lora", "full", "generator"),
-        "What is trained: adapter (IP-Adapter: resampler or projection, image keys and values of the "
-        "UNet; about 0.4 billion parameters of SDXL), lora (low-rank updates of the UNet's attention), "
-        "full (UNet and adapter, 3 billion: 16 bytes each with gradient and optimiser) or generator "
-        "(text encoders, too; supervised objectives alone).",
+        "Trained parameters: adapter (IP-Adapter: resampler or projection, and image keys and values of "
+        "the UNet; about 0.4 billion parameters of SDXL), lora (low-rank updates of the UNet's attention), "
+        "full (UNet and adapter, 3 billion: 16 bytes each with gradient and optimiser) or generator (also "
+        "the text encoders; supervised objectives only).",
     )
     beta: float = setting(
         5000.0,
         number(0, above=True),
-        "Pull towards the reference model. 5000 is Diffusion-DPO's value for SDXL, where every location "
-        "counts the same. focus_dpo and prior_dpo leave out the background, which makes the same beta 2 "
-        "to 3 times as strong; the log's logit scale shows it (docs/method.md).",
+        "Strength of the pull towards the reference model. 5000 is Diffusion-DPO's value for SDXL, where "
+        "every location has the same weight. focus_dpo and prior_dpo give the background less weight, so "
+        "that the same beta is 2 to 3 times as strong; see the logged logit scale (docs/method.md).",
     )
     anchor: float = setting(
         0.0,
         number(0),
-        "Weight of the chosen image's plain denoising error beside the preference (`focus.losses`); 0 "
-        "leaves FocusDPO as it is in the paper.",
+        "Weight of the chosen image's denoising error that is added to the preference loss "
+        "(`focus.losses`); 0 is FocusDPO as in the paper.",
     )
     anchor_fades: bool = setting(
         False, flag(), "Whether the anchor fades with the slope of the preference loss."
@@ -343,40 +354,39 @@ class RunConfig:
     condition_dropout: tuple[float, ...] = setting(
         (0.0, 0.0, 0.0),
         dropout(),
-        "Chances that a pair loses its caption, its references, and both: what guidance's unconditional "
-        "branch learns from. Both images of a pair, policy and reference model lose the same.",
+        "Probabilities that a pair loses its caption, its references, and both, for classifier-free "
+        "guidance. Both images of a pair, and policy and reference model, lose the same.",
     )
     rejected_share: float = setting(
         0.0,
         number(0, 1),
-        "Supervised objectives: chance to learn from the rejected image of a pair and not from the "
+        "Supervised objectives: probability of training on the rejected image of a pair instead of the "
         "chosen one.",
     )
     timestep_logits: tuple[float, ...] = setting(
         (),
         mean_and_deviation(),
-        "Supervised objectives: mean and deviation of a logit-normal draw of timesteps; () draws them "
-        "uniformly.",
+        "Supervised objectives: mean and standard deviation of logit-normal timesteps; () samples "
+        "timesteps uniformly.",
     )
     steps: int = setting(2000, integer(1), "Optimiser steps.", may_change=True)
     batch_size: int = setting(
         8,
         integer(1),
-        "Pairs a batch, over all devices. A pair is two images at the policy and two at the reference "
-        "model. 8 are meant for one GPU of 80 GB; give 8 for each chip with as much memory, and "
-        "accumulate = 1.",
+        "Pairs per batch, over all devices. Per pair, the policy and the reference model each process two "
+        "images. 8 is for one GPU of 80 GB; use 8 per chip of such memory, and accumulate = 1.",
     )
     accumulate: int = setting(
         4,
         integer(1),
-        "Batches whose gradients are averaged into one step; with as many as there are buckets, every "
-        "step visits every bucket once. It keeps a sum of the size of the gradient.",
+        "Batches whose gradients are averaged in one step. With as many as there are buckets, every step "
+        "uses every bucket once. Needs memory for a sum of gradients.",
     )
     optimizer: str = setting(
         "adamw",
         one_of("adamw", "muon"),
-        "adamw, or muon for matrices and AdamW for the rest: half the optimiser's memory. Its updates "
-        "are of AdamW's size, so that the same learning rates serve.",
+        "adamw, or muon (Muon for matrices, AdamW for the rest), which needs half the optimiser memory. "
+        "Its updates have the size of AdamW's, so that the same learning rates work.",
     )
     learning_rate: float = setting(
         1e-5, number(0, above=True), "Peak of the learning rate, after a linear warm-up."
@@ -385,36 +395,38 @@ class RunConfig:
     decay: str = setting(
         "constant",
         one_of("constant", "cosine", "wsd"),
-        "After the warm-up: constant, a cosine decay to zero, or wsd: constant, and linear to zero over "
-        "the last fifth of the steps.",
+        "Learning rate after the warm-up: constant, cosine (to zero), or wsd (constant, then linear to zero "
+        "over the last fifth of the steps).",
     )
-    weight_decay: float = setting(1e-2, number(0), "Of AdamW and Muon, decoupled.")
+    weight_decay: float = setting(1e-2, number(0), "Decoupled weight decay of AdamW and Muon.")
     adam_b2: float = setting(0.999, number(0, 1), "Decay of AdamW's second moment.")
     gradient_clip: float = setting(1.0, number(0, above=True), "Largest norm of the gradient.")
     ema_decay: float = setting(
         0.0,
         number(0, 1),
-        "Decay a step of the moving average of the trained parameters, which is what is kept; 0 keeps "
-        "no average.",
+        "Decay per optimiser step of the moving average of trained parameters. The average is evaluated and "
+        "saved as the model; 0 disables it.",
     )
     log_every: int = setting(
         10,
         integer(0),
-        "Steps between logged steps; 0, or more than there are, is never on the way. The last step and "
-        "every saved step are logged.",
+        "Steps between logged steps; 0 logs only the last step and steps with a checkpoint, which are always "
+        "logged.",
         may_change=True,
     )
     checkpoint_every: int = setting(
         100,
         integer(0),
-        "Steps between checkpoints; 0 is never on the way. The last step is saved.",
+        "Steps between checkpoints; 0 saves only the last step, which is always saved.",
         may_change=True,
     )
-    keep_checkpoints: int = setting(2, integer(1), "Checkpoints to keep.", may_change=True)
+    keep_checkpoints: int = setting(
+        2, integer(1), "Number of checkpoints to keep.", may_change=True
+    )
     sample_every: int = setting(
         250,
         integer(0),
-        "Steps between samples; 0 is never on the way. Samples are drawn at the last step.",
+        "Steps between samples; 0 generates samples only at the last step.",
         may_change=True,
     )
     mesh: MeshConfig = MeshConfig()
