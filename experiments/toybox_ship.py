@@ -49,8 +49,10 @@ def main() -> None:
     # After the flags, so that --help is quick.
     from focusdpo_jax.training import models
 
-    folder = pathlib.Path(models.shipped(_NAME.value))
-    size = ship(pathlib.Path(_MODEL.value), folder)
+    model, name = _MODEL.value, _NAME.value
+    assert model and name  # Both flags are required.
+    folder = pathlib.Path(models.shipped(name))
+    size = ship(pathlib.Path(model), folder)
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
