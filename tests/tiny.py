@@ -39,6 +39,9 @@ OVERRIDES = {
     "beta": 100.0,
     "anchor": 1.0,
     "preserve_winner": False,
+    # Smaller than the default: at 32 pixels, large subjects fill most of an image.
+    "data.subject_radii": (14.0, 13.0, 11.5),
+    "data.pattern_scale": 1.0,
     "data.train_size": 12,
     "data.validation_size": 2,
     "data.test_size": 4,

@@ -158,6 +158,13 @@ def test_reference_shows_the_subject_alone_on_white(records):
             assert mask.mean() > 0.12  # Large enough to show pattern and part.
 
 
+def test_references_are_larger_than_small_subjects_in_scenes():
+    world = toybox.World(seed=3, subject_radii=(14, 13, 11.5), pattern_scale=1.0)
+    for index in range(30):
+        for entry in world.record("test", index)["subjects"]:
+            assert entry["reference_mask"].sum() > 1.3 * entry["mask"].sum()
+
+
 def test_caption_names_classes_in_order_and_no_looks(records):
     banned = {*toybox.PATTERNS, *toybox.PARTS, "red", "green", "blue", "striped", "dotted"}
     for record in records["train"]:
