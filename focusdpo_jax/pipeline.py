@@ -40,8 +40,7 @@ class Pipeline:
     @property
     def shipped(self) -> bool:
         """Whether it is a generator of the package."""
-        named = self.run is None and self.name in SHIPPED and not epath.Path(self.name).exists()
-        return self.name == BASE or named
+        return _is_shipped(self.name)
 
     @property
     def config(self) -> RunConfig | None:
@@ -72,6 +71,11 @@ class Pipeline:
         return runs.load_folder(self._model, inpainting=self.inpainting)
 
 
+def _is_shipped(name: str) -> bool:
+    """Returns whether a name is that of a generator of the package; a folder of that name wins."""
+    return name == BASE or (name in SHIPPED and not epath.Path(name).exists())
+
+
 def open_pipeline(name, *, inpainting=False) -> Pipeline:
     """Returns the `Pipeline` of a name.
 
@@ -83,8 +87,5 @@ def open_pipeline(name, *, inpainting=False) -> Pipeline:
       UserError: the name is neither that of a model nor the folder of a run.
     """
     name = str(name)
-    shipped = "/" not in name and models.shipped(name).exists()
-    is_model = (
-        name == BASE or pretrained.is_model(name) or shipped and not epath.Path(name).exists()
-    )
+    is_model = _is_shipped(name) or pretrained.is_model(name)
     return Pipeline(name=name, run=None if is_model else runs.Run(name), inpainting=inpainting)
