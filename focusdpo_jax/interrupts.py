@@ -20,6 +20,9 @@ from typing import Any, NoReturn
 STATUS = 128 + signal.SIGINT
 # Seconds for the main thread to clean up and exit.
 _GRACE = 3.0
+# A warning of multiprocessing's resource tracker, a process that removes the semaphores of a
+# process that ended without cleaning up, as `_leave` does.
+_TRACKER_WARNING = "ignore:resource_tracker:UserWarning"
 
 
 class Interrupts:
@@ -43,6 +46,8 @@ class Interrupts:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         self._report, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        filters = filter(None, (os.environ.get("PYTHONWARNINGS"), _TRACKER_WARNING))
+        os.environ["PYTHONWARNINGS"] = ",".join(filters)
 
     @contextlib.contextmanager
     def exit_on_interrupt(self) -> Iterator[None]:

@@ -57,6 +57,16 @@ def cleanup():
         print("cleaning", flush=True)
         time.sleep(2)
 
+def workers():
+    import concurrent.futures, multiprocessing
+    from focusdpo_jax import interrupts
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with interrupts.children_without_sigint():
+            job = pool.submit(time.sleep, 60)
+        while not job.running():
+            time.sleep(0.01)
+        busy()
+
 def training():
     from focusdpo_jax.training import preemption
     with preemption.watch() as asked:
@@ -91,7 +101,9 @@ def ended(process, seconds):
     return errors.splitlines()
 
 
-@pytest.mark.parametrize("name", ["python", "cplusplus", "swallowed", "mistaken", "collector"])
+@pytest.mark.parametrize(
+    "name", ["python", "cplusplus", "swallowed", "mistaken", "collector", "workers"]
+)
 def test_an_interrupted_command_ends_with_one_line(name):
     process = started(name)
     process.send_signal(signal.SIGINT)
