@@ -41,21 +41,24 @@ def gradients(config: Any, model: Any, batches, structure, params, seed: int):
         "reference": trainable,
     }
 
+    # Two programs, as in training, so that settings and buckets share that of the gradient.
+    reference_pass = jax.jit(objective.reference_pass, static_argnums=0)
+
     @jax.jit
-    def gradient(trainable, frozen, pairs, key):
-        outputs, _ = objective.reference_pass(structure, frozen, pairs, params, key)
+    def gradient(trainable, frozen, pairs, outputs, params, key):
         tree = jax.grad(lambda t: objective.loss(t, frozen, pairs, outputs, params, key)[0])(
             trainable
         )
         return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
 
-    return [
-        np.asarray(
-            gradient(trainable, frozen, pairs, jax.random.fold_in(jax.random.key(seed), i)),
-            np.float64,
+    vectors = []
+    for i, pairs in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        outputs, _ = reference_pass(structure, {**frozen, "policy": trainable}, pairs, params, key)
+        vectors.append(
+            np.asarray(gradient(trainable, frozen, pairs, outputs, params, key), np.float64)
         )
-        for i, pairs in enumerate(batches)
-    ]
+    return vectors
 
 
 def compare(config: Any, settings: Any, *, pairs, seed: int, batch_size: int = 16):
@@ -72,28 +75,34 @@ def compare(config: Any, settings: Any, *, pairs, seed: int, batch_size: int = 1
       {bucket: {name: {"prior_dpo", "dpo", "halves": cosines, "norm": ratio to the norm of dpo}}}.
     """
     model = models.load_model(config)
-    records = run_data.open_data(config)["train"]
-    transform = loader.pair_transform(
-        tokenize=model.tokenizer,
-        num_subjects=run_data.subject_slots(config, {"train": records}),
-        reference_size=model.generator.config.image_encoder.image_size,
-    )
     size = next(s for s in range(min(batch_size, pairs // 2), 0, -1) if (pairs // 2) % s == 0)
-    raw = list(
-        loader.evaluation_batches(
-            [records[i] for i in range(pairs)], transform=transform, batch_size=size
-        )
-    )
     buckets, encoded, results = assembly.focus_buckets(config), {}, {}
 
     def batches(changed):
-        """The pairs encoded for the setting's source of similarity, cached by source."""
-        features = changed.focus.features
-        if features not in encoded:
+        """Returns the pairs encoded for a setting, cached by what the encoding depends on."""
+        focus = changed.focus
+        key = (
+            changed.data,
+            focus.features,
+            focus.detail_colour,
+            focus.reference_detail,
+        )
+        if key not in encoded:
+            records = run_data.open_data(changed)["train"]
+            transform = loader.pair_transform(
+                tokenize=model.tokenizer,
+                num_subjects=run_data.subject_slots(changed, {"train": records}),
+                reference_size=model.generator.config.image_encoder.image_size,
+            )
             full = dataclasses.replace(changed, objective="focus_dpo")
             _, encode = assembly.make_encoder(model.generator, full, assembly.focus_buckets(full))
-            encoded[features] = [encode(model.parameters, batch) for batch in raw]
-        return encoded[features]
+            encoded[key] = [
+                encode(model.parameters, batch)
+                for batch in loader.evaluation_batches(
+                    [records[i] for i in range(pairs)], transform=transform, batch_size=size
+                )
+            ]
+        return encoded[key]
 
     for bucket, (_, limits) in buckets.items():
         vectors = {}

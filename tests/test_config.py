@@ -23,7 +23,7 @@ def check(**overrides):
             ("toybox_base", stage)
             for stage in ("autoencoder", "image_encoder", "probe", "generator", "confusion")
         ),
-        *(("sdxl_dpo", argument) for argument in ("", "lora", "full", "debug")),
+        *(("sdxl_dpo", argument) for argument in ("", "lora", "full", "paper", "debug")),
     ],
 )
 def test_the_configurations_that_come_with_it_are_valid(name, argument):

@@ -51,10 +51,8 @@ def check_together(config):
             )
     if config.anchor_fades and not config.anchor:
         raise UserError("config.anchor_fades = True: config.anchor = 0 is none; give 1.0, or False")
-    if config.focus.own_subject and objective.uses_focus and not config.focus.spaf:
-        raise UserError(
-            "config.focus.own_subject = True: config.focus.spaf = False matches nothing; give False"
-        )
+    if objective.uses_focus:
+        _check_focus(config.focus)
     if config.trainable == "lora" and not config.model.lora_rank:
         raise UserError(
             "config.model.lora_rank = 0: config.trainable = 'lora' needs a rank, for example 8"
@@ -70,6 +68,29 @@ def check_together(config):
         raise UserError(
             f"config.data.source = {config.data.source!r}: {config.objective} learns "
             "from Toybox's ground truth; give 'toybox'"
+        )
+
+
+def _check_focus(focus):
+    """Refuses fields without effect."""
+    for name, needed in (
+        ("own_subject", "spaf"),
+        ("coverage", "spaf"),
+        ("detail_colour", "dpce"),
+        ("reference_detail", "dpce"),
+    ):
+        if getattr(focus, name) and not getattr(focus, needed):
+            raise UserError(
+                f"config.focus.{name} = True: it has no effect with config.focus.{needed} = False; "
+                "give False"
+            )
+    if focus.observed == "policy" and not (
+        focus.lambda_c or (focus.spaf and focus.features != "vit")
+    ):
+        raise UserError(
+            "config.focus.observed = 'policy': the maps read nothing of a model; give "
+            "config.focus.features = 'attention' or 'unet', or config.focus.lambda_c > 0, or "
+            "'reference'"
         )
 
 

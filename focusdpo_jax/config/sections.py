@@ -220,6 +220,18 @@ class FocusConfig:
         flag(),
         "Whether a match counts only inside the subject's own mask, and not inside that of another subject.",
     )
+    coverage: bool = setting(
+        False,
+        flag(),
+        "Whether a subject can match only patches that it covers, each counted by its covered share "
+        "(`focus.correspondence.match`). Includes own_subject.",
+    )
+    observed: str = setting(
+        "reference",
+        one_of("reference", "policy"),
+        "Model whose activations and errors the maps are computed from, for features unet and attention and "
+        "for lambda_c. policy costs another forward pass of the UNet in every batch.",
+    )
     spaf: bool = setting(
         True, flag(), "Enable SPAF, which matches patches of the images with the references."
     )
@@ -260,6 +272,17 @@ class FocusConfig:
         8.0,
         number(0, above=True),
         "DPCE: standard deviation of the Gaussian window, in pixels (a latent of SDXL covers 8).",
+    )
+    detail_colour: bool = setting(
+        False,
+        flag(),
+        "DPCE: entropy of the red, green and blue values instead of the luminance, which is blind to edges "
+        "between colours of equal luminance.",
+    )
+    reference_detail: bool = setting(
+        False,
+        flag(),
+        "DPCE: multiply the detail of each subject by the relative complexity of its reference.",
     )
 
 
@@ -343,6 +366,18 @@ class RunConfig:
     )
     anchor_fades: bool = setting(
         False, flag(), "Whether the anchor fades with the slope of the preference loss."
+    )
+    match_beta: bool = setting(
+        False,
+        flag(),
+        "Whether beta is divided by the relative scale of the weighted margin (`focus.losses.relative_scale`), "
+        "so that it is as strong as the same beta of Diffusion-DPO.",
+    )
+    loser_limit: float = setting(
+        0.0,
+        number(0),
+        "Largest rise of the rejected image's error that counts, as a share of the reference model's error; "
+        "0 is no limit.",
     )
     preserve_winner: bool = setting(
         False,

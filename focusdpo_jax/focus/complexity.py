@@ -2,8 +2,7 @@
 
     pixel values -> Gaussian window -> local entropy = M_d
 
-M_d is an information-density map: the entropy of the grey levels in a Gaussian window around each
-pixel. This chain is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel b). Bins, window
+M_d is an information-density map: the entropy of the values in a Gaussian window around each pixel. This chain is [known] (FocusDPO, arXiv 2509.01181, pipeline figure, panel b). Bins, window
 and normalisation are [ours]. The map depends only on the image, not on the timestep, so it is
 computed once, with the data.
 """
@@ -11,7 +10,7 @@ computed once, with the data.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from focusdpo_jax.array_types import AnyArray
 from focusdpo_jax.focus.grids import average_to_grid
@@ -59,9 +58,12 @@ def gaussian_window(size: int, sigma: float) -> Float[np.ndarray, "size size"]:
 
 
 def local_entropy(
-    image: Float[AnyArray, "batch rows columns 3"], bins: int = 16, sigma: float = 4.0
+    image: Float[AnyArray, "batch rows columns 3"],
+    bins: int = 16,
+    sigma: float = 4.0,
+    colour: bool = False,
 ) -> Float[Array, "batch rows columns"]:
-    """Computes the information density of the grey levels around every pixel, in [0, 1].
+    """Computes the information density of the values around every pixel, in [0, 1].
 
         p_x  = G_sigma * membership             the window's distribution over bins
         M(x) = (H[p_x] - (G_sigma * H[membership])(x)) / log(bins)
@@ -75,11 +77,21 @@ def local_entropy(
 
     Args:
       image: RGB in [0, 1].
-      bins: number of grey levels Q, >= 2.
+      bins: number of levels Q, >= 2.
       sigma: standard deviation of the window in pixels, > 0; one latent cell is a good size.
+      colour: False for grey levels; True for the mean of M over the red, green and blue values,
+        which does not ignore edges between colours of equal luma [ours].
     """
-    rows, columns = image.shape[1:3]
-    membership = bin_membership(luminance(image), bins)
+    if colour:
+        channels = jnp.moveaxis(image, -1, 0)
+        return jnp.mean(jax.vmap(lambda x: _information(x, bins, sigma))(channels), axis=0)
+    return _information(luminance(image), bins, sigma)
+
+
+def _information(values, bins, sigma):
+    """Computes M of `local_entropy` for values [B, H, W] in [0, 1]."""
+    rows, columns = values.shape[1:]
+    membership = bin_membership(values.astype(jnp.float32), bins)
     own_entropy = jnp.sum(jax.scipy.special.entr(membership), axis=-1, keepdims=True)
 
     def blur(maps):
@@ -113,13 +125,14 @@ def complexity(
     prior: Float[AnyArray, "batch height width"],
     bins: int = 16,
     sigma: float = 4.0,
+    colour: bool = False,
 ) -> Float[Array, "batch height width"]:
     """Computes M_d on the latent grid: `local_entropy`, averaged to the grid of `prior` and scaled.
 
     Args:
       image: RGB in [0, 1], each side a multiple of the prior's.
       prior: M_prior on the latent grid, the covered share of each location, in [0, 1].
-      bins, sigma: see `local_entropy`.
+      bins, sigma, colour: see `local_entropy`.
 
     Returns:
       M_d in [0, 1], whose largest value inside the prior is 1.
@@ -128,5 +141,57 @@ def complexity(
       UserError: the latent grid does not divide the image.
     """
     _, height, width = prior.shape
-    detail = average_to_grid(local_entropy(image, bins, sigma), (height, width))
+    detail = average_to_grid(local_entropy(image, bins, sigma, colour), (height, width))
     return normalise_inside(detail, prior)
+
+
+def reference_complexity(
+    references: Float[AnyArray, "batch subjects rows columns 3"],
+    reference_masks: Float[AnyArray, "batch subjects rows columns"]
+    | Bool[AnyArray, "batch subjects rows columns"],
+    bins: int = 16,
+    sigma: float = 4.0,
+    colour: bool = False,
+) -> Float[Array, "batch subjects"]:
+    """Computes the complexity of each reference: the mean of `local_entropy` inside its mask.
+
+    That the complexity of the references matters is [known] (the abstract of FocusDPO, arXiv
+    2509.01181). The measure is [ours].
+
+    Args:
+      references: RGB in [0, 1].
+      reference_masks: the subject's pixels in its reference.
+      bins, sigma, colour: see `local_entropy`.
+
+    Returns:
+      A value in [0, 1] for each subject; 0 for an empty mask.
+    """
+    flat = references.reshape(-1, *references.shape[2:])
+    masks = reference_masks.astype(jnp.float32)
+    entropy = local_entropy(flat, bins, sigma, colour).reshape(masks.shape)
+    area = jnp.sum(masks, axis=(2, 3))
+    return jnp.sum(masks * entropy, axis=(2, 3)) / jnp.where(area > 0, area, 1)
+
+
+def scale_by_reference(
+    detail: Float[AnyArray, "batch height width"],
+    subject_masks: Float[AnyArray, "batch subjects height width"],
+    complexities: Float[AnyArray, "batch subjects"],
+) -> Float[Array, "batch height width"]:
+    """Multiplies M_d inside each subject by the relative complexity of its reference [ours].
+
+        M_d(x) sum_s m_s(x) c_s / (sum_s m_s(x) max_s c_s)
+
+    The detail of the subject with the most complex reference keeps its weight. Locations that no
+    subject covers keep theirs, too.
+
+    Args:
+      detail: M_d of one image of each pair, from `complexity`.
+      subject_masks: m, share of each location that each subject covers, in [0, 1].
+      complexities: c, from `reference_complexity`.
+    """
+    largest = jnp.max(complexities, axis=1, keepdims=True)
+    relative = jnp.where(largest > 0, complexities / jnp.where(largest > 0, largest, 1), 1)
+    covered = jnp.sum(subject_masks, axis=1)
+    mean = jnp.sum(subject_masks * relative[:, :, None, None], axis=1)
+    return detail * jnp.where(covered > 0, mean / jnp.where(covered > 0, covered, 1), 1)

@@ -30,6 +30,7 @@ from focusdpo_jax.array_types import AnyArray, Scalar
 from focusdpo_jax.focus.grids import nearest_on_grid
 
 _ROUNDING = 1e-5  # Cosines that differ by less count as equal, because of rounding in float32.
+_AREA_ROUNDING = 1e-3  # Areas in patches that differ by less count as equal.
 
 
 class Match(NamedTuple):
@@ -195,6 +196,7 @@ def match(
     area: Float[AnyArray, "batch subjects"],
     rho: Scalar,
     background: Float[AnyArray, "batch height width"] | None = None,
+    coverage: Float[AnyArray, "batch subjects height width"] | None = None,
 ) -> Match:
     """Computes M' from similarities: competition of subjects, then the best k patches of each.
 
@@ -209,6 +211,10 @@ def match(
     Values whose difference may be due to rounding count as equal, so that all devices match the
     same patches.
 
+    With `coverage`, a subject matches only patches that it covers, and the budget is an area: a
+    patch on the outline counts as its covered share [ours]. Otherwise a subject covers more patches
+    than its area has, and those on the outline remain without a match even if rho is 1.
+
     Args:
       similarity: from any source: cosine of features, or attention to a subject's tokens.
       present: which slots contain a subject.
@@ -216,6 +222,7 @@ def match(
       rho: share of the subject's area to match, >= 0; may be traced.
       background: similarity with the surroundings of the subjects in their references, if
         available.
+      coverage: share of each patch that each subject covers in the target, in [0, 1].
 
     Returns:
       The match. No gradient flows through it.
@@ -234,10 +241,21 @@ def match(
         rival = jnp.maximum(rival, background.reshape(batch, 1, height * width))
     margin = jnp.round((score - jnp.where(jnp.isfinite(rival), rival, 0)) / smallest)
 
+    if coverage is not None:
+        coverage = jnp.asarray(coverage, jnp.float32).reshape(score.shape)
+        own &= coverage > 0
     order = jnp.argsort(jnp.where(own, -margin, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)  # The inverse permutation: the rank of each patch.
-    k = budget(area, present, rho, height * width)
-    kept = own & (rank < k[..., None])
+    if coverage is None:
+        k = budget(area, present, rho, height * width)
+        kept = own & (rank < k[..., None])
+    else:
+        k = jnp.where(present, rho * area, 0)
+        sorted_coverage = jnp.take_along_axis(jnp.where(own, coverage, 0), order, axis=-1)
+        better = jnp.take_along_axis(  # The covered area of all better patches.
+            jnp.cumsum(sorted_coverage, axis=-1) - sorted_coverage, rank, axis=-1
+        )
+        kept = own & (better < k[..., None] - _AREA_ROUNDING)
 
     kept = kept.reshape(similarity.shape)
     return Match(

@@ -59,7 +59,8 @@ def diffusion_dpo(
     reference_rejected: Float[AnyArray, "batch height width"],
     weights_chosen: Float[AnyArray, "batch height width"],
     weights_rejected: Float[AnyArray, "batch height width"],
-    beta: Scalar,
+    beta: Scalar | Float[AnyArray, "batch"],
+    loser_limit: float = 0.0,
 ) -> tuple[Float[Array, "batch"], Diagnostics]:
     """Computes the Diffusion-DPO loss with a weight map for each image of the pair.
 
@@ -77,6 +78,9 @@ def diffusion_dpo(
         timestep and noise. No gradient flows through them.
       weights_chosen, weights_rejected: weights >= 0; no gradient flows through them.
       beta: strength of the regularisation towards the reference model, > 0; may be traced.
+      loser_limit: if positive, the loser's term of the margin is at most this share of the
+        reference model's error: beyond it, a larger error of the rejected image has no gradient
+        [ours].
 
     Returns:
       The loss of each pair [B], and per-pair diagnostics [B]:
@@ -86,8 +90,8 @@ def diffusion_dpo(
           a pair is either close to 0 or saturated.
         implicit_accuracy: 1 if margin < 0, 0.5 if it is 0, otherwise 0, so that the mean is the
           share of pairs won. It is 0.5 if policy and reference are the same model.
-        winner_error_difference, loser_error_difference: the two terms of the margin. DPO's known
-          failure is a growing loser term while the winner term does not fall.
+        winner_error_difference, loser_error_difference: the two terms of the margin, without the
+          limit. DPO's known failure is a growing loser term while the winner term does not fall.
         reference_error: weighted error of the reference model, mean of both images.
     """
     reference_chosen, reference_rejected = jax.lax.stop_gradient(
@@ -95,7 +99,11 @@ def diffusion_dpo(
     )
     winner = weighted_mean(weights_chosen, policy_chosen - reference_chosen)
     loser = weighted_mean(weights_rejected, policy_rejected - reference_rejected)
-    margin = winner - loser
+    counted = loser
+    if loser_limit:
+        limit = loser_limit * weighted_mean(weights_rejected, reference_rejected)
+        counted = jnp.minimum(loser, limit)
+    margin = winner - counted
     # -log sigmoid(-x) = softplus(x), which neither overflows nor loses small losses.
     loss = jax.nn.softplus(0.5 * beta * margin)
     reference_error = 0.5 * (
@@ -142,7 +150,40 @@ def anchor(
     return term, {"chosen_error_difference": jax.lax.stop_gradient(difference)}
 
 
-def preference_slope(margin: Float[AnyArray, "batch"], beta: Scalar) -> Float[Array, "batch"]:
+def relative_scale(
+    weights: Float[AnyArray, "batch height width"], prior: Float[AnyArray, "batch height width"]
+) -> Float[Array, "batch"]:
+    """Computes the scale of a weighted margin relative to that of Diffusion-DPO (W = 1) [ours].
+
+        s = (|M_prior W| / sum W) / (|M_prior| / (h w)),   | | the Euclidean norm
+
+    Outside M_prior the images of a pair are equal, so that their errors cancel. Inside, the
+    differences of errors at different locations are taken as independent and of equal variance. The
+    standard deviation of the margin then is s times that with W = 1. Therefore `beta / s` has the
+    effect for the weighted loss that beta has for Diffusion-DPO.
+
+    Args:
+      weights: W >= 0.
+      prior: M_prior in [0, 1].
+
+    Returns:
+      s of each example, without gradient; 1 with an empty prior or without weight inside it.
+    """
+
+    def norm(x):
+        return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2)))
+
+    weights, prior = _at_least_float32(weights), _at_least_float32(prior)
+    inside, uniform = norm(prior * weights), norm(prior)
+    total = jnp.mean(weights, axis=(1, 2))
+    known = (inside > 0) & (uniform > 0)
+    scale = inside / jnp.where(known, total * uniform, 1)
+    return jax.lax.stop_gradient(jnp.where(known, scale, 1))
+
+
+def preference_slope(
+    margin: Float[AnyArray, "batch"], beta: Scalar | Float[AnyArray, "batch"]
+) -> Float[Array, "batch"]:
     """Computes `2 sigmoid((beta / 2) margin)`, the slope of the preference loss over that at 0.
 
     An anchor multiplied by this factor decays with the slope of the preference loss. A constant

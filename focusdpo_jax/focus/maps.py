@@ -62,13 +62,17 @@ class FocusMap(NamedTuple):
 
 
 class _Spaf(NamedTuple):
-    """Arguments of `correspondence.match` for N images; `own`: subject masks on the latent grid."""
+    """Arguments of `correspondence.match` for N images; `own`: subject masks on the latent grid.
+
+    `coverage`: subject masks on the grid of the features, or None.
+    """
 
     similarity: Array
     background: Array
     present: Array
     area: Array
     own: Array | None
+    coverage: Array | None
 
 
 class _Inputs(NamedTuple):
@@ -97,8 +101,11 @@ def focus_map(
     reference_error: Float[AnyArray, "batch images height width"] | None = None,
     prototypes: int = 32,
     own_subject: bool = False,
+    coverage: bool = False,
     detail_bins: int = 16,
     detail_sigma: float = 8.0,
+    detail_colour: bool = False,
+    reference_images: Float[AnyArray, "batch subjects mask_rows mask_columns 3"] | None = None,
 ) -> FocusMap:
     """Computes FocusDPO's weight map of each image of a batch of pairs.
 
@@ -129,8 +136,13 @@ def focus_map(
       prototypes: number of prototypes per subject, and also of its surroundings.
       own_subject: whether to keep only matches inside the subject's own mask; needs
         `subject_masks`.
-      detail_bins, detail_sigma: bins and sigma of `complexity.local_entropy`; sigma is in pixels,
-        by default one latent cell of SDXL.
+      coverage: whether a subject can match only patches that it covers, each counted by its covered
+        share (`correspondence.match`); needs `subject_masks`.
+      detail_bins, detail_sigma, detail_colour: arguments of `complexity.local_entropy`; sigma is in
+        pixels, by default one latent cell of SDXL.
+      reference_images: RGB in [0, 1]. If given, the detail of each subject is multiplied by the
+        relative complexity of its reference (`complexity.scale_by_reference`); needs
+        `reference_masks` and `subject_masks`.
 
     Returns:
       A `FocusMap`.
@@ -158,8 +170,9 @@ def focus_map(
             raise ValueError(
                 "focus_map: SPAF needs image_features, reference_features and reference_masks"
             )
-        if own_subject and subject_masks is None:
-            raise ValueError("focus_map: own_subject needs subject_masks")
+        for name, used in (("own_subject", own_subject), ("coverage", coverage)):
+            if used and subject_masks is None:
+                raise ValueError(f"focus_map: {name} needs subject_masks")
         slots, patches = reference_features.shape[:2], image_features.shape[2:4]
         rows, columns = reference_features.shape[2:4]
         present = jnp.ones(slots, bool) if present is None else jnp.asarray(present)
@@ -172,16 +185,29 @@ def focus_map(
         similarity, background = correspondence.prototype_similarity(
             each(references), flat(image_features)
         )
-        own = None
-        if own_subject and subject_masks is not None:
-            own = each(average_to_grid(subject_masks.astype(jnp.float32), grid))
+        own = covered = None
+        if subject_masks is not None and (own_subject or coverage):
+            own = average_to_grid(subject_masks.astype(jnp.float32), grid)
+            covered = each(share_on_grid(own, patches)) if coverage else None
+            own = each(own)
         # A reference whose mask is empty has no prototypes, and nothing can match it.
         known = jnp.any(references[:, :, 0] != 0, axis=(2, 3))
         area = _area(prior_mask, subject_masks, present) * (patches[0] * patches[1])
-        spaf = _Spaf(similarity, background, each(present & known), each(area), own)
+        spaf = _Spaf(similarity, background, each(present & known), each(area), own, covered)
         inputs = inputs._replace(spaf=spaf)
     if structure.dpce:
-        detail = complexity.complexity(flat(images), inputs.prior, detail_bins, detail_sigma)
+        settings = detail_bins, detail_sigma, detail_colour
+        detail = complexity.complexity(flat(images), inputs.prior, *settings)
+        if reference_images is not None:
+            if reference_masks is None or subject_masks is None:
+                raise ValueError(
+                    "focus_map: reference_images needs reference_masks and subject_masks"
+                )
+            complexities = complexity.reference_complexity(
+                reference_images, reference_masks, *settings
+            )
+            masks = average_to_grid(subject_masks.astype(jnp.float32), grid)
+            detail = complexity.scale_by_reference(detail, each(masks), each(complexities))
         inputs = inputs._replace(detail=detail)
     if structure.confidence:
         if reference_error is None:
@@ -240,8 +266,8 @@ def _weigh(
     """Computes the `FocusMap` of N images, without the axis of pairs."""
     similarity = match = unmatched = uncertainty = None
     if inputs.spaf is not None:
-        similarity, background, present, area, own = inputs.spaf
-        match = correspondence.match(similarity, present, area, params.rho, background)
+        similarity, background, present, area, own, coverage = inputs.spaf
+        match = correspondence.match(similarity, present, area, params.rho, background, coverage)
         match = correspondence.to_grid(match, grid)
         if own is not None:
             match = correspondence.inside_own(match, own)

@@ -68,12 +68,14 @@ class ImageErrors(NamedTuple):
       reference: [B, h, w], squared error of the reference model, without gradient; None unless
         `needs_reference`.
       weights: [B, h, w], W, without gradient.
+      prior: [B, h, w] in [0, 1], M_prior.
       residual: [B, h, w, C], prediction minus target of the trained model.
     """
 
     policy: Map
     reference: Map | None
     weights: Map
+    prior: Map
     residual: Float[Array, "images height width channels"]
 
 
@@ -86,8 +88,8 @@ class GeneratorObjective:
       title: title in tables and model cards.
       weights: WeightInputs -> (W [N, h, w], diagnostics).
       loss: (ImageErrors of the chosen images, ImageErrors of the rejected images or None, config)
-        -> (loss [B], diagnostics). It reads `beta`, `anchor`, `anchor_fades` and `preserve_winner`
-        of `config`.
+        -> (loss [B], diagnostics). It reads `config.beta` and, of a
+        preference objective, the fields that `dpo.preference_loss` lists.
       reads_rejected: whether it reads both images of a pair, or only the chosen one.
       needs_reference: whether it compares the policy with a reference model, which is the initial
         model.

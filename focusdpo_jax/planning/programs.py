@@ -274,5 +274,9 @@ def _trace_maps(mesh: Mesh, step: Any, structure: Any, pairs: Any) -> jax.stages
     params = definition.buckets[_first_of(definition.buckets, structure)][1]
     with trace_context(mesh):
         return jax.jit(step.assembly.step.focus_maps, static_argnums=0).trace(
-            structure, definition.frozen, pairs, params, step.key
+            structure,
+            definition.pass_inputs(step.state.evaluated),
+            pairs,
+            params,
+            step.key,
         )

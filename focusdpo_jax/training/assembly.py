@@ -107,6 +107,7 @@ def assemble(
             buckets=buckets,
             frozen=frozen,
             mesh=mesh,
+            reads_policy=step.reads_policy,
         ),
     )
     if step.drops:

@@ -130,16 +130,16 @@ def _generate(config, generator, empty, mesh):
 
 
 def _focus_maps(assembly):
-    """Returns the function (structure, encoded, params, key) -> FocusMaps."""
+    """Returns the function (structure, trainable, encoded, params, key) -> FocusMaps."""
     definition = assembly.definition
     # It runs only a few times, so compilation takes longer than execution.
     compute = jax.jit(
         assembly.step.focus_maps, static_argnums=0, compiler_options=compiling.FAST_TO_COMPILE
     )
 
-    def focus_maps(structure, *arguments):
+    def focus_maps(structure, trainable, *arguments):
         with trace_context(definition.mesh):
-            return compute(structure, definition.frozen, *arguments)
+            return compute(structure, definition.pass_inputs(trainable), *arguments)
 
     return focus_maps
 

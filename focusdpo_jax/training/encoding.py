@@ -126,14 +126,7 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
             area = (batch.masks & batch.prior_mask[:, None]).mean((2, 3), dtype=jnp.float32)
             subject_masks = average_to_grid(batch.masks.astype(jnp.float32), grid)
         if dpce:
-            detail = grouped(
-                complexity.complexity(
-                    flat,
-                    jnp.repeat(prior, 2, axis=0),
-                    config.focus.detail_bins,
-                    config.focus.detail_sigma,
-                )
-            )
+            detail = grouped(_detail(config.focus, batch, flat, prior))
         if quality:
             rejected_quality = patch_quality(
                 generator, parameters, batch, pair[:, 1], references, grid
@@ -158,6 +151,21 @@ def encoder(generator, config, source=None, *, dpce=False, quality=False):
         )
 
     return jax.jit(encode, compiler_options=compiling.default_network_options())
+
+
+def _detail(focus, batch, images, prior):
+    """Returns M_d [2B, h, w] of a batch's images [2B, H, W, 3] in [0, 1]."""
+    settings = focus.detail_bins, focus.detail_sigma, focus.detail_colour
+    detail = complexity.complexity(images, jnp.repeat(prior, 2, axis=0), *settings)
+    if not focus.reference_detail:
+        return detail
+    complexities = complexity.reference_complexity(
+        batch.references.astype(jnp.float32) / 255, batch.reference_masks, *settings
+    )
+    masks = average_to_grid(batch.masks.astype(jnp.float32), prior.shape[1:])
+    return complexity.scale_by_reference(
+        detail, jnp.repeat(masks, 2, axis=0), jnp.repeat(complexities, 2, axis=0)
+    )
 
 
 def patch_quality(generator, parameters, batch, rejected, references, grid):

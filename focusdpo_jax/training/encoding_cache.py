@@ -63,7 +63,15 @@ def make_key(model, config, content, source):
         "dtype": config.dtype,
         "pictures": content,
         "resolution": config.resolution,
-        "detail": [config.focus.detail_bins, config.focus.detail_sigma],
+        "detail": [
+            config.focus.detail_bins,
+            config.focus.detail_sigma,
+            *(
+                name
+                for name in ("detail_colour", "reference_detail")
+                if getattr(config.focus, name)
+            ),
+        ],
         "features": source and source.settings,
     }
 

@@ -16,6 +16,7 @@ from focusdpo_jax import objectives
 from focusdpo_jax.diffusion.schedule import logit_normal_timesteps
 from focusdpo_jax.focus import confidence, correspondence, losses
 from focusdpo_jax.focus.buckets import BucketStructure, sample_timesteps
+from focusdpo_jax.focus.grids import share_on_grid
 from focusdpo_jax.models.generator import Conditioning, ImageView, merge_parameters
 from focusdpo_jax.objectives import FocusMaps, GeneratorObjective, ImageErrors, WeightInputs
 from focusdpo_jax.training.encoding import text_is_frozen
@@ -142,6 +143,13 @@ class ReferenceOutputs(NamedTuple):
     reference_error: jax.Array | None
 
 
+class _Observed(NamedTuple):
+    """What the focus maps read of a model: its error maps [2B, h, w], and captured activations."""
+
+    error: jax.Array | None
+    captured: dict[str, jax.Array]
+
+
 class GeneratorStep:
     """The two functions of a step of `config.objective`, which `training.step` compiles.
 
@@ -151,7 +159,8 @@ class GeneratorStep:
 
     `frozen` has up to three entries: `parameters`, the frozen ones of `parts`; `reference`, a copy
     of the initial trainable parameters, if the objective needs a reference model; and
-    `unconditional`, if conditions are dropped. Dropped conditions are the same for policy and
+    `unconditional`, if conditions are dropped. For the reference pass it also has `policy`, the
+    current trainable parameters, if the step `reads_policy`. Dropped conditions are the same for policy and
     reference model and for both images of a pair.
     """
 
@@ -172,6 +181,11 @@ class GeneratorStep:
         self._source = source
         # Jitted, so that passes of equal arguments are traced once, in whichever program.
         self._denoise = jax.jit(generator.denoise, static_argnames="capture")
+
+    @property
+    def reads_policy(self):
+        """Whether the focus maps are computed from the policy's activations and errors."""
+        return self.objective.uses_focus and self._config.focus.observed == "policy"
 
     @property
     def parts(self):
@@ -198,14 +212,14 @@ class GeneratorStep:
         Returns:
           ReferenceOutputs, and a dict of scalar diagnostics.
         """
-        reference, captured = self._reference_error(structure, frozen, encoded, params, key)
-        maps, diagnostics = self._weigh(structure, params, encoded, captured, reference, key)
+        reference, observed = self._observe(structure, frozen, encoded, params, key)
+        maps, diagnostics = self._weigh(structure, params, encoded, observed, key)
         return ReferenceOutputs(maps.weights, reference), jax.tree.map(jnp.mean, diagnostics)
 
     def focus_maps(self, structure, frozen, encoded, params, key):
         """Returns the `FocusMaps` of a batch, for visualisation; arguments as `reference_pass`."""
-        reference, captured = self._reference_error(structure, frozen, encoded, params, key)
-        return self._weigh(structure, params, encoded, captured, reference, key)[0]
+        _, observed = self._observe(structure, frozen, encoded, params, key)
+        return self._weigh(structure, params, encoded, observed, key)[0]
 
     def loss(self, trainable, frozen, encoded, outputs, params, key):
         """Computes the loss of a batch.
@@ -220,7 +234,10 @@ class GeneratorStep:
         """
         noisy = self.noisy(encoded, params, key)
         policy, residual, _ = self._error(trainable, frozen, encoded, noisy, key)
-        errors = ImageErrors(policy, outputs.reference_error, outputs.weights, residual)
+        prior = encoded.prior.astype(jnp.float32)
+        if self.objective.reads_rejected:
+            prior = repeat_for_pair(prior)
+        errors = ImageErrors(policy, outputs.reference_error, outputs.weights, prior, residual)
         chosen, rejected = errors, None
         if self.objective.reads_rejected:
             chosen, rejected = (
@@ -230,21 +247,30 @@ class GeneratorStep:
         loss, diagnostics = self.objective.loss(chosen, rejected, self._config)
         return loss.mean(), jax.tree.map(jnp.mean, diagnostics)
 
-    def _reference_error(self, structure, frozen, encoded, params, key):
-        """Returns error maps [2B, h, w] of the reference model, and SPAF's captured activations."""
+    def _observe(self, structure, frozen, encoded, params, key):
+        """Returns the reference model's error maps [2B, h, w] or None, and an `_Observed`."""
         if not self.objective.needs_reference:
-            return None, {}
-        error, _, captured = self._error(
+            return None, _Observed(None, {})
+        noisy = self.noisy(encoded, params, key)
+        capture = self._source.capture if structure.weight.spaf else ()
+        reads = capture or structure.weight.confidence
+        from_policy = self.reads_policy and reads
+        reference, _, captured = self._error(
             frozen["reference"],
             frozen,
             encoded,
-            self.noisy(encoded, params, key),
+            noisy,
             key,
-            capture=self._source.capture if structure.weight.spaf else (),
+            capture=() if from_policy else capture,
         )
-        return error, captured
+        if not from_policy:
+            return reference, _Observed(reference, captured)
+        policy, _, captured = self._error(
+            frozen["policy"], frozen, encoded, noisy, key, capture=capture
+        )
+        return reference, _Observed(policy, captured)
 
-    def _weigh(self, structure, params, encoded, captured, reference, key):
+    def _weigh(self, structure, params, encoded, observed, key):
         """Returns the FocusMaps and diagnostics per image, [N]."""
         prior = encoded.prior.astype(jnp.float32)
         if self.objective.reads_rejected:
@@ -252,13 +278,13 @@ class GeneratorStep:
         similarity = match = unmatched = detail = uncertainty = None
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
-                similarity, match = self._match(encoded, captured, params, prior, key)
+                similarity, match = self._match(encoded, observed.captured, params, prior, key)
                 unmatched = correspondence.unmatched(prior, match.union)
         if structure.weight.dpce:
             detail = by_image(encoded.detail).astype(jnp.float32)
         if structure.weight.confidence:
             with jax.named_scope("confidence"):
-                uncertainty = confidence.uncertainty(reference, prior)
+                uncertainty = confidence.uncertainty(observed.error, prior)
         weights, diagnostics = structure.objective.weights(
             WeightInputs(
                 structure.weight,
@@ -279,15 +305,19 @@ class GeneratorStep:
         )
         cells = similarity.shape[2] * similarity.shape[3]
         area = encoded.area.astype(jnp.float32) * cells
+        focus, coverage = self._config.focus, None
+        if focus.coverage:
+            coverage = repeat_for_pair(share_on_grid(encoded.subject_masks, similarity.shape[2:]))
         match = correspondence.match(
             similarity,
             repeat_for_pair(encoded.present & known),
             repeat_for_pair(area),
             params.rho,
             background,
+            coverage,
         )
         match = correspondence.to_grid(match, prior.shape[1:])
-        if self._config.focus.own_subject:
+        if focus.own_subject or focus.coverage:
             match = correspondence.inside_own(match, repeat_for_pair(encoded.subject_masks))
         return similarity, match
 

@@ -198,7 +198,7 @@ class Showcase:
         pairs = meshes.shard_rows(encoded, self._mesh)
         key = meshes.random_key(self._config.seed, self._mesh)
         maps = {
-            name: meshes.fetch(self._focus_maps(structure, pairs, params, key))
+            name: meshes.fetch(self._focus_maps(structure, trainable, pairs, params, key))
             for name, (structure, params) in self._buckets.items()
         }
         if base is None:  # Only the first process has it.

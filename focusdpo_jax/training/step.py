@@ -43,15 +43,22 @@ class StepDefinition:
         program.
       loss: (trainable, frozen, batch, outputs, params, key) -> (loss, dict of scalars).
       buckets: {name: (structure, params)}; buckets of equal structure share one executable.
-      frozen: pytree of arrays that both functions read besides the trainable parameters.
+      frozen: dict of arrays that both functions read besides the trainable parameters.
+      reads_policy: whether the reference pass reads the current trainable parameters, too, as
+        `frozen["policy"]`.
       mesh: device mesh of parameters and batches.
     """
 
     reference_pass: Callable
     loss: Callable
     buckets: Mapping[str, tuple[Hashable, Any]]
-    frozen: Any
+    frozen: Mapping[str, Any]
     mesh: jax.sharding.Mesh
+    reads_policy: bool = False
+
+    def pass_inputs(self, trainable: Any) -> Mapping[str, Any]:
+        """Returns the first argument of the reference passes: arrays, or shapes."""
+        return {**self.frozen, "policy": trainable} if self.reads_policy else self.frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Step:
       update: (state, frozen, batch, outputs, params, key) -> (state, StepMetrics); `state` is
         donated.
       key: PRNG key of the run; the key of a step is derived from it and the microstep.
+      reads_policy: see `StepDefinition`.
       matmul_flops: {structure: floating-point operations of all matrix products and convolutions of
         a whole step, summed over devices}; see `profiling.flops`.
     """
@@ -72,11 +80,13 @@ class Step:
     update: Callable[..., Any]
     key: jax.Array
     matmul_flops: Mapping[Hashable, float]
+    reads_policy: bool = False
 
     def __call__(self, structure, state, frozen, batch, params, microstep):
         """Runs one batch; returns the new state and its StepMetrics, both on the device."""
+        inputs = {**frozen, "policy": state.trainable} if self.reads_policy else frozen
         (key, outputs), reference_metrics = self.reference_passes[structure](
-            frozen, batch, params, self.key, np.int32(microstep)
+            inputs, batch, params, self.key, np.int32(microstep)
         )
         state, update_metrics = self.update(state, frozen, batch, outputs, params, key)
         return state, join(reference_metrics, update_metrics)
@@ -138,8 +148,9 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
     microstep = np.int32(0)
     structures = dict(definition.buckets.values())
     first, params = next(iter(structures.items()))
+    inputs = definition.pass_inputs(state.trainable)
     (folded, outputs), _ = jax.eval_shape(
-        lambda *arguments: reference_pass(first, *arguments), frozen, batch, params, key, microstep
+        lambda *arguments: reference_pass(first, *arguments), inputs, batch, params, key, microstep
     )
     folded, outputs = (
         jax.tree.map(
@@ -157,7 +168,7 @@ def trace_step(definition, optimizer, state, batch, key, *, accumulate=1, ema_de
         )
 
     def trace_reference_pass(structure):
-        return reference_pass.trace(structure, frozen, batch, structures[structure], key, microstep)
+        return reference_pass.trace(structure, inputs, batch, structures[structure], key, microstep)
 
     return {s: functools.partial(trace_reference_pass, s) for s in structures}, trace_update
 
@@ -225,6 +236,7 @@ def _compile(definition, optimizer, state, batch, key, accumulate, ema_decay):
             structure: update_flops.matmul_flops + pass_flops.matmul_flops
             for structure, (_, pass_flops) in passes.items()
         },
+        definition.reads_policy,
     )
     logging.info(
         "compiled %s for %s in %.1f s, and the update that they share",

@@ -129,3 +129,44 @@ def test_complexity_prefers_the_textured_half_of_a_subject():
     np.testing.assert_allclose(detail[:, :, :2], 0, atol=1e-3)
     np.testing.assert_allclose(detail[:, 2:, 6:], 1, atol=0.02)
     assert float((detail * prior).max()) == 1.0
+
+
+def test_colour_entropy_has_edges_that_luminance_ignores():
+    # Red and green of equal luma: 0.299 * 1 = 0.587 * 0.50937.
+    red, green = np.array([1.0, 0, 0]), np.array([0, 0.299 / 0.587, 0])
+    board = checkerboard(32, 0, 1)[..., None]
+    image = jnp.asarray(board * red + (1 - board) * green, jnp.float32)
+    np.testing.assert_allclose(local_entropy(image, sigma=4.0), 0, atol=1e-4)
+    coloured = jax.jit(complexity.local_entropy, static_argnums=(1, 2, 3))(image, 16, 4.0, True)
+    # Two of three channels have two equally frequent levels: log 2 each, of log 16.
+    np.testing.assert_allclose(coloured, 2 / 3 * np.log(2) / np.log(16), rtol=0.01)
+
+
+def test_colour_entropy_of_a_grey_image_equals_that_of_its_luminance():
+    image = grey(np.random.default_rng(0).uniform(size=(1, 16, 16)))
+    coloured = jax.jit(complexity.local_entropy, static_argnums=(1, 2, 3))(image, 16, 2.0, True)
+    np.testing.assert_allclose(coloured, local_entropy(image, sigma=2.0), atol=1e-5)
+
+
+def test_reference_complexity_is_the_mean_entropy_inside_the_mask():
+    plain, board = np.full((32, 32), 0.4), checkerboard(32, 0.1, 0.9)[0]
+    half = np.arange(32)[None, :] < 16
+    references = grey(np.stack([plain, board, np.where(half, plain, board)]))[None]
+    masks = np.stack([np.ones((32, 32), bool), half & half.T, np.zeros((32, 32), bool)])[None]
+    found = jax.jit(complexity.reference_complexity, static_argnums=(2, 3))(
+        references, masks, 16, 2.0
+    )
+    # Two equally frequent levels have an entropy of log 2. The last mask is empty.
+    np.testing.assert_allclose(found, [[0, np.log(2) / np.log(16), 0]], rtol=0.01, atol=1e-6)
+
+
+def test_detail_is_scaled_by_the_relative_complexity_of_the_references():
+    detail = jnp.array([[[0.8, 0.4, 0.6, 0.5]]])
+    # Subjects on the first and on the second location, both on half of the third, none on the last.
+    masks = jnp.array([[[[1.0, 0.0, 0.5, 0.0]], [[0.0, 0.25, 0.5, 0.0]]]])
+    found = complexity.scale_by_reference(detail, masks, jnp.array([[0.1, 0.4]]))
+    # Relative complexities 1/4 and 1; 5/8 in the mean.
+    np.testing.assert_allclose(found, [[[0.2, 0.4, 0.375, 0.5]]], rtol=1e-6)
+    np.testing.assert_array_equal(
+        complexity.scale_by_reference(detail, masks, jnp.zeros((1, 2))), detail
+    )

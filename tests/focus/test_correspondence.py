@@ -313,3 +313,36 @@ def test_matches_on_another_subject_are_dropped():
     np.testing.assert_array_equal(own.subjects, [[[[1, 0, 0, 0]], [[0, 0, 0, 1]]]])
     np.testing.assert_array_equal(own.union, [[[1, 0, 0, 1]]])
     assert own.budget == 3
+
+
+def test_with_coverage_the_budget_is_the_covered_area_of_the_own_subject():
+    # One subject covers 1 + 0.5 + 0.25 patches. The best patch of all is outside it.
+    similarity = similarity_of([[0.9, 0.8, 0.3], [0.7, 0.6, 0.95]])
+    coverage = jnp.array([[[[1.0, 0.25, 0.5], [0.0, 0.0, 0.0]]]])
+    area = jnp.array([[1.75]])
+
+    def kept(rho):
+        found = match_fn(similarity, ALL(1), area, rho, None, coverage)
+        return found.subjects[0, 0].tolist(), float(found.budget[0])
+
+    # In order of similarity: 1 (0.9), 0.25 (0.8), 0.5 (0.3). Half of the area is 0.875 patches.
+    assert kept(0.5) == ([[1, 0, 0], [0, 0, 0]], pytest.approx(0.875))
+    # 1.05: the first patch covers 1 of it.
+    assert kept(0.6) == ([[1, 1, 0], [0, 0, 0]], pytest.approx(1.05))
+    # The whole subject, with its outline.
+    assert kept(1.0) == ([[1, 1, 1], [0, 0, 0]], pytest.approx(1.75))
+    assert kept(0.0)[0] == [[0, 0, 0], [0, 0, 0]]
+    # By rank the same budget leaves the outline without a match, and selects a patch outside.
+    plain = match_fn(similarity, ALL(1), area, 1.0)
+    assert plain.subjects[0, 0].tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_with_coverage_a_patch_that_matches_another_subject_is_not_matched():
+    """The left subject's second patch has the look of the right subject."""
+    similarity = similarity_of([[0.9, 0.2, 0.1, 0.1]], [[0.1, 0.8, 0.9, 0.9]])
+    coverage = jnp.array([[[[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]]]])
+    area = jnp.array([[2.0, 2.0]])
+    found = match_fn(similarity, ALL(2), area, 1.0, None, coverage)
+    assert found.union[0].tolist() == [[1, 0, 1, 1]]
+    prior = jnp.ones((1, 1, 4))
+    assert float(spaf.alignment(found, prior)[0]) == pytest.approx(3 / 4)

@@ -246,3 +246,47 @@ def test_a_winner_preserving_scale_keeps_the_winners_error():
 def test_scaled_gradients_leave_the_value():
     value, slope = jax.value_and_grad(lambda x: losses.scale_gradient(x**2, jnp.float32(0.25)))(3.0)
     assert value == 9 and slope == pytest.approx(0.25 * 6)
+
+
+def test_relative_scale_by_hand():
+    prior = jnp.array([[[1.0, 1.0, 0.0, 0.0]]])
+    weights = jnp.array([[[2.0, 1.0, 0.5, 0.5]]])
+    # |P W| / sum W = sqrt(5) / 4; |P| / N = sqrt(2) / 4.
+    np.testing.assert_allclose(losses.relative_scale(weights, prior), [np.sqrt(5 / 2)], rtol=1e-6)
+    np.testing.assert_allclose(losses.relative_scale(7 * weights, prior), [np.sqrt(5 / 2)])
+    np.testing.assert_allclose(losses.relative_scale(jnp.ones((1, 1, 4)), prior), [1])
+    np.testing.assert_allclose(losses.relative_scale(weights, jnp.zeros((1, 1, 4))), [1])
+
+
+def test_relative_scale_is_the_ratio_of_the_margins_deviations():
+    """For independent differences of errors inside the prior, and equal images outside."""
+    rng = np.random.default_rng(0)
+    prior = np.zeros((1, 8, 8), np.float32)
+    prior[:, 2:7, 1:5] = 1
+    weights = np.float32(0.5 + prior * (1 + 3 * rng.uniform(size=prior.shape)))
+    differences = rng.normal(size=(20000, 8, 8)) * prior
+    mean = lambda w: (differences * w).sum((1, 2)) / w.sum()
+    ratio = mean(weights).std() / mean(np.ones_like(prior)).std()
+    assert ratio > 1.5
+    np.testing.assert_allclose(losses.relative_scale(weights, prior), [ratio], rtol=0.03)
+
+
+def test_the_loser_counts_up_to_its_limit():
+    """The limit is a share of the reference model's error; beyond it the loser has no gradient."""
+    ones = jnp.ones((2, 2, 2))
+    reference = 0.5 * ones
+    rejected = jnp.stack([0.52 * ones[0], 0.7 * ones[1]])  # Rises of 0.02 and 0.2.
+
+    def loss(rejected, limit):
+        values, diagnostics = losses.diffusion_dpo(
+            reference, reference, rejected, reference, ones, ones, 10.0, limit
+        )
+        return values.sum(), diagnostics
+
+    (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(rejected, 0.1)
+    np.testing.assert_allclose(found["margin"], [-0.02, -0.05], rtol=1e-5)
+    np.testing.assert_allclose(found["loser_error_difference"], [0.02, 0.2], rtol=1e-5)
+    assert float(jnp.abs(gradient[0]).min()) > 0 and not gradient[1].any()
+    (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(rejected, 0.0)
+    np.testing.assert_allclose(found["margin"], [-0.02, -0.2], rtol=1e-5)
+    assert float(jnp.abs(gradient).min()) > 0

@@ -13,7 +13,9 @@ from focusdpo_jax.focus import maps as facade
 
 GRID, SIDE = (4, 4), 8
 PER_IMAGE = ("images", "image_features", "reference_error")
-STATIC = ("grid", "prototypes", "own_subject", "detail_bins", "detail_sigma")
+STATIC = ("grid", "prototypes", "own_subject", "coverage", "detail_bins", "detail_sigma") + (
+    "detail_colour",
+)
 
 
 def inputs(seed=0, pairs=3, images=2, subjects=2):
@@ -42,14 +44,21 @@ def jitted(own_subject=True):
 focus_map = jitted()
 
 
-def test_it_is_what_training_computes(tiny_config):
+@pytest.mark.parametrize("more", [False, True])
+def test_it_is_what_training_computes(tiny_config, more):
     """Every map of every bucket, from the tiny run's images and its image encoder's features."""
     from focusdpo_jax.data import loader
     from focusdpo_jax.models.generator import split_parameters
     from focusdpo_jax.training import assembly, generator_step, models, run_data
 
     config = tiny_config(
-        focus__features="vit", focus__prototypes=2, focus__own_subject=True, focus__lambda_c=0.5
+        focus__features="vit",
+        focus__prototypes=2,
+        focus__own_subject=True,
+        focus__lambda_c=0.5,
+        focus__coverage=more,
+        focus__detail_colour=more,
+        focus__reference_detail=more,
     )
     model = models.load_model(config)
     generator, parameters = model.generator, model.parameters
@@ -91,8 +100,11 @@ def test_it_is_what_training_computes(tiny_config):
             reference_error=outputs.reference_error.reshape(4, 2, *encoded.prior.shape[1:]),
             prototypes=2,
             own_subject=True,
+            coverage=more,
             detail_bins=config.focus.detail_bins,
             detail_sigma=config.focus.detail_sigma,
+            detail_colour=more,
+            reference_images=batch.references.astype(np.float32) / 255 if more else None,
         )
         assert structure.weight.spaf and structure.weight.confidence
         assert structure.weight.dpce == detailed == (found.detail is not None)
@@ -142,7 +154,11 @@ def test_defaults_are_those_of_the_configuration():
 
     settings = FocusConfig()
     for function, names in (
-        (fd.focus.focus_map, ("prototypes", "own_subject", "detail_bins", "detail_sigma")),
+        (
+            fd.focus.focus_map,
+            ("prototypes", "own_subject", "coverage", "detail_bins", "detail_sigma")
+            + ("detail_colour",),
+        ),
         (
             fd.focus.make_buckets,
             ("spaf", "dpce", "detail_fraction", "rho_noisy", "rho_clean", "lambda_s", "lambda_d")

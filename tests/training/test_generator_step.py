@@ -126,6 +126,43 @@ def test_confidence_weighs_by_the_reference_models_error(tiny_config):
     )
 
 
+@pytest.mark.parametrize("features", ["attention", "vit"])
+def test_maps_of_the_policy(tiny_config, features):
+    """They equal those of the reference model if both are the same, and differ otherwise."""
+
+    def maps(observed, scale):
+        config = tiny_config(
+            focus__buckets=1,
+            focus__features=features,
+            focus__lambda_c=2.0,
+            focus__observed=observed,
+        )
+        model, source, buckets, _, pairs = encode_four(config)
+        ((structure, params),) = buckets.values()
+        task = generator_step.GeneratorStep(model.generator, config, model.tokenizer(""), source)
+        assert task.reads_policy == (observed == "policy")
+        trainable, frozen = split_parameters(model.parameters, "full")
+        fixed = {
+            "parameters": frozen,
+            "reference": trainable,
+            "policy": jax.tree.map(lambda x: scale * x, trainable),
+        }
+        key = jax.random.key(0)
+        outputs, _ = task.reference_pass(structure, fixed, pairs, params, key)
+        return task.focus_maps(structure, fixed, pairs, params, key), outputs.reference_error
+
+    (expected, error), (same, _), (other, other_error) = (
+        maps("reference", 1.05),
+        maps("policy", 1.0),
+        maps("policy", 1.05),
+    )
+    np.testing.assert_allclose(same.weights, expected.weights, atol=1e-5)
+    np.testing.assert_allclose(other_error, error, rtol=1e-6)  # Of the reference model in any case.
+    assert np.abs(np.asarray(other.uncertainty) - expected.uncertainty).max() > 1e-3
+    differs = np.abs(np.asarray(other.similarity) - expected.similarity).max() > 1e-6
+    assert differs == (features == "attention")
+
+
 def test_a_fading_anchor_has_the_slope_of_the_preference(tiny_config):
     """Of one pair, with a policy that is not the reference model."""
 

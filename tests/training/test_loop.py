@@ -179,6 +179,25 @@ def test_other_objectives_run_by_one_switch(objective, tiny_config, tmp_path):
     assert abs(values[3] - values[2]) > 1e-3
 
 
+def test_a_run_whose_maps_are_the_policys_departs_from_the_second_step(tiny_config, tmp_path):
+    """At the first steps policy and reference model are equal, and with them the weights."""
+    losses = []
+    for observed in ("reference", "policy"):
+        config = tiny_config(
+            steps=3,
+            focus__buckets=1,
+            focus__lambda_c=4.0,
+            focus__observed=observed,
+            learning_rate=1e-2,
+            **NOT_DRAWN,
+        )
+        loop.run(config, tmp_path / observed)
+        losses.append(tiny.losses(tmp_path / observed))
+    reference, policy = losses
+    assert policy[1] == pytest.approx(reference[1], rel=1e-6)
+    assert abs(policy[3] - reference[3]) > 1e-6 * abs(reference[3])
+
+
 @pytest.mark.parametrize(
     "trainable, changed, kept",
     [("adapter", "to_k_ip", "to_q/kernel"), ("lora", "lora_b", "to_q/kernel")],

@@ -1,0 +1,275 @@
+r"""Tests whether FocusDPO's weight map matters on Toybox, in the order in which evidence must come.
+
+    python -m experiments.evidence --output=runs/evidence
+
+1. `gate`: cosines of the gradients at the base (`experiments.gradients`). A weight map whose
+   gradient hardly differs from that of the plain mask cannot be told from it by training.
+2. `oracle`: the plain mask against the truth, the mask of the pixels that a changed attribute
+   affects (`config.data.oracle_mask`). It is the upper limit of what a weight map can gain. If the
+   oracle is not better, the testbed cannot discriminate, and the script stops.
+3. `methods`: all objectives and options of the weight map.
+
+Stages 2 and 3 train every method with the same pairs in the same order for the same number of
+steps, and compare them by the teacher-forced measure (`experiments.teacher_forced`) on held-out
+pairs. Differences have paired bootstrap intervals over pairs; values of all seeds belong to their
+pair. The pairs resemble those of real data: the prior mask is generous, every rejected image has an
+artefact of inpainting in all of its mask, and half of the subjects differ in only one attribute.
+All preference objectives use `config.match_beta`, so that one beta means the same for all.
+
+Results are stored per trial in --output. The same command resumes. gate.json and evidence.md
+contain the tables.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments import gradients, study_trial, teacher_forced
+from focusdpo_jax.errors import UserError
+from focusdpo_jax.evaluation.statistics import bootstrap_difference, bootstrap_mean
+from focusdpo_jax.evaluation.tables import aligned
+from focusdpo_jax.files import replace_file
+from focusdpo_jax.training import loop, models, runs
+
+STAGES = ("gate", "oracle", "methods")
+# Fields that all trials share, unless --set replaces them.
+TESTBED = {
+    "data.prior_mask": "dilated",
+    "data.nuisance_probability": 1.0,
+    "data.one_look_probability": 0.5,
+    "match_beta": True,
+    "evaluation.scenes": 0,
+    "evaluation.pictures": 0,
+    "sample_every": 0,
+    "checkpoint_every": 0,
+}
+PRIOR, ORACLE = "prior_dpo", "oracle"
+_ATTENTION = {"focus.features": "attention", "focus.coverage": True}
+# The fields of each method.
+METHODS = {
+    "dpo": {"objective": "dpo"},
+    PRIOR: {"objective": "prior_dpo"},
+    ORACLE: {"objective": "prior_dpo", "data.oracle_mask": True},
+    "sft": {"objective": "sft"},
+    "patch_dpo": {"objective": "patch_dpo"},
+    "focus_dpo": {},
+    "own_subject": {"focus.own_subject": True},
+    "coverage": {"focus.coverage": True},
+    "confidence": {"focus.lambda_c": 2.0},
+    "contrast": {"focus.background": 0.0, "focus.matched": 0.0, "focus.lambda_s": 4.0},
+    "coverage, contrast": {
+        "focus.coverage": True,
+        "focus.background": 0.0,
+        "focus.matched": 0.0,
+        "focus.lambda_s": 4.0,
+    },
+    "colour, reference detail": {"focus.detail_colour": True, "focus.reference_detail": True},
+    "attention, coverage": _ATTENTION,
+    "attention of the policy, coverage": _ATTENTION | {"focus.observed": "policy"},
+}
+# The largest cosine with the plain mask at which a weight map is worth training.
+GATE = 0.9
+# Shown for every method; the first decides. (Region, quantity.)
+SHOWN = (
+    ("changed", "gain"),
+    ("changed", "winner"),
+    ("subject", "gain"),
+    ("subject", "winner"),
+    ("background", "winner"),
+)
+
+
+def parse(arguments):
+    """Parses the command line; `common` are the overrides of all trials."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def assignment(text):
+        name, _, value = text.partition("=")
+        return name, json.loads(value)
+
+    add = parser.add_argument
+    add("--output", type=pathlib.Path, default="runs/evidence", help="folder of the results")
+    add("--config", default="configs/toybox_dpo.py", help="configuration of all trials")
+    add(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="override a field in all trials, such as anchor=1.0",
+    )
+    add("--stages", nargs="+", choices=STAGES, default=STAGES)
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    add("--steps", type=int, default=80, help="optimiser steps of every trial")
+    add("--seeds", type=int, default=2, help="trainings of every method")
+    add("--pairs", type=int, default=512, help="held-out pairs, a multiple of 32")
+    add("--gradient_pairs", type=int, default=64, help="training pairs of the gate, even")
+    add("--split", choices=["validation", "test"], default="validation")
+    evidence = parser.parse_args(arguments)
+    if evidence.pairs < 32 or evidence.pairs % 32:
+        parser.error(f"--pairs={evidence.pairs}: give a multiple of 32")
+    evidence.common = TESTBED | {"steps": evidence.steps} | dict(evidence.set)
+    return evidence
+
+
+def gate(evidence: Any) -> bool:
+    """Prints the gradients' cosines; returns whether a weight map passes in every bucket."""
+    path = evidence.output / "gate.json"
+    names = [name for name in evidence.methods if name not in ("sft", "patch_dpo")]
+    names = list(dict.fromkeys(["dpo", PRIOR, *names]))
+    if path.exists():
+        results = json.loads(path.read_text())
+    else:
+        config = study_trial.load_config(evidence.config, evidence.common)
+        results = gradients.compare(
+            config, {name: METHODS[name] for name in names}, pairs=evidence.gradient_pairs, seed=0
+        )
+        replace_file(path, json.dumps(results, indent=2) + "\n")
+    print(gradients.format_table(results))
+    passing = [
+        name
+        for name in names
+        if name not in ("dpo", PRIOR, ORACLE)
+        and all(rows[name]["prior_dpo"] < GATE for rows in results.values() if name in rows)
+    ]
+    print(f"\nCosine with {PRIOR} below {GATE} in every bucket: {', '.join(passing) or 'none'}\n")
+    return bool(passing)
+
+
+class Trials:
+    """Trains methods and measures them, each once."""
+
+    def __init__(self, evidence: Any):
+        self._evidence, self._held_out, self._base = evidence, None, None
+
+    def changes(self, name: str) -> dict[str, np.ndarray]:
+        """Returns `teacher_forced.changes` of a method: {name: [pairs, seeds, timesteps, regions]}."""
+        seeds = [self._one(name, seed) for seed in range(self._evidence.seeds)]
+        return {key: np.stack([s[key] for s in seeds], axis=1) for key in seeds[0]}
+
+    def _one(self, name, seed):
+        folder = (
+            self._evidence.output / "trials" / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}"
+        )
+        path = folder / f"{self._evidence.split}_{self._evidence.pairs}.npz"
+        if not path.exists():
+            config = study_trial.load_config(
+                self._evidence.config, self._evidence.common | METHODS[name] | {"seed": seed}
+            )
+            loop.run(config, folder / "run")
+            policy = runs.Run(folder / "run").policy()
+            held_out, base = self._measured()
+            maps = teacher_forced.error_maps(config, policy, policy.parameters, held_out)
+            content = io.BytesIO()
+            np.savez(content, **teacher_forced.changes(maps, base, held_out.regions))
+            replace_file(path, content.getvalue())
+        with np.load(path) as saved:
+            return dict(saved)
+
+    def _measured(self):
+        """Returns the held-out pairs, and the error maps of the base."""
+        if self._held_out is None:
+            config = study_trial.load_config(self._evidence.config, self._evidence.common)
+            base = models.load_model(config)
+            self._held_out = teacher_forced.open_pairs(
+                config, base, split=self._evidence.split, count=self._evidence.pairs
+            )
+            self._base = teacher_forced.error_maps(config, base, base.parameters, self._held_out)
+        return self._held_out, self._base
+
+
+def table(results, names, against):
+    """Returns rows of text: each method's measures, and its differences from `against`."""
+
+    def values(name, region, quantity):
+        selected = results[name][quantity][..., teacher_forced.REGIONS.index(region)]
+        return selected.reshape(len(selected), -1)
+
+    def shown(estimate, signed=False):
+        sign = "+" if signed else ""
+        return f"{estimate.mean:{sign}.2f} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+
+    rows = [["method", *(f"{quantity}, {region}" for region, quantity in SHOWN)]]
+    for name in names:
+        rows.append([name, *(shown(bootstrap_mean(values(name, *key), seed=0)) for key in SHOWN)])
+    rows.append([f"less {against}"])
+    for name in names:
+        if name != against:
+            rows.append(
+                [
+                    name,
+                    *(
+                        shown(
+                            bootstrap_difference(values(against, *key), values(name, *key), seed=0),
+                            signed=True,
+                        )
+                        for key in SHOWN
+                    ),
+                ]
+            )
+    width = len(rows[0])
+    return [row + [""] * (width - len(row)) for row in rows]
+
+
+def oracle(trials: Trials) -> bool:
+    """Prints the oracle against the plain mask; returns whether the oracle is better."""
+    results = {name: trials.changes(name) for name in (PRIOR, ORACLE)}
+    print(aligned(table(results, [PRIOR, ORACLE], PRIOR)))
+    changed = teacher_forced.REGIONS.index("changed")
+    first, second = (
+        results[name]["gain"][..., changed].reshape(len(results[name]["gain"]), -1)
+        for name in (PRIOR, ORACLE)
+    )
+    better = (bootstrap_difference(first, second, seed=0).low or 0) > 0
+    print(
+        "\nThe oracle gains "
+        + ("more than" if better else "no more than")
+        + " the plain mask where attributes were changed: the testbed can"
+        + ("" if better else "not")
+        + " tell weight maps apart.\n"
+    )
+    return better
+
+
+def main(arguments=None) -> None:
+    """Runs the stages."""
+    evidence = parse(arguments)
+    evidence.output.mkdir(parents=True, exist_ok=True)
+    # The programs of equal methods and buckets are compiled once.
+    jax.config.update("jax_compilation_cache_dir", str(evidence.output / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    trials = Trials(evidence)
+    if "gate" in evidence.stages and not gate(evidence):
+        raise UserError(
+            "no weight map passes the gate: they cannot be told from the plain mask; change --set"
+        )
+    if "oracle" in evidence.stages and not oracle(trials):
+        raise UserError(
+            "the oracle is not better than the plain mask: the testbed cannot tell weight maps "
+            "apart; change --set, or give more --steps or --pairs"
+        )
+    if "methods" in evidence.stages:
+        results = {name: trials.changes(name) for name in evidence.methods}
+        against = PRIOR if PRIOR in results else evidence.methods[0]
+        rows = table(results, evidence.methods, against)
+        print(aligned(rows))
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|---" * len(rows[0]) + "|")
+        replace_file(evidence.output / "evidence.md", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
