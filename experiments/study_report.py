@@ -68,13 +68,55 @@ def estimates(trials, output: pathlib.Path, step=None):
     return result
 
 
-def write(output: pathlib.Path, reported, chosen, scores) -> None:
+def differences(reported, output: pathlib.Path, against="focus_dpo"):
+    """Returns {model: {measure: Estimate}} of each model's value less that of `against`.
+
+    The differences are paired: all models generate the same scenes from the same noise.
+    """
+    if against not in reported:
+        return {}
+    first = pooled(reported[against], output)
+    result = {}
+    for name, trials in reported.items():
+        second = pooled(trials, output)
+        if name != against and first and second:
+            result[name] = {
+                measure: statistics.bootstrap_difference(first[measure], second[measure], seed=0)
+                for measure in SHOWN
+            }
+    return result
+
+
+def difference_table(results):
+    """Formats a Markdown table of the result of `differences`, in points."""
+    lines = [
+        "| model | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |",
+        "| --- |" + " --- |" * len(SHOWN),
+    ]
+    for model, measures in results.items():
+        cells = []
+        for name in SHOWN:
+            estimate = measures[name]
+            if estimate.mean is None:
+                cells.append("-")
+                continue
+            mean, low, high = (100 * x for x in (estimate.mean, estimate.low, estimate.high))
+            mark = ""
+            if low > 0 or high < 0:
+                mark = " +" if (mean < 0) == (name in LOWER_IS_BETTER) else " -"
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{mark}")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(output: pathlib.Path, reported, chosen, scores, edges=()) -> None:
     """Writes study.json, study.md, curves.png and pictures.png into `output`.
 
     Args:
       reported: {name: list of Trial}, `base` first.
       chosen: {objective: setting}, selected by the grid search.
       scores: {trial: score} of the grid search.
+      edges: chosen values at an end of their grid, in words.
     """
     results = {name: estimates(trials, output) for name, trials in reported.items()}
     curves = {
@@ -84,7 +126,13 @@ def write(output: pathlib.Path, reported, chosen, scores) -> None:
     }
     (output / "study.json").write_text(
         json.dumps(
-            {"results": results, "curves": curves, "chosen": chosen, "grid": scores},
+            {
+                "results": results,
+                "curves": curves,
+                "chosen": chosen,
+                "grid": scores,
+                "edges": list(edges),
+            },
             indent=2,
             sort_keys=True,
         )
@@ -94,6 +142,13 @@ def write(output: pathlib.Path, reported, chosen, scores) -> None:
     grids.save_png(output / "pictures.png", image_grid(output, reported, chosen))
     trial = next(iter(reported.values()))[0]
     text = table(results) + "\n"
+    paired = differences(reported, output)
+    if paired:
+        text += (
+            "\nEach model less `focus_dpo`, in points; paired 95 % bootstrap interval over scenes. "
+            "`+` and `-`: better and worse, with an interval that excludes 0.\n\n"
+            f"{difference_table(paired)}\n"
+        )
     (output / "study.md").write_text(
         f"# Study\n\n{trial.scenes} test scenes of two and three subjects, "
         f"{max(map(len, reported.values()))} seeds; mean and 95 % bootstrap interval over scenes, "
@@ -104,6 +159,7 @@ def write(output: pathlib.Path, reported, chosen, scores) -> None:
             + "\n"
             for name, setting in chosen.items()
         )
+        + "".join(f"- at an end of its grid: {edge}\n" for edge in edges)
         + "\n![Fidelity and leakage against steps](curves.png)\n\n"
         "![References, chosen image, and the image of each model](pictures.png)\n"
     )

@@ -5,10 +5,12 @@ r"""Compares objectives on Toybox under equal conditions.
     python -m experiments.toybox_study --output=runs/study --share=0/4    # one of four machines
 
 All trainings start from the same base and use the same pairs in the same order for the same number
-of steps. A small grid search, with seed 0 and validation scenes, selects the learning rate, and for
-preference objectives also beta and the anchor, by fidelity minus leakage. Results are reported for
-other seeds and for test scenes, with two and three subjects that do not occur in training. Each
-ablation changes one setting of FocusDPO at its best grid point.
+of steps. A small grid search on validation scenes selects the learning rate, and for preference
+objectives also beta and the anchor, by fidelity minus leakage; a selected value at the end of its
+grid is reported. Preference objectives use `config.match_beta`, so that one beta means the same for
+all. Results are reported for other seeds and for test scenes, with two and three subjects that do
+not occur in training, with paired differences. Each ablation changes one setting of FocusDPO at its
+best grid point.
 
 Run the same command again to resume after an interruption: a trial writes a file for each
 measurement, and its training resumes from a checkpoint. Machines that share `--output` can each run
@@ -50,8 +52,13 @@ ABLATIONS = {
     "soft gate": {"focus.gate_width": 0.1},
     "rho constant": {"focus.rho_noisy": 0.6, "focus.rho_clean": 0.6},
     "rho small": {"focus.rho_noisy": 0.15, "focus.rho_clean": 0.45},
+    "own subject": {"focus.own_subject": True},
+    "coverage": {"focus.coverage": True},
+    "confidence": {"focus.lambda_c": 2.0},
+    "contrast": {"focus.background": 0.0, "focus.matched": 0.0, "focus.lambda_s": 4.0},
+    "attention of the policy": {"focus.features": "attention", "focus.observed": "policy"},
+    "colour and reference detail": {"focus.detail_colour": True, "focus.reference_detail": True},
 }
-TUNING_SEED = 0
 TUNED = ("learning_rate", "beta", "anchor")
 
 
@@ -114,6 +121,7 @@ def parse(arguments):
         help="measured points per curve, a divisor of --steps",
     )
     add("--seeds", type=positive_integer, default=3, help="number of reported seeds")
+    add("--tuning_seeds", type=positive_integer, default=1, help="seeds of the grid search")
     add("--scenes", type=positive_integer, default=512, help="test scenes per measurement")
     add("--validation", type=positive_integer, default=192, help="validation scenes per grid point")
     add("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
@@ -143,25 +151,27 @@ def parse(arguments):
         "evaluation.scenes": 0,
         "evaluation.pictures": 1,
         "sample_every": 10**6,
+        "match_beta": True,
     } | dict(study.set)
     return study
 
 
 def tuning_trials(study: Any):
-    """Yields a trial per grid point; only preference objectives have beta and anchor."""
+    """Yields a trial per grid point and seed; only preference objectives have beta and anchor."""
     for objective in study.objectives:
         grid = [study.learning_rates]
         if objectives.get(objective).needs_reference:
             grid += [study.betas, study.anchors]
         for point in itertools.product(*grid):
             setting = dict(zip(TUNED, point))
-            yield Trial(
-                f"tune_{objective}_{_tag(setting)}",
-                study.common | setting | {"objective": objective, "seed": TUNING_SEED},
-                "validation",
-                study.validation,
-                (study.steps,),
-            )
+            for seed in range(study.tuning_seeds):
+                yield Trial(
+                    f"tune_{objective}_{_tag(setting)}" + (f"_s{seed}" if seed else ""),
+                    study.common | setting | {"objective": objective, "seed": seed},
+                    "validation",
+                    study.validation,
+                    (study.steps,),
+                )
 
 
 def _tag(setting):
@@ -191,7 +201,7 @@ def reported_trials(study: Any, chosen):
                 study.scenes,
                 steps,
             )
-            for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds)
+            for seed in range(study.tuning_seeds, study.tuning_seeds + study.seeds)
         ]
 
     trials_by_name = {"base": trials("test", "base", {}, (0,))[:1]}
@@ -272,16 +282,23 @@ def done(trial: Any, output: pathlib.Path):
 
 
 def choose(study: Any, trials):
-    """Returns the best setting of each objective, {objective: setting}, and {trial name: score}."""
-    best, scores = {}, {}
+    """Returns the best setting of each objective, {objective: setting}, and {trial name: score}.
+
+    The score of a setting is the mean over the tuning seeds; a loss that is not finite excludes it.
+    """
+    by_setting, scores = {}, {}
     for trial in trials:
         measures = study_report.load(trial, study.output)
-        if measures is None:  # The loss was not finite.
-            continue
-        score = scores[trial.name] = study_report.score(measures)
-        objective = trial.overrides["objective"]
-        if objective not in best or score > scores[best[objective].name]:
-            best[objective] = trial
+        score = -float("inf") if measures is None else study_report.score(measures)
+        if measures is not None:
+            scores[trial.name] = score
+        setting = tuple(trial.overrides.get(name) for name in ("objective", *TUNED))
+        by_setting.setdefault(setting, []).append((score, trial))
+    best, means = {}, {}
+    for (objective, *_), results in by_setting.items():
+        mean = sum(score for score, _ in results) / len(results)
+        if mean > means.get(objective, -float("inf")):
+            best[objective], means[objective] = results[0][1], mean
     unstable = set(study.objectives) - set(best)
     if unstable:
         raise UserError(
@@ -296,6 +313,20 @@ def choose(study: Any, trials):
     }, scores
 
 
+def at_the_edge(study: Any, chosen) -> list[str]:
+    """Returns the chosen values at an end of their grid, such as "focus_dpo: learning_rate 0.001".
+
+    Grids of a single value are left out.
+    """
+    grids = dict(zip(TUNED, (study.learning_rates, study.betas, study.anchors), strict=True))
+    return [
+        f"{objective}: {name} {setting[name]:g}"
+        for objective, setting in chosen.items()
+        for name, grid in grids.items()
+        if name in setting and len(grid) > 1 and setting[name] in (min(grid), max(grid))
+    ]
+
+
 def main(arguments=None) -> None:
     """Tunes, trains, measures and reports."""
     study = parse(arguments)
@@ -304,11 +335,14 @@ def main(arguments=None) -> None:
         logging.info("other machines are still tuning; run this command again when they are done")
         return
     chosen, scores = choose(study, tuning)
+    edges = at_the_edge(study, chosen)
+    if edges:
+        logging.warning("at an end of their grid, so give more values: %s", "; ".join(edges))
     reported = reported_trials(study, chosen)
     if not run_trials(study, [trial for trials in reported.values() for trial in trials]):
         logging.info("other machines are still training; run this command again when they are done")
         return
-    study_report.write(study.output, reported, chosen, scores)
+    study_report.write(study.output, reported, chosen, scores, edges)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,49 @@ def test_a_study_tunes_on_validation_and_reports_other_seeds_on_test(
     assert ablation["steps"] == [4] and ablation["overrides"]["decay"] == "constant"
 
 
+def test_settings_are_chosen_by_the_mean_of_the_tuning_seeds(study, tmp_path):
+    run = settings(study, tmp_path, "--tuning_seeds=2", "--learning_rates", "0.1", "0.2", "0.3")
+    tuning = list(study[0].tuning_trials(run))
+    assert [trial.name for trial in tuning[:4]] == [
+        "tune_sft_l0.1",
+        "tune_sft_l0.1_s1",
+        "tune_sft_l0.2",
+        "tune_sft_l0.2_s1",
+    ]
+    # The best single trial is at 0.3, the best mean at 0.2.
+    means = {0.1: (0.2, 0.2), 0.2: (0.5, 0.5), 0.3: (0.7, 0.1)}
+    for trial in tuning:
+        fields = trial.overrides
+        folder = tmp_path / "trials" / trial.name
+        folder.mkdir(parents=True)
+        study[1].save(
+            folder / f"validation_{run.steps:06d}.npz",
+            values(study, np.full(2, means[fields["learning_rate"]][fields["seed"]])),
+        )
+    chosen, _ = study[0].choose(run, tuning)
+    assert chosen["sft"]["learning_rate"] == chosen["focus_dpo"]["learning_rate"] == 0.2
+    assert study[0].at_the_edge(run, chosen) == []
+    edge = {"sft": {"learning_rate": 0.3}}
+    assert study[0].at_the_edge(run, edge) == ["sft: learning_rate 0.3"]
+    reported = study[0].reported_trials(run, chosen)
+    assert [trial.overrides["seed"] for trial in reported["sft"]] == [2, 3]
+
+
+def test_differences_are_paired(study, tmp_path):
+    """A difference of every scene is exact, however much the scenes vary."""
+    reported = {}
+    for name, means in (("focus_dpo", [0.1, 0.5, 0.9]), ("dpo", [0.05, 0.45, 0.85])):
+        (trial,) = reported[name] = [study[0].Trial(name, {}, "test", 3, (0,))]
+        folder = tmp_path / "trials" / name
+        folder.mkdir(parents=True)
+        study[1].save(folder / "test_000000.npz", values(study, means))
+    found = study[2].differences(reported, tmp_path)
+    assert list(found) == ["dpo"]
+    assert found["dpo"]["fidelity"][:3] == pytest.approx((-0.05, -0.05, -0.05))
+    row = study[2].difference_table(found).splitlines()[-1]
+    assert row.startswith("| dpo | -5.0 [-5.0, -5.0] - | +5.0 [+5.0, +5.0] - |")
+
+
 def test_what_is_done_is_not_done_again_and_shares_are_disjoint(study, tmp_path, no_training):
     tuning = list(study[0].tuning_trials(settings(study, tmp_path)))
     first, second = (settings(study, tmp_path, f"--share={i}/2") for i in (0, 1))
