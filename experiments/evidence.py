@@ -14,13 +14,16 @@ steps, and compare them by the teacher-forced measure (`experiments.teacher_forc
 pairs. Differences have paired bootstrap intervals over pairs; values of all seeds belong to their
 pair. The pairs resemble those of real data: the prior mask is generous, every rejected image has an
 artefact of inpainting in all of its mask, and half of the subjects differ in only one attribute.
-All preference objectives use `config.match_beta`, so that one beta means the same for all.
+All preference objectives use `config.match_beta`; what remains of the difference in strength is
+removed by dividing beta by the norm of the method's gradient over that of dpo, the mean over the
+buckets of stage 1.
 
 Results are stored per trial in --output. The same command resumes. gate.json and evidence.md
 contain the tables.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import pathlib
@@ -145,6 +148,14 @@ def gate(evidence: Any) -> bool:
     return bool(passing)
 
 
+def relative_norm(evidence: Any, name: str) -> float:
+    """Returns the mean over buckets of a method's gradient norm over dpo's; 1 if not measured."""
+    path = evidence.output / "gate.json"
+    rows = json.loads(path.read_text()).values() if path.exists() else ()
+    norms = [methods[name]["norm"] for methods in rows if name in methods]
+    return float(np.mean(norms)) if norms else 1.0
+
+
 class Trials:
     """Trains methods and measures them, each once."""
 
@@ -165,6 +176,12 @@ class Trials:
             config = study_trial.load_config(
                 self._evidence.config, self._evidence.common | METHODS[name] | {"seed": seed}
             )
+            norm = relative_norm(self._evidence, name)
+            # The anchor's term, which is proportional to beta, stays the same.
+            config = dataclasses.replace(
+                config, beta=config.beta / norm, anchor=config.anchor * norm
+            )
+            logging.info("%s, seed %d: beta %.4g", name, seed, config.beta)
             loop.run(config, folder / "run")
             policy = runs.Run(folder / "run").policy()
             held_out, base = self._measured()
