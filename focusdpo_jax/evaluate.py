@@ -87,6 +87,12 @@ _GUIDANCE = flags.DEFINE_float(
     "config.sampling.guidance.",
 )
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim, euler, euler_a or dpmpp_2m.")
+_REFERENCE_SCALE = flags.DEFINE_float(
+    "reference_scale",
+    1.0,
+    "Weight of every reference in the generated images (the scale of an IP-Adapter); training uses 1.",
+    lower_bound=0.0,
+)
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
@@ -137,6 +143,7 @@ def main() -> None:
         sides,
         sampling(config) if config and sides else None,
         batch_size=batch_size,
+        reference_scale=_REFERENCE_SCALE.value,
         share=share,
         images=_IMAGES.value,
         workdir=workdir,

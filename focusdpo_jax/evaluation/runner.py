@@ -5,6 +5,7 @@ not the evaluation was interrupted. Several processes that share a folder can ea
 of the batches.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def run(
     sampling: Mapping[str, Any] | None,
     *,
     batch_size: int,
+    reference_scale: float = 1.0,
     share: tuple[int, int] = (0, 1),
     images: epath.PathLike | None = None,
     workdir: epath.Path | None = None,
@@ -52,6 +54,7 @@ def run(
       sampling: keyword arguments of `Sampler`: resolution, steps, guidance, sampler; None if
         `images` is given.
       batch_size: images generated or scored at once.
+      reference_scale: weight of every reference in generated images, >= 0.
       share: (i, n), see `batches`; a single share writes no results.
       images: folder of images that another program generated, or None.
       workdir: folder of the run, for the report, or None.
@@ -71,7 +74,9 @@ def run(
         assert sampling is not None  # As `images` is.
         sampler = None
         for side, load in sides.items():
-            sampler = _draw_side(folder, side, scenes, load, sampler, sampling, batch_size, share)
+            sampler = _draw_side(
+                folder, side, scenes, load, sampler, sampling, reference_scale, batch_size, share
+            )
     region_scorer, scores = benchmark.region_scorer, {}
     for side in sides or ("policy",):
         how = {"image_source": image_source, "batch_size": batch_size, "share": share}
@@ -103,6 +108,7 @@ def _draw_side(
     load: Callable[[], Any],
     sampler: Sampler | None,
     sampling: Mapping[str, Any],
+    reference_scale: float,
     batch_size: int,
     share: tuple[int, int],
 ) -> Sampler:
@@ -116,18 +122,26 @@ def _draw_side(
             slots=max(len(scene.subjects) for scene in scenes),
         )
         truncation.warn(model.tokenizer, scene_files.texts(scenes), "the scenes")
-    # After the sampler's construction, which checks the settings.
-    folder.claim({"sampling": sampling, f"{side} model": digest_of(model.parameters)})
+    # After the sampler's construction, which checks the settings. Folders of earlier versions have
+    # no scale, and references of weight 1.
+    claimed = {**sampling, "reference_scale": reference_scale} if reference_scale != 1 else sampling
+    folder.claim({"sampling": claimed, f"{side} model": digest_of(model.parameters)})
     parameters = sampler.replicate(model.parameters)
     draw(
         folder,
         side,
         scenes,
-        lambda prompts: sampler.draw(prompts, parameters),
+        lambda prompts: sampler.draw([_scaled(p, reference_scale) for p in prompts], parameters),
         batch_size=batch_size,
         share=share,
     )
     return sampler
+
+
+def _scaled(prompt: Prompt, scale: float) -> Prompt:
+    """Returns a prompt with a weight for all its references."""
+    references = tuple(dataclasses.replace(r, scale=scale) for r in prompt.references)
+    return dataclasses.replace(prompt, references=references)
 
 
 def _sum_up(

@@ -128,6 +128,22 @@ def test_a_resumed_evaluation_has_the_same_results(
         evaluate(tmp_path, config, probe, sides, sampling=SAMPLING | {"steps": 3})
 
 
+def test_reference_scale(config, probe, sides, whole, tmp_path):
+    """Other images, and another folder."""
+    evaluate(tmp_path / "half", config, probe, sides, reference_scale=0.5)
+    for name in ("base", "policy"):
+        [half, full] = [
+            np.concatenate([np.asarray(Image.open(p)) for p in sorted(folder.rglob("*.png"))])
+            for folder in (tmp_path / "half/pictures" / name, whole / "pictures" / name)
+        ]
+        assert half.shape == full.shape and np.any(half != full)
+    with pytest.raises(UserError, match="another sampling"):
+        evaluate(tmp_path / "half", config, probe, sides)
+    shutil.copytree(whole, tmp_path / "whole")
+    with pytest.raises(UserError, match="another sampling"):
+        evaluate(tmp_path / "whole", config, probe, sides, reference_scale=0.5)
+
+
 def test_shares_add_up(config, probe, sides, whole, tmp_path):
     assert evaluate(tmp_path, config, probe, sides, share=(1, 2)) is None
     assert {path.name for path in tmp_path.glob("pictures/base/*.png")} == {
