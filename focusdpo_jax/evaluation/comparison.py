@@ -1,15 +1,33 @@
 """Comparison of several evaluations: one table, with differences from the first."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
+from jaxtyping import Float64
 
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation import statistics, summaries
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.evaluation.scenes import BenchmarkScene
 from focusdpo_jax.evaluation.tables import format_estimates
+
+
+class Compared(NamedTuple):
+    """The scores of several evaluations on the scenes that all of them have.
+
+    Attributes:
+      sides: "policy", or "base" if there is no policy, of each.
+      scenes: the scenes.
+      tables: of each, {metric: float64 [groups, values]}; see `summaries.values_by_group`.
+      seed: seed of the bootstrap, that of the first.
+    """
+
+    sides: list[str]
+    scenes: list[BenchmarkScene]
+    tables: list[dict[str, Float64[np.ndarray, "groups _"]]]
+    seed: int
 
 
 def compare(paths: Sequence[epath.PathLike]) -> dict[str, Any]:
@@ -29,6 +47,31 @@ def compare(paths: Sequence[epath.PathLike]) -> dict[str, Any]:
     """
     if len(paths) < 2:
         raise UserError("--compare: give two or more output folders of evaluations.")
+    sides, scenes, tables, seed = read(paths)
+    metrics = {}
+    for name in tables[0]:
+        estimates = [
+            statistics.bootstrap_mean(table[name], seed=seed)._asdict() for table in tables
+        ]
+        if any(estimate["n"] for estimate in estimates):
+            metrics[name] = {
+                "estimates": estimates,
+                "differences": [
+                    statistics.bootstrap_difference(
+                        tables[0][name], table[name], seed=seed
+                    )._asdict()
+                    for table in tables[1:]
+                ],
+            }
+    return {
+        "columns": [{"folder": str(path), "side": side} for path, side in zip(paths, sides)],
+        "scenes": len(scenes),
+        "metrics": metrics,
+    }
+
+
+def read(paths: Sequence[epath.PathLike]) -> Compared:
+    """Reads the scores of evaluations; see `compare` for the arguments and errors."""
     folders = [OutputFolder(path) for path in paths]
     results = [folder.read("results.json") for folder in folders]
     for folder, result in zip(folders, results):
@@ -63,28 +106,7 @@ def compare(paths: Sequence[epath.PathLike]) -> dict[str, Any]:
         )
         for *_, scores in columns
     ]
-    metrics = {}
-    for name in tables[0]:
-        estimates = [
-            statistics.bootstrap_mean(table[name], seed=seed)._asdict() for table in tables
-        ]
-        if any(estimate["n"] for estimate in estimates):
-            metrics[name] = {
-                "estimates": estimates,
-                "differences": [
-                    statistics.bootstrap_difference(
-                        tables[0][name], table[name], seed=seed
-                    )._asdict()
-                    for table in tables[1:]
-                ],
-            }
-    return {
-        "columns": [
-            {"folder": str(folder.path), "side": side} for folder, side in zip(folders, sides)
-        ],
-        "scenes": len(scenes),
-        "metrics": metrics,
-    }
+    return Compared(sides, scenes, tables, seed)
 
 
 def _common(
