@@ -24,7 +24,8 @@ DREAMBENCH=${DREAMBENCH:-}                    # The dataset folder of DreamBench
 LISTS=${LISTS:-}                              # Folder of UNO's lists of prompts.
 SEGMENTER=${SEGMENTER:-}                      # Finds masks that photographs lack.
 SCENES=${SCENES:-}                            # Manifest for disrupt, instead of DreamBench.
-TRAIN_SUBJECTS=${TRAIN_SUBJECTS:-berry_bowl can colorful_sneaker dog2 dog5 duck_toy poop_emoji rc_car vase wolf_plushie}
+TRAIN_SUBJECTS=${TRAIN_SUBJECTS:-berry_bowl can colorful_sneaker dog2 dog5 duck_toy poop_emoji \
+  rc_car vase wolf_plushie}
 CONFIG_FLAGS=${CONFIG_FLAGS:-}                # Fields of every configuration.
 DISRUPT_FLAGS=${DISRUPT_FLAGS:-}              # More flags of the commands.
 PREPARE_FLAGS=${PREPARE_FLAGS:-}
@@ -303,7 +304,11 @@ plan() {
   command="$(module focusdpo_jax.plan --topology="$TOPOLOGY" --json \
     --programs='update,reference pass,sampling') $(training focus_dpo 0) \
 --config.model.scan_layers=True --config.data.subject_counts=1.0,"
-  printf '%s\n' "# time and memory on $TOPOLOGY" "$command"
+  if [[ $TOPOLOGY != local ]]; then
+    export JAX_PLATFORMS=cpu
+    echo 'export JAX_PLATFORMS=cpu'
+  fi
+  printf '%s\n' "# time and memory on $TOPOLOGY; compiling takes minutes" "$command"
   if [[ $TOPOLOGY == none ]]; then
     echo '# no plan: TOPOLOGY=none'
   elif ! [[ -x $PYTHON ]]; then
@@ -317,7 +322,7 @@ plan() {
 # Fails with all that is missing, before anything runs; a dry run prints it.
 check() {
   local name objective found free room problems=()
-  for name in "${given[@]}"; do
+  for name in ${given[@]+"${given[@]}"}; do
     if ! [[ -e ${!name} ]]; then
       problems+=("$name = ${!name} is missing")
     fi
@@ -329,7 +334,8 @@ check() {
         *) found=$hf ;;
       esac
       if ! command -v "$found" >/dev/null; then
-        problems+=("$found is missing, which fetches $name: install huggingface_hub and git, or give paths")
+        problems+=("$found is missing, which fetches $name: install huggingface_hub and git, \
+or give paths")
         break
       fi
     done
@@ -337,7 +343,8 @@ check() {
   if [[ -z $SCENES$SEGMENTER ]] && ! is_fetched DREAMBENCH; then
     for name in $TRAIN_SUBJECTS; do
       if [[ -d $DREAMBENCH ]] && ! compgen -G "$DREAMBENCH/$name/*_mask.png" >/dev/null; then
-        problems+=("TRAIN_SUBJECTS: $DREAMBENCH/$name has no NN_mask.png: make them by python -m experiments.photograph_masks, or give SEGMENTER")
+        problems+=("TRAIN_SUBJECTS: $DREAMBENCH/$name has no NN_mask.png: make them by \
+python -m experiments.photograph_masks, or give SEGMENTER")
       fi
     done
   fi
@@ -353,8 +360,10 @@ check() {
         problems+=("$objective: $(tail -n 1 <<<"$found")")
       fi
     done
-    if ((!dry_run)) && [[ $subcommand != fetch && $subcommand != table ]] &&
-      ! found=$("$PYTHON" -c 'import jax; jax.devices()' 2>&1); then
+    # JAX may fall back to the CPU with a warning.
+    found='import jax; assert jax.default_backend() != "cpu", "no GPU"'
+    if ((!dry_run)) && [[ $JAX_PLATFORMS != cpu && ! $subcommand =~ ^(fetch|table)$ ]] &&
+      ! found=$("$PYTHON" -c "$found" 2>&1); then
       problems+=("JAX_PLATFORMS = $JAX_PLATFORMS: $(tail -n 1 <<<"$found")")
     fi
   fi
@@ -375,7 +384,8 @@ check() {
   done
   free=$(df -Pk "$found" | awk 'NR == 2 { print int($4 / 1000000) }')
   if ((free < room)); then
-    problems+=("OUTPUT = $OUTPUT: $free GB are free, about $room are needed; give another folder, or ROOM")
+    problems+=("OUTPUT = $OUTPUT: $free GB are free, about $room are needed; \
+give another folder, or ROOM")
   fi
   if ((${#problems[@]} && dry_run)); then
     printf '# missing: %s\n' "${problems[@]}"
