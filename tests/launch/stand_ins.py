@@ -112,15 +112,15 @@ def environment(fake, variables):
     }
 
 
-def launch(fake, script, *arguments, cwd=None, **variables):
-    """Runs launch/`script` to its end."""
+def launch(fake, script, *arguments, cwd=None, timeout=600, **variables):
+    """Runs launch/`script` to its end, within a number of seconds."""
     return subprocess.run(
         [ROOT / "launch" / script, *arguments],
         capture_output=True,
         text=True,
         env=environment(fake, variables),
         cwd=cwd or fake,
-        timeout=600,
+        timeout=timeout,
     )
 
 
