@@ -31,8 +31,6 @@ DISRUPT_FLAGS=${DISRUPT_FLAGS:-}              # More flags of the commands.
 PREPARE_FLAGS=${PREPARE_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
 ROOM=${ROOM:-}                                # Free disk space in GB to require.
-FLAGS_PRIOR_DPO=${FLAGS_PRIOR_DPO:---config.beta=2000}
-FLAGS_FOCUS_DPO=${FLAGS_FOCUS_DPO:---config.beta=2000}
 
 usage() {
   cat <<'EOF'
@@ -77,8 +75,7 @@ Variables (default):
                                    "--config.batch_size=4 --config.accumulate=8"
   DISRUPT_FLAGS, PREPARE_FLAGS, EVALUATE_FLAGS
                                    more flags of these commands
-  FLAGS_PRIOR_DPO, FLAGS_FOCUS_DPO (--config.beta=2000), FLAGS_<OBJECTIVE>
-                                   more flags for the trainings of one objective
+  FLAGS_<OBJECTIVE>                more flags for the trainings of one objective, such as FLAGS_DPO
   ROOM (computed)                  GB that must be free in OUTPUT
 
 Example:
