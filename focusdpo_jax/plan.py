@@ -67,7 +67,7 @@ _PROGRAMS = flags.DEFINE_list(
 
 
 def main():
-    """Reads the flags and runs `planning.planner`."""
+    """Reads the flags and runs `planning.planner` or `planning.search`."""
     # Only the compiler of libtpu is used; without this its runtime would search for a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Several processes may use the compiler at once.
@@ -77,7 +77,7 @@ def main():
     from focusdpo_jax import config as config_lib
     from focusdpo_jax import objectives
     from focusdpo_jax.errors import UserError
-    from focusdpo_jax.planning import planner, programs, report
+    from focusdpo_jax.planning import planner, programs, report, search
 
     config = config_lib.parse(_CONFIG.value)
     if not objectives.get(config.objective).trains_generator:
@@ -113,7 +113,7 @@ def main():
                 flush=True,
             )
 
-    plans = planner.search(
+    plans = search.search(
         config,
         _TOPOLOGY.value,
         batches=batches,
@@ -124,7 +124,7 @@ def main():
     best = (
         plans[0]
         if _QUICK.value
-        else planner.plan_recommended(
+        else search.plan_recommended(
             config, _TOPOLOGY.value, plans[0]["changes"], utilisation=utilisation
         )
     )

@@ -11,7 +11,7 @@ import tiny
 from etils import epath
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import planner, programs, report
+from focusdpo_jax.planning import compilation, planner, programs, report, search, timing
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import builders, shapes
@@ -131,7 +131,7 @@ def test_what_is_held_alone_without_room_is_not_compiled(tiny_config, monkeypatc
     whole = planner.programs.run_programs(
         tiny_config(trainable="full"), meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, 4)
     )[0]["update"].held
-    small = planner.chips.Chip("small", planner._bytes_per_chip(whole)["total"] - 1, 1e12, 1e11)
+    small = planner.chips.Chip("small", compilation.bytes_per_chip(whole)["total"] - 1, 1e12, 1e11)
     monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
     compiled = []
     monkeypatch.setattr(
@@ -147,7 +147,7 @@ def test_what_is_held_alone_without_room_is_not_compiled(tiny_config, monkeypatc
         ),
     )
     found = planner.plan(tiny_config(trainable="full"), "local")
-    assert [made["refused"] for made in found["programs"].values()] == [planner._HELD_ALONE] * 5
+    assert [made["refused"] for made in found["programs"].values()] == [compilation.HELD_ALONE] * 5
     # One cure, for what all have in common.
     assert len(compiled) == 1 and found["compile_seconds"] < 5
     assert report.refusal(found).count("config.trainable = 'lora'") == 5
@@ -184,7 +184,7 @@ def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch)
 
     def searched(batches):
         seen = []
-        plans = planner.search(tiny_config(), "v5e:2x2", batches=batches, report=seen.append)
+        plans = search.search(tiny_config(), "v5e:2x2", batches=batches, report=seen.append)
         best = {name: plans[0][name] for name in ("batch_size", "remat", "fsdp")}
         return best, [(made["batch_size"], made["remat"], made["fsdp"]) for made in seen]
 
@@ -216,7 +216,7 @@ def test_a_recommendation_is_planned_as_a_whole_with_its_cures(tiny_config, monk
         }
 
     monkeypatch.setattr(planner, "plan", plan)
-    made = planner.plan_recommended(tiny_config(), "v5e:2x2", {"batch_size": 8})
+    made = search.plan_recommended(tiny_config(), "v5e:2x2", {"batch_size": 8})
     assert made["fits"] and made["changes"] == {"batch_size": 8, "evaluation.batch_size": 1}
     assert planned == [(8, 2), (8, 1)]
 
@@ -272,7 +272,7 @@ def test_a_whole_run_is_planned_for_machines_that_are_not_here(topology, tmp_pat
     update = found["programs"]["update"]["estimate"]
     if topology.startswith("v"):
         assert (
-            update["unknown_loops"] == 0 and len(update["most_expensive"]) == planner.MOST_EXPENSIVE
+            update["unknown_loops"] == 0 and len(update["most_expensive"]) == timing.MOST_EXPENSIVE
         )
         assert sum(update["kinds"].values()) == update["cycles"]
     else:
