@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmark_cases import load_config
 
-from focusdpo_jax.planning import chips
+from focusdpo_jax.planning import targets
 from focusdpo_jax.profiling import flops
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import models, shapes
@@ -227,7 +227,7 @@ def case(name: str, remat: bool):
 
 def ours(config: Any, topology: str):
     """Operations of our reference pass and update per pair, and the minimum as a Cost."""
-    mesh = meshes.make_mesh(config.mesh.sizes, 1, chips.devices(topology)[0][:1])
+    mesh = meshes.make_mesh(config.mesh.sizes, 1, targets.devices(topology)[0][:1])
     step = shapes.abstract_step(config, mesh)
     passes, update = trace_step(
         step.assembly.definition, step.optimizer, step.state, step.batch, step.key

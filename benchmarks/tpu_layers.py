@@ -122,7 +122,7 @@ def main() -> None:
     from jax.experimental import topologies
     from jax.sharding import Mesh
 
-    from focusdpo_jax.planning import chips
+    from focusdpo_jax.profiling import chips
 
     chip = chips.TPUS[arguments.topology.partition(":")[0]]
     device = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[

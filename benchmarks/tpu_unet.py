@@ -38,8 +38,7 @@ def compile_program(network, program, side: int, topology: str):
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from focusdpo_jax.planning import chips
-    from focusdpo_jax.profiling import estimates, hlo
+    from focusdpo_jax.profiling import chips, estimates, hlo
     from focusdpo_jax.profiling import flops as traced_operations
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from focusdpo_jax.planning import chips, programs, timing
+from focusdpo_jax.planning import programs, timing
 from focusdpo_jax.profiling import flops, hlo
+from focusdpo_jax.profiling.chips import Chip
 from focusdpo_jax.training.memory import bytes_per_device
 
 HELD_ALONE = "the arrays held during the program already exceed the memory"
@@ -19,7 +20,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def compile_program(
-    program: programs.RunProgram, chip: chips.Chip, devices: int
+    program: programs.RunProgram, chip: Chip, devices: int
 ) -> tuple[dict[str, Any], hlo.Program | None, flops.Operations | None]:
     """Compiles a program.
 

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from focusdpo_jax import config as config_lib
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import chips, compilation, cures, programs, timing
+from focusdpo_jax.planning import compilation, cures, programs, targets, timing
 from focusdpo_jax.profiling import collectives, flops, hlo
+from focusdpo_jax.profiling.chips import Chip
 from focusdpo_jax.sharding.mesh import AXES, make_mesh
 
 # Kinds of arrays in a checkpoint.
@@ -34,7 +35,7 @@ def plan(
 
     Args:
       config: a `RunConfig` with a generator's objective.
-      topology: see `chips.devices`.
+      topology: see `targets.devices`.
       utilisation: assumed share of the data sheet's speed, if the compiler does not estimate the
         time.
       only: names of `programs.NAMES` to compile; None for all programs of the run.
@@ -64,7 +65,7 @@ def plan(
     Raises:
       UserError: the topology, or the mesh on it, does not exist; or see `unless_held`.
     """
-    devices, chip = chips.devices(topology)
+    devices, chip = targets.devices(topology)
     mesh = make_mesh(config.mesh.sizes, config.batch_size, devices)
     of_run, passes = programs.run_programs(config, mesh)
     held = {name: compilation.bytes_per_chip(program.held) for name, program in of_run.items()}
@@ -162,7 +163,7 @@ def _fullest(
     found: Mapping[str, Mapping[str, Any]],
     held: Mapping[str, Mapping[str, int]],
     code: int,
-    chip: chips.Chip,
+    chip: Chip,
 ) -> dict[str, Any]:
     """Returns the "bytes_per_chip" of a plan."""
     name = max(found, key=lambda name: found[name]["peak"] or math.inf)
@@ -178,9 +179,9 @@ def _fullest(
     return {**kinds, "peak": peak, "limit": chip.memory or None}
 
 
-def _add_cures(config: RunConfig, topology: str, chip: chips.Chip, result: dict[str, Any]) -> None:
+def _add_cures(config: RunConfig, topology: str, chip: Chip, result: dict[str, Any]) -> None:
     """Finds changes that make the programs fit, and adds them to `result`."""
-    devices = chips.devices(topology)[0]
+    devices = targets.devices(topology)[0]
 
     def try_out(name: str, changes: cures.Changes) -> tuple[float, int, Callable[[], float | None]]:
         """Returns (held bytes, rows per chip, function that compiles and returns the peak)."""

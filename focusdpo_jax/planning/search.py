@@ -9,7 +9,7 @@ import jax
 from focusdpo_jax import config as config_lib
 from focusdpo_jax.config import RunConfig
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import chips, planner
+from focusdpo_jax.planning import planner, targets
 
 
 def search(
@@ -33,7 +33,7 @@ def search(
 
     Args:
       config: the `RunConfig`.
-      topology: see `chips.devices`.
+      topology: see `targets.devices`.
       batches: numbers of pairs per chip to try.
       splits: meshes to try; None for all products of data and fsdp.
       remats: values of config.model.remat to try, the faster first.
@@ -43,7 +43,7 @@ def search(
     Raises:
       UserError: nothing fits.
     """
-    count = len(chips.devices(topology)[0])
+    count = len(targets.devices(topology)[0])
     splits = splits or [
         {"data": count // n, "fsdp": n, "tensor": 1} for n in range(1, count + 1) if count % n == 0
     ]

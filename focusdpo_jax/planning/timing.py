@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from focusdpo_jax.config import RunConfig
-from focusdpo_jax.planning import chips
 from focusdpo_jax.profiling import collectives, estimates, flops, hlo
+from focusdpo_jax.profiling.chips import Chip
 
 # Programs that run for every batch.
 _OF_A_BATCH = ("encoding", "reference pass", "update")
@@ -13,9 +13,7 @@ MOST_EXPENSIVE = 10
 """Number of entries in "most_expensive"."""
 
 
-def estimate(
-    chip: chips.Chip, devices: int, text: hlo.Program, work: flops.Operations
-) -> dict[str, Any]:
+def estimate(chip: Chip, devices: int, text: hlo.Program, work: flops.Operations) -> dict[str, Any]:
     """Estimates the time of a program on one chip.
 
     Args:
@@ -68,7 +66,7 @@ def estimate(
 
 def speed(
     config: RunConfig,
-    chip: chips.Chip,
+    chip: Chip,
     devices: int,
     found: Mapping[str, Mapping[str, Any]],
     update_work: float,

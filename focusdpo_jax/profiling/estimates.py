@@ -13,12 +13,9 @@ products at full speed and the time of all bytes at full bandwidth, without cach
 import collections
 import dataclasses
 import re
-from typing import TYPE_CHECKING
 
 from focusdpo_jax.profiling import hlo
-
-if TYPE_CHECKING:
-    from focusdpo_jax.planning.chips import Chip
+from focusdpo_jax.profiling.chips import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -150,22 +147,22 @@ def _split(operation: str) -> list[str]:
     return [*parts, part]
 
 
-def seconds(estimate: Estimate, chip: "Chip", kernel_products: float) -> float:
+def seconds(estimate: Estimate, chip: Chip, kernel_products: float) -> float:
     """Returns the seconds of a program on one TPU chip, without transfers.
 
     Args:
       estimate: the `Estimate` of the program.
-      chip: a `chips.Chip`.
+      chip: the `Chip`.
       kernel_products: floating-point operations in kernels without an estimate, on one chip.
     """
     return estimate.cycles / chip.clock + kernel_products / chip.flops
 
 
-def roofline(chip: "Chip", products: float, accessed: float) -> dict[str, float]:
+def roofline(chip: Chip, products: float, accessed: float) -> dict[str, float]:
     """Returns the time of a program's products and memory accesses on one chip at full speed.
 
     Args:
-      chip: a `chips.Chip`.
+      chip: the `Chip`.
       products: floating-point operations of matrix products on one chip.
       accessed: bytes that the program reads and writes on one chip.
 

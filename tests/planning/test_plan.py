@@ -13,6 +13,7 @@ from etils import epath
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.planning import compilation, planner, programs, report, search, timing
 from focusdpo_jax.profiling import flops
+from focusdpo_jax.profiling.chips import Chip
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import builders, shapes
 from focusdpo_jax.training.state import create_state, make_optimizer
@@ -113,8 +114,8 @@ def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(
     peaks = {name: made["peak"] for name, made in roomy["programs"].items()}
     limit = (peaks["update"] + peaks["sampling"]) / 2
     assert peaks["update"] < limit < peaks["sampling"]
-    small = planner.chips.Chip("small", limit, 1e12, 1e11)
-    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    small = Chip("small", limit, 1e12, 1e11)
+    monkeypatch.setattr(planner.targets, "devices", lambda topology: (jax.devices(), small))
     found = planner.plan(config, "local", only=("update", "sampling"))
     assert found["programs"]["update"]["fits"] and not found["programs"]["sampling"]["fits"]
     assert found["fits"] is False
@@ -131,8 +132,8 @@ def test_what_is_held_alone_without_room_is_not_compiled(tiny_config, monkeypatc
     whole = planner.programs.run_programs(
         tiny_config(trainable="full"), meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, 4)
     )[0]["update"].held
-    small = planner.chips.Chip("small", compilation.bytes_per_chip(whole)["total"] - 1, 1e12, 1e11)
-    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    small = Chip("small", compilation.bytes_per_chip(whole)["total"] - 1, 1e12, 1e11)
+    monkeypatch.setattr(planner.targets, "devices", lambda topology: (jax.devices(), small))
     compiled = []
     monkeypatch.setattr(
         planner.cures,
@@ -161,8 +162,8 @@ def test_what_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
         )
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    small = planner.chips.Chip("small", 15.75 * 2**30, 1e12)
-    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    small = Chip("small", 15.75 * 2**30, 1e12)
+    monkeypatch.setattr(planner.targets, "devices", lambda topology: (jax.devices(), small))
     found = planner.plan(tiny_config(), "local", only=("update",))
     made = found["programs"]["update"]
     assert (made["fits"], made["peak"], made["needs_at_least"]) == (False, None, 40 * 2**30)
@@ -189,7 +190,7 @@ def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch)
         return best, [(made["batch_size"], made["remat"], made["fsdp"]) for made in seen]
 
     monkeypatch.setattr(planner, "plan", plan)
-    monkeypatch.setattr(planner.chips, "devices", lambda topology: ([None] * 4, None))
+    monkeypatch.setattr(planner.targets, "devices", lambda topology: ([None] * 4, None))
     # 4 pairs fit in 4 and 2 parts, 8 pairs in 4; nothing is computed again in vain.
     assert searched([2, 1]) == (
         {"batch_size": 8, "remat": False, "fsdp": 4},
@@ -222,8 +223,8 @@ def test_a_recommendation_is_planned_as_a_whole_with_its_cures(tiny_config, monk
 
 
 def test_no_compilation_where_there_is_no_room(tiny_config, monkeypatch):
-    small = planner.chips.Chip("small", 1000.0, 1.0)
-    monkeypatch.setattr(planner.chips, "devices", lambda topology: (jax.devices(), small))
+    small = Chip("small", 1000.0, 1.0)
+    monkeypatch.setattr(planner.targets, "devices", lambda topology: (jax.devices(), small))
     with pytest.raises(
         UserError,
         match="mesh data 1 x fsdp 1 x tensor 1: parameters, optimiser "

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from focusdpo_jax.planning import chips
-from focusdpo_jax.profiling import estimates, hlo
+from focusdpo_jax.planning import targets
+from focusdpo_jax.profiling import chips, estimates, hlo
 
 CONFIG = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 TEXT = """HloModule jit_update, is_scheduled=true
@@ -103,7 +103,7 @@ def test_a_large_product_takes_nearly_what_the_data_sheet_says(kind):
     jax = pytest.importorskip("jax")
     pytest.importorskip("libtpu", reason="pip install -e '.[plan]'")
     topology = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1"}.get(kind, f"{kind}:2x2")
-    devices, chip = chips.devices(topology)
+    devices, chip = targets.devices(topology)
     assert len(devices) == 4
     x = jax.ShapeDtypeStruct(
         (4096, 4096), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0])

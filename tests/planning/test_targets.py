@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.planning import chips
-from focusdpo_jax.profiling import collectives
+from focusdpo_jax.planning import targets
+from focusdpo_jax.profiling import chips, collectives
 
 needs_cuda = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
@@ -35,18 +35,18 @@ needs_libtpu = pytest.mark.skipif(
 )
 def test_wrong_names_are_refused_with_right_ones(name, message):
     with pytest.raises(UserError, match=message):
-        chips.devices(name)
+        targets.devices(name)
 
 
 def test_a_missing_plugin_is_named(monkeypatch):
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'focusdpo_jax\[plan-gpu\]' and needs no GPU"):
-        chips.devices("h100:8")
+        targets.devices("h100:8")
 
 
 def test_every_gpu_has_a_description():
     for gpu in chips.GPUS.values():
-        text = chips.target_config(gpu)
+        text = targets.target_config(gpu)
         assert f"device_memory_size: {gpu.memory}\n" in text and text.count("{") == text.count("}")
         major, minor = gpu.capability
         assert f"major: {major} minor: {minor}" in text
@@ -55,7 +55,7 @@ def test_every_gpu_has_a_description():
 @needs_cuda
 @pytest.mark.parametrize("name", list(chips.GPUS))
 def test_gpus_are_made_without_any(name):
-    devices, chip = chips.devices(name)
+    devices, chip = targets.devices(name)
     capability = ".".join(map(str, chips.GPUS[name].capability))
     assert [(d.platform, d.compute_capability) for d in devices] == [("gpu", capability)]
     assert 0 < chip.memory < chips.GPUS[name].memory
@@ -65,19 +65,19 @@ def test_gpus_are_made_without_any(name):
 @needs_cuda
 def test_the_share_of_memory_is_jaxs(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    _, chip = chips.devices("rtx4090")
+    _, chip = targets.devices("rtx4090")
     assert chip.memory == 0.9 * chips.GPUS["rtx4090"].memory and "90%" in chip.memory_note
 
 
 @needs_cuda
 def test_eight_gpus_are_a_machine():
-    assert [d.process_index for d in chips.devices("h100:16")[0]] == [0] * 8 + [1] * 8
-    assert [d.process_index for d in chips.devices("h100:8")[0]] == [0] * 8
+    assert [d.process_index for d in targets.devices("h100:16")[0]] == [0] * 8 + [1] * 8
+    assert [d.process_index for d in targets.devices("h100:8")[0]] == [0] * 8
 
 
 @needs_cuda
 def test_gpus_exchange_gradients():
-    devices, _ = chips.devices("h100:8")
+    devices, _ = targets.devices("h100:8")
     mesh = Mesh(np.asarray(devices), ("data",))
     x = jax.ShapeDtypeStruct(
         (8, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
@@ -98,5 +98,5 @@ def test_gpus_exchange_gradients():
     [("v4:2x2x2", 8, 2), ("v5e:1x1", 1, 1), ("v5e:16x16", 256, 64), ("v6e:2x4", 8, 2)],
 )
 def test_slices_have_a_device_a_chip(name, count, hosts):
-    devices, _ = chips.devices(name)
+    devices, _ = targets.devices(name)
     assert len(devices) == count and len({d.process_index for d in devices}) == hosts
