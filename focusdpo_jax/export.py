@@ -49,7 +49,7 @@ def main() -> None:
     if not _CHECK.value:
         export()
         return
-    from focusdpo_jax.evaluation import export_check
+    from focusdpo_jax.training import export_check
 
     export_check.require_packages()  # Before anything is written.
     names = export()

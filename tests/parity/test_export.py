@@ -30,14 +30,17 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
     tensor_file,
 )
 from focusdpo_jax.errors import UserError  # noqa: E402
-from focusdpo_jax.evaluation import export_check  # noqa: E402
 from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models.clip import CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import Tokenizer, write_vocabulary  # noqa: E402
 from focusdpo_jax.models.vae import VAEConfig  # noqa: E402
-from focusdpo_jax.training import models, runs  # noqa: E402
+from focusdpo_jax.training import (  # noqa: E402
+    export_check,  # noqa: E402
+    models,
+    runs,
+)
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, test_unet  # noqa: E402
 from tests.parity.test_diffusers_folder import check_exact, examples  # noqa: E402

@@ -27,11 +27,14 @@ from focusdpo_jax.checkpoints import (  # noqa: E402
     tensor_file,
 )
 from focusdpo_jax.errors import UserError  # noqa: E402
-from focusdpo_jax.evaluation import export_check  # noqa: E402
 from focusdpo_jax.models import stacking  # noqa: E402
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig  # noqa: E402
 from focusdpo_jax.models.tokenizer import write_vocabulary  # noqa: E402
-from focusdpo_jax.training import models, runs  # noqa: E402
+from focusdpo_jax.training import (  # noqa: E402
+    export_check,  # noqa: E402
+    models,
+    runs,
+)
 from tests.models.weights import random_tree  # noqa: E402
 from tests.parity import oracles, pipeline  # noqa: E402
 from tests.parity.test_diffusers_folder import examples  # noqa: E402
