@@ -1,4 +1,4 @@
-"""Real data for tests, which is no part of the project; a test that finds none is skipped."""
+"""Real data for tests, which is not part of the project; tests are skipped without it."""
 
 import os
 import pathlib

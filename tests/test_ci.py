@@ -1,4 +1,4 @@
-"""The workflow runs the commands of `.ci/run`, and the tools check what they should."""
+"""The workflow runs the commands of `.ci/run`, and the tools check the right files."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_the_workflow_runs_the_suite_on_three_pythons_and_lints_once(jobs):
     assert setup[0]["with"]["cache"] == "pip"
 
 
-def test_ci_run_refuses_a_part_that_there_is_not():
+def test_ci_run_refuses_an_unknown_part():
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
     result = subprocess.run([script, "everything"], capture_output=True, text=True)

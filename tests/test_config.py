@@ -1,4 +1,4 @@
-"""The rules of a configuration: what they let pass and what they say."""
+"""The rules of a configuration: accepted values, and error messages."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def test_intervals_may_be_zero_and_beyond_the_end(name):
 
 
 @pytest.mark.parametrize("value", [(), (0.6, 1.0), (-1, 2)])
-def test_timestep_logits_are_nothing_or_two_numbers(value):
+def test_timestep_logits_are_empty_or_two_numbers(value):
     check(objective="sft", timestep_logits=value)
 
 
@@ -80,7 +80,7 @@ def test_other_chances_of_dropout_are_refused(value):
     )
 
 
-def test_a_run_with_one_number_for_dropout_goes_on():
+def test_a_run_with_one_number_for_dropout_resumes():
     config = tiny.tiny_config(pathlib.Path("nowhere"), condition_dropout=(0.1, 0.1, 0.1))
     new = json.loads(config_lib.to_json(config))
     assert config_lib.changed_fields(new | {"condition_dropout": 0.1}, new) == []
@@ -100,14 +100,14 @@ def test_preference_objectives_take_no_timestep_logits(objective):
         check(objective=objective, timestep_logits=(0.6, 1.0))
 
 
-def test_a_model_from_nothing_needs_its_sizes():
+def test_a_random_model_needs_its_sizes():
     with pytest.raises(
         UserError, match="config.model.pretrained = '': give a folder to start from"
     ):
         check(model__pretrained="", model__sizes=None)
 
 
-def test_preference_objectives_learn_from_both_pictures_as_they_are():
+def test_preference_objectives_refuse_a_share_of_rejected_images():
     check(objective="sft", rejected_share=0.5)
     with pytest.raises(
         UserError,
@@ -117,7 +117,7 @@ def test_preference_objectives_learn_from_both_pictures_as_they_are():
         check(objective="focus_dpo", rejected_share=0.5)
 
 
-def test_a_run_from_before_a_field_was_there_goes_on():
+def test_a_run_without_a_newer_field_resumes():
     config = tiny.tiny_config(pathlib.Path("nowhere"))
     new = config_lib.to_dict(config)
     old = config_lib.to_dict(config)
@@ -163,7 +163,7 @@ def test_encoders_are_trained_in_float32():
         ),
     ],
 )
-def test_a_step_that_takes_more_pairs_than_there_are(changes, reason, tmp_path):
+def test_a_batch_larger_than_the_data_set(changes, reason, tmp_path):
     config = tiny.tiny_config(tmp_path, **changes)
     with pytest.raises(UserError) as error:
         config_lib.check(config)

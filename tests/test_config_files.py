@@ -36,7 +36,7 @@ def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
         ("flux", "flux", ""),
     ],
 )
-def test_what_is_not_found_is_named_with_what_is_close(name, path, suggestion):
+def test_a_missing_file_is_named_with_similar_names(name, path, suggestion):
     with pytest.raises(UserError) as error:
         config_files.find(name)
     assert str(error.value) == (

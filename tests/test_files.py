@@ -1,6 +1,6 @@
 """A full disk while each kind of file is written: one clear error, and no incomplete file.
 
-The limit of a file's size stands for the full disk: the system refuses to write in the same place.
+A limit of the file size simulates the full disk: writing fails in the same place.
 """
 
 import contextlib
@@ -241,7 +241,7 @@ def test_a_sample(tmp_path):
 
 
 @pytest.mark.parametrize("limit, file", [(1500, "vocab.json"), (60_000, "model/|checkpoint")])
-def test_a_run_ends_with_one_line_and_goes_on(limit, file, finished, tiny_folder, tmp_path):
+def test_a_run_ends_with_one_line_and_resumes(limit, file, finished, tiny_folder, tmp_path):
     config = tiny_folder / "tiny_full.py"
     tests = os.path.dirname(tiny.__file__)
     config.write_text(

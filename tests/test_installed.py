@@ -1,4 +1,4 @@
-"""The wheel, installed where there is no checkout: its files, its configurations, its console scripts."""
+"""The wheel, installed without a checkout: its files, its configurations, its console scripts."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Progress in the log: something every ten seconds, and nothing about what is quick."""
+"""Progress in the log: a line every ten seconds, and none for quick work."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def test_every_ten_seconds_and_at_the_end(lines):
     ]
 
 
-def test_what_is_quick_logs_nothing(lines):
+def test_quick_work_logs_nothing(lines):
     shown = progress.ItemProgress("pairs encoded", 2)
     shown.add(1)
     shown.add(1)

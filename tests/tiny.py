@@ -118,7 +118,7 @@ SIZES = {
 def tiny_config(folder, **overrides):
     """The default RunConfig with OVERRIDES, then `overrides` (dots as double underscores), unchecked.
 
-    Data and model lie in `folder`; `model__pretrained=""` makes a model of SIZES instead.
+    Data and model are in `folder`; `model__pretrained=""` makes a model of SIZES instead.
     """
     changes = OVERRIDES | {
         "data.path": str(folder / "data"),

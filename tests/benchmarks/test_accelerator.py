@@ -1,4 +1,4 @@
-"""The command for a machine with a GPU, rehearsed on a CPU; and that no job costs another its results."""
+"""The command for a machine with a GPU, run on a CPU; a failing job does not affect the results of others."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ def rehearsal(command):
     return command()
 
 
-def test_the_record_says_where_it_was_measured(rehearsal):
+def test_the_record_contains_where_it_was_measured(rehearsal):
     _, record, page = rehearsal
     device = record["device"]
     assert device["platform"] == "cpu" and device["matmul_peak"] > 1e9

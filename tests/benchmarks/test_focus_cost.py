@@ -1,4 +1,4 @@
-"""What FocusDPO adds to a step, counted before compilation at SDXL's debug sizes."""
+"""Operations that FocusDPO adds to a step, counted before compilation at SDXL's debug sizes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A step costs what the record says, until somebody changes both."""
+"""The cost of a step equals the recorded one."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ def test_a_step_costs_what_is_recorded(step_cost, record):
     assert step_cost.differences(record, step_cost.measure()) == []
 
 
-def test_growth_is_told_with_the_command_that_records_it(step_cost, record):
+def test_growth_is_reported_with_the_command_that_records_it(step_cost, record):
     def told(name, factor, version=record["jax"]):
         found = copy.deepcopy(record) | {"jax": version}
         found["cases"]["toybox"]["update"][name] *= factor

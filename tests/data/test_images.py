@@ -114,7 +114,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
 
 
 def test_postscript_is_not_decoded():
-    """Pillow would hand PostScript to Ghostscript."""
+    """Pillow would run Ghostscript for PostScript."""
     with pytest.raises(UnreadableImage, match="is not an image in PNG"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n")
 
@@ -244,7 +244,7 @@ def test_sixteen_bits_of_colour(kind):
 
 
 def test_values_that_are_not_brightness_are_refused():
-    """Floats, 32 bits, and 8 bits that lie in 16."""
+    """Floats, 32 bits, and 8 bits stored in 16."""
     floats = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
     for content, reason in (
         (example_pairs.encoded(Image.fromarray(floats), "TIFF"), "has 32 bits per channel"),

@@ -192,7 +192,7 @@ def test_second_run_changes_nothing_and_detects_changes(good, tmp_path):
     assert tree(output) == before
 
 
-def test_other_folders_are_left_alone(good, tmp_path):
+def test_other_folders_are_not_changed(good, tmp_path):
     (tmp_path / "pairs").mkdir()
     with pytest.raises(UserError, match="did not make"):
         run(good[0], tmp_path)

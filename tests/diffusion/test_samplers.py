@@ -52,14 +52,14 @@ def test_mistakes_are_named(steps, spacing, message):
         samplers.sampling_timesteps(1000, steps, spacing)
 
 
-def test_an_unknown_sampler_is_told_the_known_ones():
+def test_an_unknown_sampler_is_refused_with_the_choices():
     with pytest.raises(UserError, match="'heun'; choose one of ddim, euler, euler_a, dpmpp_2m"):
         samplers.sample(
             DENOISE, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="heun"
         )
 
 
-def test_an_ancestral_sampler_asks_for_keys():
+def test_an_ancestral_sampler_requires_keys():
     with pytest.raises(ValueError, match="'euler_a' draws noise at every step; pass keys"):
         samplers.sample(
             DENOISE, scaled_linear_schedule(), jnp.zeros((1, 1, 1, 1)), 4, sampler="euler_a"
@@ -119,8 +119,8 @@ def test_a_gaussian_comes_out_with_its_own_spread():
     assert float(out[0, 0, 0, 0]) == pytest.approx(SPREAD, rel=0.01)
 
 
-def test_the_second_order_is_worth_its_name():
-    """For a Gaussian the flow is known: it keeps each sample's number of standard deviations."""
+def test_dpmpp_2m_has_a_smaller_error_than_ddim():
+    """For a Gaussian the exact flow is known: each sample keeps its number of standard deviations."""
     schedule, steps, error = scaled_linear_schedule(), 20, {}
     for sampler in ("ddim", "dpmpp_2m"):
         out = samplers.sample(
@@ -146,7 +146,7 @@ def test_ancestral_samples_of_a_gaussian_have_its_spread():
     assert abs(np.corrcoef(out.ravel(), noise.ravel())[0, 1]) < 0.2
 
 
-def test_ancestral_noise_is_each_picture_s_own():
+def test_ancestral_noise_of_each_image_depends_on_its_key_alone():
     keys = jax.random.split(jax.random.key(0), 3)
 
     def run(keys):
@@ -234,8 +234,8 @@ def test_the_first_step_of_a_strength():
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-def test_what_is_known_stays_and_the_rest_is_drawn(sampler):
-    """An oracle for one picture, of which half is another one that is kept."""
+def test_known_regions_are_kept_and_the_rest_is_sampled(sampler):
+    """An oracle for one image; half of the result is another image that is kept."""
     schedule = scaled_linear_schedule("v_prediction", zero_terminal_snr=True)
     image, known, noise = jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 2))
     kept = jnp.zeros((1, 4, 4, 1)).at[:, :2].set(1.0)

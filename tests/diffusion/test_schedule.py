@@ -63,7 +63,7 @@ def test_a_perfect_prediction_gives_image_and_noise_back(prediction_type):
     np.testing.assert_allclose(schedule.to_epsilon(prediction, noisy, t), noise, atol=1e-5)
 
 
-def test_arithmetic_is_float32_whatever_comes_in():
+def test_arithmetic_is_float32_for_all_input_types():
     schedule = scaled_linear_schedule("v_prediction")
     latents, noise = (x.astype(jnp.bfloat16) for x in draws())
     t = jnp.array([1, 2, 3])

@@ -25,7 +25,7 @@ SETTINGS = runner.Settings(candidates=3, resolution=32, steps=2, strength=1.0, b
 
 
 class Counted:
-    """An Inpainter that counts what it draws, and stops before a draw if asked to."""
+    """An Inpainter that counts its images, and can stop before one of them."""
 
     def __init__(self, inpainter):
         self._inpainter, self.drawn, self.stop_at = inpainter, [], None
@@ -50,7 +50,7 @@ def artist(tiny_folder):
 
 @pytest.fixture
 def run(artist):
-    """run(manifest, output, settings, **options); what was drawn is run.artist.drawn."""
+    """run(manifest, output, settings, **options); run.artist.drawn has the inpainted images."""
     inpainter, scorer, tokenizer = artist
     counted = Counted(inpainter)
 
@@ -196,7 +196,7 @@ def test_a_leak_has_the_looks_of_another_subject_of_its_scene(run, scenes, tmp_p
         run(scenes, tmp_path / "others", settings)
 
 
-def test_a_folder_of_something_else_is_left_alone(run, scenes, good, tmp_path):
+def test_a_folder_of_other_files_is_not_changed(run, scenes, good, tmp_path):
     with pytest.raises(UserError, match="holds pairs with another seed, strength; give another"):
         run(scenes, good, dataclasses.replace(SETTINGS, seed=1, strength=0.5))
     (tmp_path / "manifest.jsonl").write_text("mine")

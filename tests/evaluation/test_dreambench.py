@@ -195,7 +195,7 @@ def test_mixed_layouts_and_equal_names(tmp_path, folder):
     assert scenes[0].subjects[0].phrase == "a dog" and scenes[0].subjects[1].phrase == "a can"
 
 
-def test_a_reference_that_no_photograph_is_named_like_is_compared(tmp_path):
+def test_a_reference_without_a_photograph_of_its_name_is_compared(tmp_path):
     flat(tmp_path, "dog/00.png", "dog/01.tiff")
     found = listed(tmp_path, [("a dog", "../dog/01.tiff")])[0].subjects[0]
     assert [p.split("/")[-1] for p in found.photographs] == ["01.tiff", "00.png"]

@@ -252,7 +252,7 @@ class Checker(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_report_stands_alone(whole, config, probe, sides, tmp_path):
+def test_report_is_self_contained(whole, config, probe, sides, tmp_path):
     run = tmp_path / "a <run>"
     (run / "samples").mkdir(parents=True)
     Image.new("RGB", (300, 200)).save(run / "samples" / "step_000012.png")

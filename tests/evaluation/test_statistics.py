@@ -35,7 +35,7 @@ def test_scenes_are_resampled_whole():
     assert estimates[0].high - estimates[0].low > 0.15  # 300 values alone: 0.113.
 
 
-def test_the_seed_decides():
+def test_intervals_depend_on_the_seed_alone():
     values = np.random.default_rng(0).random(50)
     first, again, other = (statistics.bootstrap_mean(values, seed=s) for s in (5, 5, 6))
     assert first == again

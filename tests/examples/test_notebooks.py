@@ -1,4 +1,4 @@
-"""The notebooks of examples/ run from the first cell to the last, outside the repository, and learn something."""
+"""The notebooks of examples/ run from the first cell to the last, outside the repository, and their losses decrease."""
 
 import json
 import os
@@ -14,7 +14,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def run(name, folder, **environment):
-    """Runs the code cells of a notebook in one namespace, in a process of its own; returns what it prints."""
+    """Runs the code cells of a notebook in one namespace, in a separate process; returns its output."""
     cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
     script = folder / f"{name}.py"
     script.write_text("\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"))

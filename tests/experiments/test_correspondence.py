@@ -1,4 +1,4 @@
-"""The benchmark on photographs: what its composites are, and one match with trained weights."""
+"""The benchmark on photographs: its composites, and one match with trained weights."""
 
 import functools
 
@@ -31,7 +31,7 @@ def photos(benchmark, tmp_path):
     return benchmark.Photos(tmp_path)
 
 
-def test_a_composite_shows_both_subjects_where_its_masks_say(benchmark, photos):
+def test_a_composite_shows_both_subjects_inside_its_masks(benchmark, photos):
     assert photos.classes == {"red": "block", "green": "block"} and photos.count("red") == 2
     picture, masks = benchmark.composite(
         photos, ("red", "green"), np.random.default_rng(0), plain=True

@@ -1,4 +1,4 @@
-"""experiments/toybox_base.sh skips what is finished, stops in time and hands failures on."""
+"""experiments/toybox_base.sh skips finished stages, stops in time and exits with the status of a failure."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Figures of the small generators are computed over what their names say."""
+"""Figures of the small generators are computed over the images that their names state."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_psnr_inside_subjects(model, tiny_config, monkeypatch):
     assert not tables
 
 
-def test_pictures_do_not_depend_on_the_batch(model, tiny_config):
+def test_images_do_not_depend_on_the_batch(model, tiny_config):
     *_, scenes, captions, drawn = report(model, tiny_config, ["generator"], batch_size=2)
     *_, again = report(model, tiny_config, ["generator"], batch_size=3)
     assert drawn.shape == scenes.chosen.shape and len(captions) == 6

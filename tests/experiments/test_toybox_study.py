@@ -1,4 +1,4 @@
-"""The study's harness: what it plans, that it goes on where it stopped, what a trial measures."""
+"""The study's harness: its trials, resuming after an interruption, and the measures of a trial."""
 
 import dataclasses
 import json
@@ -154,7 +154,7 @@ def test_differences_are_paired(study, tmp_path):
     assert row.startswith("| dpo | -5.0 [-5.0, -5.0] - | +5.0 [+5.0, +5.0] - |")
 
 
-def test_what_is_done_is_not_done_again_and_shares_are_disjoint(study, tmp_path, no_training):
+def test_finished_trials_are_skipped_and_shares_are_disjoint(study, tmp_path, no_training):
     tuning = list(study[0].tuning_trials(settings(study, tmp_path)))
     first, second = (settings(study, tmp_path, f"--share={i}/2") for i in (0, 1))
     assert not study[0].run_trials(first, tuning)

@@ -55,7 +55,7 @@ except AttributeError as error:
 """
 
 
-def test_it_works_where_there_is_nothing_but_jax_numpy_and_jaxtyping():
+def test_it_works_with_only_jax_numpy_and_jaxtyping_installed():
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED + SCRIPT], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""DPCE: entropies known in closed form, borders, and what must not count as detail."""
+"""DPCE: entropies known in closed form, borders, and image content that is not detail."""
 
 import functools
 
@@ -49,7 +49,7 @@ def test_bin_membership_by_hand():
 
 
 @pytest.mark.parametrize("level", [0.0, 0.25, 0.26, 0.4, 0.5, 1.0])
-def test_a_flat_image_has_no_detail_wherever_its_grey_lies(level):
+def test_a_flat_image_has_no_detail_at_any_grey_level(level):
     entropy = local_entropy(grey(np.full((1, 32, 32), level)), sigma=4.0)
     np.testing.assert_allclose(entropy, 0, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Confidence on maps worked out by hand."""
+"""Confidence on maps computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_uncertainty_is_relative_to_the_prior():
     np.testing.assert_allclose(found[0, 0, :5], [1, 1, 0.5, 0.5, 0.5], rtol=1e-6)
 
 
-def test_the_size_of_errors_does_not_matter_and_nothing_gives_zero():
+def test_uncertainty_is_scale_invariant_and_zero_without_errors_or_prior():
     draw = np.random.default_rng(0)
     error, prior = jnp.array(draw.random((2, 4, 4))), jnp.array(draw.random((2, 4, 4)))
     np.testing.assert_allclose(

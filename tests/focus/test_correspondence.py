@@ -1,4 +1,4 @@
-"""SPAF on cases worked out by hand."""
+"""SPAF on cases computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def test_prototype_is_the_masked_mean_direction():
     )
 
 
-def test_several_prototypes_are_the_means_of_what_lies_together():
+def test_several_prototypes_are_the_means_of_clusters():
     # Two groups by direction, one patch between them but nearer to the first, one background.
     features = jnp.array(
         [[[[4.0, 0.0], [2.0, 0.2], [0.0, 1.0], [-0.2, 3.0], [2.0, 1.0], [-9.0, -9.0]]]]
@@ -59,7 +59,7 @@ def test_several_prototypes_are_the_means_of_what_lies_together():
     assert (many @ [-1, -1]).max() < 0.1
 
 
-def test_more_prototypes_than_patches_do_not_hang_on_rounding():
+def test_more_prototypes_than_patches_do_not_depend_on_rounding():
     draw = np.random.default_rng(0)
     features = draw.normal(size=(4, 2, 6, 5)).astype(np.float32)
     masks = np.ones((4, 2, 6), np.float32)
@@ -99,7 +99,7 @@ def test_prototype_of_an_absent_subject_or_an_empty_mask_is_zero():
     assert not np.any(spaf.prototypes(features, masks, jnp.array([[False, True]]), count=3))
 
 
-def test_a_present_subject_with_an_empty_mask_claims_nothing():
+def test_a_present_subject_with_an_empty_mask_matches_nothing():
     case = random_case()
     case["reference_masks"][:, 1] = 0
     match = correspondence_fn(**case)
@@ -151,7 +151,7 @@ def test_the_clearest_patches_are_kept_not_the_most_similar():
     np.testing.assert_array_equal(match.subjects[:, 0], [[[1, 1, 0, 0]]])
 
 
-def test_a_subject_may_own_fewer_patches_than_its_budget():
+def test_a_subject_may_match_fewer_patches_than_its_budget():
     similarity = similarity_of([[0.9, 0.9, 0.9]], [[0.1, 0.1, 0.95]])
     match = match_fn(similarity, ALL(2), jnp.array([[3.0, 3.0]]), 1.0)
     np.testing.assert_array_equal(match.subjects, [[[[1, 1, 0]], [[0, 0, 1]]]])
@@ -226,7 +226,7 @@ def test_permuting_subjects_permutes_the_match_and_leaves_the_union():
     np.testing.assert_allclose(permuted.budget, base.budget)
 
 
-def test_absent_subjects_change_nothing_whatever_their_slots_hold():
+def test_the_content_of_absent_slots_has_no_effect():
     case = random_case()
     base = correspondence_fn(**case)
     assert 0 < float(base.union.mean()) < 1

@@ -144,7 +144,7 @@ def test_only_weighted_locations_count():
     assert jnp.abs(base[2][:, :2]).min() > 0
 
 
-def test_equal_models_give_log_two_and_tie():
+def test_equal_models_give_a_loss_of_log_two_and_a_zero_margin():
     target, prediction, _ = as_jax(predictions(), jnp.float32)["chosen"]
     errors, ones = losses.error_map(target, prediction), jnp.ones((3, 4, 5))
     loss, diagnostics = losses.diffusion_dpo(

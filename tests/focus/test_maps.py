@@ -1,4 +1,4 @@
-"""The facade: what it computes is what training computes, and it needs nothing of training to do so."""
+"""The facade computes the same maps as training, without importing training."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""The weight map by hand, the gate, and that what is switched off is not there."""
+"""The weight map by hand, the gate, and that disabled terms are not compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -90,13 +90,13 @@ def test_gate(alignment, width, expected):
     assert weighting.gate(jnp.array([alignment]), 0.5, width) == pytest.approx([expected], rel=1e-5)
 
 
-def test_detail_alone_waits_for_no_alignment():
+def test_without_spaf_the_gate_is_open():
     weights, diagnostics = weights_of(spaf=False, dpce=True)
     np.testing.assert_allclose(weights, [[[2.75, 4.25, 1.05, 0.25, 0.25]]], rtol=1e-6)
     assert sorted(diagnostics) == ["background_share", "gate"]
 
 
-def test_with_neither_term_it_is_the_prior_alone():
+def test_with_neither_term_the_weights_are_those_of_the_prior():
     weights, _ = weights_of(spaf=False, dpce=False)
     np.testing.assert_array_equal(weights, weighting.prior_weights(PRIOR, 0.25))
     np.testing.assert_allclose(weights, [[[1.25, 1.25, 0.75, 0.25, 0.25]]])
@@ -106,7 +106,7 @@ def test_uniform_weights_are_one():
     np.testing.assert_array_equal(weighting.uniform_weights(PRIOR), np.ones((1, 1, 5)))
 
 
-def test_examples_of_a_batch_have_gates_of_their_own():
+def test_each_example_of_a_batch_has_its_own_gate():
     union = jnp.array([[[1.0, 1.0]], [[0.0, 1.0]]])
     prior = jnp.array([[[1.0, 1.0]], [[1.0, 0.0]]])
     match = correspondence.Match(union[:, None], union, jnp.array([2.0, 1.0]))
@@ -127,7 +127,7 @@ def test_no_gradient_flows_through_the_weights():
         np.testing.assert_array_equal(gradient, 0)
 
 
-def test_a_map_that_the_structure_needs_must_be_there():
+def test_a_missing_map_that_the_structure_needs_is_refused():
     with pytest.raises(ValueError, match="spaf needs `match`"):
         weighting.focus_weights(BucketStructure(True, False), NUMBERS, PRIOR)
     with pytest.raises(ValueError, match="dpce needs `detail`"):

@@ -1,6 +1,6 @@
-"""Runs the scripts of launch/ on machines that are folders.
+"""Runs the scripts of launch/ with folders in place of machines.
 
-gcloud, git, sbatch, srun and others are small stand-ins on the PATH, which note their words.
+gcloud, git, sbatch, srun and others are replaced by small scripts on the PATH, which record their arguments.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""launch/gke_jobset.yaml against what Kubernetes and TPU slices ask for."""
+"""launch/gke_jobset.yaml against the requirements of Kubernetes and TPU slices."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What holds for every script of launch/."""
+"""Properties of every script of launch/."""
 
 import os
 import pathlib

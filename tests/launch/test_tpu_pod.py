@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh: what it prints, and what its watch does to hosts that are folders."""
+"""launch/tpu_pod.sh: what it prints, and what its watch does, with folders in place of hosts."""
 
 import re
 import shutil

@@ -69,7 +69,7 @@ def test_group_norm_equals_that_of_flax(dtype, tolerance, activation, mean):
 
 
 def test_only_the_input_and_statistics_are_saved():
-    """Besides the input, the residuals have one value per row or per channel."""
+    """Except for the input, the residuals have one value per row or per channel."""
     x = jnp.ones((2, 8, 8, 32), jnp.bfloat16)
     for module in (
         layers.LayerNorm(dtype=jnp.bfloat16),

@@ -1,4 +1,4 @@
-"""Files of CLIP's tokenizer, made here; with CLIP's own vocabulary: tests/parity/test_tokenizer.py."""
+"""Files of CLIP's tokenizer, made by the tests; tests/parity/test_tokenizer.py uses CLIP's own vocabulary."""
 
 import json
 

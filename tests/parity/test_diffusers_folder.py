@@ -1,4 +1,4 @@
-"""Pipelines that diffusers and transformers write, read by us."""
+"""Pipelines written by diffusers and transformers, read by this package."""
 
 import dataclasses
 import json
@@ -133,8 +133,8 @@ def test_timesteps_are_kept_from_file_to_file(folder, tmp_path):
     assert exported.timesteps.tolist() == [999]
 
 
-def test_the_field_says_what_is_predicted(folder):
-    """In the place of the scheduler's file, but not of a model folder's own."""
+def test_the_field_sets_the_prediction_type(folder):
+    """It replaces the value of the scheduler's file, but not that of a model folder."""
     fields = {"pretrained": str(folder), "adapter": "", "image_encoder": "", "tokenizer": ""}
     for kind, spacing in (
         ("", "leading"),
@@ -193,7 +193,7 @@ def test_every_part_bit_for_bit(models, how, tmp_path):
 
 
 def test_a_pipeline_that_transformers_5_saves(models, tmp_path):
-    """Its tokenizers have tokenizer.json alone; what fills up captions stands beside it."""
+    """Its tokenizers have only tokenizer.json; the padding token is in another file."""
     words = write_vocabulary(tmp_path / "words", pipeline.WORDS)
     parts = pipeline.parts(vocabulary=words)
     tokenizers = {
@@ -257,7 +257,7 @@ def test_adapter_file(folder, adapter):
     np.testing.assert_array_equal(branch["kernel"], theirs["to_v_ip"]["kernel"])
 
 
-def test_plain_adapter_files_tell_their_sizes():
+def test_sizes_are_read_from_plain_adapter_files():
     shapes = {
         "image_proj.proj.weight": np.zeros((4 * 24, 12)),
         "image_proj.norm.weight": np.zeros(24),
@@ -339,7 +339,7 @@ def test_missing_shards_are_listed(models, tmp_path):
         diffusers_folder.load_config(tmp_path)
 
 
-def test_no_folder_at_all(monkeypatch, tmp_path):
+def test_missing_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("nowhere", str(tmp_path / "nowhere"), "someone/no-such-model"):
         assert diffusers_folder.resolve(name) is None
@@ -426,7 +426,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("count", REFUSED)
 def test_unets_that_read_more_than_latents(count, channels):
-    """Whoever draws or trains refuses them: sample and evaluate, main, plan."""
+    """sample, evaluate, main and plan refuse them."""
     folder = channels(count)
     config = config_of(folder)
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
@@ -513,7 +513,7 @@ def test_disruption_takes_unets_of_both_kinds(channels):
     ],
 )
 def test_pipelines_of_other_kinds_are_named(folder, index, message):
-    """Before anything is said of files that those have no reason to have."""
+    """Before their missing files are reported, which such pipelines do not have."""
     shutil.rmtree(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps(index))
     for use in (
@@ -562,7 +562,7 @@ def test_pipelines_of_other_kinds_are_named(folder, index, message):
         ("text_encoder", {"hidden_size": 1024}, "unet.cross_attention_dim = 24, but .* = 1040"),
     ],
 )
-def test_other_anatomies_are_named(folder, part, fields, message):
+def test_other_architectures_are_named(folder, part, fields, message):
     path = folder / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     for use in (

@@ -1,4 +1,4 @@
-"""What a run exports, loaded by diffusers and read again by us."""
+"""Exports of a run, loaded by diffusers and read again by this package."""
 
 import dataclasses
 import importlib.util
@@ -232,7 +232,7 @@ def fused(pipe, original):
 
 
 def test_low_rank_updates_in_diffusers(exported):
-    """Of our file, and of one in kohya's naming with strengths of its own."""
+    """From our file, and from one in kohya's naming with its own strengths."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
     out, config, parameters = exported
     unet = {"unet": parameters["unet"]}
@@ -265,7 +265,7 @@ def test_low_rank_updates_in_diffusers(exported):
         assert changed == len(updates) == (3 if "kohya" in name else 32)
 
 
-def test_the_same_picture(exported):
+def test_the_same_image(exported):
     """Everything at once: adapter, LoRA and all parts, from a noise of zero terminal SNR."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
     out, config, parameters = exported
@@ -309,7 +309,7 @@ def mixed(tmp_path_factory):
 
 
 def test_a_bfloat16_run_is_exported_in_one_type(mixed):
-    """The line of the card draws; nothing that was trained is rounded."""
+    """The code of the model card generates images; no trained parameter is rounded."""
     out, _, parameters = mixed
     kept = {str(leaf.dtype) for leaf in jax.tree.leaves(parameters["unet"])}
     assert kept == {"float32", "bfloat16"}
@@ -329,8 +329,8 @@ def test_a_bfloat16_run_is_exported_in_one_type(mixed):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
-def test_the_cards_line_draws(mixed, dtype):
-    """Of a bfloat16 run, as it stands there and with a type that users give."""
+def test_the_cards_line_generates_images(mixed, dtype):
+    """Of a bfloat16 run: the code as printed, and with another type."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
     out, config, parameters = mixed
     how = {"torch_dtype": dtype} if dtype else {}
@@ -363,7 +363,7 @@ def spoil(path, name):
 
 @pytest.mark.parametrize("kind", ["exported", "mixed"])
 def test_check_of_a_whole_export(kind, request, tmp_path):
-    """With everything in it; a spoilt tensor of any part shows."""
+    """With all parts; a changed tensor of any part is detected."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
     out, names = request.getfixturevalue(kind)[0], (*PARTS, "lora")
     found = export_check.check(out.parent, out, names, whole=True)
@@ -436,8 +436,8 @@ def test_check_needs_packages_before_anything_is_written(exported, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_check_of_what_diffusers_cannot_know(exported, tmp_path):
-    """An adapter of another depth is not for diffusers, and there is nothing else to draw."""
+def test_check_of_an_adapter_that_diffusers_cannot_use(exported, tmp_path):
+    """Diffusers cannot use an adapter of another depth, and nothing else was exported."""
     run = tmp_path / "run"
     shutil.copytree(exported[0].parent / "model", run / "model")
     config = json.loads((run / "model/model.json").read_text())

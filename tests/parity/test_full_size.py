@@ -1,4 +1,4 @@
-"""The benchmark that compares UNets at their real size, on a model of no size."""
+"""The benchmark that compares UNets at their real size, on a tiny model."""
 
 import pathlib
 import re

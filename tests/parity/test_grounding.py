@@ -1,4 +1,4 @@
-"""MS-Diffusion's grounding resampler against its published layout, written down here in PyTorch."""
+"""MS-Diffusion's grounding resampler against its published layout, implemented here in PyTorch."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Inpainted pictures against StableDiffusionXLInpaintPipeline, with UNets of 4 and 9 channels."""
+"""Inpainted images against StableDiffusionXLInpaintPipeline, with UNets of 4 and 9 channels."""
 
 import dataclasses
 
@@ -131,7 +131,7 @@ def test_guidance_of_zero_is_none(both):
     [(4, "ddim", 0.6), (4, "dpmpp_2m", 0.8), (9, "euler", 1.0)],
     indirect=["both"],
 )
-def test_pictures(both, sampler, strength, monkeypatch):
+def test_images(both, sampler, strength, monkeypatch):
     ours, theirs = both
     found = draw(ours, sampler, strength).astype(np.float32)
     expected = 255 * draw_theirs(theirs, sampler, strength, monkeypatch)

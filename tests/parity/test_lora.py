@@ -1,4 +1,4 @@
-"""LoRA whose strength stands outside its tensors: the UNet's output against diffusers and PEFT."""
+"""LoRA whose strength is stored outside its tensors: the UNet's output against diffusers and PEFT."""
 
 import dataclasses
 
@@ -123,7 +123,7 @@ def test_metadata_of_the_unet_alone(base, tmp_path):
 
 
 def test_trained_from_it(base, tmp_path):
-    """The updates as trainable leaves of a UNet whose own alpha / rank is another."""
+    """The updates as trainable leaves of a UNet with another alpha / rank."""
     model = test_unet.peer(CONFIG)
     model.add_adapter(peft.LoraConfig(r=3, lora_alpha=7, target_modules=["to_q", "to_k"]))
     move(model)

@@ -1,4 +1,4 @@
-"""DINO, DINOv2, CLIP-I and CLIP-T of pictures against PyTorch, from files to numbers."""
+"""DINO, DINOv2, CLIP-I and CLIP-T of images against PyTorch, from files to scores."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whole pictures: our sampler against StableDiffusionXLPipeline with an IP-Adapter."""
+"""Whole images: our sampler against StableDiffusionXLPipeline with an IP-Adapter."""
 
 import dataclasses
 
@@ -91,7 +91,7 @@ def both(request, tmp_path_factory):
 
 
 def draw(ours, sampler, guidance=GUIDANCE, steps=STEPS):
-    """Two pictures from one noise: with one reference and with two. uint8 [2, H, W, 3]."""
+    """Generates two images from one noise, with one reference and with two; uint8 [2, H, W, 3]."""
     generator, parameters, tokenizer = ours
     view = jax.jit(generator.encode_reference)(parameters, np.float32([REFERENCES] * 2) / 255)
     generate = make_generate(
@@ -137,8 +137,8 @@ def draw_theirs(theirs, sampler, references, guidance=GUIDANCE, steps=STEPS, **s
         ("dpmpp_2m", "trailing", 4),
     ],
 )
-def test_pictures_with_the_spacing_of_the_file(both, sampler, spacing, steps):
-    """Few steps (SDXL-Turbo's file says trailing), and Euler's timesteps with fractions."""
+def test_images_with_the_spacing_of_the_file(both, sampler, spacing, steps):
+    """Few steps (trailing, as in SDXL-Turbo's file), and Euler's timesteps with fractions."""
     (generator, *rest), theirs = both
     config = dataclasses.replace(generator.config, timestep_spacing=spacing)
     found = np.asarray(draw((Generator(config), *rest), sampler, 0.0, steps), np.float32)
@@ -154,7 +154,7 @@ def test_pictures_with_the_spacing_of_the_file(both, sampler, spacing, steps):
 
 @pytest.mark.parametrize("both", ["plus"], indirect=True)
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
-def test_pictures_without_guidance(both, guidance):
+def test_images_without_guidance(both, guidance):
     """At 1 and below diffusers makes one pass under prompt and references."""
     ours, theirs = both
     found = np.asarray(draw(ours, "ddim", guidance), np.float32)
@@ -172,7 +172,7 @@ def test_pictures_without_guidance(both, guidance):
     [("plus", "ddim"), ("plus", "euler"), ("plus", "dpmpp_2m"), ("plain", "ddim")],
     indirect=["both"],
 )
-def test_pictures(both, sampler):
+def test_images(both, sampler):
     ours, theirs = both
     found = np.asarray(draw(ours, sampler), np.float32)
     with torch.no_grad():

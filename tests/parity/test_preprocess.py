@@ -1,4 +1,4 @@
-"""Preparation of pictures against transformers' image processors, those that work with Pillow."""
+"""Preparation of images against transformers' image processors, those that work with Pillow."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ PROCESSORS = {
 
 
 def difference(image, name):
-    """The largest between our pixels and theirs, which lie in about [-2, 3]."""
+    """Returns the largest difference of our pixels and theirs, which are in about [-2, 3]."""
     processor = PROCESSORS[name]
     ours = preprocess.preprocess(image, preprocess.from_config(processor.to_dict()))
     theirs = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)

@@ -116,7 +116,7 @@ def test_latents_match_with_an_offset(sampler, offset, monkeypatch):
 
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
 def test_latents_match_where_ddim_ends_at_timestep_0(spacing, monkeypatch):
-    """SDXL's published scheduler_config.json says so; only DDIM reads it."""
+    """As in SDXL's published scheduler_config.json; only DDIM reads it."""
     ends = samplers.Spacing(spacing, set_alpha_to_one=False)
     assert relative_error_of("ddim", 7, ends, monkeypatch, set_alpha_to_one=False) <= TOLERANCE
     apart = relative_error_of("ddim", 7, spacing, monkeypatch, set_alpha_to_one=False)

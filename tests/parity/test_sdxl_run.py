@@ -1,4 +1,4 @@
-"""configs/sdxl_dpo.py on files of diffusers and transformers: train, draw, export."""
+"""configs/sdxl_dpo.py on files of diffusers and transformers: train, sample, export."""
 
 import dataclasses
 import re
@@ -146,7 +146,7 @@ def test_the_adapter_alone_changes_and_is_float32(files, finished):
         assert moved > 4 or part not in ("unet", "adapter")
 
 
-def test_draws(finished, tmp_path):
+def test_samples(finished, tmp_path):
     if not sample.flags.FLAGS.is_parsed():
         sample.flags.FLAGS(sys.argv[:1])
     reference = tmp_path / "disc.png"

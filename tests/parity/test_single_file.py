@@ -167,7 +167,7 @@ def small(file, monkeypatch):
 
 
 @pytest.mark.parametrize("markers, metadata, expected", MARKED)
-def test_what_a_file_says_it_predicts(
+def test_prediction_type_of_a_file(
     file, beside, small, tmp_path, markers, metadata, expected, caplog
 ):
     _, models, config, tensors = file
@@ -207,8 +207,8 @@ def test_contradictions_are_named(file, beside, small, tmp_path):
         (("v_pred", "ztsnr"), "euler", "trailing"),
     ],
 )
-def test_pictures_of_v_prediction(file, beside, small, tmp_path, markers, sampler, spacing):
-    """Latents of diffusers' loop around the same UNet, with its scheduler told of v and zero SNR."""
+def test_images_of_v_prediction(file, beside, small, tmp_path, markers, sampler, spacing):
+    """Latents of diffusers' loop with the same UNet, its scheduler configured for v prediction and zero SNR."""
     _, models, config, tensors = file
     path = marked(tmp_path / "v.safetensors", tensors, markers, {})
     generator = Generator(single_file.load_config(path, **beside))

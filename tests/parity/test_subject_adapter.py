@@ -129,7 +129,7 @@ def test_unet_with_an_adapter_file(adapted):
     assert oracles.relative_error(prediction, expected) < oracles.TOLERANCE
 
 
-def test_an_absent_slot_is_one_never_given(adapted):
+def test_an_absent_slot_equals_no_slot(adapted):
     config, params, batch, model = adapted
     batch = dict(batch, image_present=np.array([[True, True, False]] * BATCH))
     prediction, _ = ours(config, params, batch, 1.0)
@@ -138,7 +138,7 @@ def test_an_absent_slot_is_one_never_given(adapted):
 
 
 def test_masks_and_scales_of_each_reference(adapted):
-    """Masks of the picture's aspect, which neither level's grid divides evenly."""
+    """Masks of the image's aspect, which neither level's grid divides evenly."""
     config, params, batch, model = adapted
     masks = np.random.default_rng(6).uniform(size=(1, SLOTS, 20, 30)).astype(np.float32)
     masks[0, 1, :, 12:] = 0

@@ -92,7 +92,7 @@ def test_prompts(folder):
 
 
 def test_ids_of_the_original(folder):
-    """The first row as openai/CLIP has it, so that transformers is not its own witness."""
+    """The first row equals that of openai/CLIP, independently of transformers."""
     first, second = Tokenizer(folder, 12)("A photo of a cat!")
     assert first.tolist() == [49406, 320, 1125, 539, 320, 2368, 256] + [49407] * 5
     # For the second encoder "!" is what fills up, wherever it stands.

@@ -1,4 +1,4 @@
-"""A long run's cost adds up by hand."""
+"""The cost of a long run, computed by hand."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What does not fit is refused with the field that makes it fit, once that has been compiled."""
+"""A program that does not fit is refused with the field that makes it fit, after compiling with it."""
 
 import pytest
 import tiny
@@ -57,7 +57,7 @@ def test_what_fits_easily_is_not_compiled():
     )
 
 
-def test_nothing_hopeless_is_compiled():
+def test_changes_that_cannot_fit_are_not_compiled():
     try_out, compiled = trial(lambda changes: 1e9)
     assert cures.find([{"evaluation.batch_size": 2}], made(), 11e9, try_out) is None
     assert cures.find([{"mesh.fsdp": 3}], made(), 100e9, try_out) is None

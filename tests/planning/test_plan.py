@@ -1,4 +1,4 @@
-"""A plan says of the tiny run what the run itself has."""
+"""Plans of the tiny run have the shapes, programs and operations of the run itself."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_shapes_are_those_of_the_run(tiny_config, tmp_path, overrides):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_encoders_are_held_unless_all_is_encoded_before(tiny_config, cache):
+def test_encoders_are_held_unless_encodings_are_cached(tiny_config, cache):
     config = tiny_config()
     config = tiny.changed(config, data__cache=cache)
     step = shapes.abstract_step(config, meshes.make_mesh(config.mesh.sizes, config.batch_size))
@@ -93,7 +93,7 @@ def test_a_plan_of_a_whole_run_adds_up(tiny_config):
 
 
 def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
-    """What is traced for a plan has the run's own products, in the steps and in the sampler."""
+    """Programs traced for a plan have the matrix products of the run's own programs."""
     config = tiny_config()
     mesh = meshes.make_mesh(config.mesh.sizes, config.batch_size)
     planned = {
@@ -106,7 +106,7 @@ def test_programs_are_those_that_the_run_compiles(tiny_config, tmp_path):
     assert planned["update"] + planned["reference pass"] == max(step.matmul_flops.values())
 
 
-def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(
+def test_a_run_that_fits_in_training_but_not_in_sampling_is_refused_with_a_cure(
     tiny_config, monkeypatch
 ):
     config = tiny_config(batch_size=1, evaluation__batch_size=64)
@@ -127,8 +127,8 @@ def test_what_fits_in_training_and_not_in_sampling_is_refused_with_the_cure(
     assert cure["peak"] <= limit
 
 
-def test_what_is_held_alone_without_room_is_not_compiled(tiny_config, monkeypatch):
-    """Nor is a cure looked for more than once."""
+def test_a_program_whose_arrays_exceed_the_memory_is_not_compiled(tiny_config, monkeypatch):
+    """Also, a cure is searched for only once."""
     whole = planner.programs.run_programs(
         tiny_config(trainable="full"), meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, 4)
     )[0]["update"].held
@@ -154,7 +154,7 @@ def test_what_is_held_alone_without_room_is_not_compiled(tiny_config, monkeypatc
     assert report.refusal(found).count("config.trainable = 'lora'") == 5
 
 
-def test_what_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
+def test_a_program_that_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
     def refuse(*arguments, **options):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
@@ -170,7 +170,7 @@ def test_what_the_compiler_refuses_does_not_fit(tiny_config, monkeypatch):
     assert "it needs more than 42.9 GB of the chip's 16.9 GB" in report.table(found)
 
 
-def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch):
+def test_a_search_recommends_the_plan_that_fits_with_least_communication(tiny_config, monkeypatch):
     def plan(config, topology, **options):
         size = config.batch_size * (1 if config.model.remat else 3) / config.mesh.fsdp
         told = {"all-gather": {"count": 1, "bytes": 100 * (1 + config.mesh.fsdp)}}
@@ -204,7 +204,7 @@ def test_a_search_recommends_what_fits_and_tells_least(tiny_config, monkeypatch)
         searched([100])
 
 
-def test_a_recommendation_is_planned_as_a_whole_with_its_cures(tiny_config, monkeypatch):
+def test_all_programs_of_a_recommendation_are_planned_with_their_cures(tiny_config, monkeypatch):
     planned = []
 
     def plan(config, topology, **options):
@@ -222,7 +222,7 @@ def test_a_recommendation_is_planned_as_a_whole_with_its_cures(tiny_config, monk
     assert planned == [(8, 2), (8, 1)]
 
 
-def test_no_compilation_where_there_is_no_room(tiny_config, monkeypatch):
+def test_unless_held_raises_before_compilation(tiny_config, monkeypatch):
     small = Chip("small", 1000.0, 1.0)
     monkeypatch.setattr(planner.targets, "devices", lambda topology: (jax.devices(), small))
     with pytest.raises(
@@ -259,8 +259,8 @@ def test_mistakes_are_one_line(tiny_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "h100:2"])
-def test_a_whole_run_is_planned_for_machines_that_are_not_here(topology, tmp_path):
-    """By the real compilers, which have to be installed."""
+def test_a_whole_run_is_planned_for_absent_machines(topology, tmp_path):
+    """With the real compilers, which must be installed."""
     pytest.importorskip(
         "libtpu" if topology.startswith("v") else "jax_cuda12_plugin",
         reason="pip install -e '.[plan,plan-gpu]'",

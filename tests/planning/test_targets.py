@@ -1,4 +1,4 @@
-"""Topologies that are not here, and mistakes in their names."""
+"""Devices to compile for that are absent, and errors for invalid topologies."""
 
 import importlib.util
 
@@ -33,7 +33,7 @@ needs_libtpu = pytest.mark.skipif(
         ("l4:2x2", "give a number of GPUs"),
     ],
 )
-def test_wrong_names_are_refused_with_right_ones(name, message):
+def test_invalid_topologies_are_refused_with_valid_ones(name, message):
     with pytest.raises(UserError, match=message):
         targets.devices(name)
 
@@ -54,7 +54,7 @@ def test_every_gpu_has_a_description():
 
 @needs_cuda
 @pytest.mark.parametrize("name", list(chips.GPUS))
-def test_gpus_are_made_without_any(name):
+def test_gpu_devices_need_no_gpu(name):
     devices, chip = targets.devices(name)
     capability = ".".join(map(str, chips.GPUS[name].capability))
     assert [(d.platform, d.compute_capability) for d in devices] == [("gpu", capability)]
@@ -63,7 +63,7 @@ def test_gpus_are_made_without_any(name):
 
 
 @needs_cuda
-def test_the_share_of_memory_is_jaxs(monkeypatch):
+def test_the_usable_memory_is_the_share_that_jax_allocates(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     _, chip = targets.devices("rtx4090")
     assert chip.memory == 0.9 * chips.GPUS["rtx4090"].memory and "90%" in chip.memory_note
@@ -97,6 +97,6 @@ def test_gpus_exchange_gradients():
     "name, count, hosts",
     [("v4:2x2x2", 8, 2), ("v5e:1x1", 1, 1), ("v5e:16x16", 256, 64), ("v6e:2x4", 8, 2)],
 )
-def test_slices_have_a_device_a_chip(name, count, hosts):
+def test_slices_have_one_device_per_chip(name, count, hosts):
     devices, _ = targets.devices(name)
     assert len(devices) == count and len({d.process_index for d in devices}) == hosts

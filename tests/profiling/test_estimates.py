@@ -1,4 +1,4 @@
-"""The compiler's estimates are added up as the program runs, and named so that people find them."""
+"""The compiler's estimates are summed as often as their instructions run, and named by layer."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_cycles_add_up_with_loops_as_often_as_they_run(estimate):
     assert estimate.unknown_loops == 0
 
 
-def test_layers_alike_are_one_source(estimate):
+def test_equal_layers_are_one_source(estimate):
     assert estimate.sources == [
         ("backward: up_blocks_N/attentions_N/attn1/to_q/dot_general", 3000, 2),
         ("forward: mid_block/resnets_N/add", 300, 1),
@@ -93,13 +93,13 @@ def test_seconds_are_cycles_and_the_kernels_products(estimate):
         ("broadcast.7", ""),
     ],
 )
-def test_names_say_where_without_numbers(name, short):
+def test_names_give_the_layer_without_numbers(name, short):
     assert estimates.short_name(name) == short
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(chips.TPUS))
-def test_a_large_product_takes_nearly_what_the_data_sheet_says(kind):
+def test_a_large_product_takes_nearly_the_time_of_the_data_sheet(kind):
     jax = pytest.importorskip("jax")
     pytest.importorskip("libtpu", reason="pip install -e '.[plan]'")
     topology = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1"}.get(kind, f"{kind}:2x2")

@@ -1,4 +1,4 @@
-"""Programs are read as they are run, in the ways in which XLA writes them."""
+"""Programs in XLA's text form are read, with loops as often as they run."""
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def test_collectives_are_read_from_a_program():
     }
 
 
-def test_what_is_told_in_a_loop_counts_as_often_as_it_turns():
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
     text = """HloModule jit_f, is_scheduled=true
 %inner.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %g = f32[8]{0} all-gather(%x), dimensions={0}

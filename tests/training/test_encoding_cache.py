@@ -1,4 +1,4 @@
-"""Encoded records on disk: what the encoders said, whole or interrupted, and never stale."""
+"""Encoded records on disk equal the encoders' outputs, also after an interruption, and are never stale."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ def batches():
 
 
 def encode(parameters, batch):
-    """An encoder whose answers tell which record they are of."""
+    """An encoder whose outputs identify their record."""
     value = np.float32(batch.index)[:, None, None, None] + parameters["vae"]["shift"]
     fields = dict.fromkeys(encoding.EncodedPairs.__dataclass_fields__)
     return encoding.EncodedPairs(
@@ -66,7 +66,7 @@ def tree(folder):
     }
 
 
-def test_files_hold_what_memory_would(tmp_path):
+def test_files_equal_the_cache_in_memory(tmp_path):
     stored, kept = cached(tmp_path / "e"), encoding.cached(encode, PARAMETERS, batches(), COUNT)
     assert len(stored) == len(kept) == COUNT
     for i in range(COUNT):
@@ -86,7 +86,7 @@ def test_bfloat16_is_kept_to_the_bit(tmp_path):
     np.testing.assert_array_equal(stored, jnp.bfloat16(1 / 3))
 
 
-def test_second_time_asks_nobody(tmp_path):
+def test_second_time_needs_no_encoder(tmp_path):
     cached(tmp_path / "e")
     before = tree(tmp_path)
     # No encoder's parameters are there to be asked for.
@@ -95,7 +95,7 @@ def test_second_time_asks_nobody(tmp_path):
 
 
 @pytest.mark.parametrize("before, after", [("files", "other"), (None, None), (None, "files")])
-def test_other_files_may_hold_the_same_encoders(before, after, tmp_path):
+def test_other_files_may_contain_the_same_encoders(before, after, tmp_path):
     cached(tmp_path / "e", files=before)
     asked = []
 
@@ -150,7 +150,7 @@ def test_stale_files_are_refused(name, tmp_path):
         cached(tmp_path / "e", KEY | {name: "other"})
 
 
-def test_runs_that_need_other_pictures_or_masks_keep_apart():
+def test_runs_that_need_other_images_or_masks_have_separate_folders():
     def folder(objective, share, features="vit"):
         config = config_lib.RunConfig(objective=objective, rejected_share=share)
         return encoding_cache.folder_name(config, mock.Mock(settings=[features]))
@@ -161,7 +161,7 @@ def test_runs_that_need_other_pictures_or_masks_keep_apart():
     assert folder("sft", 0.5) == "encoded_both"
 
 
-def test_key_follows_what_else_matters():
+def test_key_depends_on_data_tokenizer_source_and_settings():
     config = config_lib.RunConfig(dtype="float32", resolution=8)
     generator = mock.Mock(**{"config.adapter.kind": "resampler"})
 

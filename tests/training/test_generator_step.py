@@ -1,4 +1,4 @@
-"""What tells the objectives apart: their weights, and what is encoded for them."""
+"""The objectives' weights, and what is encoded for each of them."""
 
 import functools
 import pathlib
@@ -54,20 +54,20 @@ def shares(mask, grid):
     return mask.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1]).mean((2, 4))
 
 
-def test_sft_counts_every_place_the_same(encoded):
+def test_sft_weights_every_location_equally(encoded):
     weights, _, pairs = encoded("sft")
     np.testing.assert_array_equal(weights, 1)
     assert pairs.latents_mean.shape[1] == 1
 
 
-def test_subject_sft_counts_every_subject_above_the_background(encoded):
+def test_subject_sft_weights_subjects_above_the_background(encoded):
     weights, batch, pairs = encoded("subject_sft")
     everyone = shares(batch.masks.any(1), weights.shape[1:])
     np.testing.assert_allclose(weights, 0.25 + everyone, atol=1e-6)
     assert pairs.latents_mean.shape[1] == 1
 
 
-def test_prior_dpo_counts_only_where_the_pair_differs(encoded):
+def test_prior_dpo_weights_the_prior_above_the_background(encoded):
     weights, batch, pairs = encoded("prior_dpo")
     np.testing.assert_allclose(
         weights[::2], 0.25 + shares(batch.prior_mask, weights.shape[1:]), atol=1e-6
@@ -75,7 +75,7 @@ def test_prior_dpo_counts_only_where_the_pair_differs(encoded):
     assert pairs.latents_mean.shape[1] == 2
 
 
-def test_patch_dpo_learns_from_each_place_of_the_picture_that_is_good_there(encoded):
+def test_patch_dpo_weights_of_a_pair_sum_to_one_at_each_location(encoded):
     weights, batch, pairs = encoded("patch_dpo")
     chosen, rejected = weights[::2], weights[1::2]
     np.testing.assert_allclose(chosen + rejected, 1, atol=1e-6)
@@ -84,7 +84,7 @@ def test_patch_dpo_learns_from_each_place_of_the_picture_that_is_good_there(enco
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_own_subject_keeps_matches_off_other_subjects(tiny_config, own):
+def test_own_subject_drops_matches_on_other_subjects(tiny_config, own):
     config = tiny_config(focus__own_subject=own, focus__buckets=1)
     model, source, buckets, batch, pairs = encode_four(config)
     ((structure, params),) = buckets.values()
@@ -214,8 +214,8 @@ def test_preserving_the_winner_scales_the_losers_gradient_alone(tiny_config):
     assert jnp.linalg.norm(scaled - plain) > 1e-3 * jnp.linalg.norm(plain)
 
 
-class Listener:
-    """Stands for a generator, and keeps what it is asked about."""
+class RecordingGenerator:
+    """Replaces a generator, and records the latents and timesteps given to `denoise`."""
 
     schedule = scaled_linear_schedule()
 
@@ -230,10 +230,10 @@ class Listener:
         return latents, {}
 
 
-def listen(latents, **overrides):
-    """What a generator is asked when `sft` learns from latents [B, P, h, w, C]."""
+def recorded_inputs(latents, **overrides):
+    """Returns the generator with the recorded inputs of an `sft` loss of latents [B, P, h, w, C]."""
     config = tiny.tiny_config(pathlib.Path("nowhere"), objective="sft", **overrides)
-    generator, batch = Listener(), len(latents)
+    generator, batch = RecordingGenerator(), len(latents)
     objective = generator_step.GeneratorStep(generator, config, np.zeros((2, 4), np.int32))
     grid = jnp.ones((batch, 1, 1))
     encoded = types.SimpleNamespace(
@@ -248,7 +248,7 @@ def listen(latents, **overrides):
         references=jnp.zeros((batch, 1)),
     )
     ((_, params),) = assembly.focus_buckets(config).values()
-    with jax.disable_jit():  # It listens to values, not to their shapes.
+    with jax.disable_jit():  # Values are recorded, not tracers.
         objective.loss(
             {},
             {"parameters": {}},
@@ -261,30 +261,30 @@ def listen(latents, **overrides):
 
 
 def within_chance(share, expected, count):
-    """Whether an observed share of `count` draws lies within four deviations of its law."""
+    """Whether an observed share of `count` samples is within four standard deviations of its mean."""
     return abs(share - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
 
 
 @pytest.mark.parametrize("logits, below_881", [((), 0.881), ((2.0, 0.5), 0.5)])
 def test_supervised_objectives_draw_timesteps_as_configured(logits, below_881):
-    drawn = listen(jnp.zeros((2000, 1, 1, 1, 1)), timestep_logits=logits).timesteps
+    drawn = recorded_inputs(jnp.zeros((2000, 1, 1, 1, 1)), timestep_logits=logits).timesteps
     assert drawn.shape == (2000,) and 0 <= drawn.min() and drawn.max() < 1000
     # T sigmoid(2) = 881 halves the logit-normal law.
     assert within_chance(np.mean(drawn < 881), below_881, 2000)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_a_share_of_the_pictures_learnt_are_rejected_ones(share):
+def test_a_share_of_the_training_images_is_rejected_ones(share):
     # A latent of 1000 shows through any noise; the chosen ones are zero.
     latents = jnp.broadcast_to(jnp.array([0.0, 1000.0]).reshape(1, 2, 1, 1, 1), (2000, 2, 1, 1, 1))
-    rejected = np.abs(listen(latents, rejected_share=share).latents) > 20
+    rejected = np.abs(recorded_inputs(latents, rejected_share=share).latents) > 20
     assert rejected.shape == (2000, 1, 1, 1)
     assert rejected.mean() == 0 if share == 0 else within_chance(rejected.mean(), share, 2000)
 
 
 @pytest.fixture(scope="module")
 def preference(tiny_folder):
-    """preference(chances, **overrides): an objective that drops conditions, and what it takes."""
+    """preference(chances, **overrides): a step that drops conditions, its pairs and its model."""
 
     @functools.cache
     def opened(**overrides):
@@ -317,7 +317,7 @@ def preference(tiny_folder):
 
 
 def without(pairs, model, caption, references):
-    """Pairs that have the empty caption, and no references, where asked for."""
+    """Returns pairs with the empty caption if `caption`, without references if `references`."""
     if caption:
         text, pooled = model.generator.encode_negative(
             model.parameters, jnp.asarray(model.tokenizer(""))[None]
@@ -333,7 +333,7 @@ def without(pairs, model, caption, references):
     "chances, caption, references",
     [((1.0, 0.0, 0.0), True, False), ((0.0, 1.0, 0.0), False, True), ((0.0, 0.0, 1.0), True, True)],
 )
-def test_a_preference_loses_its_conditions_on_both_sides(preference, chances, caption, references):
+def test_conditions_are_dropped_for_both_images_of_a_pair(preference, chances, caption, references):
     step, pairs, model = preference(chances, objective="dpo")
     plain, _, _ = preference((0.0, 0.0, 0.0), objective="dpo")
     outputs, loss, margin = step(pairs)
@@ -356,7 +356,7 @@ def test_weights_of_the_attention_source_match_nothing_without_references(prefer
     assert np.abs(kept(pairs)[0].weights - dropped(pairs)[0].weights).max() > 0.5
 
 
-def test_conditions_are_dropped_as_often_as_asked():
+def test_conditions_are_dropped_at_the_configured_rate():
     no_caption, no_references = map(
         np.asarray, generator_step.drawn_dropout(jax.random.key(1), 4000, (0.1, 0.2, 0.3))
     )

@@ -1,4 +1,4 @@
-"""The real loop on a tiny run: what it leaves, and that it can be stopped and trusted."""
+"""The real loop on a tiny run: the files it writes, and that it can be interrupted and resumed."""
 
 import collections
 import functools
@@ -100,7 +100,7 @@ def final_parameters(workdir):
     return load_file(workdir / "model" / "unet.safetensors")
 
 
-def test_run_leaves_what_the_contract_says(finished):
+def test_run_writes_the_documented_files(finished):
     workdir, _ = finished
     assert sorted(tiny.losses(workdir)) == [1, 2, 3, 4]
     line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -170,7 +170,7 @@ def test_another_seed_gives_other_losses(finished, tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["dpo", "patch_dpo", "subject_sft"])
-def test_other_objectives_run_by_one_switch(objective, tiny_config, tmp_path):
+def test_other_objectives_run_by_one_field(objective, tiny_config, tmp_path):
     loop.run(tiny_config(objective=objective, steps=3), tmp_path)
     values = tiny.losses(tmp_path)
     if objective not in ("patch_dpo", "subject_sft"):
@@ -329,7 +329,7 @@ def test_another_configuration_is_refused(finished, tiny_config):
         loop.run(tiny_config(beta=7.0), finished[0])
 
 
-def test_another_configuration_is_accepted_when_asked_for(finished, tiny_config, tmp_path):
+def test_another_configuration_is_accepted_with_accept_changes(finished, tiny_config, tmp_path):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     loop.run(tiny_config(beta=7.0, steps=2), tmp_path, accept_changes=True)
     assert json.loads((tmp_path / "config.json").read_text())["beta"] == 7.0
@@ -338,7 +338,7 @@ def test_another_configuration_is_accepted_when_asked_for(finished, tiny_config,
 
 
 def left_by(workdir):
-    """(logged steps, saved steps, steps whose samples were drawn) of a run."""
+    """Returns (logged steps, saved steps, steps whose samples were generated) of a run."""
     saved = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
     drawn = {
         int(path.stem.removeprefix("step_")) for path in (workdir / "samples").glob("step_*.png")
@@ -354,12 +354,12 @@ def test_intervals_of_zero_or_beyond_the_end_leave_the_last_step(tiny_config, tm
     assert left_by(tmp_path) == ({3}, {3}, {3})
 
 
-def test_samples_can_be_drawn_on_the_way(tiny_config, tmp_path):
+def test_samples_can_be_generated_during_training(tiny_config, tmp_path):
     loop.run(tiny_config(sample_every=3, evaluation__pictures=1, keep_checkpoints=1), tmp_path)
     assert left_by(tmp_path) == ({1, 2, 3, 4}, {4}, {3, 4})
 
 
-def test_validation_scenes_are_measured_when_pictures_are_drawn(tiny_config, tmp_path):
+def test_validation_scenes_are_measured_when_samples_are_generated(tiny_config, tmp_path):
     """The learning curve has the means that `measure` returns, and a resumed run replaces its points."""
     fields = {"sample_every": 2, "evaluation__pictures": 0, "evaluation__validation_scenes": 2}
     folder = with_probe(tiny_config, tmp_path)
@@ -404,7 +404,7 @@ def test_saved_steps_are_logged_so_that_a_resumed_run_logs_the_same(tiny_config,
 @pytest.mark.parametrize(
     "number, name, status", [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
 )
-def test_a_signal_saves_and_leaves(number, name, status, tiny_folder, tmp_path):
+def test_a_signal_saves_and_exits(number, name, status, tiny_folder, tmp_path):
     workdir = tmp_path / "run"
     line = command(
         tiny_folder, workdir, "--config.steps=100000", "--config.checkpoint_every=100000"
@@ -437,7 +437,7 @@ def test_unwritable_workdir_is_one_clear_error(tiny_config, tmp_path):
         loop.run(tiny_config(), tmp_path / "file" / "run")
 
 
-def test_killed_run_goes_on_exactly(finished, tiny_folder, tmp_path):
+def test_killed_run_resumes_exactly(finished, tiny_folder, tmp_path):
     line = command(tiny_folder, tmp_path / "run", "--config.evaluation.pictures=0")
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_steps(process, tmp_path / "run", 3)
@@ -512,7 +512,7 @@ def test_trains_without_tensorboard(finished, tiny_folder, tmp_path):
 
 
 def test_steps_are_traced(finished, tiny_config, tmp_path):
-    """The trace has as many whole updates as were asked for, and the run's numbers do not change."""
+    """The trace has the requested number of complete updates, and the run's metrics do not change."""
     loop.run(tiny_config(evaluation__pictures=0), tmp_path, profile_steps=2)
     (path,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
     operations = collections.Counter(
@@ -532,13 +532,11 @@ def test_a_trace_is_cut_off_by_the_end_of_a_run(tiny_config, tmp_path):
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
-def test_no_trace_unless_asked_for(finished):
+def test_no_trace_without_the_flag(finished):
     assert not (finished[0] / "plugins").exists()
 
 
-def test_weights_and_biases_is_looked_for_before_anything_is_built(
-    tiny_config, tmp_path, monkeypatch
-):
+def test_weights_and_biases_is_checked_before_anything_is_built(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
         UserError, match=r"^--wandb_project=study: wandb is missing \(pip install wandb\)$"
@@ -577,8 +575,8 @@ def test_state_keeps_no_frozen_parameters(tiny_folder):
     assert jax.tree.structure(merged) == jax.tree.structure(parameters)
 
 
-def test_supervised_runs_find_what_was_encoded(tiny_config, tmp_path):
-    """Of Toybox, too: a run of chosen images alone and one of both have a folder each."""
+def test_supervised_runs_reuse_their_encodings(tiny_config, tmp_path):
+    """Also with Toybox: a run of chosen images only and one of both have separate folders."""
     folder = tmp_path / "data"
     shutil.copytree(tiny_config().data.path, folder)
     shutil.rmtree(folder / "encoded", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a run holds, and what there is to hold it."""
+"""The memory that a run needs, and the memory of the device."""
 
 import resource
 
@@ -13,7 +13,7 @@ from focusdpo_jax.training import memory, shapes
 
 
 def tiny_run(tmp_path, **overrides):
-    """The tiny run with weights that are yet to be drawn."""
+    """The tiny run with random weights."""
     return tiny.tiny_config(tmp_path, model__pretrained="", **overrides)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a run is found before anything is built, from configuration and file headers."""
+"""Errors of a run are found before anything is built, from its configuration and file headers."""
 
 import contextlib
 import dataclasses
@@ -254,7 +254,7 @@ class Prepared(list):
 
 @pytest.fixture(scope="module")
 def full_size():
-    """configs/sdxl_dpo.py with weights that are yet to be drawn, so that no file is needed."""
+    """configs/sdxl_dpo.py with random weights, so that no file is needed."""
     sizes = json.loads(
         GeneratorConfig(
             **single_file.SDXL,
@@ -296,12 +296,12 @@ def test_too_little_memory(refused, full_size, monkeypatch, tmp_path, gigabytes,
     )
 
 
-def test_where_memory_is_unknown_nothing_is_refused(published, monkeypatch):
+def test_nothing_is_refused_if_the_memory_is_unknown(published, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda device: None)
     preflight.check(config_of(published))
 
 
-def test_the_command_says_it_in_one_line(folder):
+def test_the_command_prints_the_error_in_one_line(folder):
     path = folder / "sdxl" / UNET
     path.write_bytes(path.read_bytes()[:-1])
     before = sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""The lock of a run folder: who has it, and who has it no longer."""
+"""The lock of a run folder: when a process takes it, and when a lock is no longer valid."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def lock_of(folder, **changes):
     (folder / run_lock.NAME).write_text(json.dumps(values))
 
 
-def test_a_lock_is_there_while_it_is_held(quick, tmp_path):
+def test_a_lock_file_exists_while_the_lock_is_held(quick, tmp_path):
     folder = tmp_path / "new" / "run"
     with run_lock.held(folder) as require:
         found = json.loads((folder / "run.lock").read_text())
@@ -81,7 +81,7 @@ def test_an_error_of_the_body_releases_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_process_does_not_keep_it(tmp_path):
+def test_the_lock_of_a_killed_process_is_ignored(tmp_path):
     process = hold(tmp_path)
     with pytest.raises(UserError, match=f"in use: process {process.pid} on"):
         run_lock.require_free(tmp_path)
@@ -102,7 +102,7 @@ def test_a_killed_process_does_not_keep_it(tmp_path):
         {"pid": 2**22 + 1},
     ],
 )  # Larger than any.
-def test_a_dead_process_of_this_machine_does_not_keep_it(changes, quick, tmp_path):
+def test_the_lock_of_an_ended_process_of_this_machine_is_ignored(changes, quick, tmp_path):
     lock_of(tmp_path, **{"machine": run_lock._machine(), "pid": os.getpid()} | changes)
     began = time.monotonic()
     with run_lock.held(tmp_path) as require:
@@ -118,7 +118,7 @@ def test_a_damaged_lock_is_waited_for_and_then_replaced(content, quick, tmp_path
         assert 2 <= time.monotonic() - began < 6
 
 
-def test_another_machine_keeps_it_as_long_as_it_counts(quick, tmp_path):
+def test_the_lock_of_another_machine_is_valid_while_its_counter_changes(quick, tmp_path):
     """The age of the lock does not matter: clocks differ."""
     lock_of(tmp_path)
     left = threading.Event()
@@ -146,7 +146,7 @@ def test_another_machine_keeps_it_as_long_as_it_counts(quick, tmp_path):
         assert time.monotonic() - began < 5
 
 
-def test_who_leaves_within_seconds_is_waited_for(tmp_path):
+def test_a_process_that_exits_within_seconds_is_waited_for(tmp_path):
     lock_of(
         tmp_path,
         machine=run_lock._machine(),
@@ -162,7 +162,9 @@ def test_who_leaves_within_seconds_is_waited_for(tmp_path):
 @pytest.mark.parametrize(
     "cloud, dead", [(False, False), (False, True), (True, False), (True, True)]
 )
-def test_of_starts_at_once_one_has_it(cloud, dead, quick, tmp_path, monkeypatch):
+def test_one_of_several_simultaneous_starts_takes_the_lock(
+    cloud, dead, quick, tmp_path, monkeypatch
+):
     monkeypatch.setattr(run_lock, "_in_cloud", lambda path: cloud)
     if dead:
         lock_of(tmp_path, machine=run_lock._machine(), pid=2**22 + 1)
@@ -189,7 +191,7 @@ def test_of_starts_at_once_one_has_it(cloud, dead, quick, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_who_was_stopped_for_long_writes_no_more(quick, tmp_path):
+def test_a_process_that_lost_the_lock_while_stopped_writes_no_more(quick, tmp_path):
     with run_lock.held(tmp_path) as require:
         lock_of(tmp_path, token="b")
         with pytest.raises(
@@ -201,7 +203,7 @@ def test_who_was_stopped_for_long_writes_no_more(quick, tmp_path):
     assert json.loads((tmp_path / "run.lock").read_text())["token"] == "b"
 
 
-def test_other_processes_of_one_run_take_none(tmp_path, monkeypatch):
+def test_other_processes_of_a_run_take_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "is_first", lambda: False)
     lock_of(
         tmp_path,

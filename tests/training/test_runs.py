@@ -1,4 +1,4 @@
-"""What is read from the folder of a run."""
+"""Models read from the folder of a run."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from focusdpo_jax.errors import UserError
 from focusdpo_jax.training import loop, preemption, runs
 
 
-def test_the_base_of_a_run_from_nothing_is_drawn_again(tiny_config, tiny_folder, tmp_path):
+def test_the_random_base_of_a_run_is_initialised_again(tiny_config, tiny_folder, tmp_path):
     config = tiny_config(model__pretrained="")
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     shutil.copytree(tiny_folder / "model", tmp_path / "model")  # What the run has made.
@@ -73,7 +73,7 @@ def test_a_finished_run_gives_its_model_and_its_step(continued):
     assert same(runs.Run(finished).policy(), runs.Run(finished).checkpoint())
 
 
-def test_a_run_that_went_on_gives_its_newest_checkpoint(continued):
+def test_a_continued_run_gives_its_newest_checkpoint(continued):
     folder, finished = continued
     assert run_folder.newest_weights(folder) == (None, 3)
     run = runs.Run(folder)
@@ -114,7 +114,7 @@ def test_export_of_a_checkpoint_is_that_of_the_finished_run(continued, tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, '{"unet": {', "[]"])
-def test_a_model_that_was_not_written_to_its_end_gives_the_checkpoint(content, continued, tmp_path):
+def test_an_incomplete_model_folder_gives_the_checkpoint(content, continued, tmp_path):
     shutil.copytree(continued[1], tmp_path / "run")
     path = tmp_path / "run" / "model" / "model.json"
     path.unlink() if content is None else path.write_text(content)
@@ -123,7 +123,7 @@ def test_a_model_that_was_not_written_to_its_end_gives_the_checkpoint(content, c
 
 
 def test_a_model_is_none_while_it_is_written(continued, tiny_config, tmp_path, monkeypatch):
-    """Killed between the parts of a second model/: the first one's model.json speaks for none of them."""
+    """After a kill between the parts of a second model/, the model.json of the first one is not used."""
     shutil.copytree(continued[0], tmp_path / "run")
     save, saved = model_folder.save_part, []
 
@@ -169,10 +169,10 @@ def test_older_folders_record_no_step(continued, tmp_path):
 
 
 @pytest.mark.parametrize("removed", ["checkpoints", "checkpoints/3"])
-def test_going_back_does_not_leave_a_newer_looking_model(
+def test_weights_after_going_back_are_those_trained_since(
     removed, continued, tiny_config, tmp_path, monkeypatch
 ):
-    """Checkpoints were removed to go back: what is trained from there is newer than the model/ of step 2."""
+    """After checkpoints were removed to go back, the weights trained from there replace the model/ of step 2."""
     shutil.copytree(continued[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / removed)
     if removed == "checkpoints/3":

@@ -1,4 +1,4 @@
-"""SPAF's three sources through the same step: what they must have in common, and what it costs."""
+"""SPAF's three sources in the same step: their common properties, and their cost."""
 
 import functools
 
@@ -52,7 +52,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tiny_folder):
-    """cases(source): its Case, with two prototypes a subject unless told otherwise."""
+    """cases(source): its Case, by default with two prototypes per subject."""
     import tiny
 
     return functools.cache(
@@ -106,7 +106,7 @@ def test_features_of_the_unet_change_with_the_noise_and_those_of_the_encoder_do_
     np.testing.assert_array_equal(first, last)
 
 
-def test_the_encoders_similarity_is_kept_per_picture_in_full_precision(cases):
+def test_the_encoders_similarity_is_kept_per_image_in_full_precision(cases):
     case = cases("vit")
     generator, parameters = case.model.generator, case.model.parameters
     kept = case.encode()

@@ -1,4 +1,4 @@
-"""Optimisers, by what their updates are."""
+"""The updates of the optimisers."""
 
 import types
 

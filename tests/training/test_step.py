@@ -1,4 +1,4 @@
-"""The step's programs, compiled beside other work."""
+"""The step's programs, compiled while other work runs."""
 
 import functools
 import threading

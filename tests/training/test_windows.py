@@ -1,4 +1,4 @@
-"""A run's numbers: what is averaged over a window, and when it is reported."""
+"""A run's metrics: what is averaged over a window, and when it is reported."""
 
 import jax.numpy as jnp
 import pytest
@@ -63,7 +63,7 @@ def test_means_are_over_a_windows_steps_and_over_each_buckets(windows, recorder)
     assert recorder.shown == [(3, {"loss": 3.0}, 40.0)]
 
 
-def test_a_window_is_reported_once_and_only_when_asked(windows, recorder):
+def test_a_window_is_reported_once_and_only_on_request(windows, recorder):
     windows.add("all", measured(loss=1.0), 1.0)
     windows.report()
     assert recorder.reports == []  # It has not ended.

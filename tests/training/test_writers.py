@@ -1,4 +1,4 @@
-"""Where scalars and images go: JSON lines, TensorBoard, Weights & Biases, and errors on the way."""
+"""Where scalars and images go: JSON lines, TensorBoard, Weights & Biases, and errors of the writers."""
 
 import json
 import subprocess
@@ -66,7 +66,7 @@ def test_each_kind_of_scalars_has_its_file(tmp_path):
     assert lines(tmp_path / "validation.jsonl") == [{"step": 1, "missing": 0.125}]
 
 
-def test_a_run_that_goes_on_drops_later_lines(tmp_path):
+def test_a_resumed_run_drops_later_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
     with writers.open_writer(tmp_path, start_step=1) as writer:
@@ -197,7 +197,7 @@ def test_weights_and_biases_that_does_not_start_is_one_line(tmp_path, wandb):
 
 
 def test_clu_does_not_import_tensorflow():
-    """In a process where it is installed; CLU's own writer of summaries can still be made."""
+    """In a process where it is installed; CLU's own summary writer can still be created."""
     program = (
         "import sys\n"
         "import focusdpo_jax.training.loop\n"
