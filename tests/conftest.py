@@ -22,14 +22,14 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ).strip()
 
-# Checks the public signatures of these packages on every call, or trace: a wrong shape fails there. In a
+# Checks the signatures of these packages and modules on every call, or trace: a wrong shape fails there. In a
 # conftest and not as an option, since the workers of pytest-xdist do not read `addopts`. Without beartype
-# tests/focus/test_signatures.py fails.
+# tests/focus/test_signatures.py and a test in tests/models/test_generator.py fail.
 if importlib.util.find_spec("beartype"):
     import jaxtyping
 
     jaxtyping.install_import_hook(
-        ["focusdpo_jax.focus", "focusdpo_jax.diffusion"],
+        ["focusdpo_jax.focus", "focusdpo_jax.diffusion", "focusdpo_jax.models.generator"],
         # An int is a float, as type checkers have it.
         "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
     )

@@ -11,7 +11,7 @@ trainable and frozen leaves; `merge_parameters` is the inverse.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from focusdpo_jax.array_types import AnyArray, Scalar
 from focusdpo_jax.diffusion import schedule as noise_schedule
 from focusdpo_jax.models import clip
 from focusdpo_jax.models.clip import CLIPOutput, CLIPText, CLIPVision
@@ -35,7 +36,9 @@ from focusdpo_jax.models.unet import IMAGE_ATTENTION, UNet
 from focusdpo_jax.models.vae import VAE
 
 
+# Trees of shapes, shardings or None have these types, too, so tests do not check their fields.
 @flax.struct.dataclass
+@no_type_check
 class ImageView:
     """Image encoder outputs for images of any leading shape [...], mostly [B, S] references.
 
@@ -50,13 +53,14 @@ class ImageView:
         `Generator.ground`); they are None for the other kinds.
     """
 
-    features: Float[Array, "*references tokens width"]
-    embedding: Float[Array, "*references pooled"] | None = None
-    phrases: Float[Array, "*references phrase"] | None = None
-    boxes: Float[Array, "*references 4"] | None = None
+    features: Float[AnyArray, "*references tokens width"]
+    embedding: Float[AnyArray, "*references pooled"] | None = None
+    phrases: Float[AnyArray, "*references phrase"] | None = None
+    boxes: Float[AnyArray, "*references 4"] | None = None
 
 
 @flax.struct.dataclass
+@no_type_check
 class Conditioning:
     """The conditioning inputs of the UNet, for B images and S reference slots.
 
@@ -72,13 +76,13 @@ class Conditioning:
         or None for 1 everywhere (see `UNet.__call__`).
     """
 
-    text: Float[Array, "batch length width"]
-    pooled: Float[Array, "batch pooled"]
-    time_ids: Float[Array, "batch 6"]
-    image_tokens: Float[Array, "batch slots tokens width"]
-    image_present: Bool[Array, "batch slots"]
-    image_scales: Float[Array, "batch slots"] | None = None
-    image_masks: Float[Array, "batch slots height width"] | None = None
+    text: Float[AnyArray, "batch length width"]
+    pooled: Float[AnyArray, "batch pooled"]
+    time_ids: Float[AnyArray, "batch 6"]
+    image_tokens: Float[AnyArray, "batch slots tokens width"]
+    image_present: Bool[AnyArray, "batch slots"]
+    image_scales: Float[AnyArray, "batch slots"] | None = None
+    image_masks: Float[AnyArray, "batch slots height width"] | None = None
 
 
 class Generator:
@@ -167,7 +171,7 @@ class Generator:
         return getattr(self, part).init(key, *inputs)["params"]
 
     def encode_latents(
-        self, parameters: Params, pixels: Float[Array, "batch image_height image_width 3"]
+        self, parameters: Params, pixels: Float[AnyArray, "batch image_height image_width 3"]
     ) -> tuple[
         Float[Array, "batch height width channels"], Float[Array, "batch height width channels"]
     ]:
@@ -184,7 +188,7 @@ class Generator:
         return mean * scale, jnp.exp(0.5 * log_variance) * scale
 
     def decode_latents(
-        self, parameters: Params, latents: Float[Array, "batch height width channels"]
+        self, parameters: Params, latents: Float[AnyArray, "batch height width channels"]
     ) -> Float[Array, "batch image_height image_width 3"]:
         """Decodes latents in the UNet's scale to pixels, about [0, 1] and not clipped."""
         latents = latents / self.config.vae.scaling_factor
@@ -192,7 +196,7 @@ class Generator:
         return pixels / 2 + 0.5
 
     def encode_text(
-        self, parameters: Params, token_ids: Int[Array, "batch 2 length"]
+        self, parameters: Params, token_ids: Int[AnyArray, "batch 2 length"]
     ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch pooled"]]:
         """Computes prompt embeddings with both text encoders, as SDXL does.
 
@@ -211,7 +215,7 @@ class Generator:
         return text, second.projected
 
     def encode_negative(
-        self, parameters: Params, token_ids: Int[Array, "batch 2 length"]
+        self, parameters: Params, token_ids: Int[AnyArray, "batch 2 length"]
     ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch pooled"]]:
         """Computes the unconditional embeddings of guidance and of dropped captions.
 
@@ -231,7 +235,7 @@ class Generator:
         return jnp.where(empty[:, None, None], 0, text), jnp.where(empty[:, None], 0, pooled)
 
     def encode_reference(
-        self, parameters: Params, pixels: Float[Array, "*references height width 3"]
+        self, parameters: Params, pixels: Float[AnyArray, "*references height width 3"]
     ) -> ImageView:
         """Computes the image features that the subject adapter and SPAF read.
 
@@ -246,7 +250,7 @@ class Generator:
         )
 
     def encode_image(
-        self, parameters: Params, pixels: Float[Array, "batch height width 3"]
+        self, parameters: Params, pixels: Float[AnyArray, "batch height width 3"]
     ) -> CLIPOutput:
         """Computes all outputs of the image encoder.
 
@@ -259,7 +263,9 @@ class Generator:
             shape = (len(pixels), size, size, 3)
             pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic", antialias=True), 0, 1)
         return _apply(
-            self.image_encoder, parameters["image_encoder"], clip.normalise_images(pixels)
+            self.image_encoder,
+            parameters["image_encoder"],
+            clip.normalise_images(jnp.asarray(pixels)),
         )
 
     def subject_tokens(
@@ -276,8 +282,8 @@ class Generator:
         self,
         parameters: Params,
         view: ImageView,
-        phrase_ids: Int[Array, "batch slots length"],
-        boxes: Float[Array, "batch slots 4"],
+        phrase_ids: Int[AnyArray, "batch slots length"],
+        boxes: Float[AnyArray, "batch slots 4"],
     ) -> ImageView:
         """Adds phrases and boxes to the view of references, for an adapter of kind "grounding".
 
@@ -316,7 +322,7 @@ class Generator:
         self,
         parameters: Params,
         conditioning: Conditioning,
-        dropped: Bool[Array, " batch"],
+        dropped: Bool[AnyArray, " batch"],
         blank: ImageView | None,
     ) -> Conditioning:
         """Removes the references of the examples where `dropped`.
@@ -339,11 +345,11 @@ class Generator:
     def denoise(
         self,
         parameters: Params,
-        latents: Float[Array, "batch height width in_channels"],
-        timesteps: Float[Array, " batch"] | Int[Array, " batch"],
+        latents: Float[AnyArray, "batch height width in_channels"],
+        timesteps: Float[AnyArray, " batch"] | Int[AnyArray, " batch"],
         conditioning: Conditioning,
         *,
-        image_scale: float | Float[Array, ""] = 1.0,
+        image_scale: Scalar = 1.0,
         capture: Sequence[str] = (),
     ) -> tuple[Float[Array, "batch height width channels"], dict[str, Array]]:
         """Runs the UNet.

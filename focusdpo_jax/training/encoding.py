@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Bool, Float, Int
 
 from focusdpo_jax import compiling, objectives
+from focusdpo_jax.array_types import AnyArray
 from focusdpo_jax.focus import complexity, correspondence
 from focusdpo_jax.focus.grids import average_to_grid, nearest_on_grid
 from focusdpo_jax.models.generator import TRAINABLE, ImageView
@@ -54,22 +56,22 @@ class EncodedPairs:
     The six fields before `index` are None if the objective does not use them.
     """
 
-    latents_mean: jax.Array
-    latents_deviation: jax.Array
-    token_ids: jax.Array
-    text: jax.Array | None
-    pooled: jax.Array | None
-    time_ids: jax.Array
+    latents_mean: Float[AnyArray, "batch images height width channels"]
+    latents_deviation: Float[AnyArray, "batch images height width channels"]
+    token_ids: Int[AnyArray, "batch 2 length"]
+    text: Float[AnyArray, "batch length width"] | None
+    pooled: Float[AnyArray, "batch pooled"] | None
+    time_ids: Float[AnyArray, "batch 6"]
     references: ImageView
-    present: jax.Array
-    prior: jax.Array
-    prototypes: jax.Array | None
-    similarity: jax.Array | None
-    area: jax.Array | None
-    subject_masks: jax.Array | None
-    detail: jax.Array | None
-    quality: jax.Array | None
-    index: jax.Array
+    present: Bool[AnyArray, "batch slots"]
+    prior: Float[AnyArray, "batch height width"]
+    prototypes: Float[AnyArray, "batch buckets slots 2 prototypes features"] | None
+    similarity: Float[AnyArray, "batch 2 slots+1 grid grid"] | None
+    area: Float[AnyArray, "batch slots"] | None
+    subject_masks: Float[AnyArray, "batch slots height width"] | None
+    detail: Float[AnyArray, "batch 2 height width"] | None
+    quality: Float[AnyArray, "batch height width"] | None
+    index: Int[AnyArray, " batch"]
 
 
 def learns_from_chosen_alone(config):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import tiny
@@ -10,7 +11,7 @@ import tiny
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.inference.generate import make_generate
 from focusdpo_jax.models import clip
-from focusdpo_jax.models.generator import PARTS, Generator, GeneratorConfig
+from focusdpo_jax.models.generator import PARTS, Conditioning, Generator, GeneratorConfig, ImageView
 from focusdpo_jax.models.subject_adapter import SubjectAdapterConfig
 from tests.models.weights import random_tree
 
@@ -91,6 +92,38 @@ def test_images_with_the_plain_adapter():
         np.zeros((2, 8, 8, 4)),
     )
     assert pictures.shape == (2, 32, 32, 3)
+
+
+def test_a_wrong_shape_fails_at_the_signature():
+    """Before the UNet is called, so that no parameters are needed."""
+    generator = Generator(RESAMPLER)
+    conditioning = Conditioning(
+        text=np.zeros((2, 16, 16), np.float32),
+        pooled=np.zeros((2, 8), np.float32),
+        time_ids=np.zeros((2, 6), np.float32),
+        image_tokens=np.zeros((2, 3, 2, 16), np.float32),
+        image_present=np.ones((2, 3), bool),
+    )
+    latents, timesteps = np.zeros((2, 8, 8, 4), np.float32), np.zeros(2, np.int32)
+    for wrong, at, name in (
+        (latents[0], timesteps, "latents"),
+        (latents.astype(int), timesteps, "latents"),
+        (latents, timesteps[:1], "timesteps"),
+        (latents, timesteps[:, None], "timesteps"),
+    ):
+        with pytest.raises(jaxtyping.TypeCheckError, match=f"parameter '{name}'"):
+            generator.denoise({}, wrong, at, conditioning)
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'token_ids'"):
+        jax.eval_shape(generator.encode_text, {}, np.zeros((2, 16), np.int32))
+    with pytest.raises(KeyError, match="unet"):
+        generator.denoise({}, latents, timesteps, conditioning)
+
+
+def test_trees_of_shapes_and_of_none_have_the_generators_types():
+    view = ImageView(np.zeros((2, 3, 5, 8), np.float32))
+    shapes = jax.eval_shape(lambda x: x, view)
+    assert shapes.features == jax.ShapeDtypeStruct((2, 3, 5, 8), np.float32)
+    assert jax.tree.map(lambda x: None, view).features is None
 
 
 def test_errors_name_parts_that_do_not_fit():
