@@ -24,7 +24,7 @@ contain the tables.
 
 import argparse
 import dataclasses
-import io
+import functools
 import json
 import pathlib
 import sys
@@ -160,7 +160,7 @@ class Trials:
     """Trains methods and measures them, each once."""
 
     def __init__(self, evidence: Any):
-        self._evidence, self._held_out, self._base = evidence, None, None
+        self._evidence = evidence
 
     def changes(self, name: str) -> dict[str, np.ndarray]:
         """Returns `teacher_forced.changes` of a method: {name: [pairs, seeds, timesteps, regions]}."""
@@ -184,24 +184,21 @@ class Trials:
             logging.info("%s, seed %d: beta %.4g", name, seed, config.beta)
             loop.run(config, folder / "run")
             policy = runs.Run(folder / "run").policy()
-            held_out, base = self._measured()
+            held_out, base = self._measured
             maps = teacher_forced.error_maps(config, policy, policy.parameters, held_out)
-            content = io.BytesIO()
-            np.savez(content, **teacher_forced.changes(maps, base, held_out.regions))
-            replace_file(path, content.getvalue())
+            study_trial.save(path, teacher_forced.changes(maps, base, held_out.regions))
         with np.load(path) as saved:
             return dict(saved)
 
+    @functools.cached_property
     def _measured(self):
-        """Returns the held-out pairs, and the error maps of the base."""
-        if self._held_out is None:
-            config = study_trial.load_config(self._evidence.config, self._evidence.common)
-            base = models.load_model(config)
-            self._held_out = teacher_forced.open_pairs(
-                config, base, split=self._evidence.split, count=self._evidence.pairs
-            )
-            self._base = teacher_forced.error_maps(config, base, base.parameters, self._held_out)
-        return self._held_out, self._base
+        """The held-out pairs, and the error maps of the base."""
+        config = study_trial.load_config(self._evidence.config, self._evidence.common)
+        base = models.load_model(config)
+        held_out = teacher_forced.open_pairs(
+            config, base, split=self._evidence.split, count=self._evidence.pairs
+        )
+        return held_out, teacher_forced.error_maps(config, base, base.parameters, held_out)
 
 
 def table(results, names, against):

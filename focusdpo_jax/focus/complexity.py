@@ -194,4 +194,6 @@ def scale_by_reference(
     relative = jnp.where(largest > 0, complexities / jnp.where(largest > 0, largest, 1), 1)
     covered = jnp.sum(subject_masks, axis=1)
     mean = jnp.sum(subject_masks * relative[:, :, None, None], axis=1)
-    return detail * jnp.where(covered > 0, mean / jnp.where(covered > 0, covered, 1), 1)
+    return jnp.asarray(detail) * jnp.where(
+        covered > 0, mean / jnp.where(covered > 0, covered, 1), 1
+    )

@@ -173,7 +173,8 @@ def focus_map(
         for name, used in (("own_subject", own_subject), ("coverage", coverage)):
             if used and subject_masks is None:
                 raise ValueError(f"focus_map: {name} needs subject_masks")
-        slots, patches = reference_features.shape[:2], image_features.shape[2:4]
+        slots = reference_features.shape[:2]
+        patch_rows, patch_columns = image_features.shape[2:4]
         rows, columns = reference_features.shape[2:4]
         present = jnp.ones(slots, bool) if present is None else jnp.asarray(present)
         references = correspondence.subject_and_background_prototypes(
@@ -188,11 +189,11 @@ def focus_map(
         own = covered = None
         if subject_masks is not None and (own_subject or coverage):
             own = average_to_grid(subject_masks.astype(jnp.float32), grid)
-            covered = each(share_on_grid(own, patches)) if coverage else None
+            covered = each(share_on_grid(own, (patch_rows, patch_columns))) if coverage else None
             own = each(own)
         # A reference whose mask is empty has no prototypes, and nothing can match it.
         known = jnp.any(references[:, :, 0] != 0, axis=(2, 3))
-        area = _area(prior_mask, subject_masks, present) * (patches[0] * patches[1])
+        area = _area(prior_mask, subject_masks, present) * (patch_rows * patch_columns)
         spaf = _Spaf(similarity, background, each(present & known), each(area), own, covered)
         inputs = inputs._replace(spaf=spaf)
     if structure.dpce:
