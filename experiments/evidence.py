@@ -54,6 +54,9 @@ TESTBED = {
     "checkpoint_every": 0,
 }
 PRIOR, ORACLE = "prior_dpo", "oracle"
+# A step of focus_dpo uses every bucket once, with as many pairs in total as a step of the others.
+_ALL_BUCKETS = {"accumulate": 4, "batch_size": 4}
+_CONTRAST = {"focus.background": 0.0, "focus.matched": 0.0, "focus.lambda_s": 4.0}
 _ATTENTION = {"focus.features": "attention", "focus.coverage": True}
 # The fields of each method.
 METHODS = {
@@ -62,20 +65,18 @@ METHODS = {
     ORACLE: {"objective": "prior_dpo", "data.oracle_mask": True},
     "sft": {"objective": "sft"},
     "patch_dpo": {"objective": "patch_dpo"},
-    "focus_dpo": {},
-    "own_subject": {"focus.own_subject": True},
-    "coverage": {"focus.coverage": True},
-    "confidence": {"focus.lambda_c": 2.0},
-    "contrast": {"focus.background": 0.0, "focus.matched": 0.0, "focus.lambda_s": 4.0},
-    "coverage, contrast": {
-        "focus.coverage": True,
-        "focus.background": 0.0,
-        "focus.matched": 0.0,
-        "focus.lambda_s": 4.0,
-    },
-    "colour, reference detail": {"focus.detail_colour": True, "focus.reference_detail": True},
-    "attention, coverage": _ATTENTION,
-    "attention of the policy, coverage": _ATTENTION | {"focus.observed": "policy"},
+    "focus_dpo": _ALL_BUCKETS,
+    "one bucket in a step": {},
+    "one bucket": {"focus.buckets": 1},
+    "own_subject": _ALL_BUCKETS | {"focus.own_subject": True},
+    "coverage": _ALL_BUCKETS | {"focus.coverage": True},
+    "confidence": _ALL_BUCKETS | {"focus.lambda_c": 2.0},
+    "contrast": _ALL_BUCKETS | _CONTRAST,
+    "coverage, contrast": _ALL_BUCKETS | _CONTRAST | {"focus.coverage": True},
+    "colour, reference detail": _ALL_BUCKETS
+    | {"focus.detail_colour": True, "focus.reference_detail": True},
+    "attention, coverage": _ALL_BUCKETS | _ATTENTION,
+    "attention of the policy, coverage": _ALL_BUCKETS | _ATTENTION | {"focus.observed": "policy"},
 }
 # The largest cosine with the plain mask at which a weight map is worth training.
 GATE = 0.9
