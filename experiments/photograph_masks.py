@@ -115,6 +115,7 @@ def _run(folder: str, dinov2: str, sheet: str | None, measure: bool) -> None:
     overlaps, cells, progress = [], [], ItemProgress("photographs", len(photos))
     for photo in photos:
         image, known = read_image(photo), dreambench.mask_path(photo).exists()
+        mask = None
         if known:
             mask = regions.read_mask(dreambench.mask_path(photo), image.shape[:2])
         if measure == known:
