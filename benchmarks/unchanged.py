@@ -3,11 +3,17 @@
     git worktree add ../before COMMIT
     python benchmarks/unchanged.py --before=../before            # 20 steps of two configurations
     python benchmarks/unchanged.py --before=../before --default  # and the whole default run
+    python benchmarks/unchanged.py --repeat=FOLDER               # a run of an older version
 
-Runs the same commands in both checkouts, one after the other. Compares `metrics.jsonl` without
-throughput, `results.json` without settings, and the record of `step_cost.py`. Runs of a commit are
-kept in --output and reused; those of a checkout with uncommitted changes are repeated. The exit
-status is 1 if a value differs.
+With --before, runs the same commands in both checkouts, one after the other. Compares
+`metrics.jsonl` without throughput, `results.json` without settings, and the record of
+`step_cost.py`. Runs of a commit are kept in --output and reused; those of a checkout with
+uncommitted changes are repeated.
+
+With --repeat, repeats a finished run with the configuration that it was started with, since files
+of `configs/` may have changed since. --pretrained replaces its model.
+
+The exit status is 1 if a value differs.
 """
 
 import argparse
@@ -86,24 +92,51 @@ def read_values(folder: pathlib.Path) -> Any:
     return recorded
 
 
+def repeat(folder: pathlib.Path, output: pathlib.Path, pretrained: str | None) -> Any:
+    """Repeats a finished run with its own configuration; returns its values."""
+    from focusdpo_jax import config as config_lib
+    from focusdpo_jax.training import loop
+
+    config = config_lib.parse_saved(json.loads((folder / "config.json").read_text()))
+    changes: dict[str, Any] = {"data.path": str((output / "data").absolute())}
+    if pretrained:
+        changes["model.pretrained"] = pretrained
+    repeated = output / "repeated" / folder.name
+    shutil.rmtree(repeated, ignore_errors=True)
+    loop.run(config_lib.replace(config, changes), repeated)
+    return read_values(repeated)
+
+
+def compare(name: str, old: Any, new: Any) -> int:
+    """Prints the values that differ; returns their number."""
+    changed_names = [key for key in old | new if old.get(key) != new.get(key)]
+    print(f"{name}: {len(old)} numbers, {len(changed_names)} differ")
+    for key in changed_names[:10]:
+        print(f"  {key}: {old.get(key)} -> {new.get(key)}")
+    return len(changed_names)
+
+
 def main() -> None:
     """Compares each run, prints differences and exits with 1 if there are any."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--before", required=True, help="checkout to compare with")
+    parser.add_argument("--before", help="checkout to compare with")
+    parser.add_argument("--repeat", type=pathlib.Path, help="folder of a finished run")
+    parser.add_argument("--pretrained", help="model of the repeated run")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/unchanged"))
     parser.add_argument("--default", action="store_true", help="also compare the whole default run")
     arguments = parser.parse_args()
+    if (arguments.before is None) == (arguments.repeat is None):
+        parser.error("give either --before or --repeat")
     different = 0
+    if arguments.repeat:
+        new = repeat(arguments.repeat, arguments.output, arguments.pretrained)
+        sys.exit(bool(compare(arguments.repeat.name, read_values(arguments.repeat), new)))
     for name, (config, *fields) in (RUNS | (DEFAULT if arguments.default else {})).items():
         old, new = (
             read_values(run(checkout, name, config, fields, arguments.output))
             for checkout in (arguments.before, ROOT)
         )
-        changed_names = [key for key in old | new if old.get(key) != new.get(key)]
-        print(f"{name}: {len(old)} numbers, {len(changed_names)} differ")
-        for key in changed_names[:10]:
-            print(f"  {key}: {old.get(key)} -> {new.get(key)}")
-        different += len(changed_names)
+        different += compare(name, old, new)
     record = pathlib.Path("benchmarks/step_cost.json")
     if (pathlib.Path(arguments.before) / record).read_text() != (ROOT / record).read_text():
         print("step_cost.json differs")
