@@ -35,6 +35,7 @@ import numpy as np
 from absl import logging
 
 from experiments import gradients, study_trial, teacher_forced
+from focusdpo_jax import config as config_lib
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.statistics import bootstrap_difference, bootstrap_mean
 from focusdpo_jax.evaluation.tables import aligned
@@ -78,6 +79,8 @@ METHODS = {
     "attention, coverage": _ALL_BUCKETS | _ATTENTION,
     "attention of the policy, coverage": _ALL_BUCKETS | _ATTENTION | {"focus.observed": "policy"},
 }
+# Methods whose loss has no margin, and so no beta.
+WITHOUT_MARGIN = ("sft", "patch_dpo")
 # The largest cosine with the plain mask at which a weight map is worth training.
 GATE = 0.9
 # Shown for every method; the first decides. (Region, quantity.)
@@ -96,21 +99,9 @@ def parse(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def assignment(text):
-        name, _, value = text.partition("=")
-        return name, json.loads(value)
-
     add = parser.add_argument
     add("--output", type=pathlib.Path, default="runs/evidence", help="folder of the results")
-    add("--config", default="configs/toybox_dpo.py", help="configuration of all trials")
-    add(
-        "--set",
-        type=assignment,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="override a field in all trials, such as anchor=1.0",
-    )
+    study_trial.add_config_arguments(parser)
     add("--stages", nargs="+", choices=STAGES, default=STAGES)
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--steps", type=int, default=80, help="optimiser steps of every trial")
@@ -128,11 +119,10 @@ def parse(arguments):
 def gate(evidence: Any) -> bool:
     """Prints the gradients' cosines; returns whether a weight map passes in every bucket."""
     path = evidence.output / "gate.json"
-    names = [name for name in evidence.methods if name not in ("sft", "patch_dpo")]
-    names = list(dict.fromkeys(["dpo", PRIOR, *names]))
-    if path.exists():
-        results = json.loads(path.read_text())
-    else:
+    names = [name for name in evidence.methods if name not in WITHOUT_MARGIN]
+    names = list(dict.fromkeys(["dpo", PRIOR, ORACLE, *names]))
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if not results or any(name not in rows for rows in results.values() for name in names):
         config = study_trial.load_config(evidence.config, evidence.common)
         results = gradients.compare(
             config, {name: METHODS[name] for name in names}, pairs=evidence.gradient_pairs, seed=0
@@ -150,11 +140,22 @@ def gate(evidence: Any) -> bool:
 
 
 def relative_norm(evidence: Any, name: str) -> float:
-    """Returns the mean over buckets of a method's gradient norm over dpo's; 1 if not measured."""
+    """Returns the mean over buckets of a method's gradient norm over dpo's; 1 without a margin.
+
+    Raises:
+      UserError: the gate has not measured it.
+    """
+    if name in WITHOUT_MARGIN:
+        return 1.0
     path = evidence.output / "gate.json"
     rows = json.loads(path.read_text()).values() if path.exists() else ()
     norms = [methods[name]["norm"] for methods in rows if name in methods]
-    return float(np.mean(norms)) if norms else 1.0
+    if not norms:
+        raise UserError(
+            f"{path} has no gradient of {name}, whose norm sets its beta; run --stages gate first, "
+            "with the same --methods"
+        )
+    return float(np.mean(norms))
 
 
 class Trials:
@@ -172,16 +173,16 @@ class Trials:
         folder = (
             self._evidence.output / "trials" / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}"
         )
+        config = study_trial.load_config(
+            self._evidence.config, self._evidence.common | METHODS[name] | {"seed": seed}
+        )
+        norm = relative_norm(self._evidence, name)
+        # The anchor's term, which is proportional to beta, stays the same.
+        config = dataclasses.replace(config, beta=config.beta / norm, anchor=config.anchor * norm)
         path = folder / f"{self._evidence.split}_{self._evidence.pairs}.npz"
-        if not path.exists():
-            config = study_trial.load_config(
-                self._evidence.config, self._evidence.common | METHODS[name] | {"seed": seed}
-            )
-            norm = relative_norm(self._evidence, name)
-            # The anchor's term, which is proportional to beta, stays the same.
-            config = dataclasses.replace(
-                config, beta=config.beta / norm, anchor=config.anchor * norm
-            )
+        if path.exists():
+            _check_settings(folder, config)
+        else:
             logging.info("%s, seed %d: beta %.4g", name, seed, config.beta)
             loop.run(config, folder / "run")
             policy = runs.Run(folder / "run").policy()
@@ -200,6 +201,14 @@ class Trials:
             config, base, split=self._evidence.split, count=self._evidence.pairs
         )
         return held_out, teacher_forced.error_maps(config, base, base.parameters, held_out)
+
+
+def _check_settings(folder: pathlib.Path, config: Any) -> None:
+    """Refuses results of other settings."""
+    saved = json.loads((folder / "run" / "config.json").read_text())
+    changed = config_lib.changed_fields(saved, config_lib.to_dict(config))
+    if changed:
+        raise UserError(f"{folder} has results of {changed[0]}; give another --output")
 
 
 def table(results, names, against):

@@ -8,6 +8,7 @@ Training to a later step resumes the run. With a constant learning rate, all ste
 training.
 """
 
+import argparse
 import dataclasses
 import io
 import json
@@ -42,6 +43,26 @@ def load_config(path, overrides):
         raise UserError(f"config.{error.args[0]} is not a field") from error
     config_lib.check(config)
     return config
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config, and --set for fields that all trials share."""
+
+    def assignment(text):
+        name, _, value = text.partition("=")
+        return name, json.loads(value)
+
+    parser.add_argument(
+        "--config", default="configs/toybox_dpo.py", help="configuration of all trials"
+    )
+    parser.add_argument(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="override a field in all trials, such as batch_size=64",
+    )
 
 
 def scenes_of(config: Any, split: str, count: int):

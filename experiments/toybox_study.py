@@ -35,7 +35,7 @@ from typing import Any
 
 from absl import logging
 
-from experiments import study_report
+from experiments import study_report, study_trial
 from focusdpo_jax import objectives
 from focusdpo_jax.errors import UserError
 
@@ -92,10 +92,6 @@ def parse(arguments):
             raise ValueError
         return int(text)
 
-    def assignment(text):
-        name, _, value = text.partition("=")
-        return name, json.loads(value)
-
     def share(text):
         index, count = map(int, text.split("/"))
         if not 0 <= index < count:
@@ -104,15 +100,7 @@ def parse(arguments):
 
     add = parser.add_argument
     add("--output", type=pathlib.Path, default="runs/toybox_study", help="folder of the study")
-    add("--config", default="configs/toybox_dpo.py", help="configuration of all trials")
-    add(
-        "--set",
-        type=assignment,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="override a field in all trials, such as batch_size=64",
-    )
+    study_trial.add_config_arguments(parser)
     add("--steps", type=positive_integer, default=80, help="optimiser steps of every trial")
     add(
         "--points",

@@ -30,7 +30,7 @@ CONFIG_FLAGS=${CONFIG_FLAGS:-}                # Fields of every configuration.
 DISRUPT_FLAGS=${DISRUPT_FLAGS:-}              # More flags of the commands.
 PREPARE_FLAGS=${PREPARE_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
-ROOM=${ROOM:-}                                # Free disk space in GB to require.
+FREE_GB=${FREE_GB:-}                          # Free disk space in GB to require.
 
 usage() {
   cat <<'EOF'
@@ -76,7 +76,7 @@ Variables (default):
   DISRUPT_FLAGS, PREPARE_FLAGS, EVALUATE_FLAGS
                                    more flags of these commands
   FLAGS_<OBJECTIVE>                more flags for the trainings of one objective, such as FLAGS_DPO
-  ROOM (computed)                  GB that must be free in OUTPUT
+  FREE_GB (computed)               GB that must be free in OUTPUT
 
 Example:
   launch/single_gpu.sh install && launch/reproduce.sh --dry-run && launch/reproduce.sh
@@ -374,7 +374,7 @@ python -m experiments.photograph_masks, or give SEGMENTER")
       room=$((room + 25))
     fi
   done
-  room=${ROOM:-$room}
+  room=${FREE_GB:-$room}
   found=$OUTPUT
   until [[ -d $found ]]; do
     found=$(dirname "$found")
@@ -382,7 +382,7 @@ python -m experiments.photograph_masks, or give SEGMENTER")
   free=$(df -Pk "$found" | awk 'NR == 2 { print int($4 / 1000000) }')
   if ((free < room)); then
     problems+=("OUTPUT = $OUTPUT: $free GB are free, about $room are needed; \
-give another folder, or ROOM")
+give another folder, or FREE_GB")
   fi
   if ((${#problems[@]} && dry_run)); then
     printf '# missing: %s\n' "${problems[@]}"

@@ -234,10 +234,9 @@ class GeneratorStep:
         """
         noisy = self.noisy(encoded, params, key)
         policy, residual, _ = self._error(trainable, frozen, encoded, noisy, key)
-        prior = encoded.prior.astype(jnp.float32)
-        if self.objective.reads_rejected:
-            prior = repeat_for_pair(prior)
-        errors = ImageErrors(policy, outputs.reference_error, outputs.weights, prior, residual)
+        errors = ImageErrors(
+            policy, outputs.reference_error, outputs.weights, self._prior(encoded), residual
+        )
         chosen, rejected = errors, None
         if self.objective.reads_rejected:
             chosen, rejected = (
@@ -253,8 +252,7 @@ class GeneratorStep:
             return None, _Observed(None, {})
         noisy = self.noisy(encoded, params, key)
         capture = self._source.capture if structure.weight.spaf else ()
-        reads = capture or structure.weight.confidence
-        from_policy = self.reads_policy and reads
+        from_policy = self.reads_policy and bool(capture or structure.weight.confidence)
         reference, _, captured = self._error(
             frozen["reference"],
             frozen,
@@ -272,9 +270,7 @@ class GeneratorStep:
 
     def _weigh(self, structure, params, encoded, observed, key):
         """Returns the FocusMaps and diagnostics per image, [N]."""
-        prior = encoded.prior.astype(jnp.float32)
-        if self.objective.reads_rejected:
-            prior = repeat_for_pair(prior)
+        prior = self._prior(encoded)
         similarity = match = unmatched = detail = uncertainty = None
         if structure.weight.spaf:
             with jax.named_scope("spaf"):
@@ -297,6 +293,11 @@ class GeneratorStep:
             )
         )
         return FocusMaps(weights, similarity, match, unmatched, detail, uncertainty), diagnostics
+
+    def _prior(self, encoded):
+        """Returns M_prior of every image, [N, h, w]."""
+        prior = encoded.prior.astype(jnp.float32)
+        return repeat_for_pair(prior) if self.objective.reads_rejected else prior
 
     def _match(self, encoded, captured, params, prior, key):
         """Returns SPAF's similarity, and its `Match` on the grid of `prior`."""

@@ -58,7 +58,11 @@ class StepDefinition:
 
     def pass_inputs(self, trainable: Any) -> Mapping[str, Any]:
         """Returns the first argument of the reference passes: arrays, or shapes."""
-        return {**self.frozen, "policy": trainable} if self.reads_policy else self.frozen
+        return _pass_inputs(self.frozen, trainable, self.reads_policy)
+
+
+def _pass_inputs(frozen, trainable, reads_policy):
+    return {**frozen, "policy": trainable} if reads_policy else frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Step:
 
     def __call__(self, structure, state, frozen, batch, params, microstep):
         """Runs one batch; returns the new state and its StepMetrics, both on the device."""
-        inputs = {**frozen, "policy": state.trainable} if self.reads_policy else frozen
+        inputs = _pass_inputs(frozen, state.trainable, self.reads_policy)
         (key, outputs), reference_metrics = self.reference_passes[structure](
             inputs, batch, params, self.key, np.int32(microstep)
         )

@@ -52,7 +52,7 @@ def test_a_number_of_pairs_that_no_batch_divides_is_refused(pairs, capsys):
 
 def test_the_script_stops_where_no_map_passes_the_gate(tmp_path):
     row = {"prior_dpo": 0.95, "dpo": 0.9, "halves": 0.5, "norm": 2.0}
-    rows = {name: row for name in ("dpo", "prior_dpo", "focus_dpo")}
+    rows = {name: row for name in ("dpo", "prior_dpo", "oracle", "focus_dpo")}
     (tmp_path / "gate.json").write_text(json.dumps({"t000-999": rows}))
     arguments = ["--output", str(tmp_path), "--stages", "gate"]
     arguments += ["--methods", "dpo", "prior_dpo", "focus_dpo"]
@@ -113,8 +113,15 @@ def test_a_method_is_trained_once_and_measured(tiny_folder, tmp_path, capsys):
     fields |= {"steps": 2, "data.prior_mask": "dilated"}
     for name, value in fields.items():
         arguments += ["--set", f"{name}={json.dumps(value)}"]
+    with pytest.raises(UserError, match="has no gradient of prior_dpo, whose norm sets its beta"):
+        evidence.main(arguments)
+    norms = {"dpo": {"norm": 1.0}, "prior_dpo": {"norm": 2.0}, "focus_dpo": {"norm": 0.5}}
+    (tmp_path / "gate.json").write_text(json.dumps({"t000-999": norms}))
     evidence.main(arguments)
     table = capsys.readouterr().out
+    for name, beta, anchor in (("prior_dpo", 50.0, 2.0), ("focus_dpo", 200.0, 0.5)):
+        saved = json.loads((tmp_path / "trials" / f"{name}_0" / "run" / "config.json").read_text())
+        assert (saved["beta"], saved["anchor"]) == (beta, anchor)
     (result,) = (tmp_path / "trials" / "prior_dpo_0").glob("validation_32.npz")
     with np.load(result) as saved:
         assert saved["gain"].shape == (32, 4, 3)
@@ -124,3 +131,5 @@ def test_a_method_is_trained_once_and_measured(tiny_folder, tmp_path, capsys):
     assert result.stat().st_mtime_ns == written
     assert capsys.readouterr().out == table
     assert "focus_dpo" in (tmp_path / "evidence.md").read_text()
+    with pytest.raises(UserError, match=r"has results of config.anchor = 2.0 \(now 6.0\); give"):
+        evidence.main([*arguments, "--set", "anchor=3.0"])

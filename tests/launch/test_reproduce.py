@@ -61,7 +61,7 @@ def environment(folder, **variables):
         "PYTHON": sys.executable,
         "JAX_PLATFORMS": "cpu",
         "TOPOLOGY": "none",
-        "ROOM": "1",
+        "FREE_GB": "1",
         "OUTPUT": str(folder / "my study"),
         "DREAMBENCH": str(folder / "dreambooth/dataset"),
         "LISTS": str(folder / "lists"),
@@ -163,7 +163,7 @@ ALL = [
 
 def test_a_dry_run_on_a_bare_machine(fake):
     """It names what is missing, prints every command, and runs none."""
-    variables = {"ROOM": "1000000", "TOPOLOGY": "h100", "PYTHON": "nowhere/python"}
+    variables = {"FREE_GB": "1000000", "TOPOLOGY": "h100", "PYTHON": "nowhere/python"}
     result = launch(fake, "reproduce.sh", "--dry-run", PATH="/usr/bin:/bin", **variables)
     assert (result.returncode, result.stderr) == (0, "")
     assert calls(fake) == [] and not (fake / "runs").exists()
@@ -230,7 +230,7 @@ def test_a_stage_that_fails_ends_the_script(fake):
         ([], {"CLIP": "no/clip"}, ["CLIP = {fake}/no/clip is missing"]),
         ([], {"SCENES": "s.jsonl"}, ["SCENES = {fake}/s.jsonl is missing"]),
         ([], {"SEEDS": " "}, ["SEEDS =  : give one or more"]),
-        (["train"], {"ROOM": "1000000"}, ["my study: ", "GB are free, about 1000000 are needed"]),
+        (["train"], {"FREE_GB": "1000000"}, ["my study: ", "GB are free, about 1000000 are needed"]),
         ([], {"TRAIN_SUBJECTS": "boat teapot"}, ["dataset/teapot has no NN_mask.png"]),
         ([], {"PYTHON": "no/python", "DINO": "x"}, ["PYTHON = {fake}/no/python", "DINO = "]),
         (
