@@ -110,7 +110,8 @@ def test_a_method_is_trained_once_and_measured(tiny_folder, tmp_path, capsys):
     }
     arguments = ["--output", str(tmp_path), "--stages", "methods", "--steps", "2", "--seeds", "1"]
     arguments += ["--pairs", "32", "--methods", "prior_dpo", "focus_dpo"]
-    fields |= {"steps": 2, "data.prior_mask": "dilated"}
+    # A step of focus_dpo takes 16 pairs.
+    fields |= {"steps": 2, "data.prior_mask": "dilated", "data.train_size": 16}
     for name, value in fields.items():
         arguments += ["--set", f"{name}={json.dumps(value)}"]
     with pytest.raises(UserError, match="has no gradient of prior_dpo, whose norm sets its beta"):
