@@ -230,7 +230,11 @@ def test_a_stage_that_fails_ends_the_script(fake):
         ([], {"CLIP": "no/clip"}, ["CLIP = {fake}/no/clip is missing"]),
         ([], {"SCENES": "s.jsonl"}, ["SCENES = {fake}/s.jsonl is missing"]),
         ([], {"SEEDS": " "}, ["SEEDS =  : give one or more"]),
-        (["train"], {"FREE_GB": "1000000"}, ["my study: ", "GB are free, about 1000000 are needed"]),
+        (
+            ["train"],
+            {"FREE_GB": "1000000"},
+            ["my study: ", "GB are free, about 1000000 are needed"],
+        ),
         ([], {"TRAIN_SUBJECTS": "boat teapot"}, ["dataset/teapot has no NN_mask.png"]),
         ([], {"PYTHON": "no/python", "DINO": "x"}, ["PYTHON = {fake}/no/python", "DINO = "]),
         (
