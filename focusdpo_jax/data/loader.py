@@ -1,8 +1,8 @@
 """Batches of training data: shuffled, sharded by process, resumable; built on Grain.
 
-All processes share one global stream whose order depends on the seed alone. Process p of P reads
-the p-th of P equal parts of every batch, so that a step's global batch is the same on any number of
-processes.
+All processes share one global stream whose order depends on the seed alone. A process reads the
+rows of every batch that its devices hold, so that a step's global batch is the same on any number
+of processes.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,8 +32,7 @@ def make_loader(
     seed: int,
     transform: Callable[[Any], Any] | None = None,
     batch_transform: Callable[[Any], Any] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     shuffle: bool = True,
     epochs: int | None = None,
     workers: int = 0,
@@ -48,12 +47,12 @@ def make_loader(
     Args:
       source: entries by position (`__len__` and `__getitem__`, called from several threads). Worker
         processes each get a pickled copy, and one of `transform`.
-      batch_size: pairs per step over all processes; this process yields its share of them.
+      batch_size: pairs per step over all processes; this process yields those of `rows`.
       seed: determines the order.
       transform: maps an entry to a pytree of arrays of fixed shapes, which are stacked to batches;
         for preference records, `pair_transform`. None if the entries are such trees already.
       batch_transform: maps such a batch to the one that is yielded. None for the identity.
-      process_index, process_count: which part of every batch this process reads.
+      rows: positions in every batch of the pairs that this process reads; None for all.
       shuffle: False keeps the order of the source.
       epochs: passes over the source; None repeats it forever.
       workers: number of reader processes; 0 reads in this process with threads.
@@ -62,24 +61,24 @@ def make_loader(
       prefetch: number of batches that the threads, or each worker, read ahead.
 
     Raises:
-      UserError: the sizes do not fit together; while iterating, a record is corrupt or invalid, or
-        a worker has died.
+      UserError: the data set is empty; while iterating, a record is corrupt or invalid, or a worker
+        has died.
     """
     # Slow to import: planning, sampling and benchmarks read no batches and should not pay for it.
     import grain
 
     from focusdpo_jax.data import order
 
-    local_size = _local_size(batch_size, process_count)
     if not len(source):
         raise UserError("the data set is empty; build it with at least one record")
     dataset = grain.MapDataset.source(source).repeat(epochs)
     if shuffle:
         dataset = order.Shuffled(dataset, len(source), seed)
-    if process_count > 1:
-        dataset = order.ProcessShard(dataset, batch_size, local_size, process_index)
+    if rows is not None:
+        dataset = order.ProcessShard(dataset, batch_size, rows)
     if transform is not None:
         dataset = dataset.map(transform)
+    local_size = batch_size if rows is None else len(rows)
     dataset = dataset.batch(local_size, drop_remainder=True)
     if batch_transform is not None:
         dataset = dataset.map(batch_transform)
@@ -240,12 +239,3 @@ def evaluation_batches(
                 example = dataclasses.replace(example, index=np.int64(-1))
             examples.append(example)
         yield jax.tree.map(lambda *rows: np.stack(rows), *examples)
-
-
-def _local_size(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size is {batch_size} and there are {process_count} processes; "
-            "make it a positive multiple of their number"
-        )
-    return batch_size // process_count

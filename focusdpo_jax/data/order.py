@@ -1,6 +1,7 @@
 """Grain data sets that define the order of training records and each process's part of it."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -34,16 +35,16 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 class ProcessShard(grain.MapDataset):
-    """The part of every batch of a stream that one process reads."""
+    """The rows of every batch of a stream that one process reads."""
 
-    def __init__(self, stream: grain.MapDataset, batch_size: int, local_size: int, index: int):
-        """Takes the stream, the global and the local batch size, and the index of the process."""
+    def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        """Takes the stream, the global batch size, and the process's rows of a batch."""
         super().__init__(stream)
-        self._batch_size, self._local_size, self._index = batch_size, local_size, index
+        self._batch_size, self._rows = batch_size, rows
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * self._local_size
+        return len(self._parent) // self._batch_size * len(self._rows)
 
     def __getitem__(self, position: int) -> Any:
-        batch, row = divmod(position, self._local_size)
-        return self._parent[batch * self._batch_size + self._index * self._local_size + row]
+        batch, row = divmod(position, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]

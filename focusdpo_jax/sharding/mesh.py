@@ -63,7 +63,11 @@ def make_mesh(
     shape = tuple(filled[axis] for axis in AXES)
     if devices[0].platform == "tpu":
         # Orders devices so that neighbours in the mesh are neighbours in the interconnect.
-        return Mesh(mesh_utils.create_device_mesh(shape, devices[:count]), AXES, _AXIS_TYPES)
+        # An axis of the mesh may be part of one axis of the interconnect.
+        ordered = mesh_utils.create_device_mesh(
+            shape, devices[:count], allow_split_physical_axes=True
+        )
+        return Mesh(ordered, AXES, _AXIS_TYPES)
     return Mesh(np.asarray(devices[:count]).reshape(shape), AXES, _AXIS_TYPES)
 
 
@@ -115,16 +119,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def process_batch_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Returns the part of every batch that this process loads: (index, number of parts).
+def process_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> list[int]:
+    """Returns the rows of every batch [B, ...] that a process loads, ascending.
 
-    Processes that differ only in the axis `tensor` load the same part.
+    They need not be adjacent: a mesh of TPUs follows their interconnect, which passes through the
+    machines in any order. Processes that differ only in the axis `tensor` load the same rows.
+
+    Args:
+      mesh: the mesh.
+      batch_size: B, a multiple of the batch shards.
+      process: index of the process; this one if None.
     """
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = [index[0].indices(batch_size) for index in indices if index is not None]
-    start, stop = min(row[0] for row in rows), max(row[1] for row in rows)
-    held = stop - start
-    return start // held, batch_size // held
+    process = jax.process_index() if process is None else process
+    indices = batch_sharding(mesh).devices_indices_map((batch_size,))
+    rows = {
+        row
+        for device, index in indices.items()
+        if device.process_index == process
+        for row in range(*index[0].indices(batch_size))
+    }
+    return sorted(rows)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -141,10 +155,10 @@ def random_key(seed: int, mesh: Mesh) -> PRNGKeyArray:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch on the devices; each process gives its part (`process_batch_part`).
+    """Places a batch on the devices; each process gives its rows (`process_rows`).
 
     Args:
-      batch: pytree of host arrays [B / parts, ...].
+      batch: pytree of host arrays [rows, ...].
 
     Returns:
       A pytree of global arrays [B, ...], sharded over the examples.
@@ -152,7 +166,20 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return _jitted_identity(sharding)(batch)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    shares = num_batch_shards(mesh)
+    held = len(process_rows(mesh, shares))  # Shards of this process.
+
+    def place(x):
+        size = len(x) // held * shares
+        position = {row: i for i, row in enumerate(process_rows(mesh, size))}
+
+        def shard(index):
+            first, stop, _ = index[0].indices(size)
+            return x[position[first] : position[stop - 1] + 1]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard)
+
+    return jax.tree.map(place, batch)
 
 
 @functools.cache

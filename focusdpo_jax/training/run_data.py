@@ -95,12 +95,10 @@ def encoding_batch_size(config, records, mesh):
 
 def open_loader(config, mesh, records, transform):
     """Returns the `loader.Batches` of this process; `config.seed` determines the order."""
-    part, parts = meshes.process_batch_part(mesh, config.batch_size)
     order = {
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "process_index": part,
-        "process_count": parts,
+        "rows": meshes.process_rows(mesh, config.batch_size),
     }
     if isinstance(records, encoding.EncodedSource):
         # In memory, a batch is indexed in one call, which needs no thread.

@@ -1,5 +1,6 @@
 """All meshes train alike; errors of invalid meshes name valid sizes."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -115,6 +117,73 @@ def test_sharding_rules():
 def test_errors_of_invalid_meshes_name_valid_sizes(sizes, batch, message):
     with pytest.raises(UserError, match=message):
         mesh.make_mesh(dict(zip(mesh.AXES, sizes)), batch, [jax.devices()[0]] * 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
+@pytest.fixture
+def ring(monkeypatch):
+    """A mesh of 2 x 4 devices, whose order passes through two machines as a ring does."""
+    machines = (0, 0, 1, 1, 1, 1, 0, 0)
+
+    def indices(shape):
+        size = shape[0] // len(machines)
+        return {
+            Device(i, machine): (slice(i * size, (i + 1) * size),)
+            for i, machine in enumerate(machines)
+        }
+
+    sharding = types.SimpleNamespace(devices_indices_map=indices)
+    monkeypatch.setattr(mesh, "batch_sharding", lambda made: sharding)
+    return types.SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 1}), indices
+
+
+def test_a_process_loads_the_rows_of_its_devices(ring):
+    assert mesh.process_rows(ring[0], 16, 0) == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert mesh.process_rows(ring[0], 16, 1) == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert mesh.process_rows(ring[0], 8) == [0, 1, 6, 7]  # This is process 0.
+
+
+def test_rows_that_are_not_adjacent_reach_their_devices(ring, monkeypatch):
+    made, indices = ring
+    shards = {}
+
+    def from_callback(shape, sharding, callback):
+        for device, index in indices(shape).items():
+            if device.process_index == 0:
+                shards[index[0].start] = callback(index)
+        return shape
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "make_array_from_callback", from_callback)
+    local = np.array([[10], [11], [12], [13], [22], [23], [24], [25]])
+    assert mesh.shard_batch({"x": local}, made) == {"x": (16, 1)}
+    assert {start: shard.ravel().tolist() for start, shard in shards.items()} == {
+        0: [10, 11],
+        2: [12, 13],
+        12: [22, 23],
+        14: [24, 25],
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes, adjacent", [((16, 1, 1), False), ((4, 4, 1), False), ((8, 2, 1), True)]
+)
+def test_all_processes_of_a_slice_load_every_row_once(sizes, adjacent, monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from focusdpo_jax.planning import targets
+
+    made = mesh.make_mesh(dict(zip(mesh.AXES, sizes)), 32, targets.devices("v5e:4x4")[0])
+    rows = [mesh.process_rows(made, 32, process) for process in range(4)]
+    assert sorted(sum(rows, [])) == list(range(32))
+    assert {len(part) for part in rows} == {8}
+    assert all(part[-1] - part[0] == 7 for part in rows) == adjacent
 
 
 def test_one_axis_takes_the_remaining_devices():
