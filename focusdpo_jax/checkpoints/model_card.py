@@ -6,15 +6,17 @@ from typing import Any
 
 from focusdpo_jax import objectives
 
-_LOADING = {
-    "unet": (
-        'unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder="unet")\n'
-        "pipe = StableDiffusionXLPipeline.from_pretrained(BASE, unet=unet)"
-    ),
+# Statements before the pipeline, its arguments, and statements after it, for each exported part.
+_BEFORE = {
+    "unet": 'unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder="unet")',
+    "adapter": "encoder = CLIPVisionModelWithProjection.from_pretrained(ENCODER)",
+}
+_ARGUMENTS = {"unet": "unet=unet", "adapter": "image_encoder=encoder"}
+_AFTER = {
     "adapter": (
         'pipe.load_ip_adapter(FOLDER, subfolder="", '
         'weight_name="ip_adapter.safetensors",\n'
-        "                     image_encoder_folder=ENCODER)"
+        "                     image_encoder_folder=None)"
     ),
     "lora": "pipe.load_lora_weights(FOLDER)",
 }
@@ -57,21 +59,14 @@ def render(
         "",
         "```python",
     ]
-    if whole:
-        lines += ["pipe = StableDiffusionXLPipeline.from_pretrained(FOLDER)"]
-    lines += [
-        text for name, text in _LOADING.items() if name in names and not (whole and name == "unet")
-    ]
+    lines += _loading(names, whole)
     lines += [
         "```",
         "",
         "FOLDER is this folder"
-        + (
-            "."
-            if whole
-            else ", BASE the model that training started from, ENCODER the "
-            "folder of its image encoder."
-        ),
+        + ("" if whole else ", BASE the pipeline that training started from")
+        + (", ENCODER the folder of its image encoder" if "adapter" in names and not whole else "")
+        + ".",
     ]
     if whole or "unet" in names:
         kept = run.get("dtype", "float32")
@@ -117,3 +112,15 @@ def render(
         "",
     ]
     return "\n".join(lines)
+
+
+def _loading(names: Sequence[str], whole: bool) -> list[str]:
+    """The lines of code that load the exported parts."""
+    # A complete pipeline contains its UNet and its image encoder.
+    parts = [name for name in _BEFORE if name in names and not whole]
+    arguments = ["FOLDER" if whole else "BASE", *(_ARGUMENTS[name] for name in parts)]
+    return [
+        *(_BEFORE[name] for name in parts),
+        f"pipe = StableDiffusionXLPipeline.from_pretrained({', '.join(arguments)})",
+        *(text for name, text in _AFTER.items() if name in names),
+    ]

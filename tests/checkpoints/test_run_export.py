@@ -39,7 +39,7 @@ def test_card_warns_of_files_that_diffusers_cannot_read():
     assert "**`ip_adapter.safetensors` is not for diffusers:** the subject adapter has" in card
     assert "| loss | 0.125 |" in card and "t0-9" not in card
     assert "2 of 4 steps" in card and "ENCODER the folder of its image encoder" in card
-    assert "from_pretrained" not in card
+    assert "from_pretrained(BASE, image_encoder=encoder)" in card and "All weights" not in card
 
 
 @pytest.mark.parametrize(

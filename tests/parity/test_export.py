@@ -465,6 +465,19 @@ def test_what_was_trained(exported, trainable, files, tmp_path):
     (run / "config.json").write_text(json.dumps(RUN | {"trainable": trainable}))
     run_export.export_run(run, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == files | {"README.md"}
+    code = (tmp_path / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names = {
+        "FOLDER": tmp_path,
+        "BASE": exported[0],
+        "ENCODER": exported[0] / "image_encoder",
+        "CLIPVisionModelWithProjection": transformers.CLIPVisionModelWithProjection,
+        "StableDiffusionXLPipeline": diffusers.StableDiffusionXLPipeline,
+        "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    }
+    exec(code, names)
+    unet = names["pipe"].unet
+    assert bool(unet.encoder_hid_proj) == (trainable != "lora")
+    assert bool(getattr(unet, "peft_config", None)) == (trainable != "adapter")
 
 
 def test_the_command(exported, tmp_path):
