@@ -74,6 +74,9 @@ def measure():
 def differences(record, measured) -> list[str]:
     """Returns one line per count that differs from the record."""
     lines, same_jax = [], record["jax"] == measured["jax"]
+    for case, programs in measured["cases"].items():
+        added = programs.keys() - record["cases"].get(case, {}).keys()
+        lines += [f"{case}, {program}: a new program; {HINT}" for program in sorted(added)]
     for case, programs in record["cases"].items():
         for program, counts in programs.items():
             for name, old in counts.items():
@@ -89,8 +92,9 @@ def differences(record, measured) -> list[str]:
                     wrong = same_jax and new > old * (1 + TOLERANCE)
                 if wrong:
                     lines.append(
-                        f"{case}, {program}: {name} {old:.6g} -> {new:.6g} "
-                        f"({new / old - 1:+.2%}); {HINT}"
+                        f"{case}, {program}: {name} {old:.6g} -> {new:.6g}"
+                        + (f" ({new / old - 1:+.2%})" if old else "")
+                        + f"; {HINT}"
                     )
     return lines
 

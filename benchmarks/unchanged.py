@@ -8,7 +8,7 @@
 With --before, runs the same commands in both checkouts, one after the other. Compares
 `metrics.jsonl` without throughput, `results.json` without settings, and the record of
 `step_cost.py`. Runs of a commit are kept in --output and reused; those of a checkout with
-uncommitted changes are repeated.
+uncommitted changes are repeated. Every checkout renders and encodes its own data.
 
 With --repeat, repeats a finished run with the configuration that it was started with, since files
 of `configs/` may have changed since. --pretrained replaces its model.
@@ -61,7 +61,7 @@ def run(
     command = [sys.executable, "-m", "focusdpo_jax.main", f"--config={config}"]
     command += [
         f"--workdir={folder.absolute()}",
-        f"--config.data.path={(output / 'data').absolute()}",
+        f"--config.data.path={(folder / 'data').absolute()}",
     ]
     command += [f"--config.{field}" for field in fields]
     print(f"{revision or checkout}: {' '.join(command[1:4])}", flush=True)
@@ -98,11 +98,12 @@ def repeat(folder: pathlib.Path, output: pathlib.Path, pretrained: str | None) -
     from focusdpo_jax.training import loop
 
     config = config_lib.parse_saved(json.loads((folder / "config.json").read_text()))
-    changes: dict[str, Any] = {"data.path": str((output / "data").absolute())}
-    if pretrained:
-        changes["model.pretrained"] = pretrained
     repeated = output / "repeated" / folder.name
     shutil.rmtree(repeated, ignore_errors=True)
+    # Encodings are stored with the data; those of the older version would hide a change.
+    changes: dict[str, Any] = {"data.path": str((repeated / "data").absolute())}
+    if pretrained:
+        changes["model.pretrained"] = pretrained
     loop.run(config_lib.replace(config, changes), repeated)
     return read_values(repeated)
 

@@ -16,7 +16,8 @@ pair. The pairs resemble those of real data: the prior mask is generous, every r
 artefact of inpainting in all of its mask, and half of the subjects differ in only one attribute.
 All preference objectives use `config.match_beta`; what remains of the difference in strength is
 removed by dividing beta by the norm of the method's gradient over that of dpo, the mean over the
-buckets of stage 1.
+buckets of stage 1. Stage 1 may have been run with other settings (--set) than the trials; the log
+then states them.
 
 Results are stored per trial in --output. The same command resumes. gate.json and evidence.md
 contain the tables.
@@ -117,17 +118,27 @@ def parse(arguments):
 
 
 def gate(evidence: Any) -> bool:
-    """Prints the gradients' cosines; returns whether a weight map passes in every bucket."""
-    path = evidence.output / "gate.json"
+    """Prints the gradients' cosines; returns whether a weight map passes in every bucket.
+
+    Raises:
+      UserError: the folder has gradients of other settings.
+    """
     names = [name for name in evidence.methods if name not in WITHOUT_MARGIN]
     names = list(dict.fromkeys(["dpo", PRIOR, ORACLE, *names]))
-    results = json.loads(path.read_text()) if path.exists() else {}
+    settings, saved = gate_settings(evidence), load_gate(evidence)
+    results = saved.get("buckets", {})
+    if results and saved["settings"] != settings:
+        raise UserError(
+            f"{_gate_path(evidence)} has gradients of {_difference(saved['settings'], settings)}; "
+            "give another --output"
+        )
     if not results or any(name not in rows for rows in results.values() for name in names):
         config = study_trial.load_config(evidence.config, evidence.common)
         results = gradients.compare(
             config, {name: METHODS[name] for name in names}, pairs=evidence.gradient_pairs, seed=0
         )
-        replace_file(path, json.dumps(results, indent=2) + "\n")
+        content = json.dumps({"settings": settings, "buckets": results}, indent=2)
+        replace_file(_gate_path(evidence), content + "\n")
     print(gradients.format_table(results))
     passing = [
         name
@@ -139,6 +150,29 @@ def gate(evidence: Any) -> bool:
     return bool(passing)
 
 
+def gate_settings(evidence: Any) -> dict:
+    """Returns what the gradients of the gate depend on, besides the method."""
+    fields = {name: value for name, value in evidence.common.items() if name != "steps"}
+    settings = {"config": evidence.config, "gradient_pairs": evidence.gradient_pairs, **fields}
+    return json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
+
+
+def load_gate(evidence: Any) -> dict:
+    """Returns the gate's file, {"settings": ..., "buckets": {bucket: {method: row}}}, or {}."""
+    path = _gate_path(evidence)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _gate_path(evidence):
+    return evidence.output / "gate.json"
+
+
+def _difference(saved, settings):
+    """The settings that differ, as text: "anchor = 1.0 (now 4.0)"."""
+    names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+    return ", ".join(f"{name} = {saved.get(name)} (now {settings.get(name)})" for name in names)
+
+
 def relative_norm(evidence: Any, name: str) -> float:
     """Returns the mean over buckets of a method's gradient norm over dpo's; 1 without a margin.
 
@@ -147,12 +181,11 @@ def relative_norm(evidence: Any, name: str) -> float:
     """
     if name in WITHOUT_MARGIN:
         return 1.0
-    path = evidence.output / "gate.json"
-    rows = json.loads(path.read_text()).values() if path.exists() else ()
+    rows = load_gate(evidence).get("buckets", {}).values()
     norms = [methods[name]["norm"] for methods in rows if name in methods]
     if not norms:
         raise UserError(
-            f"{path} has no gradient of {name}, whose norm sets its beta; run --stages gate first, "
+            f"{_gate_path(evidence)} has no gradient of {name}, whose norm sets its beta; run --stages gate first, "
             "with the same --methods"
         )
     return float(np.mean(norms))
@@ -163,6 +196,9 @@ class Trials:
 
     def __init__(self, evidence: Any):
         self._evidence = evidence
+        saved, settings = load_gate(evidence).get("settings"), gate_settings(evidence)
+        if saved and saved != settings:
+            logging.info("beta is set by gradients at %s", _difference(saved, settings))
 
     def changes(self, name: str) -> dict[str, np.ndarray]:
         """Returns `teacher_forced.changes` of a method: {name: [pairs, seeds, timesteps, regions]}."""
@@ -207,6 +243,9 @@ def _check_settings(folder: pathlib.Path, config: Any) -> None:
     """Refuses results of other settings."""
     saved = json.loads((folder / "run" / "config.json").read_text())
     changed = config_lib.changed_fields(saved, config_lib.to_dict(config))
+    # A run may be prolonged; a measured one has the steps that it was measured at.
+    if saved["steps"] != config.steps:
+        changed = [*changed, f"config.steps = {saved['steps']} (now {config.steps})"]
     if changed:
         raise UserError(f"{folder} has results of {changed[0]}; give another --output")
 

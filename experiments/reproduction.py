@@ -179,7 +179,13 @@ def time(plan: str, steps: int, runs: int, samples: int) -> None:
         print(f"# the speed of {made['chip']} is unknown")
         return
     training = steps * made["accumulate"] * seconds / 3600
-    sampling = made["programs"]["sampling"]
+    sampling = made["programs"].get("sampling", {})
+    if "estimate" not in sampling:
+        print(
+            f"# ESTIMATE, not measured ({made['speed_from']}): {training:.1f} h for each of {runs} "
+            "trainings; sampling is not planned, or does not fit"
+        )
+        return
     speed = made["flops_per_pair"] * made["batch_size"] / seconds / made["chips"]
     image = sampling["estimate"]["matmul_flops"] / speed / sampling["rows_per_chip"]
     prompts = 2 * 750 * samples

@@ -28,9 +28,11 @@ def ship(model: pathlib.Path, folder: pathlib.Path) -> int:
     from focusdpo_jax.errors import UserError
 
     model_folder.load_config(model)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    # The shipped model is replaced once the new one is complete.
+    written = folder.with_name(f".{folder.name}.new")
+    if written.exists():
+        shutil.rmtree(written)
+    written.mkdir(parents=True)
     for path in sorted(model.glob("*.safetensors")):
         tensors, _ = tensor_file.read(path)
         with np.errstate(over="ignore"):  # Checked below.
@@ -38,9 +40,12 @@ def ship(model: pathlib.Path, folder: pathlib.Path) -> int:
         for name, value in half.items():
             if not np.isfinite(value).all():
                 raise UserError(f"{path}: {name} has values that float16 cannot hold")
-        tensor_file.write(folder / path.name, half)
-    shutil.copytree(model / "tokenizer", folder / "tokenizer")
-    shutil.copy(model / "model.json", folder / "model.json")
+        tensor_file.write(written / path.name, half)
+    shutil.copytree(model / "tokenizer", written / "tokenizer")
+    shutil.copy(model / "model.json", written / "model.json")
+    if folder.exists():
+        shutil.rmtree(folder)
+    written.rename(folder)
     return sum(path.stat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 

@@ -212,7 +212,7 @@ def run_trials(study: Any, trials):
     index, count = study.share
     todo = queue.SimpleQueue()
     for i, trial in enumerate(trials):
-        if i % count == index and not done(trial, study.output):
+        if i % count == index and not done(trial, study):
             todo.put(trial)
     logging.info("%d trials, %d to run on this machine", len(trials), todo.qsize())
     failed = []
@@ -234,9 +234,7 @@ def run_trials(study: Any, trials):
                 return
             folder = study.output / "trials" / trial.name
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "trial.json").write_text(
-                json.dumps(dataclasses.asdict(trial) | {"config": study.config}, indent=2) + "\n"
-            )
+            (folder / "trial.json").write_text(json.dumps(_settings(trial, study), indent=2) + "\n")
             logging.info("trial %s, %d left", trial.name, todo.qsize())
             with (folder / "log.txt").open("a") as log:
                 code = subprocess.run(
@@ -258,15 +256,36 @@ def run_trials(study: Any, trials):
             f"{len(failed)} trials failed, see {failed[0]}/log.txt. Run the same "
             "command again to resume."
         )
-    return all(done(trial, study.output) for trial in trials)
+    return all(done(trial, study) for trial in trials)
 
 
-def done(trial: Any, output: pathlib.Path):
-    """Whether a trial has all its measurements, or ended because its loss was not finite."""
-    folder = output / "trials" / trial.name
-    return (folder / "gave_up.txt").exists() or all(
+def done(trial: Trial, study: Any) -> bool:
+    """Whether a trial has all its measurements, or ended because its loss was not finite.
+
+    Raises:
+      UserError: its folder has measurements with other settings.
+    """
+    folder = study.output / "trials" / trial.name
+    gave_up = (folder / "gave_up.txt").exists()
+    if gave_up or any(folder.glob("*.npz")):
+        # The measured steps may differ: later ones prolong the training.
+        saved, settings = (
+            {name: value for name, value in values.items() if name != "steps"}
+            for values in (json.loads((folder / "trial.json").read_text()), _settings(trial, study))
+        )
+        if saved != settings:
+            raise UserError(
+                f"{folder} has measurements of a trial with other settings ({folder}/trial.json); "
+                "give another --output"
+            )
+    return gave_up or all(
         (folder / f"{trial.split}_{step:06d}.npz").exists() for step in trial.steps
     )
+
+
+def _settings(trial, study):
+    """The content of `trial.json`."""
+    return json.loads(json.dumps(dataclasses.asdict(trial) | {"config": study.config}))
 
 
 def choose(study: Any, trials):

@@ -95,6 +95,11 @@ def main():
             f"--programs={','.join(only or ())}: {unknown[0]!r} is none of "
             f"{', '.join(programs.NAMES)}"
         )
+    if _SEARCH.value and _PROGRAMS.value:
+        raise UserError(
+            "--search compiles updates, then all programs of its recommendation; "
+            "give no --programs, or --quick for the updates alone"
+        )
     if not _SEARCH.value:
         _show(planner.plan(config, _TOPOLOGY.value, only=only, utilisation=utilisation))
         return
@@ -129,7 +134,8 @@ def main():
         )
     )
     if quiet:
-        print(json.dumps({"recommended": best, "all": plans}, indent=2))
+        print(json.dumps({"recommended": best, "all": plans}, indent=2), flush=True)
+        _refuse(best)
     else:
         print(
             "\nrecommended: "
@@ -139,14 +145,18 @@ def main():
 
 
 def _show(found):
-    """Prints a plan; raises a UserError if a program does not fit."""
+    """Prints a plan, and refuses it if a program does not fit."""
+    from focusdpo_jax.planning import report
+
+    print(json.dumps(found, indent=2) if _JSON.value else report.table(found), flush=True)
+    _refuse(found)
+
+
+def _refuse(found):
+    """Raises a UserError if a program of a plan does not fit."""
     from focusdpo_jax.errors import UserError
     from focusdpo_jax.planning import report
 
-    if _JSON.value:
-        print(json.dumps(found, indent=2))
-        return
-    print(report.table(found), flush=True)
     if found["fits"] is False:
         raise UserError(f"--topology={_TOPOLOGY.value}: {report.refusal(found)}")
 

@@ -63,11 +63,18 @@ def plan(
           "checkpoint_bytes_per_chip": inputs of `campaign.cost`.
 
     Raises:
-      UserError: the topology, or the mesh on it, does not exist; or see `unless_held`.
+      UserError: the topology, or the mesh on it, does not exist; `only` names a program that the
+        run does not have; or see `unless_held`.
     """
     devices, chip = targets.devices(topology)
     mesh = make_mesh(config.mesh.sizes, config.batch_size, devices)
     of_run, passes = programs.run_programs(config, mesh)
+    missing = [name for name in only or () if name not in of_run]
+    if missing:
+        raise UserError(
+            f"--programs={','.join(only or ())}: this run has no program {missing[0]!r}; it has "
+            f"{', '.join(of_run)}"
+        )
     held = {name: compilation.bytes_per_chip(program.held) for name, program in of_run.items()}
     if unless_held and chip.memory and held["update"]["total"] > chip.memory:
         raise UserError(
@@ -182,6 +189,7 @@ def _fullest(
 def _add_cures(config: RunConfig, topology: str, chip: Chip, result: dict[str, Any]) -> None:
     """Finds changes that make the programs fit, and adds them to `result`."""
     devices = targets.devices(topology)[0]
+    code = result["bytes_per_chip"]["programs"]
 
     def try_out(name: str, changes: cures.Changes) -> tuple[float, int, Callable[[], float | None]]:
         """Returns (held bytes, rows per chip, function that compiles and returns the peak)."""
@@ -209,9 +217,11 @@ def _add_cures(config: RunConfig, topology: str, chip: Chip, result: dict[str, A
             *cures.candidates(config, name, result["chips"]),
         ]
         made["cure"] = cures.find(
-            options, made, chip.memory, lambda changes, name=name: try_out(name, changes)
+            options, made, chip.memory - code, lambda changes, name=name: try_out(name, changes)
         )
         if made["cure"]:
+            if made["cure"]["peak"]:
+                made["cure"]["peak"] += code
             before.append(made["cure"])
 
 

@@ -41,9 +41,15 @@ def search(
       **options: further arguments of `planner.plan`.
 
     Raises:
-      UserError: nothing fits.
+      UserError: nothing fits, or the memory or speed of the chip is unknown.
     """
-    count = len(targets.devices(topology)[0])
+    devices, chip = targets.devices(topology)
+    count = len(devices)
+    if not (chip.memory and chip.flops):
+        raise UserError(
+            f"--topology={topology}: memory and speed of {chip.name} are not both known, so plans "
+            "cannot be compared; give the name of a TPU slice or a GPU"
+        )
     splits = splits or [
         {"data": count // n, "fsdp": n, "tensor": 1} for n in range(1, count + 1) if count % n == 0
     ]
@@ -54,8 +60,10 @@ def search(
         changes = levers | {f"mesh.{axis}": size for axis, size in split.items()}
         changes["batch_size"] = per_chip * count
         try:
+            changed = config_lib.replace(config, changes)
+            config_lib.check(changed)
             made = planner.plan(
-                config_lib.replace(config, changes),
+                changed,
                 topology,
                 unless_held=True,
                 cure=False,
