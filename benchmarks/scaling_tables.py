@@ -114,7 +114,12 @@ def rows(group):
             f"v5p:{shape}",
             trained,
             _fields(
-                batch_size=count, **LOOPED, **{"model.remat": False}, **_split(count // fsdp, fsdp)
+                batch_size=count,
+                **LOOPED,
+                **{"model.remat": False},
+                **_split(count // fsdp, fsdp),
+                # The configuration has 256 pairs, and accumulates over 4 batches.
+                **({"data.train_size": 4 * count} if 4 * count > 256 else {}),
             )
             | {"programs": STEP},
         )

@@ -66,7 +66,12 @@ _COMPARE = flags.DEFINE_boolean(
     "grid shows references, base and policy side by side.",
 )
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the first image; image i has seed + i.")
+_SEED = flags.DEFINE_integer(
+    "seed",
+    0,
+    "Seed of the first image; image i of a prompt has seed + i. In a file of --prompts, line i "
+    "starts at seed + i, unless it has a seed of its own.",
+)
 _STEPS = flags.DEFINE_integer("steps", 30, "Denoiser calls.", lower_bound=1)
 _SAMPLER = flags.DEFINE_string(
     "sampler", "ddim", "ddim, euler, euler_a (adds noise at every step) or dpmpp_2m (fewer steps)."
@@ -91,6 +96,7 @@ def main() -> None:
     from focusdpo_jax.models import truncation
 
     wanted = read_wanted(prompts)
+    check_output(len(wanted))
     model, base, settings = open_models()
     settings |= {
         "steps": _STEPS.value,
@@ -146,6 +152,15 @@ def read_wanted(prompts: ModuleType) -> "list[Prompt]":
         for prompt in listed
         for i in range(_SAMPLES.value)
     ]
+
+
+def check_output(count: int) -> None:
+    """Checks that --output can be a file for one image, or a folder for several."""
+    output = epath.Path(_OUTPUT.value)
+    if count > 1 and output.exists() and not output.is_dir():
+        raise UserError(f"--output={output} is a file; give a folder for {count} images.")
+    if count == 1 and output.is_dir():
+        raise UserError(f"--output={output} is a folder; give the name of an image for one image.")
 
 
 def open_models() -> "tuple[Model, Model | None, dict[str, Any]]":

@@ -172,6 +172,8 @@ def test_unfinished_run_uses_its_newest_checkpoint(run_folder, tmp_path):
         ({"compare": True}, "nothing to compare"),
         ({"resolution": 63}, "multiple of 4"),
         ({"sampler": "plms", "resolution": 64}, "choose one of ddim"),
+        ({"samples": 2, "output": __file__}, "is a file; give a folder for 2 images"),
+        ({"output": "."}, "is a folder; give the name of an image"),
     ],
 )
 def test_mistakes_are_named(values, reason, tmp_path):

@@ -1,6 +1,7 @@
 """Defines configuration fields: default, check, meaning, and whether resumed runs may change it."""
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -47,19 +48,21 @@ def one_of(*choices):
     return Check(lambda v: v in choices, "choose one of " + ", ".join(map(repr, choices)))
 
 
-def number(low, high=float("inf"), *, above=False):
-    """Requires a number from `low` (exclusive if `above`) to `high`."""
+def number(low, high=float("inf"), *, above=False, below=False):
+    """Requires a finite number from `low` to `high`, exclusive if `above` and `below`."""
 
     def holds(value):
         return (
             isinstance(value, numbers.Real)
             and not isinstance(value, bool)
+            and math.isfinite(value)
             and (low < value if above else low <= value)
-            and value <= high
+            and (value < high if below else value <= high)
         )
 
     bound = f"a number {'>' if above else '>='} {low}"
-    return Check(holds, "give " + bound + (f" and <= {high}" if high < float("inf") else ""))
+    other = f" and {'<' if below else '<='} {high}" if high < float("inf") else ""
+    return Check(holds, "give " + bound + other)
 
 
 def integer(low):

@@ -434,11 +434,11 @@ class RunConfig:
         "over the last fifth of the steps).",
     )
     weight_decay: float = setting(1e-2, number(0), "Decoupled weight decay of AdamW and Muon.")
-    adam_b2: float = setting(0.999, number(0, 1), "Decay of AdamW's second moment.")
+    adam_b2: float = setting(0.999, number(0, 1, below=True), "Decay of AdamW's second moment.")
     gradient_clip: float = setting(1.0, number(0, above=True), "Largest norm of the gradient.")
     ema_decay: float = setting(
         0.0,
-        number(0, 1),
+        number(0, 1, below=True),
         "Decay per optimiser step of the moving average of trained parameters. The average is evaluated and "
         "saved as the model; 0 disables it.",
     )

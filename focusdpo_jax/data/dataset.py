@@ -156,6 +156,9 @@ def build(
         # TFDS does not remove its temporary directories after a failure.
         for unfinished in set(path.parent.glob("incomplete*")) - others:
             unfinished.rmtree(missing_ok=True)
+        if (path / "dataset_info.json").exists():
+            logging.info("another process has built %s in the meantime", path)
+            return path
         reason = no_room(error)
         if reason is None and not isinstance(error, OSError):
             raise

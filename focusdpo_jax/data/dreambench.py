@@ -109,12 +109,15 @@ def classes(listing: str, subjects: Iterable[str]) -> dict[str, str]:
 
     Args:
       listing: text of prompts_and_classes.txt, or "". A subject that it does not list gets its
-        folder's name without digits as its class.
+        folder's name without digits as its class, or "subject" if nothing is left.
       subjects: names of folders.
     """
     rows = listing.splitlines()
     table = dict(row.strip().split(",") for row in rows if re.fullmatch(r"\w+,[\w ]+", row.strip()))
-    return {s: table.get(s) or s.rstrip("0123456789").replace("_", " ") for s in subjects}
+    return {
+        s: table.get(s) or s.rstrip("0123456789").replace("_", " ").strip(" -") or "subject"
+        for s in subjects
+    }
 
 
 def with_article(kind: str) -> str:

@@ -84,6 +84,12 @@ def make_record(
         "crop": np.array([view.top, view.left], np.int32),
         "subjects": [],
     }
+    if np.array_equal(record["chosen"], record["rejected"]):
+        raise LineError(
+            "rejected",
+            f"differs from chosen, but not at {sizes.resolution} x {sizes.resolution} pixels; give a "
+            "larger difference or a higher resolution",
+        )
     for i, (subject, mask) in enumerate(zip(line.subjects, subject_masks, strict=True)):
         where = f"subjects[{i}]."
         reference_mask = geometry.pad_to_square(masks[where + "reference_mask"], sizes.reference)

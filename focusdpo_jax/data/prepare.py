@@ -275,8 +275,8 @@ def _build(
 def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     """Assigns every line to a split by a hash of its group, so that other lines do not matter.
 
-    If there are three groups or more, a split that would be empty gets the group whose hash is
-    nearest, so that small data sets have validation images too.
+    If there are three groups or more, a split that would be empty gets a group of another, so that
+    small data sets have validation images too.
 
     Args:
       groups: {line: group}.
@@ -296,10 +296,15 @@ def assign_splits(groups: dict[int, str], settings: Settings) -> dict[int, str]:
     }
     order = sorted(place, key=lambda group: (place[group], group))
     if len(order) >= 3:
-        for name in ("validation", "test"):
-            if getattr(settings, name) and name not in split.values():
-                split[next(group for group in order if split[group] == "train")] = name
-    if "train" not in split.values():
+        names = [name for name in ("validation", "test") if getattr(settings, name)]
+        for name in (*names, "train"):
+            if name not in split.values():
+                # From training, whose first group has the nearest hash, unless that would empty it.
+                counts = collections.Counter(split.values())
+                largest = "train" if counts["train"] > 1 else counts.most_common(1)[0][0]
+                given = [group for group in order if split[group] == largest]
+                split[given[0] if largest == "train" else given[-1]] = name
+    elif "train" not in split.values():
         split = dict.fromkeys(split, "train")
     return {line: split[group] for line, group in groups.items()}
 

@@ -19,7 +19,7 @@ _FIELDS = ("caption", "chosen", "subjects", "group", "info")
 _SUBJECT_FIELDS = ("reference", "reference_mask", "phrase", "mask", "box", "info")
 _WORDS = re.compile(r"[^\W\d_]+")
 # Function words, which do not identify the noun of a phrase.
-_SMALL = frozenset("a an the of with and in on at to my his her its their this that".split())
+SMALL_WORDS = frozenset("a an the of with and in on at to my his her its their this that".split())
 
 Segmenter = Callable[[np.ndarray, str, tuple[float, float, float, float] | None], np.ndarray]
 """(image uint8 [H, W, 3], phrase, box (x0, y0, x1, y1) in [0, 1], or None) -> bool [H, W]: the
@@ -233,7 +233,7 @@ def _check_subject(scene: LoadedScene, subject: LoadedSubject, where: str) -> No
             )
     if scene.caption is not None and subject.phrase is not None:
         caption = scene.caption.casefold()
-        words = [w for w in _WORDS.findall(subject.phrase.casefold()) if w not in _SMALL]
+        words = [w for w in _WORDS.findall(subject.phrase.casefold()) if w not in SMALL_WORDS]
         if words and not any(word in caption for word in words):
             raise LineError(
                 where + "phrase",

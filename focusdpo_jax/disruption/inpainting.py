@@ -289,6 +289,10 @@ class Inpainter:
         extent = max(high - low for low, high in geometry.bounds(mask))
         square = geometry.square_around(mask, min(max(side, CONTEXT * extent), *image.shape[:2]))
         small, inside = (geometry.pad_to_square(x[square], side) for x in (image, mask))
+        if not inside.any():  # Thinner than a pixel of the generator's input.
+            length = len(mask[square])
+            rows, columns = np.nonzero(mask[square])
+            inside[rows * side // length, columns * side // length] = True
         size = self._generator.config.image_encoder.image_size
         shown = (
             np.full((size, size, 3), 255, np.uint8)
@@ -314,9 +318,7 @@ class Inpainter:
                 [scene_noise(seed, [0], self._generator.latent_shape(side)) for seed in padded]
             )
             # The initial noise folds in 0; the noise of later steps needs another key.
-            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
-                jnp.asarray(padded)
-            )
+            keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in padded])
             candidates = np.asarray(
                 self._inpaint(
                     self._parameters, *shared, *shown, *shard_batch((noise, keys), self._mesh)

@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from focusdpo_jax.data import dreambench
+from focusdpo_jax.data.scene_manifest import SMALL_WORDS
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.inference.prompts import Reference
@@ -214,7 +215,7 @@ def _is_flat(folder: str, used: list[tuple[str, set[epath.Path]]], table: str) -
 
     The layout does not state it. Rules, in this order: a folder that prompts_and_classes.txt lists
     is one subject's; it is flat if an entry has two images of the folder; it is not flat if every
-    prompt has the folder's name; it is flat if the names of the listed images differ by more than
+    prompt shares a word with the folder's name; it is flat if the names of the listed images differ by more than
     numbers (dog.png, cat.png; not 00.jpg, 02.jpg), or if a prompt has the file's name ("a dog",
     references/dog.png).
 
@@ -228,7 +229,7 @@ def _is_flat(folder: str, used: list[tuple[str, set[epath.Path]]], table: str) -
         return False
     if any(len(images) > 1 for _, images in used):
         return True
-    if all(_words(name) & _words(prompt) for prompt, _ in used):
+    if all((_words(name) - SMALL_WORDS) & _words(prompt) for prompt, _ in used):
         return False
     if len({_words(p.stem) for _, images in used for p in images}) > 1:
         return True

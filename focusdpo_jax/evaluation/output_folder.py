@@ -43,6 +43,9 @@ class OutputFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = json.loads(path.read_text()) if path.exists() else {}
+            for name, source in (("sampling", "a model"), ("images", "another program")):
+                if name in stored:  # Folders of earlier versions do not state the source.
+                    stored.setdefault("source of images", source)
             # Through JSON, which turns tuples into lists.
             settings = json.loads(json.dumps(settings))
             other = [key for key, value in settings.items() if stored.get(key, value) != value]

@@ -63,7 +63,8 @@ def run(
     Returns:
       The values of results.json, or None if images of other shares are still missing.
     """
-    folder.claim({**benchmark.settings, "batch_size": batch_size})
+    source = "a model" if images is None else "another program"
+    folder.claim({**benchmark.settings, "batch_size": batch_size, "source of images": source})
     scenes = benchmark.scenes(folder)
     scene_files.write(folder.path / "scenes.jsonl", scenes)
     given, image_source = None, folder

@@ -9,6 +9,7 @@ from etils import epath
 
 from focusdpo_jax.array_types import RGBImage
 from focusdpo_jax.data.record import Source
+from focusdpo_jax.errors import UserError
 from focusdpo_jax.evaluation.scenes import BenchmarkScene, BenchmarkSubject
 from focusdpo_jax.evaluation.scoring import Regions, Scores
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
@@ -86,8 +87,19 @@ class ToyboxScorer:
     def score(
         self, scenes: Sequence[BenchmarkScene], images: Sequence[RGBImage], regions: Regions
     ) -> list[Scores]:
-        """Scores images; see `scoring.Scorer.score`. Regions are not used."""
+        """Scores images; see `scoring.Scorer.score`. Regions are not used.
+
+        Raises:
+          UserError: an image has another size than the scenes, at which the probe was trained.
+        """
         side = self._batch_size
+        wanted = self._source[int(scenes[0].group)]["chosen"].shape
+        for scene, image in zip(scenes, images, strict=True):
+            if image.shape != wanted:
+                raise UserError(
+                    f"the image of scene {scene.name} has {image.shape[1]} x {image.shape[0]} pixels "
+                    f"and Toybox's probe reads {wanted[1]} x {wanted[0]}; resize the images"
+                )
         batch = np.stack(images)
         batch = np.concatenate([batch, np.repeat(batch[-1:], side - len(batch), axis=0)])
         readings = self._read(self._probe, shard_batch(batch, self._mesh))

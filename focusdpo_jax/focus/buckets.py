@@ -159,7 +159,7 @@ def make_buckets(
             background=np.float32(background),
             matched_weight=np.float32(matched),
         )
-        detail = dpce and u >= 1 - detail_fraction
+        detail = dpce and u + detail_fraction >= 1 - 1e-9  # Rounding must not remove a bucket.
         structure = BucketStructure(spaf=spaf, dpce=detail, confidence=lambda_c > 0)
         buckets.append(Bucket(structure, params))
     return tuple(buckets)

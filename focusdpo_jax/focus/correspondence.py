@@ -208,8 +208,8 @@ def match(
        of the rivals, which are the other subjects and the background. Without rivals the margin is
        the similarity. Patches with equal margins are taken in raster order.
 
-    Values whose difference may be due to rounding count as equal, so that all devices match the
-    same patches.
+    Values are rounded to bins wider than float32's rounding, so that devices with other rounding
+    match the same patches, except where a value lies at the edge of a bin.
 
     With `coverage`, a subject matches only patches that it covers, and the budget is an area: a
     patch on the outline counts as its covered share [ours]. Otherwise a subject covers more patches

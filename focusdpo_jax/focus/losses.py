@@ -139,7 +139,8 @@ def anchor(
       policy_chosen, reference_chosen: error maps, see `diffusion_dpo`. That of the reference model
         only shifts the value and has no gradient.
       beta: see `diffusion_dpo`. beta / 4 is the slope of that loss if policy and reference are the
-        same model, so that an error then has the same slope in both terms.
+        same model, so that an error then has the same slope in both terms if both have this beta
+        (with `config.match_beta`, the preference loss has beta over `relative_scale`).
 
     Returns:
       The term of each pair [B], and the diagnostic `chosen_error_difference`, the mean in the

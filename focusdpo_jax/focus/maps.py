@@ -204,10 +204,15 @@ def focus_map(
                 raise ValueError(
                     "focus_map: reference_images needs reference_masks and subject_masks"
                 )
-            complexities = complexity.reference_complexity(
-                reference_images, reference_masks, *settings
+            shown = True if present is None else jnp.asarray(present)
+            complexities = jnp.where(
+                shown,
+                complexity.reference_complexity(reference_images, reference_masks, *settings),
+                0,
             )
             masks = average_to_grid(subject_masks.astype(jnp.float32), grid)
+            if present is not None:
+                masks = jnp.where(jnp.asarray(present)[..., None, None], masks, 0)
             detail = complexity.scale_by_reference(detail, each(masks), each(complexities))
         inputs = inputs._replace(detail=detail)
     if structure.confidence:
@@ -236,6 +241,8 @@ def _bucket(bucket, timesteps, buckets):
         return bucket
     buckets = make_buckets() if buckets is None else buckets
     terms = [bucket.structure for bucket in buckets]
+    if len({term.spaf for term in terms}) > 1:
+        raise ValueError("focus_map: with timesteps, all buckets or none have SPAF")
     structure = BucketStructure(
         spaf=any(term.spaf for term in terms),
         dpce=any(term.dpce for term in terms),

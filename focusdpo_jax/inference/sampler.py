@@ -146,9 +146,7 @@ class Sampler:
             [scene_noise(prompt.seed, [0], generator.latent_shape(side)) for prompt in prompts]
         )
         # The initial noise folds in 0; the noise of later steps needs another key.
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(
-            jnp.asarray([prompt.seed for prompt in prompts])
-        )
+        keys = jnp.stack([jax.random.fold_in(jax.random.key(p.seed), 1) for p in prompts])
         references, *inputs = shard_batch(
             (references, token_ids, time_ids, present, noise, keys, scales, masks), self._mesh
         )

@@ -194,8 +194,9 @@ def image_encoder_loss(generator: Generator) -> Loss:
         )
         alone_loss = alone_loss - alone_terms["background"]
         shown = jax.nn.one_hot(truth["class_id"], TOYBOX.classes) * batch.present[..., None]
+        # Two subjects may have the same class.
         named = jnp.concatenate(
-            [shown.sum(1), jax.nn.one_hot(truth["background"], TOYBOX.backgrounds)], axis=-1
+            [shown.max(1), jax.nn.one_hot(truth["background"], TOYBOX.backgrounds)], axis=-1
         )
         logits = scenes.projected @ trainable["heads"]["names"]
         naming = jnp.mean(

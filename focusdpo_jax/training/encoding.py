@@ -161,10 +161,15 @@ def _detail(focus, batch, images, prior):
     detail = complexity.complexity(images, jnp.repeat(prior, 2, axis=0), *settings)
     if not focus.reference_detail:
         return detail
-    complexities = complexity.reference_complexity(
-        batch.references.astype(jnp.float32) / 255, batch.reference_masks, *settings
+    complexities = jnp.where(
+        batch.present,
+        complexity.reference_complexity(
+            batch.references.astype(jnp.float32) / 255, batch.reference_masks, *settings
+        ),
+        0,
     )
     masks = average_to_grid(batch.masks.astype(jnp.float32), prior.shape[1:])
+    masks = jnp.where(batch.present[..., None, None], masks, 0)
     return complexity.scale_by_reference(
         detail, jnp.repeat(masks, 2, axis=0), jnp.repeat(complexities, 2, axis=0)
     )

@@ -64,7 +64,9 @@ class StepMetrics(metrics.Metric):
 
 
 def mean_by_bucket(
-    seen: Mapping[str, StepMetrics], of_whole_steps: Collection[str] = ()
+    seen: Mapping[str, StepMetrics],
+    of_whole_steps: Collection[str] = (),
+    several: bool = True,
 ) -> dict[str, float]:
     """Computes means over all steps and, with several buckets, over the steps of each bucket.
 
@@ -73,6 +75,7 @@ def mean_by_bucket(
     Args:
       seen: {bucket: the sums of its steps}.
       of_whole_steps: names of metrics that are not reported per bucket.
+      several: whether the run has several buckets; `seen` may have only some of them.
 
     Returns:
       {name: float, "bucket/name": float}; the names are sorted, and so are the buckets.
@@ -86,7 +89,7 @@ def mean_by_bucket(
             if name not in of_whole_steps:
                 each[f"{bucket}/{name}"] = value / steps
     values = {name: total[name] / count[name] for name in sorted(total)}
-    return values | each if len(seen) > 1 else values
+    return values | each if several else values
 
 
 # Jitted, so that each is one dispatch that does not wait for the device.

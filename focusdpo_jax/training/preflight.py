@@ -9,6 +9,7 @@ from absl import logging
 
 from focusdpo_jax import objectives
 from focusdpo_jax.data import dataset
+from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.errors import UserError
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.training import memory, models, run_data
@@ -72,12 +73,36 @@ def _check(config):
         dataset.toybox_world(config)
     models.check_files(config)
     room = ""
+    trains_generator = objectives.get(config.objective).trains_generator
     # Encoders are trained only for Toybox, and are small.
-    if objectives.get(config.objective).trains_generator:
+    if trains_generator:
         held, available = memory.require_fit(config, mesh)
         room = f": {held / 1e9:.2f} GB are held on each device before activations" + (
             f", of {available / 1e9:.1f}" if available is not None else ""
         )
     # Checks the vocabulary. Last, since importing the tokenizer library takes a second.
-    models.open_model(config)
+    model = models.open_model(config)
+    if trains_generator:
+        _check_images(config, model)
     return room
+
+
+def _check_images(config, model):
+    """Checks the fields of the images that a run generates and measures."""
+    try:
+        samplers.sampling_timesteps(
+            model.generator.schedule.timesteps,
+            config.sampling.steps,
+            model.generator.config.spacing,
+        )
+    except UserError as error:
+        raise UserError(f"config.sampling.steps = {config.sampling.steps}: {error}") from error
+    if config.data.source != "toybox" or model.probe is not None:
+        return
+    for field in ("scenes", "validation_scenes"):
+        count = getattr(config.evaluation, field)
+        if count:
+            raise UserError(
+                f"config.evaluation.{field} = {count}: config.model.pretrained = "
+                f"{config.model.pretrained!r} has no probe.safetensors, which measures them; give 0"
+            )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from focusdpo_jax import config as config_lib
 from focusdpo_jax import objectives
 from focusdpo_jax.data import loader
 from focusdpo_jax.evaluation import toybox_results
@@ -136,7 +137,7 @@ class Showcase:
 
     @functools.cached_property
     def _base(self):
-        """The base's images generated so far, also by earlier starts of the run."""
+        """The base's images generated so far, also by earlier starts: {name: images, name/key: str}."""
         path = self._workdir / "base.npz"
         if not (processes.is_first() and path.exists()):
             return {}
@@ -150,18 +151,27 @@ class Showcase:
           name: "shown" or "measured".
           trainable: trainable parameters of the base, if `reference` is None.
         """
-        if not processes.broadcast_from_first(name in self._base):
+        key = self._base_key(name)
+        if not processes.broadcast_from_first(str(self._base.get(f"{name}/key")) == key):
             logging.info("generating images with the base model")
             _, encoded, _ = self._shown if name == "shown" else self._measured
             images = self._generate_images(
                 self._reference if trainable is None else trainable, encoded
             )
             if processes.is_first():
-                self._base[name] = images
+                self._base |= {name: images, f"{name}/key": np.array(key)}
                 content = io.BytesIO()
                 np.savez(content, **self._base)
                 replace_file(self._workdir / "base.npz", content.getvalue())
         return self._base.get(name)
+
+    def _base_key(self, name):
+        """Returns what the base's images depend on, as JSON; a resumed run may have other fields."""
+        fields, evaluation = config_lib.to_dict(self._config), self._config.evaluation
+        data = {k: v for k, v in fields["data"].items() if k not in ("path", "workers", "cache")}
+        count = evaluation.pictures if name == "shown" else evaluation.scenes
+        kept = {k: fields[k] for k in ("model", "sampling", "seed", "resolution", "dtype")}
+        return json.dumps(kept | {"data": data, "count": count}, sort_keys=True)
 
     def sample(self, step, trainable, writer):
         """Generates validation scenes; writes their images and the means of their metrics."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from focusdpo_jax.focus import correspondence
-from focusdpo_jax.focus.grids import average_to_grid
+from focusdpo_jax.focus.grids import share_on_grid
 from focusdpo_jax.models.generator import Conditioning
 
 # Separates the noise on references from other random numbers of the same seed.
@@ -204,13 +204,7 @@ class AttentionSource:
 
 def masks_on_grid(masks, grid):
     """Returns the share of each cell of a grid (h, w) that masks [B, S, R, R] cover: [B, S, hw]."""
-    masks = masks.astype(jnp.float32)
-    rows, columns = masks.shape[2:]
-    if rows % grid[0] or columns % grid[1]:
-        masks = jax.image.resize(masks, (*masks.shape[:2], *grid), "linear", antialias=True)
-    else:
-        masks = average_to_grid(masks, grid)
-    return masks.reshape(*masks.shape[:2], -1)
+    return share_on_grid(masks, grid).reshape(*masks.shape[:2], -1)
 
 
 def _compare(prototypes, targets):

@@ -23,7 +23,8 @@ class Windows:
           writer: `MetricWriter` of the means.
           progress: `StepProgress` that shows the log line.
           checkpoints: `Checkpoints`, closed if a metric is not finite.
-          buckets: names of the buckets; the logit scale of each is logged once.
+          buckets: names of the run's buckets. With several, their means are reported, too; the logit
+            scale of each is logged once.
           accumulate: microsteps per optimiser step. If > 1, the microsteps of a step have different
             buckets, and the gradient norm is not reported per bucket.
         """
@@ -31,6 +32,7 @@ class Windows:
         self._of_whole_steps = ("gradient_norm",) if accumulate > 1 else ()
         self._ended = None
         self._scales = dict.fromkeys(buckets)
+        self._several = len(self._scales) > 1
         self._begin()
 
     def _begin(self):
@@ -64,7 +66,7 @@ class Windows:
             return
         number, sums, matmul_flops = self._ended
         self._ended = None
-        values = mean_by_bucket(sums, self._of_whole_steps)
+        values = mean_by_bucket(sums, self._of_whole_steps, self._several)
         require_finite(values, number, self._checkpoints)
         self._log_scales(number, values)
         shown = {name: values[name] for name in _SHOWN if name in values}

@@ -316,7 +316,8 @@ def _magnify(image: RGBImage, size: np.ndarray) -> RGBImage:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
-    """Truncates a text to `width` pixels, with three dots."""
+    """Joins the lines of a text and truncates it to `width` pixels, with three dots."""
+    text = " ".join(text.split())
     if draw.textlength(text) <= width:
         return text
     while text and draw.textlength(text + "...") > width:

@@ -10,7 +10,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from focusdpo_jax import toybox
-from focusdpo_jax.data import dataset
+from focusdpo_jax.data import dataset, preference_pairs
 from focusdpo_jax.errors import UserError
 
 WORLD = toybox.World(seed=1, resolution=32)
@@ -55,6 +55,16 @@ def test_second_build_reuses_the_first(path):
     before = path.stat().mtime
     assert dataset.build_toybox(path.parent.parent.parent, WORLD, SIZES) == path
     assert path.stat().mtime == before
+
+
+def test_a_set_that_another_process_finishes_first_is_used(path, tmp_path, monkeypatch):
+    def finish(self, **_):
+        shutil.copytree(path, tmp_path / path.relative_to(path.parent.parent.parent))
+        raise FileExistsError("Destination already exists")
+
+    monkeypatch.setattr(preference_pairs.PreferencePairs, "download_and_prepare", finish)
+    built = dataset.build_toybox(tmp_path, WORLD, SIZES)
+    assert len(dataset.open_source(built, "train")) == SIZES["train"]
 
 
 def test_other_settings_go_to_another_directory(path):

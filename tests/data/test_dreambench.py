@@ -91,6 +91,14 @@ def test_photographs_without_masks_are_named(folder, tmp_path):
         dreambench.write_manifest(folder, tmp_path / "source")
 
 
+def test_a_folder_without_a_name_is_a_subject():
+    assert dreambench.classes("", ["01", "dog2", "red_cat"]) == {
+        "01": "subject",
+        "dog2": "dog",
+        "red_cat": "red cat",
+    }
+
+
 def test_real_photographs(tmp_path):
     """Of two subjects, so that it is quick; the whole folder goes the same way."""
     for subject in ("dog", "dog2"):

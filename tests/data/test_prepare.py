@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focusdpo_jax.data import dataset, line_store, loader, prepare, report
+from focusdpo_jax.data import (
+    dataset,
+    line_record,
+    line_store,
+    loader,
+    manifest,
+    prepare,
+    report,
+)
 from focusdpo_jax.errors import UserError
 
 SETTINGS = prepare.Settings(resolution=16)
@@ -199,6 +207,27 @@ def test_other_folders_are_not_changed(good, tmp_path):
     assert list((tmp_path / "pairs").iterdir()) == []
 
 
+def test_a_difference_that_is_lost_at_the_stored_size_is_refused():
+    chosen = np.full((512, 512, 3), 100, np.uint8)
+    rejected = chosen.copy()
+    rejected[200, 200] = 120
+    marked = np.zeros((512, 512), bool)
+    marked[150:250, 150:250] = True
+    contents = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "subjects[0].reference": chosen,
+        "subjects[0].reference_mask": marked,
+        "subjects[0].mask": marked,
+    }
+    contents = {name: example_pairs.encoded(pixels) for name, pixels in contents.items()}
+    subject = manifest.PairSubject("reference", "reference_mask", "a thing", "mask", None)
+    line = manifest.PairLine("a thing", "chosen", "rejected", (subject,), None, None)
+    line_record.make_record(line, contents, line_record.ImageSizes(resolution=512, reference=32))
+    with pytest.raises(manifest.LineError, match="differs from chosen, but not at 32 x 32"):
+        line_record.make_record(line, contents, line_record.ImageSizes(resolution=32, reference=32))
+
+
 def test_splits_depend_on_each_group_alone():
     settings = prepare.Settings(validation=0.1, test=0.2)
     groups = {i: f"group {i // 2}" for i in range(4000)}
@@ -213,6 +242,13 @@ def test_splits_depend_on_each_group_alone():
     small = prepare.assign_splits({0: "a", 1: "b", 2: "c"}, prepare.Settings())
     assert sorted(small.values()) == ["test", "train", "validation"]
     assert set(prepare.assign_splits({0: "a", 1: "b"}, prepare.Settings()).values()) == {"train"}
+    # However the hashes fall.
+    for validation, test in ((0.3, 0.05), (0.2, 0.2), (0.9, 0.05), (0.5, 0.0)):
+        few = prepare.Settings(validation=validation, test=test)
+        wanted = {"train", "validation"} | ({"test"} if test else set())
+        for i in range(200):
+            groups = {j: f"{i} {j}" for j in range(3)}
+            assert set(prepare.assign_splits(groups, few).values()) == wanted
 
 
 def test_tokens_are_counted_by_the_tokenizer_if_given(tmp_path):

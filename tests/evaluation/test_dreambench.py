@@ -97,6 +97,7 @@ FLAT = [
     [("two dogs", "../refs/dog_1.png", "../refs/dog_2.png")],
     [("a thing", "../refs/01.png"), ("two things", "../refs/01.png", "../refs/02.png")],
     [("a thing", "beside.png")],
+    [("a dog on grass", "../set_a/dog.png"), ("a cat on sand", "../set_a/cat.png")],
 ]
 
 
@@ -107,6 +108,8 @@ def test_every_image_of_a_flat_folder_is_a_subject(tmp_path, entries):
         *(f"refs/{name}.png" for name in ("dog", "cat", "dog_1", "dog_2", "01", "02")),
         "lists/beside.png",
         "lists/other.png",
+        "set_a/dog.png",
+        "set_a/cat.png",
     )
     for scene, (_, *names) in zip(listed(tmp_path, entries), entries):
         for subject, name in zip(scene.subjects, names):

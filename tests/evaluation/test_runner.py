@@ -194,6 +194,17 @@ def test_images_of_another_program(config, probe, whole, tmp_path):
     Image.new("RGB", (32, 32)).save(images / "0000_0.png")
     with pytest.raises(UserError, match="another digest of images"):
         evaluate(tmp_path / "out", config, probe, {}, images=images)
+    # A folder of generated images keeps its scores for those, also one of an earlier version.
+    shutil.copytree(whole, tmp_path / "generated")
+    for settings in (None, json.loads((whole / "settings.json").read_text())):
+        if settings is not None:
+            assert settings.pop("source of images") == "a model"
+            (tmp_path / "generated" / "settings.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match="another source of images"):
+            evaluate(tmp_path / "generated", config, probe, {}, images=images)
+    Image.new("RGB", (48, 32)).save(images / "0000_0.png")
+    with pytest.raises(UserError, match="scene 0000_0 has 48 x 32 pixels .* reads 32 x 32"):
+        evaluate(tmp_path / "large", config, probe, {}, images=images)
 
 
 def test_compare(whole, tmp_path):
@@ -212,6 +223,10 @@ def test_compare(whole, tmp_path):
     assert text.startswith("4 scenes") and f"{other} - {whole}" in text
     with pytest.raises(UserError, match="two or more"):
         comparison.compare([whole])
+    results["settings"]["protocol"] = "one"
+    (other / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"another protocol \(None and one\)"):
+        comparison.compare([whole, other])
     with pytest.raises(UserError, match="cannot be read"):
         comparison.compare([whole, tmp_path / "nowhere"])
 

@@ -31,6 +31,12 @@ def test_detail_fraction_counts_from_the_clean_end(fraction, enabled):
     assert dpce == [False] * (4 - enabled) + [True] * enabled
 
 
+@pytest.mark.parametrize("count, fraction, enabled", [(5, 0.7, 4), (10, 0.85, 9), (20, 0.575, 12)])
+def test_a_fraction_loses_no_bucket_to_rounding(count, fraction, enabled):
+    buckets = bk.make_buckets(count, detail_fraction=fraction)
+    assert sum(bucket.structure.dpce for bucket in buckets) == enabled
+
+
 def test_terms_can_be_switched_off_everywhere():
     assert bk.structures(bk.make_buckets(4, spaf=False, dpce=False)) == (
         bk.BucketStructure(spaf=False, dpce=False),

@@ -189,6 +189,21 @@ def test_without_their_masks_subjects_share_the_area_of_the_prior():
         np.testing.assert_array_equal(found.match.budget, [[budget, budget]])
 
 
+def test_what_an_empty_slot_contains_does_not_matter():
+    arguments = inputs() | {"reference_images": np.random.default_rng(1).random((3, 2, 8, 8, 3))}
+    arguments["reference_images"] = arguments["reference_images"].astype(np.float32)
+    bucket, present = fd.focus.make_buckets()[-1], np.array([[True, False]] * 3)
+    empty = {name: arguments[name].copy() for name in ("subject_masks", "reference_masks")}
+    for masks in empty.values():
+        masks[:, 1] = False
+    found, expected = (
+        focus_map(**values, bucket=bucket, present=present)
+        for values in (arguments, arguments | empty)
+    )
+    np.testing.assert_array_equal(found.detail, expected.detail)
+    np.testing.assert_array_equal(found.weights, expected.weights)
+
+
 def test_no_gradient_flows_through_a_map():
     arguments = inputs()
 

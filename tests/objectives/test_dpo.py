@@ -47,10 +47,12 @@ def test_a_matched_beta_is_that_of_diffusion_dpo():
 
 
 def test_the_limit_of_the_loser_reaches_the_loss():
+    """The rejected image's error rises by 0.05 of 0.5; at most a share of 0.5 counts."""
     prior = jnp.ones((1, 4, 4))
-    plain, limited = (compute(prior, prior, loser_limit=limit)[0] for limit in (0.0, 1e-6))
-    winner = compute(prior, prior)[1]["winner_error_difference"]
-    rise = compute(prior, prior)[1]["loser_error_difference"]
-    counted = np.minimum(rise, 1e-6 * 0.5)
-    np.testing.assert_allclose(limited, np.logaddexp(0, 20 * (winner - counted)), atol=1e-4)
-    assert (rise > 0).all() == bool((plain < limited).all())
+    reference = jnp.full_like(prior, 0.5)
+    chosen = ImageErrors(reference, reference, prior, prior, prior[..., None])
+    rejected = ImageErrors(reference + 0.05, reference, prior, prior, prior[..., None])
+    for limit, counted in ((0.0, 0.05), (0.2, 0.05), (0.02, 0.01)):
+        config = types.SimpleNamespace(**FIELDS | {"loser_limit": limit})
+        loss, _ = preference_loss(chosen, rejected, config)
+        np.testing.assert_allclose(loss, np.logaddexp(0, -20 * counted), rtol=1e-5)

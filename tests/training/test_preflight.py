@@ -209,6 +209,21 @@ def test_a_resolution_between_latents(refused, published):
     )
 
 
+def test_sampling_steps_beyond_the_schedule(refused, published):
+    assert refused(config_of(published, sampling__steps=1000), published) == (
+        "config.sampling.steps = 1000: sampling steps is 1000; choose 1 to 999"
+    )
+
+
+@pytest.mark.parametrize("field", ["scenes", "validation_scenes"])
+def test_measures_need_a_probe(refused, published, field):
+    config = config_of(published, **{f"evaluation__{field}": 2, "data__source": "toybox"})
+    assert refused(config, published) == (
+        f"config.evaluation.{field} = 2: config.model.pretrained = '{published / 'sdxl'}' has no "
+        "probe.safetensors, which measures them; give 0"
+    )
+
+
 def test_devices_that_are_not_there(refused, published):
     assert refused(config_of(published, mesh__fsdp=1000), published).startswith(
         "config.mesh.data = -1, config.mesh.fsdp = 1000, config.mesh.tensor = 1"

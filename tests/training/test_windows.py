@@ -33,7 +33,7 @@ def recorder():
 
 @pytest.fixture
 def windows(recorder):
-    return Windows(recorder, recorder, recorder)
+    return Windows(recorder, recorder, recorder, ["noisy", "clean"])
 
 
 def measured(**values):
@@ -94,20 +94,21 @@ def test_logit_scales_are_logged_once_all_buckets_were_seen(recorder, monkeypatc
     )
     windows = Windows(recorder, recorder, recorder, ["noisy", "clean"])
     for number, seen in enumerate(
-        ([("noisy", 0.5)], [("noisy", 2.0), ("clean", 0.25)], [("noisy", 9.0), ("clean", 9.0)]), 1
+        ([("noisy", 0.5)], [("noisy", 2.0)], [("clean", 0.25)], [("noisy", 9.0), ("clean", 9.0)]), 1
     ):
         for bucket, scale in seen:
             windows.add(bucket, measured(loss=1.0, logit_scale=scale), 1.0)
         windows.end(number)
         windows.report()
-    # A window of one bucket has no means by bucket.
+    # The first value of each bucket.
     assert lines == [
-        "logit scale (mean of |beta / 2 margin|) of the first 2 steps: noisy 2, clean 0.25"
+        "logit scale (mean of |beta / 2 margin|) of the first 3 steps: noisy 0.5, clean 0.25"
     ]
+    assert recorder.reports[0][1]["noisy/loss"] == 1.0  # Also in a window of one bucket.
 
 
 def test_the_norm_of_a_step_of_several_buckets_is_of_no_bucket(recorder):
-    windows = Windows(recorder, recorder, recorder, accumulate=2)
+    windows = Windows(recorder, recorder, recorder, ["noisy", "clean"], accumulate=2)
     windows.add("noisy", measured(loss=1.0, gradient_norm=0.0), 10.0)
     windows.add("clean", measured(loss=2.0, gradient_norm=6.0), 10.0)
     windows.end(1)

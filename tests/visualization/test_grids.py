@@ -65,6 +65,14 @@ def test_a_long_caption_is_cut_to_the_page():
     assert (page[:, -8:] == 255).all()  # The margin stays empty.
 
 
+def test_a_caption_of_several_lines_is_one_line():
+    lines, line = (
+        grids.sample_grid([grids.SampleRow(text, [flat(RED)], flat(BLUE))])
+        for text in ("a star\non  sand", "a star on sand")
+    )
+    np.testing.assert_array_equal(lines, line)
+
+
 def test_sample_grid_fills_rows_first():
     rows = [
         grids.SampleRow("a star", [flat(RED)] * n, flat(c))
