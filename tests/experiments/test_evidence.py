@@ -50,17 +50,31 @@ def test_a_number_of_pairs_that_no_batch_divides_is_refused(pairs, capsys):
     assert f"--pairs={pairs}: give a multiple of 32" in capsys.readouterr().err
 
 
+def write_gate(arguments, rows):
+    """Writes the gate's file as `evidence` does, for one bucket."""
+    parsed = evidence.parse(arguments)
+    content = {"settings": evidence.gate_settings(parsed), "buckets": {"t000-999": rows}}
+    (parsed.output / "gate.json").write_text(json.dumps(content))
+
+
 def test_the_script_stops_where_no_map_passes_the_gate(tmp_path):
     row = {"prior_dpo": 0.95, "dpo": 0.9, "halves": 0.5, "norm": 2.0}
     rows = {name: row for name in ("dpo", "prior_dpo", "oracle", "focus_dpo")}
-    (tmp_path / "gate.json").write_text(json.dumps({"t000-999": rows}))
     arguments = ["--output", str(tmp_path), "--stages", "gate"]
     arguments += ["--methods", "dpo", "prior_dpo", "focus_dpo"]
+    write_gate(arguments, rows)
     with pytest.raises(UserError, match="no weight map passes the gate"):
         evidence.main(arguments)
     rows["focus_dpo"] = row | {"prior_dpo": 0.89}
-    (tmp_path / "gate.json").write_text(json.dumps({"t000-999": rows}))
+    write_gate(arguments, rows)
     evidence.main(arguments)
+    # Gradients of other settings are not taken for these.
+    for change in (["--set", "anchor=2.0"], ["--gradient_pairs", "32"]):
+        with pytest.raises(
+            UserError, match=r"has gradients of .* \(now .*\); give another --output"
+        ):
+            evidence.main([*arguments, *change])
+    evidence.main([*arguments, "--steps", "7"])  # No gradient depends on the number of steps.
 
 
 @pytest.mark.slow
@@ -117,7 +131,7 @@ def test_a_method_is_trained_once_and_measured(tiny_folder, tmp_path, capsys):
     with pytest.raises(UserError, match="has no gradient of prior_dpo, whose norm sets its beta"):
         evidence.main(arguments)
     norms = {"dpo": {"norm": 1.0}, "prior_dpo": {"norm": 2.0}, "focus_dpo": {"norm": 0.5}}
-    (tmp_path / "gate.json").write_text(json.dumps({"t000-999": norms}))
+    write_gate(arguments, norms)
     evidence.main(arguments)
     table = capsys.readouterr().out
     for name, beta, anchor in (("prior_dpo", 50.0, 2.0), ("focus_dpo", 200.0, 0.5)):
@@ -134,3 +148,5 @@ def test_a_method_is_trained_once_and_measured(tiny_folder, tmp_path, capsys):
     assert "focus_dpo" in (tmp_path / "evidence.md").read_text()
     with pytest.raises(UserError, match=r"has results of config.anchor = 2.0 \(now 6.0\); give"):
         evidence.main([*arguments, "--set", "anchor=3.0"])
+    with pytest.raises(UserError, match=r"has results of config.steps = 2 \(now 4\); give"):
+        evidence.main([*arguments, "--set", "steps=4"])

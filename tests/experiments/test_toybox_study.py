@@ -12,6 +12,7 @@ import tiny
 from PIL import Image
 
 from experiments import study_report, study_trial, toybox_study
+from focusdpo_jax.errors import UserError
 from focusdpo_jax.toybox import pretraining
 from focusdpo_jax.training import models
 
@@ -164,6 +165,17 @@ def test_finished_trials_are_skipped_and_shares_are_disjoint(study, tmp_path, no
     (tmp_path / "trials" / tuning[1].name / "validation_000004.npz").unlink()
     assert study[0].run_trials(settings(study, tmp_path), tuning)
     assert no_training[4:] == [tuning[1].name]
+
+
+def test_measurements_with_other_settings_are_refused(study, tmp_path, no_training):
+    tuning = list(study[0].tuning_trials(settings(study, tmp_path)))
+    assert study[0].run_trials(settings(study, tmp_path), tuning)
+    longer = [dataclasses.replace(trial, steps=(4, 8)) for trial in tuning]
+    assert study[0].run_trials(settings(study, tmp_path), longer)
+    assert len(no_training) == 2 * len(tuning)
+    other = list(study[0].tuning_trials(settings(study, tmp_path, "--set", "batch_size=4")))
+    with pytest.raises(UserError, match="other settings .*trial.json.*; give another --output"):
+        study[0].run_trials(settings(study, tmp_path), other)
 
 
 def test_seeds_are_pooled_scene_by_scene(study, tmp_path):

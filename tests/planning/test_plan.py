@@ -1,5 +1,6 @@
 """Plans of the tiny run have the shapes, programs and operations of the run itself."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -183,14 +184,16 @@ def test_a_search_recommends_the_plan_that_fits_with_least_communication(tiny_co
             "collectives": {"update": told},
         }
 
-    def searched(batches):
+    def searched(batches, pairs=1000):
         seen = []
-        plans = search.search(tiny_config(), "v5e:2x2", batches=batches, report=seen.append)
+        config = tiny_config(data__train_size=pairs)
+        plans = search.search(config, "v5e:2x2", batches=batches, report=seen.append)
         best = {name: plans[0][name] for name in ("batch_size", "remat", "fsdp")}
         return best, [(made["batch_size"], made["remat"], made["fsdp"]) for made in seen]
 
     monkeypatch.setattr(planner, "plan", plan)
-    monkeypatch.setattr(planner.targets, "devices", lambda topology: ([None] * 4, None))
+    chip = Chip("chip", 16e9, 1e12)
+    monkeypatch.setattr(planner.targets, "devices", lambda topology: ([None] * 4, chip))
     # 4 pairs fit in 4 and 2 parts, 8 pairs in 4; nothing is computed again in vain.
     assert searched([2, 1]) == (
         {"batch_size": 8, "remat": False, "fsdp": 4},
@@ -202,6 +205,11 @@ def test_a_search_recommends_the_plan_that_fits_with_least_communication(tiny_co
     )
     with pytest.raises(UserError, match="--topology=v5e:2x2: nothing of what was tried fits"):
         searched([100])
+    with pytest.raises(UserError, match="nothing of what was tried fits"):
+        searched([1], pairs=2)  # `main` refuses a step of more pairs than there are.
+    chip = dataclasses.replace(chip, flops=0.0)
+    with pytest.raises(UserError, match="memory and speed of chip are not both known"):
+        searched([1])
 
 
 def test_all_programs_of_a_recommendation_are_planned_with_their_cures(tiny_config, monkeypatch):
