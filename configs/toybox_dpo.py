@@ -23,19 +23,19 @@ def get_config():
     config.beta = 100.0
     config.anchor = 4.0
     config.preserve_winner = True
-    config.steps = 160
+    config.steps = 96
     config.batch_size = 16
     config.accumulate = 1
-    config.learning_rate = 1e-3
+    config.learning_rate = 1.5e-3
     config.warmup_steps = 10
     config.decay = "cosine"
     config.weight_decay = 0.0
     config.adam_b2 = 0.99
-    config.checkpoint_every = 40
-    config.sample_every = 80
+    config.checkpoint_every = 48
+    config.sample_every = 0  # Only at the end.
 
     config.data.train_size = 768
-    config.data.test_size = 384
+    config.data.test_size = 256
     config.data.leak_probability = 1.0
     config.data.cache = True
 
@@ -45,7 +45,7 @@ def get_config():
 
     config.sampling.steps = 8
     config.sampling.guidance = 2.0
-    config.evaluation.scenes = 384
+    config.evaluation.scenes = 256
     config.evaluation.batch_size = 32
     config.evaluation.pictures = 8
     return config
