@@ -50,6 +50,7 @@ TESTBED = {
     "data.nuisance_probability": 1.0,
     "data.one_look_probability": 0.5,
     "match_beta": True,
+    "learning_rate": 1e-3,
     "evaluation.scenes": 0,
     "evaluation.pictures": 0,
     "sample_every": 0,
