@@ -131,6 +131,47 @@ def report(model: Any, config: Any, *, split: str, count: int, seed: int, batch_
     return figures, tables, scenes, [record["caption"] for record in records], generated
 
 
+def found_classes(model: Any, images, batch_size: int):
+    """Returns the classes that the probe finds in images, uint8 [N, H, W, 3]: bool [N, classes]."""
+    predict = jax.jit(
+        lambda parameters, images: (
+            read(cast(Any, Probe(TOYBOX).apply({"params": parameters}, images))).area
+        )
+    )
+    areas = [
+        predict(model.probe, images[i : i + batch_size].astype(np.float32) / 255)
+        for i in range(0, len(images), batch_size)
+    ]
+    return np.concatenate(areas) >= toybox_metrics.MIN_AREA
+
+
+def class_errors(found, class_id, present):
+    """Compares the classes that the probe finds with those of the references.
+
+    Scenes with two subjects of one class are left out, as in `toybox.metrics`.
+
+    Args:
+      found: bool [N, classes], from `found_classes`.
+      class_id: int [N, S], classes of the references.
+      present: bool [N, S], which slots have a subject.
+
+    Returns:
+      ({number of subjects: (scenes, scenes with exactly the right classes, scenes with all of them
+      and others)}, rejected): the second is bool [N], scenes whose classes are not right.
+    """
+    counts, rejected = {}, np.zeros(len(found), bool)
+    for i, (row, ids) in enumerate(zip(found, class_id)):
+        wanted = ids[present[i]]
+        if len(set(wanted)) < len(wanted):
+            continue
+        right = np.isin(np.arange(len(row)), wanted)
+        rejected[i] = (row != right).any()
+        extra = rejected[i] and row[right].all()
+        scenes = counts.get(len(wanted), (0, 0, 0))
+        counts[len(wanted)] = tuple(np.add(scenes, (1, not rejected[i], extra)).tolist())
+    return dict(sorted(counts.items())), rejected
+
+
 def format_tables(tables):
     """Formats one row per measure and one column per source: mean and 95 % interval in per cent."""
     lines = [["measure", *tables]]

@@ -4,13 +4,16 @@ r"""Measures one of Toybox's small generators: autoencoder, accuracy of the prob
         --model=runs/toybox_base_generator/model --output=reports/toybox
 
 Prints the autoencoder's PSNR, and a table of the probe's measures on renders, on their
-reconstructions and on generated images of the same scenes. Writes report.json, and samples.png with
-the first 48 scenes, without selection. --config sets the world, the sampling steps and guidance.
+reconstructions and on generated images of the same scenes. Writes report.json, samples.png with the
+first 48 scenes, without selection, and rejected.png with the first scenes in which the probe does
+not find the right classes, to be compared by eye. --config sets the world, the sampling steps and
+guidance.
 """
 
 import dataclasses
 import json
 
+import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -44,6 +47,7 @@ def main() -> None:
     from focusdpo_jax import config as config_lib
     from focusdpo_jax.errors import UserError
     from focusdpo_jax.files import replace_file
+    from focusdpo_jax.toybox.subjects import CLASSES
     from focusdpo_jax.training import runs
     from focusdpo_jax.visualization import grids
 
@@ -99,12 +103,31 @@ def main() -> None:
         )
         + "\n",
     )
-    if generated is not None and _PICTURES.value:
+    if generated is None:
+        return
+    found = toybox_figures.found_classes(model, generated, _BATCH_SIZE.value)
+    counts, rejected = toybox_figures.class_errors(found, scenes.truth["class_id"], scenes.present)
+    for subjects, (total, right, extra) in counts.items():
+        print(
+            f"Scenes of {subjects}: the probe finds the right classes in {right} of {total}, and "
+            f"others in addition in {extra}"
+        )
+    first = _PICTURES.value
+
+    def save(name, indices, caption):
         rows = [
-            grids.SampleRow(captions[i], scenes.references[i][scenes.present[i]], generated[i])
-            for i in range(min(_PICTURES.value, len(generated)))
+            grids.SampleRow(caption(i), scenes.references[i][scenes.present[i]], generated[i])
+            for i in indices[:first]
         ]
-        grids.save_png(folder / "samples.png", grids.sample_grid(rows, columns=3, scale=2))
+        if rows:
+            grids.save_png(folder / name, grids.sample_grid(rows, columns=3, scale=2))
+
+    def with_found(i):
+        names = [name for name, is_found in zip(CLASSES, found[i]) if is_found]
+        return f"{captions[i]}; found: {', '.join(names) or 'none'}"
+
+    save("samples.png", range(len(generated)), lambda i: captions[i])
+    save("rejected.png", np.flatnonzero(rejected), with_found)
 
 
 if __name__ == "__main__":

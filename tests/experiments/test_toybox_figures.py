@@ -66,6 +66,30 @@ def test_images_do_not_depend_on_the_batch(model, tiny_config):
     assert np.abs(drawn.astype(int) - again).max() <= 1
 
 
+def test_classes_of_scenes_are_counted_by_their_number_of_subjects():
+    present = np.array([[1, 0], [1, 0], [1, 1], [1, 1], [1, 1]], bool)
+    class_id = np.array([[2, 0], [2, 0], [0, 1], [0, 1], [1, 1]])
+    found = np.array(
+        [
+            [0, 0, 1],  # Right.
+            [1, 0, 1],  # Another class in addition.
+            [1, 1, 0],  # Right.
+            [1, 0, 1],  # One is missing, and another found.
+            [1, 1, 1],  # Two subjects of one class: not counted.
+        ],
+        bool,
+    )
+    counts, rejected = toybox_figures.class_errors(found, class_id, present)
+    assert counts == {1: (2, 1, 1), 2: (2, 1, 0)}
+    assert rejected.tolist() == [False, True, False, True, False]
+
+
+def test_found_classes_cover_enough_of_the_image(model, tiny_config):
+    *_, scenes, _, drawn = report(model, tiny_config, ["generator"])
+    found = toybox_figures.found_classes(model, drawn, 4)
+    assert found.shape == (6, 8) and found.dtype == bool
+
+
 def test_tables_have_a_column_for_each_source(model, tiny_config):
     _, tables, *_ = report(model, tiny_config, ["probe"])
     text = toybox_figures.format_tables(tables)
