@@ -116,7 +116,7 @@ def main() -> None:
 
     def save(name, indices, caption):
         rows = [
-            grids.SampleRow(caption(i), scenes.references[i][scenes.present[i]], generated[i])
+            grids.SampleRow(caption(i), list(scenes.references[i][scenes.present[i]]), generated[i])
             for i in indices[:first]
         ]
         if rows:
