@@ -80,15 +80,14 @@ def read(paths: Sequence[epath.PathLike]) -> Compared:
                 f"{folder.path}/results.json was not written by focusdpo_jax.evaluate; evaluate "
                 "that run first."
             )
-    for name in ("protocol", "world"):
-        values = [result["settings"].get(name) for result in results]
-        for folder, value in zip(folders[1:], values[1:]):
-            if value != values[0]:
-                raise UserError(
-                    f"--compare: {folders[0].path} and {folder.path} have another {name} "
-                    f"({values[0]} and {value}), so that their values are not comparable; evaluate "
-                    "with the same."
-                )
+    protocols = [result["settings"].get("protocol") for result in results]
+    for folder, protocol in zip(folders, protocols):
+        if protocol != protocols[0]:
+            raise UserError(
+                f"--compare: {folder.path} has another protocol ({protocol}) than "
+                f"{folders[0].path} ({protocols[0]}), and their values are not comparable; evaluate "
+                "with the same."
+            )
     sides = ["policy" if "policy" in r["settings"]["scores"] else "base" for r in results]
     columns = []
     for folder, result, side in zip(folders, results, sides):

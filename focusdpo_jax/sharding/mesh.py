@@ -167,17 +167,17 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     if jax.process_count() == 1:
         return _jitted_identity(sharding)(batch)
     shares = num_batch_shards(mesh)
-    held = len(process_rows(mesh, shares))  # Shards of this process.
+    # {shard of the batch: its position among the shards of this process}.
+    held = {shard: i for i, shard in enumerate(process_rows(mesh, shares))}
 
     def place(x):
-        size = len(x) // held * shares
-        position = {row: i for i, row in enumerate(process_rows(mesh, size))}
+        size = len(x) // len(held)  # Rows of a shard.
 
-        def shard(index):
-            first, stop, _ = index[0].indices(size)
-            return x[position[first] : position[stop - 1] + 1]
+        def rows(index):
+            first = held[(index[0].start or 0) // size] * size
+            return x[first : first + size]
 
-        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard)
+        return jax.make_array_from_callback((size * shares, *x.shape[1:]), sharding, rows)
 
     return jax.tree.map(place, batch)
 
