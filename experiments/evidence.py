@@ -186,8 +186,8 @@ def relative_norm(evidence: Any, name: str) -> float:
     norms = [methods[name]["norm"] for methods in rows if name in methods]
     if not norms:
         raise UserError(
-            f"{_gate_path(evidence)} has no gradient of {name}, whose norm sets its beta; run --stages gate first, "
-            "with the same --methods"
+            f"{_gate_path(evidence)} has no gradient of {name}, whose norm sets its beta; run "
+            "--stages gate first, with the same --methods"
         )
     return float(np.mean(norms))
 

@@ -12,7 +12,7 @@ from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import geometry
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.inference.generate import conditioned_denoiser, scene_noise
+from focusdpo_jax.inference.generate import conditioned_denoiser, scene_noise, step_keys
 from focusdpo_jax.inference.sampler import SamplingModel
 from focusdpo_jax.models.generator import Generator
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
@@ -317,8 +317,7 @@ class Inpainter:
             noise = jnp.concatenate(
                 [scene_noise(seed, [0], self._generator.latent_shape(side)) for seed in padded]
             )
-            # The initial noise folds in 0; the noise of later steps needs another key.
-            keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in padded])
+            keys = step_keys(padded)
             candidates = np.asarray(
                 self._inpaint(
                     self._parameters, *shared, *shown, *shard_batch((noise, keys), self._mesh)

@@ -177,6 +177,7 @@ def scale_by_reference(
     detail: Float[AnyArray, "batch height width"],
     subject_masks: Float[AnyArray, "batch subjects height width"],
     complexities: Float[AnyArray, "batch subjects"],
+    present: Bool[AnyArray, "batch subjects"] | None = None,
 ) -> Float[Array, "batch height width"]:
     """Multiplies M_d inside each subject by the relative complexity of its reference [ours].
 
@@ -189,7 +190,11 @@ def scale_by_reference(
       detail: M_d of one image of each pair, from `complexity`.
       subject_masks: m, share of each location that each subject covers, in [0, 1].
       complexities: c, from `reference_complexity`.
+      present: which slots have a subject; None for all. Other slots have no effect.
     """
+    if present is not None:
+        complexities = jnp.where(present, complexities, 0)
+        subject_masks = jnp.where(jnp.asarray(present)[:, :, None, None], subject_masks, 0)
     largest = jnp.max(complexities, axis=1, keepdims=True)
     relative = jnp.where(largest > 0, complexities / jnp.where(largest > 0, largest, 1), 1)
     covered = jnp.sum(subject_masks, axis=1)

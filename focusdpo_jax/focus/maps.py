@@ -204,16 +204,12 @@ def focus_map(
                 raise ValueError(
                     "focus_map: reference_images needs reference_masks and subject_masks"
                 )
-            shown = True if present is None else jnp.asarray(present)
-            complexities = jnp.where(
-                shown,
-                complexity.reference_complexity(reference_images, reference_masks, *settings),
-                0,
+            complexities = complexity.reference_complexity(
+                reference_images, reference_masks, *settings
             )
             masks = average_to_grid(subject_masks.astype(jnp.float32), grid)
-            if present is not None:
-                masks = jnp.where(jnp.asarray(present)[..., None, None], masks, 0)
-            detail = complexity.scale_by_reference(detail, each(masks), each(complexities))
+            shown = None if present is None else each(present)
+            detail = complexity.scale_by_reference(detail, each(masks), each(complexities), shown)
         inputs = inputs._replace(detail=detail)
     if structure.confidence:
         if reference_error is None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from focusdpo_jax import compiling
 from focusdpo_jax.diffusion import samplers
@@ -162,6 +162,14 @@ def scene_noise(
     key = jax.random.key(seed)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(indices))
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def step_keys(seeds: Sequence[int]) -> PRNGKeyArray:
+    """Returns the keys [B] of samplers that add noise at every step, one per image.
+
+    They differ from the key of the initial noise, `scene_noise(seed, [0], ...)`.
+    """
+    return jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in seeds])
 
 
 def generate_all(

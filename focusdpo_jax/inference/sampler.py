@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from focusdpo_jax.array_types import RGBImage
-from focusdpo_jax.inference.generate import make_generate, scene_noise
+from focusdpo_jax.inference.generate import make_generate, scene_noise, step_keys
 from focusdpo_jax.inference.prompts import Prompt, Reference, load_reference, load_region_mask
 from focusdpo_jax.models.generator import Generator
 from focusdpo_jax.models.tokenizer import Tokenizer
@@ -145,8 +145,7 @@ class Sampler:
         noise = jnp.concatenate(
             [scene_noise(prompt.seed, [0], generator.latent_shape(side)) for prompt in prompts]
         )
-        # The initial noise folds in 0; the noise of later steps needs another key.
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(p.seed), 1) for p in prompts])
+        keys = step_keys([prompt.seed for prompt in prompts])
         references, *inputs = shard_batch(
             (references, token_ids, time_ids, present, noise, keys, scales, masks), self._mesh
         )

@@ -161,18 +161,12 @@ def _detail(focus, batch, images, prior):
     detail = complexity.complexity(images, jnp.repeat(prior, 2, axis=0), *settings)
     if not focus.reference_detail:
         return detail
-    complexities = jnp.where(
-        batch.present,
-        complexity.reference_complexity(
-            batch.references.astype(jnp.float32) / 255, batch.reference_masks, *settings
-        ),
-        0,
+    complexities = complexity.reference_complexity(
+        batch.references.astype(jnp.float32) / 255, batch.reference_masks, *settings
     )
     masks = average_to_grid(batch.masks.astype(jnp.float32), prior.shape[1:])
-    masks = jnp.where(batch.present[..., None, None], masks, 0)
-    return complexity.scale_by_reference(
-        detail, jnp.repeat(masks, 2, axis=0), jnp.repeat(complexities, 2, axis=0)
-    )
+    of_subjects = (jnp.repeat(x, 2, axis=0) for x in (masks, complexities, batch.present))
+    return complexity.scale_by_reference(detail, *of_subjects)
 
 
 def patch_quality(generator, parameters, batch, rejected, references, grid):
