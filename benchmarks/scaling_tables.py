@@ -9,7 +9,7 @@ r"""Writes the tables of docs/scaling.md from plans for GPUs and TPUs; resumable
 Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER under its
 arguments and the commit, and is reused if it exists. The tables between the markers of
 docs/scaling.md are then written from the rows of that commit, or of `--commit`. Each of SDXL's
-programs takes minutes of a core to compile: in total about 2 core-hours for gpus, 3 for tpus and 4
+programs takes minutes of a core to compile: in total about 2 core-hours for gpus, 4 for tpus and 3
 for chips. After an interruption, finished rows are kept. `--prefix="nice -n 5"` is prepended to
 each command.
 """
@@ -108,6 +108,7 @@ def rows(group):
                 _fields(batch_size=16, **LOOPED, **{"model.remat": True}, **_split(16, 1)),
             ),
         ]
+    # One split for each kind of training: data parallelism as far as the optimiser's state allows.
     shapes = {4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
     return [
         (
@@ -124,10 +125,7 @@ def rows(group):
             | {"programs": STEP},
         )
         for count, shape in shapes.items()
-        for trained in ("adapter", "lora", "full")
-        for fsdp in sorted(
-            {"full": {1, 4, min(count, 16)}, "adapter": {1, 4}, "lora": {1}}[trained]
-        )
+        for trained, fsdp in (("adapter", 1), ("lora", 1), ("full", min(count, 16)))
     ]
 
 
