@@ -1,9 +1,10 @@
-"""Makes the small generator that ships with the package, in five stages; see docs/toybox.md.
+"""Makes the small generator that ships with the package, in six stages; see docs/toybox.md.
 
     python -m focusdpo_jax.main --config=configs/toybox_base.py:autoencoder
     python -m focusdpo_jax.main --config=configs/toybox_base.py:image_encoder
     python -m focusdpo_jax.main --config=configs/toybox_base.py:probe
     python -m focusdpo_jax.main --config=configs/toybox_base.py:generator
+    python -m focusdpo_jax.main --config=configs/toybox_base.py:generated_probe
     python -m focusdpo_jax.main --config=configs/toybox_base.py:confusion
 
 Each stage starts from the model folder that the one before it left in `runs/`. Fields that are not stated
@@ -14,7 +15,14 @@ import ml_collections
 
 from focusdpo_jax import config as config_lib
 
-STAGES = ("autoencoder", "image_encoder", "probe", "generator", "confusion")
+STAGES = (
+    "autoencoder",
+    "image_encoder",
+    "probe",
+    "generator",
+    "generated_probe",
+    "confusion",
+)
 
 
 def get_config(stage="generator"):
@@ -64,6 +72,7 @@ def get_config(stage="generator"):
         "image_encoder": _image_encoder,
         "probe": _probe,
         "generator": _generator,
+        "generated_probe": _generated_probe,
         "confusion": _confusion,
     }[stage](config)
     return config
@@ -113,6 +122,15 @@ def _generator(config):
     config.ema_decay = 0.999
 
 
+def _generated_probe(config):
+    """The probe once more, with images of the generator."""
+    config.objective = "generated_probe"
+    config.model.pretrained = "runs/toybox_base_generator/model"
+    config.steps = 1000
+    config.learning_rate = 4e-3
+    config.batch_size = 16
+
+
 def _confusion(config):
     """The fault that preference training is to mend, as large generators have it from unfiltered data.
 
@@ -121,7 +139,7 @@ def _confusion(config):
     """
     _denoiser(config)
     config.trainable = "adapter"
-    config.model.pretrained = "runs/toybox_base_generator/model"
+    config.model.pretrained = "runs/toybox_base_generated_probe/model"
     config.rejected_share = 1.0
     config.data.leak_probability = 1.0
     config.data.train_size = 3000

@@ -13,7 +13,7 @@ if [[ ${1:-} =~ ^[0-9]+$ ]]; then
     limit=$1
     shift
 fi
-for stage in autoencoder image_encoder probe generator confusion; do
+for stage in autoencoder image_encoder probe generator generated_probe confusion; do
     workdir=runs/toybox_base_$stage
     if [[ -e $workdir/model/model.json ]]; then
         echo "$stage: finished"

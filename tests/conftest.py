@@ -15,11 +15,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 # Also the hundreds of tiny ones that every process would compile again, in 36 ms each and not 12.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far longer than they compute. Without LLVM's expensive passes the tiny run's sampler compiles in
-# 4.1 s of CPU time instead of 5.6, and its update in 8.6 instead of 9.0.
+# Tests compile far longer than they compute. Without LLVM's expensive passes, XLA's fusion emitters and several
+# LLVM modules for each program, the tiny run's step compiles in 13 s of CPU time instead of 34.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 ).strip()
 
 # Checks the signatures of these packages and modules on every call, or trace: a wrong shape fails there. In a

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": {"diffusion"},
     "sharding": {"models"},
     "profiling": set(),
-    "toybox": {"models"},
+    "toybox": {"models", "diffusion"},
     "data": {"toybox", "config"},
     "checkpoints": {"models", "diffusion", "objectives"},
     "visualization": set(),

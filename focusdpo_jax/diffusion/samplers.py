@@ -230,7 +230,9 @@ def guides(scale: float) -> bool:
     return scale > 1
 
 
-def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Scalar) -> DenoiseFn:
+def classifier_free_guidance(
+    denoise_fn: DenoiseFn, scale: Scalar | Float[Array, "batch 1 1 1"]
+) -> DenoiseFn:
     """Returns a guided denoiser of B latents, which makes one call of a denoiser of 2B latents.
 
         prediction = unconditional + scale (conditional - unconditional)
@@ -240,7 +242,7 @@ def classifier_free_guidance(denoise_fn: DenoiseFn, scale: Scalar) -> DenoiseFn:
     Args:
       denoise_fn: denoiser of latents [2B, h, w, c] at timesteps [2B]. Its conditioning contains B
         conditional entries, followed by B unconditional ones.
-      scale: guidance scale >= 0; may be traced.
+      scale: guidance scale >= 0, one for all images or one each; may be traced.
     """
 
     def guided(latents: Latents, t: Timesteps) -> Latents:

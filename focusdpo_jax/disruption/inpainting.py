@@ -12,8 +12,9 @@ from focusdpo_jax.array_types import Mask, RGBImage
 from focusdpo_jax.data import geometry
 from focusdpo_jax.diffusion import samplers
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.inference.generate import conditioned_denoiser, scene_noise, step_keys
+from focusdpo_jax.inference.generate import scene_noise, step_keys
 from focusdpo_jax.inference.sampler import SamplingModel
+from focusdpo_jax.models.conditioned_denoiser import conditioned_denoiser
 from focusdpo_jax.models.generator import Generator
 from focusdpo_jax.sharding.mesh import inference_mesh, replicate, shard_batch
 

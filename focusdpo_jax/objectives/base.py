@@ -118,7 +118,7 @@ class EncoderObjective:
       title: title in tables and model cards.
       exports: parts of the generator that an export of the run contains.
       parameters: (model, key) -> (trainable, frozen) trees.
-      make_loss: generator -> loss (trainable, frozen, batch, reference outputs, params, key) ->
+      make_loss: model -> loss (trainable, frozen, batch, reference outputs, params, key) ->
         (scalar, diagnostics).
       finish: (model, trained tree, function that returns validation images) -> the model to save.
     """

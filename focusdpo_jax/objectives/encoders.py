@@ -25,13 +25,19 @@ def _probe_parameters(model, key):
     return {"probe": _pretraining().init_probe(key)}, {"vae": model.parameters["vae"]}
 
 
+def _generated_probe_parameters(model, key):
+    """Continues with the model's probe, if it has one."""
+    probe = _pretraining().init_probe(key) if model.probe is None else model.probe
+    return {"probe": probe}, model.parameters
+
+
 AUTOENCODE = register(
     EncoderObjective(
         name="autoencode",
         title="autoencoder",
         exports=("vae",),
         parameters=_autoencoder_parameters,
-        make_loss=lambda generator: _pretraining().autoencoder_loss(generator),
+        make_loss=lambda model: _pretraining().autoencoder_loss(model.generator),
         finish=lambda model, trained, images: _pretraining().with_latent_scale(
             model, model.parameters | trained, images()
         ),
@@ -44,7 +50,7 @@ ATTRIBUTES = register(
         title="image encoder",
         exports=("image_encoder",),
         parameters=_image_encoder_parameters,
-        make_loss=lambda generator: _pretraining().image_encoder_loss(generator),
+        make_loss=lambda model: _pretraining().image_encoder_loss(model.generator),
     )
 )
 
@@ -54,6 +60,18 @@ PROBE = register(
         title="probe of Toybox's attributes",
         exports=(),
         parameters=_probe_parameters,
-        make_loss=lambda generator: _pretraining().probe_loss(generator),
+        make_loss=lambda model: _pretraining().probe_loss(model.generator),
+    )
+)
+
+GENERATED_PROBE = register(
+    EncoderObjective(
+        name="generated_probe",
+        title="probe of Toybox's attributes, on generated images too",
+        exports=(),
+        parameters=_generated_probe_parameters,
+        make_loss=lambda model: _pretraining().generated_probe_loss(
+            model.generator, model.tokenizer("")
+        ),
     )
 )

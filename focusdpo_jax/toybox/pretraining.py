@@ -2,7 +2,7 @@
 
 `autoencoder_loss` trains the autoencoder on scenes and references. `image_encoder_loss` trains the
 image encoder to predict attributes from its patch features. `probe_loss` trains the probe that
-evaluation uses. Published models include such encoders; Toybox's are trained here
+evaluation uses, and `generated_probe_loss` adapts it to images of the trained generator. Published models include such encoders; Toybox's are trained here
 (`configs/toybox_base.py`).
 
 Each builder returns `loss(trainable, frozen, batch, outputs, params, key) -> (loss, terms)`, the
@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+from focusdpo_jax.diffusion import samplers
+from focusdpo_jax.models.conditioned_denoiser import conditioned_denoiser
 from focusdpo_jax.models.generator import Generator
 from focusdpo_jax.toybox.probe import TOYBOX, AttributeHeads, AttributeMaps, Probe, attribute_loss
 
@@ -225,26 +227,128 @@ def probe_loss(generator: Generator) -> Loss:
     """Returns the probe's loss on scenes, half autoencoded with noise and half with pixel noise.
 
     Generated images have artefacts of the autoencoder and small errors of the sampler. A probe
-    trained on clean renders alone would misread these as attributes.
+    trained on clean renders alone would misread these as attributes. `generated_probe_loss` adds
+    outlines of the generator, once it is trained.
     """
-    probe = Probe(TOYBOX)
 
     def loss(trainable, frozen, batch, outputs, params, key):
         del outputs, params
-        keys = jax.random.split(key, 3)
-        clean = pixels(batch.chosen)
-        half = len(clean) // 2
-        mean, _ = generator.encode_latents(frozen, clean[:half])
-        strength = 0.25 * jax.random.uniform(keys[0], (half, 1, 1, 1))
-        mean = mean + strength * jax.random.normal(keys[1], mean.shape)
-        decoded = generator.decode_latents(frozen, mean)
-        raw = clean[half:] + 0.05 * jax.random.normal(keys[2], clean[half:].shape)
-        maps = probe.apply({"params": trainable["probe"]}, jnp.concatenate([decoded, raw]))
-        return attribute_loss(
-            cast(Any, maps), batch.truth, batch.masks, batch.present, batch.truth["background"]
-        )
+        return _attribute_loss(trainable, batch, _noisy_scenes(generator, frozen, batch, key))
 
     return loss
+
+
+def generated_probe_loss(generator: Generator, negative_token_ids: Int[Any, "2 L"]) -> Loss:
+    """Returns the probe's loss on scenes as in `probe_loss`, and on half of them regenerated.
+
+    The generator changes outlines and patterns in ways that no render shows. `regenerate` makes
+    such images, with known ground truth. Both kinds of images have the same weight.
+
+    Args:
+      generator: the generator, with trained parameters in `frozen`.
+      negative_token_ids: int [2, L], the empty prompt, for guidance.
+    """
+
+    def loss(trainable, frozen, batch, outputs, params, key):
+        del outputs, params
+        noise_key, key = jax.random.split(key)
+        half = jax.tree.map(lambda x: x[: len(x) // 2], batch)
+        loss, terms = _attribute_loss(
+            trainable, batch, _noisy_scenes(generator, frozen, batch, noise_key)
+        )
+        generated = regenerate(generator, frozen, half, negative_token_ids, key)
+        generated_loss, generated_terms = _attribute_loss(trainable, half, generated)
+        terms |= {f"generated_{name}": value for name, value in generated_terms.items()}
+        return (loss + generated_loss) / 2, terms
+
+    return loss
+
+
+REGENERATED_TIMESTEPS = (150, 700)
+"""Range of the timesteps from which `regenerate` starts, of 1000, [ours].
+
+Up to 700 most subjects keep place and class; their outlines and patterns are the generator's."""
+
+_REGENERATION_GUIDANCE = (1.0, 5.0)
+_REGENERATION_STEPS = 4
+
+
+def regenerate(
+    generator: Generator,
+    parameters: Any,
+    batch: "PreferenceBatch",
+    negative_token_ids: Int[Any, "2 L"],
+    key: PRNGKeyArray,
+) -> Float[Array, "B H W 3"]:
+    """Adds noise to the chosen images up to a random timestep, and removes it with the generator.
+
+    Source: SDEdit, arXiv 2108.01073, with four DDIM steps. Captions and references are those of
+    the scene. Timestep (`REGENERATED_TIMESTEPS`) and guidance scale (1 to 5) are uniformly random
+    for each image.
+
+    Args:
+      generator: the generator.
+      parameters: its parameters, all parts.
+      batch: B scenes with references.
+      negative_token_ids: int [2, L], the empty prompt, for guidance.
+      key: key of timesteps, guidance scales and noise.
+
+    Returns:
+      Images [B, H, W, 3] in [0, 1].
+    """
+    keys = jax.random.split(key, 3)
+    count, schedule = len(batch.chosen), generator.schedule
+    start = jax.random.randint(keys[0], (count,), *REGENERATED_TIMESTEPS)
+    low, high = _REGENERATION_GUIDANCE
+    scale = jax.random.uniform(keys[1], (count, 1, 1, 1), minval=low, maxval=high)
+    denoise = samplers.classifier_free_guidance(
+        conditioned_denoiser(
+            generator,
+            parameters,
+            batch.token_ids,
+            batch.time_ids,
+            generator.encode_reference(parameters, pixels(batch.references)),
+            batch.present,
+            negative_token_ids=negative_token_ids,
+        ),
+        scale,
+    )
+    clean, _ = generator.encode_latents(parameters, pixels(batch.chosen))
+    noise = jax.random.normal(keys[2], clean.shape)
+
+    def step(latents, remaining):
+        timesteps = start * remaining // _REGENERATION_STEPS
+        following = start * (remaining - 1) // _REGENERATION_STEPS
+        prediction = denoise(latents, timesteps)
+        x0 = schedule.to_x0(prediction, latents, timesteps)
+        epsilon = schedule.to_epsilon(prediction, latents, timesteps)
+        return jnp.where(remaining > 1, schedule.add_noise(x0, epsilon, following), x0), None
+
+    latents, _ = jax.lax.scan(
+        step,
+        schedule.add_noise(clean, noise, start),
+        jnp.arange(_REGENERATION_STEPS, 0, -1),
+    )
+    return jnp.clip(generator.decode_latents(parameters, latents), 0, 1)
+
+
+def _noisy_scenes(generator, parameters, batch, key):
+    """Half of the chosen images autoencoded with noise, half with pixel noise: [B, H, W, 3]."""
+    keys = jax.random.split(key, 3)
+    clean = pixels(batch.chosen)
+    half = len(clean) // 2
+    mean, _ = generator.encode_latents(parameters, clean[:half])
+    strength = 0.25 * jax.random.uniform(keys[0], (half, 1, 1, 1))
+    mean = mean + strength * jax.random.normal(keys[1], mean.shape)
+    decoded = generator.decode_latents(parameters, mean)
+    raw = clean[half:] + 0.05 * jax.random.normal(keys[2], clean[half:].shape)
+    return jnp.concatenate([decoded, raw])
+
+
+def _attribute_loss(trainable, batch, images):
+    """The probe's loss on images [B, H, W, 3] of a batch's scenes, and its terms."""
+    maps = cast(AttributeMaps, Probe(TOYBOX).apply({"params": trainable["probe"]}, images))
+    return attribute_loss(maps, batch.truth, batch.masks, batch.present, batch.truth["background"])
 
 
 def init_probe(key: PRNGKeyArray) -> dict[str, Any]:

@@ -78,11 +78,14 @@ class AttributeHeads(nn.Module):
 
 
 class Probe(nn.Module):
-    """A small convolutional network with a stride of four pixels."""
+    """A small convolutional network with a stride of four pixels.
+
+    A cell sees 25 x 25 cells: even a subject that fills the image is seen as a whole.
+    """
 
     space: AttributeSpace
     width: int = 48
-    depth: int = 3
+    dilations: tuple[int, ...] = (1, 2, 4, 1)
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -91,9 +94,7 @@ class Probe(nn.Module):
         x = pixels * 2 - 1
         x = nn.silu(nn.Conv(self.width // 2, (4, 4), (2, 2), name="stem_0")(x))
         x = nn.Conv(self.width, (4, 4), (2, 2), name="stem_1")(x)
-        for i in range(self.depth):
-            # Every second block is dilated, so that the receptive field covers a whole subject.
-            dilation = 1 + i % 2
+        for i, dilation in enumerate(self.dilations):
             h = nn.silu(layers.GroupNorm(8, name=f"norm_{i}_0")(x))
             h = layers.Conv(self.width, dtype=self.dtype, name=f"conv_{i}_0")(h)
             h = nn.silu(layers.GroupNorm(8, name=f"norm_{i}_1")(h))

@@ -176,7 +176,7 @@ def encoder_task(config, workdir, mesh, sources):
         trainable=trainable,
         definition=StepDefinition(
             reference_pass=_no_reference_pass,
-            loss=objective.make_loss(model.generator),
+            loss=objective.make_loss(model),
             buckets={"all": (config.objective, None)},
             frozen=frozen,
             mesh=mesh,

@@ -26,8 +26,7 @@ def measured(tiny_folder):
     # By default the scheduler of a program for several CPU devices gathers everything at once;
     # a TPU's or GPU's keeps memory low, as this one does.
     flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true "
+        f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 "
         "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     )
     result = subprocess.run(

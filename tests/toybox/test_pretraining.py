@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from focusdpo_jax.data import loader
+from focusdpo_jax.diffusion import samplers
+from focusdpo_jax.models.conditioned_denoiser import conditioned_denoiser
 from focusdpo_jax.toybox import pretraining
-from focusdpo_jax.training import loop
+from focusdpo_jax.training import loop, models, run_data
 
 
 def test_crops_are_centred_on_the_mask():
@@ -33,7 +36,13 @@ def test_crops_stay_inside_the_image():
 
 
 @pytest.mark.parametrize(
-    "objective, part", [("autoencode", "vae"), ("attributes", "image_encoder"), ("probe", "probe")]
+    "objective, part",
+    [
+        ("autoencode", "vae"),
+        ("attributes", "image_encoder"),
+        ("probe", "probe"),
+        ("generated_probe", "probe"),
+    ],
 )
 def test_stage_changes_its_part_alone(objective, part, tiny_config, tiny_folder, tmp_path):
     config = tiny_config(objective=objective, steps=2, warmup_steps=0)
@@ -44,3 +53,44 @@ def test_stage_changes_its_part_alone(objective, part, tiny_config, tiny_folder,
         after = load_file(tmp_path / "model" / f"{other}.safetensors")
         changed = any(np.any(before[name] != after[name]) for name in before)
         assert changed == (other == part), other
+
+
+def test_regeneration_is_the_end_of_a_guided_ddim_run(tiny_config, monkeypatch):
+    config = tiny_config()
+    model = models.load_model(config)
+    generator, parameters, empty = model.generator, model.parameters, model.tokenizer("")
+    transform = loader.pair_transform(tokenize=model.tokenizer, num_subjects=3)
+    records = run_data.open_data(config)["train"]
+    (batch,) = loader.evaluation_batches(
+        [records[i] for i in range(2)], transform=transform, batch_size=2
+    )
+    # Of five steps with trailing spacing, the last four are at these timesteps.
+    monkeypatch.setattr(pretraining, "REGENERATED_TIMESTEPS", (799, 800))
+    monkeypatch.setattr(pretraining, "_REGENERATION_GUIDANCE", (3.0, 3.0))
+    key = jax.random.key(1)
+    images = pretraining.regenerate(generator, parameters, batch, empty, key)
+
+    clean, _ = generator.encode_latents(parameters, batch.chosen / 255)
+    latents = samplers.sample(
+        samplers.classifier_free_guidance(
+            conditioned_denoiser(
+                generator,
+                parameters,
+                batch.token_ids,
+                batch.time_ids,
+                generator.encode_reference(parameters, batch.references / 255),
+                batch.present,
+                negative_token_ids=empty,
+            ),
+            3.0,
+        ),
+        generator.schedule,
+        jax.random.normal(jax.random.split(key, 3)[2], clean.shape),
+        5,
+        "trailing",
+        known=samplers.Known(latents=clean, strength=0.8),
+    )
+    expected = np.clip(generator.decode_latents(parameters, latents), 0, 1)
+    assert images.shape == batch.chosen.shape and np.std(expected) > 0.01
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+    assert np.abs(expected - batch.chosen / 255).mean() > 0.02
