@@ -68,29 +68,33 @@ def test_regeneration_is_the_end_of_a_guided_ddim_run(tiny_config, monkeypatch):
     monkeypatch.setattr(pretraining, "REGENERATED_TIMESTEPS", (799, 800))
     monkeypatch.setattr(pretraining, "_REGENERATION_GUIDANCE", (3.0, 3.0))
     key = jax.random.key(1)
-    images = pretraining.regenerate(generator, parameters, batch, empty, key)
+    images = jax.jit(
+        lambda parameters, batch: pretraining.regenerate(generator, parameters, batch, empty, key)
+    )(parameters, batch)
 
-    clean, _ = generator.encode_latents(parameters, batch.chosen / 255)
-    latents = samplers.sample(
-        samplers.classifier_free_guidance(
-            conditioned_denoiser(
-                generator,
-                parameters,
-                batch.token_ids,
-                batch.time_ids,
-                generator.encode_reference(parameters, batch.references / 255),
-                batch.present,
-                negative_token_ids=empty,
-            ),
-            3.0,
-        ),
-        generator.schedule,
-        jax.random.normal(jax.random.split(key, 3)[2], clean.shape),
-        5,
-        "trailing",
-        known=samplers.Known(latents=clean, strength=0.8),
-    )
-    expected = np.clip(generator.decode_latents(parameters, latents), 0, 1)
+    @jax.jit
+    def sample(parameters, batch):
+        clean, _ = generator.encode_latents(parameters, batch.chosen / 255)
+        denoise = conditioned_denoiser(
+            generator,
+            parameters,
+            batch.token_ids,
+            batch.time_ids,
+            generator.encode_reference(parameters, batch.references / 255),
+            batch.present,
+            negative_token_ids=empty,
+        )
+        latents = samplers.sample(
+            samplers.classifier_free_guidance(denoise, 3.0),
+            generator.schedule,
+            jax.random.normal(jax.random.split(key, 3)[2], clean.shape),
+            5,
+            "trailing",
+            known=samplers.Known(latents=clean, strength=0.8),
+        )
+        return generator.decode_latents(parameters, latents)
+
+    expected = np.clip(sample(parameters, batch), 0, 1)
     assert images.shape == batch.chosen.shape and np.std(expected) > 0.01
     np.testing.assert_allclose(images, expected, atol=1e-5)
     assert np.abs(expected - batch.chosen / 255).mean() > 0.02
