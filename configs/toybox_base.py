@@ -126,7 +126,7 @@ def _generated_probe(config):
     """The probe once more, with images of the generator."""
     config.objective = "generated_probe"
     config.model.pretrained = "runs/toybox_base_generator/model"
-    config.steps = 1000
+    config.steps = 2500
     config.learning_rate = 4e-3
     config.batch_size = 16
 

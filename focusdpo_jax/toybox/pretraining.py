@@ -264,10 +264,11 @@ def generated_probe_loss(generator: Generator, negative_token_ids: Int[Any, "2 L
     return loss
 
 
-REGENERATED_TIMESTEPS = (150, 700)
+REGENERATED_TIMESTEPS = (400, 750)
 """Range of the timesteps from which `regenerate` starts, of 1000, [ours].
 
-Up to 700 most subjects keep place and class; their outlines and patterns are the generator's."""
+Below 500 a probe trained on renders reads the result without errors. Up to 750 most subjects keep
+place and class; their outlines and patterns are the generator's."""
 
 _REGENERATION_GUIDANCE = (1.0, 5.0)
 _REGENERATION_STEPS = 4
