@@ -4,15 +4,15 @@ Every metric is an array of values in [0, 1], one per subject ([B, S]) or one pe
 NaN where the metric is not defined. A metric's mean is the mean of its defined values; `statistics`
 computes its confidence interval by resampling scenes. NumPy only.
 
-The probe reads one subject per class, so subjects are identified by their class. A second copy of a
-subject is not detected, and scenes with two subjects of one class are excluded from all metrics.
+The probe reads one subject per class, so subjects are identified by their class. Scenes with two
+subjects of one class are excluded from all metrics.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int, Int64
 
 from focusdpo_jax.toybox.subjects import PATTERNS, hue_distance
 
@@ -28,7 +28,7 @@ HUE_TOLERANCE = 1 / 12
 Subjects of a scene have body hues at least 0.12 apart, so a hue can be within tolerance of two of
 them; it then counts as the subject's own."""
 
-LOWER_IS_BETTER = frozenset({"missing", "leakage", "hue_leakage"})
+LOWER_IS_BETTER = frozenset({"missing", "repeated", "leakage", "hue_leakage"})
 """The metrics that count errors; for all others, higher is better."""
 
 _PLAIN = PATTERNS.index("plain")
@@ -65,6 +65,8 @@ def compute(
         hue_leakage: the same for the body hue alone. Chance is low: a random wrong hue is within
           tolerance of a given neighbour's with a probability of 1/6.
         missing: 1 if its class is not present.
+        repeated: 1 if its class covers two or more separate regions, each of at least `min_area`.
+          Defined for subjects that are found.
         hue, pattern, part, pattern_hue: 1 if the attribute matches, 0 for a missing subject;
           pattern_hue is defined for patterned subjects, and 0 if the image shows a plain one.
       For each scene, [B]:
@@ -83,6 +85,7 @@ def compute(
         """Selects from [B, classes] the readings of each slot's class, [B, S]."""
         return np.take_along_axis(np.asarray(per_class), class_id, axis=1)
 
+    regions = count_regions(readings.cells, area.shape[1], min_area)
     found = present & (of_subjects(area) >= min_area)
     predicted = {
         name: of_subjects(getattr(readings, name))
@@ -122,6 +125,7 @@ def compute(
         "leakage": _where(with_others, np.any(list(leaking.values()), axis=0)),
         "hue_leakage": _where(with_others, leaking["hue"]),
         "missing": _where(present, ~found),
+        "repeated": _where(found, of_subjects(regions) >= 2),
         "class_accuracy": _where(in_scene, ((area >= min_area) == expected).all(1)),
         "background_accuracy": _where(
             in_scene, np.asarray(readings.background) == own["background"]
@@ -131,6 +135,41 @@ def compute(
         "pattern_hue": _where(patterned, match["pattern_hue"]),
         "part": _where(present, match["part"]),
     }
+
+
+def count_regions(
+    cells: Int[Any, "B g g"], classes: int, min_area: float
+) -> Int64[np.ndarray, "B classes"]:
+    """Counts the connected regions of each class; cells are adjacent also by their corners.
+
+    Args:
+      cells: int [B, g, g], the class at each cell, -1 for none.
+      classes: number of classes.
+      min_area: smallest fraction of the image that a region covers to be counted.
+    """
+    cells = np.asarray(cells)
+    batch, side, _ = cells.shape
+    # Every region is labelled by the largest number of its cells, which spreads cell by cell.
+    labels = np.where(cells >= 0, np.arange(1, side * side + 1).reshape(side, side), 0)
+    neighbours = np.pad(cells, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
+    shifts = [(y, x) for y in range(3) for x in range(3)]
+    same = [neighbours[:, y : y + side, x : x + side] == cells for y, x in shifts]
+    while True:
+        padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
+        spread = [
+            np.where(equal, padded[:, y : y + side, x : x + side], 0)
+            for equal, (y, x) in zip(same, shifts)
+        ]
+        spread = np.where(cells >= 0, np.max(spread, axis=0), 0)
+        if np.array_equal(spread, labels):
+            break
+        labels = spread
+    counts = np.zeros((batch, classes), np.int64)
+    for image, (row, numbers) in enumerate(zip(cells, labels)):
+        found, first, sizes = np.unique(numbers, return_index=True, return_counts=True)
+        large = (found > 0) & (sizes >= min_area * side * side)
+        np.add.at(counts[image], row.reshape(-1)[first[large]], 1)
+    return counts
 
 
 def _where(defined: np.ndarray, values: np.ndarray) -> Float64[np.ndarray, "..."]:

@@ -174,12 +174,14 @@ class Readings:
 
     Attributes:
       area: [B, classes], fraction of the image that the class covers.
+      cells: int [B, g, g], the class at each cell, -1 for none.
       hue, pattern_hue: [B, classes] in [0, 1).
       pattern, part: int [B, classes].
       background: int [B].
     """
 
     area: Float[Array, "B classes"]
+    cells: Int[Array, "B g g"]
     hue: Float[Array, "B classes"]
     pattern_hue: Float[Array, "B classes"]
     pattern: Int[Array, "B classes"]
@@ -203,6 +205,7 @@ def read(maps: AttributeMaps) -> Readings:
 
     return Readings(
         area=area,
+        cells=jnp.where(certainty.any(-1), certainty.argmax(-1), -1),
         hue=angle(maps.hue),
         pattern_hue=angle(maps.pattern_hue),
         pattern=vote(jax.nn.log_softmax(maps.pattern_logits)).argmax(-1),

@@ -35,12 +35,16 @@ def readings_of(*scenes, classes=6):
         if name != "class_id"
     }
     area = np.zeros((len(scenes), classes))
+    cells = np.full((len(scenes), 16, 16), -1)
     for b, scene in enumerate(scenes):
-        for subject in scene:
+        for s, subject in enumerate(scene):
             area[b, subject["class_id"]] = subject.get("area", 0.06)
+            cells[b, 5 * s : 5 * s + 4, :4] = subject["class_id"]
             for name in fields:
                 fields[name][b, subject["class_id"]] = subject[name]
-    return types.SimpleNamespace(area=area, background=np.ones(len(scenes), int), **fields)
+    return types.SimpleNamespace(
+        area=area, cells=cells, background=np.ones(len(scenes), int), **fields
+    )
 
 
 def measure_one(shown, asked):
@@ -54,7 +58,7 @@ def test_a_perfect_scene():
     result = measure_one([GREEN, BLUE], [GREEN, BLUE])
     for name in ("fidelity", "hue", "pattern", "part"):
         np.testing.assert_array_equal(result[name], [1, 1], err_msg=name)
-    for name in ("leakage", "hue_leakage", "missing"):
+    for name in ("leakage", "hue_leakage", "missing", "repeated"):
         np.testing.assert_array_equal(result[name], [0, 0], err_msg=name)
     np.testing.assert_array_equal(result["pattern_hue"], [NAN, 1])  # A plain one has none.
     assert result["class_accuracy"] == result["background_accuracy"] == 1
@@ -196,3 +200,25 @@ def test_perfect_readings_give_perfect_metrics_and_rejected_scenes_leak():
     np.testing.assert_array_equal(wrong["fidelity"][present] < 1, disrupted[present])
     assert not np.nansum(wrong["leakage"][~disrupted])
     assert np.nansum(wrong["leakage"]) > 5
+
+
+def test_regions_are_counted_by_class_and_size():
+    image = np.full((1, 8, 8), -1)
+    image[0, 0, :3] = 2  # Connected to the next by a corner.
+    image[0, 1:4, 3] = 2
+    image[0, 6:8, 6:8] = 2
+    image[0, 5, 0] = 2  # Too small.
+    image[0, 6:8, 0:3] = 1
+    image[0, 6:8, 3:5] = 3  # Beside the region of class 1, and not part of it.
+    two = image.repeat(2, axis=0)
+    two[1] = -1
+    counts = toybox_metrics.count_regions(two, 4, min_area=2 / 64)
+    np.testing.assert_array_equal(counts, [[0, 1, 2, 1], [0, 0, 0, 0]])
+
+
+def test_a_subject_drawn_twice_is_repeated():
+    truth, present = truth_of([GREEN, BLUE], slots=3)
+    readings = readings_of([GREEN, BLUE])
+    readings.cells[0, 10:14, 10:14] = GREEN["class_id"]
+    result = toybox_metrics.compute(readings, truth, present)
+    np.testing.assert_array_equal(result["repeated"], [[1, 0, NAN]])
