@@ -26,6 +26,7 @@ from focusdpo_jax.models.parameters import flatten
 from focusdpo_jax.models.tokenizer import Tokenizer
 from focusdpo_jax.sharding import mesh as meshes
 from focusdpo_jax.sharding import processes, rules
+from focusdpo_jax.toybox.probe import TOYBOX, Probe
 from focusdpo_jax.training.part_shapes import part_shapes
 
 # Fields of config.model that name files.
@@ -134,9 +135,7 @@ def open_model(config, *, inpainting=False):
             f"{source.tokenizer} has a vocabulary of {words} tokens, and the text encoders have "
             f"{known}: set config.model.tokenizer to the one that they were trained with"
         )
-    return Model(
-        generator, {}, tokenizer, model_folder.load_part(source.path, "probe", dtype=jnp.float32)
-    )
+    return Model(generator, {}, tokenizer, _read_probe(source.path))
 
 
 def load_parts(config, parts, place=None):
@@ -366,7 +365,25 @@ def load_probe(config):
       UserError: see `load_model`.
     """
     source = _locate(config)
-    return source and model_folder.load_part(source.path, "probe", dtype=jnp.float32)
+    return source and _read_probe(source.path)
+
+
+def _read_probe(folder):
+    """Returns the parameters of the probe in a model folder; None if it has none of this version."""
+    probe = model_folder.load_part(folder, "probe", dtype=jnp.float32)
+    if probe is None:
+        return None
+    pixels = jnp.zeros((1, 64, 64, 3))
+    expected = jax.eval_shape(Probe(TOYBOX).init, jax.random.key(0), pixels)["params"]
+    if jax.tree.map(jnp.shape, probe) == jax.tree.map(jnp.shape, expected):
+        return probe
+    logging.warning(
+        "%s is not used: it is a probe of another version of this package. Replace it by that of "
+        "%s",
+        folder / "probe.safetensors",
+        shipped("toybox"),
+    )
+    return None
 
 
 def _locate(config):

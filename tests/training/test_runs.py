@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from safetensors.numpy import load_file
 
 from focusdpo_jax import config as config_lib
 from focusdpo_jax.checkpoints import model_folder, run_export, run_folder
 from focusdpo_jax.errors import UserError
-from focusdpo_jax.training import loop, preemption, runs
+from focusdpo_jax.toybox import pretraining
+from focusdpo_jax.training import loop, models, preemption, runs
 
 
 def test_the_random_base_of_a_run_is_initialised_again(tiny_config, tiny_folder, tmp_path):
@@ -31,6 +33,21 @@ def test_the_random_base_of_a_run_is_initialised_again(tiny_config, tiny_folder,
     assert np.all(policy.parameters["unet"]["conv_in"]["bias"])
     caption = "a red star and a blue ball on grass"
     np.testing.assert_array_equal(base.tokenizer(caption), policy.tokenizer(caption))
+
+
+def test_a_probe_of_another_version_is_not_used(tiny_config, tiny_folder, tmp_path, caplog):
+    folder = shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    config = tiny_config(model__pretrained=str(folder))
+    assert models.load_probe(config) is None and not caplog.text
+    probe = pretraining.init_probe(jax.random.key(0))
+    model_folder.save_part(epath.Path(folder), "probe", probe)
+    np.testing.assert_array_equal(
+        models.load_probe(config)["stem_0"]["kernel"], probe["stem_0"]["kernel"]
+    )
+    del probe["norm_3_0"]
+    model_folder.save_part(epath.Path(folder), "probe", probe)
+    assert models.load_probe(config) is None and models.open_model(config).probe is None
+    assert "probe.safetensors is not used: it is a probe of another version" in caplog.text
 
 
 # --- Which weights are the newest ------------------------------------------------------------------
