@@ -1,5 +1,6 @@
 """Shared by all tests: where compiled programs are kept, and a tiny model and data set."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -16,12 +17,13 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far longer than they compute. Without LLVM's expensive passes, XLA's fusion emitters and several
-# LLVM modules for each program, the tiny run's step compiles in 13 s of CPU time instead of 34.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-).strip()
+# LLVM modules for each program, the tiny run's step compiles in 13 s of CPU time instead of 34. XLA ends the process
+# if it does not know an option; later versions have no fusion emitters to switch off.
+_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+_FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
 # Checks the signatures of these packages and modules on every call, or trace: a wrong shape fails there. In a
 # conftest and not as an option, since the workers of pytest-xdist do not read `addopts`. Without beartype
