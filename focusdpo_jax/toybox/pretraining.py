@@ -2,8 +2,8 @@
 
 `autoencoder_loss` trains the autoencoder on scenes and references. `image_encoder_loss` trains the
 image encoder to predict attributes from its patch features. `probe_loss` trains the probe that
-evaluation uses, and `generated_probe_loss` adapts it to images of the trained generator. Published models include such encoders; Toybox's are trained here
-(`configs/toybox_base.py`).
+evaluation uses, and `generated_probe_loss` adapts it to images of the trained generator. Published
+models include such encoders; Toybox's are trained here (`configs/toybox_base.py`).
 
 Each builder returns `loss(trainable, frozen, batch, outputs, params, key) -> (loss, terms)`, the
 signature of all training losses. These losses ignore the outputs of the reference pass and the
@@ -267,8 +267,8 @@ def generated_probe_loss(generator: Generator, negative_token_ids: Int[Any, "2 L
 REGENERATED_TIMESTEPS = (400, 750)
 """Range of the timesteps from which `regenerate` starts, of 1000, [ours].
 
-Below 500 a probe trained on renders reads the result without errors. Up to 750 most subjects keep
-place and class; their outlines and patterns are the generator's."""
+Up to 500 a probe trained on renders reads the result almost without errors. Up to 750 most subjects
+keep place and class; their outlines and patterns are the generator's."""
 
 _REGENERATION_GUIDANCE = (1.0, 5.0)
 _REGENERATION_STEPS = 4
