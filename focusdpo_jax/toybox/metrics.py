@@ -2,7 +2,7 @@
 
 Every metric is an array of values in [0, 1], one per subject ([B, S]) or one per scene ([B]), with
 NaN where the metric is not defined. A metric's mean is the mean of its defined values; `statistics`
-computes its confidence interval by resampling scenes. NumPy only.
+computes its confidence interval by resampling scenes. NumPy and SciPy only.
 
 The probe reads one subject per class, so subjects are identified by their class. Scenes with two
 subjects of one class are excluded from all metrics.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
+from scipy import ndimage
 
 from focusdpo_jax.toybox.subjects import PATTERNS, hue_distance
 
@@ -148,27 +149,11 @@ def count_regions(
       min_area: smallest fraction of the image that a region covers to be counted.
     """
     cells = np.asarray(cells)
-    batch, side, _ = cells.shape
-    # Every region is labelled by the largest number of its cells, which spreads cell by cell.
-    labels = np.where(cells >= 0, np.arange(1, side * side + 1).reshape(side, side), 0)
-    neighbours = np.pad(cells, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
-    shifts = [(y, x) for y in range(3) for x in range(3)]
-    same = [neighbours[:, y : y + side, x : x + side] == cells for y, x in shifts]
-    while True:
-        padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
-        spread = [
-            np.where(equal, padded[:, y : y + side, x : x + side], 0)
-            for equal, (y, x) in zip(same, shifts)
-        ]
-        spread = np.where(cells >= 0, np.max(spread, axis=0), 0)
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
-    counts = np.zeros((batch, classes), np.int64)
-    for image, (row, numbers) in enumerate(zip(cells, labels)):
-        found, first, sizes = np.unique(numbers, return_index=True, return_counts=True)
-        large = (found > 0) & (sizes >= min_area * side * side)
-        np.add.at(counts[image], row.reshape(-1)[first[large]], 1)
+    counts = np.zeros((len(cells), classes), np.int64)
+    for image, class_id in np.ndindex(counts.shape):
+        labels, _ = ndimage.label(cells[image] == class_id, structure=np.ones((3, 3)))
+        sizes = np.bincount(labels.reshape(-1))[1:]  # Label 0 is the rest of the image.
+        counts[image, class_id] = (sizes >= min_area * labels.size).sum()
     return counts
 
 

@@ -252,7 +252,7 @@ def generated_probe_loss(generator: Generator, negative_token_ids: Int[Any, "2 L
     def loss(trainable, frozen, batch, outputs, params, key):
         del outputs, params
         noise_key, key = jax.random.split(key)
-        half = jax.tree.map(lambda x: x[: len(x) // 2], batch)
+        half = jax.tree.map(lambda x: x[: (len(x) + 1) // 2], batch)  # Not empty.
         loss, terms = _attribute_loss(
             trainable, batch, _noisy_scenes(generator, frozen, batch, noise_key)
         )
