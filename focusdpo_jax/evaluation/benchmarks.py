@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from etils import epath
 
 from focusdpo_jax.config import RunConfig
@@ -19,6 +20,7 @@ from focusdpo_jax.evaluation import scenes as scene_files
 from focusdpo_jax.evaluation.output_folder import OutputFolder
 from focusdpo_jax.evaluation.scenes import BenchmarkScene
 from focusdpo_jax.models import truncation
+from focusdpo_jax.models.parameters import Params, flatten
 from focusdpo_jax.vision import encoders
 
 
@@ -26,7 +28,7 @@ class Benchmark(Protocol):
     """The interface of a benchmark for `runner.run`.
 
     Attributes:
-      settings: JSON values that determine the scenes.
+      settings: JSON values that determine the scenes and how they are measured.
       about: one sentence for the report.
       scorers: compute the metrics.
       region_scorer: finds the regions of subjects, or None.
@@ -40,6 +42,14 @@ class Benchmark(Protocol):
     def scenes(self, folder: OutputFolder) -> list[BenchmarkScene]:
         """Returns the scenes; may write their references to `folder`."""
         ...
+
+
+def _digest(parameters: Params) -> str:
+    """Returns a digest of parameters: measures of two probes are not comparable."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(parameters).items()):
+        digest.update("/".join(path).encode() + np.asarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()[:12]
 
 
 class ToyboxBenchmark:
@@ -103,6 +113,7 @@ class ToyboxBenchmark:
             "samples": samples,
             "seed": seed,
             "limit": limit,
+            "probe": _digest(probe),
         }
         self.about = (
             f"Toybox: {self._count} test scenes with subjects never trained on, read "

@@ -80,14 +80,15 @@ def read(paths: Sequence[epath.PathLike]) -> Compared:
                 f"{folder.path}/results.json was not written by focusdpo_jax.evaluate; evaluate "
                 "that run first."
             )
-    protocols = [result["settings"].get("protocol") for result in results]
-    for folder, protocol in zip(folders, protocols):
-        if protocol != protocols[0]:
-            raise UserError(
-                f"--compare: {folder.path} has another protocol ({protocol}) than "
-                f"{folders[0].path} ({protocols[0]}), and their values are not comparable; evaluate "
-                "with the same."
-            )
+    for name in ("protocol", "probe"):
+        values = [result["settings"].get(name) for result in results]
+        for folder, value in zip(folders, values):
+            if value != values[0]:
+                raise UserError(
+                    f"--compare: {folder.path} has another {name} ({value}) than "
+                    f"{folders[0].path} ({values[0]}), and their values are not comparable; "
+                    "evaluate with the same."
+                )
     sides = ["policy" if "policy" in r["settings"]["scores"] else "base" for r in results]
     columns = []
     for folder, result, side in zip(folders, results, sides):

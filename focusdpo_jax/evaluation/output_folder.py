@@ -46,6 +46,8 @@ class OutputFolder:
             for name, source in (("sampling", "a model"), ("images", "another program")):
                 if name in stored:  # Folders of earlier versions do not state the source.
                     stored.setdefault("source of images", source)
+            if stored.get("benchmark") == "toybox":
+                stored.setdefault("probe", "of an earlier version")
             # Through JSON, which turns tuples into lists.
             settings = json.loads(json.dumps(settings))
             other = [key for key, value in settings.items() if stored.get(key, value) != value]

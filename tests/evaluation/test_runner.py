@@ -126,6 +126,13 @@ def test_a_resumed_evaluation_has_the_same_results(
 
     with pytest.raises(UserError, match="holds an evaluation with another sampling"):
         evaluate(tmp_path, config, probe, sides, sampling=SAMPLING | {"steps": 3})
+    with pytest.raises(UserError, match="holds an evaluation with another probe"):
+        evaluate(tmp_path, config, jax.tree.map(lambda x: 2 * x, probe), sides)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["probe"]  # As in earlier versions, whose probe was another.
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="holds an evaluation with another probe"):
+        evaluate(tmp_path, config, probe, sides)
 
 
 def test_reference_scale(config, probe, sides, whole, tmp_path):
@@ -226,6 +233,11 @@ def test_compare(whole, tmp_path):
     results["settings"]["protocol"] = "one"
     (other / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match=r"another protocol \(one\) than .* \(None\)"):
+        comparison.compare([whole, other])
+    del results["settings"]["protocol"]
+    results["settings"]["probe"] = "other"
+    (other / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"another probe \(other\) than"):
         comparison.compare([whole, other])
     with pytest.raises(UserError, match="cannot be read"):
         comparison.compare([whole, tmp_path / "nowhere"])
