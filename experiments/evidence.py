@@ -71,6 +71,8 @@ METHODS = {
     "focus_dpo": _ALL_BUCKETS,
     "one bucket in a step": {},
     "one bucket": {"focus.buckets": 1},
+    "spaf alone": _ALL_BUCKETS | {"focus.dpce": False},
+    "dpce alone": _ALL_BUCKETS | {"focus.spaf": False},
     "own_subject": _ALL_BUCKETS | {"focus.own_subject": True},
     "coverage": _ALL_BUCKETS | {"focus.coverage": True},
     "confidence": _ALL_BUCKETS | {"focus.lambda_c": 2.0},

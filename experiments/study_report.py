@@ -10,7 +10,15 @@ from focusdpo_jax.evaluation import statistics
 from focusdpo_jax.toybox.metrics import LOWER_IS_BETTER
 from focusdpo_jax.visualization import grids
 
-SHOWN = ("fidelity", "leakage", "hue_leakage", "missing", "class_accuracy", "background_accuracy")
+SHOWN = (
+    "fidelity",
+    "leakage",
+    "hue_leakage",
+    "missing",
+    "repeated",
+    "class_accuracy",
+    "background_accuracy",
+)
 CURVES = ("fidelity", "leakage")
 # Arrays of a measurement that are no measures.
 _ARRAYS = ("pictures", "chosen", "references", "present")
@@ -180,7 +188,7 @@ def table(results):
     focus = results.get("focus_dpo")
     for model, measures in results.items():
         if not measures:
-            lines.append(f"| {model} |" + " loss not finite |" + " |" * 5)
+            lines.append(f"| {model} |" + " loss not finite |" + " |" * (len(SHOWN) - 1))
             continue
         cells = []
         for name in SHOWN:

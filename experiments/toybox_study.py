@@ -47,6 +47,8 @@ ABLATIONS = {
     "features of the unet": {"focus.features": "unet"},
     "attention": {"focus.features": "attention"},
     "one bucket": {"focus.buckets": 1},
+    # A step uses every bucket once, with as many pairs in total.
+    "all buckets in a step": {"accumulate": 4, "batch_size": 4},
     "eight buckets": {"focus.buckets": 8},
     "gate always open": {"focus.tau": 0.0},
     "soft gate": {"focus.gate_width": 0.1},
