@@ -311,7 +311,13 @@ def step_table(plans):
     return lines
 
 
-TABLES = {"gpus": peaks_table, "tpus": step_table, "chips": step_table}
+def slices_table(plans):
+    """Table of the steps on TPU slices, and one of the peaks of the rows that plan a whole run."""
+    whole = [plan for plan in plans if len(plan["programs"]) > 1]
+    return step_table(plans) + (["", *peaks_table(whole)] if whole else [])
+
+
+TABLES = {"gpus": peaks_table, "tpus": slices_table, "chips": step_table}
 
 
 def write(plans_by_group, document, commit_hash) -> None:

@@ -114,3 +114,12 @@ def test_steps_and_their_cost(tables):
     )
     # A million pairs at 10 a second on four chips are 111 chip-hours, checkpoints 625 times 0.7 s.
     assert found["chip-hours for a million pairs"] == "112"
+
+
+def test_a_slice_whose_whole_run_is_planned_has_the_peak_of_every_program(tables):
+    whole = plan(fits=False) | {"row": ("v5p:2x2x1", "LoRA")}
+    step = whole | {"programs": {"update": whole["programs"]["update"]}}
+    assert tables.slices_table([step]) == tables.step_table([step])
+    *_, empty, header, _, row = tables.slices_table([step, whole])
+    assert empty == "" and "update, GB | sampling, GB" in header
+    assert row.startswith("| 4 x TPU v5p | LoRA | held | 34.0 | 20.0 | 100.0 | no |")
