@@ -44,6 +44,8 @@ OBJECTIVES = ("sft", "dpo", "prior_dpo", "patch_dpo", "focus_dpo")
 ABLATIONS = {
     "spaf alone": {"focus.dpce": False},
     "dpce alone": {"focus.spaf": False},
+    # The weights of prior_dpo, with focus_dpo's timesteps: all pairs of a step from one bucket.
+    "mask in four buckets": {"focus.lambda_s": 0.0, "focus.lambda_d": 0.0, "focus.matched": 1.0},
     "features of the unet": {"focus.features": "unet"},
     "attention": {"focus.features": "attention"},
     "one bucket": {"focus.buckets": 1},

@@ -66,6 +66,16 @@ def test_with_the_gate_open_detail_counts_and_matched_is_no_longer_low():
     assert diagnostics["gate"] == pytest.approx([1.0])
 
 
+@pytest.mark.parametrize("dpce", [False, True])
+def test_without_lowered_or_raised_weights_it_is_the_mask(dpce):
+    """As in the study's ablation "mask in four buckets"."""
+    neutral = {"lambda_s": 0.0, "lambda_d": 0.0, "matched_weight": 1.0}
+    weights, _ = weights_of(
+        spaf=True, dpce=dpce, **{name: np.float32(value) for name, value in neutral.items()}
+    )
+    np.testing.assert_array_equal(weights, weighting.prior_weights(PRIOR, 0.25))
+
+
 def test_a_half_open_soft_gate_is_halfway_between():
     opened, _ = weights_of(spaf=True, dpce=True, tau=np.float32(0.5))
     shut, _ = weights_of(spaf=True, dpce=True, tau=np.float32(0.6))
