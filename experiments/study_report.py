@@ -95,8 +95,32 @@ def differences(reported, output: pathlib.Path, against="focus_dpo"):
     return result
 
 
-def difference_table(results):
-    """Formats a Markdown table of the result of `differences`, in points."""
+def differences_by_seed(reported, output: pathlib.Path, against="focus_dpo"):
+    """Returns {model: {measure: list of the differences of each seed}}, as `differences` pairs them.
+
+    A seed has the same pairs in the same order for all models. Models without trials of the same
+    seeds, such as the base, are left out.
+    """
+    result = {}
+    for name, trials in reported.items():
+        seeds = [trial.overrides.get("seed") for trial in trials]
+        if name == against or seeds != [t.overrides.get("seed") for t in reported[against]]:
+            continue
+        of_seeds = [
+            differences({against: [first], name: [second]}, output, against).get(name)
+            for first, second in zip(reported[against], trials)
+        ]
+        result[name] = {
+            measure: [found[measure].mean for found in of_seeds if found] for measure in SHOWN
+        }
+    return result
+
+
+def difference_table(results, by_seed=None):
+    """Formats a Markdown table of the result of `differences`, in points.
+
+    The differences of each seed follow in parentheses, if `differences_by_seed` is given.
+    """
     lines = [
         "| model | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |",
         "| --- |" + " --- |" * len(SHOWN),
@@ -112,7 +136,9 @@ def difference_table(results):
             mark = ""
             if low > 0 or high < 0:
                 mark = " +" if (mean < 0) == (name in LOWER_IS_BETTER) else " -"
-            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{mark}")
+            seeds = [x for x in (by_seed or {}).get(model, {}).get(name, []) if x is not None]
+            seeds = f" ({'/'.join(f'{100 * x:+.1f}' for x in seeds)})" if seeds else ""
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{seeds}{mark}")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -153,9 +179,10 @@ def write(output: pathlib.Path, reported, chosen, scores, edges=()) -> None:
     paired = differences(reported, output)
     if paired:
         text += (
-            "\nEach model less `focus_dpo`, in points; paired 95 % bootstrap interval over scenes. "
-            "`+` and `-`: better and worse, with an interval that excludes 0.\n\n"
-            f"{difference_table(paired)}\n"
+            "\nEach model less `focus_dpo`, in points; paired 95 % bootstrap interval over scenes, "
+            "and the difference of each seed. `+` and `-`: better and worse, with an interval that "
+            "excludes 0.\n\n"
+            f"{difference_table(paired, differences_by_seed(reported, output))}\n"
         )
     (output / "study.md").write_text(
         f"# Study\n\n{trial.scenes} test scenes of two and three subjects, "

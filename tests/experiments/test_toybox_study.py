@@ -155,6 +155,28 @@ def test_differences_are_paired(study, tmp_path):
     assert row.startswith("| dpo | -5.0 [-5.0, -5.0] - | +5.0 [+5.0, +5.0] - |")
 
 
+def test_differences_of_each_seed(study, tmp_path):
+    """Training seeds are compared one by one; the base has no training, so no seeds."""
+    reported = {}
+    for name, means in (("base", [0.0]), ("focus_dpo", [0.5, 0.6]), ("dpo", [0.4, 0.8])):
+        reported[name] = [
+            study[0].Trial(f"{name}{seed}", {"seed": seed}, "test", 2, (0,))
+            for seed in range(len(means))
+        ]
+        for trial, mean in zip(reported[name], means):
+            (tmp_path / "trials" / trial.name).mkdir(parents=True)
+            path = tmp_path / "trials" / trial.name / "test_000000.npz"
+            study[1].save(path, values(study, [mean, mean]))
+    by_seed = study[2].differences_by_seed(reported, tmp_path)
+    assert list(by_seed) == ["dpo"]
+    assert by_seed["dpo"]["leakage"] == pytest.approx([0.1, -0.2])
+    *_, base, dpo = study[2].difference_table(
+        study[2].differences(reported, tmp_path), by_seed
+    ).splitlines()
+    assert base.startswith("| base | -55.0 [-55.0, -55.0] - |")
+    assert dpo.startswith("| dpo | +5.0 [+5.0, +5.0] (-10.0/+20.0) +")
+
+
 def test_finished_trials_are_skipped_and_shares_are_disjoint(study, tmp_path, no_training):
     tuning = list(study[0].tuning_trials(settings(study, tmp_path)))
     first, second = (settings(study, tmp_path, f"--share={i}/2") for i in (0, 1))
