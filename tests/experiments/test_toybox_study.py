@@ -170,9 +170,9 @@ def test_differences_of_each_seed(study, tmp_path):
     by_seed = study[2].differences_by_seed(reported, tmp_path)
     assert list(by_seed) == ["dpo"]
     assert by_seed["dpo"]["leakage"] == pytest.approx([0.1, -0.2])
-    *_, base, dpo = study[2].difference_table(
-        study[2].differences(reported, tmp_path), by_seed
-    ).splitlines()
+    *_, base, dpo = (
+        study[2].difference_table(study[2].differences(reported, tmp_path), by_seed).splitlines()
+    )
     assert base.startswith("| base | -55.0 [-55.0, -55.0] - |")
     assert dpo.startswith("| dpo | +5.0 [+5.0, +5.0] (-10.0/+20.0) +")
 
