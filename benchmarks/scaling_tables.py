@@ -1,17 +1,19 @@
 r"""Writes the tables of docs/scaling.md from plans for GPUs and TPUs; resumable.
 
-    python benchmarks/scaling_tables.py --rows gpus tpus chips --output=FOLDER
+    python benchmarks/scaling_tables.py --rows gpus tpus before chips --output=FOLDER
     python benchmarks/scaling_tables.py --rows gpus --machines h100 --trained adapter \
         --output=FOLDER
     python benchmarks/scaling_tables.py --rows debug --output=FOLDER  # small sizes, for a test
     python benchmarks/scaling_tables.py --output=FOLDER               # only writes the tables
 
 Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER under its
-arguments and the commit, and is reused if it exists. The tables between the markers of
-docs/scaling.md are then written from the rows of that commit, or of `--commit`. Each of SDXL's
-programs takes minutes of a core to compile: in total about 2 core-hours for gpus, 4 for tpus and 3
-for chips. After an interruption, finished rows are kept. `--prefix="nice -n 5"` is prepended to
-each command.
+arguments and the commit, and is reused if it exists. The commit is the last one that changed the
+package or the configurations. The tables between the markers of docs/scaling.md are then written
+from the rows of that commit, or of `--commit`. The rows of `before` are the updates of `tpus` at an
+earlier commit (`benchmarks/plan_at_commit.py`), and their table compares the two. Each of SDXL's
+programs takes minutes of a core to compile: in total about 2 core-hours for gpus, 4 for tpus, 3 for
+before and 3 for chips. After an interruption, finished rows are kept. `--prefix="nice -n 5"` is
+prepended to each command.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import sys
 import time
 
 from focusdpo_jax.planning import campaign
+from focusdpo_jax.profiling import chips
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "scaling.md"
@@ -47,6 +50,10 @@ LABELS = {
 STEP = "update"
 # On TPUs, blocks in a loop compile in about 10 minutes, unrolled ones in over an hour.
 LOOPED = {"model.scan_layers": True}
+# The last commit before convolutions by taps, and all else that docs/performance.md lists for TPUs.
+EARLIER = "f545188"
+COMPARED = ("v5e:4x4", "v6e:2x4")
+WHOLE_RUN = ("v5e:4x4", "lora")
 VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
 
@@ -57,7 +64,8 @@ def _split(data, fsdp):
 def rows(group):
     """Rows of a group: [(machine, trained, arguments of `plan`, {name: value})].
 
-    The arguments exclude --config and --topology.
+    The arguments exclude --config and --topology. Rows of an earlier commit have it as a fourth
+    element.
     """
     if group == "debug":
         return [
@@ -77,37 +85,17 @@ def rows(group):
             for trained in TRAINED
         ]
     if group == "tpus":
-        updates = []
-        for machine, count, remat in (
-            ("v5e:4x4", 16, True),
-            ("v5p:2x2x1", 4, False),
-            ("v6e:2x4", 8, True),
-        ):
-            for trained in ("adapter", "lora", "full"):
-                narrow = machine == "v5e:4x4" and trained == "adapter"
-                fsdp = count if trained == "full" else 4 if narrow else 1
-                updates.append(
-                    (
-                        machine,
-                        trained,
-                        _fields(
-                            batch_size=count,
-                            **LOOPED,
-                            **{"model.remat": remat},
-                            **_split(count // fsdp, fsdp),
-                        )
-                        | {"programs": STEP},
-                    )
-                )
-        # One run with all of its programs.
+        # The update, and for one run all of its programs.
         return [
-            *updates,
             (
-                "v5e:4x4",
-                "lora",
-                _fields(batch_size=16, **LOOPED, **{"model.remat": True}, **_split(16, 1)),
-            ),
+                machine,
+                trained,
+                arguments | ({} if (machine, trained) == WHOLE_RUN else {"programs": STEP}),
+            )
+            for machine, trained, arguments in _updates(LOOPED)
         ]
+    if group == "before":
+        return [(*update, EARLIER) for update in _updates() if update[0] in COMPARED]
     # One split for each kind of training: data parallelism as far as the optimiser's state allows.
     shapes = {4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
     return [
@@ -129,21 +117,51 @@ def rows(group):
     ]
 
 
+def _updates(fields=None):
+    """Updates on TPU slices with one pair per chip: [(machine, trained, arguments)]."""
+    return [
+        (
+            machine,
+            trained,
+            _fields(
+                batch_size=count,
+                **(fields or {}),
+                **{"model.remat": remat},
+                **_split(count // fsdp, fsdp),
+            ),
+        )
+        for machine, count, trained, fsdp, remat in (
+            ("v5e:4x4", 16, "adapter", 4, True),
+            ("v5e:4x4", 16, "lora", 1, True),
+            ("v5e:4x4", 16, "full", 16, True),
+            ("v5p:2x2x1", 4, "adapter", 1, False),
+            ("v5p:2x2x1", 4, "lora", 1, False),
+            ("v5p:2x2x1", 4, "full", 4, False),
+            ("v6e:2x4", 8, "adapter", 4, False),
+            ("v6e:2x4", 8, "lora", 1, False),
+            ("v6e:2x4", 8, "full", 8, True),
+        )
+    ]
+
+
 def _fields(**values):
     return {f"config.{name}": value for name, value in values.items()}
 
 
-def command(machine, trained, arguments):
-    """The command that plans a row."""
+def command(machine, trained, arguments, earlier=None):
+    """The command that plans a row, at an earlier commit if one is given."""
     argument, fields = TRAINED.get(trained, (trained, {}))
     config = "configs/sdxl_dpo.py" + (f":{argument}" if argument else "")
     return [
         sys.executable,
-        "-m",
-        "focusdpo_jax.plan",
+        *(
+            ["benchmarks/plan_at_commit.py", f"--commit={earlier}", "--"]
+            if earlier
+            else ["-m", "focusdpo_jax.plan"]
+        ),
         f"--config={config}",
         f"--topology={machine}",
-        "--json",
+        *([] if earlier else ["--json"]),
         *(
             f"--{name}={value}"
             for name, value in ({f"config.{k}": v for k, v in fields.items()} | arguments).items()
@@ -157,15 +175,17 @@ def printed(line):
 
 
 def commit() -> str:
-    """The commit of the checkout, with "-changed" if it has uncommitted changes to planned code."""
+    """The last commit that changed planned code, with "-changed" if it has uncommitted changes."""
+    planned = ("--", "focusdpo_jax", "configs")
 
     def git(*arguments):
         return subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "focusdpo_jax", "configs")
-    return git("rev-parse", "--short=10", "HEAD") + ("-changed" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", *planned)
+    last = git("log", "-1", "--abbrev=10", "--format=%h", *planned)
+    return last + ("-changed" if changed else "")
 
 
 def versions():
@@ -182,6 +202,7 @@ def versions():
 def path_of(folder: pathlib.Path, group, row, commit_hash):
     """File of a row."""
     key = hashlib.sha256(json.dumps(command(*row)[2:]).encode()).hexdigest()[:8]
+    commit_hash = row[3] if len(row) > 3 else commit_hash
     return folder / f"{commit_hash}-{group}-{row[0].replace(':', '_')}-{row[1]}-{key}.json"
 
 
@@ -276,10 +297,6 @@ def step_table(plans):
             plan["seconds_per_batch"] - links if update.get("estimate", {}).get("seconds") else None
         )
         hours = campaign.cost(plan, plan["chips_per_host"])["chip_hours"] if compute else None
-        mesh = (
-            ", ".join(f"`{axis}` = {size}" for axis, size in plan["mesh"].items() if size > 1)
-            or "whole"
-        )
         lines.append(
             "| "
             + " | ".join(
@@ -287,7 +304,7 @@ def step_table(plans):
                     plan["topology"],
                     str(plan["chips"]),
                     plan["row"][1],
-                    f"{mesh}; {plan['batch_size']} pairs",
+                    split_of(plan),
                     "on" if plan["remat"] else "off",
                     gigabytes(update["held"]),
                     peak(update),
@@ -317,7 +334,45 @@ def slices_table(plans):
     return step_table(plans) + (["", *peaks_table(whole)] if whole else [])
 
 
-TABLES = {"gpus": peaks_table, "tpus": slices_table, "chips": step_table}
+def comparison_table(before, after):
+    """Table of the estimated time of the update at the earlier commit and now."""
+    lines = [
+        "| machine | trained | split | remat | before, s | now, s | now / before "
+        "| of peak before | of peak now |",
+        "| --- " * 9 + "|",
+    ]
+    now = {plan["row"]: plan["programs"]["update"]["estimate"] for plan in after}
+    for plan in before:
+        if plan["row"] not in now:
+            continue
+        machine, trained = plan["row"]
+        estimates = plan["estimate"], now[plan["row"]]
+        peak_flops = chips.TPUS[machine.partition(":")[0]].flops
+        shares = [each["matmul_flops"] / each["seconds"] / peak_flops for each in estimates]
+        seconds = [each["seconds"] for each in estimates]
+        lines.append(
+            f"| {machine} | {trained} | {split_of(plan)} | {'on' if plan['remat'] else 'off'} | "
+            f"{seconds[0]:.3g} | {seconds[1]:.3g} | {seconds[1] / seconds[0]:.2f} | "
+            f"{shares[0]:.0%} | {shares[1]:.0%} |"
+        )
+    return lines
+
+
+def split_of(plan):
+    """Formats the mesh and the batch size of a plan."""
+    mesh = (
+        ", ".join(f"`{axis}` = {size}" for axis, size in plan["mesh"].items() if size > 1)
+        or "whole"
+    )
+    return f"{mesh}; {plan['batch_size']} pairs"
+
+
+TABLES = {
+    "gpus": peaks_table,
+    "tpus": slices_table,
+    "before": comparison_table,
+    "chips": step_table,
+}
 
 
 def write(plans_by_group, document, commit_hash) -> None:
@@ -329,9 +384,11 @@ def write(plans_by_group, document, commit_hash) -> None:
         stamp = ", ".join(f"{name} {version}" for name, version in plans[0]["versions"].items())
         dates = sorted({plan["date"] for plan in plans})
         period = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        compared = [plans_by_group["tpus"]] if group == "before" else []
         lines = [
-            *TABLES[group](plans),
+            *TABLES[group](plans, *compared),
             "",
+            *([f"Before: commit {EARLIER}."] if compared else []),
             f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; "
             f"{period}. Made by `python benchmarks/scaling_tables.py --rows {group} "
             "--output=FOLDER`.",
@@ -350,7 +407,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the rows")
-    parser.add_argument("--rows", nargs="*", default=[], choices=["gpus", "tpus", "chips", "debug"])
+    parser.add_argument("--rows", nargs="*", default=[], choices=[*TABLES, "debug"])
     parser.add_argument(
         "--machines", nargs="*", help="machines to plan, such as h100 v5p:2x2x4; default: all"
     )

@@ -1,5 +1,6 @@
 """Shared by all tests: where compiled programs are kept, and a tiny model and data set."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -24,6 +25,10 @@ _FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+
+# Traced programs are millions of objects, few of them garbage. By default, looking through them again and
+# again takes a tenth of the time of a test that trains.
+gc.set_threshold(100_000, 50, 100)
 
 # Checks the signatures of these packages and modules on every call, or trace: a wrong shape fails there. In a
 # conftest and not as an option, since the workers of pytest-xdist do not read `addopts`. Without beartype

@@ -123,3 +123,19 @@ def test_a_slice_whose_whole_run_is_planned_has_the_peak_of_every_program(tables
     *_, empty, header, _, row = tables.slices_table([step, whole])
     assert empty == "" and "update, GB | sampling, GB" in header
     assert row.startswith("| 4 x TPU v5p | LoRA | held | 34.0 | 20.0 | 100.0 | no |")
+
+
+def test_updates_are_compared_with_those_of_the_earlier_commit(tables):
+    row = ("v5e:4x4", "LoRA")
+    estimate = {"seconds": 0.5, "matmul_flops": 0.25 * 197e12}
+    after = plan() | {"row": row}
+    after["programs"]["update"]["estimate"] |= {"matmul_flops": 0.15 * 197e12}
+    lines = tables.comparison_table([plan() | {"row": row, "estimate": estimate}], [after])
+    assert lines[2].endswith("| off | 0.5 | 0.3 | 0.60 | 50% | 50% |")
+    assert len(tables.comparison_table([plan() | {"row": row, "estimate": estimate}], [])) == 2
+
+    earlier = tables.rows("before")
+    assert {row[:2] for row in earlier} <= {row[:2] for row in tables.rows("tpus")}
+    assert "plan_at_commit.py" in tables.printed(tables.command(*earlier[0]))
+    # The rows of the earlier commit stay when the code changes.
+    assert len({tables.path_of(tables.ROOT, "before", earlier[0], commit) for commit in "ab"}) == 1
