@@ -48,8 +48,9 @@ LABELS = {
 }
 # On TPUs only the update is compiled; the reference pass is estimated in proportion to it.
 STEP = "update"
-# On TPUs, blocks in a loop compile in about 10 minutes, unrolled ones in over an hour.
+# With remat, blocks in a loop; without, unrolled, which then compile in the same time.
 LOOPED = {"model.scan_layers": True}
+UNROLLED = {"model.scan_layers": False}
 # The last commit before convolutions by taps, and all else that docs/performance.md lists for TPUs.
 EARLIER = "f545188"
 COMPARED = ("v5e:4x4", "v6e:2x4")
@@ -92,10 +93,11 @@ def rows(group):
                 trained,
                 arguments | ({} if (machine, trained) == WHOLE_RUN else {"programs": STEP}),
             )
-            for machine, trained, arguments in _updates(LOOPED)
+            for machine, trained, arguments in _updates()
         ]
     if group == "before":
-        return [(*update, EARLIER) for update in _updates() if update[0] in COMPARED]
+        # The earlier code always runs blocks in a loop.
+        return [(*update, EARLIER) for update in _updates(loops=False) if update[0] in COMPARED]
     # One split for each kind of training: data parallelism as far as the optimiser's state allows.
     shapes = {4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
     return [
@@ -104,7 +106,7 @@ def rows(group):
             trained,
             _fields(
                 batch_size=count,
-                **LOOPED,
+                **UNROLLED,
                 **{"model.remat": False},
                 **_split(count // fsdp, fsdp),
                 # The configuration has 256 pairs, and accumulates over 4 batches.
@@ -117,15 +119,19 @@ def rows(group):
     ]
 
 
-def _updates(fields=None):
-    """Updates on TPU slices with one pair per chip: [(machine, trained, arguments)]."""
+def _updates(loops=True):
+    """Updates on TPU slices with one pair per chip: [(machine, trained, arguments)].
+
+    Args:
+      loops: whether to set `model.scan_layers`.
+    """
     return [
         (
             machine,
             trained,
             _fields(
                 batch_size=count,
-                **(fields or {}),
+                **((LOOPED if remat else UNROLLED) if loops else {}),
                 **{"model.remat": remat},
                 **_split(count // fsdp, fsdp),
             ),
@@ -280,10 +286,10 @@ def peaks_table(plans):
 def step_table(plans):
     """Table of memory, exchanged bytes and estimated time of a batch, for tpus and chips."""
     lines = [
-        "| machine | chips | trained | split | remat | held, GB | peak, GB | usable, GB "
+        "| machine | chips | trained | split | remat | blocks | held, GB | peak, GB | usable, GB "
         "| exchanged per chip, GB | compute, s | links, s | pairs/s per chip | utilisation "
         "| chip-hours for a million pairs |",
-        "| --- " * 14 + "|",
+        "| --- " * 15 + "|",
     ]
     for plan in plans:
         update = plan["programs"]["update"]
@@ -306,6 +312,7 @@ def step_table(plans):
                     plan["row"][1],
                     split_of(plan),
                     "on" if plan["remat"] else "off",
+                    blocks_of(plan),
                     gigabytes(update["held"]),
                     peak(update),
                     gigabytes(plan["bytes_per_chip"]["limit"]),
@@ -337,25 +344,31 @@ def slices_table(plans):
 def comparison_table(before, after):
     """Table of the estimated time of the update at the earlier commit and now."""
     lines = [
-        "| machine | trained | split | remat | before, s | now, s | now / before "
+        "| machine | trained | split | remat | blocks now | before, s | now, s | now / before "
         "| of peak before | of peak now |",
-        "| --- " * 9 + "|",
+        "| --- " * 10 + "|",
     ]
-    now = {plan["row"]: plan["programs"]["update"]["estimate"] for plan in after}
+    now = {plan["row"]: plan for plan in after}
     for plan in before:
         if plan["row"] not in now:
             continue
         machine, trained = plan["row"]
-        estimates = plan["estimate"], now[plan["row"]]
+        new = now[plan["row"]]
+        estimates = plan["estimate"], new["programs"]["update"]["estimate"]
         peak_flops = chips.TPUS[machine.partition(":")[0]].flops
         shares = [each["matmul_flops"] / each["seconds"] / peak_flops for each in estimates]
         seconds = [each["seconds"] for each in estimates]
         lines.append(
             f"| {machine} | {trained} | {split_of(plan)} | {'on' if plan['remat'] else 'off'} | "
-            f"{seconds[0]:.3g} | {seconds[1]:.3g} | {seconds[1] / seconds[0]:.2f} | "
+            f"{blocks_of(new)} | {seconds[0]:.3g} | {seconds[1]:.3g} | {seconds[1] / seconds[0]:.2f} | "
             f"{shares[0]:.0%} | {shares[1]:.0%} |"
         )
     return lines
+
+
+def blocks_of(plan):
+    """How the transformer blocks of a plan are compiled."""
+    return "loop" if plan["looped"] else "unrolled"
 
 
 def split_of(plan):
@@ -431,7 +444,13 @@ def main() -> None:
                 make(path, row, shlex.split(arguments.prefix))
             if path.exists():
                 trained = LABELS.get(row[1], row[1])
-                plans[group].append(json.loads(path.read_text()) | {"row": (row[0], trained)})
+                plans[group].append(
+                    json.loads(path.read_text())
+                    | {
+                        "row": (row[0], trained),
+                        "looped": row[2].get("config.model.scan_layers", False),
+                    }
+                )
     write(plans, arguments.document, commit_hash)
     for group, made in plans.items():
         print(f"{group}: {len(made)} of {len(rows(group))} rows")

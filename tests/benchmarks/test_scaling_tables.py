@@ -28,6 +28,7 @@ def plan(chip="TPU v5p", fits=True):
         "mesh": {"data": 4, "fsdp": 1, "tensor": 1},
         "batch_size": 4,
         "remat": False,
+        "looped": True,
         "cache": False,
         "accumulate": 4,
         "checkpoint_every": 100,
@@ -131,7 +132,7 @@ def test_updates_are_compared_with_those_of_the_earlier_commit(tables):
     after = plan() | {"row": row}
     after["programs"]["update"]["estimate"] |= {"matmul_flops": 0.15 * 197e12}
     lines = tables.comparison_table([plan() | {"row": row, "estimate": estimate}], [after])
-    assert lines[2].endswith("| off | 0.5 | 0.3 | 0.60 | 50% | 50% |")
+    assert lines[2].endswith("| off | loop | 0.5 | 0.3 | 0.60 | 50% | 50% |")
     assert len(tables.comparison_table([plan() | {"row": row, "estimate": estimate}], [])) == 2
 
     earlier = tables.rows("before")
