@@ -4,10 +4,10 @@ r"""Writes the tables of docs/scaling.md from plans for GPUs and TPUs; resumable
     python benchmarks/scaling_tables.py --rows gpus --machines h100 --trained adapter \
         --output=FOLDER
     python benchmarks/scaling_tables.py --rows debug --output=FOLDER  # small sizes, for a test
-    python benchmarks/scaling_tables.py --output=FOLDER               # only writes the tables
+    python benchmarks/scaling_tables.py                               # only writes the tables
 
-Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER under its
-arguments and the commit, and is reused if it exists. The commit is the last one that changed the
+Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER (`benchmarks/plans`
+by default) under its arguments and the commit, and is reused if it exists. The commit is the last one that changed the
 package or the configurations. The tables between the markers of docs/scaling.md are then written
 from the rows of that commit, or of `--commit`. The rows of `before` are the updates of `tpus` at an
 earlier commit (`benchmarks/plan_at_commit.py`), and their table compares the two. Each of SDXL's
@@ -32,6 +32,7 @@ from focusdpo_jax.profiling import chips
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "scaling.md"
+PLANS = ROOT / "benchmarks" / "plans"
 PROJECTION = "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors"
 # Trained parameters: (argument of configs/sdxl_dpo.py, fields).
 TRAINED = {
@@ -419,7 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the rows")
+    parser.add_argument("--output", type=pathlib.Path, default=PLANS, help="folder of the rows")
     parser.add_argument("--rows", nargs="*", default=[], choices=[*TABLES, "debug"])
     parser.add_argument(
         "--machines", nargs="*", help="machines to plan, such as h100 v5p:2x2x4; default: all"
