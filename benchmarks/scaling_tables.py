@@ -6,14 +6,14 @@ r"""Writes the tables of docs/scaling.md from plans for GPUs and TPUs; resumable
     python benchmarks/scaling_tables.py --rows debug --output=FOLDER  # small sizes, for a test
     python benchmarks/scaling_tables.py                               # only writes the tables
 
-Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER (`benchmarks/plans`
-by default) under its arguments and the commit, and is reused if it exists. The commit is the last one that changed the
-package or the configurations. The tables between the markers of docs/scaling.md are then written
-from the rows of that commit, or of `--commit`. The rows of `before` are the updates of `tpus` at an
-earlier commit (`benchmarks/plan_at_commit.py`), and their table compares the two. Each of SDXL's
-programs takes minutes of a core to compile: in total about 2 core-hours for gpus, 4 for tpus, 3 for
-before and 3 for chips. After an interruption, finished rows are kept. `--prefix="nice -n 5"` is
-prepended to each command.
+Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER (by default
+`benchmarks/plans`) under its arguments and its commit, the last one that changed the package or the
+configurations, and is reused if it exists. The tables between the markers of docs/scaling.md are
+then written from the rows of that commit, or of `--commit`. The rows of `before` are the updates of
+`tpus` at an earlier commit (`benchmarks/plan_at_commit.py`); their table compares the two.
+
+A row of SDXL takes 15 to 60 minutes of a core. After an interruption, finished rows are kept.
+`--prefix="nice -n 5"` is prepended to each command.
 """
 
 import argparse
@@ -141,9 +141,6 @@ def _updates(loops=True):
             ("v5e:4x4", 16, "adapter", 4, True),
             ("v5e:4x4", 16, "lora", 1, True),
             ("v5e:4x4", 16, "full", 16, True),
-            ("v5p:2x2x1", 4, "adapter", 1, False),
-            ("v5p:2x2x1", 4, "lora", 1, False),
-            ("v5p:2x2x1", 4, "full", 4, False),
             ("v6e:2x4", 8, "adapter", 4, False),
             ("v6e:2x4", 8, "lora", 1, False),
             ("v6e:2x4", 8, "full", 8, True),
@@ -342,26 +339,22 @@ def slices_table(plans):
     return step_table(plans) + (["", *peaks_table(whole)] if whole else [])
 
 
-def comparison_table(before, after):
-    """Table of the estimated time of the update at the earlier commit and now."""
+def comparison_table(plans):
+    """Table of the estimated time of the update at the earlier commit and, in "now", at this one."""
     lines = [
-        "| machine | trained | split | remat | blocks now | before, s | now, s | now / before "
-        "| of peak before | of peak now |",
+        f"| machine | trained | split | remat | blocks now | before ({EARLIER}), s | now, s "
+        "| now / before | of peak before | of peak now |",
         "| --- " * 10 + "|",
     ]
-    now = {plan["row"]: plan for plan in after}
-    for plan in before:
-        if plan["row"] not in now:
-            continue
+    for plan in plans:
         machine, trained = plan["row"]
-        new = now[plan["row"]]
-        estimates = plan["estimate"], new["programs"]["update"]["estimate"]
+        estimates = plan["estimate"], plan["now"]["programs"]["update"]["estimate"]
         peak_flops = chips.TPUS[machine.partition(":")[0]].flops
+        before, now = (each["seconds"] for each in estimates)
         shares = [each["matmul_flops"] / each["seconds"] / peak_flops for each in estimates]
-        seconds = [each["seconds"] for each in estimates]
         lines.append(
             f"| {machine} | {trained} | {split_of(plan)} | {'on' if plan['remat'] else 'off'} | "
-            f"{blocks_of(new)} | {seconds[0]:.3g} | {seconds[1]:.3g} | {seconds[1] / seconds[0]:.2f} | "
+            f"{blocks_of(plan['now'])} | {before:.3g} | {now:.3g} | {now / before:.2f} | "
             f"{shares[0]:.0%} | {shares[1]:.0%} |"
         )
     return lines
@@ -398,11 +391,9 @@ def write(plans_by_group, document, commit_hash) -> None:
         stamp = ", ".join(f"{name} {version}" for name, version in plans[0]["versions"].items())
         dates = sorted({plan["date"] for plan in plans})
         period = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-        compared = [plans_by_group["tpus"]] if group == "before" else []
         lines = [
-            *TABLES[group](plans, *compared),
+            *TABLES[group](plans),
             "",
-            *([f"Before: commit {EARLIER}."] if compared else []),
             f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; "
             f"{period}. Made by `python benchmarks/scaling_tables.py --rows {group} "
             "--output=FOLDER`.",
@@ -452,6 +443,10 @@ def main() -> None:
                         "looped": row[2].get("config.model.scan_layers", False),
                     }
                 )
+    now = {plan["row"]: plan for plan in plans["tpus"]}
+    plans["before"] = [
+        plan | {"now": now[plan["row"]]} for plan in plans["before"] if plan["row"] in now
+    ]
     write(plans, arguments.document, commit_hash)
     for group, made in plans.items():
         print(f"{group}: {len(made)} of {len(rows(group))} rows")

@@ -26,8 +26,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
-# Traced programs are millions of objects, few of them garbage. By default, looking through them again and
-# again takes a tenth of the time of a test that trains.
+# Tracing creates millions of objects, few of them garbage. With Python's default thresholds, the collections
+# take a twelfth of the CPU time of a test that trains.
 gc.set_threshold(100_000, 50, 100)
 
 # Checks the signatures of these packages and modules on every call, or trace: a wrong shape fails there. In a

@@ -131,12 +131,24 @@ def test_updates_are_compared_with_those_of_the_earlier_commit(tables):
     estimate = {"seconds": 0.5, "matmul_flops": 0.25 * 197e12}
     after = plan() | {"row": row}
     after["programs"]["update"]["estimate"] |= {"matmul_flops": 0.15 * 197e12}
-    lines = tables.comparison_table([plan() | {"row": row, "estimate": estimate}], [after])
+    lines = tables.comparison_table([plan() | {"row": row, "estimate": estimate, "now": after}])
     assert lines[2].endswith("| off | loop | 0.5 | 0.3 | 0.60 | 50% | 50% |")
-    assert len(tables.comparison_table([plan() | {"row": row, "estimate": estimate}], [])) == 2
 
     earlier = tables.rows("before")
     assert {row[:2] for row in earlier} <= {row[:2] for row in tables.rows("tpus")}
     assert "plan_at_commit.py" in tables.printed(tables.command(*earlier[0]))
     # The rows of the earlier commit stay when the code changes.
     assert len({tables.path_of(tables.ROOT, "before", earlier[0], commit) for commit in "ab"}) == 1
+
+
+def test_kept_rows_are_those_of_the_document(tables, tmp_path, monkeypatch):
+    document = tmp_path / "scaling.md"
+    document.write_text(tables.DOCUMENT.read_text())
+    argv = ["scaling_tables", f"--document={document}", "--commit=6c33013f90"]
+    monkeypatch.setattr(tables.sys, "argv", argv)
+    tables.main()
+    assert document.read_text() == tables.DOCUMENT.read_text()
+    # Rows of the earlier commit alone do not replace the comparison.
+    monkeypatch.setattr(tables.sys, "argv", [*argv[:2], "--commit=another"])
+    tables.main()
+    assert document.read_text() == tables.DOCUMENT.read_text()
