@@ -20,6 +20,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -51,7 +52,8 @@ def run_plan(folder: pathlib.Path, arguments) -> None:
     assert spec and spec.loader
     flops = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(flops)
-    lower, compile_ = jax.stages.Traced.lower, jax.stages.Lowered.compile
+    stages: Any = jax.stages
+    lower, compile_ = stages.Traced.lower, stages.Lowered.compile
 
     def counted(traced, *positional, **named):
         (folder / "flops.json").write_text(json.dumps(flops.count(traced)._asdict()))
@@ -59,10 +61,10 @@ def run_plan(folder: pathlib.Path, arguments) -> None:
 
     def kept(lowered, *positional, **named):
         compiled = compile_(lowered, *positional, **named)
-        (folder / "program.txt").write_text(compiled.as_text())
+        (folder / "program.txt").write_text(compiled.as_text() or "")
         return compiled
 
-    jax.stages.Traced.lower, jax.stages.Lowered.compile = counted, kept
+    stages.Traced.lower, stages.Lowered.compile = counted, kept
     sys.argv = ["plan", *arguments, "--quick", "--json"]
     runpy.run_module("focusdpo_jax.plan", run_name="__main__")
 
