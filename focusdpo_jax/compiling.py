@@ -22,19 +22,28 @@ _ON_CPU = {
     "xla_cpu_prefer_vector_width": 512,
     "xla_backend_optimization_level": 1,
 }
+# If `fsdp` is the whole mesh and a matmul's result over all devices is 256 MiB or more, XLA's TPU
+# backend does not gather the kernel. It multiplies by one shard of the kernel after the other, and
+# passes the shards around a ring meanwhile ("windowed einsum"). By its own estimate of time
+# (docs/performance.md) this takes 1.2 to 2.6 times as long as gathering, since each of the matmuls
+# is small and writes a slice of the result. On GPUs XLA's default is similar to this value.
+_ON_TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+# Environment variables that set compiler options.
+_FLAGS = {"cpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 
 
 def network_options(platform: str) -> dict[str, str | int]:
     """Returns compiler options for programs of neural networks: {name: value} for `jax.jit`.
 
     Args:
-      platform: "cpu", "gpu" or "tpu". Options that the environment variable XLA_FLAGS sets are left
-        out.
+      platform: "cpu", "gpu" or "tpu". Options that the environment sets are left out: those in
+        XLA_FLAGS for a CPU, in LIBTPU_INIT_ARGS for a TPU.
     """
-    if platform != "cpu" or not _known_on_cpu():
+    if platform == "gpu" or platform == "cpu" and not _known_on_cpu():
         return {}
-    flags = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in _ON_CPU.items() if f"--{name}=" not in flags}
+    flags = os.environ.get(_FLAGS[platform], "")
+    options = _ON_CPU if platform == "cpu" else _ON_TPU
+    return {name: value for name, value in options.items() if f"--{name}=" not in flags}
 
 
 def default_network_options() -> dict[str, str | int]:

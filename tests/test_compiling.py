@@ -1,9 +1,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from focusdpo_jax import compiling
 from focusdpo_jax.models.convolution import conv2d
+from focusdpo_jax.planning import targets
+from focusdpo_jax.profiling import estimates, hlo
+from focusdpo_jax.sharding import mesh as meshes
 
 
 def test_cpus_use_eigen_for_convolutions_and_matrix_products():
@@ -22,18 +26,45 @@ def test_cpus_use_eigen_for_convolutions_and_matrix_products():
     assert "ynn_fusion" not in ours
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_other_platforms_have_no_options(platform):
-    assert compiling.network_options(platform) == {}
+def test_gpus_have_no_options():
+    assert compiling.network_options("gpu") == {}
 
 
-def test_options_in_xla_flags_are_left_out(monkeypatch):
+@pytest.mark.slow
+def test_tpus_gather_kernels_that_are_sharded_over_the_whole_mesh():
+    """This libtpu has the option, and it has its effect on time."""
+    pytest.importorskip("libtpu", reason="pip install -e '.[plan]'")
+    devices, _ = targets.devices("v5e:2x2")
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 4, "tensor": 1}, 8, devices)
+    batch = meshes.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((8, 4096, 640), jnp.bfloat16, sharding=batch)
+    kernel = jax.ShapeDtypeStruct(
+        (640, 5120), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    )
+    lowered = jax.jit(jnp.matmul, out_shardings=batch).lower(x, kernel)
+    default, ours = (
+        lowered.compile(options).as_text() for options in ({}, compiling.network_options("tpu"))
+    )
+    assert "collective-permute" in default
+    assert "collective-permute" not in ours and "all-gather" in ours
+    cycles = [estimates.read(hlo.Program(text)).cycles for text in (ours, default)]
+    assert cycles[0] < 0.9 * cycles[1]
+
+
+@pytest.mark.parametrize(
+    "platform, variable, option",
+    [
+        ("cpu", "XLA_FLAGS", "xla_backend_optimization_level"),
+        ("tpu", "LIBTPU_INIT_ARGS", "xla_jf_spmd_threshold_for_windowed_einsum_mib"),
+    ],
+)
+def test_options_in_the_environment_are_left_out(monkeypatch, platform, variable, option):
     ours = {}
-    for flags in "", "--xla_backend_optimization_level=0":
-        monkeypatch.setenv("XLA_FLAGS", flags)
-        ours[flags] = compiling.network_options("cpu")
+    for flags in "", f"--{option}=0":
+        monkeypatch.setenv(variable, flags)
+        ours[flags] = compiling.network_options(platform)
     without, named = ours.values()
-    assert set(without) - set(named) == {"xla_backend_optimization_level"}
+    assert set(without) - set(named) == {option}
     assert named.items() <= without.items()
 
 
