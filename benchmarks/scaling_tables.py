@@ -9,8 +9,10 @@ r"""Writes the tables of docs/scaling.md from plans for GPUs and TPUs; resumable
 Each row is a plan by `python -m focusdpo_jax.plan --json`. It is stored in FOLDER (by default
 `benchmarks/plans`) under its arguments and its commit, the last one that changed the package or the
 configurations, and is reused if it exists. The tables between the markers of docs/scaling.md are
-then written from the rows of that commit, or of `--commit`. The rows of `before` are the updates of
-`tpus` at an earlier commit (`benchmarks/plan_at_commit.py`); their table compares the two.
+then written from the rows of that commit. `--commit` selects another, or several: a row is then
+read from the first commit that has it. (Use this if the later commit does not change the row's
+program.) The rows of `before` are the updates of `tpus` at an earlier commit
+(`benchmarks/plan_at_commit.py`); their table compares the two.
 
 A row of SDXL takes 15 to 60 minutes of a core. After an interruption, finished rows are kept.
 `--prefix="nice -n 5"` is prepended to each command.
@@ -52,6 +54,8 @@ STEP = "update"
 # With remat, blocks in a loop; without, unrolled, which then compile in the same time.
 LOOPED = {"model.scan_layers": True}
 UNROLLED = {"model.scan_layers": False}
+# The adapter's update without remat fits in the memory of v5e only with these.
+CACHED = {"data.cache": True, "accumulate": 1}
 # The last commit before convolutions by taps, and all else that docs/performance.md lists for TPUs.
 EARLIER = "f545188"
 COMPARED = ("v5e:4x4", "v6e:2x4")
@@ -135,9 +139,11 @@ def _updates(loops=True):
                 **((LOOPED if remat else UNROLLED) if loops else {}),
                 **{"model.remat": remat},
                 **_split(count // fsdp, fsdp),
+                **(CACHED if machine == "v5e:2x2" else {}),
             ),
         )
         for machine, count, trained, fsdp, remat in (
+            ("v5e:2x2", 4, "adapter", 4, False),
             ("v5e:4x4", 16, "adapter", 4, True),
             ("v5e:4x4", 16, "lora", 1, True),
             ("v5e:4x4", 16, "full", 16, True),
@@ -382,7 +388,21 @@ TABLES = {
 }
 
 
-def write(plans_by_group, document, commit_hash) -> None:
+def commits_of(plans) -> str:
+    """Formats the commits of rows; if there are several, with the rows of each."""
+    rows_by_commit: dict[str, list[str]] = {}
+    for plan in plans:
+        rows_by_commit.setdefault(plan["commit"], []).append(" ".join(plan["row"]))
+    if len(rows_by_commit) == 1:
+        text = f"Commit {next(iter(rows_by_commit))}"
+    else:
+        text = "Commits " + "; ".join(
+            f"{commit} ({', '.join(names)})" for commit, names in rows_by_commit.items()
+        )
+    return text.replace("-changed", " and uncommitted changes")
+
+
+def write(plans_by_group, document) -> None:
     """Writes the tables of {group: list of plans} between the markers of a document."""
     text = document.read_text()
     for group, plans in plans_by_group.items():
@@ -394,9 +414,8 @@ def write(plans_by_group, document, commit_hash) -> None:
         lines = [
             *TABLES[group](plans),
             "",
-            f"Commit {commit_hash.replace('-changed', ' and uncommitted changes')}, {stamp}; "
-            f"{period}. Made by `python benchmarks/scaling_tables.py --rows {group} "
-            "--output=FOLDER`.",
+            f"{commits_of(plans)}, {stamp}; {period}. Made by "
+            f"`python benchmarks/scaling_tables.py --rows {group} --output=FOLDER`.",
         ]
         begin, end = f"<!-- {group}: begin -->", f"<!-- {group}: end -->"
         if begin not in text or end not in text:
@@ -417,16 +436,22 @@ def main() -> None:
         "--machines", nargs="*", help="machines to plan, such as h100 v5p:2x2x4; default: all"
     )
     parser.add_argument("--trained", nargs="*", choices=[*TRAINED, "debug"], help="default: all")
-    parser.add_argument("--commit", help="commit of the rows; default: that of the checkout")
+    parser.add_argument(
+        "--commit",
+        nargs="+",
+        help="commits of the rows, the newest first; default: that of the checkout",
+    )
     parser.add_argument("--prefix", default="", help="text before each command")
     parser.add_argument("--document", type=pathlib.Path, default=DOCUMENT)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    commit_hash, plans = arguments.commit or commit(), {}
+    commits, plans = arguments.commit or [commit()], {}
     for group in (*TABLES, "debug"):
         plans[group] = []
         for row in rows(group):
-            path = path_of(arguments.output, group, row, commit_hash)
+            paths = {each: path_of(arguments.output, group, row, each) for each in commits}
+            made_at = next((each for each in commits if paths[each].exists()), commits[0])
+            path = paths[made_at]
             wanted = (
                 group in arguments.rows
                 and (not arguments.machines or row[0] in arguments.machines)
@@ -440,14 +465,17 @@ def main() -> None:
                     json.loads(path.read_text())
                     | {
                         "row": (row[0], trained),
+                        "commit": made_at,
                         "looped": row[2].get("config.model.scan_layers", False),
                     }
                 )
     now = {plan["row"]: plan for plan in plans["tpus"]}
     plans["before"] = [
-        plan | {"now": now[plan["row"]]} for plan in plans["before"] if plan["row"] in now
+        plan | {"now": now[plan["row"]], "commit": now[plan["row"]]["commit"]}
+        for plan in plans["before"]
+        if plan["row"] in now
     ]
-    write(plans, arguments.document, commit_hash)
+    write(plans, arguments.document)
     for group, made in plans.items():
         print(f"{group}: {len(made)} of {len(rows(group))} rows")
 

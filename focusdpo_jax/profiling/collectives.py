@@ -1,4 +1,11 @@
-"""Reads the collectives of a compiled program from its HLO text."""
+"""Reads the collectives of a compiled program from its HLO text.
+
+XLA's TPU backend fuses collectives, in two ways:
+
+- An asynchronous collective is several fusions: one that starts it, matmuls that proceed with it,
+  and one that waits for it. Each contains the same instruction, with the same channel.
+- A reduce-scatter is a fusion of an all-reduce with the slice of its result that a device keeps.
+"""
 
 import dataclasses
 import math
@@ -14,6 +21,9 @@ _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _MESH = re.compile(r"replica_groups=(?:mesh|@\w+|)\[?([^\]]*)\]? ?\{([^}]*)\}")
 _AXIS = re.compile(r"'([\w.\-]+)'=(\d+)")
 _NAMED = re.compile(r"'([\w.\-]+)'")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+# Name of the computation of a fused reduce-scatter.
+_REDUCE_SCATTER = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,14 @@ def read(program: hlo.Program | str) -> list[Collective]:
     """
     program = hlo.Program(program) if isinstance(program, str) else program
     found = []
+    started: set[tuple[str, str]] = set()  # (computation, channel) of those inside fusions.
     for instruction, times in program.runs:
+        for inner in program.inside(instruction):
+            channel = _CHANNEL.search(inner.attributes)
+            key = (instruction.computation, channel[1] if channel else inner.name)
+            if inner.opcode in KINDS and key not in started:
+                started.add(key)
+                found.append(_fused(instruction, inner, times))
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -88,6 +105,21 @@ def read(program: hlo.Program | str) -> list[Collective]:
             )
         )
     return found
+
+
+def _fused(fusion: hlo.Instruction, inner: hlo.Instruction, times: int) -> Collective:
+    """Returns the collective `inner` of a fusion."""
+    scatters = inner.opcode == "all-reduce" and _REDUCE_SCATTER in inner.computation
+    return Collective(
+        inner.name,
+        "reduce-scatter" if scatters else inner.opcode,
+        fusion.size if scatters else inner.size,
+        inner.operands,
+        inner.operation or fusion.operation,
+        inner.line,
+        times,
+        _group(inner.attributes),
+    )
 
 
 def _group(attributes: str) -> int:

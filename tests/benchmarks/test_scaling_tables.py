@@ -103,6 +103,25 @@ def test_made_once_and_written_between_the_markers(tables, tmp_path, monkeypatch
     assert "| no | sampling: `evaluation.batch_size = 1`" in text
 
 
+def test_a_row_is_read_from_the_first_commit_that_has_it(tables, tmp_path, monkeypatch):
+    made = plan() | {"versions": {"jax": "1"}, "date": "2026-11-29"}
+    rows = {row[:2]: row for row in tables.rows("chips")}
+    for commit, trained in (("old", "adapter"), ("old", "lora"), ("new", "lora")):
+        path = tables.path_of(tmp_path, "chips", rows["v5p:2x2x1", trained], commit)
+        path.write_text(json.dumps(made | {"chips": 8 if commit == "new" else 4}))
+    document = tmp_path / "scaling.md"
+    document.write_text("<!-- chips: begin -->\n<!-- chips: end -->\n")
+    monkeypatch.setattr(
+        tables.sys,
+        "argv",
+        ["", f"--output={tmp_path}", f"--document={document}", "--commit", "new", "old"],
+    )
+    tables.main()
+    text = document.read_text()
+    assert "| v5p:2x2x1 | 4 | resampler adapter |" in text and "| v5p:2x2x1 | 8 | LoRA |" in text
+    assert "Commits old (v5p:2x2x1 resampler adapter); new (v5p:2x2x1 LoRA), jax 1" in text
+
+
 def test_steps_and_their_cost(tables):
     header, _, row = tables.step_table([plan() | {"row": ("v5p:2x2x1", "LoRA")}])
     cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -161,3 +161,35 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         "all-gather": {"count": 31, "bytes": 30 * 32 + 8},
         "all-reduce": {"count": 10, "bytes": 160},
     }
+
+
+def test_collectives_inside_fusions():
+    """An asynchronous one in three fusions counts once; a fused reduce-scatter by its result."""
+    text = """HloModule jit_f, is_scheduled=true
+%start (p: f32[2]) -> (f32[2], f32[8]) {
+  %a = f32[8]{0} all-gather(%p), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+%proceed (p: f32[2]) -> (f32[2], f32[8]) {
+  %m = f32[8,8]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+  %b = f32[8]{0} all-gather(%p), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+%done (p: f32[2]) -> f32[8] {
+  %c = f32[8]{0} all-gather(%p), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+%all-reduce-scatter.2 (input: f32[8]) -> f32[2] {
+  %sum = f32[8]{0} all-reduce(%input), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = f32[2]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={2}
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %s = (f32[2]{0}, f32[8]{0}) fusion(%p), kind=kCustom, calls=%start, metadata={op_name="jit(f)/dot"}
+  %f = (f32[2]{0}, f32[8]{0}) fusion(%s), kind=kOutput, calls=%proceed
+  %d = f32[8]{0} fusion(%f), kind=kCustom, calls=%done
+  %last = f32[2]{0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.2
+}
+"""
+    gathered, scattered = found = collectives.read(text)
+    assert (gathered.kind, gathered.size, gathered.group) == ("all-gather", 32, 4)
+    assert gathered.operation == "jit(f)/dot"
+    assert (scattered.kind, scattered.size, scattered.group) == ("reduce-scatter", 8, 4)
+    # Three quarters of the gathered array, and three parts of two numbers.
+    assert collectives.received(found, 4) == 24 + 24
