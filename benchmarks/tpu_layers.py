@@ -4,16 +4,21 @@
     python benchmarks/tpu_layers.py                        # v5e
     python benchmarks/tpu_layers.py --topology=v6e:2x2 --layers resnet
     python benchmarks/tpu_layers.py --layers convolution   # by taps, and XLA's own
+    python benchmarks/tpu_layers.py --topology=v5e:4x4 --fsdp=16 --layers transformer
+    LIBTPU_INIT_ARGS=--xla_jf_spmd_threshold_for_windowed_einsum_mib=-1 \
+        python benchmarks/tpu_layers.py --topology=v5e:4x4 --fsdp=16 --layers transformer
 
 No TPU is needed. Layers are compiled for one chip, in bfloat16, in two settings: one image of 512
 px with the gradients of input and parameters, as in full training; and two images of 1024 px with
-the gradient of the input alone, as in training of an adapter. A layer compiles in seconds, the
-whole UNet in a quarter of an hour, so changes of layers can be tested here. The estimates exclude
-fused attention kernels.
+the gradient of the input alone, as in training of an adapter. With `--fsdp`, parameters are sharded
+over several chips, with as many images on each. A layer compiles in seconds (sharded, in minutes),
+the whole UNet in a quarter of an hour, so changes of layers can be tested here. The estimates
+exclude fused attention kernels, and transfers between chips.
 """
 
 import argparse
 import os
+from typing import Any
 
 PEAK_NOTE = "of peak: time of matmuls at the chip's full speed / estimate"
 
@@ -59,27 +64,29 @@ def cases(jax, jnp):
 
 
 def measure(module, inputs, trained, mesh):
-    """Returns the estimated cycles and the matmul FLOPs of a layer on one chip, without kernels."""
+    """Returns the estimated cycles and the matmul FLOPs of a layer on one chip, without kernels.
+
+    `inputs` are those of one chip.
+    """
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
 
+    from focusdpo_jax import compiling
     from focusdpo_jax.profiling import estimates, flops, hlo
+    from focusdpo_jax.sharding import mesh as meshes
+    from focusdpo_jax.sharding import rules
     from focusdpo_jax.sharding.trace_context import trace_context
 
-    def on_device(tree):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())
-            ),
-            tree,
-        )
-
+    batch = meshes.batch_sharding(mesh)
+    inputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((mesh.size * len(x), *x.shape[1:]), x.dtype), inputs
+    )
+    gradients = batch
     if trained is None:
         program, arguments = module, inputs
+        shardings = (batch, meshes.replicated(mesh))
     else:
-        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-        parameters = jax.eval_shape(lambda: module.init(jax.random.key(0), *example))["params"]
+        parameters = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
         def program(parameters, x, cotangent, *rest):
             def apply(parameters, x):
@@ -93,10 +100,18 @@ def measure(module, inputs, trained, mesh):
             return out, backward(cotangent)
 
         arguments = (parameters, inputs[0], inputs[0], *inputs[1:])
-    traced = jax.jit(program).trace(*on_device(arguments))
-    estimate = estimates.read(hlo.Program(traced.lower().compile().as_text() or ""))
+        placed = rules.tree_shardings(parameters, mesh)
+        shardings = (placed, *jax.tree.map(lambda _: batch, arguments[1:]))
+        gradients = (batch, (placed, batch) if trained else (batch,))
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tuple(arguments)
+    )
+    traced = jax.jit(program, in_shardings=shardings, out_shardings=gradients).trace(*arguments)
+    options: Any = compiling.network_options("tpu")
+    compiled = traced.lower().compile(options)
+    estimate = estimates.read(hlo.Program(compiled.as_text() or ""))
     work = flops.count(traced)
-    return estimate.cycles, work.matmul_flops - work.kernels
+    return estimate.cycles, (work.matmul_flops - work.kernels) / mesh.size
 
 
 def main() -> None:
@@ -105,6 +120,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument(
+        "--fsdp", type=int, default=1, help="chips that parameters are sharded over"
+    )
     parser.add_argument(
         "--layers",
         nargs="+",
@@ -120,15 +138,17 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import Mesh
 
     from focusdpo_jax.profiling import chips
+    from focusdpo_jax.sharding import mesh as meshes
 
     chip = chips.TPUS[arguments.topology.partition(":")[0]]
-    device = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[
-        0
-    ]
-    mesh = Mesh([[[device]]], ("data", "fsdp", "tensor"))
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=arguments.topology
+    ).devices[: arguments.fsdp]
+    mesh = meshes.make_mesh(
+        {"data": 1, "fsdp": arguments.fsdp, "tensor": 1}, arguments.fsdp, devices
+    )
     print(f"{'':36s} M cycles  {PEAK_NOTE}")
     for name, (module, inputs, trained) in cases(jax, jnp).items():
         if name.split()[0] not in arguments.layers:

@@ -22,11 +22,11 @@ _ON_CPU = {
     "xla_cpu_prefer_vector_width": 512,
     "xla_backend_optimization_level": 1,
 }
-# If `fsdp` is the whole mesh and a matmul's result over all devices is 256 MiB or more, XLA's TPU
-# backend does not gather the kernel. It multiplies by one shard of the kernel after the other, and
-# passes the shards around a ring meanwhile ("windowed einsum"). By its own estimate of time
-# (docs/performance.md) this takes 1.2 to 2.6 times as long as gathering, since each of the matmuls
-# is small and writes a slice of the result. On GPUs XLA's default is similar to this value.
+# If `fsdp` is the whole mesh, XLA's TPU backend does not gather the kernel of a large matmul. It
+# multiplies by one shard of the kernel after the other, and passes the shards around a ring
+# meanwhile ("windowed einsum"). By its own estimate of time (docs/performance.md) a layer then
+# takes 1.2 to 2.6 times as long, since each of the matmuls is small and writes a slice of the
+# result. This value, in MiB, is above the size of any matmul; the default, -1, is automatic.
 _ON_TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 # Environment variables that set compiler options.
 _FLAGS = {"cpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}

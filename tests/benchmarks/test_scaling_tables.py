@@ -163,11 +163,11 @@ def test_updates_are_compared_with_those_of_the_earlier_commit(tables):
 def test_kept_rows_are_those_of_the_document(tables, tmp_path, monkeypatch):
     document = tmp_path / "scaling.md"
     document.write_text(tables.DOCUMENT.read_text())
-    argv = ["scaling_tables", f"--document={document}", "--commit=6c33013f90"]
+    argv = ["scaling_tables", f"--document={document}", "--commit", "8ef4bea043", "6c33013f90"]
     monkeypatch.setattr(tables.sys, "argv", argv)
     tables.main()
     assert document.read_text() == tables.DOCUMENT.read_text()
     # Rows of the earlier commit alone do not replace the comparison.
-    monkeypatch.setattr(tables.sys, "argv", [*argv[:2], "--commit=another"])
+    monkeypatch.setattr(tables.sys, "argv", [*argv[:2], "--commit", "another"])
     tables.main()
     assert document.read_text() == tables.DOCUMENT.read_text()
