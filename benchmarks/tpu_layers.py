@@ -130,6 +130,8 @@ def main() -> None:
         choices=["transformer", "resnet", "convolution"],
     )
     arguments = parser.parse_args()
+    if arguments.fsdp > 1 and "convolution" in arguments.layers:
+        parser.error("--layers=convolution compiles functions without sharded parameters: --fsdp=1")
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

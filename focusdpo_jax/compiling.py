@@ -24,12 +24,11 @@ _ON_CPU = {
 }
 # If `fsdp` is the whole mesh, XLA's TPU backend does not gather the kernel of a large matmul. It
 # multiplies by one shard of the kernel after the other, and passes the shards around a ring
-# meanwhile ("windowed einsum"). By its own estimate of time (docs/performance.md) a layer then
-# takes 1.2 to 2.6 times as long, since each of the matmuls is small and writes a slice of the
-# result. This value, in MiB, is above the size of any matmul; the default, -1, is automatic.
+# meanwhile ("windowed einsum"). By its own estimate of time a transformer block on four chips then
+# takes 1.2 to 1.3 times as long (`benchmarks/tpu_layers.py`), since each of the matmuls is small
+# and writes a slice of the result. This value, in MiB, is above the size of any matmul; the
+# default, -1, is automatic.
 _ON_TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
-# Environment variables that set compiler options.
-_FLAGS = {"cpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 
 
 def network_options(platform: str) -> dict[str, str | int]:
@@ -39,10 +38,12 @@ def network_options(platform: str) -> dict[str, str | int]:
       platform: "cpu", "gpu" or "tpu". Options that the environment sets are left out: those in
         XLA_FLAGS for a CPU, in LIBTPU_INIT_ARGS for a TPU.
     """
-    if platform == "gpu" or platform == "cpu" and not _known_on_cpu():
-        return {}
-    flags = os.environ.get(_FLAGS[platform], "")
-    options = _ON_CPU if platform == "cpu" else _ON_TPU
+    options, variable = {}, ""
+    if platform == "cpu" and _known_on_cpu():
+        options, variable = _ON_CPU, "XLA_FLAGS"
+    elif platform == "tpu":
+        options, variable = _ON_TPU, "LIBTPU_INIT_ARGS"
+    flags = os.environ.get(variable, "")
     return {name: value for name, value in options.items() if f"--{name}=" not in flags}
 
 

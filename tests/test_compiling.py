@@ -26,8 +26,9 @@ def test_cpus_use_eigen_for_convolutions_and_matrix_products():
     assert "ynn_fusion" not in ours
 
 
-def test_gpus_have_no_options():
-    assert compiling.network_options("gpu") == {}
+@pytest.mark.parametrize("platform", ["gpu", "METAL"])
+def test_other_platforms_have_no_options(platform):
+    assert compiling.network_options(platform) == {}
 
 
 @pytest.mark.slow
