@@ -64,9 +64,9 @@ def cases(jax, jnp):
 
 
 def measure(module, inputs, trained, mesh):
-    """Returns the estimated cycles and the matmul FLOPs of a layer on one chip, without kernels.
+    """Returns the estimated cycles, matmul FLOPs without kernels, and bytes of temporaries.
 
-    `inputs` are those of one chip.
+    These are per chip, as are the shapes of `inputs`.
     """
     import jax
     import jax.numpy as jnp
@@ -111,7 +111,10 @@ def measure(module, inputs, trained, mesh):
     compiled = traced.lower().compile(options)
     estimate = estimates.read(hlo.Program(compiled.as_text() or ""))
     work = flops.count(traced)
-    return estimate.cycles, (work.matmul_flops - work.kernels) / mesh.size
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    products = (work.matmul_flops - work.kernels) / mesh.size
+    return estimate.cycles, products, memory.temp_size_in_bytes
 
 
 def main() -> None:
@@ -151,13 +154,14 @@ def main() -> None:
     mesh = meshes.make_mesh(
         {"data": 1, "fsdp": arguments.fsdp, "tensor": 1}, arguments.fsdp, devices
     )
-    print(f"{'':36s} M cycles  {PEAK_NOTE}")
+    print(f"{'':36s} M cycles  temporaries, MB  {PEAK_NOTE}")
     for name, (module, inputs, trained) in cases(jax, jnp).items():
         if name.split()[0] not in arguments.layers:
             continue
-        cycles, products = measure(module, inputs, trained, mesh)
+        cycles, products, temporaries = measure(module, inputs, trained, mesh)
         print(
-            f"{name:36s} {cycles / 1e6:8.3f}  {products / chip.flops * chip.clock / cycles:.0%}",
+            f"{name:36s} {cycles / 1e6:8.3f} {temporaries / 1e6:16.1f}  "
+            f"{products / chip.flops * chip.clock / cycles:.0%}",
             flush=True,
         )
 

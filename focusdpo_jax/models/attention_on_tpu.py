@@ -18,6 +18,10 @@ from jaxtyping import Array, Float
 # Most positions of a block; a kernel's tiles are 128 wide.
 LARGEST, TILE = 1024, 128
 WIDEST_HEAD = 128
+# The kernel reads queries, keys and values with the positions last, [B, H, d, N]. A last axis of 64
+# channels would be padded to 128 in memory, in values stored for the backward pass too. XLA's dense
+# layers return this layout, which then needs no transposition.
+_LAYOUT = splash.QKVLayout.SEQ_MINOR
 
 
 def supports(queries: int, keys: int, head_dim: int) -> bool:
@@ -54,6 +58,9 @@ def attend(
         block_kv_dkv_compute=k,
         block_q_dq=q,
         block_kv_dq=k,
+        q_layout=_LAYOUT,
+        k_layout=_LAYOUT,
+        v_layout=_LAYOUT,
     )
     kernel = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads),

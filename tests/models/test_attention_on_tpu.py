@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
+from focusdpo_jax import compiling
 from focusdpo_jax.models import attention_on_tpu, platforms
-from focusdpo_jax.models.attention import attend
+from focusdpo_jax.models.attention import attend, split_heads
+from focusdpo_jax.planning import targets
 
 RNG = np.random.default_rng(5)
 
@@ -53,3 +56,33 @@ def test_sizes_for_which_the_kernel_is_chosen(positions, heads, taken):
     with platforms.target_platform(platforms.Target("tpu")):
         jax.eval_shape(lambda *x: attend(*x, heads), query, query, query)
     assert len(asked) == taken
+
+
+@pytest.mark.slow
+def test_heads_are_not_padded_in_stored_values(monkeypatch):
+    """With heads last, a TPU pads 64 channels to 128 in stored queries, keys and values."""
+    pytest.importorskip("libtpu", reason="pip install -e '.[plan]'")
+    devices, _ = targets.devices("v5e:2x2")
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    batch, positions, width, layers = 4, 1024, 1280, 2
+
+    def network(kernels, x):
+        for kernel in kernels:
+            heads = (split_heads(x @ matrix, width // 64) for matrix in kernel)
+            x = x + attention_on_tpu.attend(*heads).reshape(x.shape)
+        return jnp.square(x).sum()
+
+    def temporaries():
+        arguments = (
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+            for shape in ((layers, 3, width, width), (batch, positions, width))
+        )
+        gradient = jax.jit(jax.grad(network, argnums=1)).lower(*arguments)
+        analysis = gradient.compile(compiling.network_options("tpu")).memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    ours = temporaries()
+    monkeypatch.setattr(attention_on_tpu, "_LAYOUT", splash.QKVLayout.HEAD_DIM_MINOR)
+    padding = 3 * 2 * batch * positions * width  # In bytes, of one layer.
+    assert ours < temporaries() - layers * padding
