@@ -111,6 +111,12 @@ def _speed(found: Mapping[str, Any]) -> list[str]:
                 f"  {name}: {count} fused kernels have no estimate; their products at the chip's "
                 f"full speed, {estimate['kernel_seconds']:.3g} s, are added as a lower bound"
             )
+        if estimate.get("nominal_copies"):
+            lines.append(
+                f"  {name}: {estimate['nominal_copies']} copies between layouts within fast "
+                f"memory, {estimate['nominal_bytes'] / 1e9:.3g} GB, count almost nothing in the "
+                "estimate; they take longer"
+            )
         if estimate.get("unknown_loops"):
             lines.append(
                 f"  {name}: {estimate['unknown_loops']} loops of unknown length count once"

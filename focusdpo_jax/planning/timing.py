@@ -25,8 +25,8 @@ def estimate(chip: Chip, devices: int, text: hlo.Program, work: flops.Operations
     Returns:
       "matmul_flops" (of one chip), "bytes" (received from other chips), "links" (seconds for these
       bytes). For TPUs also "seconds" (the compiler's estimate without transfers, plus
-      "kernel_seconds"), "cycles", "kinds", "kernels", "kernel_seconds", "unknown_loops" and
-      "most_expensive". For GPUs also "bytes_accessed" and "roofline" (see `estimates.roofline`).
+      "kernel_seconds"), "cycles", "kinds", "kernels", "kernel_seconds", "nominal_copies",
+      "nominal_bytes" (see `estimates.Estimate`), "unknown_loops" and "most_expensive". For GPUs also "bytes_accessed" and "roofline" (see `estimates.roofline`).
     """
     received = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link
@@ -44,6 +44,8 @@ def estimate(chip: Chip, devices: int, text: hlo.Program, work: flops.Operations
             "kinds": cost.kinds,
             "kernels": cost.kernels,
             "kernel_seconds": kernels / chip.flops,
+            "nominal_copies": cost.nominal_copies,
+            "nominal_bytes": cost.nominal_bytes,
             "unknown_loops": cost.unknown_loops,
             "most_expensive": [
                 {

@@ -3,8 +3,10 @@
 The TPU compiler annotates fusions, convolutions, copies and so on with `estimated_cycles` from a
 model of the chip. Their sum, with loops counted as often as they run, is the time of the program
 without stalls: asynchronous transfers between memories and between chips have no estimate. Pallas
-kernels have none either; their products at the chip's full speed are added as a lower bound. These
-estimates have not been compared with measured times.
+kernels have none either; their products at the chip's full speed are added as a lower bound. A copy
+from one layout to another within the chip's fast memory, as beside an attention kernel, has only a
+nominal estimate, `NOMINAL` cycles for each block of the array. These estimates have not been
+compared with measured times.
 
 The GPU compiler provides no estimates. There the roofline is used: the larger of the time of all
 products at full speed and the time of all bytes at full bandwidth, without caches.
@@ -12,12 +14,15 @@ products at full speed and the time of all bytes at full bandwidth, without cach
 
 import collections
 import dataclasses
+import math
 import re
 
 from focusdpo_jax.profiling import hlo
 from focusdpo_jax.profiling.chips import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_BLOCKS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
+NOMINAL = 100
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 # Custom calls that compute nothing.
 _BOOKKEEPING = (
@@ -52,6 +57,8 @@ class Estimate:
         with fused operations), "fusions" (all other fusions), and opcodes.
       sources: [(name, cycles, number of executed instructions)], largest first; see `source`.
       kernels: {target: number of executions} of custom calls, which have no estimate.
+      nominal_copies: number of executed copies with a nominal estimate.
+      nominal_bytes: bytes of their results.
       unknown_loops: number of loops that count once because their trip count is unknown.
     """
 
@@ -59,6 +66,8 @@ class Estimate:
     kinds: dict[str, float]
     sources: list[tuple[str, float, int]]
     kernels: dict[str, int]
+    nominal_copies: int
+    nominal_bytes: int
     unknown_loops: int
 
 
@@ -68,6 +77,7 @@ def read(program: hlo.Program) -> Estimate:
     sources: collections.Counter[str] = collections.Counter()
     kernels: collections.Counter[str] = collections.Counter()
     counts: collections.Counter[str] = collections.Counter()
+    nominal: collections.Counter[str] = collections.Counter()
     for instruction, times in program.runs:
         found = _CYCLES.search(instruction.attributes)
         if found:
@@ -75,6 +85,9 @@ def read(program: hlo.Program) -> Estimate:
             kinds[_kind(program, instruction)] += cycles
             sources[name] += cycles
             counts[name] += times
+            if _is_nominal(instruction, int(found[1])):
+                nominal["copies"] += times
+                nominal["bytes"] += instruction.size * times
         elif instruction.opcode == "custom-call":
             target = _TARGET.search(instruction.attributes)
             if target and target[1] not in _BOOKKEEPING:
@@ -84,8 +97,17 @@ def read(program: hlo.Program) -> Estimate:
         dict(kinds.most_common()),
         [(name, cycles, counts[name]) for name, cycles in sources.most_common()],
         dict(kernels.most_common()),
+        nominal["copies"],
+        nominal["bytes"],
         len(program.unknown_loops),
     )
+
+
+def _is_nominal(instruction: hlo.Instruction, cycles: int) -> bool:
+    blocks = _BLOCKS.search(instruction.attributes)
+    if instruction.opcode != "copy" or blocks is None:
+        return False
+    return cycles == NOMINAL * math.prod(int(each.strip('"')) for each in blocks[1].split(","))
 
 
 def _kind(program: hlo.Program, instruction: hlo.Instruction) -> str:

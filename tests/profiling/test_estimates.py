@@ -38,6 +38,8 @@ ENTRY %%main (x: bf16[8,8]) -> bf16[8,8] {
   %%loop = (s32[]) while(%%t), condition=%%condition, body=%%body
   %%sent = (bf16[8,8], u32[]) copy-start(%%x)
   %%kernel = bf16[8,8]{1,0} custom-call(%%x), custom_call_target="tpu_custom_call"
+  %%turned = bf16[8,8]{0,1:S(1)} copy(%%one), backend_config={"window_config":{"estimated_cycles":"600","iteration_bounds":["2","3"]}}
+  %%moved = bf16[8,8]{0,1} copy(%%one), backend_config={"window_config":{"estimated_cycles":"700","iteration_bounds":["2","3"]}}
   %%room = bf16[8,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
 }
 """ % tuple(CONFIG % n for n in (10, 1000, 2000, 300))
@@ -49,16 +51,16 @@ def estimate():
 
 
 def test_cycles_add_up_with_loops_as_often_as_they_run(estimate):
-    assert estimate.cycles == 1000 + 2000 + 300 + 5 * 10
-    assert estimate.kinds == {"products": 3000, "fusions": 300, "copy": 50}
+    assert estimate.cycles == 1000 + 2000 + 300 + 5 * 10 + 600 + 700
+    assert estimate.kinds == {"products": 3000, "copy": 1350, "fusions": 300}
     assert estimate.unknown_loops == 0
 
 
 def test_equal_layers_are_one_source(estimate):
     assert estimate.sources == [
         ("backward: up_blocks_N/attentions_N/attn1/to_q/dot_general", 3000, 2),
+        ("(copy of the compiler's)", 1350, 7),
         ("forward: mid_block/resnets_N/add", 300, 1),
-        ("(copy of the compiler's)", 50, 5),
     ]
 
 
@@ -66,9 +68,14 @@ def test_kernels_are_counted_and_bookkeeping_is_not(estimate):
     assert estimate.kernels == {"tpu_custom_call": 1}
 
 
+def test_copies_with_a_nominal_estimate_are_counted(estimate):
+    assert estimate.nominal_copies == 1
+    assert estimate.nominal_bytes == 8 * 8 * 2
+
+
 def test_seconds_are_cycles_and_the_kernels_products(estimate):
     chip = dataclasses.replace(chips.TPUS["v5e"], clock=1e3, flops=1e6)
-    assert estimates.seconds(estimate, chip, 2e6) == pytest.approx(3.35 + 2)
+    assert estimates.seconds(estimate, chip, 2e6) == pytest.approx(4.65 + 2)
 
 
 @pytest.mark.parametrize(
