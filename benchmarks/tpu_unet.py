@@ -11,8 +11,9 @@ a separate process. MaxDiffusion's attention is "flash", as in its configuration
 
 The first column is the compiler's estimate of time, the cycles of all instructions
 (`profiling.estimates`). Fused attention kernels (ours, and theirs with "flash") have no estimate.
-The second column adds their matmuls at the chip's full speed, and is a lower bound for programs
-with such kernels. The other columns are counts.
+"ms with kernels" adds their matmuls at the chip's full speed, and is a lower bound for programs
+with such kernels. "Copies" are those between layouts in fast memory, in GB, whose estimate is
+nominal (`profiling.estimates`). The other columns are counts.
 """
 
 import argparse
@@ -91,6 +92,7 @@ def compile_program(network, program, side: int, topology: str):
         "estimated": estimates.seconds(estimate, chip, kernels),
         "most_expensive": estimate.sources[:10],
         "peak": chip.flops,
+        "nominal": estimate.nominal_bytes,
         "operations": operations,
         "bytes": accessed,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
@@ -205,7 +207,7 @@ def main() -> None:
         )
     networks = arguments.networks or NETWORKS[: 3 if arguments.maxdiffusion else 1]
     print(
-        f"{'':30s} M cycles  ms with kernels  of peak  TFLOP  GB accessed  temporaries GB  "
+        f"{'':30s} M cycles  copies  ms with kernels  of peak  TFLOP  GB accessed  temporaries GB  "
         "seconds  (processor)  host GB"
     )
     for side in arguments.sides:
@@ -228,7 +230,7 @@ def main() -> None:
                 total = result["operations"] + result["kernels"]
                 print(
                     f"{side:5d} {program:9s} {network:14s} {result['cycles'] / 1e6:8.1f} "
-                    f"{1e3 * result['estimated']:16.1f} "
+                    f"{result['nominal'] / 1e9:7.2f} {1e3 * result['estimated']:16.1f} "
                     f"{total / result['peak'] / result['estimated']:8.0%} {total / 1e12:6.3f} "
                     f"{result['bytes'] / 1e9:12.2f} {result['temporaries'] / 1e9:15.3f} "
                     f"{result['seconds']:8.0f} {result['processor']:12.0f} "
