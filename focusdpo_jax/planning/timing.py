@@ -26,7 +26,8 @@ def estimate(chip: Chip, devices: int, text: hlo.Program, work: flops.Operations
       "matmul_flops" (of one chip), "bytes" (received from other chips), "links" (seconds for these
       bytes). For TPUs also "seconds" (the compiler's estimate without transfers, plus
       "kernel_seconds"), "cycles", "kinds", "kernels", "kernel_seconds", "nominal_copies",
-      "nominal_bytes" (see `estimates.Estimate`), "unknown_loops" and "most_expensive". For GPUs also "bytes_accessed" and "roofline" (see `estimates.roofline`).
+      "nominal_bytes" (see `estimates.Estimate`), "unknown_loops" and "most_expensive". For GPUs
+      also "bytes_accessed" and "roofline" (see `estimates.roofline`).
     """
     received = collectives.received(collectives.read(text), devices)
     speed = chip.network if devices > chip.per_host and chip.network else chip.link

@@ -22,6 +22,7 @@ from focusdpo_jax.profiling.chips import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _BLOCKS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
+# Cycles that the compiler assumes for each block of a copy within fast memory.
 NOMINAL = 100
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 # Custom calls that compute nothing.
