@@ -13,7 +13,8 @@ px with the gradients of input and parameters, as in full training; and two imag
 the gradient of the input alone, as in training of an adapter. With `--fsdp`, parameters are sharded
 over several chips, with as many images on each. A layer compiles in seconds (sharded, in minutes),
 the whole UNet in a quarter of an hour, so changes of layers can be tested here. The estimates
-exclude fused attention kernels, and transfers between chips.
+exclude fused attention kernels, and transfers between chips. "Copies" are those between layouts in
+fast memory, whose estimate is nominal (`profiling.estimates`).
 """
 
 import argparse
@@ -64,7 +65,7 @@ def cases(jax, jnp):
 
 
 def measure(module, inputs, trained, mesh):
-    """Returns the estimated cycles, matmul FLOPs without kernels, and bytes of temporaries.
+    """Returns the `Estimate`, matmul FLOPs without kernels, and bytes of temporaries.
 
     These are per chip, as are the shapes of `inputs`.
     """
@@ -114,7 +115,7 @@ def measure(module, inputs, trained, mesh):
     memory = compiled.memory_analysis()
     assert memory is not None
     products = (work.matmul_flops - work.kernels) / mesh.size
-    return estimate.cycles, products, memory.temp_size_in_bytes
+    return estimate, products, memory.temp_size_in_bytes
 
 
 def main() -> None:
@@ -154,14 +155,15 @@ def main() -> None:
     mesh = meshes.make_mesh(
         {"data": 1, "fsdp": arguments.fsdp, "tensor": 1}, arguments.fsdp, devices
     )
-    print(f"{'':36s} M cycles  temporaries, MB  {PEAK_NOTE}")
+    print(f"{'':36s} M cycles  copies, MB  temporaries, MB  {PEAK_NOTE}")
     for name, (module, inputs, trained) in cases(jax, jnp).items():
         if name.split()[0] not in arguments.layers:
             continue
-        cycles, products, temporaries = measure(module, inputs, trained, mesh)
+        estimate, products, temporaries = measure(module, inputs, trained, mesh)
         print(
-            f"{name:36s} {cycles / 1e6:8.3f} {temporaries / 1e6:16.1f}  "
-            f"{products / chip.flops * chip.clock / cycles:.0%}",
+            f"{name:36s} {estimate.cycles / 1e6:8.3f} {estimate.nominal_bytes / 1e6:11.1f} "
+            f"{temporaries / 1e6:16.1f}  "
+            f"{products / chip.flops * chip.clock / estimate.cycles:.0%}",
             flush=True,
         )
 
