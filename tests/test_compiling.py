@@ -26,9 +26,35 @@ def test_cpus_use_eigen_for_convolutions_and_matrix_products():
     assert "ynn_fusion" not in ours
 
 
-@pytest.mark.parametrize("platform", ["gpu", "METAL"])
-def test_other_platforms_have_no_options(platform):
-    assert compiling.network_options(platform) == {}
+def test_other_platforms_have_no_options():
+    assert compiling.network_options("METAL") == {}
+
+
+def test_this_xla_has_the_options_of_gpus():
+    """All platforms share one list of options, except TPUs."""
+    options = compiling.network_options("gpu")
+    assert options
+    lowered = jax.jit(abs).lower(jax.ShapeDtypeStruct((), "float32"))
+    lowered.compile(options)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_longer_there"):
+        lowered.compile(options | {"xla_gpu_no_longer_there": 0})
+
+
+@pytest.mark.slow
+def test_gpus_do_not_copy_the_kernels_of_matmuls_that_share_an_operand():
+    """The option has its effect."""
+    pytest.importorskip("jax_cuda12_plugin", reason="pip install -e '.[plan-gpu]'")
+    devices, _ = targets.devices("h100")
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    text = jax.ShapeDtypeStruct((154, 2048), jnp.bfloat16, sharding=one)
+    kernels = [jax.ShapeDtypeStruct((2048, 1280), jnp.bfloat16, sharding=one)] * 2
+    lowered = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels]).lower(text, kernels)
+    merged = "bf16[2048,2560]"
+    default, ours = (
+        lowered.compile(options).as_text() for options in ({}, compiling.network_options("gpu"))
+    )
+    assert merged in default
+    assert merged not in ours
 
 
 @pytest.mark.slow
@@ -56,6 +82,7 @@ def test_tpus_gather_kernels_that_are_sharded_over_the_whole_mesh():
     "platform, variable, option",
     [
         ("cpu", "XLA_FLAGS", "xla_backend_optimization_level"),
+        ("gpu", "XLA_FLAGS", "xla_gpu_dot_merger_threshold_mb"),
         ("tpu", "LIBTPU_INIT_ARGS", "xla_jf_spmd_threshold_for_windowed_einsum_mib"),
     ],
 )
