@@ -31,8 +31,8 @@ _ON_CPU = {
 _ON_TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 # XLA's GPU backend merges matmuls that share an operand, if one of them reads and writes less than
 # this many MiB (32 by default): it concatenates their kernels in every step. If blocks are
-# unrolled, this includes the keys and values of the text in all blocks of SDXL, a copy of 650 MB,
-# and those of the image tokens, 620 MB. The adapter's update at 1024 px needs 2.97 GB of
+# unrolled, these include the kernels for keys and values of the text in all blocks of SDXL, and
+# those of the image tokens, 650 MB each. The adapter's update at 1024 px needs 2.97 GB of
 # temporaries with the default and 1.47 GB with 0, which merges none (`plan --topology=rtx4090`).
 _ON_GPU = {"xla_gpu_dot_merger_threshold_mb": 0}
 
